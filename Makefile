@@ -1,0 +1,43 @@
+# Two commands for a fresh machine: `make demo` (the main job) and `make test`. Both set themselves up:
+# a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow check lint types imports format clean
+
+demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that needs no download
+	$(BIN)/vbdl demo
+
+test: $(VENV)/.ok  ## the tests, about ten minutes on two cores
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.ok  ## what is marked slow
+	$(BIN)/pytest -m "slow and not gpu"
+
+check: lint types imports  ## everything but the tests
+
+lint: $(VENV)/.ok
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ok
+	$(BIN)/pyright
+
+imports: $(VENV)/.ok
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ok
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.ok: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): about 500 MB to download with the CPU build of torch, 3 GB where only the CUDA build is offered."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch -c constraints.txt  # first and pinned, before a range can pull another build
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) vbdl-demo .pytest_cache .ruff_cache .hypothesis

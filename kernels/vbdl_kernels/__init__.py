@@ -1,0 +1,8 @@
+"""Counter-based noise and the operators that draw it where it is used. Imports torch and triton, never vbdl."""
+
+from vbdl_kernels.philox import CONTRACT as CONTRACT
+from vbdl_kernels.philox import keep_mask as keep_mask
+from vbdl_kernels.philox import make_key as make_key
+from vbdl_kernels.philox import normal as normal
+from vbdl_kernels.philox import philox4x32 as philox4x32
+from vbdl_kernels.philox import words as words

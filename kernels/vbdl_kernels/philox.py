@@ -1,0 +1,245 @@
+"""Draw identity: every random number is a pure function of (seed, layer, stream, draw, row, column).
+
+Counter-based noise after Salmon, Moraes, Dror and Shaw, *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
+(https://doi.org/10.1145/2063384.2063405): Philox4x32 with 7 rounds, the fewest that pass every statistical test
+known (Random123's documentation), on this counter layout, which is frozen as `CONTRACT`:
+
+    key     (seed low 32 bits, seed high 32 bits)
+    counter (row, group, draw, layer << 4 | stream)      -> four 32-bit words w0 w1 w2 w3
+    column  c of a row uses   group (c // 128) * 32 + c % 32,   word (c // 32) % 4
+    normals (n0, n1) = box_muller(w0, w1),   (n2, n3) = box_muller(w2, w3)
+
+A weight (out, in) has row = out and column = in; a convolution's column is the flat (in, kh, kw); a bias or a
+vector is one row; a dropout mask has column = last axis and row = the axes before it, the batch left out. The four
+words of a counter are 32 columns apart so that a kernel can use each as a tile of its own.
+
+`words` and `normal` are opaque operators, so that a compiler neither sees nor narrows the 64-bit integer products.
+Each has a specification in plain torch (`reference_words`, `reference_normal`: any device, and right under
+`torch.compile` too) and a numpy implementation on the CPU, several times faster.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CONTRACT = 1  # the layout above; a change of any bit is a new number, and old artefacts keep theirs
+ROUNDS = 7
+
+WEIGHT, BIAS, DROPOUT, ACTIVATION, SIGN = range(5)  # streams: what the noise of a layer is for
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_GROUP = 32  # columns between two words of one counter
+
+
+def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * constant, both below 2**32, with no intermediate past 2**49.
+
+    The shorter wrap-around product is right in eager int64 and silently wrong under some compilers.
+    """
+    low = a * (constant & 0xFFFF)
+    middle = (low >> 16) + a * (constant >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    rounds: int = ROUNDS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random 32-bit words of each counter, in plain torch.
+
+    counter, key: int64 tensors that broadcast, values in [0, 2**32)  ->  four int64 tensors, values in [0, 2**32)
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _counter_shape(columns: int) -> tuple[int, int]:
+    """(blocks of 128 columns, counters in a row)."""
+    blocks = -(-columns // (4 * _GROUP))
+    return blocks, blocks * _GROUP
+
+
+def reference_words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    """The specification of `words`, in plain torch on any device."""
+    blocks, counters = _counter_shape(columns)
+    seed, draw = key[..., 0, None, None], key[..., 1, None, None]
+    row = torch.arange(rows, device=key.device)[:, None]
+    group = torch.arange(counters, device=key.device)[None, :]
+    zero = row * 0 + group * 0 + (draw & _MASK) * 0  # the common shape, (..., rows, counters)
+    last = zero + ((layer << 4) | stream)
+    w = philox4x32(
+        (row + zero, group + zero, (draw & _MASK) + zero, last),
+        (seed & _MASK, (seed >> 32) & _MASK),
+    )
+    tile = torch.stack([word.unflatten(-1, (blocks, _GROUP)) for word in w], dim=-2)
+    return tile.flatten(-3)[..., :columns]
+
+
+def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals (float32) of two words (int64). Box and Muller, 1958.
+
+    u is in (0, 1], so the logarithm is never of zero; the angle comes from the word read as a signed number, which
+    keeps float32's precision around zero.
+    """
+    u = (a.to(torch.float32) + 0.5) * 2.0**-32
+    angle = ((b ^ 0x80000000) - 0x80000000).to(torch.float32) * (2 * math.pi * 2.0**-32)
+    radius = torch.sqrt(-2 * torch.log(u))
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def reference_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    """The specification of `normal`, in plain torch on any device."""
+    blocks, _ = _counter_shape(columns)
+    # whole blocks, because the two words of a normal are 32 columns apart
+    w = reference_words(key, layer, stream, rows, blocks * 4 * _GROUP)
+    w = w.unflatten(-1, (blocks, 4, _GROUP))
+    n0, n1 = box_muller(w[..., 0, :], w[..., 1, :])
+    n2, n3 = box_muller(w[..., 2, :], w[..., 3, :])
+    return torch.stack((n0, n1, n2, n3), dim=-2).flatten(-3)[..., :columns]
+
+
+def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    u = (a.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    signed = b.astype(np.uint32).view(np.int32).astype(np.float32)
+    angle = signed * np.float32(2 * math.pi * 2.0**-32)
+    radius = np.sqrt(np.float32(-2) * np.log(u))
+    return radius * np.cos(angle), radius * np.sin(angle)
+
+
+def _numpy_noise(
+    key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool
+) -> Tensor:
+    """`reference_words` or `reference_normal` in numpy: its uint64 product is exact, and tiles stay in the cache."""
+    blocks, counters = _counter_shape(columns)
+    flat = key.reshape(-1, 2).numpy()
+    mask, half = np.uint64(_MASK), np.uint64(32)
+    out = np.empty((len(flat), rows, blocks, 4, _GROUP), np.float32 if normals else np.int64)
+    row_counter = np.arange(rows, dtype=np.uint64)[:, None]
+    group = np.arange(counters, dtype=np.uint64)[None, :]
+    tile = max(1, 16384 // max(counters, 1))  # rows at a time
+    for index, (seed, draw) in enumerate(flat.tolist()):
+        for start in range(0, rows, tile):
+            shape = (min(tile, rows - start), counters)
+            c0: np.ndarray = np.broadcast_to(row_counter[start : start + tile], shape)
+            c1: np.ndarray = np.broadcast_to(group, shape)
+            c2: np.ndarray = np.full(shape, draw & _MASK, np.uint64)
+            c3: np.ndarray = np.full(shape, (layer << 4) | stream, np.uint64)
+            k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+            for _ in range(ROUNDS):
+                product0 = c0 * np.uint64(_MULTIPLIERS[0])
+                product1 = c2 * np.uint64(_MULTIPLIERS[1])
+                c0 = (product1 >> half) ^ c1 ^ np.uint64(k0)
+                c1 = product1 & mask
+                c2 = (product0 >> half) ^ c3 ^ np.uint64(k1)
+                c3 = product0 & mask
+                k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+            w = (c0, c1, c2, c3)
+            if normals:
+                w = (*_numpy_box_muller(c0, c1), *_numpy_box_muller(c2, c3))
+            for j, word in enumerate(w):
+                out[index, start : start + tile, :, j] = word.reshape(-1, blocks, _GROUP)
+    flat_columns = out.reshape(len(flat), rows, blocks * 4 * _GROUP)[:, :, :columns]
+    return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(
+        *key.shape[:-1], rows, columns
+    )
+
+
+def _numpy_words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    return _numpy_noise(key, layer, stream, rows, columns, normals=False)
+
+
+def _numpy_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    return _numpy_noise(key, layer, stream, rows, columns, normals=True)
+
+
+_library = torch.library.Library("vbdl", "FRAGMENT")
+
+
+def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
+    """An opaque operator of one noise: plain torch everywhere, numpy on the CPU, draws as its leading axes."""
+    operator = f"vbdl::{name}"
+    _library.define(f"{name}(Tensor key, int layer, int stream, int rows, int columns) -> Tensor")
+    _library.impl(name, cpu, "CPU")
+    for device in ("CUDA", "XPU", "MPS"):
+        _library.impl(name, reference, device)
+
+    @torch.library.register_fake(operator, lib=_library)
+    def shape(key, layer, stream, rows, columns):
+        return key.new_empty((*key.shape[:-1], rows, columns), dtype=dtype)
+
+    @torch.library.register_vmap(operator, lib=_library)
+    def mapped(info, in_dims, key, layer, stream, rows, columns):
+        packet = getattr(torch.ops.vbdl, name)
+        return packet(key.movedim(in_dims[0], 0), layer, stream, rows, columns), 0
+
+
+_register("words", reference_words, _numpy_words, torch.int64)
+_register("normal", reference_normal, _numpy_normal, torch.float32)
+
+
+def _check(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> None:
+    if key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
+        raise ValueError(
+            f"key must be int64 of shape (..., 2), (seed, draw) last; got {key.dtype} {tuple(key.shape)}"
+        )
+    if not 0 <= layer < 2**28 or not 0 <= stream < 16 or rows < 0 or columns < 0:
+        raise ValueError(
+            f"layer {layer}, stream {stream}, rows {rows} or columns {columns} out of range"
+        )
+
+
+def words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    """Uniform 32-bit words of one layer and stream.
+
+    key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) int64, values in [0, 2**32)
+
+    Takes any number of draws at once, works under `vmap`, `torch.compile(fullgraph=True)` and `make_fx`, and gives
+    the same bits in all of them. Raises ValueError for a key of another dtype or shape.
+    """
+    _check(key, layer, stream, rows, columns)
+    return torch.ops.vbdl.words(key, layer, stream, rows, columns)
+
+
+def normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    """Standard normals, float32; the same draw whatever dtype it is later cast to.
+
+    key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) float32
+
+    An opaque operator like `words`, so on one device eager, compiled and mapped calls give the same bits. Between
+    devices the words are the same and the normals agree to float rounding (about 1e-6).
+    """
+    _check(key, layer, stream, rows, columns)
+    return torch.ops.vbdl.normal(key, layer, stream, rows, columns)
+
+
+def keep_mask(
+    key: Tensor, layer: int, rows: int, columns: int, p: float, stream: int = DROPOUT
+) -> Tensor:
+    """Which units a dropout of rate p keeps: bool, True with probability 1 - round(p * 2**32) / 2**32.
+
+    key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) bool
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"the dropout rate is a probability, got {p}")
+    return words(key, layer, stream, rows, columns) >= round(p * 2**32)
+
+
+def make_key(seed: int, draws: Tensor | range | list[int], device=None) -> Tensor:
+    """The key of each draw number: (seed, draw).  draws: (samples,)  ->  (samples, 2) int64"""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    numbers = torch.as_tensor(
+        list(draws) if isinstance(draws, range) else draws, dtype=torch.int64, device=device
+    )
+    return torch.stack((torch.full_like(numbers, seed), numbers), dim=-1)
