@@ -117,9 +117,7 @@ def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndar
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
-def _numpy_noise(
-    key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool
-) -> Tensor:
+def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool) -> Tensor:
     """`reference_words` or `reference_normal` in numpy: its uint64 product is exact, and tiles stay in the cache."""
     blocks, counters = _counter_shape(columns)
     flat = key.reshape(-1, 2).numpy()
@@ -150,9 +148,7 @@ def _numpy_noise(
             for j, word in enumerate(w):
                 out[index, start : start + tile, :, j] = word.reshape(-1, blocks, _GROUP)
     flat_columns = out.reshape(len(flat), rows, blocks * 4 * _GROUP)[:, :, :columns]
-    return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(
-        *key.shape[:-1], rows, columns
-    )
+    return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(*key.shape[:-1], rows, columns)
 
 
 def _numpy_words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
@@ -194,9 +190,7 @@ def _check(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Non
             f"key must be int64 of shape (..., 2), (seed, draw) last; got {key.dtype} {tuple(key.shape)}"
         )
     if not 0 <= layer < 2**28 or not 0 <= stream < 16 or rows < 0 or columns < 0:
-        raise ValueError(
-            f"layer {layer}, stream {stream}, rows {rows} or columns {columns} out of range"
-        )
+        raise ValueError(f"layer {layer}, stream {stream}, rows {rows} or columns {columns} out of range")
 
 
 def words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
@@ -223,9 +217,7 @@ def normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Ten
     return torch.ops.vbdl.normal(key, layer, stream, rows, columns)
 
 
-def keep_mask(
-    key: Tensor, layer: int, rows: int, columns: int, p: float, stream: int = DROPOUT
-) -> Tensor:
+def keep_mask(key: Tensor, layer: int, rows: int, columns: int, p: float, stream: int = DROPOUT) -> Tensor:
     """Which units a dropout of rate p keeps: bool, True with probability 1 - round(p * 2**32) / 2**32.
 
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) bool
@@ -239,7 +231,5 @@ def make_key(seed: int, draws: Tensor | range | list[int], device=None) -> Tenso
     """The key of each draw number: (seed, draw).  draws: (samples,)  ->  (samples, 2) int64"""
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    numbers = torch.as_tensor(
-        list(draws) if isinstance(draws, range) else draws, dtype=torch.int64, device=device
-    )
+    numbers = torch.as_tensor(list(draws) if isinstance(draws, range) else draws, dtype=torch.int64, device=device)
     return torch.stack((torch.full_like(numbers, seed), numbers), dim=-1)
