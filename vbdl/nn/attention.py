@@ -1,0 +1,123 @@
+"""Attention whose dropout is drawn from counters: the weights of a draw are dropped alike for every row.
+
+torch's own attention draws inside one fused call, out of sight of `vmap` and of any seed; these are the same
+formulas (Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762) with the mask outside.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vbdl.nn.dropout import CounterDropout
+
+
+def scaled_dot_product_attention(
+    mode: "CounterDropout",
+    func,
+    query: Tensor,  # (batch, ..., length, head)
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, its dropout one mask a draw over (heads, length, source)."""
+    if dropout_p == 0.0:
+        return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.mT * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        length, source = scores.shape[-2:]
+        attn_mask = torch.ones(length, source, dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask
+    weights = mode.drop(torch.softmax(scores, dim=-1), dropout_p, "scaled_dot_product_attention")
+    return weights @ value
+
+
+def multi_head_attention_forward(
+    mode: "CounterDropout",
+    func,
+    query: Tensor,  # (length, batch, embedding)
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward`, its dropout one mask a draw over (heads, length, source)."""
+    if query.ndim != 3:
+        raise ValueError(
+            f"attention in module '{mode.place()}' got an unbatched query {tuple(query.shape)}; give it a batch"
+        )
+    if static_k is not None or static_v is not None:
+        raise NotImplementedError(f"attention in module '{mode.place()}' uses static_k or static_v")
+    length, batch, width = query.shape
+    if use_separate_proj_weight:
+        weights_in = (q_proj_weight, k_proj_weight, v_proj_weight)
+    else:
+        assert in_proj_weight is not None
+        weights_in = in_proj_weight.chunk(3)
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(t, w, b)
+        for t, w, b in zip((query, key, value), weights_in, biases, strict=True)  # type: ignore[arg-type]
+    )
+    if bias_k is not None and bias_v is not None:
+        k = torch.cat([k, bias_k.expand(1, batch, -1)])
+        v = torch.cat([v, bias_v.expand(1, batch, -1)])
+    if add_zero_attn:
+        k, v = (torch.cat([t, t.new_zeros(1, batch, t.shape[-1])]) for t in (k, v))
+    source = k.shape[0]
+    heads = lambda t: t.reshape(t.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3)
+    q, k, v = heads(q), heads(k), heads(v)  # (batch, heads, length | source, head)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if attn_mask is not None:
+        mask = attn_mask.view(batch, num_heads, length, -1) if attn_mask.ndim == 3 else attn_mask
+        scores = _mask(scores, F.pad(mask, (0, source - mask.shape[-1])))
+    if key_padding_mask is not None:
+        mask = F.pad(key_padding_mask, (0, source - key_padding_mask.shape[-1]))
+        scores = _mask(scores, mask[:, None, None, :])
+    attention = torch.softmax(scores, dim=-1)
+    if training:
+        attention = mode.drop(attention, dropout_p, "multi_head_attention_forward", axis=0)
+    out = (attention @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
+    out = F.linear(out, out_proj_weight, out_proj_bias)
+    if not need_weights:
+        return out, None
+    return out, attention.mean(dim=1) if average_attn_weights else attention
+
+
+def _mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """torch's convention for this function: True is masked out, a float is added."""
+    return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask

@@ -1,0 +1,337 @@
+"""Every kind of dropout, drawn from counters: one mask a draw, shared by the batch.
+
+A network's forward runs under `CounterDropout`, which sees each torch function before it is called and replaces
+those that drop units, wherever they are: `nn.Dropout*`, `F.dropout` in a forward, attention, recurrent layers. Any
+other random operation raises and names its place, so that nothing random is missed or shared by accident.
+
+Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxiv.org/abs/1506.02142
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from vbdl_kernels import keep_mask
+
+_ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what alpha dropout sets dropped units to
+
+_RANDOM = frozenset(
+    """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_
+    exponential_ cauchy_ geometric_ log_normal_ random_ multinomial poisson binomial gumbel_softmax
+    fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d
+    fractional_max_pool3d_with_indices native_dropout _fused_dropout""".split()
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call that drops units."""
+
+    path: str  # the innermost module that makes the call; "" is the root
+    kind: str  # the function called
+    p: float  # its rate, after any override
+    shape: tuple[int, ...]  # of what is masked
+    axis: int | None = 0  # where the batch is in that shape; None where the batch is not in it
+    multiple: int = 1  # rows of that axis that belong to one row of the batch
+
+
+class CounterDropout(TorchFunctionMode):
+    """Masks of one draw for every dropout called inside.
+
+    key: (2,) int64, (seed, draw).  rate: overrides rates, for all sites or by module name.  sites: what a probe found
+    (`locate`), in the order of the calls; without it the batch is taken to be axis 0 everywhere.
+    """
+
+    def __init__(
+        self,
+        key: Tensor,
+        root: nn.Module,
+        rate: float | Mapping[str, float] | None = None,
+        sites: tuple[Site, ...] | None = None,
+    ):
+        super().__init__()
+        self.key, self.rate, self.sites = key, rate, sites
+        self.names = {id(module): name for name, module in root.named_modules()}
+        self.found: list[Site] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if (handler := _HANDLERS.get(name)) is not None:
+            return handler(self, func, *args, **kwargs)
+        if name in _RANDOM:
+            raise NotImplementedError(
+                f"{name} is called in {self._describe(self.place())}: only dropout can be drawn from counters. "
+                f"Name that module in deterministic= to keep it in evaluation mode, or replace the call."
+            )
+        return func(*args, **kwargs)
+
+    def place(self) -> str:
+        """Name of the innermost module whose method is being run."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self.names:
+                return self.names[id(owner)]
+            frame = frame.f_back
+        return ""
+
+    @staticmethod
+    def _describe(path: str) -> str:
+        return f"module '{path}'" if path else "the module itself"
+
+    def p(self, p: float, path: str) -> float:
+        """The rate of a site: an override for all, for its module or for a module around it, or its own."""
+        if isinstance(self.rate, Mapping):
+            names = [n for n in self.rate if path == n or path.startswith(f"{n}.") or n == ""]
+            return float(self.rate[max(names, key=len)]) if names else float(p)
+        return float(p) if self.rate is None else float(self.rate)
+
+    def keep(
+        self, kind: str, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None = 0
+    ) -> Tensor | None:
+        """The mask of the next site, broadcastable to `shape`, or None where nothing is dropped.
+
+        axis: where the batch is, if the caller knows (None: not in there); -1 asks the probe, then takes axis 0.
+        """
+        index, path = len(self.found), self.place()
+        p, multiple = self.p(p, path), 1
+        if axis == -1:
+            axis = 0
+            if self.sites is not None:
+                if index >= len(self.sites) or self.sites[index].kind != kind:
+                    raise RuntimeError(
+                        f"{kind} in {self._describe(path)} was not called when the module was first run: "
+                        f"a forward whose dropout calls depend on the data cannot be drawn reproducibly"
+                    )
+                axis, multiple = self.sites[index].axis, self.sites[index].multiple
+        self.found.append(Site(path, kind, p, tuple(shape), axis, multiple))
+        if p == 0.0:
+            return None
+        sizes = list(shape)
+        if axis is not None:
+            sizes[axis] = multiple
+        columns = sizes[-1] if len(sizes) > 1 else math.prod(sizes)
+        rows = math.prod(sizes) // max(columns, 1)
+        keep = keep_mask(self.key.to(device), index, rows, columns, p).view(sizes)
+        if axis is not None and multiple > 1:  # the axis runs over (batch, multiple)
+            repeats = [1] * len(sizes)
+            repeats[axis] = shape[axis] // multiple
+            keep = keep.repeat(repeats)
+        return keep
+
+    def drop(self, x: Tensor, p: float, kind: str, axis: int | None = -1) -> Tensor:
+        """x with units dropped and the rest scaled by 1 / (1 - p)."""
+        keep = self.keep(kind, tuple(x.shape), p, x.device, axis)
+        return x if keep is None else _scale(x, keep, self.found[-1].p)
+
+
+def _scale(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    return x * (keep.to(x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
+
+
+def _element(mode: CounterDropout, func, input, p=0.5, training=True, inplace=False, train=None):
+    if not (training if train is None else train):
+        return input
+    return mode.drop(input, p, "dropout")
+
+
+def _channel_sizes(mode: CounterDropout, kind: str, input: Tensor) -> Tensor:
+    """A view of one element a channel: whole channels are dropped."""
+    if input.ndim < 3:
+        raise ValueError(
+            f"{kind} in {mode._describe(mode.place())} got {tuple(input.shape)}: channels are dropped from "
+            f"(batch, channels, ...), with at least one axis after the channels"
+        )
+    return input.flatten(2)[..., :1].squeeze(-1)
+
+
+def _channels(mode: CounterDropout, func, input, p=0.5, training=True, inplace=False, train=None):
+    if not (training if train is None else train):
+        return input
+    kind = func.__name__
+    units = _channel_sizes(mode, kind, input)
+    keep = mode.keep(kind, tuple(units.shape), p, input.device, axis=0)
+    if keep is None:
+        return input
+    return _scale(input, keep.reshape(*keep.shape, *([1] * (input.ndim - 2))), mode.found[-1].p)
+
+
+def _alpha(mode: CounterDropout, func, input, p=0.5, training=False, inplace=False, train=None):
+    """Klambauer et al., Self-Normalizing Neural Networks, 2017, https://arxiv.org/abs/1706.02515"""
+    if not (training if train is None else train):
+        return input
+    kind = func.__name__
+    if "feature" in kind:
+        units = _channel_sizes(mode, kind, input)
+        keep = mode.keep(kind, tuple(units.shape), p, input.device, axis=0)
+        if keep is not None:
+            keep = keep.reshape(*keep.shape, *([1] * (input.ndim - 2)))
+    else:
+        keep = mode.keep(kind, tuple(input.shape), p, input.device, axis=-1)
+    if keep is None:
+        return input
+    p = mode.found[-1].p
+    if p == 1.0:
+        return input * 0
+    a = ((1 - p) * (1 + p * _ALPHA**2)) ** -0.5
+    kept = keep.to(input.dtype)
+    return a * (input * kept + _ALPHA * (1 - kept)) - a * p * _ALPHA
+
+
+def _batch_norm(
+    mode: CounterDropout,
+    func,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """Always with the statistics of training: those of the batch would tie a row's prediction to its neighbours."""
+    if running_mean is None:
+        raise ValueError(
+            f"batch normalisation in {mode._describe(mode.place())} keeps no running statistics, so a row's "
+            f"prediction would depend on its batch: train it with track_running_stats=True"
+        )
+    return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _rrelu(mode: CounterDropout, func, input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
+    return func(input, lower, upper, False, False)
+
+
+def _attention_weights(mode: CounterDropout, func, query, key, value, *args, **kwargs):
+    from vbdl.nn.attention import scaled_dot_product_attention
+
+    return scaled_dot_product_attention(mode, func, query, key, value, *args, **kwargs)
+
+
+def _multi_head(mode: CounterDropout, func, *args, **kwargs):
+    from vbdl.nn.attention import multi_head_attention_forward
+
+    return multi_head_attention_forward(mode, func, *args, **kwargs)
+
+
+def _recurrent(mode: CounterDropout, func, *args, **kwargs):
+    from vbdl.nn.recurrent import recurrent
+
+    return recurrent(mode, func, *args, **kwargs)
+
+
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    "dropout": _element,
+    "dropout_": _element,
+    "dropout1d": _channels,
+    "dropout2d": _channels,
+    "dropout3d": _channels,
+    "feature_dropout": _channels,
+    "feature_dropout_": _channels,
+    "alpha_dropout": _alpha,
+    "alpha_dropout_": _alpha,
+    "feature_alpha_dropout": _alpha,
+    "feature_alpha_dropout_": _alpha,
+    "batch_norm": _batch_norm,
+    "rrelu": _rrelu,
+    "rrelu_": _rrelu,
+    "scaled_dot_product_attention": _attention_weights,
+    "multi_head_attention_forward": _multi_head,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
+}
+
+# these modules behave differently in training for reasons other than dropout
+NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.RReLU)
+
+
+class DropoutNetwork(nn.Module):
+    """A module whose evaluation keeps dropout on, with the masks of the draw in `key`.
+
+    In training mode it is the module itself, with torch's own dropout (a mask a row). In evaluation every dropout is
+    on and everything else is off: normalisation evaluates, and so does what `deterministic` names.
+    """
+
+    key: Tensor
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        rate: float | Mapping[str, float] | None = None,
+        deterministic: tuple[str | type[nn.Module], ...] = (),
+    ):
+        super().__init__()
+        self.inner, self.rate, self.deterministic = inner, rate, deterministic
+        self.sites: tuple[Site, ...] | None = None
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self.train(inner.training)
+
+    def train(self, mode: bool = True) -> "DropoutNetwork":
+        super().train(mode)
+        if not mode:
+            for name, module in self.inner.named_modules():
+                module.training = not self._stays_deterministic(name, module)
+        return self
+
+    def _stays_deterministic(self, name: str, module: nn.Module) -> bool:
+        if isinstance(module, NORMALISATION):
+            return True
+        for chosen in self.deterministic:
+            if isinstance(chosen, str):
+                if name == chosen or name.startswith(f"{chosen}."):
+                    return True
+            elif isinstance(module, chosen):
+                return True
+        return False
+
+    def masks(self) -> CounterDropout:
+        return CounterDropout(self.key, self.inner, self.rate, self.sites)
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            return self.inner(*args, **kwargs)
+        with self.masks():
+            return self.inner(*args, **kwargs)
+
+    @torch.no_grad()
+    def locate(self, inputs) -> tuple[Site, ...]:
+        """Every dropout call of a forward, with the place of the batch in it, found by running two batch sizes."""
+        from vbdl.stacking import arguments, map_inputs
+
+        found = []
+        self.sites = None
+        for rows in (2, 3):
+            repeated = map_inputs(lambda t, rows=rows: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
+            args, kwargs = arguments(repeated)
+            with self.masks() as mode:
+                self.inner(*args, **kwargs)
+            found.append(mode.found)
+        if [s.kind for s in found[0]] != [s.kind for s in found[1]]:
+            raise RuntimeError("the module calls other dropouts for another batch size: draws cannot be reproduced")
+        self.sites = tuple(_place_batch(a, b) for a, b in zip(*found, strict=True))
+        return self.sites
+
+
+def _place_batch(two: Site, three: Site) -> Site:
+    """The site, with the axis that grew with the batch."""
+    grown = [axis for axis, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
+    if not grown:
+        return Site(two.path, two.kind, two.p, two.shape, None)
+    axis = grown[0]
+    multiple = two.shape[axis] // 2
+    if len(grown) > 1 or two.shape[axis] != 2 * multiple or three.shape[axis] != 3 * multiple:
+        raise ValueError(
+            f"{two.kind} in module '{two.path}' masks {two.shape} for 2 rows and {three.shape} for 3: "
+            f"vbdl cannot tell which part belongs to which row of the batch"
+        )
+    return Site(two.path, two.kind, two.p, two.shape, axis, multiple)

@@ -1,0 +1,37 @@
+"""LSTM, GRU and RNN whose dropout between layers is drawn from counters: one mask a draw over (time, features)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vbdl.nn.dropout import CounterDropout
+
+
+def recurrent(mode: "CounterDropout", func, input: Tensor, *args):
+    """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`, run layer by layer when there is dropout between the layers."""
+    if isinstance(args[0], Tensor) and args[0].dtype == torch.int64 and args[0].ndim == 1:
+        batch_sizes, *rest = args
+        if rest[4] > 0 and rest[3] > 1:
+            raise NotImplementedError(
+                f"module '{mode.place()}' has dropout between recurrent layers and got a packed sequence: "
+                f"vbdl needs padded sequences there"
+            )
+        return func(input, batch_sizes, *rest)
+    hidden, weights, has_biases, layers, dropout, training, bidirectional, batch_first = args
+    if not training or layers == 1 or mode.p(dropout, mode.place()) == 0.0:
+        return func(input, *args)
+    directions = 2 if bidirectional else 1
+    per_layer = len(weights) // layers
+    states = hidden if isinstance(hidden, tuple | list) else (hidden,)
+    finals = []
+    for layer in range(layers):
+        if layer:
+            input = mode.drop(input, dropout, func.__name__, axis=0 if batch_first else 1)
+        part = [s[layer * directions : (layer + 1) * directions] for s in states]
+        own = list(weights[layer * per_layer : (layer + 1) * per_layer])
+        start = tuple(part) if len(part) > 1 else part[0]
+        input, *final = func(input, start, own, has_biases, 1, 0.0, False, bidirectional, batch_first)
+        finals.append(final)
+    return (input, *(torch.cat(parts) for parts in zip(*finals, strict=True)))

@@ -1,0 +1,106 @@
+"""Many states, one module, one call: the only file that calls `vmap` and `functional_call`.
+
+    outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from vbdl.types import Inputs, State
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and keyword tensors of a call."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs), {}
+
+
+def tensors(inputs: Inputs) -> list[Tensor]:
+    """Every tensor of a call, positional first."""
+    args, kwargs = arguments(inputs)
+    return [*args, *kwargs.values()]
+
+
+def map_inputs(function, inputs: Inputs) -> Inputs:
+    """`function` of every tensor, in the same structure."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: function(t) for name, t in inputs.items()}
+    return tuple(function(t) for t in inputs)
+
+
+def state_of(module: nn.Module) -> State:
+    """Parameters and buffers by name; a tied one once, under its first name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def call(module: nn.Module, state: State, inputs: Inputs) -> Any:
+    """The module's output with these entries in place of its own, which stay untouched."""
+    args, kwargs = arguments(inputs)
+    return functional_call(module, state, args, kwargs, strict=False)
+
+
+def call_stacked(
+    module: nn.Module,
+    stacked: State,  # (samples, ...) each
+    shared: State,
+    inputs: Inputs,
+    randomness: str = "error",
+    inputs_stacked: bool = False,
+) -> Any:
+    """Outputs of every sample on the same inputs, or on inputs of its own: (samples, batch, ...)."""
+
+    def one(state: State, inputs: Inputs):
+        return call(module, {**shared, **state}, inputs)
+
+    in_dims = (0, 0 if inputs_stacked else None)
+    return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, inputs)
+
+
+def select(stacked: State, index: int) -> State:
+    """One sample of a stacked state."""
+    return {name: t[index] for name, t in stacked.items()}
+
+
+def blueprint(module: nn.Module) -> nn.Module:
+    """A copy that holds structure only: its parameters and buffers are on the meta device."""
+    return copy.deepcopy(module).to("meta")
+
+
+def stack(modules: Sequence[nn.Module]) -> State:
+    """Parameters and buffers of modules of one architecture, stacked: (members, ...) each, detached copies.
+
+    Raises ValueError where they differ in names, shapes, dtypes or structure.
+    """
+    if not modules:
+        raise ValueError("an ensemble needs at least one member, got an empty list")
+    reference = architecture(modules[0])
+    for index, module in enumerate(modules[1:], start=1):
+        if (other := architecture(module)) != reference:
+            raise ValueError(f"member {index} differs from member 0: {_difference(reference, other)}")
+    states = [state_of(module) for module in modules]
+    return {name: torch.stack([s[name].detach() for s in states]) for name in states[0]}
+
+
+def architecture(module: nn.Module) -> list[str]:
+    """What has to be equal for two modules to be stacked, a line each."""
+    lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
+    lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
+    return lines
+
+
+def _difference(a: list[str], b: list[str]) -> str:
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            return f"'{right}' where member 0 has '{left}'"
+    longer, who = (a, "member 0 has") if len(a) > len(b) else (b, "it has")
+    return f"{who} '{longer[min(len(a), len(b))]}' in addition"
