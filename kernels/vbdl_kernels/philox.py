@@ -118,7 +118,7 @@ def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool) -> Tensor:
-    """`reference_words` or `reference_normal` in numpy: its uint64 product is exact, and tiles stay in the cache."""
+    """The references in numpy: its uint64 product is exact, and tiles stay in the cache."""
     blocks, counters = _counter_shape(columns)
     flat = key.reshape(-1, 2).numpy()
     mask, half = np.uint64(_MASK), np.uint64(32)
@@ -146,7 +146,7 @@ def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, 
             if normals:
                 w = (*_numpy_box_muller(c0, c1), *_numpy_box_muller(c2, c3))
             for j, word in enumerate(w):
-                out[index, start : start + tile, :, j] = word.reshape(-1, blocks, _GROUP)
+                out[index, start : start + tile, :, j] = word.reshape(shape[0], blocks, _GROUP)
     flat_columns = out.reshape(len(flat), rows, blocks * 4 * _GROUP)[:, :, :columns]
     return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(*key.shape[:-1], rows, columns)
 
