@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from vbdl_kernels import keep_mask
 
+from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
+from vbdl.nn.recurrent import recurrent
+from vbdl.stacking import arguments, map_inputs
+
 _ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what alpha dropout sets dropped units to
 
 _RANDOM = frozenset(
@@ -210,24 +214,6 @@ def _rrelu(mode: CounterDropout, func, input, lower=1 / 8, upper=1 / 3, training
     return func(input, lower, upper, False, False)
 
 
-def _attention_weights(mode: CounterDropout, func, query, key, value, *args, **kwargs):
-    from vbdl.nn.attention import scaled_dot_product_attention
-
-    return scaled_dot_product_attention(mode, func, query, key, value, *args, **kwargs)
-
-
-def _multi_head(mode: CounterDropout, func, *args, **kwargs):
-    from vbdl.nn.attention import multi_head_attention_forward
-
-    return multi_head_attention_forward(mode, func, *args, **kwargs)
-
-
-def _recurrent(mode: CounterDropout, func, *args, **kwargs):
-    from vbdl.nn.recurrent import recurrent
-
-    return recurrent(mode, func, *args, **kwargs)
-
-
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "dropout": _element,
     "dropout_": _element,
@@ -243,12 +229,12 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "batch_norm": _batch_norm,
     "rrelu": _rrelu,
     "rrelu_": _rrelu,
-    "scaled_dot_product_attention": _attention_weights,
-    "multi_head_attention_forward": _multi_head,
-    "lstm": _recurrent,
-    "gru": _recurrent,
-    "rnn_tanh": _recurrent,
-    "rnn_relu": _recurrent,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "multi_head_attention_forward": multi_head_attention_forward,
+    "lstm": recurrent,
+    "gru": recurrent,
+    "rnn_tanh": recurrent,
+    "rnn_relu": recurrent,
 }
 
 # these modules behave differently in training for reasons other than dropout
@@ -306,8 +292,6 @@ class DropoutNetwork(nn.Module):
     @torch.no_grad()
     def locate(self, inputs) -> tuple[Site, ...]:
         """Every dropout call of a forward, with the place of the batch in it, found by running two batch sizes."""
-        from vbdl.stacking import arguments, map_inputs
-
         found = []
         self.sites = None
         for rows in (2, 3):
@@ -317,7 +301,9 @@ class DropoutNetwork(nn.Module):
                 self.inner(*args, **kwargs)
             found.append(mode.found)
         if [s.kind for s in found[0]] != [s.kind for s in found[1]]:
-            raise RuntimeError("the module calls other dropouts for another batch size: draws cannot be reproduced")
+            raise RuntimeError(
+                "the module calls other dropouts for another batch size: draws cannot be reproduced"
+            )
         self.sites = tuple(_place_batch(a, b) for a, b in zip(*found, strict=True))
         return self.sites
 

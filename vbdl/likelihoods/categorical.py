@@ -1,0 +1,120 @@
+"""One class of several: softmax of the outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, standard_error
+from vbdl.types import State
+
+
+@dataclass(frozen=True)
+class CategoricalPrediction:
+    """p(class | x), averaged over the samples. Entropies in nats, one a row (or a row and pixel)."""
+
+    probs: Tensor  # (batch, ..., classes)
+    total: Tensor  # (batch, ...) entropy of the mean probabilities
+    aleatoric: Tensor  # (batch, ...) mean entropy of the samples' probabilities
+    epistemic: Tensor  # (batch, ...) their difference: mutual information of class and parameters
+    standard_error: Tensor  # (batch, ..., classes) Monte Carlo standard error of probs
+    n_samples: int
+    samples: Tensor | None = None  # (samples, batch, ..., classes) logits, where asked for
+
+    @property
+    def mean(self) -> Tensor:
+        """The probabilities, under the name every prediction has."""
+        return self.probs
+
+    @property
+    def label(self) -> Tensor:
+        """(batch, ...) the most probable class."""
+        return self.probs.argmax(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """(batch, ...) its probability."""
+        return self.probs.amax(-1)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """(batch, ...) log p(y | x) in nats of the mean probabilities."""
+        picked = self.probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
+
+
+class Categorical(nn.Module):
+    """Outputs are logits, (batch, ..., classes), or with the classes on another axis (1 for images of pixels).
+
+    Uncertainty: H[E p] = E H[p] + MI (Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
+    https://arxiv.org/abs/1710.07283).
+    """
+
+    def __init__(self, class_axis: int = -1):
+        super().__init__()
+        self.class_axis = class_axis
+
+    def extra_repr(self) -> str:
+        return "" if self.class_axis == -1 else f"class_axis={self.class_axis}"
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """(batch, ..., classes) logits, the classes moved last."""
+        if outputs.ndim < 2:
+            raise ValueError(
+                f"Categorical needs logits (batch, classes), the module returned {tuple(outputs.shape)}; "
+                f"for one logit a row use vbdl.Bernoulli()"
+            )
+        return outputs if self.class_axis == -1 else outputs.movedim(self.class_axis, -1)
+
+    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        *shape, classes = parameters_shape
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(f"Categorical targets are class numbers (an integer dtype), got {y.dtype}")
+        if list(y.shape) != list(shape):
+            raise ValueError(f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes")
+        if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+            raise ValueError(
+                f"targets run from {int(y.min())} to {int(y.max())}, the module returns {classes} classes "
+                f"(0 to {classes - 1})"
+            )
+        return y.to(torch.int64)
+
+    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """(batch, ..., classes) logits, (batch, ...) -> (batch,) nats, summed over the axes between."""
+        log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
+        return -log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1).flatten(1).sum(1)
+
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return self.nll(parameters, y)
+
+    def summarize(self, parameters: Tensor) -> State:
+        """(samples, batch, ..., classes) logits -> running sums"""
+        log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
+        probs = log_probs.exp()
+        n, mean, deviation = moments(probs)
+        # a class of probability 0 has log -inf and adds nothing: 0 * -inf would be nan
+        entropy = -(probs * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(-1)
+        return {"n": n, "probs": mean, "deviation": deviation, "entropy": entropy.mean(0)}
+
+    def merge(self, a: State, b: State) -> State:
+        return {
+            "n": a["n"] + b["n"],
+            "probs": merge_mean(a["n"], a["probs"], b["n"], b["probs"]),
+            "deviation": merge_deviation(a["n"], a["probs"], a["deviation"], b["n"], b["probs"], b["deviation"]),
+            "entropy": merge_mean(a["n"], a["entropy"], b["n"], b["entropy"]),
+        }
+
+    def finish(self, summary: State) -> State:
+        probs, aleatoric = summary["probs"], summary["entropy"]
+        total = -torch.xlogy(probs, probs).sum(-1)
+        return {
+            "probs": probs,
+            "total": total,
+            "aleatoric": aleatoric,
+            # not negative by Jensen's inequality; rounding can leave -1e-8 where all samples agree
+            "epistemic": (total - aleatoric).clamp_min(0),
+            "standard_error": standard_error(summary["n"], summary["deviation"]),
+        }
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> CategoricalPrediction:
+        return CategoricalPrediction(**fields, n_samples=n_samples, samples=samples)

@@ -1,0 +1,66 @@
+"""Real targets whose noise the network predicts, row by row."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.likelihoods import normal_mixture
+from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, RegressionPrediction
+from vbdl.types import State
+
+
+class HeteroscedasticGaussian(nn.Module):
+    """Outputs (batch, 2 * outputs): the means, then the log-variances.
+
+    Nix and Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994.
+    beta: training weighs each term by variance^beta, held constant, so that rows fitted badly at the start are not
+    given up to noise (Seitzer et al., On the Pitfalls of Heteroscedastic Uncertainty Estimation, ICLR 2022,
+    https://arxiv.org/abs/2203.09168); 0 is the plain likelihood, 0.5 the paper's choice.
+    """
+
+    def __init__(self, beta: float = 0.0, covariance: bool = False):
+        super().__init__()
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta lies between 0 (likelihood) and 1 (squared error), got {beta}")
+        self.beta, self.covariance = beta, covariance
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}"
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """(batch, 2 * outputs) -> (batch, outputs, 2) mean and log-variance"""
+        if outputs.ndim < 2 or outputs.shape[-1] % 2:
+            raise ValueError(
+                f"HeteroscedasticGaussian needs (batch, 2 * outputs): means, then log-variances; "
+                f"the module returned {tuple(outputs.shape)}"
+            )
+        mean, log_variance = outputs.chunk(2, dim=-1)
+        return torch.stack((mean, log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)), dim=-1)
+
+    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        return normal_mixture.check_regression_targets(y, tuple(parameters_shape[:-1]))
+
+    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """(batch, outputs, 2), (batch, outputs) -> (batch,) nats"""
+        return normal_mixture.normal_nll(parameters, y)
+
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """The negative log-likelihood, each output weighed by its variance^beta."""
+        if self.beta == 0.0:
+            return self.nll(parameters, y)
+        per_output = normal_mixture.normal_nll(parameters.unsqueeze(-2), y.unsqueeze(-1))
+        weight = (self.beta * parameters[..., 1].detach()).exp()
+        return (weight * per_output).flatten(1).sum(1)
+
+    def summarize(self, parameters: Tensor) -> State:
+        return normal_mixture.summarize(parameters, self.covariance)
+
+    def merge(self, a: State, b: State) -> State:
+        return normal_mixture.merge(a, b)
+
+    def finish(self, summary: State) -> State:
+        return normal_mixture.finish(summary)
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> RegressionPrediction:
+        return RegressionPrediction(**fields, n_samples=n_samples, samples=samples)
