@@ -1,0 +1,65 @@
+"""Scores of predictions and of uncertainties.
+
+Per-row scores return (batch,) and go into `Mean` (a stream), `mean_estimate` (with its standard
+error), `bootstrap` and `compare` (two methods, paired). Metrics of whole sets return a number;
+those
+with an exact form of bounded memory have a streaming class beside them, the others go into `Rows`.
+"""
+
+from vbdl.metrics.accuracy import accuracy as accuracy
+from vbdl.metrics.accuracy import accuracy_interval as accuracy_interval
+from vbdl.metrics.accuracy import correct as correct
+from vbdl.metrics.accuracy import rmse as rmse
+from vbdl.metrics.accuracy import squared_error as squared_error
+from vbdl.metrics.brier import BrierDecomposition as BrierDecomposition
+from vbdl.metrics.brier import BrierParts as BrierParts
+from vbdl.metrics.brier import brier_decomposition as brier_decomposition
+from vbdl.metrics.brier import brier_score as brier_score
+from vbdl.metrics.calibration_error import CalibrationError as CalibrationError
+from vbdl.metrics.calibration_error import ClasswiseCalibrationError as ClasswiseCalibrationError
+from vbdl.metrics.calibration_error import JointCalibrationError as JointCalibrationError
+from vbdl.metrics.calibration_error import Reliability as Reliability
+from vbdl.metrics.calibration_error import classwise_ece as classwise_ece
+from vbdl.metrics.calibration_error import debiased_calibration_error as debiased_calibration_error
+from vbdl.metrics.calibration_error import ece as ece
+from vbdl.metrics.calibration_error import joint_ece as joint_ece
+from vbdl.metrics.calibration_error import mce as mce
+from vbdl.metrics.crps import crps_gaussian as crps_gaussian
+from vbdl.metrics.crps import crps_mixture as crps_mixture
+from vbdl.metrics.crps import crps_samples as crps_samples
+from vbdl.metrics.crps import energy_score as energy_score
+from vbdl.metrics.diversity import Diversity as Diversity
+from vbdl.metrics.diversity import diversity as diversity
+from vbdl.metrics.estimate import Comparison as Comparison
+from vbdl.metrics.estimate import Estimate as Estimate
+from vbdl.metrics.estimate import Interval as Interval
+from vbdl.metrics.estimate import bootstrap as bootstrap
+from vbdl.metrics.estimate import compare as compare
+from vbdl.metrics.estimate import mean_estimate as mean_estimate
+from vbdl.metrics.estimate import proportion_interval as proportion_interval
+from vbdl.metrics.intervals import QuantileCalibration as QuantileCalibration
+from vbdl.metrics.intervals import covered as covered
+from vbdl.metrics.intervals import gaussian_cdf as gaussian_cdf
+from vbdl.metrics.intervals import interval_coverage as interval_coverage
+from vbdl.metrics.intervals import interval_score as interval_score
+from vbdl.metrics.intervals import interval_width as interval_width
+from vbdl.metrics.intervals import mixture_cdf as mixture_cdf
+from vbdl.metrics.intervals import quantile_calibration_error as quantile_calibration_error
+from vbdl.metrics.intervals import sharpness as sharpness
+from vbdl.metrics.kernel_calibration import median_distance as median_distance
+from vbdl.metrics.kernel_calibration import skce as skce
+from vbdl.metrics.nll import categorical_nll as categorical_nll
+from vbdl.metrics.nll import gaussian_nll as gaussian_nll
+from vbdl.metrics.nll import mixture_nll as mixture_nll
+from vbdl.metrics.ranking import aupr as aupr
+from vbdl.metrics.ranking import auroc as auroc
+from vbdl.metrics.ranking import auroc_interval as auroc_interval
+from vbdl.metrics.ranking import fpr_at_tpr as fpr_at_tpr
+from vbdl.metrics.selective import RiskCoverage as RiskCoverage
+from vbdl.metrics.selective import aurc as aurc
+from vbdl.metrics.selective import coverage_at_risk as coverage_at_risk
+from vbdl.metrics.selective import excess_aurc as excess_aurc
+from vbdl.metrics.selective import risk_at_coverage as risk_at_coverage
+from vbdl.metrics.selective import risk_coverage as risk_coverage
+from vbdl.metrics.streaming import Mean as Mean
+from vbdl.metrics.streaming import Rows as Rows

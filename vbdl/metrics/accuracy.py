@@ -1,0 +1,51 @@
+"""Accuracy and root mean squared error."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vbdl.metrics._checks import check_probs_and_labels, check_targets
+from vbdl.metrics.estimate import Interval, proportion_interval
+
+
+def correct(probs: Tensor, y: Tensor) -> Tensor:
+    """1.0 where the most probable class is the true one; the first of equally probable classes
+    counts.
+
+    probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,) float64
+    """
+    probs, y = check_probs_and_labels(probs, y, empty=True)
+    return (probs.argmax(dim=1) == y).to(torch.float64)
+
+
+def accuracy(probs: Tensor, y: Tensor) -> float:
+    """Share of rows whose most probable class is the true one. ValueError without rows."""
+    hits = correct(probs, y)
+    if hits.numel() == 0:
+        raise ValueError("probs has no rows")
+    return float(hits.mean())
+
+
+def accuracy_interval(probs: Tensor, y: Tensor, level: float = 0.95) -> Interval:
+    """Accuracy with its exact binomial (Clopper-Pearson) interval."""
+    hits = correct(probs, y)
+    return proportion_interval(int(hits.sum()), hits.numel(), level)
+
+
+def squared_error(mean: Tensor, y: Tensor) -> Tensor:
+    """(y - mean)² of each row, averaged over outputs, squared target units.
+
+    mean, y: (batch,) or (batch, outputs)  ->  (batch,)
+    """
+    mean, y = check_targets(mean, y)
+    return ((y - mean) ** 2).reshape(mean.shape[0], -1).mean(dim=1)
+
+
+def rmse(mean: Tensor, y: Tensor) -> float:
+    """Root of the mean squared error over rows and outputs, target units. ValueError without
+    rows."""
+    errors = squared_error(mean, y)
+    if errors.numel() == 0:
+        raise ValueError("mean has no rows")
+    return math.sqrt(float(errors.mean()))

@@ -1,0 +1,125 @@
+"""Brier score, and what it is made of.
+
+Brier, Verification of forecasts expressed in terms of probability, 1950,
+https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+Murphy, A new vector partition of the probability score, 1973,
+https://doi.org/10.1175/1520-0450(1973)012<0595:ANVPOT>2.0.CO;2
+Stephenson, Coelho, Jolliffe, Two extra components in the Brier score decomposition, 2008,
+https://doi.org/10.1175/2007WAF2006116.1
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vbdl.metrics._checks import check_probs_and_labels
+from vbdl.metrics.calibration_error import bin_numbers
+
+
+def brier_score(probs: Tensor, y: Tensor) -> Tensor:
+    """Σ_k (p_k - 1[y = k])² of each row, in [0, 2]: over all classes, so twice sklearn's binary
+    score.
+
+    probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,)
+    """
+    probs, y = check_probs_and_labels(probs, y, empty=True)
+    return ((probs - one_hot(y, probs.shape[1])) ** 2).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class BrierParts:
+    """brier = reliability - resolution + uncertainty + within_bin, exactly.
+
+    reliability: squared distance of forecast and frequency in a bin, lower is better. resolution:
+    how far the bins'
+    frequencies lie from the base rate, higher is better. uncertainty: of the labels alone.
+    within_bin: variance of
+    the forecasts inside bins minus twice their covariance with the labels; 0 when each bin holds
+    one value.
+    """
+
+    brier: float
+    reliability: float
+    resolution: float
+    uncertainty: float
+    within_bin: float
+
+
+class BrierDecomposition:
+    """Streaming decomposition of the Brier score, class by class in equal-width bins, summed over
+    classes.
+
+    State: five (classes, bins) tables, int64 counts and float64 sums.
+    """
+
+    def __init__(self, n_bins: int = 10):
+        if n_bins < 1:
+            raise ValueError(f"n_bins must be at least 1, not {n_bins}")
+        self.n_bins = n_bins
+        self.reset()
+
+    def reset(self) -> None:
+        self.counts: Tensor | None = None
+
+    def update(self, probs: Tensor, y: Tensor) -> None:
+        probs, y = check_probs_and_labels(probs, y, empty=True)
+        n_classes = probs.shape[1]
+        if self.counts is None:
+            zeros = torch.zeros(n_classes * self.n_bins, dtype=torch.int64, device=probs.device)
+            self.counts, self.hits = zeros, zeros.clone()
+            self.sums = zeros.to(torch.float64)
+            self.squares, self.products = self.sums.clone(), self.sums.clone()
+        elif self.counts.numel() != n_classes * self.n_bins:
+            raise ValueError(f"earlier batches had {self.counts.numel() // self.n_bins} classes, not {n_classes}")
+        cell = bin_numbers(probs, self.n_bins) + self.n_bins * torch.arange(n_classes, device=probs.device)
+        cell, p = cell.reshape(-1), probs.reshape(-1)
+        hit = one_hot(y, n_classes).reshape(-1)
+        self.counts += torch.bincount(cell, minlength=self.counts.numel())
+        self.hits.index_add_(0, cell, hit)
+        self.sums.index_add_(0, cell, p)
+        self.squares.index_add_(0, cell, p * p)
+        self.products.index_add_(0, cell, p * hit)
+
+    def merge(self, other: "BrierDecomposition") -> "BrierDecomposition":
+        if other.n_bins != self.n_bins:
+            raise ValueError(f"merge needs the same bins, got {self.n_bins} and {other.n_bins}")
+        if other.counts is None:
+            return self
+        names = ("counts", "hits", "sums", "squares", "products")
+        if self.counts is None:
+            for name in names:
+                setattr(self, name, getattr(other, name).clone())
+        else:
+            for name in names:
+                setattr(self, name, getattr(self, name) + getattr(other, name).to(self.counts.device))
+        return self
+
+    def compute(self) -> BrierParts:
+        if self.counts is None or int(self.counts.sum()) == 0:
+            raise ValueError("no rows yet: call update first")
+        shape = (-1, self.n_bins)
+        n_bin = self.counts.reshape(shape).to(torch.float64)
+        n = n_bin.sum(dim=1)[0]
+        safe = n_bin.clamp(min=1)
+        hits = self.hits.reshape(shape).to(torch.float64)
+        sums, squares = self.sums.reshape(shape), self.squares.reshape(shape)
+        p, f = sums / safe, hits / safe
+        base = hits.sum(dim=1, keepdim=True) / n
+        variance = squares - sums * p
+        covariance = self.products.reshape(shape) - sums * f
+        return BrierParts(
+            brier=float((squares - 2 * self.products.reshape(shape) + hits).sum() / n),
+            reliability=float((n_bin * (p - f) ** 2).sum() / n),
+            resolution=float((n_bin * (f - base) ** 2).sum() / n),
+            uncertainty=float((base * (1 - base)).sum()),
+            within_bin=float((variance - 2 * covariance).sum() / n),
+        )
+
+
+def brier_decomposition(probs: Tensor, y: Tensor, n_bins: int = 10) -> BrierParts:
+    """The parts of the mean Brier score of probs (batch, classes), y (batch,)."""
+    parts = BrierDecomposition(n_bins)
+    parts.update(probs, y)
+    return parts.compute()

@@ -1,0 +1,168 @@
+"""A number with its uncertainty, intervals around it, and the comparison of two methods on the same
+rows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from vbdl.metrics._checks import check_rate, check_scores
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate between two bounds that hold it with probability `level`."""
+
+    value: float
+    lower: float
+    upper: float
+    level: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.lower:.4g}, {self.upper:.4g}]"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over rows and its standard error; the standard error of fewer than two rows is NaN."""
+
+    value: float
+    standard_error: float
+    n: int
+
+    def __float__(self) -> float:
+        return self.value
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Student's t interval for the mean. ValueError when there are fewer than two rows."""
+        check_rate(level, "level")
+        if self.n < 2:
+            raise ValueError(f"an interval needs at least two rows, there are {self.n}")
+        half = float(stats.t.ppf(0.5 + level / 2, self.n - 1)) * self.standard_error
+        return Interval(self.value, self.value - half, self.value + half, level)
+
+
+def mean_estimate(scores: Tensor) -> Estimate:
+    """Mean of per-row scores (batch,) with its standard error."""
+    scores = check_scores(scores)
+    n = scores.numel()
+    error = float(scores.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(scores.mean()), error, n)
+
+
+def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Exact binomial interval of a proportion.
+
+    Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the
+    binomial, 1934,
+    https://doi.org/10.1093/biomet/26.4.404
+    """
+    check_rate(level, "level")
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"need 0 <= successes <= n and n >= 1, got successes={successes}, n={n}")
+    tail = (1 - level) / 2
+    lower = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, n - successes + 1))
+    upper = 1.0 if successes == n else float(stats.beta.ppf(1 - tail, successes + 1, n - successes))
+    return Interval(successes / n, lower, upper, level)
+
+
+def bootstrap(
+    metric: Callable[..., float | Tensor],
+    *rows: Tensor,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of any metric of whole tensors, resampling rows.
+
+    Every tensor of `rows` has the batch first; `metric(*rows)` returns one number. A metric that is
+    biased on
+    resampled rows (ECE, AURC) has a biased interval: the value is that of the rows themselves.
+
+    Efron, Tibshirani, An Introduction to the Bootstrap, 1993, https://doi.org/10.1201/9780429246593
+    """
+    check_rate(level, "level")
+    if n_resamples < 2:
+        raise ValueError(f"n_resamples must be at least 2, not {n_resamples}")
+    sizes = {r.shape[0] for r in rows}
+    if len(sizes) != 1:
+        raise ValueError(f"all tensors must have the same number of rows, got {sorted(sizes)}")
+    n = sizes.pop()
+    if n < 2:
+        raise ValueError(f"a bootstrap needs at least two rows, there are {n}")
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(n_resamples, dtype=torch.float64)
+    for i in range(n_resamples):
+        index = torch.randint(n, (n,), generator=generator)
+        values[i] = float(metric(*(r[index.to(r.device)] for r in rows)))
+    tail = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    lower, upper = values.quantile(tail).tolist()
+    return Interval(float(metric(*rows)), lower, upper, level)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean of a - b over rows. p_value: two-sided, of no difference."""
+
+    difference: float
+    lower: float
+    upper: float
+    level: float
+    p_value: float
+    n: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.lower > 0 or self.upper < 0
+
+
+def compare(
+    scores_a: Tensor,
+    scores_b: Tensor,
+    level: float = 0.95,
+    method: str = "t",
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> Comparison:
+    """Paired comparison of two methods from their scores on the same rows, (batch,) each.
+
+    method "t": Student's interval and test of the differences. method "permutation": the same
+    interval, p-value
+    by flipping the signs of the differences, which assumes no distribution. Rows must be
+    independent; for
+    rows in groups (tracks, patients) average the scores of each group first.
+    """
+    check_rate(level, "level")
+    a, b = check_scores(scores_a, "scores_a"), check_scores(scores_b, "scores_b")
+    if a.shape != b.shape:
+        raise ValueError(f"paired scores need the same rows, got {a.numel()} and {b.numel()}")
+    difference = a - b.to(a.device)
+    n = difference.numel()
+    if n < 2:
+        raise ValueError(f"a comparison needs at least two rows, there are {n}")
+    interval = mean_estimate(difference).interval(level)
+    error = mean_estimate(difference).standard_error
+    if method == "t":
+        if error == 0.0:
+            p_value = 1.0 if interval.value == 0 else 0.0
+        else:
+            p_value = 2 * float(stats.t.sf(abs(interval.value) / error, n - 1))
+    elif method == "permutation":
+        generator = torch.Generator().manual_seed(seed)
+        observed, extreme, done = abs(float(difference.mean())), 0, 0
+        host = difference.cpu()
+        while done < n_resamples:
+            # chunks keep the sign matrix below a few tens of megabytes
+            size = min(n_resamples - done, max(1, 4_000_000 // n))
+            signs = torch.randint(0, 2, (size, n), generator=generator, dtype=torch.int8) * 2 - 1
+            means = (signs.to(torch.float64) @ host) / n
+            extreme += int((means.abs() >= observed * (1 - 1e-12)).sum())
+            done += size
+        p_value = (extreme + 1) / (n_resamples + 1)
+    else:
+        raise ValueError(f"method must be 't' or 'permutation', not {method!r}")
+    return Comparison(interval.value, interval.lower, interval.upper, level, p_value, n)

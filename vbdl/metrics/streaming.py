@@ -1,0 +1,100 @@
+"""Accumulators for streams of batches: update, compute, merge, reset.
+
+`Mean` turns any per-row score into a stream of O(1) memory. `Rows` is for the metrics that have no
+exact form of
+bounded memory (everything that sorts): it keeps the rows, and grows with them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.metrics._checks import check_finite
+from vbdl.metrics.estimate import Estimate
+
+
+class Mean:
+    """Mean of a per-row score and its standard error, in O(1) memory: Mean(brier_score),
+    Mean(gaussian_nll).
+
+    Counts are int64 and moments float64, merged by Chan, Golub, LeVeque, Algorithms for Computing
+    the Sample
+    Variance, 1983, https://doi.org/10.1080/00031305.1983.10483115
+    """
+
+    def __init__(self, score: Callable[..., Tensor]):
+        self.score = score
+        self.reset()
+
+    def reset(self) -> None:
+        self.n = 0
+        self.mean = 0.0
+        self.m2 = 0.0  # sum of squared deviations from the mean
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Adds a batch: the arguments of the score, which returns (batch,). A batch without rows
+        adds nothing."""
+        scores = check_finite(self.score(*args, **kwargs), "the score").reshape(-1)
+        if scores.numel():
+            mean = float(scores.mean())
+            self._combine(scores.numel(), mean, float(((scores - mean) ** 2).sum()))
+
+    def merge(self, other: "Mean") -> "Mean":
+        """Adds what another accumulator of the same score has seen; returns self."""
+        if other.score is not self.score and getattr(other.score, "__qualname__", None) != getattr(
+            self.score, "__qualname__", other
+        ):
+            raise ValueError("merge needs two accumulators of the same score")
+        self._combine(other.n, other.mean, other.m2)
+        return self
+
+    def _combine(self, n: int, mean: float, m2: float) -> None:
+        if n == 0:
+            return
+        total = self.n + n
+        delta = mean - self.mean
+        self.mean += delta * (n / total)
+        self.m2 += m2 + delta * delta * (self.n * (n / total))
+        self.n = total
+
+    def compute(self) -> Estimate:
+        """ValueError before the first row."""
+        if self.n == 0:
+            raise ValueError("no rows yet: call update first")
+        error = math.sqrt(self.m2 / (self.n - 1) / self.n) if self.n > 1 else math.nan
+        return Estimate(self.mean, error, self.n)
+
+
+class Rows:
+    """Any metric of whole tensors over a stream, exact, keeping every row on the CPU: memory grows
+    with the rows."""
+
+    def __init__(self, metric: Callable[..., Any]):
+        self.metric = metric
+        self.reset()
+
+    def reset(self) -> None:
+        self.rows: list[tuple[Tensor, ...]] = []
+
+    def update(self, *rows: Tensor) -> None:
+        """Adds a batch: the tensors that the metric takes, batch first."""
+        if len({r.shape[0] for r in rows}) != 1:
+            raise ValueError(f"all tensors must have the same number of rows, got {[r.shape[0] for r in rows]}")
+        if self.rows and len(self.rows[0]) != len(rows):
+            raise ValueError(f"earlier batches had {len(self.rows[0])} tensors, this one has {len(rows)}")
+        # clone: a view would keep the caller's whole batch alive, and see its later changes
+        self.rows.append(tuple(r.detach().to("cpu", copy=True) for r in rows))
+
+    def merge(self, other: "Rows") -> "Rows":
+        """Adds the other's rows after these; returns self."""
+        self.rows.extend(other.rows)
+        return self
+
+    def compute(self) -> Any:
+        """The metric of all rows so far. ValueError before the first."""
+        if not self.rows:
+            raise ValueError("no rows yet: call update first")
+        return self.metric(*(torch.cat(columns) for columns in zip(*self.rows, strict=True)))
