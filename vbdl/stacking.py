@@ -1,6 +1,6 @@
 """Many states, one module, one call: the only file that calls `vmap` and `functional_call`.
 
-    outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
+outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
 """
 
 import copy

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, standard_error
+from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, per_row, standard_error
 from vbdl.types import State
 
 
@@ -66,8 +66,7 @@ class Bernoulli(nn.Module):
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, ...) logits, (batch, ...) -> (batch,) nats, summed over the questions."""
         logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
-        loss = F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none")
-        return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+        return per_row(F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none"))
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.nll(parameters, y)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, standard_error
+from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, per_row, standard_error
 from vbdl.types import State
 
 
@@ -82,7 +82,7 @@ class Categorical(nn.Module):
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, ..., classes) logits, (batch, ...) -> (batch,) nats, summed over the axes between."""
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
-        return -log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1).flatten(1).sum(1)
+        return per_row(-log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1))
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.nll(parameters, y)

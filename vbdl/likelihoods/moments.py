@@ -28,3 +28,8 @@ def merge_deviation(n_a: Tensor, mean_a: Tensor, a: Tensor, n_b: Tensor, mean_b:
 def standard_error(n: Tensor, deviation: Tensor) -> Tensor:
     """Monte Carlo standard error of a mean; nan for one sample, which says nothing about its own error."""
     return (deviation / (n - 1) / n).sqrt()
+
+
+def per_row(each: Tensor) -> Tensor:
+    """(batch, ...) summed over everything but the batch."""
+    return each.flatten(1).sum(1) if each.ndim > 1 else each

@@ -7,6 +7,7 @@ other random operation raises and names its place, so that nothing random is mis
 Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxiv.org/abs/1506.02142
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from vbdl_kernels import keep_mask
@@ -239,6 +239,23 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
 
 # these modules behave differently in training for reasons other than dropout
 NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.RReLU)
+
+
+DROPOUT_LAYERS = (nn.modules.dropout._DropoutNd,)
+
+
+def may_drop(module: nn.Module) -> bool:
+    """Whether a forward might call a dropout, as far as can be told without running it."""
+    for m in module.modules():
+        if isinstance(m, DROPOUT_LAYERS) or getattr(m, "dropout", None):
+            return True
+        if not type(m).__module__.startswith("torch.nn."):
+            try:
+                if "dropout" in inspect.getsource(type(m)):
+                    return True
+            except (OSError, TypeError):
+                return True  # no source to read: running it will tell
+    return False
 
 
 class DropoutNetwork(nn.Module):

@@ -1,0 +1,60 @@
+"""Priors over weights: what a mean-field posterior is pulled towards."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Normal:
+    """w ~ N(0, std^2), each weight on its own."""
+
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not (self.std > 0 and math.isfinite(self.std)):
+            raise ValueError(f"a prior std is positive and finite, got {self.std}")
+
+    def constants(self) -> list[float]:
+        """What has to be saved with a model."""
+        return [self.std]
+
+
+@dataclass(frozen=True)
+class ScaleMixture:
+    """w ~ pi N(0, wide^2) + (1 - pi) N(0, narrow^2).
+
+    Blundell et al., Weight Uncertainty in Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
+    """
+
+    pi: float = 0.5
+    wide: float = 1.0
+    narrow: float = 0.0025
+
+    def __post_init__(self):
+        if not (0 < self.pi < 1 and 0 < self.narrow <= self.wide and math.isfinite(self.wide)):
+            raise ValueError(f"a scale mixture needs 0 < pi < 1 and 0 < narrow <= wide, got {self}")
+
+    def constants(self) -> list[float]:
+        """What has to be saved with a model."""
+        return [self.pi, self.wide, self.narrow]
+
+
+Prior = Normal | ScaleMixture
+
+
+def kl_normal(mean: Tensor, log_std: Tensor, prior: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(0, prior^2)) in nats, summed over the weights; prior: (1,) its std."""
+    variance_ratio = (2 * (log_std - prior.log())).exp()
+    return 0.5 * (variance_ratio + (mean / prior).square() - 1 - variance_ratio.log()).sum()
+
+
+def kl_scale_mixture(weight: Tensor, mean: Tensor, log_std: Tensor, prior: Tensor) -> Tensor:
+    """One-sample estimate of KL(q || mixture) in nats at weight ~ q; prior: (3,) pi, wide, narrow."""
+    pi, wide, narrow = prior.unbind()
+    log_q = -log_std - 0.5 * ((weight - mean) * (-log_std).exp()).square()
+    one = pi.log() - wide.log() - 0.5 * (weight / wide).square()
+    other = (1 - pi).log() - narrow.log() - 0.5 * (weight / narrow).square()
+    return (log_q - torch.logaddexp(one, other)).sum()

@@ -1,0 +1,141 @@
+"""A module whose weights are drawn from a normal of their own each: what mean-field inference trains and predicts with.
+
+The module's own parameters are the means, under their own names; `log_std` stands beside them. No layer is replaced:
+the drawn weights are put in the parameters' place for one call, whatever the module does with them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from vbdl_kernels import normal
+from vbdl_kernels.philox import BIAS, WEIGHT
+
+from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
+from vbdl.stacking import State, call
+
+LOG_STD_BOUND = 30.0  # exp(2 * 30) is finite in float32
+
+
+def noise(key: Tensor, layer: int, like: Tensor) -> Tensor:
+    """Standard normals of one parameter: row = its first axis, column = the others, flat; a vector is one row."""
+    stream = BIAS if like.ndim < 2 else WEIGHT
+    rows = 1 if like.ndim < 2 else like.shape[0]
+    columns = like.numel() // max(rows, 1)
+    return normal(key.to(like.device), layer, stream, rows, columns).view(like.shape).to(like.dtype)
+
+
+class SampledNetwork(nn.Module):
+    """w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters; the others stay as they are.
+
+    n_data: rows of the training set; the KL term of a row is kl_weight * KL / n_data.
+    """
+
+    key: Tensor
+    kl_weight: Tensor
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        chosen: Mapping[str, Prior],
+        initial_std: float,
+        n_data: int,
+    ):
+        super().__init__()
+        self.inner = inner
+        self.n_data = n_data
+        parameters = dict(inner.named_parameters())
+        self.chosen = tuple(chosen)
+        self.log_std = nn.ParameterDict(
+            {_key(n): torch.full_like(parameters[n], initial_std).log_() for n in self.chosen}
+        )
+        self.mixtures = tuple(isinstance(chosen[n], ScaleMixture) for n in self.chosen)
+        for index, name in enumerate(self.chosen):
+            first = parameters[name]
+            constants = torch.tensor(chosen[name].constants(), dtype=torch.float32, device=first.device)
+            self.register_buffer(f"prior_{index}", constants)
+        device = next(iter(parameters.values())).device
+        self.register_buffer("kl_weight", torch.ones((), device=device))
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    def _mean(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.inner.get_submodule(owner), leaf)
+
+    def normals(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, mean, log_std) of each chosen parameter."""
+        return [
+            (n, self._mean(n), self.log_std[_key(n)].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen
+        ]
+
+    def weights(self) -> State:
+        """The weights of the draw in `key`."""
+        return {
+            name: mean + log_std.exp() * noise(self.key, layer, mean)
+            for layer, (name, mean, log_std) in enumerate(self.normals())
+        }
+
+    def forward(self, *args, **kwargs):
+        return call(self.inner, self.weights(), args if not kwargs else kwargs)
+
+    def kl(self) -> Tensor:
+        """KL(q || prior) in nats, summed over every weight: in closed form, or at this draw for a scale mixture."""
+        total = self.kl_weight.new_zeros(())
+        for layer, (_, mean, log_std) in enumerate(self.normals()):
+            prior = getattr(self, f"prior_{layer}")
+            if self.mixtures[layer]:
+                weight = mean + log_std.exp() * noise(self.key, layer, mean)
+                total = total + kl_scale_mixture(weight, mean, log_std, prior)
+            else:
+                total = total + kl_normal(mean, log_std, prior)
+        return total
+
+    def regularization(self) -> Tensor:
+        """The KL term of the loss of a row, in nats."""
+        return self.kl_weight * self.kl() / self.n_data
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ParameterDict takes no dots
+
+
+def choose(
+    module: nn.Module,
+    parameters: tuple[str | type[nn.Module], ...] | None,
+    prior: Prior | float | Mapping[str, Prior | float],
+) -> dict[str, Prior]:
+    """The parameters to sample and their priors: all that require a gradient, or those of the named or typed modules.
+
+    Names are of modules or parameters and include everything below. Raises ValueError for a name that fits nothing.
+    """
+    owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
+    names = [n for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if parameters is not None:
+        wanted = [n for n in names if any(_fits(n, owners[n], one) for one in parameters)]
+        for one in parameters:
+            if not any(_fits(n, owners[n], one) for n in names):
+                raise ValueError(f"no trainable parameter belongs to {one!r}; there are {names}")
+        names = wanted
+    if not names:
+        raise ValueError("the module has no trainable floating-point parameter to put a posterior on")
+    if isinstance(prior, Mapping):
+        for one in prior:
+            if not any(_fits(n, owners[n], one) for n in names):
+                raise ValueError(f"the prior of {one!r} fits no sampled parameter; there are {names}")
+        return {n: _as_prior(_most_specific(n, prior)) for n in names}
+    return {n: _as_prior(prior) for n in names}
+
+
+def _fits(name: str, owner: nn.Module, one: str | type[nn.Module]) -> bool:
+    if isinstance(one, str):
+        return one == "" or name == one or name.startswith(f"{one}.")
+    return isinstance(owner, one)
+
+
+def _most_specific(name: str, priors: Mapping[str, Prior | float]) -> Prior | float:
+    fitting = [one for one in priors if one == "" or name == one or name.startswith(f"{one}.")]
+    return priors[max(fitting, key=len)] if fitting else Normal(1.0)
+
+
+def _as_prior(prior: Prior | float) -> Prior:
+    return prior if isinstance(prior, Normal | ScaleMixture) else Normal(float(prior))

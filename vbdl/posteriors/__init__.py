@@ -1,0 +1,1 @@
+"""What is random: one method, one file."""

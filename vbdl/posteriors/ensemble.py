@@ -1,0 +1,203 @@
+"""Deep ensembles: several networks trained from different starts, stacked into one.
+
+Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles,
+NeurIPS 2017, https://arxiv.org/abs/1612.01474
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.nn.objective import Objective
+from vbdl.stacking import architecture, blueprint, call_stacked, stack
+from vbdl.types import Inputs, Posterior, State
+
+
+class DeepEnsemble(nn.Module):
+    """q(w) = an equal mixture of the members: parameters and buffers of every member, stacked.
+
+    networks: a module, of which n_members fresh initialisations are made, or a list of (trained) modules. Either may
+    be posteriors themselves: an ensemble of dropout or of mean-field networks. A list of different architectures is
+    taken too, and run one architecture after the other.
+    initialize: what makes a fresh initialisation of a copy; unless given, every submodule's `reset_parameters`.
+    seed: of the initialisations; member m is initialised under seed + m.
+    """
+
+    def __init__(
+        self,
+        networks: nn.Module | Sequence[nn.Module],
+        n_members: int | None = None,
+        seed: int = 0,
+        initialize: Callable[[nn.Module], object] | None = None,
+    ):
+        super().__init__()
+        if isinstance(networks, nn.Module):
+            if n_members is None or n_members < 1:
+                raise ValueError(f"DeepEnsemble of one module needs n_members of at least 1, got {n_members}")
+            members = [_fresh(networks, seed + m, initialize or reset_parameters) for m in range(n_members)]
+        else:
+            members = list(networks)
+            if not members:
+                raise ValueError("an ensemble needs at least one member, got an empty list")
+            if n_members not in (None, len(members)):
+                raise ValueError(f"n_members is {n_members} but {len(members)} networks were given")
+        groups = _consecutive(members)
+        self._parts = nn.ModuleList()
+        self.n_members = len(members)
+        self.n_draws = len(members)
+        if len(groups) > 1:
+            self._parts = nn.ModuleList(DeepEnsemble(group) for group in groups)
+            if any(part.n_draws is None for part in self._parts):
+                raise ValueError("members of different architectures must be plain networks, not posteriors")
+            return
+
+        base = members[0] if isinstance(members[0], Posterior) else None
+        modules = [m.module for m in members] if base is not None else members
+        # structure only, kept out of the registered modules: every parameter and buffer is in the stacks
+        self._hidden = (blueprint(modules[0]), copy.deepcopy(base).to("meta") if base is not None else None)
+        if base is not None:
+            self.n_draws = None if base.n_draws is None else base.n_draws * len(members)
+        trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
+        self.stacked_parameters = nn.ParameterDict()
+        for name, tensor in stack(modules).items():
+            if name in trainable:
+                self.stacked_parameters[_key(name)] = nn.Parameter(tensor, requires_grad=trainable[name])
+            else:
+                self.register_buffer(_key(name), tensor)
+        self._parameter_names = tuple(trainable)
+        self._buffer_names = tuple(n for n, _ in modules[0].named_buffers())
+        if base is not None:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def module(self) -> nn.Module:
+        """The members' architecture; its tensors are in the stacks."""
+        if len(self._parts):
+            raise AttributeError("members differ in architecture: see parts")
+        return self._hidden[0]
+
+    @property
+    def base(self) -> Posterior | None:
+        """What each member is, where members are posteriors themselves."""
+        return None if len(self._parts) else self._hidden[1]
+
+    @property
+    def parts(self) -> Sequence["DeepEnsemble"]:
+        return tuple(self._parts) if len(self._parts) else (self,)  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> "DeepEnsemble":
+        super().train(mode)
+        if not len(self._parts):
+            self._hidden[0].train(mode)
+        return self
+
+    def stacked(self) -> State:
+        """Parameters and buffers of every member: (members, ...) each, the tensors that are trained."""
+        parameters = {name: self.stacked_parameters[_key(name)] for name in self._parameter_names}
+        return {**parameters, **{name: getattr(self, _key(name)) for name in self._buffer_names}}
+
+    def member(self, index: int) -> State:
+        """State dict of one member, to be loaded into a network of its own."""
+        if not 0 <= index < self.n_members:
+            raise IndexError(f"member {index} of {self.n_members}")
+        for part in self.parts:
+            if index < part.n_members:
+                return {name: t[index].detach().clone() for name, t in part.stacked().items()}
+            index -= part.n_members
+        raise AssertionError("unreachable")
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """Sample s is member s % n_members; with dropout or weights of its own it is also draw s of those."""
+        stacked = self.stacked()
+        which = numbers % self.n_members
+        if not torch.equal(which, torch.arange(self.n_members)):
+            stacked = {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
+        if self.base is not None:
+            stacked = {**stacked, **self.base.draws(numbers, seed)}
+        return stacked
+
+    def prepare(self, inputs: Inputs) -> None:
+        for part in self.parts:
+            if part.base is not None:
+                part._prepare_base(inputs)
+
+    def _prepare_base(self, inputs: Inputs) -> None:
+        """The base looks at the inputs with the first member's tensors."""
+        assert self.base is not None
+        probe = copy.deepcopy(self.base).to_empty(device=next(iter(self.stacked().values())).device)
+        probe.module.load_state_dict(self.member(0), strict=False)
+        probe.prepare(inputs)
+        sites = getattr(probe.module, "sites", None)
+        if sites is not None:
+            self._hidden[0].sites = sites
+
+    def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module, own_rows: bool = False) -> Tensor:
+        """(members,) each member's loss, nats a row.
+
+        own_rows: x and y have a leading members axis, a batch for each member.
+        """
+        if len(self._parts):
+            if own_rows:
+                raise ValueError("members of different architectures share their batches")
+            return torch.cat([part.losses(x, y, likelihood) for part in self.parts])
+        state = {f"network.{name}": t for name, t in self.stacked().items()}
+        n_samples = 1
+        if self.base is not None:
+            n_samples = getattr(self.base, "n_samples", 1)
+            own = self.base.training_state(self.n_members, self.steps)
+            self.steps += 1
+            state.update({f"network.{name}": t for name, t in own.items()})
+        shared = {}
+        for name, t in [*likelihood.named_parameters(), *likelihood.named_buffers()]:
+            target = state if getattr(likelihood, "n_members", None) == self.n_members else shared
+            target[f"likelihood.{name}"] = t
+        objective = Objective(self.module, likelihood, n_samples)
+        if own_rows:
+            return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=True)
+        return call_stacked(objective, state, shared, (x, y), randomness="different")
+
+    def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
+        """Summed over members, so that the gradient of each is its own: nats a row."""
+        return self.losses(x, y, likelihood).sum()
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # registered names take no dots
+
+
+def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
+    """Runs of members of one architecture, in the order given."""
+    groups: list[list[nn.Module]] = []
+    last: list[str] | None = None
+    for member in members:
+        this = architecture(member)
+        if this != last:
+            groups.append([])
+        groups[-1].append(member)
+        last = this
+    return groups
+
+
+def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
+    """A copy initialised under this seed, whatever the state of torch's generator, which is left as it was."""
+    fresh = copy.deepcopy(module)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        initialize(fresh)
+    return fresh
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Every submodule's own initialisation. Raises ValueError where parameters belong to one that has none."""
+    target = module.module.inner if isinstance(module, Posterior) else module
+    for name, m in target.named_modules():
+        reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif any(True for _ in m.parameters(recurse=False)):
+            raise ValueError(
+                f"module '{name}' ({type(m).__name__}) holds parameters and has no reset_parameters(): "
+                f"give DeepEnsemble(module, n_members, initialize=...), or a list of modules you have initialised"
+            )

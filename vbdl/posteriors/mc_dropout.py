@@ -1,0 +1,85 @@
+"""Monte Carlo dropout: dropout stays on in prediction, and a sample is the network a mask leaves.
+
+Gal and Ghahramani, Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning, ICML 2016,
+https://arxiv.org/abs/1506.02142
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from vbdl_kernels import make_key
+
+from vbdl.nn.dropout import DropoutNetwork, may_drop
+from vbdl.nn.objective import Objective
+from vbdl.types import Inputs, State
+
+
+class MCDropout(nn.Module):
+    """q(w) = the module's weights with units dropped at its own rates, one mask a sample, shared by the batch.
+
+    module: any network with dropout: layers, `F.dropout`, attention, between recurrent layers. It is copied.
+    p: overrides the rates, for every dropout or by module name, {"encoder": 0.1, "head.drop": 0.5}.
+    deterministic: modules, by name or type, that stay in evaluation mode with their dropout off.
+
+    Training is the module's own, a mask a row; prediction draws from counters. Raises ValueError where the module has
+    no dropout, at once if no code of it mentions dropout, else when it is first run.
+    """
+
+    n_members = 1
+    n_draws = None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        p: float | Mapping[str, float] | None = None,
+        deterministic: Sequence[str | type[nn.Module]] = (),
+    ):
+        super().__init__()
+        for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"a dropout rate lies in [0, 1), got {rate}")
+        names = {name for name, _ in module.named_modules()}
+        for name in [*(p if isinstance(p, Mapping) else ()), *(d for d in deterministic if isinstance(d, str))]:
+            if name not in names:
+                raise ValueError(f"there is no module {name!r}; there are {sorted(names - {''})}")
+        if not may_drop(module):
+            raise ValueError(
+                "MCDropout needs a module with dropout and this one has none: add nn.Dropout layers before training, "
+                "or use vbdl.DeepEnsemble or vbdl.MeanField"
+            )
+        self.module = DropoutNetwork(copy.deepcopy(module), p, tuple(deterministic))
+
+    @property
+    def parts(self) -> Sequence["MCDropout"]:
+        return (self,)
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """(samples,) draw numbers -> the key of each"""
+        return {"key": make_key(seed, numbers)}
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Find every dropout by running the module, and where the batch is in each."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            sites = self.module.locate(inputs)
+        finally:
+            self.module.train(was_training)
+        if not any(site.p > 0 for site in sites):
+            raise ValueError(
+                "no dropout with a rate above 0 was called when the module ran, so every sample would be the same: "
+                "check the rates and deterministic=, or give MCDropout(module, p=...)"
+            )
+
+    def training_state(self, n_members: int, step: Tensor) -> State:
+        """Entries of a training step that differ from member to member: none, torch draws the masks."""
+        return {}
+
+    def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
+        """(1,) nats a row, with torch's own dropout"""
+        return Objective(self.module, likelihood)(x, y).unsqueeze(0)
+
+    def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
+        """Mean over the batch of -log p(y | x, w), nats. Put the posterior in train() first."""
+        return self.losses(x, y, likelihood).sum()

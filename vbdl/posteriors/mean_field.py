@@ -1,0 +1,98 @@
+"""Mean-field variational inference: a normal of its own for every weight, fitted by maximising the ELBO.
+
+Graves, Practical Variational Inference for Neural Networks, NeurIPS 2011; Blundell et al., Weight Uncertainty in
+Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from vbdl_kernels import make_key
+
+from vbdl.nn.objective import Objective
+from vbdl.nn.priors import Prior
+from vbdl.nn.sampled import SampledNetwork, choose
+from vbdl.types import Inputs, State
+
+_TRAINING = 1 << 62  # training draws come from a key of their own, never from those of a prediction
+
+
+class MeanField(nn.Module):
+    """q(w) = prod_i N(mean_i, std_i^2); loss = E_q[-log p(y | x, w)] + kl_weight * KL(q || prior) / n_data.
+
+    module: any network; it is copied, and its weights are the initial means (train it first, or not).
+    n_data: rows of the training set, which the KL is shared out over.
+    prior_std: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name {"": 1.0, "head": 0.1}.
+    parameters: which to sample, by name or module type; all trainable ones unless given.
+    initial_std: std of every weight at the start.
+    n_samples: draws of the weights in a training step.
+    seed: of the draws in training; member m of an ensemble of these uses seed + m.
+    """
+
+    n_members = 1
+    n_draws = None
+    steps: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        n_data: int,
+        prior_std: float | Prior | Mapping[str, float | Prior] = 1.0,
+        parameters: Sequence[str | type[nn.Module]] | None = None,
+        initial_std: float = 0.05,
+        n_samples: int = 1,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if n_data < 1:
+            raise ValueError(f"n_data is the number of training rows, at least 1, got {n_data}")
+        if not (initial_std > 0 and math.isfinite(initial_std)):
+            raise ValueError(f"initial_std is positive and finite, got {initial_std}")
+        if n_samples < 1:
+            raise ValueError(f"n_samples is at least 1, got {n_samples}")
+        chosen = choose(module, None if parameters is None else tuple(parameters), prior_std)
+        self.module = SampledNetwork(copy.deepcopy(module), chosen, initial_std, n_data)
+        self.n_samples, self.seed = n_samples, seed
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def parts(self) -> Sequence["MeanField"]:
+        return (self,)
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL term; below 1 the posterior is tempered, as in a warm-up schedule."""
+        return float(self.module.kl_weight)
+
+    @kl_weight.setter
+    def kl_weight(self, value: float) -> None:
+        self.module.kl_weight.fill_(value)
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """(samples,) draw numbers -> the key of each"""
+        return {"key": make_key(seed, numbers)}
+
+    def prepare(self, inputs: Inputs) -> None:
+        pass
+
+    def kl(self) -> Tensor:
+        """KL(q || prior) in nats, summed over every weight."""
+        return self.module.kl()
+
+    def training_state(self, n_members: int, step: Tensor) -> State:
+        """The keys of a training step, one a member, (members, 2): other ones in every step."""
+        number = (step * self.n_samples).reshape(1)
+        return {"key": torch.cat([make_key((self.seed + m) ^ _TRAINING, number) for m in range(n_members)])}
+
+    def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
+        """(1,) negative ELBO, nats a row"""
+        self.module.key.copy_(self.training_state(1, self.steps)["key"][0])
+        self.steps += 1
+        return Objective(self.module, likelihood, self.n_samples)(x, y).unsqueeze(0)
+
+    def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
+        """Negative ELBO of the batch, nats a row."""
+        return self.losses(x, y, likelihood).sum()
