@@ -1,0 +1,106 @@
+"""Which implementation runs: Triton on an accelerator (or in its interpreter), the torch reference elsewhere.
+
+The kernel of operator `x` lives in `x_kernel.py`, which needs triton and is imported at the first launch. Without
+triton, on a device it does not know or for a dtype it does not take, the reference runs: slower, the same draws.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+library = torch.library.Library("vbdl", "FRAGMENT")
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: a test of the kernel, never a fast path."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+
+
+def takes_kernel(tensor: Tensor) -> bool:
+    if tensor.dtype not in KERNEL_DTYPES:
+        return False
+    return interpreting() if tensor.device.type == "cpu" else has_triton()
+
+
+def fast_math(tensor: Tensor) -> bool:
+    """Whether the kernel may use PTX: the hardware's own log2, square root, sine and cosine."""
+    return tensor.is_cuda and torch.version.hip is None and not interpreting()
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def define(name: str, schema: str, reference: Callable, shape: Callable) -> None:
+    """Register `vbdl::name`: the reference, and the function `name` of the kernel module that has one.
+
+    The first tensor argument decides. The operators carry no autograd formula; each operator's
+    `torch.autograd.Function` does, because `torch.func.grad` refuses `register_autograd` (pytorch#168393) and gives
+    silent zeros in forward mode.
+    """
+    library.define(f"{name}{schema}")
+
+    def run(*arguments):
+        if takes_kernel(arguments[0]):
+            return _kernel(name)(*arguments)
+        return reference(*arguments)
+
+    for device in ("CPU", "CUDA", "XPU"):
+        library.impl(name, run, device)
+    library.impl(name, reference, "MPS")
+    torch.library.register_fake(f"vbdl::{name}", shape, lib=library)
+
+
+_MODULES = {}  # operator -> the module that launches its kernel
+
+
+def kernels_in(module: str, *names: str) -> None:
+    _MODULES.update(dict.fromkeys(names, module))
+
+
+@functools.cache
+def _kernel(name: str) -> Callable:
+    return getattr(importlib.import_module(f"vbdl_kernels.{_MODULES[name]}"), name)
+
+
+def autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on, as `F.linear` has it; unchanged where it is off."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, *parameters
+    dtype = torch.get_autocast_dtype(kind)
+    # float64 is left alone, as torch does
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters))
+
+
+def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """A mapped tensor with its mapped axis first; an unmapped one repeated along it, without a copy."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def one_by_one(function: type[torch.autograd.Function], info, in_dims, *arguments):
+    """The vmap rule of last resort: one call for each entry of the mapped axis.
+
+    For what has no batched kernel (parameters per ensemble member, gradients per draw), where a formula in plain
+    torch would hold the weights of all draws at once.
+    """
+    outputs = [
+        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(outputs[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+    return torch.stack(outputs), 0

@@ -1,0 +1,169 @@
+"""The noise of `philox.py` inside a Triton kernel, and the arithmetic around it that all kernels share.
+
+`tl.randn` is not used: it throws three of four Philox words away and calls a sine with a slow path, 131 instructions
+a normal where these take about 15. `FAST` turns on PTX (NVIDIA); without it the same map in Triton's own
+functions, which the interpreter and other vendors run. The two differ by float rounding, below 1e-6 except where
+the radius is nearly zero (lg2.approx near 1: up to 5e-4 absolute, of a normal whose radius is that small).
+"""
+
+import triton
+import triton.language as tl
+
+_TWO_PI = tl.constexpr(1.4629180792671596e-09)  # 2 pi 2**-32
+_SCALE = tl.constexpr(2.3283064365386963e-10)  # 2**-32
+_MINUS_TWO_LN2 = tl.constexpr(-1.3862943611198906)  # -2 log(u) = this * log2(u)
+
+
+@triton.jit
+def philox(k0, k1, c0, c1, c2, c3):
+    """Philox4x32 with 7 rounds on uint32 tensors. A widening product is one instruction; high and low apart are two."""
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(a, b, FAST: tl.constexpr):
+    u = tl.fma(a.to(tl.float32), _SCALE, 0.5 * _SCALE)
+    angle = b.to(tl.int32, bitcast=True).to(tl.float32) * _TWO_PI
+    if FAST:
+        # abs: lg2.approx near 1 may come out a hair above 0, and the root of a negative number is NaN
+        radius, cosine, sine = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 l;
+            lg2.approx.ftz.f32 l, $3;
+            mul.f32 l, l, 0fBFB17218;
+            abs.f32 l, l;
+            sqrt.approx.f32 $0, l;
+            cos.approx.ftz.f32 $1, $4;
+            sin.approx.ftz.f32 $2, $4;
+            }""",
+            "=f,=f,=f,f,f",
+            [u, angle],
+            dtype=(tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        radius = tl.sqrt(tl.log2(u) * _MINUS_TWO_LN2)
+        cosine = tl.cos(angle)
+        sine = tl.sin(angle)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def load_key(key, sample):
+    """(seed low, seed high, draw) of one entry of key (samples, 2) int64."""
+    seed = tl.load(key + 2 * sample)
+    draw = tl.load(key + 2 * sample + 1)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), draw.to(tl.uint32)
+
+
+@triton.jit
+def noise4(k0, k1, draw, tag, row, group, FAST: tl.constexpr):
+    """Four normals of each (row, group): those of columns 32 apart, see `columns_of`. row and group broadcast."""
+    zero = (row * 0 + group * 0).to(tl.uint32)
+    w0, w1, w2, w3 = philox(
+        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero
+    )
+    n0, n1 = box_muller(w0, w1, FAST)
+    n2, n3 = box_muller(w2, w3, FAST)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def columns_of(group):
+    """The column of word 0 of a group; word j is 32 * j further."""
+    return group // 32 * 128 + group % 32
+
+
+@triton.jit
+def words_at(k0, k1, draw, tag, row, column):
+    """The four words of the counter that holds (row, column), and which of them is its own."""
+    group = column // 128 * 32 + column % 32
+    zero = (row * 0 + column * 0).to(tl.uint32)
+    w0, w1, w2, w3 = philox(
+        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero
+    )
+    return w0, w1, w2, w3, column // 32 % 4
+
+
+@triton.jit
+def normal_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
+    """The normal of each (row, column): four times the work of `noise4`, for vectors (biases, activations)."""
+    w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column)
+    even, odd = box_muller(tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3), FAST)
+    return tl.where(word % 2 == 0, even, odd)
+
+
+@triton.jit
+def keep_at(k0, k1, draw, tag, row, column, threshold):
+    """1.0 where a dropout keeps (row, column), else 0.0. threshold: int64, round(p * 2**32).
+
+    A number, not a truth value: Triton 3.6 cannot select a dot's operand by a mask made of random integers.
+    """
+    w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column)
+    own = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return (own.to(tl.int64) >= threshold).to(tl.float32)
+
+
+@triton.jit
+def weight(mean, std, noise, FAST: tl.constexpr):
+    """mean + std * noise with one rounding, in the dtype of mean; the noise is rounded to that dtype first."""
+    if mean.dtype == tl.float32:
+        return tl.fma(std, noise, mean)
+    elif FAST and mean.dtype == tl.bfloat16:
+        # two weights an instruction; Triton would unpack to float32, fma, and pack again
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [std, noise.to(tl.bfloat16), mean],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    elif FAST and mean.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [std, noise.to(tl.float16), mean],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        rounded = noise.to(mean.dtype).to(tl.float32)
+        return tl.fma(std.to(tl.float32), rounded, mean.to(tl.float32)).to(mean.dtype)
+
+
+@triton.jit
+def matmul(a, b, accumulator, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """accumulator + a @ b in float32. The interpreter multiplies the bits of bfloat16 (triton#11584): not there."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(pointer, mask, MASKED: tl.constexpr):
+    """Without a mask where the shape needs none: a mask costs an instruction or two an element."""
+    if MASKED:
+        return tl.load(pointer, mask=mask, other=0.0)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def store_tile(pointer, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty))

@@ -1,0 +1,252 @@
+"""A linear layer whose weights are drawn inside the matrix product: no tensor of samples x out x in.
+
+    y[s, b, o] = sum_i x[s, b, i] (mean[o, i] + std[o, i] noise[s, o, i]) + bias[s, o]
+
+Weight uncertainty after Blundell, Cornebise, Kavukcuoglu and Wierstra, *Weight Uncertainty in Neural Networks*, ICML
+2015 (https://arxiv.org/abs/1505.05424); the noise is a function of its index (`philox.py`), so the gradients draw it
+again instead of reading it back. On the CPU and without triton the reference below runs, which does hold the weights.
+"""
+
+import torch
+from torch import Tensor
+
+from vbdl_kernels import dispatch, philox
+from vbdl_kernels.philox import BIAS, WEIGHT
+from vbdl_kernels.sample_weights import check_parameters, reference_sample_weights
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reference_sampled_linear(
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    bias_mean: Tensor | None,
+    bias_std: Tensor | None,
+    key: Tensor,
+    layer: int,
+    precision: str = "",
+) -> Tensor:
+    """The specification of `sampled_linear`: weights rounded to the parameters' dtype, products summed wide."""
+    wide = _wide(x.dtype)
+    weights = reference_sample_weights(mean, std, key, layer, WEIGHT)
+    y = x.to(wide) @ weights.to(wide).mT
+    if bias_mean is not None:
+        if bias_std is not None:
+            bias_mean = reference_sample_weights(bias_mean, bias_std, key, layer, BIAS)[:, None]
+        y = y + bias_mean.to(wide)
+    return y.to(x.dtype)
+
+
+def _reference_input(gradient, mean, std, key, layer, precision):
+    wide = _wide(gradient.dtype)
+    weights = reference_sample_weights(mean, std, key, layer, WEIGHT)
+    return (gradient.to(wide) @ weights.to(wide)).to(gradient.dtype)
+
+
+def _reference_parameters(gradient, x, key, layer, precision):
+    wide = _wide(gradient.dtype)
+    product = gradient.to(wide).mT @ x.to(wide)
+    noise = philox.normal(key, layer, WEIGHT, gradient.shape[-1], x.shape[-1]).to(wide)
+    return product.sum(0), (product * noise).sum(0)
+
+
+def _parameters_shape(gradient, x, key, layer, precision):
+    shape = (gradient.shape[-1], x.shape[-1])
+    wide = _wide(gradient.dtype)
+    return gradient.new_empty(shape, dtype=wide), gradient.new_empty(shape, dtype=wide)
+
+
+dispatch.define(
+    "sampled_linear",
+    "(Tensor x, Tensor mean, Tensor std, Tensor? bias_mean, Tensor? bias_std, Tensor key, int layer, str precision)"
+    " -> Tensor",
+    reference_sampled_linear,
+    lambda x, mean, std, bias_mean, bias_std, key, layer, precision: x.new_empty(
+        (key.shape[0], x.shape[-2], mean.shape[0])
+    ),
+)
+dispatch.define(
+    "sampled_linear_input",
+    "(Tensor gradient, Tensor mean, Tensor std, Tensor key, int layer, str precision) -> Tensor",
+    _reference_input,
+    lambda gradient, mean, std, key, layer, precision: gradient.new_empty((*gradient.shape[:2], mean.shape[1])),
+)
+dispatch.define(
+    "sampled_linear_parameters",
+    "(Tensor gradient, Tensor x, Tensor key, int layer, str precision) -> (Tensor, Tensor)",
+    _reference_parameters,
+    _parameters_shape,
+)
+dispatch.kernels_in(
+    "sampled_linear_kernel", "sampled_linear", "sampled_linear_input", "sampled_linear_parameters"
+)
+
+# The three functions below are each other's gradients, so a derivative of any order stays inside the kernels.
+
+
+class _SampledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, mean, std, bias_mean, bias_std, key, layer, precision):
+        return torch.ops.vbdl.sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, mean, std, bias_mean, bias_std, key, ctx.layer, ctx.precision = inputs
+        ctx.bias = (bias_mean is not None) + (bias_std is not None)
+        ctx.save_for_backward(x, mean, std, key)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, mean, std, key = ctx.saved_tensors
+        d_x = d_mean = d_std = d_bias_mean = d_bias_std = None
+        if ctx.needs_input_grad[0]:
+            d_x = _InputGradient.apply(gradient, mean, std, key, ctx.layer, ctx.precision)
+            if x.ndim == 2:
+                d_x = d_x.sum(0, dtype=_wide(d_x.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            d_mean, d_std = _ParameterGradient.apply(gradient, x, key, ctx.layer, ctx.precision)
+            d_mean, d_std = d_mean.to(mean.dtype), d_std.to(mean.dtype)
+        if ctx.bias:
+            by_sample = gradient.sum(1, dtype=_wide(gradient.dtype))  # (samples, out)
+            d_bias_mean = by_sample.sum(0).to(mean.dtype)
+            if ctx.bias == 2:
+                noise = philox.normal(key, ctx.layer, BIAS, 1, gradient.shape[-1]).squeeze(-2)
+                d_bias_std = (by_sample * noise.to(by_sample.dtype)).sum(0).to(mean.dtype)
+        return d_x, d_mean, d_std, d_bias_mean, d_bias_std, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, precision):
+        if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
+            arguments = (x, mean, std, bias_mean, bias_std, key, layer, precision)
+            return dispatch.one_by_one(_SampledLinear, info, in_dims, *arguments)
+        parameters = (mean, std, bias_mean, bias_std)
+        if in_dims[5] is None:  # the same draws: the mapped axis is more batch
+            x = x.movedim(in_dims[0], -3)
+            y = _SampledLinear.apply(x.flatten(-3, -2), *parameters, key, layer, precision)
+            return y.unflatten(1, x.shape[-3:-1]), 1
+        key = key.movedim(in_dims[5], 0)  # (mapped, samples, 2)
+        if in_dims[0] is not None or x.ndim == 3:
+            stacked = dispatch.leading(x, in_dims[0], info.batch_size)
+            if stacked.ndim == 3:
+                stacked = stacked[:, None].expand(-1, key.shape[1], -1, -1)
+            x = stacked.flatten(0, 1)
+        y = _SampledLinear.apply(x, *parameters, key.flatten(0, 1), layer, precision)
+        return y.unflatten(0, key.shape[:2]), 0
+
+
+class _InputGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(gradient, mean, std, key, layer, precision):
+        return torch.ops.vbdl.sampled_linear_input(gradient, mean, std, key, layer, precision)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        gradient, mean, std, key, ctx.layer, ctx.precision = inputs
+        ctx.save_for_backward(gradient, mean, std, key)
+
+    @staticmethod
+    def backward(ctx, dd_x):
+        gradient, mean, std, key = ctx.saved_tensors
+        d_gradient = _SampledLinear.apply(dd_x, mean, std, None, None, key, ctx.layer, ctx.precision)
+        d_mean, d_std = _ParameterGradient.apply(gradient, dd_x, key, ctx.layer, ctx.precision)
+        return d_gradient, d_mean.to(mean.dtype), d_std.to(mean.dtype), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, gradient, mean, std, key, layer, precision):
+        if in_dims[1] is not None or in_dims[2] is not None:
+            arguments = (gradient, mean, std, key, layer, precision)
+            return dispatch.one_by_one(_InputGradient, info, in_dims, *arguments)
+        if in_dims[3] is None:
+            gradient = gradient.movedim(in_dims[0], 1)  # (samples, mapped, batch, out)
+            d_x = _InputGradient.apply(gradient.flatten(1, 2), mean, std, key, layer, precision)
+            return d_x.unflatten(1, gradient.shape[1:3]), 1
+        gradient = dispatch.leading(gradient, in_dims[0], info.batch_size)
+        key = key.movedim(in_dims[3], 0)
+        d_x = _InputGradient.apply(gradient.flatten(0, 1), mean, std, key.flatten(0, 1), layer, precision)
+        return d_x.unflatten(0, key.shape[:2]), 0
+
+
+class _ParameterGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(gradient, x, key, layer, precision):
+        return torch.ops.vbdl.sampled_linear_parameters(gradient, x, key, layer, precision)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        gradient, x, key, ctx.layer, ctx.precision = inputs
+        ctx.save_for_backward(gradient, x, key)
+
+    @staticmethod
+    def backward(ctx, dd_mean, dd_std):
+        gradient, x, key = ctx.saved_tensors
+        dd_mean, dd_std = dd_mean.to(x.dtype), dd_std.to(x.dtype)
+        d_gradient = _SampledLinear.apply(x, dd_mean, dd_std, None, None, key, ctx.layer, ctx.precision)
+        d_x = _InputGradient.apply(gradient, dd_mean, dd_std, key, ctx.layer, ctx.precision)
+        if x.ndim == 2:
+            d_x = d_x.sum(0, dtype=_wide(d_x.dtype)).to(x.dtype)
+        return d_gradient, d_x, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, gradient, x, key, layer, precision):
+        return dispatch.one_by_one(_ParameterGradient, info, in_dims, gradient, x, key, layer, precision)
+
+
+@torch._dynamo.allow_in_graph  # traced into, a custom vmap rule is lost or refused (pytorch#129845)
+def _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision):
+    return _SampledLinear.apply(x, mean, std, bias_mean, bias_std, key, layer, precision)
+
+
+def sampled_linear(
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    key: Tensor,
+    layer: int,
+    bias_mean: Tensor | None = None,
+    bias_std: Tensor | None = None,
+    precision: str = "",
+) -> Tensor:
+    """A linear layer under each draw of its weights.
+
+    x: (batch, in) shared or (samples, batch, in);  mean, std: (out, in);  bias_mean, bias_std: (out,) or None
+    key: (samples, 2) int64  ->  (samples, batch, out);  one draw: x (..., in), key (2,)  ->  (..., out)
+
+    All float tensors of one dtype (under autocast they are cast to its dtype); sums are float32. `bias_std` None is
+    a bias that is not random. precision: of float32 products, "ieee", "tf32", or "" for what
+    `torch.set_float32_matmul_precision` says. Differentiable to any order; takes `vmap`, which becomes one call with
+    all draws, `torch.compile(fullgraph=True)`, `torch.func` and export; forward-mode differentiation raises.
+    Raises ValueError for shapes, dtypes or a key that do not fit.
+    """
+    x, mean, std, bias_mean, bias_std = dispatch.autocast(x, mean, std, bias_mean, bias_std)
+    check_parameters(mean, std, key, layer)
+    check_linear(x, mean, bias_mean, bias_std, key)
+    if precision not in ("", "ieee", "tf32"):
+        raise ValueError(f'precision is "ieee", "tf32" or "", got {precision!r}')
+    if key.ndim == 1:
+        flat = x.reshape(-1, x.shape[-1])
+        y = _sampled_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision)
+        return y.reshape(*x.shape[:-1], mean.shape[0])
+    return _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias_mean: Tensor | None, bias_std: Tensor | None, key: Tensor) -> None:
+    """Refuse what a kernel would read out of bounds."""
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit weights (out, in) {tuple(weight.shape)}")
+    if key.ndim == 2 and x.ndim not in (2, 3):
+        raise ValueError(f"with several draws x is (batch, in) or (samples, batch, in), got {tuple(x.shape)}")
+    if key.ndim == 2 and x.ndim == 3 and x.shape[0] != key.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} samples and key {key.shape[0]}")
+    if bias_std is not None and bias_mean is None:
+        raise ValueError("bias_std without bias_mean")
+    for name, bias in (("bias_mean", bias_mean), ("bias_std", bias_std)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name} {tuple(bias.shape)} does not fit {weight.shape[0]} outputs")
+    tensors = [t for t in (x, weight, bias_mean, bias_std) if t is not None]
+    if len({t.dtype for t in tensors}) > 1 or len({t.device for t in (*tensors, key)}) > 1:
+        raise ValueError(f"one dtype and one device, got {[(str(t.dtype), str(t.device)) for t in (*tensors, key)]}")
+
+
