@@ -1,0 +1,31 @@
+"""How outputs are read, refitted on rows that training never saw.
+
+Every calibrator is a module with `fit(outputs, y)` (float64) and a `forward` in plain torch, and
+says
+in `acts_on` what it takes: "logits" of each sample, before they are averaged, or "probs", the mean
+probability of the finished prediction.
+"""
+
+from vbdl.calibration.adaptive_conformal import AdaptiveConformal as AdaptiveConformal
+from vbdl.calibration.bbq import BBQ as BBQ
+from vbdl.calibration.beta import Beta as Beta
+from vbdl.calibration.cdf import CDFRecalibration as CDFRecalibration
+from vbdl.calibration.conformal import APS as APS
+from vbdl.calibration.conformal import LAC as LAC
+from vbdl.calibration.conformal import RAPS as RAPS
+from vbdl.calibration.conformal import ConformalSets as ConformalSets
+from vbdl.calibration.conformal import conformal_quantile as conformal_quantile
+from vbdl.calibration.conformal import conformal_rank as conformal_rank
+from vbdl.calibration.conformal import set_coverage as set_coverage
+from vbdl.calibration.conformal_intervals import CQR as CQR
+from vbdl.calibration.conformal_intervals import AbsoluteIntervals as AbsoluteIntervals
+from vbdl.calibration.conformal_intervals import NormalisedIntervals as NormalisedIntervals
+from vbdl.calibration.dirichlet import Dirichlet as Dirichlet
+from vbdl.calibration.ensemble_temperature import EnsembleTemperature as EnsembleTemperature
+from vbdl.calibration.histogram import Histogram as Histogram
+from vbdl.calibration.isotonic import Isotonic as Isotonic
+from vbdl.calibration.matrix import MatrixScaling as MatrixScaling
+from vbdl.calibration.platt import Platt as Platt
+from vbdl.calibration.std_scaling import StdScaling as StdScaling
+from vbdl.calibration.temperature import Temperature as Temperature
+from vbdl.calibration.vector import VectorScaling as VectorScaling

@@ -1,0 +1,113 @@
+"""What the calibrators share: checked inputs, one minimiser, one-versus-rest."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import optimize
+from torch import Tensor
+
+from vbdl.metrics._checks import check_finite, check_labels, check_probs_and_labels
+
+# the smallest normal float32: what a probability that underflowed to 0 is taken for
+TINY = 1.1754943508222875e-38
+
+
+def check_logits_and_labels(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits float64 (samples, batch, classes), y int64 (batch,)); one sample gets its axis.
+
+    ValueError for NaN or infinite logits, for no rows, for fewer than two classes.
+    """
+    values = check_finite(logits, "logits")
+    if values.ndim == 2:
+        values = values.unsqueeze(0)
+    if values.ndim != 3 or values.shape[2] < 2:
+        raise ValueError(
+            "logits must be (batch, classes) or (samples, batch, classes) with at least two classes, "
+            f"not {tuple(logits.shape)}"
+        )
+    if 0 in values.shape:
+        raise ValueError(f"logits has no rows: its shape is {tuple(logits.shape)}")
+    return values, check_labels(y, values.shape[1], values.shape[2]).to(values.device)
+
+
+def require_all_classes(y: Tensor, n_classes: int, method: str) -> None:
+    """ValueError when a class has no row: its own map would be fitted to nothing but negatives."""
+    missing = (torch.bincount(y, minlength=n_classes) == 0).nonzero().squeeze(1).tolist()
+    if missing:
+        raise ValueError(
+            f"{method} fits something of its own to every class, and class {missing[0]} "
+            f"({len(missing)} of {n_classes} in all) has no row to calibrate on; add rows, or use "
+            "Temperature, which needs no class in particular"
+        )
+
+
+def minimize(
+    loss: Callable[[Tensor], Tensor],
+    start: Tensor,
+    bounds: list[tuple[float | None, float | None]] | None = None,
+) -> Tensor:
+    """The minimiser of a scalar loss of a float64 vector, by L-BFGS-B with gradients from
+    autograd."""
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        point = torch.from_numpy(x.copy()).to(start.device).requires_grad_()
+        with torch.enable_grad():
+            value = loss(point)
+            (gradient,) = torch.autograd.grad(value, point)
+        return float(value.detach()), gradient.cpu().numpy().astype(np.float64)
+
+    result = optimize.minimize(
+        value_and_gradient,
+        start.cpu().numpy().astype(np.float64),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        # ftol of rounding size: the default 2e-9 stops with four wrong digits in a temperature
+        options={"maxiter": 1000, "maxfun": 5000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
+    )
+    if not np.isfinite(result.x).all() or not np.isfinite(result.fun):
+        raise RuntimeError(f"the fit did not stay finite: {result.message}")
+    return torch.from_numpy(np.asarray(result.x)).to(start.device)
+
+
+def binary_problems(probs: Tensor, y: Tensor, method: str) -> list[tuple[Tensor, Tensor]]:
+    """(probability, label) of each class against the rest; of class 1 alone when there are two.
+
+    probs: (batch, classes) or (batch,);  y: (batch,)  ->  [((batch,) float64, (batch,) float64)]
+    """
+    probs, y = check_probs_and_labels(probs, y)
+    require_all_classes(y, probs.shape[1], method)
+    classes = [1] if probs.shape[1] == 2 else range(probs.shape[1])
+    return [(probs[:, k].clamp(0, 1).contiguous(), (y == k).to(torch.float64)) for k in classes]
+
+
+def one_versus_rest(apply: Callable[[Tensor], Tensor], n_maps: int, probs: Tensor) -> Tensor:
+    """Calibrated probabilities in the shape and dtype of probs, from maps of one class each.
+
+    apply: (maps, batch) -> (maps, batch) in float64. Two classes: the map of class 1 decides both.
+    More: every class through its own map, then normalised; a row that all maps send to 0 keeps the
+    probabilities it had.
+    """
+    if n_maps == 0:
+        raise RuntimeError("this calibrator has not been fitted: call fit first")
+    binary = probs.ndim == 1
+    if not binary and (probs.ndim != 2 or probs.shape[1] != (2 if n_maps == 1 else n_maps)):
+        raise ValueError(f"fitted to {2 if n_maps == 1 else n_maps} classes, got probs {tuple(probs.shape)}")
+    if binary and n_maps != 1:
+        raise ValueError(f"fitted to {n_maps} classes, got binary probabilities (batch,)")
+    p = probs.to(torch.float64)
+    if n_maps == 1:
+        one = apply((p if binary else p[:, 1]).unsqueeze(0).contiguous()).squeeze(0)
+        q = one if binary else torch.stack((1 - one, one), dim=1)
+    else:
+        q = apply(p.T.contiguous()).T
+        mass = q.sum(dim=1, keepdim=True)
+        q = torch.where(mass > 0, q / torch.where(mass > 0, mass, 1.0), p)
+    return q.to(probs.dtype)
+
+
+def stack_padded(rows: list[Tensor]) -> Tensor:
+    """Vectors of different lengths as (rows, longest), each padded with its own last value."""
+    longest = max(r.numel() for r in rows)
+    return torch.stack([torch.cat((r, r[-1:].expand(longest - r.numel()))) for r in rows])

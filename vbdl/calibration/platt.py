@@ -1,0 +1,63 @@
+"""Platt scaling: a logistic curve in the logit of each class's probability.
+
+Platt, Probabilistic Outputs for Support Vector Machines and Comparisons to Regularized Likelihood
+Methods, 1999, https://www.researchgate.net/publication/2594015
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from vbdl.calibration._fit import TINY, binary_problems, minimize, one_versus_rest
+
+
+def _logit(p: Tensor) -> Tensor:
+    return p.clamp(min=TINY).log() - (1 - p).clamp(min=TINY).log()
+
+
+class Platt(nn.Module):
+    """σ(a · logit(p) + b); acts on the mean probability, one-versus-rest and normalised beyond two
+    classes.
+
+    smoothed: fits to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which
+    keeps
+    the curve finite where the classes separate.
+    """
+
+    acts_on = "probs"
+    slope: Tensor | None
+    intercept: Tensor | None
+
+    def __init__(self, smoothed: bool = True):
+        super().__init__()
+        self.smoothed = smoothed
+        self.register_buffer("slope", None)
+        self.register_buffer("intercept", None)
+
+    def fit(self, probs: Tensor, y: Tensor) -> "Platt":
+        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a
+        row."""
+        found = []
+        for p, hit in binary_problems(probs, y, "Platt"):
+            z = _logit(p)
+            target = hit
+            if self.smoothed:
+                positive = hit.sum()
+                high, low = (positive + 1) / (positive + 2), 1 / (hit.numel() - positive + 2)
+                target = torch.where(hit > 0, high, low)
+            found.append(
+                minimize(
+                    lambda v, z=z, target=target: binary_cross_entropy_with_logits(v[0] * z + v[1], target),
+                    torch.tensor([1.0, 0.0], dtype=torch.float64, device=z.device),
+                )
+            )
+        self.slope, self.intercept = torch.stack(found).T.contiguous()
+        return self
+
+    def forward(self, probs: Tensor) -> Tensor:
+        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        slope, intercept = self.slope, self.intercept
+        if slope is None or intercept is None:
+            raise RuntimeError("Platt has not been fitted: call fit first")
+        curve = lambda p: torch.sigmoid(slope[:, None] * _logit(p) + intercept[:, None])
+        return one_versus_rest(curve, slope.numel(), probs)

@@ -1,0 +1,95 @@
+"""Std scaling: one factor on the predicted standard deviations, the regression sibling of a
+temperature.
+
+Laves, Ihler, Fast, Kahrs, Ortmaier, Well-Calibrated Regression Uncertainty in Medical Imaging with
+Deep
+Learning, 2020, https://proceedings.mlr.press/v121/laves20a.html
+Levi, Gispan, Giladi, Fetaya, Evaluating and Calibrating Uncertainty Prediction in Regression Tasks,
+2022, https://arxiv.org/abs/1905.11659
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calibration._fit import minimize
+from vbdl.metrics._checks import check_std, check_targets
+from vbdl.metrics.nll import check_mixture
+
+
+class StdScaling(nn.Module):
+    """std -> scale · std, the mean stays; scale > 0 minimises the negative log-likelihood.
+
+    per_output: a scale for each output, or one for all. A mixture is stretched about its own mean,
+    means_s -> mean + scale (means_s - mean) and stds_s -> scale · stds_s, so that its shape stays
+    and
+    total, aleatoric and epistemic variance are all multiplied by scale²: they still add up, and
+    their
+    ratio is that of before.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, per_output: bool = True):
+        super().__init__()
+        self.per_output = per_output
+        self.register_buffer("log_scale", torch.zeros((), dtype=torch.float64))  # () or (outputs,)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+    def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> "StdScaling":
+        """Gaussian: mean, std (batch,) or (batch, outputs), in closed form, scale² = mean of z².
+        Mixture:
+        mean, std (samples, batch) or (samples, batch, outputs).  y: (batch,) or (batch, outputs).
+
+        ValueError without rows, and when every mean equals its target: the best scale would be 0.
+        """
+        if y.shape[0] == 0:
+            raise ValueError("y has no rows")
+        if mean.ndim == y.ndim + 1:
+            means, stds, target, log_weights = check_mixture(mean, std, y, None)
+            assert target is not None
+            centre = means.mean(dim=0)
+            self.log_scale = self._fit_mixture(means - centre, stds, target - centre, log_weights)
+            return self
+        mean, y = check_targets(mean, y)
+        z2 = ((y - mean) / check_std(std, mean.shape)) ** 2
+        mean_z2 = z2.mean(dim=0) if self.per_output else z2.mean()
+        if bool((mean_z2 == 0).any()):
+            raise ValueError("every mean equals its target: a std of 0 would fit best; use new rows")
+        self.log_scale = 0.5 * mean_z2.log()
+        return self
+
+    def _fit_mixture(self, apart: Tensor, stds: Tensor, residual: Tensor, log_weights: Tensor) -> Tensor:
+        """log scale of the mixture with component means `apart` from the mixture's mean."""
+        outputs = residual.shape[1:] if self.per_output else torch.Size()
+        moment = (residual**2 / (stds**2 + apart**2).mean(0)).mean(0)
+        if bool((moment == 0).any()):
+            raise ValueError("every mean equals its target: a std of 0 would fit best; use new rows")
+        start = 0.5 * (moment if self.per_output else moment.mean()).log()
+
+        def loss(v: Tensor) -> Tensor:
+            scale = v.reshape(outputs).exp()
+            z = (residual - scale * apart) / (scale * stds)
+            log_density = -0.5 * z**2 - (scale * stds).log() - 0.5 * math.log(2 * math.pi)
+            # outputs apart: each has its own mixture, so that one scale cannot lean on another
+            weights = log_weights.reshape(-1, *[1] * (log_density.ndim - 1))
+            return -(log_density + weights).logsumexp(0).mean(0).sum()
+
+        return minimize(loss, start.reshape(-1)).reshape(outputs)
+
+    def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Gaussian (batch,) or (batch, outputs) -> the same mean, the scaled std"""
+        return mean, std * self.scale.to(std.dtype)
+
+    def mixture(self, means: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
+        """(samples, batch) or (samples, batch, outputs) -> the stretched mixture"""
+        scale, centre = self.scale.to(means.dtype), means.mean(dim=0)
+        return centre + scale * (means - centre), scale * stds
+
+    def variance(self, variance: Tensor) -> Tensor:
+        """total, aleatoric or epistemic (batch, outputs), squared target units -> the scaled one"""
+        return variance * (2 * self.log_scale).exp().to(variance.dtype)

@@ -1,0 +1,103 @@
+"""Temperature scaling: all logits divided by one number.
+
+Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017,
+https://arxiv.org/abs/1706.04599
+Rahaman, Thiery, Uncertainty Quantification and Deep Ensembles, 2021,
+https://arxiv.org/abs/2007.08792
+(before or after the average of an ensemble)
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calibration._fit import TINY, check_logits_and_labels, minimize
+from vbdl.metrics._checks import check_probs_and_labels
+
+_LOG_LIMIT = math.log(1000.0)
+
+
+class Temperature(nn.Module):
+    """softmax(z / T), T > 0 by construction: log T is what is fitted, in float64, within [1e-3,
+    1e3].
+
+    acts_on="logits": each sample's logits, z -> z / T; fitted to the mean over samples of the
+    probabilities, which is what the predictor returns. acts_on="probs": the mean probability,
+    p -> softmax(log p / T).
+
+    The most probable class stays the same, exactly, for "probs" and for one sample. With several
+    samples and "logits" it may change where members disagree: the mean of sharpened members is not
+    the sharpened mean.
+    """
+
+    log_temperature: Tensor
+
+    def __init__(self, acts_on: str = "logits"):
+        super().__init__()
+        if acts_on not in ("logits", "probs"):
+            raise ValueError(f"acts_on must be 'logits' or 'probs', not {acts_on!r}")
+        self.acts_on = acts_on
+        self.register_buffer("log_temperature", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def temperature(self) -> float:
+        return math.exp(float(self.log_temperature))
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:.6g}, acts_on={self.acts_on!r}"
+
+    def fit(self, outputs: Tensor, y: Tensor) -> "Temperature":
+        """Minimises the negative log-likelihood.
+
+        outputs: for "logits" (batch, classes) or (samples, batch, classes); for "probs" (batch,
+        classes),
+        or (batch,) of class 1;  y: (batch,).  Returns self.
+
+        A class without rows is no hindrance. Rows that are all predicted right have no best T: it
+        ends
+        at a limit, with a warning.
+        """
+        if self.acts_on == "probs":
+            probs, y = check_probs_and_labels(outputs, y)
+            logits = probs.clamp(min=TINY).log().unsqueeze(0)
+        else:
+            logits, y = check_logits_and_labels(outputs, y)
+        # a shift of each row changes nothing, and leaves numbers that can be divided without
+        # overflow
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        rows = torch.arange(y.numel(), device=y.device)
+
+        def loss(log_temperature: Tensor) -> Tensor:
+            log_probs = (logits * torch.exp(-log_temperature)).log_softmax(-1)[:, rows, y]
+            return -(log_probs.logsumexp(0) - math.log(logits.shape[0])).mean()
+
+        # the loss of a mixture can have more than one valley: start in the deepest of a coarse walk
+        starts = torch.linspace(-3, 3, 25, dtype=torch.float64, device=logits.device)
+        with torch.no_grad():
+            start = starts[int(torch.stack([loss(s) for s in starts]).argmin())]
+        best = minimize(lambda v: loss(v[0]), start.reshape(1), [(-_LOG_LIMIT, _LOG_LIMIT)])[0]
+        # towards a limit the loss goes flat before the search arrives there
+        for limit in (best.new_tensor(-_LOG_LIMIT), best.new_tensor(_LOG_LIMIT)):
+            if loss(limit) <= loss(best):
+                best = limit
+                warnings.warn(
+                    f"the temperature ended at its limit {math.exp(float(limit)):.3g}: these rows "
+                    "are all predicted right, or no better than chance; calibrate on more rows",
+                    stacklevel=2,
+                )
+        self.log_temperature = best.to(self.log_temperature.device)
+        return self
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """logits -> logits of any shape, or probs -> probs (batch, classes) or (batch,), by
+        acts_on."""
+        scale = torch.exp(-self.log_temperature)
+        if self.acts_on == "logits":
+            return outputs * scale.to(outputs.dtype)
+        p = outputs.to(torch.float64)
+        if outputs.ndim == 1:
+            z = p.clamp(min=TINY).log() - (1 - p).clamp(min=TINY).log()
+            return torch.sigmoid(z * scale).to(outputs.dtype)
+        return (p.clamp(min=TINY).log() * scale).softmax(-1).to(outputs.dtype)

@@ -1,0 +1,53 @@
+"""Vector scaling: a factor and a shift for each class's logit.
+
+Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017,
+https://arxiv.org/abs/1706.04599
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calibration._fit import check_logits_and_labels, minimize, require_all_classes
+
+
+class VectorScaling(nn.Module):
+    """softmax(w ∘ z + b), w and b (classes,); acts on each sample's logits.
+
+    Unlike a temperature it can change the most probable class, and is not blind to a constant added
+    to all logits of a row: fit it to the logits it will meet.
+    """
+
+    acts_on = "logits"
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", None)
+        self.register_buffer("bias", None)
+
+    def fit(self, logits: Tensor, y: Tensor) -> "VectorScaling":
+        """logits: (batch, classes) or (samples, batch, classes);  y: (batch,).  Every class needs a
+        row."""
+        logits, y = check_logits_and_labels(logits, y)
+        samples, _, classes = logits.shape
+        require_all_classes(y, classes, "VectorScaling")
+        rows = torch.arange(y.numel(), device=y.device)
+
+        def loss(v: Tensor) -> Tensor:
+            log_probs = (logits * v[:classes] + v[classes:]).log_softmax(-1)[:, rows, y]
+            return -(log_probs.logsumexp(0) - math.log(samples)).mean()
+
+        start = torch.zeros(2 * classes, dtype=torch.float64, device=logits.device)
+        start[:classes] = 1
+        best = minimize(loss, start)
+        self.weight, self.bias = best[:classes], best[classes:]
+        return self
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(..., classes) -> (..., classes) logits"""
+        if self.weight is None or self.bias is None:
+            raise RuntimeError("VectorScaling has not been fitted: call fit first")
+        return logits * self.weight.to(logits.dtype) + self.bias.to(logits.dtype)
