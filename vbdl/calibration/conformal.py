@@ -60,7 +60,7 @@ def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = probs.argsort(dim=1, descending=True, stable=True)
     mass = probs.gather(1, order).cumsum(1)
-    rank = torch.arange(1, probs.shape[1] + 1, device=probs.device).expand_as(order)
+    rank = torch.arange(1, probs.shape[1] + 1, dtype=probs.dtype, device=probs.device).expand_as(order)
     back = order.argsort(dim=1)
     return mass.gather(1, back), rank.gather(1, back)
 
