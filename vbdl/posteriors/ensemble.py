@@ -73,10 +73,8 @@ class DeepEnsemble(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The members' architecture; its tensors are in the stacks."""
-        if len(self._parts):
-            raise AttributeError("members differ in architecture: see parts")
-        return self._hidden[0]
+        """The members' architecture; its tensors are in the stacks. Several architectures are called by part."""
+        return self._parts if len(self._parts) else self._hidden[0]
 
     @property
     def base(self) -> Posterior | None:

@@ -1,0 +1,310 @@
+"""The predictor: a posterior and a likelihood as one compiled function of the input.
+
+It knows no method and no likelihood by name. Rows go through in tiles of fixed size, padded, so that nothing is
+compiled for a new batch size and, on a CPU, a row's result is the same bit for bit in whatever batch it comes.
+"""
+
+import copy
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vbdl.execution import Execution, Settings, pad
+from vbdl.stacking import map_inputs, tensors
+from vbdl.types import Inputs, Likelihood, Posterior, State
+
+DEFAULT_SAMPLES = 32
+
+
+class Predictor:
+    """The posterior predictive p(y | x), averaged over n_samples draws of the posterior.
+
+    posterior, likelihood: what `vbdl.fit` has trained. Both are copied: training them further changes nothing here.
+    n_samples: draws; every member of an ensemble, and 32 otherwise, unless given.
+    seed: the draws are those of this seed, the first 32 of 100 being the 32.
+    tiles: batch sizes to compile for; a batch is padded to the smallest that holds it or cut into the largest. With
+        one size a row's result does not depend on its batch, bit for bit on a CPU; with several, to float rounding,
+        and small batches are faster.
+    compile: with False the same graph is run operation by operation.
+    memory_budget: bytes for kept draws and for activations, half each.
+    chunk_size: draws in one call; chosen from the memory budget unless given. Results do not depend on it.
+    autocast: run the network in this dtype (torch.bfloat16); statistics stay float32.
+    device: where to run; the posterior's unless given.
+
+    Thread-safe. Raises ValueError for input that the module cannot take, with the reason.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        likelihood: Likelihood,
+        n_samples: int | None = None,
+        seed: int = 0,
+        *,
+        tiles: Sequence[int] = (64,),
+        compile: bool = True,
+        memory_budget: int = 2**30,
+        chunk_size: int | None = None,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if not isinstance(posterior, Posterior):
+            raise TypeError(
+                f"Predictor needs a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
+                f"vbdl.MeanField or vbdl.DeepEnsemble"
+            )
+        assert isinstance(posterior, nn.Module) and isinstance(likelihood, nn.Module)
+        available = posterior.n_draws
+        if n_samples is None:
+            n_samples = DEFAULT_SAMPLES if available is None else available
+        if n_samples < 1:
+            raise ValueError(f"n_samples is at least 1, got {n_samples}")
+        if available is not None and n_samples > available:
+            raise ValueError(f"n_samples is {n_samples}, but this posterior has only {available} different draws")
+        if not tiles or min(tiles) < 1:
+            raise ValueError(f"tiles are batch sizes of at least 1, got {tuple(tiles)}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is at least 1, got {chunk_size}")
+        own = getattr(likelihood, "n_members", None)
+        if own is not None and own != posterior.n_members:
+            raise ValueError(
+                f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}"
+            )
+        first = next(iter([*posterior.parameters(), *posterior.buffers()]))
+        self.device = torch.device(device) if device is not None else first.device
+        self.posterior: Any = _frozen(posterior, self.device)
+        self.likelihood: Any = _frozen(likelihood, self.device)
+        self.n_samples, self.seed = n_samples, seed
+        self.tiles = tuple(sorted(set(tiles)))
+        self.settings = Settings(seed, memory_budget, chunk_size, compile, autocast)
+        self._floating = next((t.dtype for t in self.posterior.parameters() if t.is_floating_point()), None)
+        self._executions: dict[Any, list[Execution]] = {}
+        self._lock = threading.RLock()
+        self._sealed = False
+
+    # -- predicting
+
+    def __call__(self, x: Inputs, samples: bool = False) -> Any:
+        """The prediction of each row: (batch, ...) inputs -> a prediction of the likelihood's kind.
+
+        samples: keep each draw's parameters of p(y | x) too, (samples, batch, ...), which mixture quantiles and
+        densities need; memory grows with the number of draws.
+        """
+        x, rows = self._check(x)
+        parts = [self._tile(tile, samples) for tile in self._tiles(x, rows)]
+        fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
+        kept = torch.cat([p[1] for p in parts], dim=1)[:, :rows] if samples else None
+        return self.likelihood.prediction(fields, self.n_samples, kept)
+
+    def stream(self, batches: Iterable[Inputs]) -> Iterator[Any]:
+        """A prediction for each batch, in memory of one batch."""
+        for x in batches:
+            yield self(x)
+
+    def log_prob(self, x: Inputs, y: Tensor) -> Tensor:
+        """(batch,) log p(y | x) in nats under the whole mixture: log mean over draws of p(y | x, draw)."""
+        x, rows = self._check(x)
+        y = torch.as_tensor(y, device=self.device)
+        if y.shape[:1] != (rows,):
+            raise ValueError(f"there are {rows} rows and targets {tuple(y.shape)}")
+        found = []
+        for start, tile in zip(range(0, max(rows, 1), self._size(rows)), self._tiles(x, rows), strict=True):
+            parameters = self._samples(tile)[:, : min(self._size(rows), rows - start)]
+            target = self.likelihood.check_targets(y[start : start + parameters.shape[1]], parameters.shape[1:])
+            each = torch.stack([-self.likelihood.nll(p, target) for p in parameters])
+            found.append(torch.logsumexp(each, dim=0) - math.log(self.n_samples))
+        return torch.cat(found)
+
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), *, example: Inputs, samples: bool = False) -> "Predictor":
+        """Compile all that batches of these sizes need, for rows like the example's.
+
+        Nothing is compiled afterwards: a batch of a shape that was not warmed up raises. Returns the predictor.
+        """
+        example, rows = self._check(example)
+        if rows < 1:
+            raise ValueError("warm_up needs an example of at least one row")
+        self._sealed = False
+        for size in sorted({self._size(n) for n in batch_sizes}):
+            self._tile(pad(example, 0, size), False)
+            if samples:
+                self._tile(pad(example, 0, size), True)
+        self._sealed = True
+        return self
+
+    def explain(self, example: Inputs | None = None) -> str:
+        """The plan: how the draws are executed and why. Needs one example unless something was predicted before."""
+        if example is not None:
+            checked, rows = self._check(example)
+            self._execution(pad(checked, 0, self._size(rows)))
+        if not self._executions:
+            raise ValueError("nothing was predicted yet: explain(example) with one batch")
+        blocks = []
+        for key, executions in self._executions.items():
+            shapes = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in key[1])
+            for index, execution in enumerate(executions):
+                part = f", part {index + 1} of {len(executions)}" if len(executions) > 1 else ""
+                blocks.append(f"input          {shapes}{part}\n{execution.plan.explain()}")
+        return "\n\n".join(blocks)
+
+    def as_module(self) -> nn.Module:
+        """A drop-in for the network it came from: model(x) -> probabilities, or the mean."""
+        return PredictiveModule(self)
+
+    def replace(self, likelihood: Likelihood | None = None, **settings: Any) -> "Predictor":
+        """A predictor with the same draws and another likelihood or other settings (seed, n_samples, tiles, ...)."""
+        given = {
+            "n_samples": self.n_samples,
+            "seed": self.seed,
+            "tiles": self.tiles,
+            "compile": self.settings.compile,
+            "memory_budget": self.settings.memory_budget,
+            "chunk_size": self.settings.chunk_size,
+            "autocast": self.settings.autocast,
+            "device": self.device,
+        }
+        return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
+
+    # -- tiles
+
+    def _check(self, x: Any) -> tuple[Inputs, int]:
+        """The inputs as tensors on the device, and how many rows they have."""
+        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        found = tensors(x)
+        if not found or not all(isinstance(t, Tensor) for t in found):
+            raise TypeError("inputs are tensors: one, a tuple of them, or a dict by argument name")
+        if any(t.ndim < 1 for t in found):
+            raise ValueError("inputs have a batch axis first, got a scalar")
+        sizes = {t.shape[0] for t in found}
+        if len(sizes) > 1:
+            raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in found]}")
+        for t in found:
+            if not t.is_floating_point():
+                continue
+            if self._floating is not None and t.dtype != self._floating:
+                raise ValueError(
+                    f"inputs are {t.dtype} and the module's parameters {self._floating}: convert with "
+                    f"x.to({self._floating})"
+                )
+            # one reduction in the usual case; a sum that overflows is looked at again
+            if not math.isfinite(float(t.detach().sum())) and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
+                bad = (~ok).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"{len(bad)} of {len(ok)} rows are not finite, the first is row {bad[0]}: remove or impute them"
+                )
+        if found[0].device != self.device:
+            x = map_inputs(lambda t: t.to(self.device), x)
+        return x, sizes.pop()
+
+    def _size(self, rows: int) -> int:
+        return next((size for size in self.tiles if size >= rows), self.tiles[-1])
+
+    def _tiles(self, x: Inputs, rows: int) -> Iterator[Inputs]:
+        size = self._size(rows)
+        for start in range(0, max(rows, 1), size):
+            yield pad(x, start, size)
+
+    def _execution(self, tile: Inputs) -> list[Execution]:
+        names = tuple(tile) if isinstance(tile, dict) else None
+        key = (names, tuple((tuple(t.shape), t.dtype) for t in tensors(tile)))
+        found = self._executions.get(key)
+        if found is None:
+            if self._sealed:
+                shapes = [(list(t.shape[1:]), str(t.dtype)) for t in tensors(tile)]
+                raise RuntimeError(
+                    f"rows of shape {shapes} in tiles of {tensors(tile)[0].shape[0]} were not warmed up, and compiling "
+                    f"after warm_up is refused: warm_up with such an example and batch size"
+                )
+            with self._lock:
+                found = self._executions.get(key)
+                if found is None:
+                    found = self._build(tile)
+                    self._executions[key] = found
+        return found
+
+    def _build(self, tile: Inputs) -> list[Execution]:
+        """An execution for each architecture in the posterior, with its share of the draws."""
+        executions, start = [], 0
+        for part in self.posterior.parts:
+            count = min(part.n_draws or self.n_samples, self.n_samples - start)
+            if count <= 0:
+                break
+            members = {}
+            if getattr(self.likelihood, "n_members", None) is not None:
+                own = slice(start, start + part.n_members)
+                members = {n: t[own] for n, t in self.likelihood.named_parameters()}
+            try:
+                executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
+            except (RuntimeError, IndexError, AssertionError) as error:
+                shapes = [f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors(tile)]
+                raise ValueError(f"the module cannot take rows of {', '.join(shapes)}: {error}") from error
+            start += count
+        return executions
+
+    def _tile(self, tile: Inputs, samples: bool) -> tuple[State, Tensor | None]:
+        executions = self._execution(tile)
+        with self._compiling(executions, samples):
+            kept = torch.cat([e.parameters(tile) for e in executions], dim=0) if samples else None
+            if len(executions) == 1 and executions[0].one_call:
+                return executions[0].fields(tile), kept
+            sums = executions[0].empty_sums()
+            for execution in executions:
+                sums = execution.sums(tile, sums)
+            return self.likelihood.finish(sums), kept
+
+    def _samples(self, tile: Inputs) -> Tensor:
+        executions = self._execution(tile)
+        with self._compiling(executions, True):
+            return torch.cat([e.parameters(tile) for e in executions], dim=0)
+
+    def _compiling(self, executions: list[Execution], samples: bool):
+        """Held while a first call compiles; calls after it share nothing they write to."""
+        done = getattr(executions[0], "warm", set())
+        return _Once(self._lock, executions[0], samples) if samples not in done else _NOTHING
+
+
+class _Once:
+    """Lets one thread through the first call, so that a graph is traced and compiled once."""
+
+    def __init__(self, lock: threading.RLock, execution: Execution, kind: bool):  # type: ignore[valid-type]
+        self._held, self._execution, self._kind = lock, execution, kind
+
+    def __enter__(self):
+        self._held.acquire()
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self._execution.warm = {*getattr(self._execution, "warm", set()), self._kind}
+        self._held.release()
+
+
+class _Nothing:
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+_NOTHING = _Nothing()
+
+
+class PredictiveModule(nn.Module):
+    """model(x) -> probabilities or the mean: takes the network's place where a Tensor is expected."""
+
+    def __init__(self, predictor: Predictor):
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        x = kwargs if kwargs else (args[0] if len(args) == 1 else args)
+        return self.predictor(x).mean
+
+
+def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, in evaluation mode, that no optimiser reaches."""
+    return copy.deepcopy(module).to(device).eval().requires_grad_(False)

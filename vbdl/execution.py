@@ -1,0 +1,294 @@
+"""One architecture at one shape of input: traced, cut, planned, compiled, and ready to be called.
+
+An execution is made once and never changes; calls share nothing that they write to, so threads may call it together.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.compiler import compile_graph
+from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, trace
+from vbdl.plan import Plan, choose
+from vbdl.stacking import Inputs, State, call, call_stacked, map_inputs, select, state_of, tensors
+from vbdl.types import Likelihood, Posterior
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a predictor was asked for."""
+
+    seed: int
+    memory_budget: int
+    chunk_size: int | None
+    compile: bool
+    autocast: torch.dtype | None
+
+
+@dataclass
+class _Chunk:
+    """Some draws: their numbers, how many of them count (the last chunk repeats its last draw up to full size), and
+    what of theirs does not depend on the input, where it is kept."""
+
+    numbers: Tensor
+    count: int
+    kept: dict[str, Tensor] | None = None
+
+
+class Execution:
+    """The draws 0, 1, ... of one posterior, on tiles of one shape."""
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        likelihood: Likelihood,
+        tile: Inputs,  # (rows, ...) each
+        settings: Settings,
+        n_samples: int,
+        members: State,  # the likelihood's own entries, (members, ...) each, or empty
+    ):
+        self.posterior, self.likelihood, self.settings = posterior, likelihood, settings
+        self.n_samples, self.members = n_samples, members
+        self.device = tensors(tile)[0].device
+        self._programs: dict[tuple[int, str], _Program] = {}
+        with torch.no_grad(), _no_fast_path():
+            self._prepare(tile)
+
+    # -- making it
+
+    def _prepare(self, tile: Inputs) -> None:
+        """Trace a few draws, and let the plan choose from what is found."""
+        self.posterior.prepare(tile)
+        pair = nn.ModuleDict({"network": self.posterior.module, "likelihood": self.likelihood})  # type: ignore[dict-item]
+        probe = self._state(torch.arange(min(2, self.n_samples)))
+        self._shared = {n: t.detach() for n, t in state_of(pair).items() if n not in probe}
+        self._tile = tile
+        strategy, reasons = "stacked", ()
+        try:
+            found = self._cut(strategy, probe)
+        except Exception as error:  # what vmap cannot take, it says in many ways
+            strategy = "loop"
+            said = str(error).strip() or type(error).__name__
+            reasons = (f"the draws cannot be mapped together: {said.splitlines()[0]}",)
+            probe = self._state(torch.arange(1))
+            found = self._cut(strategy, probe)
+        if not found.output_depends_on_draw:
+            raise ValueError(
+                f"nothing random reaches the output of this {type(self.posterior).__name__}: every sample would be "
+                f"the same. See vbdl.inspect(module, example) for the stochastic sites"
+            )
+        self.plan: Plan = choose(
+            found,
+            strategy,
+            traced_draws=next(iter(probe.values())).shape[0],
+            n_samples=self.n_samples,
+            tile=tensors(tile)[0].shape[0],
+            memory_budget=self.settings.memory_budget,
+            chunk_size=self.settings.chunk_size,
+            reasons=reasons,
+        )
+        size = self.plan.chunk
+        self._chunks = [
+            _Chunk(torch.arange(start, start + size).clamp_max(self.n_samples - 1), min(size, self.n_samples - start))
+            for start in range(0, self.n_samples, size)
+        ]
+        if next(iter(probe.values())).shape[0] != size:
+            found = self._cut(strategy, self._state(self._chunks[0].numbers))
+        self._found = found
+        self._parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
+
+    def _state(self, numbers: Tensor) -> State:
+        """Entries of these draws: of the network, and of the likelihood where each member has its own."""
+        state = {f"network.{n}": t.detach() for n, t in self.posterior.draws(numbers, self.settings.seed).items()}
+        which = numbers % self.posterior.n_members
+        for name, t in self.members.items():
+            state[f"likelihood.{name}"] = t.detach().index_select(0, which.to(t.device))
+        return {n: t.to(self.device) for n, t in state.items()}
+
+    def _cut(self, strategy: str, state: State) -> Cut:
+        """The call of these draws, traced and cut; its output is (samples, rows, ...) parameters of p(y | x)."""
+        network = _Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
+
+        def parameters(stacked: list[Tensor], shared: list[Tensor], tile: Inputs) -> tuple[Tensor]:
+            entries = dict(zip(state, stacked, strict=True))
+            rest = dict(zip(self._shared, shared, strict=True))
+            if strategy == "stacked":
+                return (call_stacked(network, entries, rest, tile),)
+            count = stacked[0].shape[0]
+            return (torch.stack([call(network, {**rest, **select(entries, i)}, tile) for i in range(count)]),)
+
+        shared = list(self._shared.values())
+        traced = trace(parameters, list(state.values()), shared, self._tile)
+        kinds = [DRAWN] * len(state) + [ONCE] * len(shared) + [PREFIX] * len(tensors(self._tile))
+        return cut(traced, kinds)
+
+    def empty_sums(self) -> State:
+        """Running sums of no draws, on one tile."""
+        none = torch.zeros((1, *self._parameter_shape), device=self.device)
+        return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(none).items()}
+
+    def _program(self, count: int, finish: str) -> "_Program":
+        """The call of this many draws that ends in "parameters", "sums" or "fields"; made when first asked for."""
+        key = (count, finish)
+        if key not in self._programs:
+            regions = (PREFIX, BODY) if self.one_call else (BODY,)
+            program = _Program(self._found, regions, self.settings.compile)
+            program.finish(self.likelihood, finish, count, self.empty_sums() if finish == "sums" else {})
+            self._programs[key] = program
+        return self._programs[key]
+
+    # -- running it
+
+    @property
+    def one_call(self) -> bool:
+        """Whether all draws are in one chunk."""
+        return len(self._chunks) == 1
+
+    def _drawn(self, chunk: _Chunk) -> dict[str, Tensor]:
+        """What of a chunk does not depend on the input: made once where the plan keeps it."""
+        if chunk.kept is not None:
+            return chunk.kept
+        found = self._found
+        values = dict(
+            zip(found.placeholders, [*self._state(chunk.numbers).values(), *self._shared.values()], strict=False)
+        )
+        with torch.no_grad():
+            for region in (found.regions[ONCE], found.regions[DRAWN]):
+                if not region.empty:
+                    values.update(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
+        needed = {*found.regions[PREFIX].inputs, *found.regions[BODY].inputs}
+        values = {n: t for n, t in values.items() if n in needed}
+        if self.plan.keep_draws:
+            chunk.kept = values
+        return values
+
+    def _run(self, chunk: _Chunk, finish: str, inputs: dict[str, Tensor], carried: State) -> State:
+        program = self._program(chunk.count, finish)
+        return program({**self._drawn(chunk), **inputs}, carried)
+
+    def _inputs(self, tile: Inputs) -> dict[str, Tensor]:
+        """The tile by placeholder; with several chunks, also what the layers before the first random one make of it."""
+        found, given = self._found, tensors(tile)
+        values = dict(zip(found.placeholders[-len(given) :], given, strict=True))
+        if not self.one_call and not found.regions[PREFIX].empty:
+            key = (0, "prefix")
+            if key not in self._programs:
+                program = _Program(found, (PREFIX,), self.settings.compile)
+                self._programs[key] = program
+            values.update(self._programs[key]({**self._drawn(self._chunks[0]), **values}, {}))
+        return values
+
+    def fields(self, tile: Inputs) -> State:
+        """Fields of the prediction of a tile, all draws in one call."""
+        return self._run(self._chunks[0], "fields", self._inputs(tile), {})
+
+    def sums(self, tile: Inputs, carried: State) -> State:
+        """Running sums of a tile with these draws added."""
+        inputs = self._inputs(tile)
+        for chunk in self._chunks:
+            carried = self._run(chunk, "sums", inputs, carried)
+        return carried
+
+    def parameters(self, tile: Inputs) -> Tensor:
+        """(samples, rows, ...) parameters of p(y | x), each draw's."""
+        inputs = self._inputs(tile)
+        return torch.cat([self._run(chunk, "parameters", inputs, {})["parameters"] for chunk in self._chunks])
+
+
+class _Program:
+    """Regions of a cut, and what is made of their output, as one compiled call on named values."""
+
+    def __init__(self, found: Cut, regions: tuple[int, ...], compile: bool):
+        self._regions = [found.regions[r] for r in regions if not found.regions[r].empty]
+        made = {name for region in self._regions for name in region.outputs}
+        self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in made))
+        self.outputs = [name for region in self._regions for name in region.outputs]
+        self._output, self._compile, self._call = found.outputs[0], compile, None
+        self._end = None
+
+    def finish(self, likelihood: Likelihood, finish: str, count: int, carried: State) -> None:
+        """End in the first `count` draws' parameters, their running sums added to `carried`, or the finished fields."""
+
+        def end(parameters: Tensor, carried: State) -> State:
+            parameters = parameters[:count]
+            if finish == "parameters":
+                return {"parameters": parameters}
+            sums = likelihood.summarize(parameters)
+            return likelihood.finish(sums) if finish == "fields" else likelihood.merge(carried, sums)
+
+        self._end = end
+        self._carried = list(carried)
+
+    def _whole(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(self.inputs, arguments, strict=False))
+        for region in self._regions:
+            values.update(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
+        if self._end is None:
+            return tuple(values[n] for n in self.outputs)
+        carried = dict(zip(self._carried, arguments[len(self.inputs) :], strict=True))
+        ended = self._end(values[self._output], carried)
+        self.outputs = list(ended)
+        return tuple(ended.values())
+
+    def __call__(self, values: dict[str, Tensor], carried: State) -> State:
+        arguments = [*(values[n] for n in self.inputs), *carried.values()]
+        if self._call is None:
+            with torch.no_grad():
+                graph = trace(self._whole, *arguments)
+            self._call = compile_graph(graph, arguments) if self._compile else graph
+        with torch.no_grad():
+            return dict(zip(self.outputs, self._call(*arguments), strict=True))
+
+
+class _Observed(nn.Module):
+    """Network and likelihood as one module: inputs -> parameters of p(y | x)."""
+
+    def __init__(self, network: nn.Module, likelihood: nn.Module, autocast: torch.dtype | None):
+        super().__init__()
+        self.network, self.likelihood, self._autocast = network, likelihood, autocast
+
+    def forward(self, *args, **kwargs):
+        if self._autocast is None:
+            outputs = self.network(*args, **kwargs)
+        else:
+            device = next(iter([*args, *kwargs.values()])).device.type
+            with torch.autocast(device, dtype=self._autocast, cache_enabled=False):
+                outputs = self.network(*args, **kwargs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the module returned {type(outputs).__name__}, vbdl needs one Tensor (batch, ...): "
+                f"wrap it in a module that picks the output to predict from"
+            )
+        if outputs.dtype in (torch.bfloat16, torch.float16):
+            outputs = outputs.float()  # statistics are float32 or better
+        return self.likelihood(outputs)
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without the fused transformer kernels, which have no batching rule."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def pad(inputs: Inputs, start: int, rows: int) -> Inputs:
+    """Rows [start, start + rows) of every tensor, the last row repeated where there are fewer; contiguous."""
+
+    def one(t: Tensor) -> Tensor:
+        piece = t[start : start + rows]
+        if piece.shape[0] == rows:
+            return piece.contiguous()
+        padded = t.new_zeros(rows, *t.shape[1:])
+        padded[: piece.shape[0]] = piece
+        if piece.shape[0]:
+            padded[piece.shape[0] :] = piece[-1:]
+        return padded
+
+    return map_inputs(one, inputs)

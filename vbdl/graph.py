@@ -1,0 +1,149 @@
+"""One call of the stacked module as a graph, cut by what each value depends on.
+
+    once    depends on neither draw nor input     computed when the plan is made
+    drawn   depends on the draw only              masks and weights: once a draw, kept while memory allows
+    prefix  depends on the input only             the layers before the first random one: once a batch
+    body    depends on both                       what is left to compute for every draw and batch
+
+Nothing in it knows a method or a layer: the cut is where the data flow puts it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functionalize
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
+
+
+def trace(function: Callable, *args: Any) -> fx.GraphModule:
+    """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed."""
+    return make_fx(
+        functionalize(function, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
+    )(*args)
+
+
+@dataclass
+class Region:
+    """Part of a graph, as a function of a flat list of values to a list of values."""
+
+    graph: fx.GraphModule
+    inputs: list[str]
+    outputs: list[str]
+    nodes: list[fx.Node]
+
+    @property
+    def empty(self) -> bool:
+        return not self.nodes
+
+    def flops(self) -> int:
+        """Multiplications and additions of its matrix products and convolutions."""
+        return sum(_flops(node) for node in self.nodes)
+
+    def peak_bytes(self) -> int:
+        """Bytes of its own values alive at once, at most, when run in order."""
+        last = {}
+        for position, node in enumerate(self.nodes):
+            for used in node.all_input_nodes:
+                last[used] = position
+        ending: dict[int, int] = {}
+        alive = peak = 0
+        for position, node in enumerate(self.nodes):
+            alive += own_bytes(node)
+            ending[last.get(node, len(self.nodes))] = ending.get(last.get(node, len(self.nodes)), 0) + own_bytes(node)
+            peak = max(peak, alive)
+            alive -= ending.get(position, 0)
+        return peak
+
+
+@dataclass
+class Cut:
+    """The four regions, and where each placeholder of the whole graph went."""
+
+    regions: tuple[Region, Region, Region, Region]
+    placeholders: list[str]
+    outputs: list[str]
+    values: dict[str, fx.Node] = field(repr=False)
+
+    @property
+    def output_depends_on_draw(self) -> bool:
+        return any(name in self.regions[BODY].outputs or name in self.regions[DRAWN].outputs for name in self.outputs)
+
+    def kept_bytes(self) -> int:
+        """Bytes of what `drawn` hands on, views of its inputs not counted."""
+        return sum(own_bytes(self.values[name]) for name in self.regions[DRAWN].outputs)
+
+
+def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
+    """The regions of a traced call; kinds: ONCE, DRAWN or PREFIX of each placeholder, in order."""
+    region: dict[fx.Node, int] = {}
+    placeholders = []
+    returned: list[fx.Node] = []
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            region[node] = kinds[len(placeholders)]
+            placeholders.append(node.name)
+        elif node.op == "output":
+            returned = [n for n in tree_leaves(node.args) if isinstance(n, fx.Node)]
+        else:
+            region[node] = 0
+            for used in node.all_input_nodes:
+                region[node] |= region[used]
+
+    regions = []
+    for which in (ONCE, DRAWN, PREFIX, BODY):
+        inside = [n for n in region if region[n] == which and n.op != "placeholder"]
+        mine = set(inside)
+        inputs, outputs = [], []
+        for node in inside:
+            for used in node.all_input_nodes:
+                if used not in mine and used not in inputs:
+                    inputs.append(used)
+            if node in returned or any(user not in mine for user in node.users if user.op != "output"):
+                outputs.append(node)
+        # a tuple cannot cross a cut: its parts do
+        regions.append(_extract(traced, inside, inputs, outputs))
+    return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
+
+
+def _extract(
+    traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> Region:
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copied[node] = graph.placeholder(node.name)
+        copied[node].meta = dict(node.meta)
+    for node in nodes:
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph.output([copied[n] for n in outputs])
+    module = fx.GraphModule(traced, graph)
+    return Region(module, [n.name for n in inputs], [n.name for n in outputs], nodes)
+
+
+_VIEWS = {"view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze", "unsqueeze", "detach", "alias"}
+
+
+def own_bytes(node: fx.Node) -> int:
+    """Bytes a node's value takes, 0 for a view of another."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return 0
+    packet = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
+    if packet in _VIEWS:
+        return 0
+    return value.numel() * value.element_size()
+
+
+def _flops(node: fx.Node) -> int:
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in flop_registry:
+        return 0
+    values = torch.utils._pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+    return flop_registry[packet](*values[0], **values[1], out_val=node.meta["val"])
