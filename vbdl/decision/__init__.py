@@ -1,0 +1,30 @@
+"""From a predictive to an action: refer to a person, hand over to the driver, size a risk.
+
+Everything takes any predictive: a prediction of vbdl, or somebody else's probabilities,
+uncertainties
+or samples as tensors.
+"""
+
+from vbdl.decision.anomaly import AnomalyFlags as AnomalyFlags
+from vbdl.decision.backtest import Backtest as Backtest
+from vbdl.decision.backtest import backtest as backtest
+from vbdl.decision.cost import REFER as REFER
+from vbdl.decision.cost import ExpectedCost as ExpectedCost
+from vbdl.decision.cost import decide as decide
+from vbdl.decision.cost import realised_cost as realised_cost
+from vbdl.decision.handover import HandOver as HandOver
+from vbdl.decision.handover import Mode as Mode
+from vbdl.decision.handover import Step as Step
+from vbdl.decision.path_risk import PathRisk as PathRisk
+from vbdl.decision.path_risk import path_risk as path_risk
+from vbdl.decision.position import kelly_position as kelly_position
+from vbdl.decision.position import mean_variance_position as mean_variance_position
+from vbdl.decision.referral import Certificate as Certificate
+from vbdl.decision.referral import Referral as Referral
+from vbdl.decision.referral import ReferralBudget as ReferralBudget
+from vbdl.decision.referral import refer_most_uncertain as refer_most_uncertain
+from vbdl.decision.referral import uncertainty_of as uncertainty_of
+from vbdl.decision.risk import TailRisk as TailRisk
+from vbdl.decision.risk import gaussian_tail as gaussian_tail
+from vbdl.decision.risk import mixture_tail as mixture_tail
+from vbdl.decision.risk import sample_tail as sample_tail

@@ -1,0 +1,63 @@
+"""Were the losses beyond value at risk as many as promised, and did they come one at a time?
+
+Kupiec, Techniques for Verifying the Accuracy of Risk Measurement Models, 1995,
+https://doi.org/10.3905/jod.1995.407942
+Christoffersen, Evaluating Interval Forecasts, 1998, https://doi.org/10.2307/2527341
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from scipy.special import xlogy
+from torch import Tensor
+
+from vbdl.metrics._checks import check_rate
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Likelihood-ratio tests; small p-values speak against the model."""
+
+    n: int
+    violations: int
+    expected: float
+    kupiec: float  # p-value of the right share of violations
+    independence: float  # p-value of no clustering (first-order)
+    conditional: float  # p-value of both together
+
+
+def backtest(violations: Tensor, level: float) -> Backtest:
+    """violations: (days,) bool in time order, y < -VaR;  level: of the VaR, say 0.99.
+
+    Without any violation, or with nothing but, there is no clustering to test and independence is
+    1.
+    ValueError below two days.
+    """
+    check_rate(level, "level")
+    if violations.dtype != torch.bool or violations.ndim != 1:
+        raise ValueError("violations must be (days,) bool")
+    if violations.numel() < 2:
+        raise ValueError(f"a backtest needs at least two days, there are {violations.numel()}")
+    hits = violations.cpu()
+    n, x, p = hits.numel(), int(hits.sum()), 1 - level
+    kupiec = 2 * (_log_likelihood(x, n, x / n) - _log_likelihood(x, n, p))
+    before, after = hits[:-1], hits[1:]
+    n11, n01 = int((before & after).sum()), int((~before & after).sum())
+    from1, from0 = int(before.sum()), int((~before).sum())
+    pooled = (n11 + n01) / (n - 1)
+    apart = _log_likelihood(n11, from1, n11 / max(1, from1)) + _log_likelihood(n01, from0, n01 / max(1, from0))
+    independence = max(0.0, 2 * (apart - _log_likelihood(n11 + n01, n - 1, pooled)))
+    return Backtest(
+        n=n,
+        violations=x,
+        expected=n * p,
+        kupiec=float(stats.chi2.sf(max(0.0, kupiec), 1)),
+        independence=float(stats.chi2.sf(independence, 1)),
+        conditional=float(stats.chi2.sf(max(0.0, kupiec) + independence, 2)),
+    )
+
+
+def _log_likelihood(hits: int, n: int, p: float) -> float:
+    """log p^hits (1 - p)^(n - hits), with 0 log 0 = 0"""
+    return float(xlogy(hits, p) + xlogy(n - hits, 1 - p))

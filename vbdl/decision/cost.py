@@ -1,0 +1,83 @@
+"""The action of least expected cost, with the choice to refer.
+
+Chow, On optimum recognition error and reject tradeoff, 1970,
+https://doi.org/10.1109/TIT.1970.1054406
+Elkan, The Foundations of Cost-Sensitive Learning, 2001,
+https://dl.acm.org/doi/10.5555/1642194.1642224
+"""
+
+import torch
+from torch import Tensor, nn
+
+REFER = -1
+"""The action that hands the row to a person."""
+
+
+class ExpectedCost(nn.Module):
+    """argmin_a Σ_k p_k cost[k, a]; REFER (-1) where even that costs more than refer_cost.
+
+    cost: (classes, actions), what action a costs when the class is k, in any one unit; actions need
+    not be
+    classes (accept, decline). refer_cost: what a referral costs, in the same unit; None: never
+    refer.
+    Equal costs: the action of the lowest number, and an action rather than a referral.
+    """
+
+    cost: Tensor
+    refer_cost: Tensor | None
+
+    def __init__(self, cost: Tensor, refer_cost: float | None = None):
+        super().__init__()
+        cost = torch.as_tensor(cost, dtype=torch.float64)
+        if cost.ndim != 2 or 0 in cost.shape:
+            raise ValueError(f"cost must be (classes, actions), not {tuple(cost.shape)}")
+        if not bool(cost.isfinite().all()):
+            raise ValueError("cost has a NaN or infinite entry; forbid an action with a large cost")
+        self.register_buffer("cost", cost)
+        refer = None
+        if refer_cost is not None:
+            refer = torch.as_tensor(refer_cost, dtype=torch.float64)
+            if refer.ndim or bool(refer.isnan()):
+                raise ValueError(f"refer_cost must be one number, not {refer_cost}")
+        self.register_buffer("refer_cost", refer)
+
+    def expected(self, probs: Tensor) -> Tensor:
+        """(batch, classes), or (batch,) of class 1 -> (batch, actions) expected cost"""
+        p = probs.to(torch.float64)
+        if probs.ndim == 1:
+            p = torch.stack((1 - p, p), dim=1)
+        if p.ndim != 2 or p.shape[1] != self.cost.shape[0]:
+            raise ValueError(f"cost is for {self.cost.shape[0]} classes, probs is {tuple(probs.shape)}")
+        # a sum over classes, not a matmul: its order, and so a tie, must not depend on the batch
+        # size
+        return (p.unsqueeze(2) * self.cost).sum(dim=1)
+
+    def forward(self, prediction) -> Tensor:
+        """A prediction with probs, or probs themselves -> (batch,) int64 actions. Probabilities
+        that are
+        not finite are referred; without refer_cost they raise ValueError.
+        """
+        expected = self.expected(prediction if isinstance(prediction, Tensor) else prediction.probs)
+        least, action = expected.min(dim=1)
+        broken = ~expected.isfinite().all(dim=1)
+        if self.refer_cost is None:
+            if bool(broken.any()):
+                row = int(broken.nonzero()[0])
+                raise ValueError(f"probs of row {row} are not finite and there is no referral")
+            return action
+        return torch.where((least > self.refer_cost) | broken, REFER, action)
+
+
+def decide(probs: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
+    """(batch, classes), or (batch,) of class 1 -> (batch,) int64 actions: see ExpectedCost."""
+    return ExpectedCost(cost, refer_cost)(probs)
+
+
+def realised_cost(actions: Tensor, y: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
+    """What each decision has cost now that the class is known: actions, y (batch,) -> (batch,)"""
+    cost = torch.as_tensor(cost, dtype=torch.float64, device=actions.device)
+    referred = actions == REFER
+    if bool(referred.any()) and refer_cost is None:
+        raise ValueError("some rows were referred: give refer_cost")
+    paid = cost[y.to(actions.device), actions.clamp(min=0)]
+    return torch.where(referred, 0.0 if refer_cost is None else float(refer_cost), paid)

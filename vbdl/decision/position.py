@@ -1,0 +1,69 @@
+"""Position sizes that shrink with uncertainty, epistemic included.
+
+Markowitz, Portfolio Selection, 1952, https://doi.org/10.2307/2975974
+Kelly, A New Interpretation of Information Rate, 1956,
+https://doi.org/10.1002/j.1538-7305.1956.tb03809.x
+Barberis, Investing for the Long Run when Returns Are Predictable, 2000,
+https://doi.org/10.1111/0022-1082.00205 (parameter uncertainty in the predictive)
+"""
+
+import torch
+from torch import Tensor
+
+from vbdl.metrics._checks import check_finite
+
+
+def _limit(position: Tensor, limit: float) -> Tensor:
+    if not limit > 0:
+        raise ValueError(f"limit must be positive, not {limit}")
+    return position.clamp(-limit, limit)
+
+
+def mean_variance_position(mean: Tensor, variance: Tensor, risk_aversion: float = 1.0, limit: float = 1.0) -> Tensor:
+    """mean / (risk_aversion · variance), within ±limit, as a share of wealth; the shape of mean.
+
+    mean: predicted return; variance: its *total* variance (aleatoric + epistemic), squared units of
+    mean.
+    With the aleatoric variance alone the size would not know what the model does not know.
+    """
+    if not risk_aversion > 0:
+        raise ValueError(f"risk_aversion must be positive, not {risk_aversion}")
+    mean, variance = check_finite(mean, "mean"), check_finite(variance, "variance")
+    if mean.shape != variance.shape:
+        raise ValueError(f"mean is {tuple(mean.shape)}, variance {tuple(variance.shape)}")
+    if bool((variance <= 0).any()):
+        raise ValueError("variance must be positive")
+    return _limit(mean / (risk_aversion * variance), limit)
+
+
+def kelly_position(returns: Tensor, fraction: float = 0.5, limit: float = 1.0) -> Tensor:
+    """fraction times the position w that maximises the mean of log(1 + w r) over the samples, |w|
+    <= limit.
+
+    returns: (samples, batch), draws of the simple return from the predictive with its noise, each >
+    -1.
+    The predictive counts every parameter draw, so a model unsure of the sign of the mean bets less.
+    Wealth stays positive in every sample: w is also kept within what the worst of them allows.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
+    if not limit > 0:
+        raise ValueError(f"limit must be positive, not {limit}")
+    returns = check_finite(returns, "returns")
+    if returns.ndim != 2 or returns.shape[0] == 0:
+        raise ValueError(f"returns must be (samples, batch), not {tuple(returns.shape)}")
+    if bool((returns <= -1).any()):
+        raise ValueError("a simple return cannot be -100 % or less")
+    # keep 1 + w r >= 1e-9 for the worst and the best sample
+    room = 1 - 1e-9
+    worst, best = returns.amin(dim=0), returns.amax(dim=0)
+    high = torch.where(worst < 0, room / (-worst).clamp(min=1e-300), limit).clamp(max=limit)
+    low = torch.where(best > 0, -room / best.clamp(min=1e-300), -limit).clamp(min=-limit)
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        # the slope falls in w: the mean of the logs is concave
+        rising = (returns / (1 + middle * returns)).mean(dim=0) > 0
+        low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
+    position = 0.5 * (low + high)
+    # all returns zero: nothing to bet on, and bisection would end at a limit
+    return fraction * torch.where((returns == 0).all(dim=0), 0.0, position)

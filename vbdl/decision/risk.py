@@ -1,0 +1,88 @@
+"""Financial risk from a predictive: value at risk and expected shortfall, parameter uncertainty
+included.
+
+McNeil, Frey, Embrechts, Quantitative Risk Management, 2015, chapter 2
+Acerbi, Tasche, On the coherence of expected shortfall, 2002, https://arxiv.org/abs/cond-mat/0104295
+
+The outcome y is a return or a profit, high is good. At level 0.99, VaR is minus the 1 % quantile of
+y and
+ES minus the mean of y below it: both positive for losses, in units of y.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vbdl.metrics._checks import check_finite, check_rate
+from vbdl.metrics.intervals import normal_cdf
+from vbdl.metrics.nll import check_mixture
+
+
+@dataclass(frozen=True)
+class TailRisk:
+    """Value at risk and expected shortfall of each row, units of the outcome, losses positive."""
+
+    level: float
+    var: Tensor  # (batch,) or (batch, outputs)
+    es: Tensor  # (batch,) or (batch, outputs)
+
+
+def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | None = None) -> TailRisk:
+    """VaR and ES of the Gaussian mixture over samples: the quantile by bisection, ES in closed
+    form.
+
+    means, stds: (samples, batch) or (samples, batch, outputs). One sample is the Gaussian without
+    parameter uncertainty; std 0 is not allowed.
+    """
+    check_rate(level, "level")
+    means, stds, _, log_weights = check_mixture(means, stds, None, weights)
+    weight = log_weights.exp().reshape(-1, *[1] * (means.ndim - 1))
+    tail = 1 - level
+    # a quantile of the mixture lies between those of its components
+    own = means + stds * torch.special.ndtri(torch.tensor(tail, dtype=torch.float64))
+    low, high = own.amin(dim=0), own.amax(dim=0)
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        below = (weight * normal_cdf((middle - means) / stds)).sum(dim=0) < tail
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        # done when the interval is a rounding error wide
+        if bool((high - low <= 4e-16 * (low.abs() + high.abs())).all()):
+            break
+    quantile = 0.5 * (low + high)
+    z = (quantile - means) / stds
+    density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    partial = (weight * (means * normal_cdf(z) - stds * density)).sum(dim=0)
+    return TailRisk(level, -quantile, -partial / tail)
+
+
+def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
+    """VaR and ES of N(mean, std²); mean, std: (batch,) or (batch, outputs)"""
+    return mixture_tail(mean.unsqueeze(0), std.unsqueeze(0), level)
+
+
+def sample_tail(samples: Tensor, level: float) -> TailRisk:
+    """VaR and ES of the samples' empirical distribution, exact also where the tail ends inside a
+    sample.
+
+    samples: (samples, batch) or (samples, batch, outputs), draws of y with its noise. ValueError
+    when the
+    tail holds less than one sample: (1 - level) · samples >= 1 is needed.
+    """
+    check_rate(level, "level")
+    samples = check_finite(samples, "samples")
+    if samples.ndim not in (2, 3) or samples.shape[0] == 0:
+        raise ValueError(f"samples must be (samples, batch[, outputs]), not {tuple(samples.shape)}")
+    # the decimal that was meant: 1 - 0.99 is 0.010000000000000009
+    mass = round((1 - level) * samples.shape[0], 9)
+    if mass < 1:
+        raise ValueError(
+            f"the {1 - level:.3g} tail of {samples.shape[0]} samples holds less than one; "
+            f"draw at least {math.ceil(1 / (1 - level) - 1e-9)}"
+        )
+    ordered = samples.sort(dim=0).values
+    whole = math.floor(mass)
+    total = ordered[:whole].sum(dim=0)
+    last = ordered[math.ceil(mass) - 1]
+    return TailRisk(level, -last, -(total + (mass - whole) * last) / mass)
