@@ -1,0 +1,18 @@
+"""Is this row like what the model was trained on? Scores, thresholds that hold, and a drift
+monitor."""
+
+from vbdl.ood.drift import DriftMonitor as DriftMonitor
+from vbdl.ood.knn import KNN as KNN
+from vbdl.ood.mahalanobis import Mahalanobis as Mahalanobis
+from vbdl.ood.scores import energy as energy
+from vbdl.ood.scores import entropy as entropy
+from vbdl.ood.scores import epistemic_variance as epistemic_variance
+from vbdl.ood.scores import expected_entropy as expected_entropy
+from vbdl.ood.scores import max_logit as max_logit
+from vbdl.ood.scores import msp as msp
+from vbdl.ood.scores import mutual_information as mutual_information
+from vbdl.ood.scores import variance as variance
+from vbdl.ood.scores import variation_ratio as variation_ratio
+from vbdl.ood.threshold import Threshold as Threshold
+from vbdl.ood.threshold import threshold_at_fpr as threshold_at_fpr
+from vbdl.ood.threshold import threshold_at_tpr as threshold_at_tpr

@@ -1,0 +1,106 @@
+"""Out-of-distribution scores of a predictive: one number a row, high for unfamiliar.
+
+Hendrycks, Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples, 2017,
+https://arxiv.org/abs/1610.02136 (maximum softmax probability)
+Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, 2022,
+https://arxiv.org/abs/1911.11132 (maximum logit)
+Liu, Wang, Owens, Li, Energy-based Out-of-distribution Detection, 2020,
+https://arxiv.org/abs/2010.03759
+Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
+https://arxiv.org/abs/1710.07283 (mutual information, expected entropy)
+Freeman, Elementary Applied Statistics, 1965 (variation ratio)
+
+Each takes what it needs and no more: probs (batch, classes) of the mean, logits or probs of the
+samples
+(samples, batch, classes), or the variances of a regression. Single logits (batch, classes) count as
+one
+sample. Entropies in nats.
+"""
+
+import torch
+from torch import Tensor
+from torch.special import xlogy
+
+from vbdl.metrics._checks import check_finite, check_probs
+
+
+def _samples(values: Tensor, name: str) -> Tensor:
+    values = check_finite(values, name)
+    if values.ndim == 2:
+        values = values.unsqueeze(0)
+    if values.ndim != 3 or values.shape[0] == 0 or values.shape[2] == 0:
+        raise ValueError(f"{name} must be (samples, batch, classes), not {tuple(values.shape)}")
+    return values
+
+
+def _sample_probs(probs: Tensor) -> Tensor:
+    values = _samples(probs, "probs")
+    check_probs(values.reshape(-1, values.shape[2]), empty=True)
+    return values
+
+
+def msp(probs: Tensor) -> Tensor:
+    """1 - the largest mean probability: (batch, classes), or (batch,) of class 1 -> (batch,)"""
+    return 1 - check_probs(probs, empty=True).amax(dim=1)
+
+
+def max_logit(logits: Tensor) -> Tensor:
+    """Minus the largest logit, averaged over samples: (samples, batch, classes) -> (batch,)"""
+    return -_samples(logits, "logits").amax(dim=2).mean(dim=0)
+
+
+def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """-T log Σ exp(z / T), averaged over samples: (samples, batch, classes) -> (batch,)"""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    logits = _samples(logits, "logits")
+    return -temperature * (logits / temperature).logsumexp(dim=2).mean(dim=0)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy of the mean probability, nats: (batch, classes), or (batch,) -> (batch,)"""
+    p = check_probs(probs, empty=True)
+    return -xlogy(p, p).sum(dim=1)
+
+
+def expected_entropy(probs: Tensor) -> Tensor:
+    """Mean entropy of the samples, nats (aleatoric): (samples, batch, classes) -> (batch,)"""
+    p = _sample_probs(probs)
+    return -xlogy(p, p).sum(dim=2).mean(dim=0)
+
+
+def mutual_information(probs: Tensor) -> Tensor:
+    """Entropy of the mean minus mean entropy, nats (epistemic): (samples, batch, classes) ->
+    (batch,)"""
+    p = _sample_probs(probs)
+    mean = p.mean(dim=0)
+    # as a mean divergence to the mean: no cancellation, and never negative but for rounding
+    divergence = (xlogy(p, p) - xlogy(p, mean)).sum(dim=2)
+    return divergence.mean(dim=0).clamp(min=0)
+
+
+def variance(probs: Tensor) -> Tensor:
+    """Variance of the probabilities over samples, summed over classes: (samples, batch, classes) ->
+    (batch,)"""
+    return _sample_probs(probs).var(dim=0, correction=0).sum(dim=1)
+
+
+def variation_ratio(probs: Tensor) -> Tensor:
+    """Share of samples that do not vote for the most voted class: (samples, batch, classes) ->
+    (batch,)"""
+    p = _sample_probs(probs)
+    votes = torch.nn.functional.one_hot(p.argmax(dim=2), p.shape[2]).sum(dim=0)
+    return 1 - votes.amax(dim=1).to(torch.float64) / p.shape[0]
+
+
+def epistemic_variance(means: Tensor) -> Tensor:
+    """Variance over samples of the predicted means, summed over outputs in units of each output's
+    own spread
+    being equal: give outputs on a common scale. (samples, batch) or (samples, batch, outputs) ->
+    (batch,)
+    """
+    means = check_finite(means, "means")
+    if means.ndim not in (2, 3) or means.shape[0] == 0:
+        raise ValueError(f"means must be (samples, batch[, outputs]), not {tuple(means.shape)}")
+    spread = means.var(dim=0, correction=0)
+    return spread if spread.ndim == 1 else spread.sum(dim=1)

@@ -1,0 +1,135 @@
+"""Splits of a data set into parts that cannot overlap: by row, by group, by time."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+DEFAULT_SHARES = {"train": 0.7, "validation": 0.1, "calibration": 0.1, "test": 0.1}
+
+
+def split(
+    n: int,
+    shares: Mapping[str, float] | None = None,
+    *,
+    stratify: Tensor | Sequence | None = None,
+    groups: Tensor | Sequence | None = None,
+    time: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Row numbers of each part, by its name: int64, ascending, disjoint, together all n rows.
+
+    Args:
+        n: rows of the data set.
+        shares: name -> share, positive, summing to one. 70 % train and 10 % each of validation,
+        calibration
+            and test unless given.
+        stratify: (n,) class of each row; every part gets each class in the same share, as near as
+        whole
+            rows allow.
+        groups: (n,) patient, track or customer of each row; no group is in two parts. Groups are
+        dealt
+            out whole, largest first, so that the shares of rows come as near as they can.
+        time: (n,) when each row was; the parts follow each other in time, in the order of `shares`,
+        and
+            rows of one instant stay together, so that no part holds a row later than the next
+            part's.
+        seed: of the random choices; a split by time has none.
+
+    Returns: a dict in the order of shares. Only one of stratify, groups and time can be given.
+    Raises ValueError when a part would be empty.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be a whole number of rows, at least 1, not {n}")
+    shares = dict(DEFAULT_SHARES if shares is None else shares)
+    if not shares or any(not (math.isfinite(s) and s > 0) for s in shares.values()):
+        raise ValueError(f"shares must be positive, and are {shares}")
+    if abs(sum(shares.values()) - 1) > 1e-9:
+        raise ValueError(f"shares must sum to one, and sum to {sum(shares.values()):.6g}")
+    if sum(choice is not None for choice in (stratify, groups, time)) > 1:
+        raise ValueError("give one of stratify, groups and time: two of them can contradict each other")
+    generator = torch.Generator().manual_seed(seed)
+    wanted = list(shares.values())
+    if time is not None:
+        part = _by_time(_column(time, n, "time"), wanted)
+    elif groups is not None:
+        part = _by_group(_codes(groups, n, "groups"), wanted, generator)
+    elif stratify is not None:
+        part = _stratified(_codes(stratify, n, "stratify"), wanted, generator)
+    else:
+        part = torch.empty(n, dtype=torch.int64)
+        part[torch.randperm(n, generator=generator)] = _consecutive(n, wanted)
+    found = {name: (part == i).nonzero().squeeze(1) for i, name in enumerate(shares)}
+    empty = [name for name, rows in found.items() if rows.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"part {empty[0]!r} would have no row: {n} rows (or their groups, or instants) are too few "
+            f"for the shares {shares}"
+        )
+    return found
+
+
+def _column(values: Tensor | Sequence, n: int, name: str) -> Tensor:
+    column = torch.as_tensor(values).detach().cpu()
+    if column.shape != (n,):
+        raise ValueError(f"{name} must be ({n},), one value a row, not {tuple(column.shape)}")
+    if column.is_floating_point() and bool(column.isnan().any()):
+        raise ValueError(f"{name} has a NaN in row {int(column.isnan().nonzero()[0])}")
+    return column
+
+
+def _codes(values: Tensor | Sequence, n: int, name: str) -> Tensor:
+    """Whole numbers 0, 1, ... for the distinct values, which may be strings."""
+    if not isinstance(values, Tensor):
+        values = list(values)
+        if any(isinstance(v, str) for v in values):
+            number: dict = {}
+            values = [number.setdefault(v, len(number)) for v in values]
+    return _column(values, n, name).unique(return_inverse=True)[1]
+
+
+def _consecutive(n: int, shares: list[float]) -> Tensor:
+    """Part of each of n places in a row: cuts at the rounded running shares."""
+    ends = [round(n * sum(shares[: i + 1])) for i in range(len(shares))]
+    return torch.bucketize(torch.arange(n), torch.tensor(ends[:-1], dtype=torch.int64), right=True)
+
+
+def _by_time(time: Tensor, shares: list[float]) -> Tensor:
+    order = time.argsort(stable=True)
+    part = torch.empty_like(order)
+    part[order] = _consecutive(time.numel(), shares)
+    # an instant that a cut would divide goes whole into the earlier part
+    _, instant = time.unique(return_inverse=True)
+    earliest = torch.full((int(instant.max()) + 1,), len(shares), dtype=torch.int64)
+    return earliest.scatter_reduce(0, instant, part, "amin")[instant]
+
+
+def _by_group(groups: Tensor, shares: list[float], generator: torch.Generator) -> Tensor:
+    sizes = torch.bincount(groups)
+    # a random order first, so that the stable sort by size leaves equal groups to chance
+    shuffled = torch.randperm(sizes.numel(), generator=generator)
+    order = shuffled[sizes[shuffled].argsort(descending=True, stable=True)]
+    missing = [share * groups.numel() for share in shares]
+    of_group = torch.empty_like(sizes)
+    for group in order.tolist():
+        # the part that lacks most, measured in what it wants: the usual greedy deal
+        best = max(range(len(shares)), key=lambda i: (missing[i] / shares[i], -i))
+        of_group[group] = best
+        missing[best] -= int(sizes[group])
+    return of_group[groups]
+
+
+def _stratified(classes: Tensor, shares: list[float], generator: torch.Generator) -> Tensor:
+    # all rows in one line, classes one after the other and shuffled inside: dealing the line out in
+    # proportion gives every class, and the whole, its share to within a row a part
+    n = classes.numel()
+    shuffled = torch.randperm(n, generator=generator)
+    line = shuffled[classes[shuffled].argsort(stable=True)]
+    part = torch.empty(n, dtype=torch.int64)
+    given = [0.0] * len(shares)
+    for place, row in enumerate(line.tolist(), start=1):
+        best = max(range(len(shares)), key=lambda i: (place * shares[i] - given[i], -i))
+        part[row] = best
+        given[best] += 1
+    return part
