@@ -6,3 +6,5 @@ from vbdl_kernels.philox import make_key as make_key
 from vbdl_kernels.philox import normal as normal
 from vbdl_kernels.philox import philox4x32 as philox4x32
 from vbdl_kernels.philox import words as words
+from vbdl_kernels.sample_weights import sample_weights as sample_weights
+from vbdl_kernels.sampled_linear import sampled_linear as sampled_linear

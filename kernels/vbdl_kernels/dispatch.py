@@ -54,14 +54,29 @@ def define(name: str, schema: str, reference: Callable, shape: Callable) -> None
     library.define(f"{name}{schema}")
 
     def run(*arguments):
+        device = arguments[0].device.type
+        if torch.is_autocast_enabled(device):  # the operator's inputs have been cast; its own sums stay wide
+            with torch.autocast(device, enabled=False):
+                return run(*arguments)
         if takes_kernel(arguments[0]):
-            return _kernel(name)(*arguments)
+            return kernel_of(name)(*arguments)
         return reference(*arguments)
 
     for device in ("CPU", "CUDA", "XPU"):
         library.impl(name, run, device)
     library.impl(name, reference, "MPS")
     torch.library.register_fake(f"vbdl::{name}", shape, lib=library)
+
+
+def batching(name: str, rule: Callable) -> None:
+    """The vmap rule of the bare operator. rule(call, info, in_dims, *arguments), call: the operator itself.
+
+    Only export meets it: it cannot trace a mapped `autograd.Function`, and needs no gradient.
+    """
+
+    @torch.library.register_vmap(f"vbdl::{name}", lib=library)
+    def mapped(info, in_dims, *arguments):
+        return rule(getattr(torch.ops.vbdl, name), info, in_dims, *arguments)
 
 
 _MODULES = {}  # operator -> the module that launches its kernel
@@ -72,7 +87,7 @@ def kernels_in(module: str, *names: str) -> None:
 
 
 @functools.cache
-def _kernel(name: str) -> Callable:
+def kernel_of(name: str) -> Callable:
     return getattr(importlib.import_module(f"vbdl_kernels.{_MODULES[name]}"), name)
 
 
@@ -91,14 +106,14 @@ def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def one_by_one(function: type[torch.autograd.Function], info, in_dims, *arguments):
+def one_by_one(call: Callable, info, in_dims, *arguments):
     """The vmap rule of last resort: one call for each entry of the mapped axis.
 
     For what has no batched kernel (parameters per ensemble member, gradients per draw), where a formula in plain
     torch would hold the weights of all draws at once.
     """
     outputs = [
-        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        call(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(outputs[0], tuple):

@@ -41,7 +41,7 @@ def box_muller(a, b, FAST: tl.constexpr):
             lg2.approx.ftz.f32 l, $3;
             mul.f32 l, l, 0fBFB17218;
             abs.f32 l, l;
-            sqrt.approx.f32 $0, l;
+            sqrt.approx.ftz.f32 $0, l;
             cos.approx.ftz.f32 $1, $4;
             sin.approx.ftz.f32 $2, $4;
             }""",
@@ -64,6 +64,22 @@ def load_key(key, sample):
     seed = tl.load(key + 2 * sample)
     draw = tl.load(key + 2 * sample + 1)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), draw.to(tl.uint32)
+
+
+@triton.jit
+def zero_like(tile, FAST: tl.constexpr):
+    """int32 zeros in the layout of a loaded tile.
+
+    Noise built on them is made in the registers where the tile's own elements are. Built on plain ranges it is made
+    in the compiler's default layout, one element wide, and crosses shared memory two bytes at a time.
+    """
+    if FAST:
+        if tile.dtype == tl.float32:
+            return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [tile], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,h", [tile], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return tl.zeros(tile.shape, tl.int32)
 
 
 @triton.jit

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vbdl_kernels.dispatch import has_triton, kernel_of, kernels_in, library
+
 CONTRACT = 1  # the layout above; a change of any bit is a new number, and old artefacts keep theirs
 ROUNDS = 7
 
@@ -159,22 +161,25 @@ def _numpy_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int)
     return _numpy_noise(key, layer, stream, rows, columns, normals=True)
 
 
-_library = torch.library.Library("vbdl", "FRAGMENT")
-
-
 def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
-    """An opaque operator of one noise: plain torch everywhere, numpy on the CPU, draws as its leading axes."""
+    """An opaque operator of one noise: numpy on the CPU, Triton on an accelerator that has it, plain torch elsewhere."""
     operator = f"vbdl::{name}"
-    _library.define(f"{name}(Tensor key, int layer, int stream, int rows, int columns) -> Tensor")
-    _library.impl(name, cpu, "CPU")
-    for device in ("CUDA", "XPU", "MPS"):
-        _library.impl(name, reference, device)
+    library.define(f"{name}(Tensor key, int layer, int stream, int rows, int columns) -> Tensor")
 
-    @torch.library.register_fake(operator, lib=_library)
+    def accelerated(*arguments):
+        return kernel_of(name)(*arguments) if has_triton() else reference(*arguments)
+
+    library.impl(name, cpu, "CPU")
+    library.impl(name, accelerated, "CUDA")
+    library.impl(name, accelerated, "XPU")
+    library.impl(name, reference, "MPS")
+    kernels_in("philox_kernel", name)
+
+    @torch.library.register_fake(operator, lib=library)
     def shape(key, layer, stream, rows, columns):
         return key.new_empty((*key.shape[:-1], rows, columns), dtype=dtype)
 
-    @torch.library.register_vmap(operator, lib=_library)
+    @torch.library.register_vmap(operator, lib=library)
     def mapped(info, in_dims, key, layer, stream, rows, columns):
         packet = getattr(torch.ops.vbdl, name)
         return packet(key.movedim(in_dims[0], 0), layer, stream, rows, columns), 0
@@ -186,9 +191,7 @@ _register("normal", reference_normal, _numpy_normal, torch.float32)
 
 def _check(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> None:
     if key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
-        raise ValueError(
-            f"key must be int64 of shape (..., 2), (seed, draw) last; got {key.dtype} {tuple(key.shape)}"
-        )
+        raise ValueError(f"key must be int64 of shape (..., 2), (seed, draw) last; got {key.dtype} {tuple(key.shape)}")
     if not 0 <= layer < 2**28 or not 0 <= stream < 16 or rows < 0 or columns < 0:
         raise ValueError(f"layer {layer}, stream {stream}, rows {rows} or columns {columns} out of range")
 

@@ -57,6 +57,16 @@ dispatch.define(
 dispatch.kernels_in("sample_weights_kernel", "sample_weights", "sample_weights_gradient")
 
 
+def _mapped(call, info, in_dims, mean, std, key, layer, stream):
+    if in_dims[0] is not None or in_dims[1] is not None:  # parameters per ensemble member
+        return dispatch.one_by_one(call, info, in_dims, mean, std, key, layer, stream)
+    key = key.movedim(in_dims[2], 0)
+    return call(mean, std, key.flatten(0, 1), layer, stream).unflatten(0, key.shape[:2]), 0
+
+
+dispatch.batching("sample_weights", _mapped)
+
+
 class _SampleWeights(torch.autograd.Function):
     @staticmethod
     def forward(mean, std, key, layer, stream):
@@ -75,12 +85,8 @@ class _SampleWeights(torch.autograd.Function):
         return d_mean.to(ctx.dtype), d_std.to(ctx.dtype), None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, mean, std, key, layer, stream):
-        if in_dims[0] is not None or in_dims[1] is not None:  # parameters per member
-            return dispatch.one_by_one(_SampleWeights, info, in_dims, mean, std, key, layer, stream)
-        key = key.movedim(in_dims[2], 0)
-        weights = _SampleWeights.apply(mean, std, key.flatten(0, 1), layer, stream)
-        return weights.unflatten(0, key.shape[:2]), 0
+    def vmap(info, in_dims, *arguments):
+        return _mapped(_SampleWeights.apply, info, in_dims, *arguments)
 
 
 class _SampleWeightsGradient(torch.autograd.Function):
@@ -104,12 +110,13 @@ class _SampleWeightsGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, gradient, key, layer, stream):
-        return dispatch.one_by_one(_SampleWeightsGradient, info, in_dims, gradient, key, layer, stream)
+        return dispatch.one_by_one(_SampleWeightsGradient.apply, info, in_dims, gradient, key, layer, stream)
 
 
 @torch._dynamo.allow_in_graph
 def _sample_weights(mean, std, key, layer, stream):
-    return _SampleWeights.apply(mean, std, key, layer, stream)
+    call = torch.ops.vbdl.sample_weights if torch.compiler.is_exporting() else _SampleWeights.apply
+    return call(mean, std, key, layer, stream)
 
 
 def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: int = WEIGHT) -> Tensor:
@@ -128,9 +135,7 @@ def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: i
 
 def check_parameters(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> None:
     if mean.shape != std.shape or mean.dtype != std.dtype:
-        raise ValueError(
-            f"mean and std differ: {tuple(mean.shape)} {mean.dtype} and {tuple(std.shape)} {std.dtype}"
-        )
+        raise ValueError(f"mean and std differ: {tuple(mean.shape)} {mean.dtype} and {tuple(std.shape)} {std.dtype}")
     if not mean.is_floating_point():
         raise ValueError(f"parameters are floating-point tensors, got {mean.dtype}")
     if key.dtype != torch.int64 or key.ndim not in (1, 2) or key.shape[-1] != 2:

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vbdl_kernels.dispatch import fast_math, on_device
-from vbdl_kernels.noise_kernel import columns_of, load_key, load_tile, noise4, store_tile, weight
+from vbdl_kernels.noise_kernel import columns_of, load_key, load_tile, noise4, store_tile, weight, zero_like
+from vbdl_kernels.sample_weights import rows_columns
 
 _DRAWS = 4  # draws a program makes of the mean and std it has read
 
@@ -23,7 +24,7 @@ def sample_weights_forward(
     row = tile // group_tiles * ROWS + tl.arange(0, ROWS)
     group = tile % group_tiles * GROUPS + tl.arange(0, GROUPS)
     column = columns_of(group)
-    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    offset = row[:, None] * columns + column[None, :]
     in_rows = (row < rows)[:, None]
     mask0 = in_rows & (column < columns)[None, :]
     mask1 = in_rows & (column < columns - 32)[None, :]
@@ -37,10 +38,11 @@ def sample_weights_forward(
     s1 = load_tile(std + offset + 32, mask1, MASKED)
     s2 = load_tile(std + offset + 64, mask2, MASKED)
     s3 = load_tile(std + offset + 96, mask3, MASKED)
+    zero = zero_like(m0, FAST)
     first = tl.program_id(1) * DRAWS
     for sample in range(first, tl.minimum(first + DRAWS, samples)):
         k0, k1, draw = load_key(key, sample)
-        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None], group[None, :], FAST)
+        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None] + zero, group[None, :] + zero, FAST)
         to = weights + (tl.zeros((1, 1), tl.int64) + sample) * rows * columns + offset
         store_tile(to, weight(m0, s0, n0, FAST), mask0, MASKED)
         store_tile(to + 32, weight(m1, s1, n1, FAST), mask1, MASKED)
@@ -60,7 +62,7 @@ def sample_weights_backward(
     row = tile // group_tiles * ROWS + tl.arange(0, ROWS)
     group = tile % group_tiles * GROUPS + tl.arange(0, GROUPS)
     column = columns_of(group)
-    offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    offset = row[:, None] * columns + column[None, :]
     in_rows = (row < rows)[:, None]
     mask0 = in_rows & (column < columns)[None, :]
     mask1 = in_rows & (column < columns - 32)[None, :]
@@ -70,12 +72,13 @@ def sample_weights_backward(
     m1, m2, m3, s0, s1, s2, s3 = m0, m0, m0, m0, m0, m0, m0
     for sample in range(0, samples):
         k0, k1, draw = load_key(key, sample)
-        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None], group[None, :], FAST)
         source = gradient + (tl.zeros((1, 1), tl.int64) + sample) * rows * columns + offset
         g0 = load_tile(source, mask0, MASKED).to(tl.float32)
         g1 = load_tile(source + 32, mask1, MASKED).to(tl.float32)
         g2 = load_tile(source + 64, mask2, MASKED).to(tl.float32)
         g3 = load_tile(source + 96, mask3, MASKED).to(tl.float32)
+        zero = zero_like(g0, FAST)
+        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None] + zero, group[None, :] + zero, FAST)
         m0 += g0
         m1 += g1
         m2 += g2
@@ -99,36 +102,51 @@ def _rows_columns(shape: torch.Size) -> tuple[int, int]:
     return rows, shape.numel() // rows if rows else 0
 
 
+def _config(rows: int, dtype: torch.dtype, tile: int) -> dict:
+    """A vector is one row and a small matrix a few: their programs are narrow in rows and wide in columns."""
+    if rows < 8:
+        return dict(ROWS=1, GROUPS=128, num_warps=4)
+    return dict(ROWS=min(tile, triton.next_power_of_2(rows)), GROUPS=32, num_warps=4)
+
+
+def forward_config(rows: int, dtype: torch.dtype) -> dict:
+    return _config(rows, dtype, 32 if dtype == torch.float32 else 64) | dict(DRAWS=_DRAWS)
+
+
+def gradient_config(rows: int, dtype: torch.dtype) -> dict:
+    return _config(rows, dtype, 16)
+
+
 def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: int) -> Tensor:
-    samples, (rows, columns) = len(key), _rows_columns(mean.shape)
+    samples, (rows, columns) = len(key), rows_columns(mean.shape)
     weights = mean.new_empty((samples, *mean.shape))
     if weights.numel() == 0:
         return weights
-    config = dict(ROWS=8, GROUPS=32, DRAWS=_DRAWS, num_warps=4) if rows >= 8 else dict(
-        ROWS=1, GROUPS=128, DRAWS=_DRAWS, num_warps=4
-    )
+    config = forward_config(rows, mean.dtype)
     masked = rows % config["ROWS"] != 0 or columns % (4 * config["GROUPS"]) != 0
     tiles = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, 4 * config["GROUPS"])
     with on_device(mean):
         sample_weights_forward[tiles, triton.cdiv(samples, _DRAWS)](
             mean.contiguous(), std.contiguous(), key.contiguous(), weights,
-            layer << 4 | stream, samples, rows, columns, MASKED=masked, FAST=fast_math(mean), **config,
+            layer << 4 | stream, samples, rows, columns,
+            MASKED=masked, FAST=fast_math(mean), enable_fp_fusion=True, **config,
         )  # fmt: skip
     return weights
 
 
 def sample_weights_gradient(gradient: Tensor, key: Tensor, layer: int, stream: int) -> tuple[Tensor, Tensor]:
-    samples, (rows, columns) = len(key), _rows_columns(gradient.shape[1:])
+    samples, (rows, columns) = len(key), rows_columns(gradient.shape[1:])
     d_mean = gradient.new_empty(gradient.shape[1:], dtype=torch.float32)
     d_std = torch.empty_like(d_mean)
     if gradient.numel() == 0:
         return d_mean.zero_(), d_std.zero_()
-    config = dict(ROWS=8, GROUPS=32, num_warps=4) if rows >= 8 else dict(ROWS=1, GROUPS=128, num_warps=4)
+    config = gradient_config(rows, gradient.dtype)
     masked = rows % config["ROWS"] != 0 or columns % (4 * config["GROUPS"]) != 0
     tiles = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, 4 * config["GROUPS"])
     with on_device(gradient):
         sample_weights_backward[(tiles,)](
             gradient.contiguous(), key.contiguous(), d_mean, d_std,
-            layer << 4 | stream, samples, rows, columns, MASKED=masked, FAST=fast_math(gradient), **config,
+            layer << 4 | stream, samples, rows, columns,
+            MASKED=masked, FAST=fast_math(gradient), enable_fp_fusion=True, **config,
         )  # fmt: skip
     return d_mean, d_std

@@ -80,9 +80,31 @@ dispatch.define(
     _reference_parameters,
     _parameters_shape,
 )
-dispatch.kernels_in(
-    "sampled_linear_kernel", "sampled_linear", "sampled_linear_input", "sampled_linear_parameters"
-)
+dispatch.kernels_in("sampled_linear_kernel", "sampled_linear", "sampled_linear_input", "sampled_linear_parameters")
+
+
+def _mapped(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, precision):
+    """One call with every draw of the mapped axis."""
+    if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
+        arguments = (x, mean, std, bias_mean, bias_std, key, layer, precision)
+        return dispatch.one_by_one(call, info, in_dims, *arguments)
+    parameters = (mean, std, bias_mean, bias_std)
+    if in_dims[5] is None:  # the same draws: the mapped axis is more batch
+        x = x.movedim(in_dims[0], -3)
+        y = call(x.flatten(-3, -2), *parameters, key, layer, precision)
+        return y.unflatten(1, x.shape[-3:-1]), 1
+    key = key.movedim(in_dims[5], 0)  # (mapped, samples, 2)
+    if in_dims[0] is not None or x.ndim == 3:
+        stacked = dispatch.leading(x, in_dims[0], info.batch_size)
+        if stacked.ndim == 3:
+            stacked = stacked[:, None].expand(-1, key.shape[1], -1, -1)
+        x = stacked.flatten(0, 1)
+    y = call(x, *parameters, key.flatten(0, 1), layer, precision)
+    return y.unflatten(0, key.shape[:2]), 0
+
+
+dispatch.batching("sampled_linear", _mapped)
+
 
 # The three functions below are each other's gradients, so a derivative of any order stays inside the kernels.
 
@@ -118,23 +140,8 @@ class _SampledLinear(torch.autograd.Function):
         return d_x, d_mean, d_std, d_bias_mean, d_bias_std, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, precision):
-        if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
-            arguments = (x, mean, std, bias_mean, bias_std, key, layer, precision)
-            return dispatch.one_by_one(_SampledLinear, info, in_dims, *arguments)
-        parameters = (mean, std, bias_mean, bias_std)
-        if in_dims[5] is None:  # the same draws: the mapped axis is more batch
-            x = x.movedim(in_dims[0], -3)
-            y = _SampledLinear.apply(x.flatten(-3, -2), *parameters, key, layer, precision)
-            return y.unflatten(1, x.shape[-3:-1]), 1
-        key = key.movedim(in_dims[5], 0)  # (mapped, samples, 2)
-        if in_dims[0] is not None or x.ndim == 3:
-            stacked = dispatch.leading(x, in_dims[0], info.batch_size)
-            if stacked.ndim == 3:
-                stacked = stacked[:, None].expand(-1, key.shape[1], -1, -1)
-            x = stacked.flatten(0, 1)
-        y = _SampledLinear.apply(x, *parameters, key.flatten(0, 1), layer, precision)
-        return y.unflatten(0, key.shape[:2]), 0
+    def vmap(info, in_dims, *arguments):
+        return _mapped(_SampledLinear.apply, info, in_dims, *arguments)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -158,7 +165,7 @@ class _InputGradient(torch.autograd.Function):
     def vmap(info, in_dims, gradient, mean, std, key, layer, precision):
         if in_dims[1] is not None or in_dims[2] is not None:
             arguments = (gradient, mean, std, key, layer, precision)
-            return dispatch.one_by_one(_InputGradient, info, in_dims, *arguments)
+            return dispatch.one_by_one(_InputGradient.apply, info, in_dims, *arguments)
         if in_dims[3] is None:
             gradient = gradient.movedim(in_dims[0], 1)  # (samples, mapped, batch, out)
             d_x = _InputGradient.apply(gradient.flatten(1, 2), mean, std, key, layer, precision)
@@ -191,12 +198,13 @@ class _ParameterGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, gradient, x, key, layer, precision):
-        return dispatch.one_by_one(_ParameterGradient, info, in_dims, gradient, x, key, layer, precision)
+        return dispatch.one_by_one(_ParameterGradient.apply, info, in_dims, gradient, x, key, layer, precision)
 
 
 @torch._dynamo.allow_in_graph  # traced into, a custom vmap rule is lost or refused (pytorch#129845)
 def _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision):
-    return _SampledLinear.apply(x, mean, std, bias_mean, bias_std, key, layer, precision)
+    call = torch.ops.vbdl.sampled_linear if torch.compiler.is_exporting() else _SampledLinear.apply
+    return call(x, mean, std, bias_mean, bias_std, key, layer, precision)
 
 
 def sampled_linear(
@@ -248,5 +256,3 @@ def check_linear(x: Tensor, weight: Tensor, bias_mean: Tensor | None, bias_std: 
     tensors = [t for t in (x, weight, bias_mean, bias_std) if t is not None]
     if len({t.dtype for t in tensors}) > 1 or len({t.device for t in (*tensors, key)}) > 1:
         raise ValueError(f"one dtype and one device, got {[(str(t.dtype), str(t.device)) for t in (*tensors, key)]}")
-
-

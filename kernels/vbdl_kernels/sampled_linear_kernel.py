@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
-from vbdl_kernels.noise_kernel import columns_of, load_key, load_tile, matmul, noise4, normal_at, store_tile, weight
+from vbdl_kernels.noise_kernel import (
+    columns_of,
+    load_key,
+    load_tile,
+    matmul,
+    noise4,
+    normal_at,
+    store_tile,
+    weight,
+    zero_like,
+)
 
 
 @triton.jit(do_not_specialize=["tag", "bias_tag"])
@@ -44,14 +54,18 @@ def sampled_linear_forward(
     for start in range(0, tl.cdiv(columns, 128) * 32, GROUPS):
         group = start + lane
         base = columns_of(group)
-        a0, a1, a2, a3 = noise4(ka0, ka1, draw_a, tag, row[:, None], group[None, :], FAST)
+        offset = row[:, None] * columns + base[None, :]
+        m = load_tile(mean + offset, in_rows[:, None] & (base < columns)[None, :], MASKED)
+        zero = zero_like(m, FAST)
+        a0, a1, a2, a3 = noise4(ka0, ka1, draw_a, tag, row[:, None] + zero, group[None, :] + zero, FAST)
         if DRAWS == 2:
-            b0, b1, b2, b3 = noise4(kb0, kb1, draw_b, tag, row[:, None], group[None, :], FAST)
+            b0, b1, b2, b3 = noise4(kb0, kb1, draw_b, tag, row[:, None] + zero, group[None, :] + zero, FAST)
         for j in tl.static_range(4):
             column = base + 32 * j
-            offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+            offset = row[:, None] * columns + column[None, :]
             in_weight = in_rows[:, None] & (column < columns)[None, :]
-            m = load_tile(mean + offset, in_weight, MASKED)
+            if j > 0:
+                m = load_tile(mean + offset, in_weight, MASKED)
             s = load_tile(std + offset, in_weight, MASKED)
             if MASKED:
                 in_x = (column < columns)[:, None] & in_batch[None, :]
@@ -109,15 +123,17 @@ def sampled_linear_input_gradient(
     source = gradient + sample.to(tl.int64) * g_sample + example.to(tl.int64)[None, :] * g_batch
     for start in range(0, rows, OUT):
         row = start + tl.arange(0, OUT)
-        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[None, :], group[:, None], FAST)
         in_rows = (row < rows)[None, :]
         if MASKED:
             g = tl.load(source + row[:, None], mask=(row < rows)[:, None] & in_batch, other=0.0)
         else:
             g = tl.load(source + row[:, None], mask=in_batch, other=0.0)
-        offset = row.to(tl.int64)[None, :] * columns + base[:, None]
+        offset = row[None, :] * columns + base[:, None]
         inside = (base < columns)[:, None] & in_rows
-        w = weight(load_tile(mean + offset, inside, MASKED), load_tile(std + offset, inside, MASKED), n0, FAST)
+        m = load_tile(mean + offset, inside, MASKED)
+        zero = zero_like(m, FAST)
+        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[None, :] + zero, group[:, None] + zero, FAST)
+        w = weight(m, load_tile(std + offset, inside, MASKED), n0, FAST)
         x0 = matmul(w, g, x0, PRECISION, INTERPRET)
         offset += 32
         inside = (base < columns - 32)[:, None] & in_rows
@@ -147,7 +163,7 @@ def sampled_linear_parameter_gradient(
 ):  # fmt: skip
     """With p[s] = gradient[s]^T x[s]: d_mean = sum_s p[s], d_std = sum_s noise[s] p[s]. The draws are a loop inside
     the program, so that no p[s] reaches memory and no sum needs an atomic."""
-    group_tiles = tl.cdiv(columns, 4 * GROUPS)
+    group_tiles = tl.cdiv(columns, 128) * 32 // GROUPS
     program = tl.program_id(0)
     group = program % group_tiles * GROUPS + tl.arange(0, GROUPS)
     row = program // group_tiles * OUT + tl.arange(0, OUT)
@@ -183,7 +199,8 @@ def sampled_linear_parameter_gradient(
             p2 = matmul(g, x2, p2, PRECISION, INTERPRET)
             p3 = matmul(g, x3, p3, PRECISION, INTERPRET)
         k0, k1, draw = load_key(key, sample)
-        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None], group[None, :], FAST)
+        zero = zero_like(p0, FAST)
+        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None] + zero, group[None, :] + zero, FAST)
         m0 += p0
         m1 += p1
         m2 += p2
@@ -192,7 +209,7 @@ def sampled_linear_parameter_gradient(
         s1 = tl.fma(p1, n1, s1)
         s2 = tl.fma(p2, n2, s2)
         s3 = tl.fma(p3, n3, s3)
-    offset = row.to(tl.int64)[:, None] * columns + base[None, :]
+    offset = row[:, None] * columns + base[None, :]
     store_tile(d_mean + offset, m0, in_rows & (base < columns)[None, :], MASKED)
     store_tile(d_mean + offset + 32, m1, in_rows & (base < columns - 32)[None, :], MASKED)
     store_tile(d_mean + offset + 64, m2, in_rows & (base < columns - 64)[None, :], MASKED)
@@ -207,31 +224,30 @@ def _batch_tile(batch: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(batch)))
 
 
-def forward_config(batch: int, samples: int, dtype: torch.dtype) -> dict:
-    """Tile sizes that the offline compile gate holds to no spills and the instruction budget."""
-    if dtype == torch.float32:
-        # twice the registers a weight: half the groups, one draw
-        return dict(OUT=64, BATCH=_batch_tile(batch, 64), GROUPS=16, DRAWS=1, num_warps=4, num_stages=2)
-    if batch > 64:
-        return dict(OUT=64, BATCH=128, GROUPS=32, DRAWS=1, num_warps=4, num_stages=2)
-    draws = 2 if samples > 1 else 1
-    return dict(OUT=64, BATCH=_batch_tile(batch, 64), GROUPS=32, DRAWS=draws, num_warps=4, num_stages=2)
+def forward_config(batch: int, samples: int, dtype: torch.dtype, precision: str) -> dict:
+    """Tile sizes that tests/kernels/test_compiled.py holds to no spills and to the instruction budget."""
+    half = dtype != torch.float32
+    tile = _batch_tile(batch, 128 if half else 64)
+    if not half and precision == "ieee":  # scalar products: registers and instructions for each pair
+        return dict(OUT=64, BATCH=max(32, tile), GROUPS=16, DRAWS=1, num_warps=4, num_stages=2)
+    draws = 2 if tile <= (32 if half else 16) and samples > 1 else 1
+    groups = 32 if half and tile < 128 else 16  # 32 there would take more shared memory than sm_89 has
+    return dict(OUT=64, BATCH=tile, GROUPS=groups, DRAWS=draws, num_warps=4, num_stages=2)
 
 
-def input_gradient_config(batch: int, dtype: torch.dtype) -> dict:
-    if dtype == torch.float32:
-        return dict(OUT=16, BATCH=_batch_tile(batch, 32), GROUPS=32, num_warps=4, num_stages=2)
-    return dict(OUT=16, BATCH=_batch_tile(batch, 64), GROUPS=64, num_warps=4, num_stages=2)
+def input_gradient_config(batch: int, dtype: torch.dtype, precision: str) -> dict:
+    half = dtype != torch.float32
+    largest = 64 if half or precision == "tf32" else 32
+    return dict(OUT=32 if half else 16, BATCH=_batch_tile(batch, largest), GROUPS=64, num_warps=4, num_stages=2)
 
 
 def parameter_gradient_config(batch: int, dtype: torch.dtype) -> dict:
-    if dtype == torch.float32:
-        return dict(OUT=32, BATCH=_batch_tile(batch, 32), GROUPS=32, num_warps=4, num_stages=2)
-    return dict(OUT=64, BATCH=_batch_tile(batch, 64), GROUPS=32, num_warps=4, num_stages=2)
+    # four warps along out: with more, cards before Hopper repeat the noise in each
+    return dict(OUT=64, BATCH=_batch_tile(batch, 32), GROUPS=16, num_warps=4, num_stages=2)
 
 
 def precision_of(precision: str) -> str:
-    """"" follows torch: `torch.set_float32_matmul_precision`."""
+    """ "" follows torch: `torch.set_float32_matmul_precision`."""
     return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
@@ -245,11 +261,10 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> 
     if y.numel() == 0:
         return y
     x = _last_contiguous(x)
-    config = forward_config(batch, samples, x.dtype)
+    precision = precision_of(precision)
+    config = forward_config(batch, samples, x.dtype, precision)
     grid = (
-        triton.cdiv(samples, config["DRAWS"])
-        * triton.cdiv(rows, config["OUT"])
-        * triton.cdiv(batch, config["BATCH"]),
+        triton.cdiv(samples, config["DRAWS"]) * triton.cdiv(rows, config["OUT"]) * triton.cdiv(batch, config["BATCH"]),
     )
     mean = mean.contiguous()
     with on_device(x):
@@ -260,7 +275,7 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> 
             x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
             BIAS=(bias_mean is not None) + (bias_std is not None),
             MASKED=columns % 128 != 0 or rows % config["OUT"] != 0,
-            PRECISION=precision_of(precision), FAST=fast_math(x), INTERPRET=interpreting(), **config,
+            PRECISION=precision, FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True, **config,
         )  # fmt: skip
     return y
 
@@ -272,14 +287,16 @@ def sampled_linear_input(gradient, mean, std, key, layer, precision) -> Tensor:
     if d_x.numel() == 0:
         return d_x
     gradient = _last_contiguous(gradient)
-    config = input_gradient_config(batch, gradient.dtype)
+    precision = precision_of(precision)
+    config = input_gradient_config(batch, gradient.dtype, precision)
     grid = (samples * triton.cdiv(columns, 4 * config["GROUPS"]) * triton.cdiv(batch, config["BATCH"]),)
     with on_device(gradient):
         sampled_linear_input_gradient[grid](
             gradient, mean.contiguous(), std.contiguous(), key.contiguous(), d_x,
             layer << 4, samples, batch, columns, rows, gradient.stride(0), gradient.stride(1),
             MASKED=columns % (4 * config["GROUPS"]) != 0 or rows % config["OUT"] != 0,
-            PRECISION=precision_of(precision), FAST=fast_math(gradient), INTERPRET=interpreting(), **config,
+            PRECISION=precision_of(precision), FAST=fast_math(gradient), INTERPRET=interpreting(),
+            enable_fp_fusion=True, **config,
         )  # fmt: skip
     return d_x
 
@@ -293,13 +310,14 @@ def sampled_linear_parameters(gradient, x, key, layer, precision) -> tuple[Tenso
         return d_mean, d_std
     gradient, x = _last_contiguous(gradient), _last_contiguous(x)
     config = parameter_gradient_config(batch, gradient.dtype)
-    grid = (triton.cdiv(columns, 4 * config["GROUPS"]) * triton.cdiv(rows, config["OUT"]),)
+    grid = (triton.cdiv(columns, 128) * 32 // config["GROUPS"] * triton.cdiv(rows, config["OUT"]),)
     with on_device(gradient):
         sampled_linear_parameter_gradient[grid](
             gradient, x, key.contiguous(), d_mean, d_std,
             layer << 4, samples, batch, columns, rows, gradient.stride(0), gradient.stride(1),
             x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
-            MASKED=columns % (4 * config["GROUPS"]) != 0 or rows % config["OUT"] != 0,
-            PRECISION=precision_of(precision), FAST=fast_math(gradient), INTERPRET=interpreting(), **config,
+            MASKED=columns % 128 != 0 or rows % config["OUT"] != 0,
+            PRECISION=precision_of(precision), FAST=fast_math(gradient), INTERPRET=interpreting(),
+            enable_fp_fusion=True, **config,
         )  # fmt: skip
     return d_mean, d_std

@@ -64,9 +64,7 @@ def test_numpy_is_the_reference(rows, columns):
     arguments = (key, 11, philox.WEIGHT, rows, columns)
     assert torch.equal(philox.words(*arguments), philox.reference_words(*arguments))
     # numpy's and torch's float32 log, sin and cos are each a few units in the last place of values below 7
-    torch.testing.assert_close(
-        philox.normal(*arguments), philox.reference_normal(*arguments), rtol=2e-6, atol=2e-6
-    )
+    torch.testing.assert_close(philox.normal(*arguments), philox.reference_normal(*arguments), rtol=2e-6, atol=2e-6)
     assert philox.normal(*arguments).shape == (2, 5, rows, columns)
 
 
@@ -292,3 +290,28 @@ def test_avalanche():
             worst = max(worst, float((rate - 0.5).abs().max()) * 2 * n**0.5)
     # 192 input bits x 128 output bits: the largest of 24,576 |z| is below 5.8 with probability 0.9998
     assert worst < 5.8
+
+
+# ---- the kernel, in the interpreter ---------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 31), (9, 129), (16, 256), (2, 600), (0, 7), (4, 0)])
+def test_kernel_words_are_the_reference_s_to_the_bit(rows, columns, poisoned):
+    from vbdl_kernels import philox_kernel
+
+    key = torch.stack((make_key(2**62 + 17, range(3)), make_key(-(2**40) - 3, [9, 2**31, 2**32 - 1])))
+    for layer, stream in ((0, 0), (2**28 - 1, 15)):  # the last no longer fits a signed 32-bit argument
+        arguments = (key, layer, stream, rows, columns)
+        assert torch.equal(philox_kernel.words(*arguments), philox.reference_words(*arguments))
+        torch.testing.assert_close(
+            philox_kernel.normal(*arguments), philox.reference_normal(*arguments), rtol=2e-6, atol=2e-6
+        )
+
+
+@pytest.mark.interpreter
+def test_kernel_words_are_random123_s():
+    from vbdl_kernels import philox_kernel
+
+    words = philox_kernel.words(make_key(0, [0]), 0, 0, 1, 128)
+    assert words[0, 0, ::32].tolist() == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]

@@ -1,0 +1,225 @@
+"""The gate that needs no GPU: every kernel compiled for three architectures and its machine code read.
+
+Spills, shared memory past the limit, a tensor-core product that fell back to scalar code and a random number that
+became expensive are all visible there. The budgets are instructions for each drawn weight in the inner loop.
+"""
+
+import collections
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no compiler")
+
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may use, CUDA programming guide
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)")
+
+
+class Machine(collections.namedtuple("Machine", "counts loops outer shared registers stack")):
+    """counts: opcode -> how many;  loops: the same for every innermost loop, longest first;
+    outer: the same for the longest loop of all."""
+
+    def total(self, *prefixes: str) -> int:
+        return matching(self.counts, *prefixes)
+
+
+def matching(counts, *prefixes):
+    return sum(n for opcode, n in counts.items() if opcode.startswith(prefixes))
+
+
+@functools.cache
+def compiled(module: str, name: str, architecture: int, arguments: tuple, constants: tuple) -> Machine:
+    """arguments: (name, torch dtype of a pointer | "i32");  pointers and `i32*` ones are multiples of 16."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"vbdl_kernels.{module}"), name)
+    options = {k: v for k, v in constants if k in ("num_warps", "num_stages")}
+    constants = {k: v for k, v in constants if k not in options}
+    names = kernel.arg_names
+    signature, attributes = {}, {}
+    for argument in names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        kind = dict(arguments).get(argument, "i32")
+        signature[argument] = POINTERS.get(kind, kind).rstrip("+")
+        if kind in POINTERS or kind.endswith("+"):
+            attributes[(names.index(argument),)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(k),): v for k, v in constants.items()},
+        attrs=attributes,
+    )
+    result = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options=options | {"enable_fp_fusion": True}
+    )
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(result.asm["cubin"])
+        cubin.flush()
+        code = subprocess.run([tools / "cuobjdump", "-sass", cubin.name], capture_output=True, text=True).stdout
+        if not code:
+            code = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True).stdout
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True)
+    found = [INSTRUCTION.search(line) for line in code.splitlines()]
+    found = [(int(m[1], 16), m[2], m[3]) for m in found if m]
+    assert found, "no machine code to read"
+    backward = [
+        (int(m[1], 16), address)
+        for address, opcode, rest in found
+        if opcode.startswith("BRA") and (m := re.search(r"0x([0-9a-f]+)", rest)) and int(m[1], 16) < address
+    ]
+    innermost = [a for a in backward if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in backward)]
+    loops = [collections.Counter(op for at, op, _ in found if low <= at <= high) for low, high in innermost]
+    low, high = max(backward, key=lambda a: a[1] - a[0], default=(0, -1))
+    outer = collections.Counter(op for at, op, _ in found if low <= at <= high)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+    return Machine(
+        collections.Counter(opcode for _, opcode, _ in found),
+        sorted(loops, key=lambda c: -c.total()),
+        outer,
+        result.metadata.shared,
+        int(numbers["REG"]),
+        int(numbers["STACK"]),
+    )
+
+
+def pointers(dtype, *names):
+    return tuple((name, dtype) for name in names)
+
+
+MULTIPLES = tuple((name, "i32+") for name in ("rows", "columns", "x_sample", "x_batch", "g_sample", "g_batch"))
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def linear(stage, dtype, batch, precision="ieee", masked=False, architecture=90):
+    """(machine code, weights drawn by a thread in one turn of the loop) of one stage of sampled_linear."""
+    from vbdl_kernels import sampled_linear_kernel as module
+
+    constants = dict(MASKED=masked, PRECISION=precision, FAST=True, INTERPRET=False)
+    arguments = pointers(torch.int64, "key") + (() if masked else MULTIPLES)
+    if stage == "forward":
+        config = module.forward_config(batch, 8, dtype, precision)
+        constants["BIAS"] = 2
+        arguments += pointers(dtype, "x", "mean", "std", "bias_mean", "bias_std", "y")
+    elif stage == "input_gradient":
+        config = module.input_gradient_config(batch, dtype, precision)
+        arguments += pointers(dtype, "gradient", "mean", "std", "d_x")
+    else:
+        config = module.parameter_gradient_config(batch, dtype)
+        arguments += pointers(dtype, "gradient", "x") + pointers(FP32, "d_mean", "d_std")
+    constants |= config
+    name = f"sampled_linear_{stage}"
+    machine = compiled("sampled_linear_kernel", name, architecture, arguments, tuple(constants.items()))
+    weights = config["OUT"] * config["GROUPS"] * 4 * config.get("DRAWS", 1) // (32 * config["num_warps"])
+    return machine, (machine.outer if stage == "parameter_gradient" else machine.loops[0]), weights
+
+
+def sampler(stage, dtype, architecture=90):
+    from vbdl_kernels import sample_weights_kernel as module
+
+    arguments = pointers(torch.int64, "key") + (("rows", "i32+"), ("columns", "i32+"))
+    if stage == "forward":
+        config = module.forward_config(4096, dtype)
+        arguments += pointers(dtype, "mean", "std", "weights")
+    else:
+        config = module.gradient_config(4096, dtype)
+        arguments += pointers(dtype, "gradient") + pointers(FP32, "d_mean", "d_std")
+    constants = config | dict(MASKED=False, FAST=True)
+    machine = compiled(
+        "sample_weights_kernel", f"sample_weights_{stage}", architecture, arguments, tuple(constants.items())
+    )
+    return machine, machine.loops[0], config["ROWS"] * config["GROUPS"] * 4 // (32 * config["num_warps"])
+
+
+def check(machine, architecture=90, spilled=0):
+    """What holds for every kernel."""
+    assert machine.total("LDL", "STL") <= 2 * spilled, "spills to local memory"
+    assert machine.stack <= 8 * spilled
+    assert machine.shared <= SHARED_LIMIT[architecture]
+
+
+def check_noise(loop, weights, budget):
+    """Two special-function operations a weight (log2, root, sine, cosine for two), and no slow path behind them."""
+    assert matching(loop, "MUFU") == 2 * weights
+    assert matching(loop, "DMUL", "DFMA") == 0
+    assert loop.total() <= budget * weights, f"{loop.total() / weights:.2f} instructions a weight"
+
+
+# instructions a weight of the inner loop. KERNELS.md's P10: forward 18, input 17, parameters 22, sampler 15
+BUDGETS = [
+    ("forward", BF16, 16, "ieee", 16),
+    ("forward", BF16, 32, "ieee", 16),
+    ("forward", BF16, 64, "ieee", 17),
+    ("forward", BF16, 128, "ieee", 19),  # half the groups a turn, so that sm_89 has the memory
+    ("forward", FP16, 16, "ieee", 16),
+    ("forward", FP32, 16, "tf32", 18),
+    ("forward", FP32, 64, "tf32", 20),
+    ("input_gradient", BF16, 16, "ieee", 17),
+    ("input_gradient", BF16, 64, "ieee", 17),
+    ("input_gradient", FP32, 16, "tf32", 21),
+    ("parameter_gradient", BF16, 16, "ieee", 22),
+    ("parameter_gradient", BF16, 64, "ieee", 23),  # four products a draw instead of one
+    ("parameter_gradient", FP32, 16, "tf32", 23),
+]
+
+
+@pytest.mark.parametrize("stage, dtype, batch, precision, budget", BUDGETS)
+def test_sampled_linear_on_hopper(stage, dtype, batch, precision, budget):
+    machine, loop, weights = linear(stage, dtype, batch, precision)
+    check(machine)
+    check_noise(loop, weights, budget)
+    assert machine.total("HGMMA") > 0
+
+
+@pytest.mark.parametrize("architecture", [80, 89])
+@pytest.mark.parametrize("stage, dtype, batch, precision, budget", [BUDGETS[i] for i in (0, 5, 7, 10)])
+def test_sampled_linear_on_older_cards(architecture, stage, dtype, batch, precision, budget):
+    machine, loop, weights = linear(stage, dtype, batch, precision, architecture=architecture)
+    # two draws of float32 weights: one register too many, stored and loaded once, worth half the parameters' traffic
+    check(machine, architecture, spilled=int(dtype == FP32 and stage == "forward"))
+    check_noise(loop, weights, budget + 6)  # HMMA takes fragments of 16, each loaded apart
+    assert machine.total("HMMA") > 0
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("stage", ["forward", "input_gradient", "parameter_gradient"])
+def test_exact_float32_products_do_not_spill(stage, batch):
+    machine, _, _ = linear(stage, FP32, batch, "ieee")
+    check(machine)
+    assert machine.total("HGMMA", "HMMA") == 0  # scalar products, as asked
+
+
+@pytest.mark.parametrize("stage", ["forward", "input_gradient", "parameter_gradient"])
+def test_odd_shapes_do_not_spill(stage):
+    check(linear(stage, BF16, 16, masked=True)[0])
+
+
+@pytest.mark.parametrize("stage, dtype, budget", [
+    ("forward", BF16, 15), ("forward", FP32, 15.6), ("backward", BF16, 19), ("backward", FP32, 19)
+])  # fmt: skip
+def test_sampler_on_hopper(stage, dtype, budget):
+    machine, loop, weights = sampler(stage, dtype)
+    check(machine)
+    check_noise(loop, weights, budget)
+    if stage == "forward":
+        assert machine.shared == 0  # the noise is made where it is stored: no exchange between threads
+
+
+@pytest.mark.parametrize("architecture", [80, 89])
+def test_sampler_on_older_cards(architecture):
+    machine, loop, weights = sampler("forward", BF16, architecture)
+    check(machine, architecture)
+    check_noise(loop, weights, 16)
