@@ -1,1 +1,60 @@
-"""vbdl: a JIT-compiled functional ensemble engine for Bayesian deep learning in PyTorch."""
+"""vbdl: a JIT-compiled functional ensemble engine for Bayesian deep learning in PyTorch.
+
+The public names. Each is imported when it is first used, so that `vbdl --help` does not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vbdl.engine import Predictor as Predictor
+    from vbdl.inspection import inspect as inspect
+    from vbdl.likelihoods.bernoulli import Bernoulli as Bernoulli
+    from vbdl.likelihoods.categorical import Categorical as Categorical
+    from vbdl.likelihoods.gaussian import Gaussian as Gaussian
+    from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian as HeteroscedasticGaussian
+    from vbdl.nn.layers import BayesianConv1d as BayesianConv1d
+    from vbdl.nn.layers import BayesianConv2d as BayesianConv2d
+    from vbdl.nn.layers import BayesianConv3d as BayesianConv3d
+    from vbdl.nn.layers import BayesianLinear as BayesianLinear
+    from vbdl.nn.priors import Normal as Normal
+    from vbdl.nn.priors import ScaleMixture as ScaleMixture
+    from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
+    from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
+    from vbdl.posteriors.mean_field import MeanField as MeanField
+    from vbdl.train import fit as fit
+
+_HOME = {
+    "Predictor": "engine",
+    "inspect": "inspection",
+    "Bernoulli": "likelihoods.bernoulli",
+    "Categorical": "likelihoods.categorical",
+    "Gaussian": "likelihoods.gaussian",
+    "HeteroscedasticGaussian": "likelihoods.heteroscedastic",
+    "BayesianConv1d": "nn.layers",
+    "BayesianConv2d": "nn.layers",
+    "BayesianConv3d": "nn.layers",
+    "BayesianLinear": "nn.layers",
+    "Normal": "nn.priors",
+    "ScaleMixture": "nn.priors",
+    "DeepEnsemble": "posteriors.ensemble",
+    "MCDropout": "posteriors.mc_dropout",
+    "MeanField": "posteriors.mean_field",
+    "fit": "train",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vbdl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"vbdl.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

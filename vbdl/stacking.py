@@ -38,6 +38,15 @@ def map_inputs(function, inputs: Inputs) -> Inputs:
     return tuple(function(t) for t in inputs)
 
 
+def rebuild(like: Inputs, found: Sequence[Tensor]) -> Inputs:
+    """These tensors in the structure of `like`."""
+    if isinstance(like, Tensor):
+        return found[0]
+    if isinstance(like, Mapping):
+        return dict(zip(like, found, strict=True))
+    return tuple(found)
+
+
 def state_of(module: nn.Module) -> State:
     """Parameters and buffers by name; a tied one once, under its first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -89,6 +98,23 @@ def stack(modules: Sequence[nn.Module]) -> State:
             raise ValueError(f"member {index} differs from member 0: {_difference(reference, other)}")
     states = [state_of(module) for module in modules]
     return {name: torch.stack([s[name].detach() for s in states]) for name in states[0]}
+
+
+def replicate(module: nn.Module, n_members: int) -> None:
+    """Give every parameter of a likelihood a leading members axis, in place: each member learns its own.
+
+    Marked by `n_members`; a module that is marked already is left as it is.
+    """
+    have = getattr(module, "n_members", None)
+    if have == n_members:
+        return
+    if have is not None:
+        raise ValueError(f"the likelihood belongs to {have} members already, not to {n_members}: use a new one")
+    for owner in module.modules():
+        for name, p in list(owner.named_parameters(recurse=False)):
+            copies = p.detach().unsqueeze(0).repeat(n_members, *[1] * p.ndim)
+            setattr(owner, name, nn.Parameter(copies, requires_grad=p.requires_grad))
+    module.n_members = n_members  # type: ignore[assignment]
 
 
 def architecture(module: nn.Module) -> list[str]:

@@ -50,6 +50,7 @@ class CounterDropout(TorchFunctionMode):
 
     key: (2,) int64, (seed, draw).  rate: overrides rates, for all sites or by module name.  sites: what a probe found
     (`locate`), in the order of the calls; without it the batch is taken to be axis 0 everywhere.
+    per_row: a mask a row, as in training, where normalisation and other random operations are left as they are too.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class CounterDropout(TorchFunctionMode):
         root: nn.Module,
         rate: float | Mapping[str, float] | None = None,
         sites: tuple[Site, ...] | None = None,
+        per_row: bool = False,
     ):
         super().__init__()
-        self.key, self.rate, self.sites = key, rate, sites
-        self.names = {id(module): name for name, module in root.named_modules()}
+        self.key, self.rate, self.sites, self.per_row = key, rate, sites, per_row
+        self._root, self._names = root, None
         self.found: list[Site] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -69,7 +71,7 @@ class CounterDropout(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if (handler := _HANDLERS.get(name)) is not None:
             return handler(self, func, *args, **kwargs)
-        if name in _RANDOM:
+        if name in _RANDOM and not self.per_row:
             raise NotImplementedError(
                 f"{name} is called in {self._describe(self.place())}: only dropout can be drawn from counters. "
                 f"Name that module in deterministic= to keep it in evaluation mode, or replace the call."
@@ -78,11 +80,13 @@ class CounterDropout(TorchFunctionMode):
 
     def place(self) -> str:
         """Name of the innermost module whose method is being run."""
+        if self._names is None:
+            self._names = {id(module): name for name, module in self._root.named_modules()}
         frame = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and id(owner) in self.names:
-                return self.names[id(owner)]
+            if isinstance(owner, nn.Module) and id(owner) in self._names:
+                return self._names[id(owner)]
             frame = frame.f_back
         return ""
 
@@ -104,6 +108,8 @@ class CounterDropout(TorchFunctionMode):
 
         axis: where the batch is, if the caller knows (None: not in there); -1 asks the probe, then takes axis 0.
         """
+        if self.per_row:
+            axis = None
         index, path = len(self.found), self.place()
         p, multiple = self.p(p, path), 1
         if axis == -1:
@@ -202,6 +208,8 @@ def _batch_norm(
     eps=1e-5,
 ):
     """Always with the statistics of training: those of the batch would tie a row's prediction to its neighbours."""
+    if mode.per_row:
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is None:
         raise ValueError(
             f"batch normalisation in {mode._describe(mode.place())} keeps no running statistics, so a row's "
@@ -211,7 +219,7 @@ def _batch_norm(
 
 
 def _rrelu(mode: CounterDropout, func, input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
-    return func(input, lower, upper, False, False)
+    return func(input, lower, upper, training and mode.per_row, False)
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
@@ -261,7 +269,7 @@ def may_drop(module: nn.Module) -> bool:
 class DropoutNetwork(nn.Module):
     """A module whose evaluation keeps dropout on, with the masks of the draw in `key`.
 
-    In training mode it is the module itself, with torch's own dropout (a mask a row). In evaluation every dropout is
+    In training mode it is the module itself (`Objective` draws the masks, one a row). In evaluation every dropout is
     on and everything else is off: normalisation evaluates, and so does what `deterministic` names.
     """
 
@@ -318,9 +326,7 @@ class DropoutNetwork(nn.Module):
                 self.inner(*args, **kwargs)
             found.append(mode.found)
         if [s.kind for s in found[0]] != [s.kind for s in found[1]]:
-            raise RuntimeError(
-                "the module calls other dropouts for another batch size: draws cannot be reproduced"
-            )
+            raise RuntimeError("the module calls other dropouts for another batch size: draws cannot be reproduced")
         self.sites = tuple(_place_batch(a, b) for a, b in zip(*found, strict=True))
         return self.sites
 

@@ -64,9 +64,7 @@ class SampledNetwork(nn.Module):
 
     def normals(self) -> list[tuple[str, Tensor, Tensor]]:
         """(name, mean, log_std) of each chosen parameter."""
-        return [
-            (n, self._mean(n), self.log_std[_key(n)].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen
-        ]
+        return [(n, self._mean(n), self.log_std[_key(n)].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen]
 
     def weights(self) -> State:
         """The weights of the draw in `key`."""
@@ -76,23 +74,24 @@ class SampledNetwork(nn.Module):
         }
 
     def forward(self, *args, **kwargs):
-        return call(self.inner, self.weights(), args if not kwargs else kwargs)
+        return call(self.inner, self.weights(), kwargs if kwargs else args)
 
-    def kl(self) -> Tensor:
-        """KL(q || prior) in nats, summed over every weight: in closed form, or at this draw for a scale mixture."""
+    def kl(self, key: Tensor | None = None) -> Tensor:
+        """KL(q || prior) in nats, summed over every weight: in closed form, or for a scale mixture at a draw."""
+        key = self.key if key is None else key
         total = self.kl_weight.new_zeros(())
         for layer, (_, mean, log_std) in enumerate(self.normals()):
             prior = getattr(self, f"prior_{layer}")
             if self.mixtures[layer]:
-                weight = mean + log_std.exp() * noise(self.key, layer, mean)
+                weight = mean + log_std.exp() * noise(key, layer, mean)
                 total = total + kl_scale_mixture(weight, mean, log_std, prior)
             else:
                 total = total + kl_normal(mean, log_std, prior)
         return total
 
-    def regularization(self) -> Tensor:
+    def regularization(self, key: Tensor) -> Tensor:
         """The KL term of the loss of a row, in nats."""
-        return self.kl_weight * self.kl() / self.n_data
+        return self.kl_weight * self.kl(key) / self.n_data
 
 
 def _key(name: str) -> str:

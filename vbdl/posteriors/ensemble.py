@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vbdl.nn.objective import Objective
+from vbdl.nn.objective import Objective, training_keys
 from vbdl.stacking import architecture, blueprint, call_stacked, stack
 from vbdl.types import Inputs, Posterior, State
 
@@ -22,7 +22,7 @@ class DeepEnsemble(nn.Module):
     be posteriors themselves: an ensemble of dropout or of mean-field networks. A list of different architectures is
     taken too, and run one architecture after the other.
     initialize: what makes a fresh initialisation of a copy; unless given, every submodule's `reset_parameters`.
-    seed: of the initialisations; member m is initialised under seed + m.
+    seed: of the initialisations and of dropout in training; member m uses seed + m.
     """
 
     def __init__(
@@ -61,15 +61,17 @@ class DeepEnsemble(nn.Module):
             self.n_draws = None if base.n_draws is None else base.n_draws * len(members)
         trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
         self.stacked_parameters = nn.ParameterDict()
+        self.stacked_buffers = nn.Module()
         for name, tensor in stack(modules).items():
             if name in trainable:
                 self.stacked_parameters[_key(name)] = nn.Parameter(tensor, requires_grad=trainable[name])
             else:
-                self.register_buffer(_key(name), tensor)
+                self.stacked_buffers.register_buffer(_key(name), tensor)
         self._parameter_names = tuple(trainable)
         self._buffer_names = tuple(n for n, _ in modules[0].named_buffers())
-        if base is not None:
-            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.seed = seed
+        device = next(iter(self.stacked().values())).device
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
     def module(self) -> nn.Module:
@@ -94,7 +96,17 @@ class DeepEnsemble(nn.Module):
     def stacked(self) -> State:
         """Parameters and buffers of every member: (members, ...) each, the tensors that are trained."""
         parameters = {name: self.stacked_parameters[_key(name)] for name in self._parameter_names}
-        return {**parameters, **{name: getattr(self, _key(name)) for name in self._buffer_names}}
+        return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
+
+    @property
+    def kl_weight(self) -> float | None:
+        """Weight of the KL term where members are mean-field networks, None elsewhere."""
+        found = None if len(self._parts) else getattr(self.stacked_buffers, "kl_weight", None)
+        return None if found is None else float(found[0])
+
+    @kl_weight.setter
+    def kl_weight(self, value: float) -> None:
+        self.stacked_buffers.kl_weight.fill_(value)
 
     def member(self, index: int) -> State:
         """State dict of one member, to be loaded into a network of its own."""
@@ -141,12 +153,9 @@ class DeepEnsemble(nn.Module):
                 raise ValueError("members of different architectures share their batches")
             return torch.cat([part.losses(x, y, likelihood) for part in self.parts])
         state = {f"network.{name}": t for name, t in self.stacked().items()}
-        n_samples = 1
-        if self.base is not None:
-            n_samples = getattr(self.base, "n_samples", 1)
-            own = self.base.training_state(self.n_members, self.steps)
-            self.steps += 1
-            state.update({f"network.{name}": t for name, t in own.items()})
+        n_samples = getattr(self.base, "n_samples", 1)
+        state["key"] = training_keys(self.seed, self.n_members, self.steps * n_samples)
+        self.steps += 1
         shared = {}
         for name, t in [*likelihood.named_parameters(), *likelihood.named_buffers()]:
             target = state if getattr(likelihood, "n_members", None) == self.n_members else shared

@@ -7,11 +7,12 @@ https://arxiv.org/abs/1506.02142
 import copy
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
 from vbdl.nn.dropout import DropoutNetwork, may_drop
-from vbdl.nn.objective import Objective
+from vbdl.nn.objective import Objective, training_keys
 from vbdl.types import Inputs, State
 
 
@@ -22,18 +23,22 @@ class MCDropout(nn.Module):
     p: overrides the rates, for every dropout or by module name, {"encoder": 0.1, "head.drop": 0.5}.
     deterministic: modules, by name or type, that stay in evaluation mode with their dropout off.
 
-    Training is the module's own, a mask a row; prediction draws from counters. Raises ValueError where the module has
+    seed: of the masks in training, a mask a row; member m of an ensemble of these uses seed + m.
+
+    Training and prediction draw from counters, never from torch's generator. Raises ValueError where the module has
     no dropout, at once if no code of it mentions dropout, else when it is first run.
     """
 
     n_members = 1
     n_draws = None
+    steps: Tensor
 
     def __init__(
         self,
         module: nn.Module,
         p: float | Mapping[str, float] | None = None,
         deterministic: Sequence[str | type[nn.Module]] = (),
+        seed: int = 0,
     ):
         super().__init__()
         for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
@@ -49,6 +54,9 @@ class MCDropout(nn.Module):
                 "or use vbdl.DeepEnsemble or vbdl.MeanField"
             )
         self.module = DropoutNetwork(copy.deepcopy(module), p, tuple(deterministic))
+        self.seed = seed
+        device = next((p.device for p in module.parameters()), None)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
     def parts(self) -> Sequence["MCDropout"]:
@@ -72,13 +80,12 @@ class MCDropout(nn.Module):
                 "check the rates and deterministic=, or give MCDropout(module, p=...)"
             )
 
-    def training_state(self, n_members: int, step: Tensor) -> State:
-        """Entries of a training step that differ from member to member: none, torch draws the masks."""
-        return {}
-
     def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
-        """(1,) nats a row, with torch's own dropout"""
-        return Objective(self.module, likelihood)(x, y).unsqueeze(0)
+        """(1,) nats a row, with a mask a row"""
+        objective = Objective(self.module, likelihood)
+        objective.key = training_keys(self.seed, 1, self.steps)[0]
+        self.steps += 1
+        return objective(x, y).unsqueeze(0)
 
     def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
         """Mean over the batch of -log p(y | x, w), nats. Put the posterior in train() first."""

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.nn.objective import Objective
+from vbdl.nn.objective import Objective, training_keys
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
 from vbdl.types import Inputs, State
-
-_TRAINING = 1 << 62  # training draws come from a key of their own, never from those of a prediction
 
 
 class MeanField(nn.Module):
@@ -82,16 +80,12 @@ class MeanField(nn.Module):
         """KL(q || prior) in nats, summed over every weight."""
         return self.module.kl()
 
-    def training_state(self, n_members: int, step: Tensor) -> State:
-        """The keys of a training step, one a member, (members, 2): other ones in every step."""
-        number = (step * self.n_samples).reshape(1)
-        return {"key": torch.cat([make_key((self.seed + m) ^ _TRAINING, number) for m in range(n_members)])}
-
     def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
         """(1,) negative ELBO, nats a row"""
-        self.module.key.copy_(self.training_state(1, self.steps)["key"][0])
+        objective = Objective(self.module, likelihood, self.n_samples)
+        objective.key = training_keys(self.seed, 1, self.steps * self.n_samples)[0]
         self.steps += 1
-        return Objective(self.module, likelihood, self.n_samples)(x, y).unsqueeze(0)
+        return objective(x, y).unsqueeze(0)
 
     def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
         """Negative ELBO of the batch, nats a row."""

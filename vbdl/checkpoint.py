@@ -1,0 +1,75 @@
+"""A training run on disk: safetensors for every tensor, JSON in its header for the rest. No pickle."""
+
+import json
+import os
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+
+
+def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, history: Any, epoch: int) -> None:
+    """Written beside the old file and renamed over it, so that there is a whole one at every moment."""
+    path = Path(path)
+    flat = dict(tensors)
+    state = optimizer.state_dict()
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                flat[f"optimizer.{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    about = {
+        "format": FORMAT,
+        "epoch": epoch,
+        "history": asdict(history) if is_dataclass(history) and not isinstance(history, type) else history,
+        "optimizer": {"plain": plain, "param_groups": state["param_groups"]},
+        "schedule": None if schedule is None else _plain(schedule.state_dict()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    owned = {n: t.detach().cpu().contiguous().clone() for n, t in flat.items()}
+    save_file(owned, partial, metadata={"vbdl": json.dumps(about)})
+    os.replace(partial, path)
+
+
+def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+    """The tensors, the epoch to go on with and the history; optimizer and schedule are brought up to date."""
+    with safe_open(path, framework="pt") as file:
+        about = (file.metadata() or {}).get("vbdl")
+        if about is None:
+            raise ValueError(f"{path} is not a checkpoint of vbdl")
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = json.loads(about)
+    if about["format"] != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {about['format']}, this vbdl reads {FORMAT}")
+    state: dict[int, dict[str, Any]] = {}
+    for name in [n for n in found if n.startswith("optimizer.")]:
+        _, index, entry = name.split(".", 2)
+        state.setdefault(int(index), {})[entry] = found.pop(name)
+    for index, entries in about["optimizer"]["plain"].items():
+        state.setdefault(int(index), {}).update(entries)
+    optimizer.load_state_dict({"state": state, "param_groups": about["optimizer"]["param_groups"]})
+    if schedule is not None and about["schedule"] is not None:
+        schedule.load_state_dict(about["schedule"])
+    return found, about["epoch"], about["history"]
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a schedule's state; the rest is made anew by its constructor."""
+    kept = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value = value.item() if value.numel() == 1 else value.tolist()
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        kept[name] = value
+    return kept

@@ -1,0 +1,123 @@
+"""Training data in the forms people have it in, and the order each member sees it in."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from vbdl.stacking import map_inputs, tensors
+from vbdl.types import Inputs
+
+
+def as_tensor(value: Any) -> Any:
+    """Arrays as tensors, in whatever structure they come."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, dict):
+        return {k: as_tensor(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(as_tensor(v) for v in value)
+    return value
+
+
+def whole(data: Any) -> tuple[Inputs, Tensor]:
+    """(inputs, targets) of everything: arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs."""
+    if isinstance(data, TensorDataset):
+        *x, y = data.tensors
+        return (x[0] if len(x) == 1 else tuple(x)), y
+    if isinstance(data, Dataset):
+        rows = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
+        x, y = torch.utils.data.default_collate(rows)
+        return x, y
+    if isinstance(data, Sequence) and len(data) == 2:
+        x, y = as_tensor(data[0]), torch.as_tensor(as_tensor(data[1]))
+        check_rows(x, y)
+        return x, y
+    raise TypeError(
+        f"data is (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
+    )
+
+
+def check_rows(x: Inputs, y: Tensor) -> None:
+    """ValueError where inputs and targets disagree in number, there are none, or inputs are not finite."""
+    if not all(isinstance(t, Tensor) for t in tensors(x)):
+        raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name")
+    sizes = {t.shape[0] for t in [*tensors(x), y]}
+    if len(sizes) != 1:
+        raise ValueError(f"inputs and targets disagree on the number of rows: {sorted(sizes)}")
+    if sizes == {0}:
+        raise ValueError("there are no rows to train on")
+    for t in tensors(x):
+        if t.is_floating_point() and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
+            bad = (~ok).nonzero().flatten()
+            raise ValueError(f"{len(bad)} input rows are not finite, the first is row {int(bad[0])}: remove or impute")
+
+
+def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on and to validate on, apart."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation is a share of the rows between 0 and 1, or data; got {fraction}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = round(n * fraction)
+    if not 0 < held < n:
+        raise ValueError(f"{fraction} of {n} rows leaves nothing to validate or to train on")
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def take(x: Inputs, rows: Tensor) -> Inputs:
+    """These rows of every input."""
+    return map_inputs(lambda t: t[rows], x)
+
+
+class Rows:
+    """Batches of an in-memory data set: for each member its own rows in its own order, or one order for all.
+
+    rows: (members, n) row numbers, or (1, n) shared by all.  A batch is (x, y) with a leading members axis when each
+    has its own.  The order is a function of (seed of the member, epoch), so a resumed run sees what it would have.
+    """
+
+    def __init__(self, x: Inputs, y: Tensor, rows: Tensor, batch_size: int, seeds: list[int], own: bool):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, got {batch_size}")
+        self.x, self.y, self.rows, self.batch_size, self.seeds, self.own = x, y, rows, batch_size, seeds, own
+
+    def __len__(self) -> int:
+        return -(-self.rows.shape[1] // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
+        n = self.rows.shape[1]
+        orders = []
+        for index, seed in enumerate(self.seeds):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+            orders.append(self.rows[min(index, len(self.rows) - 1)][torch.randperm(n, generator=generator)])
+        order = torch.stack(orders) if self.own else orders[0]
+        for start in range(0, n, self.batch_size):
+            picked = order[..., start : start + self.batch_size]
+            yield take(self.x, picked), self.y[picked]
+
+
+class Batches:
+    """A DataLoader's batches: (inputs, targets), the same for all members."""
+
+    own = False
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
+        for batch in self.loader:
+            if not (isinstance(batch, Sequence) and len(batch) == 2):
+                raise TypeError(f"a DataLoader for fit yields (inputs, targets), got {type(batch).__name__}")
+            x, y = batch
+            yield x, y
+
+
+def bootstrap(n: int, seed: int) -> Tensor:
+    """(n,) row numbers drawn with replacement. Efron, Bootstrap Methods: Another Look at the Jackknife, 1979."""
+    return torch.randint(n, (n,), generator=torch.Generator().manual_seed(seed))

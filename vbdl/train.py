@@ -1,0 +1,477 @@
+"""Training: every posterior by its own loss, all members of an ensemble in one stacked step.
+
+The step (forward, backward, and the changes of buffers) is traced once a batch shape and compiled like a prediction.
+Members share nothing but the step: each has its initialisation, its order of the data, its gradient norm and its
+early stopping, so that the result is that of training them one by one, to float rounding.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vbdl.checkpoint import load_checkpoint, save_checkpoint
+from vbdl.compiler import can_compile, compile_graph
+from vbdl.data import Batches, Rows, check_rows, holdout, take, whole
+from vbdl.data import bootstrap as bootstrap_rows
+from vbdl.fingerprint import fingerprints
+from vbdl.graph import trace
+from vbdl.progress import Progress
+from vbdl.stacking import Inputs, State, call, call_stacked, map_inputs, rebuild, replicate, state_of, tensors
+from vbdl.types import Likelihood, Posterior
+
+# below this many steps, compiling (some seconds a batch shape) costs more than it saves
+_STEPS_WORTH_COMPILING = 4000
+
+# draws a member is judged by in validation, where it has draws: their mixture's likelihood, not one draw's
+_VALIDATION_DRAWS = 8
+
+
+@dataclass
+class History:
+    """What happened, an entry an epoch."""
+
+    train_loss: list[list[float]] = field(default_factory=list)  # (epochs, members) nats a row
+    validation_nll: list[list[float]] = field(default_factory=list)  # (epochs, members) nats a row
+    best_epoch: list[int] = field(default_factory=list)  # (members,) the epoch kept, -1 for the last
+    epochs: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0  # of which, for tracing and compiling
+
+
+def fit(
+    posterior: Posterior,
+    data: Any,
+    likelihood: Likelihood,
+    *,
+    epochs: int = 100,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | str | None = None,
+    validation: float | tuple[Any, Any] | None = None,
+    patience: int | None = None,
+    clip_norm: float | None = None,
+    kl_warmup: int = 0,
+    bootstrap: bool = False,
+    member_rows: Tensor | None = None,
+    seed: int = 0,
+    compile: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    progress: bool | None = None,
+) -> History:
+    """Train a posterior and its likelihood in place.
+
+    data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader. With a DataLoader all members see its
+        batches; with anything else each has an order of its own.
+    optimizer: parameters -> optimizer, one that treats each number on its own (Adam, SGD, ...); AdamW(lr,
+        weight_decay) unless given.
+    schedule: optimizer -> learning-rate schedule, stepped once an epoch; "cosine" anneals to zero.
+    validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the epoch with the best
+        validation likelihood, and stops after `patience` epochs without a better one.
+    clip_norm: largest gradient norm of a member.
+    kl_warmup: epochs over which the weight of the KL term rises from 0 to its value.
+    bootstrap: each member trains on its own resample of the rows.
+    member_rows: (members, n) the rows each member trains on, in place of all.
+    seed: of orders and resamples; member m uses seed + m. (Dropout and weights draw from the posterior's seed.)
+        torch's own generator is left as it was.
+    compile: compile the step; unless given, where there are steps enough to pay for it.
+    checkpoint: a file to save to every `checkpoint_every` epochs, and to go on from if it is there: the result is that
+        of an uninterrupted run.
+
+    Raises ValueError for bad data, FloatingPointError where the loss stops being finite.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs is at least 1, got {epochs}")
+    if patience is not None and validation is None:
+        raise ValueError("patience needs validation= to judge by")
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"fit trains a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
+            f"vbdl.MeanField or vbdl.DeepEnsemble"
+        )
+    options = {name: value for name, value in locals().items() if name not in ("posterior", "data", "likelihood")}
+    if len(posterior.parts) > 1:
+        return _fit_parts(posterior, data, likelihood, options)
+    return _Run(posterior, data, likelihood, options).run()
+
+
+def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options: dict[str, Any]) -> History:
+    """Members of different architectures: one architecture after the other."""
+    import copy
+
+    assert isinstance(likelihood, nn.Module)
+    if options["checkpoint"] is not None or options["member_rows"] is not None:
+        raise ValueError("checkpoint and member_rows need members of one architecture")
+    total, trained, start = History(), [], 0
+    for part in posterior.parts:
+        own = copy.deepcopy(likelihood)
+        one = _Run(part, data, own, {**options, "seed": options["seed"] + start}).run()
+        trained.append(own)
+        start += part.n_members
+        total.best_epoch += one.best_epoch
+        total.epochs = max(total.epochs, one.epochs)
+        total.seconds += one.seconds
+        total.compile_seconds += one.compile_seconds
+        for mine, theirs in ((total.train_loss, one.train_loss), (total.validation_nll, one.validation_nll)):
+            for epoch, values in enumerate(theirs):
+                if epoch < len(mine):
+                    mine[epoch] = mine[epoch] + values
+                else:
+                    mine.append(values)
+    replicate(likelihood, start)
+    with torch.no_grad():
+        for name, p in likelihood.named_parameters():
+            p.copy_(torch.cat([dict(own.named_parameters())[name] for own in trained]))
+    return total
+
+
+class _Losses(nn.Module):
+    """Posterior and likelihood as one module, whose call is each member's loss."""
+
+    def __init__(self, posterior: nn.Module, likelihood: nn.Module, own: bool):
+        super().__init__()
+        self.posterior, self.likelihood, self._own = posterior, likelihood, own
+
+    def forward(self, x: Inputs, y: Tensor) -> Tensor:
+        extra = {"own_rows": True} if self._own else {}
+        return self.posterior.losses(x, y, self.likelihood, **extra)
+
+
+class _Run:
+    """One call of fit."""
+
+    def __init__(self, posterior: Any, data: Any, likelihood: Any, options: dict[str, Any]):
+        self.posterior, self.likelihood, self.o = posterior, likelihood, options
+        self.members: int = posterior.n_members
+        self.stacked = hasattr(posterior, "stacked")
+        if self.stacked:
+            replicate(likelihood, self.members)
+        self.device = next(posterior.parameters()).device
+        self._load(data)
+        self.losses = _Losses(posterior, likelihood, self.data.own)
+        self.trained = {n: p for n, p in self.losses.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
+        make = options["optimizer"]
+        if make is None:
+            make = lambda ps: torch.optim.AdamW(ps, lr=options["lr"], weight_decay=options["weight_decay"], fused=True)
+        self.optimizer = make(list(self.trained.values()))
+        self.schedule = self._schedule()
+        steps = options["epochs"] * len(self.data)
+        wanted = options["compile"]
+        self.compiled = can_compile() and steps >= _STEPS_WORTH_COMPILING if wanted is None else wanted
+        self.calls: dict[Any, Callable] = {}
+        self.history = History()
+        self.best = torch.full((self.members,), math.inf)
+        self.waited = torch.zeros(self.members, dtype=torch.int64)
+        self.active = torch.ones(self.members, dtype=torch.bool)
+        self.kept: State = {}
+        self.start = 0
+        self.seen: list[Tensor] = []
+        self.kl_weight = getattr(posterior, "kl_weight", None)
+
+    # -- data
+
+    def _load(self, data: Any) -> None:
+        o, seeds = self.o, [self.o["seed"] + m for m in range(self.members)]
+        self.validation: tuple[Inputs, Tensor] | None = None
+        if o["validation"] is not None and not isinstance(o["validation"], float):
+            self.validation = self._checked(*whole(o["validation"]))
+        if isinstance(data, DataLoader):
+            if o["bootstrap"] or o["member_rows"] is not None or isinstance(o["validation"], float):
+                raise ValueError(
+                    "bootstrap, member_rows and a share for validation pick rows, which a DataLoader does not let us: "
+                    "give fit the tensors or the Dataset"
+                )
+            self.data: Rows | Batches = Batches(data)
+            return
+        x, y = whole(data)
+        check_rows(x, y)
+        x, y = self._checked(x, y)
+        rows = torch.arange(len(y))
+        if isinstance(o["validation"], float):
+            rows, held = holdout(len(y), o["validation"], o["seed"])
+            self.validation = take(x, held), y[held]
+        if o["member_rows"] is not None:
+            chosen = torch.as_tensor(o["member_rows"])
+            if chosen.ndim != 2 or chosen.shape[0] != self.members:
+                raise ValueError(
+                    f"member_rows is (members, n) = ({self.members}, n) row numbers, got {tuple(chosen.shape)}"
+                )
+        elif o["bootstrap"]:
+            chosen = torch.stack([rows[bootstrap_rows(len(rows), s)] for s in seeds])
+        else:
+            chosen = rows.unsqueeze(0)
+        own = self.stacked
+        self.data = Rows(x, y, chosen, o["batch_size"], seeds if own else seeds[:1], own)
+
+    def _checked(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
+        """On the device, the targets as the likelihood needs them; one row is run to see what comes out."""
+        x, y = map_inputs(lambda t: t.to(self.device), x), y.to(self.device)
+        return x, self.likelihood.check_targets(y, (len(y), *self._output_shape(take(x, torch.arange(1)))))
+
+    @torch.no_grad()
+    def _output_shape(self, one: Inputs) -> tuple[int, ...]:
+        was = self.posterior.training
+        self.posterior.eval()
+        try:
+            self.posterior.prepare(one)
+            pair = nn.ModuleList([self.posterior.module, self.likelihood])
+            state = self._draws(1)
+            first = {n: t[0] for n, t in state.items()}
+            outputs = call(self.posterior.module, {n[2:]: t for n, t in first.items() if n.startswith("0.")}, one)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(f"the module returned {type(outputs).__name__}, fit needs one Tensor (batch, ...)")
+            own = {n[2:]: t for n, t in first.items() if n.startswith("1.")}
+            del pair
+            return tuple(call(self.likelihood, own, outputs).shape[1:])
+        finally:
+            self.posterior.train(was)
+
+    def _draws(self, per_member: int) -> State:
+        """(members * per_member, ...) entries "0.": of the network, "1.": of the likelihood. Sample s: s % members."""
+        numbers = torch.arange(self.members * per_member)
+        state = {f"0.{n}": t.detach() for n, t in self.posterior.draws(numbers, self.o["seed"]).items()}
+        if getattr(self.likelihood, "n_members", None) is not None:
+            which = (numbers % self.members).to(self.device)
+            state |= {f"1.{n}": p.detach()[which] for n, p in self.likelihood.named_parameters()}
+        return {n: t.to(self.device) for n, t in state.items()}
+
+    # -- one step
+
+    def _step(self, x: Inputs, y: Tensor) -> Tensor:
+        """Losses of the members; gradients are left in the parameters."""
+        if not self.compiled:
+            losses = self.losses(x, y)
+            losses.sum().backward()
+            return losses.detach()
+        key = tuple((tuple(t.shape), t.dtype) for t in [*tensors(x), y])
+        fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
+        if key not in self.calls:
+            begun = time.perf_counter()
+
+            count = len(self.trained)
+
+            def whole(*flat: Tensor) -> tuple[Tensor, ...]:
+                *entries, targets = flat
+                inputs = rebuild(x, entries[count + len(fixed) :])
+
+                # what the step changes (running statistics, counters) has to be an argument of what is differentiated
+                def total(trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+                    state = dict(zip([*self.trained, *fixed], [*trained, *others], strict=True))
+                    losses = call(self.losses, state, (inputs, targets))
+                    return losses.sum(), losses
+
+                trained, others = tuple(entries[:count]), tuple(entries[count : count + len(fixed)])
+                gradients, losses = torch.func.grad(total, has_aux=True)(trained, others)
+                return (losses, *gradients)
+
+            flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y]
+            self.calls[key] = compile_graph(trace(whole, *flat), flat)
+            self.history.compile_seconds += time.perf_counter() - begun
+        with torch.no_grad():
+            losses, *gradients = self.calls[key](
+                *(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y
+            )
+        for p, gradient in zip(self.trained.values(), gradients, strict=True):
+            # a fused optimiser reads memory in order and takes the parameter's layout for granted
+            p.grad = gradient.contiguous()
+        return losses
+
+    def _clip(self) -> None:
+        most = self.o["clip_norm"]
+        if most is None:
+            return
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        if not self.stacked:
+            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), most)
+            return
+        square = sum(g.flatten(1).square().sum(1) if g.ndim > 1 else g.square() for g in gradients)
+        scale = (most / (square.sqrt() + 1e-6)).clamp_max(1.0)  # type: ignore[union-attr]
+        for g in gradients:
+            g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
+
+    def _schedule(self):
+        wanted = self.o["schedule"]
+        if wanted is None:
+            return None
+        if wanted == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.o["epochs"])
+        if isinstance(wanted, str):
+            raise ValueError(f"schedule is 'cosine' or a function of the optimizer, got {wanted!r}")
+        return wanted(self.optimizer)
+
+    # -- an epoch
+
+    def _validate(self) -> Tensor:
+        """(members,) mean -log p(y | x) of each member on the validation rows, nats."""
+        assert self.validation is not None
+        x, y = self.validation
+        draws = 1 if self.posterior.n_draws is not None else _VALIDATION_DRAWS
+        self.posterior.eval()
+        total = torch.zeros(self.members)
+        pair = _Pair(self.posterior.module, self.likelihood)
+        with torch.no_grad():
+            state = {_PAIR[n[:2]] + n[2:]: t for n, t in self._draws(draws).items()}
+            shared = {n: t for n, t in state_of(pair).items() if n not in state}
+            for start in range(0, len(y), 1024):
+                rows = torch.arange(start, min(start + 1024, len(y)))
+                parameters = call_stacked(pair, state, shared, take(x, rows))
+                each = torch.stack([-self.likelihood.nll(p, y[rows]) for p in parameters])
+                each = torch.logsumexp(each.view(draws, self.members, -1), dim=0) - math.log(draws)
+                total -= each.sum(1).cpu()
+        self.posterior.train()
+        return total / len(y)
+
+    def _keep_best(self, epoch: int, nll: Tensor) -> None:
+        """Keep the state of members that became better; stop those that have not for long enough."""
+        better = self.active & (nll < self.best)
+        self.best = torch.where(better, nll, self.best)
+        self.waited = torch.where(better, 0, self.waited + 1)
+        for m in better.nonzero().flatten().tolist():
+            self.history.best_epoch[m] = epoch
+        chosen = better.to(self.device)
+        for name, t in state_of(self.losses).items():
+            if name not in self.kept:
+                self.kept[name] = t.detach().clone()
+            elif self._by_member(name):
+                self.kept[name][chosen] = t.detach()[chosen]
+            elif bool(better.any()):
+                self.kept[name].copy_(t.detach())
+        if self.o["patience"] is not None:
+            self.active &= self.waited < self.o["patience"]
+
+    def _by_member(self, name: str) -> bool:
+        return (
+            self.stacked
+            and name not in ("posterior.steps",)
+            and not (name.startswith("likelihood.") and name.removeprefix("likelihood.") not in self._likelihood_names)
+        )
+
+    @property
+    def _likelihood_names(self) -> set[str]:
+        return {n for n, _ in self.likelihood.named_parameters()}
+
+    def _set_kl(self, epoch: int) -> None:
+        warm = self.o["kl_warmup"]
+        if self.kl_weight is not None and warm:
+            self.posterior.kl_weight = self.kl_weight * min(1.0, epoch / warm)
+
+    def run(self) -> History:
+        begun = time.perf_counter()
+        o, history = self.o, self.history
+        history.best_epoch = [-1] * self.members
+        self._resume()
+        self.posterior.train()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), Progress("training", o["epochs"], o["progress"]) as bar:
+            bar.done = self.start
+            for epoch in range(self.start, o["epochs"]):
+                torch.manual_seed((o["seed"] * 1_000_003 + epoch) % 2**63)  # for modules with noise of their own
+                self._set_kl(epoch)
+                self._epoch(epoch)
+                note = f"loss {sum(history.train_loss[-1]) / self.members:.4g}"
+                if self.validation is not None:
+                    nll = self._validate()
+                    history.validation_nll.append(nll.tolist())
+                    self._keep_best(epoch, nll)
+                    note += f", validation {float(nll.mean()):.4g}"
+                if self.schedule is not None:
+                    self.schedule.step()
+                history.epochs = epoch + 1
+                bar.advance(note)
+                if o["checkpoint"] is not None and (epoch + 1) % o["checkpoint_every"] == 0:
+                    self._save(epoch + 1)
+                if not bool(self.active.any()):
+                    break
+        if self.kl_weight is not None and o["kl_warmup"]:
+            self.posterior.kl_weight = self.kl_weight
+        if self.kept:
+            with torch.no_grad():
+                for name, t in state_of(self.losses).items():
+                    t.copy_(self.kept[name])
+        if o["checkpoint"] is not None:
+            self._save(history.epochs)
+        self.posterior.eval()
+        # what vbdl.calibrate refuses to calibrate on; a plain attribute, no buffer that the network would carry
+        before = getattr(self.posterior, "training_rows", None)
+        self.posterior.training_rows = torch.cat([*self.seen, *([] if before is None else [before])]).unique()
+        for p in self.trained.values():
+            p.grad = None
+        history.seconds += time.perf_counter() - begun
+        return history
+
+    def _epoch(self, epoch: int) -> None:
+        total = torch.zeros(self.members, device=self.device)
+        rows = 0
+        for x, y in self.data.epoch(epoch):
+            if isinstance(self.data, Batches):
+                x, y = self._checked(x, y)
+            if epoch == self.start:
+                rows_first = map_inputs(lambda t: t.flatten(0, 1), x) if self.data.own else x
+                self.seen.append(fingerprints(rows_first))
+            self.optimizer.zero_grad()
+            losses = self._step(x, y)
+            self._clip()
+            self.optimizer.step()
+            n = y.shape[1] if self.data.own else y.shape[0]
+            total += losses * n
+            rows += n
+        means = (total / max(rows, 1)).tolist()
+        bad = [m for m, value in enumerate(means) if not math.isfinite(value)]
+        if bad:
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss of member {bad[0]} became {means[bad[0]]} in epoch {epoch} (learning rate {lr:g}): "
+                f"standardise inputs and targets, lower lr, or set clip_norm"
+            )
+        self.history.train_loss.append(means)
+
+    # -- stopping and going on
+
+    def _save(self, epoch: int) -> None:
+        tensors_ = {f"model.{n}": t for n, t in state_of(self.losses).items()}
+        tensors_ |= {f"kept.{n}": t for n, t in self.kept.items()}
+        tensors_ |= {"best": self.best, "waited": self.waited, "active": self.active}
+        save_checkpoint(self.o["checkpoint"], tensors_, self.optimizer, self.schedule, self.history, epoch)
+
+    def _resume(self) -> None:
+        path = self.o["checkpoint"]
+        if path is None or not Path(path).exists():
+            return
+        found, epoch, history = load_checkpoint(path, self.optimizer, self.schedule)
+        own = state_of(self.losses)
+        saved = {n.removeprefix("model."): t for n, t in found.items() if n.startswith("model.")}
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
+            raise ValueError(f"the checkpoint {path} is of another model: remove it, or give another path")
+        with torch.no_grad():
+            for name, t in own.items():
+                t.copy_(saved[name])
+        self.kept = {n.removeprefix("kept."): t.to(self.device) for n, t in found.items() if n.startswith("kept.")}
+        self.best, self.waited, self.active = found["best"], found["waited"], found["active"]
+        for name, value in history.items():
+            setattr(self.history, name, value)
+        self.start = epoch if bool(self.active.any()) else self.o["epochs"]
+
+
+_PAIR = {"0.": "network.", "1.": "likelihood."}
+
+
+class _Pair(nn.Module):
+    """Inputs -> parameters of p(y | x)."""
+
+    def __init__(self, network: nn.Module, likelihood: nn.Module):
+        super().__init__()
+        self.network, self.likelihood = network, likelihood
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.likelihood(self.network(*args, **kwargs))
