@@ -7,8 +7,10 @@ triton, on a device it does not know or for a dtype it does not take, the refere
 import contextlib
 import functools
 import importlib
+import importlib.abc
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -99,6 +101,46 @@ def autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]
     dtype = torch.get_autocast_dtype(kind)
     # float64 is left alone, as torch does
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters))
+
+
+class _AfterDynamo(importlib.abc.MetaPathFinder):
+    """Does what waits for `torch._dynamo` once somebody imports it: it costs more than a second and brings triton."""
+
+    def __init__(self):
+        self.functions = []
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def then_allow(module):
+                execute(module)
+                for function in self.functions:
+                    module.allow_in_graph(function)
+
+            spec.loader.exec_module = then_allow
+        return spec
+
+
+_after_dynamo = _AfterDynamo()
+if "torch._dynamo" not in sys.modules:
+    sys.meta_path.insert(0, _after_dynamo)
+
+
+def kept_whole(function: Callable) -> Callable:
+    """`torch.compiler.allow_in_graph`, without importing the compiler.
+
+    Where the compiler traces into an `autograd.Function`, it refuses or loses its vmap rule (pytorch#129845).
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(function)
+    else:
+        _after_dynamo.functions.append(function)
+    return function
 
 
 def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -162,7 +162,7 @@ def _numpy_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int)
 
 
 def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
-    """An opaque operator of one noise: numpy on the CPU, Triton on an accelerator that has it, plain torch elsewhere."""
+    """An opaque operator of one noise: numpy on the CPU, Triton on an accelerator that has it, else plain torch."""
     operator = f"vbdl::{name}"
     library.define(f"{name}(Tensor key, int layer, int stream, int rows, int columns) -> Tensor")
 

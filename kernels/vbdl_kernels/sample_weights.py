@@ -113,7 +113,7 @@ class _SampleWeightsGradient(torch.autograd.Function):
         return dispatch.one_by_one(_SampleWeightsGradient.apply, info, in_dims, gradient, key, layer, stream)
 
 
-@torch._dynamo.allow_in_graph
+@dispatch.kept_whole
 def _sample_weights(mean, std, key, layer, stream):
     call = torch.ops.vbdl.sample_weights if torch.compiler.is_exporting() else _SampleWeights.apply
     return call(mean, std, key, layer, stream)

@@ -201,7 +201,7 @@ class _ParameterGradient(torch.autograd.Function):
         return dispatch.one_by_one(_ParameterGradient.apply, info, in_dims, gradient, x, key, layer, precision)
 
 
-@torch._dynamo.allow_in_graph  # traced into, a custom vmap rule is lost or refused (pytorch#129845)
+@dispatch.kept_whole
 def _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision):
     call = torch.ops.vbdl.sampled_linear if torch.compiler.is_exporting() else _SampledLinear.apply
     return call(x, mean, std, bias_mean, bias_std, key, layer, precision)
