@@ -1,5 +1,7 @@
 """Counter-based noise and the operators that draw it where it is used. Imports torch and triton, never vbdl."""
 
+from vbdl_kernels.local_reparameterised_linear import local_reparameterised_linear as local_reparameterised_linear
+from vbdl_kernels.masked_linear import masked_linear as masked_linear
 from vbdl_kernels.philox import CONTRACT as CONTRACT
 from vbdl_kernels.philox import keep_mask as keep_mask
 from vbdl_kernels.philox import make_key as make_key

@@ -15,7 +15,7 @@ from vbdl_kernels.philox import BIAS, WEIGHT
 from vbdl_kernels.sample_weights import check_parameters, reference_sample_weights
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,7 +30,7 @@ def reference_sampled_linear(
     precision: str = "",
 ) -> Tensor:
     """The specification of `sampled_linear`: weights rounded to the parameters' dtype, products summed wide."""
-    wide = _wide(x.dtype)
+    wide = wide_of(x.dtype)
     weights = reference_sample_weights(mean, std, key, layer, WEIGHT)
     y = x.to(wide) @ weights.to(wide).mT
     if bias_mean is not None:
@@ -41,13 +41,13 @@ def reference_sampled_linear(
 
 
 def _reference_input(gradient, mean, std, key, layer, precision):
-    wide = _wide(gradient.dtype)
+    wide = wide_of(gradient.dtype)
     weights = reference_sample_weights(mean, std, key, layer, WEIGHT)
     return (gradient.to(wide) @ weights.to(wide)).to(gradient.dtype)
 
 
 def _reference_parameters(gradient, x, key, layer, precision):
-    wide = _wide(gradient.dtype)
+    wide = wide_of(gradient.dtype)
     product = gradient.to(wide).mT @ x.to(wide)
     noise = philox.normal(key, layer, WEIGHT, gradient.shape[-1], x.shape[-1]).to(wide)
     return product.sum(0), (product * noise).sum(0)
@@ -55,7 +55,7 @@ def _reference_parameters(gradient, x, key, layer, precision):
 
 def _parameters_shape(gradient, x, key, layer, precision):
     shape = (gradient.shape[-1], x.shape[-1])
-    wide = _wide(gradient.dtype)
+    wide = wide_of(gradient.dtype)
     return gradient.new_empty(shape, dtype=wide), gradient.new_empty(shape, dtype=wide)
 
 
@@ -83,8 +83,8 @@ dispatch.define(
 dispatch.kernels_in("sampled_linear_kernel", "sampled_linear", "sampled_linear_input", "sampled_linear_parameters")
 
 
-def _mapped(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, precision):
-    """One call with every draw of the mapped axis."""
+def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, precision):
+    """The vmap rule of a linear operator: one call with every draw of the mapped axis."""
     if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
         arguments = (x, mean, std, bias_mean, bias_std, key, layer, precision)
         return dispatch.one_by_one(call, info, in_dims, *arguments)
@@ -103,7 +103,7 @@ def _mapped(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, 
     return y.unflatten(0, key.shape[:2]), 0
 
 
-dispatch.batching("sampled_linear", _mapped)
+dispatch.batching("sampled_linear", map_linear)
 
 
 # The three functions below are each other's gradients, so a derivative of any order stays inside the kernels.
@@ -127,12 +127,12 @@ class _SampledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _InputGradient.apply(gradient, mean, std, key, ctx.layer, ctx.precision)
             if x.ndim == 2:
-                d_x = d_x.sum(0, dtype=_wide(d_x.dtype)).to(x.dtype)
+                d_x = d_x.sum(0, dtype=wide_of(d_x.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             d_mean, d_std = _ParameterGradient.apply(gradient, x, key, ctx.layer, ctx.precision)
             d_mean, d_std = d_mean.to(mean.dtype), d_std.to(mean.dtype)
         if ctx.bias:
-            by_sample = gradient.sum(1, dtype=_wide(gradient.dtype))  # (samples, out)
+            by_sample = gradient.sum(1, dtype=wide_of(gradient.dtype))  # (samples, out)
             d_bias_mean = by_sample.sum(0).to(mean.dtype)
             if ctx.bias == 2:
                 noise = philox.normal(key, ctx.layer, BIAS, 1, gradient.shape[-1]).squeeze(-2)
@@ -141,7 +141,7 @@ class _SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return _mapped(_SampledLinear.apply, info, in_dims, *arguments)
+        return map_linear(_SampledLinear.apply, info, in_dims, *arguments)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -193,7 +193,7 @@ class _ParameterGradient(torch.autograd.Function):
         d_gradient = _SampledLinear.apply(x, dd_mean, dd_std, None, None, key, ctx.layer, ctx.precision)
         d_x = _InputGradient.apply(gradient, dd_mean, dd_std, key, ctx.layer, ctx.precision)
         if x.ndim == 2:
-            d_x = d_x.sum(0, dtype=_wide(d_x.dtype)).to(x.dtype)
+            d_x = d_x.sum(0, dtype=wide_of(d_x.dtype)).to(x.dtype)
         return d_gradient, d_x, None, None, None
 
     @staticmethod

@@ -251,7 +251,7 @@ def precision_of(precision: str) -> str:
     return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
-def _last_contiguous(tensor: Tensor) -> Tensor:
+def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -260,7 +260,7 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> 
     y = x.new_empty((samples, batch, rows))
     if y.numel() == 0:
         return y
-    x = _last_contiguous(x)
+    x = last_contiguous(x)
     precision = precision_of(precision)
     config = forward_config(batch, samples, x.dtype, precision)
     grid = (
@@ -286,7 +286,7 @@ def sampled_linear_input(gradient, mean, std, key, layer, precision) -> Tensor:
     d_x = gradient.new_empty((samples, batch, columns))
     if d_x.numel() == 0:
         return d_x
-    gradient = _last_contiguous(gradient)
+    gradient = last_contiguous(gradient)
     precision = precision_of(precision)
     config = input_gradient_config(batch, gradient.dtype, precision)
     grid = (samples * triton.cdiv(columns, 4 * config["GROUPS"]) * triton.cdiv(batch, config["BATCH"]),)
@@ -308,7 +308,7 @@ def sampled_linear_parameters(gradient, x, key, layer, precision) -> tuple[Tenso
     d_std = torch.empty_like(d_mean)
     if d_mean.numel() == 0:
         return d_mean, d_std
-    gradient, x = _last_contiguous(gradient), _last_contiguous(x)
+    gradient, x = last_contiguous(gradient), last_contiguous(x)
     config = parameter_gradient_config(batch, gradient.dtype)
     grid = (triton.cdiv(columns, 128) * 32 // config["GROUPS"] * triton.cdiv(rows, config["OUT"]),)
     with on_device(gradient):

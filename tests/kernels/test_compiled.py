@@ -223,3 +223,30 @@ def test_sampler_on_older_cards(architecture):
     machine, loop, weights = sampler("forward", BF16, architecture)
     check(machine, architecture)
     check_noise(loop, weights, 16)
+
+
+@pytest.mark.parametrize("dtype, precision", [(BF16, "ieee"), (FP32, "tf32")])
+@pytest.mark.parametrize("batch", [16, 64])
+def test_local_and_masked_linear_on_hopper(batch, dtype, precision):
+    from vbdl_kernels import local_reparameterised_linear_kernel, masked_linear_kernel
+
+    common = MULTIPLES + pointers(torch.int64, "key")
+    constants = dict(MASKED=False, PRECISION=precision, INTERPRET=False)
+    machine = compiled(
+        "local_reparameterised_linear_kernel",
+        "local_reparameterised_forward",
+        90,
+        common + pointers(dtype, "x", "mean", "std", "bias_mean", "bias_std", "y"),
+        tuple((constants | local_reparameterised_linear_kernel.config(batch) | dict(BIAS=2, SHARED=True, FAST=True)).items()),
+    )  # fmt: skip
+    check(machine)
+    assert machine.total("HGMMA") >= 2
+    machine = compiled(
+        "masked_linear_kernel",
+        "masked_linear_forward",
+        90,
+        common + pointers(dtype, "x", "w", "bias", "y") + (("threshold", "i64"), ("scale", "fp32")),
+        tuple((constants | masked_linear_kernel.config(batch) | dict(ON_INPUT=True, ONCE=False, BIAS=True)).items()),
+    )
+    check(machine)
+    assert machine.total("HGMMA") > 0
