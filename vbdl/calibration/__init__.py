@@ -9,6 +9,8 @@ probability of the finished prediction.
 from vbdl.calibration.adaptive_conformal import AdaptiveConformal as AdaptiveConformal
 from vbdl.calibration.bbq import BBQ as BBQ
 from vbdl.calibration.beta import Beta as Beta
+from vbdl.calibration.calibrate import calibrate as calibrate
+from vbdl.calibration.calibrated import CalibratedLikelihood as CalibratedLikelihood
 from vbdl.calibration.cdf import CDFRecalibration as CDFRecalibration
 from vbdl.calibration.conformal import APS as APS
 from vbdl.calibration.conformal import LAC as LAC

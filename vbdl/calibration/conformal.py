@@ -126,7 +126,7 @@ class ConformalSets(nn.Module):
     rise.
     """
 
-    acts_on = "probs"
+    acts_on = "prediction"
     thresholds: Tensor | None
 
     def __init__(
@@ -170,6 +170,13 @@ class ConformalSets(nn.Module):
             top = torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).to(torch.bool)
             chosen = chosen | (top & ~chosen.any(dim=1, keepdim=True))
         return chosen
+
+    def fit_prediction(self, prediction, y: Tensor) -> "ConformalSets":
+        return self.fit(prediction.probs, y)
+
+    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prediction's fields, and `sets`, (batch, classes) bool."""
+        return {**fields, "sets": self(fields["probs"])}
 
 
 def set_coverage(sets: Tensor, y: Tensor) -> Tensor:

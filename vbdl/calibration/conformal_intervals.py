@@ -10,6 +10,8 @@ With too
 few rows, (n + 1)(1 - alpha) > n, the interval is infinite.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ def _per_output(scores: Tensor, alpha: float) -> Tensor:
 class AbsoluteIntervals(nn.Module):
     """mean ± q, one width for all rows: score |y - mean|, target units."""
 
+    acts_on = "prediction"
     threshold: Tensor | None
 
     def __init__(self, alpha: float):
@@ -47,10 +50,19 @@ class AbsoluteIntervals(nn.Module):
         half = self.threshold.to(mean.dtype)
         return mean - half, mean + half
 
+    def fit_prediction(self, prediction, y: Tensor) -> "AbsoluteIntervals":
+        return self.fit(prediction.mean, y)
+
+    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
+        lower, upper = self(fields["mean"])
+        return {**fields, "lower": lower, "upper": upper}
+
 
 class NormalisedIntervals(nn.Module):
     """mean ± q · std, as wide as the predictive says a row is uncertain: score |y - mean| / std."""
 
+    acts_on = "prediction"
     threshold: Tensor | None
 
     def __init__(self, alpha: float):
@@ -72,6 +84,14 @@ class NormalisedIntervals(nn.Module):
         half = self.threshold.to(mean.dtype) * std
         return mean - half, mean + half
 
+    def fit_prediction(self, prediction, y: Tensor) -> "NormalisedIntervals":
+        return self.fit(prediction.mean, prediction.total.sqrt(), y)
+
+    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
+        lower, upper = self(fields["mean"], fields["total"].sqrt())
+        return {**fields, "lower": lower, "upper": upper}
+
 
 class CQR(nn.Module):
     """Predicted quantiles moved outwards, or inwards, by q: score max(lower - y, y - upper), target
@@ -80,6 +100,7 @@ class CQR(nn.Module):
     Where moving inwards would cross the bounds both become their midpoint.
     """
 
+    acts_on = "prediction"
     threshold: Tensor | None
 
     def __init__(self, alpha: float):
@@ -105,3 +126,16 @@ class CQR(nn.Module):
         low, high = lower - move, upper + move
         middle = (lower + upper) / 2
         return torch.minimum(low, middle), torch.maximum(high, middle)
+
+    def _quantiles(self, mean: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the normal with the predictive's mean and variance: a first guess, which CQR corrects."""
+        half = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - self.alpha, dtype=torch.float64)))
+        return mean - half * total.sqrt(), mean + half * total.sqrt()
+
+    def fit_prediction(self, prediction, y: Tensor) -> "CQR":
+        return self.fit(*self._quantiles(prediction.mean, prediction.total), y)
+
+    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
+        lower, upper = self(*self._quantiles(fields["mean"], fields["total"]))
+        return {**fields, "lower": lower, "upper": upper}

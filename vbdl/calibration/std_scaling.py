@@ -29,6 +29,7 @@ class StdScaling(nn.Module):
     ratio is that of before.
     """
 
+    acts_on = "prediction"
     log_scale: Tensor
 
     def __init__(self, per_output: bool = True):
@@ -93,3 +94,24 @@ class StdScaling(nn.Module):
     def variance(self, variance: Tensor) -> Tensor:
         """total, aleatoric or epistemic (batch, outputs), squared target units -> the scaled one"""
         return variance * (2 * self.log_scale).exp().to(variance.dtype)
+
+    def fit_prediction(self, prediction, y: Tensor) -> "StdScaling":
+        """From a prediction that kept its samples, mean and log-variance (samples, batch, outputs, 2)."""
+        mean, log_variance = prediction.samples.unbind(-1)
+        return self.fit(mean, (0.5 * log_variance).exp(), y)
+
+    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prediction's fields, the variances scaled."""
+        scaled = {n: self.variance(fields[n]) for n in ("total", "aleatoric", "epistemic")}
+        if "covariance" in fields:
+            scale = self.scale.to(fields["covariance"].dtype)
+            scaled["covariance"] = fields["covariance"] * (scale.unsqueeze(-1) * scale if scale.ndim else scale**2)
+        return {**fields, **scaled}
+
+    def samples(self, samples: Tensor) -> Tensor:
+        """The components of the stretched mixture, (samples, batch, outputs, 2)."""
+        mean, log_variance = samples.unbind(-1)
+        centre = mean.mean(dim=0)
+        scale = self.scale.to(mean.dtype)
+        stretched = centre + scale * (mean - centre)
+        return torch.stack((stretched, log_variance + 2 * self.log_scale.to(mean.dtype)), dim=-1)

@@ -12,6 +12,8 @@ from vbdl.decision.cost import REFER as REFER
 from vbdl.decision.cost import ExpectedCost as ExpectedCost
 from vbdl.decision.cost import decide as decide
 from vbdl.decision.cost import realised_cost as realised_cost
+from vbdl.decision.deciding import DecidingLikelihood as DecidingLikelihood
+from vbdl.decision.deciding import with_decision as with_decision
 from vbdl.decision.handover import HandOver as HandOver
 from vbdl.decision.handover import Mode as Mode
 from vbdl.decision.handover import Step as Step

@@ -53,19 +53,16 @@ class ExpectedCost(nn.Module):
         return (p.unsqueeze(2) * self.cost).sum(dim=1)
 
     def forward(self, prediction) -> Tensor:
-        """A prediction with probs, or probs themselves -> (batch,) int64 actions. Probabilities
-        that are
-        not finite are referred; without refer_cost they raise ValueError.
+        """A prediction with probs, or probs themselves -> (batch,) int64 actions.
+
+        A row whose probabilities are not finite is referred, refer_cost or not: the safe reading.
         """
         expected = self.expected(prediction if isinstance(prediction, Tensor) else prediction.probs)
         least, action = expected.min(dim=1)
-        broken = ~expected.isfinite().all(dim=1)
-        if self.refer_cost is None:
-            if bool(broken.any()):
-                row = int(broken.nonzero()[0])
-                raise ValueError(f"probs of row {row} are not finite and there is no referral")
-            return action
-        return torch.where((least > self.refer_cost) | broken, REFER, action)
+        refer = ~expected.isfinite().all(dim=1)
+        if self.refer_cost is not None:
+            refer = refer | (least > self.refer_cost)
+        return torch.where(refer, REFER, action)
 
 
 def decide(probs: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:

@@ -1,0 +1,277 @@
+"""Calibration of whole predictors: the same draws, rows that training never saw, fields that stay meaningful."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vbdl import metrics
+from vbdl.calibration import (
+    APS,
+    CQR,
+    AbsoluteIntervals,
+    Beta,
+    ConformalSets,
+    Isotonic,
+    MatrixScaling,
+    NormalisedIntervals,
+    Platt,
+    StdScaling,
+    Temperature,
+    VectorScaling,
+    calibrate,
+    set_coverage,
+)
+from vbdl.decision import REFER, ExpectedCost, Referral, with_decision
+from vbdl.engine import Predictor
+from vbdl.likelihoods.bernoulli import Bernoulli
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.train import fit
+
+
+def _mlp(outputs, dropout=0.05):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, outputs))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1400, 4, generator=generator)
+    score = x[:, 0] + x[:, 1] * x[:, 2] + 0.8 * torch.randn(1400, generator=generator)
+    y = (score > -0.5).long() + (score > 0.8).long()
+    return x, y
+
+
+TRAIN, CALIBRATION, TEST = slice(0, 300), slice(300, 800), slice(800, 1400)
+
+
+@pytest.fixture(scope="module")
+def classifier(rows):
+    x, y = rows
+    posterior, likelihood = MCDropout(_mlp(3)), Categorical()
+    fit(posterior, (x[TRAIN], y[TRAIN]), likelihood, epochs=300, batch_size=64, lr=1e-2, progress=False, compile=False)
+    return Predictor(posterior, likelihood, n_samples=8, seed=3, compile=False)
+
+
+@pytest.fixture(scope="module")
+def ensemble(rows):
+    x, y = rows
+    posterior, likelihood = DeepEnsemble(_mlp(3, 0.0), n_members=4), Categorical()
+    fit(posterior, (x[TRAIN], y[TRAIN]), likelihood, epochs=300, batch_size=64, lr=1e-2, progress=False, compile=False)
+    return Predictor(posterior, likelihood, compile=False)
+
+
+@pytest.fixture(scope="module")
+def regressor(rows):
+    x, _ = rows
+    generator = torch.Generator().manual_seed(1)
+    y = torch.stack((x[:, 0] * x[:, 1], x[:, 2] + x[:, 3]), 1) + torch.randn(1400, 2, generator=generator) * 0.5
+    posterior, likelihood = DeepEnsemble(_mlp(2, 0.0), n_members=3), Gaussian(2)
+    fit(posterior, (x[:100], y[:100]), likelihood, epochs=200, lr=1e-2, progress=False, compile=False)
+    return Predictor(posterior, likelihood, compile=False), x, y
+
+
+@pytest.mark.parametrize("which", ["classifier", "ensemble"])
+@pytest.mark.parametrize(
+    "method", [Temperature(), Temperature("probs"), VectorScaling(), MatrixScaling(), Isotonic(), Beta()]
+)
+def test_calibrated_predictors_are_better_calibrated(which, method, rows, request):
+    # torch-uncertainty refuses to calibrate an ensemble
+    predict = request.getfixturevalue(which)
+    x, y = rows
+    before = predict(x[TEST])
+    calibrated = calibrate(predict, x[CALIBRATION], y[CALIBRATION], method)
+    after = calibrated(x[TEST])
+    assert metrics.ece(after.probs, y[TEST]) < metrics.ece(before.probs, y[TEST]) - 0.03
+    assert float(metrics.brier_score(after.probs, y[TEST]).mean()) < float(
+        metrics.brier_score(before.probs, y[TEST]).mean()
+    )
+    np.testing.assert_allclose(after.total, after.aleatoric + after.epistemic, atol=1e-6)
+    assert float(after.epistemic.min()) >= 0 and float(after.aleatoric.min()) >= -1e-7
+    entropy = -torch.xlogy(after.probs, after.probs).sum(1)
+    np.testing.assert_allclose(after.total, entropy, atol=1e-6)
+    # the old predictor and the method are as they were
+    assert torch.equal(predict(x[TEST]).probs, before.probs)
+    assert getattr(method, "temperature", 1.0) == 1.0
+    assert calibrated.n_samples == predict.n_samples and calibrated.seed == predict.seed
+
+
+def test_temperature_on_logits_is_that_of_the_draws(classifier, rows):
+    x, y = rows
+    calibrated = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature())
+    t = calibrated.likelihood.method.temperature
+    assert t > 1.2
+    logits = classifier(x[TEST], samples=True).samples
+    p = (logits / t).softmax(2)
+    after = calibrated(x[TEST], samples=True)
+    np.testing.assert_allclose(after.probs, p.mean(0), atol=1e-6)
+    np.testing.assert_allclose(after.samples, logits / t, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after.aleatoric, -torch.xlogy(p, p).sum(2).mean(0), atol=1e-6)
+    fitted = Temperature().fit(classifier(x[CALIBRATION], samples=True).samples, y[CALIBRATION])
+    assert t == pytest.approx(fitted.temperature, rel=1e-6)
+    np.testing.assert_allclose(calibrated.log_prob(x[TEST], y[TEST]), after.log_prob(y[TEST]), atol=1e-5)
+
+
+def test_epistemic_share_is_carried_over_by_probability_methods(ensemble, rows):
+    x, y = rows
+    before = ensemble(x[TEST])
+    after = calibrate(ensemble, x[CALIBRATION], y[CALIBRATION], Temperature("probs"))(x[TEST])
+    np.testing.assert_allclose(after.epistemic / after.total, before.epistemic / before.total, atol=1e-4)
+    assert torch.equal(after.label, before.label)
+    with pytest.raises(ValueError, match="log_prob"):
+        calibrate(ensemble, x[CALIBRATION], y[CALIBRATION], Temperature("probs")).log_prob(x[TEST], y[TEST])
+
+
+def test_training_rows_are_refused_and_counted(classifier, ensemble, rows):
+    x, y = rows
+    for predict in (classifier, ensemble):
+        with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
+            calibrate(predict, x[290:350], y[290:350], Temperature())
+        with pytest.raises(ValueError, match="300 of 300"):
+            calibrate(predict, x[TRAIN], y[TRAIN], ConformalSets(0.1))
+        allowed = calibrate(predict, x[290:350], y[290:350], Temperature(), allow_overlap=True)
+        assert int(allowed.likelihood.n_overlap) == 10 and int(allowed.likelihood.n_rows) == 60
+        clean = calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
+        assert int(clean.likelihood.n_overlap) == 0
+        # and what was calibrated already still knows its training rows
+        with pytest.raises(ValueError, match="trained on"):
+            calibrate(clean, x[TRAIN], y[TRAIN], ConformalSets(0.1))
+
+
+def test_order_of_calibrations(classifier, rows):
+    x, y = rows
+    logits_first = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature())
+    both = calibrate(logits_first, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1, APS()))
+    p = both(x[TEST])
+    assert torch.equal(p.probs, logits_first(x[TEST]).probs)
+    assert p.sets.dtype == torch.bool and p.sets.shape == p.probs.shape
+    with pytest.raises(ValueError, match="calibrate logits first"):
+        calibrate(both, x[CALIBRATION], y[CALIBRATION], Temperature())
+
+
+def test_sets_cover(classifier, rows):
+    x, y = rows
+    covered = []
+    for seed in range(30):
+        order = 300 + torch.randperm(1100, generator=torch.Generator().manual_seed(seed))
+        fitted, new = order[:500], order[500:]
+        sets = ConformalSets(0.1).fit(classifier(x[fitted]).probs, y[fitted])
+        covered.append(float(set_coverage(sets(classifier(x[new]).probs), y[new]).mean()))
+    assert abs(np.mean(covered) - 0.9) < 0.015
+    p = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1))(x[TEST])
+    assert float(set_coverage(p.sets, y[TEST]).mean()) > 0.86
+    assert {f.name for f in dataclasses.fields(p)} >= {"probs", "total", "sets"}
+
+
+def test_binary_questions(rows):
+    x, y = rows
+    yes = (y > 0).float()
+    posterior, likelihood = MCDropout(_mlp(1)), Bernoulli()
+    fit(posterior, (x[TRAIN], yes[TRAIN]), likelihood, epochs=300, lr=1e-2, progress=False, compile=False)
+    predict = Predictor(posterior, likelihood, n_samples=8, compile=False)
+    before = predict(x[TEST])
+    for method in (Temperature(), Temperature("probs"), Platt(), Isotonic()):
+        after = calibrate(predict, x[CALIBRATION], yes[CALIBRATION], method)(x[TEST])
+        assert after.probs.shape == (600,)
+        np.testing.assert_allclose(after.total, after.aleatoric + after.epistemic, atol=1e-6)
+        a, b = (float(metrics.brier_score(p.probs, yes[TEST].long()).mean()) for p in (after, before))
+        assert a < b
+    with pytest.raises(ValueError, match="Temperature or Platt"):
+        calibrate(predict, x[CALIBRATION], yes[CALIBRATION], VectorScaling())
+    actions = with_decision(predict, Referral("confidence", 0.2))(x[TEST])
+    kept = actions.action != REFER
+    assert torch.equal(actions.action[kept], (actions.probs[kept] >= 0.5).long())
+
+
+def test_std_scaling_of_an_ensemble(regressor):
+    predict, x, y = regressor
+    before = predict(x[TEST], samples=True)
+    calibrated = calibrate(predict, x[CALIBRATION], y[CALIBRATION], StdScaling())
+    after = calibrated(x[TEST], samples=True)
+    scale = calibrated.likelihood.method.scale
+    assert bool((scale > 1.1).all())
+    for name in ("total", "aleatoric", "epistemic"):
+        expected = getattr(before, name) * (scale**2).float()
+        np.testing.assert_allclose(getattr(after, name), expected, rtol=1e-5)
+    assert torch.equal(after.mean, before.mean)
+    # the kept samples are the calibrated mixture
+    np.testing.assert_allclose(after.samples[..., 0].var(0, correction=0), after.epistemic, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(after.samples[..., 1].exp().mean(0), after.aleatoric, rtol=1e-5)
+    assert float(after.log_prob(y[TEST]).mean()) > float(before.log_prob(y[TEST]).mean()) + 0.05
+    pit = [metrics.quantile_calibration_error(p.cdf(y[TEST])) for p in (before, after)]
+    assert pit[1] < pit[0] / 1.5
+    with pytest.raises(ValueError, match="class probabilities"):
+        calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
+
+
+@pytest.mark.parametrize("method", [AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)])
+def test_intervals_cover(method, regressor):
+    predict, x, y = regressor
+    p = calibrate(predict, x[CALIBRATION], y[CALIBRATION], method)(x[TEST])
+    covered = metrics.covered(p.lower, p.upper, y[TEST])
+    assert covered.shape == (600, 2)
+    # 600 test and 500 calibration rows: three standard deviations of the coverage are 0.055
+    assert bool(((covered.mean(0) - 0.9).abs() < 0.055).all())
+
+
+def test_the_action_travels_with_the_predictor(classifier, rows):
+    x, y = rows
+    calibrated = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature())
+    cost = 1 - torch.eye(3)
+    deciding = with_decision(calibrated, ExpectedCost(cost, 0.3))
+    p = deciding(x[TEST])
+    assert torch.equal(p.action, ExpectedCost(cost, 0.3)(calibrated(x[TEST])))
+    assert 0 < int((p.action == REFER).sum()) < 600
+    rule = Referral().for_capacity(calibrated(x[CALIBRATION]), 0.2)
+    assert torch.equal(with_decision(calibrated, rule)(x[TEST]).action, rule(calibrated(x[TEST])))
+    with pytest.raises(ValueError, match="decides already"):
+        with_decision(deciding, rule)
+    with pytest.raises(ValueError, match="calibrate first"):
+        calibrate(deciding, x[CALIBRATION], y[CALIBRATION], Temperature())
+
+
+def test_a_row_does_not_depend_on_its_batch(classifier, rows):
+    x, y = rows
+    deciding = with_decision(
+        calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature("probs")), Referral("total", 0.6)
+    )
+    together = deciding(x[TEST])
+    alone = deciding(x[850:851])
+    assert torch.equal(alone.probs[0], together.probs[50]) and alone.action[0] == together.action[50]
+
+
+def test_refusals(classifier, rows):
+    x, y = rows
+    with pytest.raises(TypeError, match="Predictor"):
+        calibrate(_mlp(3), x, y, Temperature())
+    with pytest.raises(TypeError, match="calibrator"):
+        calibrate(classifier, x[CALIBRATION], y[CALIBRATION], nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="no rows"):
+        calibrate(classifier, x[:0], y[:0], Temperature())
+    with pytest.raises(ValueError, match="targets"):
+        calibrate(classifier, x[CALIBRATION], y[:10], Temperature())
+    with pytest.raises(ValueError, match="class 2 .* has no row"):
+        keep = (y != 2).nonzero().squeeze(1)
+        keep = keep[keep >= 300]
+        calibrate(classifier, x[keep], y[keep], Isotonic())
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate(classifier, x[CALIBRATION] * float("nan"), y[CALIBRATION], Temperature())
+
+
+@pytest.mark.slow
+def test_calibration_and_action_compile(classifier, rows):
+    x, y = rows
+    calibrated = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Isotonic())
+    both = with_decision(
+        calibrate(calibrated, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1)), Referral("total", 0.6)
+    )
+    eager, compiled = both(x[TEST]), both.replace(compile=True)(x[TEST])
+    np.testing.assert_allclose(compiled.probs, eager.probs, atol=1e-5)
+    assert float((compiled.sets != eager.sets).double().mean()) < 0.01
+    assert float((compiled.action != eager.action).double().mean()) < 0.01

@@ -1,0 +1,116 @@
+"""A likelihood with a calibration inside it, traced and compiled with the network."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.special import xlogy
+
+from vbdl.types import State
+
+
+class CalibratedLikelihood(nn.Module):
+    """The likelihood it was given, read through a calibration method.
+
+    What total, aleatoric and epistemic are afterwards, which always add up:
+
+    * acts_on "logits" (a temperature on each sample): entropies of the calibrated samples and of their mean, with
+      the meaning that they had.
+    * acts_on "probs": total is the entropy of the calibrated mean probability. Single samples were not
+      calibrated, so their share is carried over: epistemic is as large a part of total as before. It is 0
+      where the samples agree, and orders rows of equal total as before.
+    * std scaling: all three variances times scale².
+    * conformal sets and intervals: untouched; they add fields of their own.
+
+    standard_error stays that of the uncalibrated mean.
+    """
+
+    likelihood: Any
+    method: Any
+
+    def __init__(self, likelihood: nn.Module, method: nn.Module, n_rows: int, n_overlap: int):
+        super().__init__()
+        self.likelihood, self.method = likelihood, method
+        # buffers, so that a saved predictor says what it was calibrated on
+        self.register_buffer("n_rows", torch.tensor(n_rows))
+        self.register_buffer("n_overlap", torch.tensor(n_overlap))
+
+    @property
+    def n_members(self) -> int:
+        """Where each member has parameters of its own; AttributeError where not, as for any likelihood."""
+        return self.likelihood.n_members
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        parameters = self.likelihood(outputs)
+        return self.method(parameters) if self.method.acts_on == "logits" else parameters
+
+    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        return self.likelihood.check_targets(y, parameters_shape)
+
+    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
+        if self.method.acts_on != "logits":
+            raise ValueError(
+                f"{type(self.method).__name__} calibrates the finished prediction and not its single samples, which "
+                "have no likelihood of their own: use predict(x, samples=True).log_prob(y)"
+            )
+        return self.likelihood.nll(parameters, y)
+
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return self.nll(parameters, y)
+
+    def summarize(self, parameters: Tensor) -> State:
+        return self.likelihood.summarize(parameters)
+
+    def merge(self, a: State, b: State) -> State:
+        return self.likelihood.merge(a, b)
+
+    def finish(self, summary: State) -> State:
+        fields = self.likelihood.finish(summary)
+        if self.method.acts_on == "probs":
+            return _with_probs(fields, self.method)
+        return self.method.fields(fields) if self.method.acts_on == "prediction" else fields
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
+        """The likelihood's own prediction, with the fields that the method has added.
+
+        samples are those of the calibrated predictive, except for "probs": there they stay as they were.
+        """
+        if samples is not None and hasattr(self.method, "samples"):
+            samples = self.method.samples(samples)
+        return extend(self.likelihood.prediction, fields, n_samples, samples, ("sets", "lower", "upper"))
+
+
+def _with_probs(fields: State, calibrator: nn.Module) -> State:
+    """Fields with calibrated probabilities: one distribution (..., classes), or (...,) of yes and no."""
+    probs, before = fields["probs"], fields["total"]
+    many = probs.ndim > before.ndim
+    flat = probs.reshape(-1, probs.shape[-1]) if many else probs.reshape(-1)
+    probs = calibrator(flat).reshape(probs.shape)
+    total = -xlogy(probs, probs)
+    total = total.sum(-1) if many else total - xlogy(1 - probs, 1 - probs)
+    share = torch.where(before > 0, fields["epistemic"] / before.clamp_min(1e-30), 0.0).clamp(0, 1)
+    epistemic = total * share
+    changed = {"probs": probs, "total": total, "epistemic": epistemic, "aleatoric": total - epistemic}
+    return {**fields, **changed}
+
+
+def extend(make: Any, fields: State, n_samples: int, samples: Tensor | None, names: Sequence[str]) -> Any:
+    """make(fields, ...) with those of `names` that are among the fields as further fields of its class."""
+    extra = {n: fields[n] for n in names if n in fields}
+    base = make({n: t for n, t in fields.items() if n not in extra}, n_samples, samples)
+    if not extra:
+        return base
+    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    return _extended(type(base), tuple(extra))(**values, **extra)
+
+
+@functools.cache
+def _extended(base: type, names: tuple[str, ...]) -> type:
+    """A subclass of a prediction with more tensors: isinstance, properties and methods stay."""
+    new = [(n, Tensor | None, dataclasses.field(default=None)) for n in names]
+    made = dataclasses.make_dataclass(base.__name__, new, bases=(base,), frozen=True)
+    made.__module__ = base.__module__
+    return made

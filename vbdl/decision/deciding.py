@@ -1,0 +1,75 @@
+"""A predictor whose predictions carry the action."""
+
+import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calibration.calibrated import extend
+from vbdl.engine import Predictor
+from vbdl.types import State
+
+
+class DecidingLikelihood(nn.Module):
+    """A likelihood whose predictions have `action`, (batch,) int64, made by a decision module in the same
+    compiled call."""
+
+    likelihood: Any
+    decision: Any
+
+    def __init__(self, likelihood: nn.Module, decision: nn.Module):
+        super().__init__()
+        self.likelihood, self.decision = likelihood, decision
+
+    @property
+    def n_members(self) -> int:
+        """Where each member has parameters of its own; AttributeError where not, as for any likelihood."""
+        return self.likelihood.n_members
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return self.likelihood(outputs)
+
+    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        return self.likelihood.check_targets(y, parameters_shape)
+
+    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return self.likelihood.nll(parameters, y)
+
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return self.likelihood.training_loss(parameters, y)
+
+    def summarize(self, parameters: Tensor) -> State:
+        return self.likelihood.summarize(parameters)
+
+    def merge(self, a: State, b: State) -> State:
+        return self.likelihood.merge(a, b)
+
+    def finish(self, summary: State) -> State:
+        fields = self.likelihood.finish(summary)
+        seen = SimpleNamespace(**fields)
+        if "probs" in fields:
+            probs = fields["probs"]
+            binary = probs.ndim == fields["total"].ndim
+            seen.label = (probs >= 0.5).to(torch.int64) if binary else probs.argmax(-1)
+        return {**fields, "action": self.decision(seen)}
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
+        return extend(self.likelihood.prediction, fields, n_samples, samples, ("action",))
+
+
+def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
+    """A predictor with the same draws, whose predictions have `action`.
+
+    decision: Referral, ExpectedCost, or any module that takes a prediction (its fields: probs, label, mean,
+    total, aleatoric, epistemic, whichever there are) to (batch,) actions in plain torch.
+    """
+    if isinstance(predictor.likelihood, DecidingLikelihood):
+        raise ValueError("this predictor decides already; start from the one it was made of")
+    if not isinstance(decision, nn.Module):
+        raise TypeError(f"a decision is a module, got {type(decision).__name__}")
+    likelihood = copy.deepcopy(predictor.likelihood)
+    deciding: Any = DecidingLikelihood(likelihood, copy.deepcopy(decision))
+    return predictor.replace(likelihood=deciding)
