@@ -106,7 +106,7 @@ def replicate(module: nn.Module, n_members: int) -> None:
     Marked by `n_members`; a module that is marked already is left as it is.
     """
     have = getattr(module, "n_members", None)
-    if have == n_members:
+    if have == n_members or not any(True for _ in module.parameters()):
         return
     if have is not None:
         raise ValueError(f"the likelihood belongs to {have} members already, not to {n_members}: use a new one")

@@ -122,34 +122,43 @@ def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool) -> Tensor:
     """The references in numpy: its uint64 product is exact, and tiles stay in the cache."""
     blocks, counters = _counter_shape(columns)
-    flat = key.reshape(-1, 2).numpy()
+    dtype = torch.float32 if normals else torch.int64
+    if key.numel() * rows * columns == 0:
+        return torch.empty((*key.shape[:-1], rows, columns), dtype=dtype)
+    if columns < _GROUP:  # a narrow row needs the first word of its first counters only
+        counters = columns
+    seed, draw = key.reshape(-1, 2).contiguous().numpy().view(np.uint64).T
+    lines = len(draw) * rows  # draws and rows alike, so that many small draws cost no more than a large one
+    out = np.empty((lines, blocks, 4, counters // blocks), np.float32 if normals else np.int64)
     mask, half = np.uint64(_MASK), np.uint64(32)
-    out = np.empty((len(flat), rows, blocks, 4, _GROUP), np.float32 if normals else np.int64)
-    row_counter = np.arange(rows, dtype=np.uint64)[:, None]
+    multipliers = [np.uint64(m) for m in _MULTIPLIERS]
+    weyl = [np.uint64(w) for w in _WEYL]
     group = np.arange(counters, dtype=np.uint64)[None, :]
-    tile = max(1, 16384 // max(counters, 1))  # rows at a time
-    for index, (seed, draw) in enumerate(flat.tolist()):
-        for start in range(0, rows, tile):
-            shape = (min(tile, rows - start), counters)
-            c0: np.ndarray = np.broadcast_to(row_counter[start : start + tile], shape)
-            c1: np.ndarray = np.broadcast_to(group, shape)
-            c2: np.ndarray = np.full(shape, draw & _MASK, np.uint64)
-            c3: np.ndarray = np.full(shape, (layer << 4) | stream, np.uint64)
-            k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-            for _ in range(ROUNDS):
-                product0 = c0 * np.uint64(_MULTIPLIERS[0])
-                product1 = c2 * np.uint64(_MULTIPLIERS[1])
-                c0 = (product1 >> half) ^ c1 ^ np.uint64(k0)
-                c1 = product1 & mask
-                c2 = (product0 >> half) ^ c3 ^ np.uint64(k1)
-                c3 = product0 & mask
-                k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-            w = (c0, c1, c2, c3)
-            if normals:
-                w = (*_numpy_box_muller(c0, c1), *_numpy_box_muller(c2, c3))
-            for j, word in enumerate(w):
-                out[index, start : start + tile, :, j] = word.reshape(shape[0], blocks, _GROUP)
-    flat_columns = out.reshape(len(flat), rows, blocks * 4 * _GROUP)[:, :, :columns]
+    last = np.uint64((layer << 4) | stream)
+    tile = max(1, 16384 // counters)  # lines at a time
+    for start in range(0, lines, tile):
+        line = np.arange(start, min(start + tile, lines))
+        which = line // rows
+        shape = (len(line), counters)
+        c0: np.ndarray = np.broadcast_to((line % rows).astype(np.uint64)[:, None], shape)
+        c1: np.ndarray = np.broadcast_to(group, shape)
+        c2: np.ndarray = np.broadcast_to((draw[which] & mask)[:, None], shape)
+        c3: np.ndarray = np.full(shape, last)
+        k0, k1 = (seed[which] & mask)[:, None], (seed[which] >> half)[:, None]
+        for _ in range(ROUNDS):
+            product0, product1 = c0 * multipliers[0], c2 * multipliers[1]
+            c0 = (product1 >> half) ^ c1 ^ k0
+            c1 = product1 & mask
+            c2 = (product0 >> half) ^ c3 ^ k1
+            c3 = product0 & mask
+            k0, k1 = (k0 + weyl[0]) & mask, (k1 + weyl[1]) & mask
+        w = (c0, c1, c2, c3)
+        if normals:
+            first = _numpy_box_muller(c0, c1)
+            w = (*first, *(_numpy_box_muller(c2, c3) if columns > 2 * _GROUP else first))
+        for j, word in enumerate(w):
+            out[start : start + len(line), :, j] = word.reshape(len(line), blocks, -1)
+    flat_columns = out.reshape(lines, -1)[:, :columns]
     return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(*key.shape[:-1], rows, columns)
 
 
