@@ -53,6 +53,9 @@ def compiled(module: str, name: str, architecture: int, arguments: tuple, consta
             signature[argument] = "constexpr"
             continue
         kind = dict(arguments).get(argument, "i32")
+        if isinstance(kind, tuple):  # of pointers
+            signature[argument] = tuple(POINTERS[k] for k in kind)
+            continue
         signature[argument] = POINTERS.get(kind, kind).rstrip("+")
         if kind in POINTERS or kind.endswith("+"):
             attributes[(names.index(argument),)] = [["tt.divisibility", 16]]
@@ -232,13 +235,14 @@ def test_local_and_masked_linear_on_hopper(batch, dtype, precision):
 
     common = MULTIPLES + pointers(torch.int64, "key")
     constants = dict(MASKED=False, PRECISION=precision, INTERPRET=False)
+    tile = local_reparameterised_linear_kernel.config(batch) | dict(BIAS=2, SHARED=True, FAST=True)
     machine = compiled(
         "local_reparameterised_linear_kernel",
         "local_reparameterised_forward",
         90,
         common + pointers(dtype, "x", "mean", "std", "bias_mean", "bias_std", "y"),
-        tuple((constants | local_reparameterised_linear_kernel.config(batch) | dict(BIAS=2, SHARED=True, FAST=True)).items()),
-    )  # fmt: skip
+        tuple((constants | tile).items()),
+    )
     check(machine)
     assert machine.total("HGMMA") >= 2
     machine = compiled(
@@ -250,3 +254,51 @@ def test_local_and_masked_linear_on_hopper(batch, dtype, precision):
     )
     check(machine)
     assert machine.total("HGMMA") > 0
+
+
+def test_predictive_statistics_on_hopper():
+    from vbdl_kernels import predictive_statistics_kernel
+
+    tile = predictive_statistics_kernel.config(16) | dict(FAST=True)
+    outputs = pointers(FP32, "mean_out", "variance_out", "total_out", "aleatoric_out")
+    strides = tuple((name, "i32+") for name in ("classes", "sample_stride", "batch_stride"))
+    machine = compiled(
+        "predictive_statistics_kernel",
+        "predictive_statistics_forward",
+        90,
+        pointers(BF16, "logits") + outputs + strides,
+        tuple(tile.items()),
+    )
+    check(machine)
+    loop, elements = machine.loops[0], tile["BATCH"] * tile["CLASSES"] // (32 * tile["num_warps"])
+    # one power of two an element; the rest are a few logarithms and reciprocals a row
+    assert matching(loop, "MUFU.EX2") == elements
+    assert loop.total() <= 22 * elements
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_whole_networks_on_hopper(width):
+    layers = 2
+    widths = (width,) * (layers + 1)
+    common = dict(WIDTHS=widths, LAYERS=layers, BATCH=32, ACTIVATION="relu", INTERPRET=False, num_warps=4)
+    many = (BF16,) * layers
+    machine = compiled(
+        "mlp_kernel",
+        "ensemble_mlp_forward",
+        90,
+        pointers(BF16, "x", "y") + (("weights", many), ("biases", many)),
+        tuple((common | dict(PADDED=widths)).items()),
+    )
+    check(machine)
+    assert machine.total("HGMMA", "HMMA") > 0
+    machine = compiled(
+        "mlp_kernel",
+        "bayesian_mlp_forward",
+        90,
+        pointers(BF16, "x", "y")
+        + pointers(torch.int64, "key", "layers")
+        + tuple((name, many) for name in ("means", "stds", "bias_means", "bias_stds")),
+        tuple((common | dict(FAST=True, num_warps=4 if width <= 64 else 8)).items()),
+    )
+    check(machine, spilled=int(width > 64))  # a register once a layer, not once a weight: there is no loop
+    assert machine.total("HMMA", "HGMMA") > 0

@@ -1,0 +1,140 @@
+"""A whole small network (widths up to 128) in one launch: one program is one member, or one draw, of one batch tile.
+
+Between its layers nothing leaves the chip. For networks so small that a launch costs more than its arithmetic.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vbdl_kernels import dispatch
+from vbdl_kernels.sampled_linear import reference_sampled_linear, wide_of
+
+WIDEST = 128
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "silu": torch.nn.functional.silu}
+
+
+def reference_ensemble_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str) -> Tensor:
+    """The specification of `ensemble_mlp`: sums wide, activations rounded to the dtype of x."""
+    dtype, wide = x.dtype, wide_of(x.dtype)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = x.to(wide) @ weight.to(wide).mT + bias.to(wide)[:, None]
+        if i < len(weights) - 1:
+            x = ACTIVATIONS[activation](x)
+        x = x.to(dtype)
+    return x
+
+
+def reference_bayesian_mlp(
+    x: Tensor,
+    means: Sequence[Tensor],
+    stds: Sequence[Tensor],
+    bias_means: Sequence[Tensor],
+    bias_stds: Sequence[Tensor],
+    key: Tensor,
+    layers: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """The specification of `bayesian_mlp`: `sampled_linear` and the activation, layer by layer."""
+    parameters = zip(means, stds, bias_means, bias_stds, layers, strict=True)
+    for i, (mean, std, bias_mean, bias_std, layer) in enumerate(parameters):
+        x = reference_sampled_linear(x, mean, std, bias_mean, bias_std, key, layer)
+        if i < len(means) - 1:
+            x = ACTIVATIONS[activation](x.to(wide_of(x.dtype))).to(x.dtype)
+    return x
+
+
+dispatch.define(
+    "ensemble_mlp",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, str activation) -> Tensor",
+    reference_ensemble_mlp,
+    lambda x, weights, biases, activation: x.new_empty((weights[0].shape[0], x.shape[-2], weights[-1].shape[1])),
+)
+dispatch.define(
+    "bayesian_mlp",
+    "(Tensor x, Tensor[] means, Tensor[] stds, Tensor[] bias_means, Tensor[] bias_stds, Tensor key, int[] layers,"
+    " str activation) -> Tensor",
+    reference_bayesian_mlp,
+    lambda x, means, stds, bias_means, bias_stds, key, layers, activation: x.new_empty(
+        (key.shape[0], x.shape[-2], means[-1].shape[0])
+    ),
+)
+dispatch.kernels_in("mlp_kernel", "ensemble_mlp", "bayesian_mlp")
+
+
+def _check(x: Tensor, stacked: int, shapes: Sequence[torch.Size], activation: str, tensors: Sequence[Tensor]) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    if not shapes:
+        raise ValueError("a network has at least one layer")
+    widths = [x.shape[-1], *(shape[-2] for shape in shapes)]
+    for width, shape in zip(widths, shapes, strict=False):
+        if shape[-1] != width:
+            raise ValueError(f"widths {[x.shape[-1], *(tuple(s) for s in shapes)]} do not follow each other")
+    if max(widths) > WIDEST:
+        raise ValueError(f"widths up to {WIDEST}, got {widths}: use sampled_linear or a batched product")
+    if x.ndim not in (2, 3) or (x.ndim == 3 and x.shape[0] != stacked):
+        raise ValueError(f"x is (batch, in) or ({stacked}, batch, in), got {tuple(x.shape)}")
+    if len({(t.dtype, t.device) for t in (x, *tensors)}) > 1:
+        raise ValueError("one dtype and one device for x and all parameters")
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def ensemble_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str = "relu") -> Tensor:
+    """Every member of an ensemble of small networks on a batch.
+
+    x: (batch, in) shared or (members, batch, in);  weights[l]: (members, out, in);  biases[l]: (members, out)
+    ->  (members, batch, out of the last layer), before any softmax
+
+    activation: "relu", "tanh" or "silu", after every layer but the last. For inference: where a gradient is asked
+    for, plain torch runs. Raises ValueError for shapes that do not fit and widths past 128.
+    """
+    weights, biases = list(weights), list(biases)
+    if len(weights) != len(biases) or any(b.shape != w.shape[:2] for w, b in zip(weights, biases, strict=True)):
+        raise ValueError("weights[l] is (members, out, in) and biases[l] (members, out)")
+    members = weights[0].shape[0] if weights else 0
+    if any(w.ndim != 3 or w.shape[0] != members for w in weights):
+        raise ValueError("every layer has the same number of members")
+    _check(x, members, [w.shape for w in weights], activation, (*weights, *biases))
+    if _differentiable(x, *weights, *biases):
+        return reference_ensemble_mlp(x, weights, biases, activation)
+    return torch.ops.vbdl.ensemble_mlp(x, weights, biases, activation)
+
+
+def bayesian_mlp(
+    x: Tensor,
+    means: Sequence[Tensor],
+    stds: Sequence[Tensor],
+    bias_means: Sequence[Tensor],
+    bias_stds: Sequence[Tensor],
+    key: Tensor,
+    layers: Sequence[int],
+    activation: str = "relu",
+) -> Tensor:
+    """Every draw of a small mean-field network on a batch: the weights exist only in registers.
+
+    x: (batch, in) shared or (samples, batch, in);  means[l], stds[l]: (out, in);  bias_means[l], bias_stds[l]: (out,)
+    key: (samples, 2) int64;  layers[l]: the layer number of its noise  ->  (samples, batch, out of the last layer)
+
+    The draws are those of `sampled_linear` with the same key and layer. Otherwise as `ensemble_mlp`.
+    """
+    groups = [list(g) for g in (means, stds, bias_means, bias_stds)]
+    if len({*map(len, groups), len(layers)}) != 1:
+        raise ValueError("one mean, std, bias mean, bias std and layer number a layer")
+    means, stds, bias_means, bias_stds = groups
+    for mean, std, bias_mean, bias_std in zip(*groups, strict=True):
+        if mean.ndim != 2 or mean.shape != std.shape or not bias_mean.shape == bias_std.shape == mean.shape[:1]:
+            raise ValueError("means and stds are (out, in), bias means and stds (out,)")
+    if key.dtype != torch.int64 or key.ndim != 2 or key.shape[-1] != 2:
+        raise ValueError(f"key must be int64 of shape (samples, 2), got {key.dtype} {tuple(key.shape)}")
+    if not all(0 <= layer < 2**28 for layer in layers):
+        raise ValueError(f"layers {list(layers)} out of range")
+    tensors = [t for group in groups for t in group]
+    _check(x, key.shape[0], [m.shape for m in means], activation, tensors)
+    if _differentiable(x, *tensors):
+        return reference_bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
+    return torch.ops.vbdl.bayesian_mlp(x, means, stds, bias_means, bias_stds, key, list(layers), activation)

@@ -1,0 +1,71 @@
+"""What a predictor keeps of its draws, in one pass over the logits: no probabilities of samples x batch x classes.
+
+    mean = E p,   total = H[E p],   aleatoric = E H[p],   variance = E p^2 - (E p)^2;   epistemic = total - aleatoric
+
+Depeweg, Hernandez-Lobato, Doshi-Velez and Udluft, *Decomposition of Uncertainty in Bayesian Deep Learning*, ICML 2018
+(https://arxiv.org/abs/1710.07283), for the split.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vbdl_kernels import dispatch
+
+
+class PredictiveStatistics(NamedTuple):
+    mean: Tensor  # (batch, classes): the predictive probabilities
+    variance: Tensor  # (batch, classes): of the probabilities over the draws, divided by their number
+    total: Tensor  # (batch,) nats: entropy of the mean
+    aleatoric: Tensor  # (batch,) nats: mean of the entropies
+
+
+def reference_predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification of `predictive_statistics`: float32, or float64 for float64 logits."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    probs = logits.to(wide).softmax(-1)
+    mean = probs.mean(0)
+    entropy = lambda p: torch.special.entr(p).sum(-1)
+    return mean, probs.var(0, correction=0), entropy(mean), entropy(probs).mean(0)
+
+
+def _shapes(logits):
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    new = lambda *shape: logits.new_empty(shape, dtype=wide)
+    _, batch, classes = logits.shape
+    return new(batch, classes), new(batch, classes), new(batch), new(batch)
+
+
+dispatch.define(
+    "predictive_statistics",
+    "(Tensor logits) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference_predictive_statistics,
+    _shapes,
+)
+dispatch.kernels_in("predictive_statistics_kernel", "predictive_statistics")
+
+
+def _mapped(call, info, in_dims, logits):
+    logits = logits.movedim(in_dims[0], 1)  # (samples, mapped, batch, classes)
+    found = call(logits.flatten(1, 2))
+    return tuple(t.unflatten(0, logits.shape[1:3]) for t in found), (0, 0, 0, 0)
+
+
+dispatch.batching("predictive_statistics", _mapped)
+
+
+def predictive_statistics(logits: Tensor) -> PredictiveStatistics:
+    """Mean, variance, total and aleatoric uncertainty of the classes' probabilities over the draws.
+
+    logits: (samples, batch, classes), samples at least 1  ->  fields of (batch, classes) and (batch,), float32
+
+    Safe for logits of any size, minus infinity among them. Statistics of chunks of draws merge: means by their
+    numbers of draws, variances after Chan, and the total from the merged mean. Where a gradient is asked for, plain
+    torch runs instead of the kernel. Raises ValueError for other shapes or no draws.
+    """
+    if logits.ndim != 3 or logits.shape[0] < 1 or not logits.is_floating_point():
+        raise ValueError(f"logits must be float (samples >= 1, batch, classes), got {tuple(logits.shape)}")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return PredictiveStatistics(*reference_predictive_statistics(logits))
+    return PredictiveStatistics(*torch.ops.vbdl.predictive_statistics(logits))
