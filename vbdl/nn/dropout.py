@@ -127,7 +127,9 @@ class CounterDropout(TorchFunctionMode):
         sizes = list(shape)
         if axis is not None:
             sizes[axis] = multiple
-        columns = sizes[-1] if len(sizes) > 1 else math.prod(sizes)
+        # a mask of a draw keeps its rows apart, so that a longer sequence begins with a shorter one's mask; training,
+        # which needs no such thing, takes them as one row and wastes no word
+        columns = sizes[-1] if len(sizes) > 1 and not self.per_row else math.prod(sizes)
         rows = math.prod(sizes) // max(columns, 1)
         keep = keep_mask(self.key.to(device), index, rows, columns, p).view(sizes)
         if axis is not None and multiple > 1:  # the axis runs over (batch, multiple)
