@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vbdl.split import split
+from vbdl.splitting import split
 
 SHARES = {"train": 0.6, "calibration": 0.25, "test": 0.15}
 
