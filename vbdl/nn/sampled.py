@@ -4,6 +4,7 @@ The module's own parameters are the means, under their own names; `log_std` stan
 the drawn weights are put in the parameters' place for one call, whatever the module does with them.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -25,6 +26,18 @@ def noise(key: Tensor, layer: int, like: Tensor) -> Tensor:
     return normal(key.to(like.device), layer, stream, rows, columns).view(like.shape).to(like.dtype)
 
 
+class LogStd(nn.ParameterDict):
+    """Log of the std of every weight, by parameter."""
+
+    initial: float
+
+    def reset_parameters(self) -> None:
+        """Back to the std at the start, as part of a fresh initialisation."""
+        with torch.no_grad():
+            for p in self.values():
+                p.fill_(self.initial)
+
+
 class SampledNetwork(nn.Module):
     """w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters; the others stay as they are.
 
@@ -44,11 +57,11 @@ class SampledNetwork(nn.Module):
         super().__init__()
         self.inner = inner
         self.n_data = n_data
+        self.first_layer = 0  # of the layer numbers its noise is drawn for
         parameters = dict(inner.named_parameters())
         self.chosen = tuple(chosen)
-        self.log_std = nn.ParameterDict(
-            {_key(n): torch.full_like(parameters[n], initial_std).log_() for n in self.chosen}
-        )
+        self.log_std = LogStd({_key(n): torch.full_like(parameters[n], initial_std).log_() for n in self.chosen})
+        self.log_std.initial = math.log(initial_std)
         self.mixtures = tuple(isinstance(chosen[n], ScaleMixture) for n in self.chosen)
         for index, name in enumerate(self.chosen):
             first = parameters[name]
@@ -70,7 +83,7 @@ class SampledNetwork(nn.Module):
         """The weights of the draw in `key`."""
         return {
             name: mean + log_std.exp() * noise(self.key, layer, mean)
-            for layer, (name, mean, log_std) in enumerate(self.normals())
+            for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer)
         }
 
     def forward(self, *args, **kwargs):
@@ -83,7 +96,7 @@ class SampledNetwork(nn.Module):
         for layer, (_, mean, log_std) in enumerate(self.normals()):
             prior = getattr(self, f"prior_{layer}")
             if self.mixtures[layer]:
-                weight = mean + log_std.exp() * noise(key, layer, mean)
+                weight = mean + log_std.exp() * noise(key, self.first_layer + layer, mean)
                 total = total + kl_scale_mixture(weight, mean, log_std, prior)
             else:
                 total = total + kl_normal(mean, log_std, prior)

@@ -7,11 +7,13 @@ Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
@@ -21,7 +23,8 @@ from vbdl.types import Inputs, State
 class MeanField(nn.Module):
     """q(w) = prod_i N(mean_i, std_i^2); loss = E_q[-log p(y | x, w)] + kl_weight * KL(q || prior) / n_data.
 
-    module: any network; it is copied, and its weights are the initial means (train it first, or not).
+    module: any network; it is copied, and its weights are the initial means (train it first, or not). In one that has
+        `BayesianLinear` or `BayesianConv*d` layers those are drawn, and nothing else.
     n_data: rows of the training set, which the KL is shared out over.
     prior_std: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name {"": 1.0, "head": 0.1}.
     parameters: which to sample, by name or module type; all trainable ones unless given.
@@ -51,8 +54,14 @@ class MeanField(nn.Module):
             raise ValueError(f"initial_std is positive and finite, got {initial_std}")
         if n_samples < 1:
             raise ValueError(f"n_samples is at least 1, got {n_samples}")
-        chosen = choose(module, None if parameters is None else tuple(parameters), prior_std)
-        self.module = SampledNetwork(copy.deepcopy(module), chosen, initial_std, n_data)
+        self.module: Any
+        if has_bayesian_layers(module):
+            if parameters is not None or prior_std != 1.0 or initial_std != 0.05:
+                raise ValueError("a network with Bayesian layers has its priors and initial_std in those layers")
+            self.module = LayeredNetwork(copy.deepcopy(module), n_data)
+        else:
+            chosen = choose(module, None if parameters is None else tuple(parameters), prior_std)
+            self.module = SampledNetwork(copy.deepcopy(module), chosen, initial_std, n_data)
         self.n_samples, self.seed = n_samples, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 

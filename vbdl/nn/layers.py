@@ -1,0 +1,111 @@
+"""Bayesian layers for networks built by hand: nn.Linear and nn.Conv*d whose weights are drawn.
+
+    net = nn.Sequential(vbdl.BayesianLinear(8, 50), nn.ReLU(), nn.Linear(50, 1))
+    q = vbdl.MeanField(net, n_data=1000)      # draws the Bayesian layers, leaves the others as they are
+
+A module needs none of these to be trained by mean-field inference: `vbdl.MeanField` takes any.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from vbdl_kernels import make_key
+
+from vbdl.nn.priors import Normal, Prior
+from vbdl.nn.sampled import SampledNetwork
+from vbdl.stacking import call
+
+
+class _BayesianLayer(SampledNetwork):
+    """One layer with a normal of its own for every weight. The means are `inner`'s parameters."""
+
+    def __init__(self, layer: nn.Module, prior_std: float | Prior, initial_std: float):
+        if not (initial_std > 0 and math.isfinite(initial_std)):
+            raise ValueError(f"initial_std is positive and finite, got {initial_std}")
+        prior = Normal(float(prior_std)) if isinstance(prior_std, int | float) else prior_std
+        names = [name for name, _ in layer.named_parameters()]
+        super().__init__(layer, dict.fromkeys(names, prior), initial_std, n_data=1)
+
+    def draw(self, number: int, seed: int = 0) -> None:
+        """Use the weights of this draw in calls outside a posterior."""
+        self.key.copy_(make_key(seed, [number])[0])
+
+    def extra_repr(self) -> str:
+        return self.inner.extra_repr()
+
+
+class BayesianLinear(_BayesianLayer):
+    """nn.Linear with weights w ~ N(mean, std^2), prior N(0, prior_std^2)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        prior_std: float | Prior = 1.0,
+        initial_std: float = 0.05,
+    ):
+        super().__init__(nn.Linear(in_features, out_features, bias), prior_std, initial_std)
+
+
+class BayesianConv1d(_BayesianLayer):
+    """nn.Conv1d with weights w ~ N(mean, std^2), prior N(0, prior_std^2); options are nn.Conv1d's."""
+
+    def __init__(self, *args, prior_std: float | Prior = 1.0, initial_std: float = 0.05, **options):
+        super().__init__(nn.Conv1d(*args, **options), prior_std, initial_std)
+
+
+class BayesianConv2d(_BayesianLayer):
+    """nn.Conv2d with weights w ~ N(mean, std^2), prior N(0, prior_std^2); options are nn.Conv2d's."""
+
+    def __init__(self, *args, prior_std: float | Prior = 1.0, initial_std: float = 0.05, **options):
+        super().__init__(nn.Conv2d(*args, **options), prior_std, initial_std)
+
+
+class BayesianConv3d(_BayesianLayer):
+    """nn.Conv3d with weights w ~ N(mean, std^2), prior N(0, prior_std^2); options are nn.Conv3d's."""
+
+    def __init__(self, *args, prior_std: float | Prior = 1.0, initial_std: float = 0.05, **options):
+        super().__init__(nn.Conv3d(*args, **options), prior_std, initial_std)
+
+
+class LayeredNetwork(nn.Module):
+    """A network with Bayesian layers in it, with the interface of a SampledNetwork: one key draws them all."""
+
+    key: Tensor
+    kl_weight: Tensor
+
+    def __init__(self, inner: nn.Module, n_data: int):
+        super().__init__()
+        self.inner, self.n_data = inner, n_data
+        self.paths: list[str] = []
+        count = 0
+        for path, layer in inner.named_modules():
+            if isinstance(layer, _BayesianLayer):
+                layer.first_layer = count
+                count += len(layer.chosen)
+                self.paths.append(path)
+        device = next(inner.parameters()).device
+        self.register_buffer("kl_weight", torch.ones((), device=device))
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    def forward(self, *args, **kwargs):
+        draw = {f"{path}.key" if path else "key": self.key for path in self.paths}
+        return call(self.inner, draw, kwargs if kwargs else args)
+
+    def kl(self, key: Tensor | None = None) -> Tensor:
+        """KL(q || prior) in nats, summed over the layers."""
+        key = self.key if key is None else key
+        layers = [self.inner.get_submodule(path) for path in self.paths]
+        return torch.stack([layer.kl(key) for layer in layers]).sum()  # type: ignore[operator]
+
+    def regularization(self, key: Tensor) -> Tensor:
+        """The KL term of the loss of a row, in nats."""
+        return self.kl_weight * self.kl(key) / self.n_data
+
+
+def has_bayesian_layers(module: nn.Module) -> bool:
+    """Whether a network was built by hand from Bayesian layers."""
+    return any(isinstance(m, _BayesianLayer) for m in module.modules())
