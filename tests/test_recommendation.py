@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from vbdl.recommendation import recommend
+
+
+def _network(dropout=True):
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 16), nn.ReLU(), *([nn.Dropout(0.1)] if dropout else []), nn.Linear(16, 2)]
+    return nn.Sequential(*layers)
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 3, generator=generator)
+    return x, (x[:, 0] * x[:, 1] + 0.3 * torch.randn(300, generator=generator) > 0).long()
+
+
+def test_measures_all_three_and_gives_a_reason(data):
+    network = _network()
+    before = [p.clone() for p in network.parameters()]
+    found = recommend(network, data, budget=3.0)
+    assert [m.method for m in found.table] == ["MCDropout", "MeanField", "DeepEnsemble"]
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    measured = {m.method: m for m in found.table}
+    best = min(found.table, key=lambda m: m.nll.value)
+    assert best.worse_by is None
+    for m in found.table:
+        assert m.nll.lower < m.nll.value < m.nll.upper and m.latency > 0 and m.epochs >= 1
+        if m is not best:
+            assert m.worse_by.value == pytest.approx(m.nll.value - best.nll.value, abs=1e-9)
+    # the choice is not settled to be worse, and nothing as good is faster
+    chosen = measured[found.method]
+    close = [m for m in found.table if m.worse_by is None or not m.worse_by.lower > 0]
+    assert chosen in close and chosen.latency == min(m.latency for m in close)
+    assert found.n_train == 210 and found.n_test == 60
+    text = str(found)
+    assert "recommend: " + found.method in text and all(m.method in text for m in found.table)
+
+
+def test_a_network_without_dropout_leaves_the_others(data):
+    found = recommend(_network(dropout=False), data, budget=1.5)
+    dropout = found.table[0]
+    assert dropout.nll is None and "not tried" in str(found)
+    assert found.method != "MCDropout"
+
+
+def test_a_trained_network_is_used_as_it_is(data):
+    found = recommend(_network(), data, trained=True)
+    assert found.method == "MCDropout" and found.table[0].epochs == 0 and len(found.table) == 1
+    assert "only one" in found.reason and "as it is" in found.rule
+
+
+def test_regression_by_default_for_real_targets(data):
+    x, _ = data
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+    found = recommend(network, (x, x[:, 0] * 2), budget=1.5)
+    assert all(m.nll is not None for m in found.table)
+    # 210 rows: the rule leans on the prior
+    assert found.rule.startswith("MeanField")
+
+
+def test_refusals(data):
+    x, y = data
+    with pytest.raises(ValueError, match="at least 20"):
+        recommend(_network(), (x[:10], y[:10]))
+    with pytest.raises(ValueError, match="budget"):
+        recommend(_network(), data, budget=0)

@@ -1,0 +1,199 @@
+"""Which method for this network and this data: by rule, and by measuring small versions of each."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.data import take, whole
+from vbdl.engine import Predictor
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.metrics.estimate import Interval, compare, mean_estimate
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+from vbdl.splitting import split
+from vbdl.stacking import map_inputs, tensors
+from vbdl.train import fit
+
+_MAX_EPOCHS = 300
+_LATENCY_CALLS = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method, as it did on the rows held out."""
+
+    method: str
+    nll: Interval | None  # nats a row, mean and 95 % interval; None where it could not be tried
+    worse_by: Interval | None  # than the best, paired over rows, 95 %; None for the best itself
+    latency: float  # seconds, median of one row
+    training: float  # seconds
+    epochs: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The method to start with, and what speaks for it."""
+
+    method: str
+    reason: str
+    rule: str  # what the rule alone would have said, and why
+    table: tuple[Measured, ...]
+    n_train: int
+    n_test: int
+
+    def __str__(self) -> str:
+        columns = f"{'NLL a row (95 %)':>26s} {'worse by (95 %)':>26s} {'one row':>9s} {'training':>9s} {'epochs':>6s}"
+        lines = [f"{'method':12s} {columns}"]
+        for m in self.table:
+            if m.nll is None:
+                lines.append(f"{m.method:12s} not tried: {m.note}")
+                continue
+            worse = "-" if m.worse_by is None else str(m.worse_by)
+            lines.append(
+                f"{m.method:12s} {str(m.nll):>26s} {worse:>26s} {1000 * m.latency:7.2f}ms {m.training:8.1f}s "
+                f"{m.epochs:6d}"
+            )
+        lines.append(f"trained on {self.n_train} rows, scored on {self.n_test}")
+        lines.append(f"rule:      {self.rule}")
+        lines.append(f"recommend: {self.method}. {self.reason}")
+        return "\n".join(lines)
+
+
+def recommend(
+    module: nn.Module,
+    data: Any,
+    likelihood: Any = None,
+    *,
+    budget: float = 60.0,
+    trained: bool = False,
+    seed: int = 0,
+    compile: bool = False,
+) -> Recommendation:
+    """Trains a small version of MC dropout, mean-field and a deep ensemble, and compares them on held-out rows.
+
+    Args:
+        module: the network; it is copied and stays as it is.
+        data: (inputs, targets), or a Dataset. A fifth of the rows is held out for the comparison, a tenth for early
+            stopping.
+        likelihood: Categorical for whole-number targets and Gaussian for others, unless given.
+        budget: seconds for all training together, about: the last epoch of each method is finished.
+        trained: the module is trained already and should be used as it is; only dropout can do that.
+        seed: of the split, the training and the draws.
+        compile: compile the predictors before their latency is measured, which takes some ten seconds each.
+
+    The score is the negative log-likelihood of the whole mixture, nats a row. Among the methods that are not
+    settled to be worse than the best (paired 95 % interval) the one of lowest latency is recommended. Small versions
+    trained for a short time: repeat with a larger budget where the answer matters.
+    """
+    if not budget > 0:
+        raise ValueError(f"budget is in seconds and positive, got {budget}")
+    x, y = whole(data)
+    n = len(y)
+    if n < 20:
+        raise ValueError(f"a comparison needs some rows to hold out: at least 20, there are {n}")
+    if likelihood is None:
+        outputs = 1 if y.ndim == 1 else y.shape[1]
+        likelihood = Gaussian(outputs) if y.is_floating_point() else Categorical()
+    rows = split(n, {"train": 0.7, "stop": 0.1, "test": 0.2}, seed=seed)
+    parts = {name: (take(x, r), y[r]) for name, r in rows.items()}
+    n_train = len(parts["train"][1])
+    n_weights = sum(p.numel() for p in module.parameters())
+    rule = _rule(n_train, n_weights, budget, trained)
+    candidates: dict[str, Callable[[], Any]] = {"MCDropout": lambda: MCDropout(copy.deepcopy(module), seed=seed)}
+    if not trained:
+        candidates["MeanField"] = lambda: MeanField(copy.deepcopy(module), n_data=n_train, seed=seed)
+        candidates["DeepEnsemble"] = lambda: DeepEnsemble(copy.deepcopy(module), n_members=3, seed=seed)
+    found, scores = {}, {}
+    for name, make in candidates.items():
+        try:
+            found[name], scores[name] = _measure(
+                name, make(), likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
+            )
+        except (ValueError, TypeError) as error:
+            # a network without dropout, say: the others can still be compared
+            found[name] = Measured(name, None, None, math.nan, 0.0, 0, str(error).splitlines()[0])
+    if not scores:
+        notes = "; ".join(f"{m.method}: {m.note}" for m in found.values())
+        raise ValueError(f"no method could be tried on this module. {notes}")
+    return _decide(found, scores, rule, n_train, len(parts["test"][1]))
+
+
+def _rule(n_train: int, n_weights: int, budget: float, trained: bool) -> str:
+    """The method by rule of thumb, and why."""
+    if trained:
+        return "MCDropout, since a trained network can be used as it is"
+    if n_train < 1000 or n_train * 10 < n_weights:
+        return f"MeanField, since {n_train} rows are few for {n_weights} weights and its prior counts"
+    if budget >= 60:
+        return f"DeepEnsemble, since there are {n_train} rows and {budget:.0f} s to train several members"
+    return f"MCDropout, since {budget:.0f} s are little for more than one network"
+
+
+def _measure(name: str, posterior: Any, likelihood: Any, parts: Any, share: float, seed: int, compile: bool):
+    """One method trained within its share of the budget: what came out, and its scores of the test rows."""
+    likelihood = copy.deepcopy(likelihood)
+    epochs, training = 0, 0.0
+    if share > 0:
+        options: dict[str, Any] = {"validation": parts["stop"], "seed": seed, "progress": False, "compile": False}
+        options["batch_size"] = max(16, min(128, len(parts["train"][1]) // 10))
+        begun = time.perf_counter()
+        # what an epoch takes is seen on a copy; the first call also pays for setting up, so two are timed
+        pilot, pilot_likelihood = copy.deepcopy(posterior), copy.deepcopy(likelihood)
+        fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options)
+        second = time.perf_counter()
+        fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options)
+        now = time.perf_counter()
+        left = share - (now - begun)
+        epochs = max(1, min(_MAX_EPOCHS, int(left / max(now - second, 1e-4))))
+        history = fit(posterior, parts["train"], likelihood, epochs=epochs, patience=max(5, epochs // 5), **options)
+        epochs, training = history.epochs, history.seconds
+    predictor = Predictor(posterior, likelihood, seed=seed, compile=compile, tiles=(1, 64))
+    x, y = parts["test"]
+    scores = -predictor.log_prob(x, y).double().cpu()
+    one = map_inputs(lambda t: t[:1], x)
+    predictor(one)
+    times = []
+    for _ in range(_LATENCY_CALLS):
+        begun = time.perf_counter()
+        predictor(one)
+        if tensors(one)[0].is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    latency = sorted(times)[_LATENCY_CALLS // 2]
+    interval = mean_estimate(scores).interval()
+    return Measured(name, interval, None, latency, training, epochs, ""), scores
+
+
+def _decide(found: dict[str, Measured], scores: dict[str, Tensor], rule: str, n_train: int, n_test: int):
+    best = min(scores, key=lambda name: float(scores[name].mean()))
+    table, close = [], [best]
+    for name, measured in found.items():
+        if name in scores and name != best:
+            c = compare(scores[name], scores[best])
+            worse = Interval(c.difference, c.lower, c.upper, c.level)
+            measured = Measured(**{**vars(measured), "worse_by": worse})
+            if not c.lower > 0:
+                close.append(name)
+        table.append(measured)
+    chosen = min(close, key=lambda name: found[name].latency)
+    others = [name for name in scores if name != chosen]
+    if not others:
+        reason = "It is the only one that could be tried."
+    elif len(close) == 1:
+        reason = "Its held-out likelihood is better than that of every other, beyond the noise of these rows."
+    else:
+        rest = " and ".join(name for name in close if name != chosen)
+        reason = (
+            f"On {n_test} rows it cannot be told apart from {rest} in likelihood, and it answers fastest: "
+            f"{1000 * found[chosen].latency:.2f} ms a row."
+        )
+    return Recommendation(chosen, reason, rule, tuple(table), n_train, n_test)
