@@ -73,7 +73,7 @@ def define(name: str, schema: str, reference: Callable, shape: Callable) -> None
 def batching(name: str, rule: Callable) -> None:
     """The vmap rule of the bare operator. rule(call, info, in_dims, *arguments), call: the operator itself.
 
-    Only export meets it: it cannot trace a mapped `autograd.Function`, and needs no gradient.
+    For calls without a derivative, see `call_of`.
     """
 
     @torch.library.register_vmap(f"vbdl::{name}", lib=library)
@@ -141,6 +141,27 @@ def kept_whole(function: Callable) -> Callable:
     else:
         _after_dynamo.functions.append(function)
     return function
+
+
+def call_of(function: type[torch.autograd.Function], name: str, *arguments) -> Callable:
+    """`function.apply` where a derivative may be asked for, the bare operator elsewhere.
+
+    Tracers (export, `make_fx`, `functionalize`) refuse a mapped `autograd.Function`, and prediction needs none.
+    """
+    functorch = torch._C._functorch
+    bare = getattr(torch.ops.vbdl, name)
+    if torch.compiler.is_exporting():
+        return bare
+    stack = functorch.get_interpreter_stack() or ()
+    if any(i.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for i in stack):
+        return function.apply
+    if torch.is_grad_enabled():
+        for tensor in arguments:
+            while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+                tensor = functorch.get_unwrapped(tensor)  # a mapped tensor does not say that its inside requires grad
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return function.apply
+    return bare
 
 
 def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -100,9 +100,7 @@ class _LocalReparameterisedLinear(torch.autograd.Function):
 
 @dispatch.kept_whole
 def _local_reparameterised_linear(*arguments):
-    if torch.compiler.is_exporting():
-        return torch.ops.vbdl.local_reparameterised_linear(*arguments)
-    return _LocalReparameterisedLinear.apply(*arguments)
+    return dispatch.call_of(_LocalReparameterisedLinear, "local_reparameterised_linear", *arguments)(*arguments)
 
 
 def local_reparameterised_linear(

@@ -103,9 +103,7 @@ class _MaskedLinear(torch.autograd.Function):
 
 @dispatch.kept_whole
 def _masked_linear(*arguments):
-    if torch.compiler.is_exporting():
-        return torch.ops.vbdl.masked_linear(*arguments)
-    return _MaskedLinear.apply(*arguments)
+    return dispatch.call_of(_MaskedLinear, "masked_linear", *arguments)(*arguments)
 
 
 def masked_linear(

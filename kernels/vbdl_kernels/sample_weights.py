@@ -114,9 +114,8 @@ class _SampleWeightsGradient(torch.autograd.Function):
 
 
 @dispatch.kept_whole
-def _sample_weights(mean, std, key, layer, stream):
-    call = torch.ops.vbdl.sample_weights if torch.compiler.is_exporting() else _SampleWeights.apply
-    return call(mean, std, key, layer, stream)
+def _sample_weights(*arguments):
+    return dispatch.call_of(_SampleWeights, "sample_weights", *arguments)(*arguments)
 
 
 def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: int = WEIGHT) -> Tensor:

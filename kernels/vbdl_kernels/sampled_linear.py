@@ -28,6 +28,7 @@ def reference_sampled_linear(
     key: Tensor,
     layer: int,
     precision: str = "",
+    bias_layer: int | None = None,
 ) -> Tensor:
     """The specification of `sampled_linear`: weights rounded to the parameters' dtype, products summed wide."""
     wide = wide_of(x.dtype)
@@ -35,7 +36,9 @@ def reference_sampled_linear(
     y = x.to(wide) @ weights.to(wide).mT
     if bias_mean is not None:
         if bias_std is not None:
-            bias_mean = reference_sample_weights(bias_mean, bias_std, key, layer, BIAS)[:, None]
+            bias_mean = reference_sample_weights(
+                bias_mean, bias_std, key, layer if bias_layer is None else bias_layer, BIAS
+            )[:, None]
         y = y + bias_mean.to(wide)
     return y.to(x.dtype)
 
@@ -61,12 +64,10 @@ def _parameters_shape(gradient, x, key, layer, precision):
 
 dispatch.define(
     "sampled_linear",
-    "(Tensor x, Tensor mean, Tensor std, Tensor? bias_mean, Tensor? bias_std, Tensor key, int layer, str precision)"
-    " -> Tensor",
+    "(Tensor x, Tensor mean, Tensor std, Tensor? bias_mean, Tensor? bias_std, Tensor key, int layer, str precision,"
+    " int bias_layer) -> Tensor",
     reference_sampled_linear,
-    lambda x, mean, std, bias_mean, bias_std, key, layer, precision: x.new_empty(
-        (key.shape[0], x.shape[-2], mean.shape[0])
-    ),
+    lambda x, mean, std, bias_mean, bias_std, key, *_: x.new_empty((key.shape[0], x.shape[-2], mean.shape[0])),
 )
 dispatch.define(
     "sampled_linear_input",
@@ -83,15 +84,14 @@ dispatch.define(
 dispatch.kernels_in("sampled_linear_kernel", "sampled_linear", "sampled_linear_input", "sampled_linear_parameters")
 
 
-def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, layer, precision):
+def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *rest):
     """The vmap rule of a linear operator: one call with every draw of the mapped axis."""
     if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
-        arguments = (x, mean, std, bias_mean, bias_std, key, layer, precision)
-        return dispatch.one_by_one(call, info, in_dims, *arguments)
+        return dispatch.one_by_one(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *rest)
     parameters = (mean, std, bias_mean, bias_std)
     if in_dims[5] is None:  # the same draws: the mapped axis is more batch
         x = x.movedim(in_dims[0], -3)
-        y = call(x.flatten(-3, -2), *parameters, key, layer, precision)
+        y = call(x.flatten(-3, -2), *parameters, key, *rest)
         return y.unflatten(1, x.shape[-3:-1]), 1
     key = key.movedim(in_dims[5], 0)  # (mapped, samples, 2)
     if in_dims[0] is not None or x.ndim == 3:
@@ -99,7 +99,7 @@ def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, laye
         if stacked.ndim == 3:
             stacked = stacked[:, None].expand(-1, key.shape[1], -1, -1)
         x = stacked.flatten(0, 1)
-    y = call(x, *parameters, key.flatten(0, 1), layer, precision)
+    y = call(x, *parameters, key.flatten(0, 1), *rest)
     return y.unflatten(0, key.shape[:2]), 0
 
 
@@ -111,12 +111,12 @@ dispatch.batching("sampled_linear", map_linear)
 
 class _SampledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x, mean, std, bias_mean, bias_std, key, layer, precision):
-        return torch.ops.vbdl.sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
+    def forward(*arguments):
+        return torch.ops.vbdl.sampled_linear(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, mean, std, bias_mean, bias_std, key, ctx.layer, ctx.precision = inputs
+        x, mean, std, bias_mean, bias_std, key, ctx.layer, ctx.precision, ctx.bias_layer = inputs
         ctx.bias = (bias_mean is not None) + (bias_std is not None)
         ctx.save_for_backward(x, mean, std, key)
 
@@ -135,9 +135,9 @@ class _SampledLinear(torch.autograd.Function):
             by_sample = gradient.sum(1, dtype=wide_of(gradient.dtype))  # (samples, out)
             d_bias_mean = by_sample.sum(0).to(mean.dtype)
             if ctx.bias == 2:
-                noise = philox.normal(key, ctx.layer, BIAS, 1, gradient.shape[-1]).squeeze(-2)
+                noise = philox.normal(key, ctx.bias_layer, BIAS, 1, gradient.shape[-1]).squeeze(-2)
                 d_bias_std = (by_sample * noise.to(by_sample.dtype)).sum(0).to(mean.dtype)
-        return d_x, d_mean, d_std, d_bias_mean, d_bias_std, None, None, None
+        return d_x, d_mean, d_std, d_bias_mean, d_bias_std, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -157,7 +157,7 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dd_x):
         gradient, mean, std, key = ctx.saved_tensors
-        d_gradient = _SampledLinear.apply(dd_x, mean, std, None, None, key, ctx.layer, ctx.precision)
+        d_gradient = _SampledLinear.apply(dd_x, mean, std, None, None, key, ctx.layer, ctx.precision, 0)
         d_mean, d_std = _ParameterGradient.apply(gradient, dd_x, key, ctx.layer, ctx.precision)
         return d_gradient, d_mean.to(mean.dtype), d_std.to(mean.dtype), None, None, None
 
@@ -190,7 +190,7 @@ class _ParameterGradient(torch.autograd.Function):
     def backward(ctx, dd_mean, dd_std):
         gradient, x, key = ctx.saved_tensors
         dd_mean, dd_std = dd_mean.to(x.dtype), dd_std.to(x.dtype)
-        d_gradient = _SampledLinear.apply(x, dd_mean, dd_std, None, None, key, ctx.layer, ctx.precision)
+        d_gradient = _SampledLinear.apply(x, dd_mean, dd_std, None, None, key, ctx.layer, ctx.precision, 0)
         d_x = _InputGradient.apply(gradient, dd_mean, dd_std, key, ctx.layer, ctx.precision)
         if x.ndim == 2:
             d_x = d_x.sum(0, dtype=wide_of(d_x.dtype)).to(x.dtype)
@@ -202,9 +202,8 @@ class _ParameterGradient(torch.autograd.Function):
 
 
 @dispatch.kept_whole
-def _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision):
-    call = torch.ops.vbdl.sampled_linear if torch.compiler.is_exporting() else _SampledLinear.apply
-    return call(x, mean, std, bias_mean, bias_std, key, layer, precision)
+def _sampled_linear(*arguments):
+    return dispatch.call_of(_SampledLinear, "sampled_linear", *arguments)(*arguments)
 
 
 def sampled_linear(
@@ -216,6 +215,7 @@ def sampled_linear(
     bias_mean: Tensor | None = None,
     bias_std: Tensor | None = None,
     precision: str = "",
+    bias_layer: int | None = None,
 ) -> Tensor:
     """A linear layer under each draw of its weights.
 
@@ -224,8 +224,9 @@ def sampled_linear(
 
     All float tensors of one dtype (under autocast they are cast to its dtype); sums are float32. `bias_std` None is
     a bias that is not random. precision: of float32 products, "ieee", "tf32", or "" for what
-    `torch.set_float32_matmul_precision` says. Differentiable to any order; takes `vmap`, which becomes one call with
-    all draws, `torch.compile(fullgraph=True)`, `torch.func` and export; forward-mode differentiation raises.
+    `torch.set_float32_matmul_precision` says. bias_layer: the layer number of the bias's noise, where it is not the
+    weights'. Differentiable to any order; takes `vmap`, which becomes one call with all draws,
+    `torch.compile(fullgraph=True)`, `torch.func` and export; forward-mode differentiation raises.
     Raises ValueError for shapes, dtypes or a key that do not fit.
     """
     x, mean, std, bias_mean, bias_std = dispatch.autocast(x, mean, std, bias_mean, bias_std)
@@ -233,11 +234,14 @@ def sampled_linear(
     check_linear(x, mean, bias_mean, bias_std, key)
     if precision not in ("", "ieee", "tf32"):
         raise ValueError(f'precision is "ieee", "tf32" or "", got {precision!r}')
+    bias_layer = layer if bias_layer is None else bias_layer
+    if not 0 <= bias_layer < 2**28:
+        raise ValueError(f"layer {bias_layer} out of range")
     if key.ndim == 1:
         flat = x.reshape(-1, x.shape[-1])
-        y = _sampled_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision)
+        y = _sampled_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision, bias_layer)
         return y.reshape(*x.shape[:-1], mean.shape[0])
-    return _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
+    return _sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision, bias_layer)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias_mean: Tensor | None, bias_std: Tensor | None, key: Tensor) -> None:

@@ -255,7 +255,7 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> Tensor:
+def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision, bias_layer) -> Tensor:
     samples, batch, (rows, columns) = len(key), x.shape[-2], mean.shape
     y = x.new_empty((samples, batch, rows))
     if y.numel() == 0:
@@ -271,7 +271,7 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> 
         sampled_linear_forward[grid](
             x, mean, std.contiguous(), mean if bias_mean is None else bias_mean.contiguous(),
             mean if bias_std is None else bias_std.contiguous(), key.contiguous(), y,
-            layer << 4, layer << 4 | 1, samples, batch, columns, rows,
+            layer << 4, bias_layer << 4 | 1, samples, batch, columns, rows,
             x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
             BIAS=(bias_mean is not None) + (bias_std is not None),
             MASKED=columns % 128 != 0 or rows % config["OUT"] != 0,
