@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vbdl import calibration as calibration
+    from vbdl import decision as decision
+    from vbdl import metrics as metrics
+    from vbdl import ood as ood
+    from vbdl.calibration.calibrate import calibrate as calibrate
+    from vbdl.calibration.conformal import ConformalSets as ConformalSets
+    from vbdl.calibration.std_scaling import StdScaling as StdScaling
+    from vbdl.calibration.temperature import Temperature as Temperature
+    from vbdl.decision.deciding import with_decision as with_decision
     from vbdl.engine import Predictor as Predictor
     from vbdl.inspection import inspect as inspect
     from vbdl.likelihoods.bernoulli import Bernoulli as Bernoulli
@@ -24,6 +33,8 @@ if TYPE_CHECKING:
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
     from vbdl.posteriors.mean_field import MeanField as MeanField
+    from vbdl.recommendation import recommend as recommend
+    from vbdl.splitting import split as split
     from vbdl.train import fit as fit
 
 _HOME = {
@@ -43,12 +54,23 @@ _HOME = {
     "MCDropout": "posteriors.mc_dropout",
     "MeanField": "posteriors.mean_field",
     "fit": "train",
+    "split": "splitting",
+    "recommend": "recommendation",
+    "calibrate": "calibration.calibrate",
+    "ConformalSets": "calibration.conformal",
+    "StdScaling": "calibration.std_scaling",
+    "Temperature": "calibration.temperature",
+    "with_decision": "decision.deciding",
 }
 
-__all__ = sorted(_HOME)
+_MODULES = ("calibration", "decision", "metrics", "ood")
+
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"vbdl.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'vbdl' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"vbdl.{_HOME[name]}"), name)
@@ -57,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])
