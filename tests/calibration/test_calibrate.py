@@ -13,6 +13,7 @@ from vbdl.calibration import (
     CQR,
     AbsoluteIntervals,
     Beta,
+    CDFRecalibration,
     ConformalSets,
     Isotonic,
     MatrixScaling,
@@ -208,6 +209,44 @@ def test_std_scaling_of_an_ensemble(regressor):
     assert pit[1] < pit[0] / 1.5
     with pytest.raises(ValueError, match="class probabilities"):
         calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
+
+
+def test_cdf_recalibration_of_an_ensemble(regressor):
+    predict, x, y = regressor
+    before = predict(x[TEST], samples=True)
+    after = calibrate(predict, x[CALIBRATION], y[CALIBRATION], CDFRecalibration())(x[TEST], samples=True)
+    assert torch.equal(after.total, before.total) and torch.equal(after.mean, before.mean)
+    errors = [metrics.quantile_calibration_error(p.cdf(y[TEST])) for p in (before, after)]
+    assert errors[1] < errors[0] / 1.5
+    lower, upper = after.interval(0.9)
+    assert metrics.interval_coverage(lower, upper, y[TEST]) == pytest.approx(0.9, abs=0.04)
+    # quantile and cdf are inverse
+    np.testing.assert_allclose(after.cdf(after.quantile(0.3)), np.full((600, 2), 0.3), atol=2e-3)
+    assert type(after.log_prob(y[TEST])) is torch.Tensor and after.log_prob(y[TEST]).shape == (600,)
+
+
+def test_recalibrated_density_integrates_to_one():
+    from vbdl.calibration.cdf import RecalibratedPrediction
+
+    generator = torch.Generator().manual_seed(0)
+    recalibration = CDFRecalibration().fit(torch.rand(30, generator=generator, dtype=torch.float64) ** 2)
+    samples = torch.randn(4, 1, 1, 2, generator=generator, dtype=torch.float64) * 0.5
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    p = RecalibratedPrediction(zero, zero, zero, zero, zero, 4, samples=samples, recalibration=recalibration)
+    grid = torch.linspace(-15, 15, 60_001, dtype=torch.float64)
+    many = RecalibratedPrediction(
+        *(zero.expand(60_001, 1) for _ in range(5)),
+        4,
+        samples=samples.expand(4, 60_001, 1, 2),
+        recalibration=recalibration,
+    )
+    density = many.log_prob(grid.unsqueeze(1)).exp()
+    assert float(torch.trapezoid(density, grid)) == pytest.approx(1.0, abs=1e-3)
+    # and its integral up to a point is the cdf there
+    at = 25_000
+    assert float(torch.trapezoid(density[: at + 1], grid[: at + 1])) == pytest.approx(
+        float(p.cdf(grid[at].reshape(1, 1))), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", [AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)])

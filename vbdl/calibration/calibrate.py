@@ -26,7 +26,8 @@ def calibrate(
         x, y: calibration rows, as for training. None of them may be a training row.
         method: a calibrator of vbdl.calibration, not fitted yet. It is copied, and fitted in float64. Temperature()
             and its kind act on each sample's logits, Temperature("probs") and the others on the mean
-            probability; StdScaling on the variances; ConformalSets adds `sets` to predictions, and
+            probability; StdScaling on the variances, CDFRecalibration on
+            quantiles and densities (of a prediction with samples=True); ConformalSets adds `sets` to predictions, and
             AbsoluteIntervals, NormalisedIntervals and CQR add `lower` and `upper`.
         allow_overlap: calibrate on training rows in spite of all. How many they were is recorded in the
             likelihood (n_overlap), and saved with it.
@@ -59,7 +60,7 @@ def calibrate(
             f"{n_overlap} of {n_rows} calibration rows were trained on, and would make the model look better than "
             "it is; use rows from vbdl.split, or allow_overlap=True, which is recorded"
         )
-    needs_samples = acts_on == "logits" or hasattr(method, "samples")
+    needs_samples = acts_on == "logits" or hasattr(method, "samples") or hasattr(method, "needs_samples")
     prediction = predictor(x, samples=needs_samples)
     shape = prediction.samples.shape[1:] if needs_samples else _parameter_shape(prediction)
     target = predictor.likelihood.check_targets(y, shape)

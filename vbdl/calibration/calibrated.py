@@ -23,6 +23,7 @@ class CalibratedLikelihood(nn.Module):
       calibrated, so their share is carried over: epistemic is as large a part of total as before. It is 0
       where the samples agree, and orders rows of equal total as before.
     * std scaling: all three variances times scale².
+    * CDF recalibration: untouched, and so is the mean; quantiles, intervals and densities are the new ones.
     * conformal sets and intervals: untouched; they add fields of their own.
 
     standard_error stays that of the uncalibrated mean.
@@ -80,7 +81,8 @@ class CalibratedLikelihood(nn.Module):
         """
         if samples is not None and hasattr(self.method, "samples"):
             samples = self.method.samples(samples)
-        return extend(self.likelihood.prediction, fields, n_samples, samples, ("sets", "lower", "upper"))
+        made = extend(self.likelihood.prediction, fields, n_samples, samples, ("sets", "lower", "upper"))
+        return self.method.wrap(made) if hasattr(self.method, "wrap") else made
 
 
 def _with_probs(fields: State, calibrator: nn.Module) -> State:
