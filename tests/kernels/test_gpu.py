@@ -1,0 +1,172 @@
+"""What only a GPU can show: the PTX paths, the real launches, the allocator's peak."""
+
+import importlib
+
+import pytest
+import torch
+from vbdl_kernels import (
+    bayesian_mlp,
+    ensemble_mlp,
+    local_reparameterised_linear,
+    make_key,
+    masked_linear,
+    normal,
+    predictive_statistics,
+    sample_weights,
+    sampled_linear,
+    words,
+)
+from vbdl_kernels.philox import BIAS, reference_normal, reference_words
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+LAYER = 3
+SHAPES = [(1, 1, 1, 1), (5, 3, 5, 7), (4, 16, 128, 64), (3, 17, 130, 65), (7, 200, 300, 129), (2, 64, 512, 512)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def reference(name):
+    return getattr(importlib.import_module(f"vbdl_kernels.{name}"), f"reference_{name}")
+
+
+def problem(samples, batch, n_in, n_out, dtype, shared=False):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype)
+    x = draw(*(() if shared else (samples,)), batch, n_in)
+    key = make_key(2**50, torch.randint(0, 2**32, (samples,), generator=generator)).cuda()
+    return x, draw(n_out, n_in), draw(n_out, n_in).abs(), draw(n_out), draw(n_out).abs(), key
+
+
+def close(found, expected, dtype, length):
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    if expected.numel():
+        # the hardware's sine and logarithm are right to 1e-6; sums round once a term; half precision rounds operands
+        bound = (1e-5 + 2 * length * 2.0**-24) if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        scale = float(expected.double().abs().max()) or 1.0
+        assert float((found.double() - expected.double()).abs().max()) <= bound * scale
+
+
+def test_words_to_the_bit_and_normals_to_rounding():
+    key = make_key(2**62 + 5, [0, 7, 2**32 - 1])
+    for shape in ((1, 1), (9, 129), (64, 512)):
+        on_device = words(key.cuda(), 2**28 - 1, 4, *shape).cpu()
+        assert torch.equal(on_device, reference_words(key, 2**28 - 1, 4, *shape))
+        error = (normal(key.cuda(), 1, 0, *shape).cpu() - reference_normal(key, 1, 0, *shape)).abs()
+        # lg2.approx is right to 2**-22 near 1, where the radius is its root: 5e-4 for one in a few million
+        assert error.max() < 6e-4 and error.median() < 1e-6
+
+
+def test_no_normal_is_not_a_number():
+    """10^9 of them: the logarithm of a number just below 1 is where one could be."""
+    total = squares = 0.0
+    for start in range(0, 60, 4):
+        n = normal(make_key(1, range(start, start + 4)).cuda(), 0, 0, 4096, 4096)
+        assert torch.isfinite(n).all() and n.abs().max() < 6.8
+        total, squares = total + float(n.double().sum()), squares + float(n.double().square().sum())
+    count = 60 * 4096 * 4096
+    assert abs(total) / count**0.5 < 4.5
+    assert abs(squares - count) / (2 * count) ** 0.5 < 4.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_operators_match_their_references(shape, shared, dtype):
+    samples, batch, n_in, n_out = shape
+    x, mean, std, bias_mean, bias_std, key = problem(*shape, dtype, shared)
+    given = (x, mean, std, bias_mean, bias_std, key, LAYER, "ieee")
+    close(torch.ops.vbdl.sampled_linear(*given, 9), reference("sampled_linear")(*given, 9), dtype, n_in)
+    expected = reference("local_reparameterised_linear")(*given)
+    close(torch.ops.vbdl.local_reparameterised_linear(*given), expected, dtype, n_in)
+    for side in ("input", "output"):
+        given = (x, mean, bias_mean, key, LAYER, 0.3, side, "ieee")
+        close(torch.ops.vbdl.masked_linear(*given), reference("masked_linear")(*given), dtype, n_in)
+    module = importlib.import_module("vbdl_kernels.sampled_linear")
+    gradient = torch.randn(samples, batch, n_out, device="cuda").to(dtype)
+    given = (gradient, mean, std, key, LAYER, "ieee")
+    close(torch.ops.vbdl.sampled_linear_input(*given), module._reference_input(*given), dtype, n_out)
+    given = (gradient, x, key, LAYER, "ieee")
+    for a, b in zip(
+        torch.ops.vbdl.sampled_linear_parameters(*given), module._reference_parameters(*given), strict=True
+    ):
+        close(a, b, torch.float32, samples * batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_weights_in_all_kernels_to_the_bit(dtype):
+    _, mean, std, bias_mean, bias_std, key = problem(3, 1, 300, 130, dtype)
+    weights = sample_weights(mean, std, key, LAYER)
+    forward = sampled_linear(torch.eye(300, dtype=dtype, device="cuda"), mean, std, key, LAYER, precision="ieee")
+    assert torch.equal(forward.mT, weights)
+    eye = torch.eye(130, dtype=dtype, device="cuda").expand(3, -1, -1)
+    assert torch.equal(torch.ops.vbdl.sampled_linear_input(eye, mean, std, key, LAYER, "ieee"), weights)
+    zero = torch.zeros(1, 300, dtype=dtype, device="cuda")
+    drawn = sampled_linear(zero, mean, std, key, LAYER, bias_mean, bias_std)
+    assert torch.equal(drawn[:, 0], sample_weights(bias_mean, bias_std, key, LAYER, BIAS))
+
+
+def test_statistics_and_networks_match_their_references():
+    for classes in (10, 1000):
+        logits = torch.randn(33, 130, classes, device="cuda") * 4
+        for a, b in zip(predictive_statistics(logits), reference("predictive_statistics")(logits), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    module = importlib.import_module("vbdl_kernels.mlp")
+    key = make_key(0, range(5)).cuda()
+    for widths in ([6, 20, 33, 4], [100, 128, 128, 10]):
+        pairs = list(zip(widths, widths[1:], strict=False))
+        x = torch.randn(70, widths[0], device="cuda")
+        weights = [torch.randn(5, o, i, device="cuda") / i**0.5 for i, o in pairs]
+        biases = [torch.randn(5, o, device="cuda") for _, o in pairs]
+        expected = module.reference_ensemble_mlp(x, weights, biases, "tanh")
+        torch.testing.assert_close(ensemble_mlp(x, weights, biases, "tanh"), expected, rtol=1e-4, atol=1e-4)
+        drawn = [
+            [t[0] for t in weights],
+            [t[1].abs() for t in weights],
+            [t[0] for t in biases],
+            [t[1].abs() for t in biases],
+        ]
+        expected = module.reference_bayesian_mlp(x, *drawn, key, [1, 2, 3], "relu")
+        torch.testing.assert_close(bayesian_mlp(x, *drawn, key, [1, 2, 3]), expected, rtol=1e-4, atol=1e-4 * 30)
+
+
+def test_training_holds_no_weights_of_all_draws():
+    samples, n = 64, 1024
+    x, mean, std, *_ = problem(1, 16, n, n, torch.bfloat16, shared=True)
+    leaves = [t.requires_grad_() for t in (x, mean, std)]
+    key = make_key(0, range(samples)).cuda()
+
+    def step():
+        torch.autograd.grad(sampled_linear(*leaves, key, LAYER).float().square().sum(), leaves)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < samples * n * n  # bytes: half of the weights in bfloat16
+
+
+@pytest.mark.parametrize("backend", ["inductor", "reduce-overhead"])
+def test_compiled_and_mapped(backend):
+    x, mean, std, bias_mean, bias_std, key = problem(4, 8, 64, 32, torch.float32)
+    f = lambda x, key: torch.vmap(lambda x, k: sampled_linear(x, mean, std, k, LAYER, bias_mean, bias_std))(x, key)
+    mode = {} if backend == "inductor" else {"mode": "reduce-overhead"}
+    compiled = torch.compile(f, fullgraph=True, **mode)
+    for seed in range(3):
+        key = make_key(seed, range(4)).cuda()
+        assert torch.equal(compiled(x, key).clone(), f(x, key))
+
+
+def test_local_and_masked_gradients():
+    x, mean, std, _, _, key = problem(4, 8, 64, 32, torch.float32, shared=True)
+    for run in (
+        lambda x, m, s: local_reparameterised_linear(x, m, s, key, LAYER, precision="ieee"),
+        lambda x, m, s: masked_linear(x, m, key, LAYER, 0.3, precision="ieee") + s.sum() * 0,
+        lambda x, m, s: sampled_linear(x, m, s, key, LAYER, precision="ieee"),
+    ):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, mean, std)]
+        found = torch.autograd.grad(run(*leaves).square().sum(), leaves)
+        double = [t.detach().double().requires_grad_() for t in leaves]  # float64 runs the reference
+        expected = torch.autograd.grad(run(*double).square().sum(), double)
+        for a, b in zip(found, expected, strict=True):
+            assert float((a - b).abs().max()) <= 2e-4 * (float(b.abs().max()) or 1.0)
