@@ -1,0 +1,330 @@
+"""Training: stacked equals separate, compiled equals eager, resumed equals uninterrupted, bad data is named."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import vbdl
+from vbdl import train
+from vbdl.data import holdout
+
+N, FEATURES, OUTPUTS = 71, 5, 2
+
+
+def plain(norm: bool = False) -> nn.Sequential:
+    # no bias before a normalisation: its gradient is pure rounding, which Adam scales to a whole step
+    return nn.Sequential(
+        nn.Linear(FEATURES, 7, bias=not norm),
+        nn.BatchNorm1d(7) if norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Linear(7, OUTPUTS),
+    )
+
+
+def dropping() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Dropout(0.2), nn.Linear(7, OUTPUTS))
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(N, FEATURES)
+    return x, torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2]], dim=1) + 0.1 * torch.randn(N, OUTPUTS)
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t.detach().clone() for n, t in module.state_dict().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# an ensemble's member is trained in other matrix products than alone: rounding, grown by a hundred steps of Adam
+ROUNDING = {"rtol": 2e-4, "atol": 2e-5}
+
+BASES = {
+    "plain": lambda seed: plain(),
+    "batch-norm": lambda seed: plain(norm=True),
+    "dropout": lambda seed: vbdl.MCDropout(dropping(), seed=seed),
+    "mean-field": lambda seed: vbdl.MeanField(plain(), N, seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("validation", [None, 0.2])
+def test_stacked_training_is_training_one_by_one(name, validation, data):
+    """Own initialisation, order, noise, gradient norm and early stopping: member m is what it would be alone."""
+    options = {"epochs": 12, "batch_size": 17, "lr": 1e-2, "clip_norm": 1.0, "compile": False}
+    if validation is not None:
+        options |= {"validation": (data[0][:20], data[1][:20]), "patience": 2}
+    ensemble, likelihood = vbdl.DeepEnsemble(BASES[name](0), 3), vbdl.Gaussian(OUTPUTS)
+    history = vbdl.fit(ensemble, data, likelihood, **options)
+    for m in range(3):
+        alone, own = vbdl.DeepEnsemble(BASES[name](m), 1, seed=m), vbdl.Gaussian(OUTPUTS)
+        one = vbdl.fit(alone, data, own, **options, seed=m)
+        assert_same(ensemble.member(m), alone.member(0), **ROUNDING)
+        torch.testing.assert_close(likelihood.noise_std[m], own.noise_std[0], **ROUNDING)
+        if validation is not None:
+            assert history.best_epoch[m] == one.best_epoch[0]
+
+
+@pytest.mark.parametrize("name", ["batch-norm", "dropout", "mean-field"])
+def test_compiled_training_is_eager_training(name, data):
+    results = []
+    for compile in (False, True):
+        q, likelihood = vbdl.DeepEnsemble(BASES[name](0), 2), vbdl.Gaussian(OUTPUTS)
+        history = vbdl.fit(q, data, likelihood, epochs=4, batch_size=71, lr=1e-2, compile=compile)
+        results.append((state(q), state(likelihood), history.train_loss))
+    assert history.compile_seconds > 0
+    assert_same(results[0][0], results[1][0], **ROUNDING)
+    assert_same(results[0][1], results[1][1], **ROUNDING)
+    np.testing.assert_allclose(results[0][2], results[1][2], rtol=1e-5)
+
+
+def test_compiled_gradients_reach_a_fused_optimizer_in_order():
+    """A gradient of other strides than its parameter is read in the wrong order by a fused step."""
+    x, y = torch.randn(64, 3), torch.randn(64, 2)
+    ends = []
+    for compile in (False, True):
+        q = vbdl.DeepEnsemble(nn.Linear(3, 2, bias=False), 2)
+        vbdl.fit(q, (x, y), vbdl.Gaussian(2), epochs=5, batch_size=64, lr=0.1, compile=compile)
+        ends.append(q.stacked()["weight"].detach().clone())
+    torch.testing.assert_close(*ends, **ROUNDING)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_resumed_run_is_the_uninterrupted_one(name, data, tmp_path):
+    options = {
+        "batch_size": 17,
+        "lr": 1e-2,
+        "schedule": "cosine",
+        "validation": 0.25,
+        "patience": 50,
+        "kl_warmup": 5,
+        "compile": False,
+        "checkpoint_every": 2,
+    }
+    whole, likelihood = vbdl.DeepEnsemble(BASES[name](0), 2), vbdl.Gaussian(OUTPUTS)
+    history = vbdl.fit(whole, data, likelihood, epochs=7, **options)
+
+    path = tmp_path / "run.safetensors"
+    first, own = vbdl.DeepEnsemble(BASES[name](0), 2), vbdl.Gaussian(OUTPUTS)
+
+    class Stop(Exception):
+        pass
+
+    count, original = 0, train._Run._epoch
+
+    def interrupted(run, epoch):
+        nonlocal count
+        count += 1
+        if count == 6:  # after the fifth, when the fourth was the last to be saved
+            raise Stop
+        original(run, epoch)
+
+    train._Run._epoch = interrupted
+    try:
+        with pytest.raises(Stop):
+            vbdl.fit(first, data, own, epochs=7, checkpoint=path, **options)
+    finally:
+        train._Run._epoch = original
+    second, again = vbdl.DeepEnsemble(BASES[name](0), 2), vbdl.Gaussian(OUTPUTS)
+    resumed = vbdl.fit(second, data, again, epochs=7, checkpoint=path, **options)
+    assert_same(state(whole), state(second), rtol=0, atol=0)
+    assert_same(state(likelihood), state(again), rtol=0, atol=0)
+    assert resumed.train_loss == history.train_loss
+    assert resumed.best_epoch == history.best_epoch
+
+
+def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
+    path = tmp_path / "run.safetensors"
+    vbdl.fit(vbdl.DeepEnsemble(plain(), 2), data, vbdl.Gaussian(OUTPUTS), epochs=1, checkpoint=path)
+    with pytest.raises(ValueError, match="another model|size"):
+        vbdl.fit(vbdl.DeepEnsemble(plain(), 3), data, vbdl.Gaussian(OUTPUTS), epochs=2, checkpoint=path)
+
+
+def test_members_have_orders_of_their_own(data):
+    q = vbdl.DeepEnsemble([net := plain(), copy.deepcopy(net)])  # one start: only the order can part them
+    vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=1, batch_size=17, compile=False)
+    assert not torch.equal(q.stacked()["0.weight"][0], q.stacked()["0.weight"][1])
+
+
+def test_bootstrap_and_member_rows_choose_the_rows(data):
+    seen: list[torch.Tensor] = []
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    rows = torch.tensor([[0, 1, 2], [3, 4, 4]])
+    marked = torch.arange(N, dtype=torch.float32).unsqueeze(1)
+    q = vbdl.DeepEnsemble(Spy(1, OUTPUTS), 2)
+    run = train._Run(q, (marked, data[1]), vbdl.Gaussian(OUTPUTS), _options(member_rows=rows, batch_size=3))
+    x, _ = next(iter(run.data.epoch(0)))
+    assert [sorted(m.flatten().tolist()) for m in x] == [[0, 1, 2], [3, 4, 4]]
+    run = train._Run(q, (marked, data[1]), vbdl.Gaussian(OUTPUTS), _options(bootstrap=True, batch_size=N))
+    x, _ = next(iter(run.data.epoch(0)))
+    drawn = [set(m.flatten().tolist()) for m in x]
+    assert drawn[0] != drawn[1] and all(0.5 * N < len(d) < 0.75 * N for d in drawn)  # 1 - 1/e of the rows
+
+
+def _options(**given):
+    import inspect
+
+    defaults = {
+        n: p.default for n, p in inspect.signature(vbdl.fit).parameters.items() if p.default is not inspect._empty
+    }
+    return {**defaults, "compile": False, **given}
+
+
+def test_validation_rows_are_not_trained_on(data):
+    kept, held = holdout(N, 0.25, seed=3)
+    assert not set(kept.tolist()) & set(held.tolist()) and len(kept) + len(held) == N
+    run = train._Run(
+        vbdl.DeepEnsemble(nn.Linear(1, OUTPUTS), 2),
+        (torch.arange(N, dtype=torch.float32).unsqueeze(1), data[1]),
+        vbdl.Gaussian(OUTPUTS),
+        _options(validation=0.25),
+    )
+    trained = {float(v) for x, _ in run.data.epoch(0) for v in x.flatten()}
+    assert trained.isdisjoint(float(v) for v in run.validation[0].flatten())
+
+
+def test_early_stopping_keeps_the_best_epoch(data):
+    q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
+    held = (torch.randn(40, FEATURES), 5 * torch.randn(40, OUTPUTS))  # noise: training makes it worse
+    history = vbdl.fit(q, data, likelihood, epochs=60, lr=3e-2, validation=held, patience=3, compile=False)
+    assert history.epochs < 60
+    nll = np.array(history.validation_nll)
+    assert history.best_epoch == nll.argmin(0).tolist()
+    predict = vbdl.Predictor(q, likelihood, compile=False)
+    members = predict(held[0], samples=True).samples
+    found = [float(likelihood.nll(m, held[1]).mean()) for m in members]
+    np.testing.assert_allclose(found, nll.min(0), rtol=1e-5)
+
+
+def test_kl_warmup_rises_and_ends_where_it_was(data):
+    weights = []
+
+    class Watched(vbdl.MeanField):
+        def losses(self, *args, **kwargs):
+            weights.append(self.kl_weight)
+            return super().losses(*args, **kwargs)
+
+    q = Watched(plain(), N)
+    q.kl_weight = 0.5
+    vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=5, batch_size=N, kl_warmup=4, compile=False)
+    assert weights == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5])
+    assert q.kl_weight == 0.5
+
+
+@pytest.mark.parametrize("make", [vbdl.MCDropout, lambda net: vbdl.MeanField(net, N)])
+def test_a_loop_of_ones_own_trains_as_fit_does(make, data):
+    """q.loss is all that training needs: the same steps by hand."""
+    net = dropping()
+    q, likelihood = make(net), vbdl.Gaussian(OUTPUTS)
+    vbdl.fit(q, data, likelihood, epochs=3, batch_size=N, lr=1e-2, compile=False)
+    own, noise = make(net), vbdl.Gaussian(OUTPUTS)
+    optimizer = torch.optim.AdamW([*own.parameters(), *noise.parameters()], lr=1e-2, weight_decay=0.0, fused=True)
+    own.train()
+    for epoch in range(3):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(epoch))
+        optimizer.zero_grad()
+        own.loss(data[0][order], data[1][order], noise).backward()
+        optimizer.step()
+    assert_same(state(q), state(own), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["arrays", "dataset", "loader", "float64 targets", "one column"])
+def test_data_in_the_forms_people_have_it(form, data):
+    x, y = data
+    given, outputs = {
+        "arrays": ((x.numpy(), y.numpy()), OUTPUTS),
+        "dataset": (TensorDataset(x, y), OUTPUTS),
+        "loader": (DataLoader(TensorDataset(x, y), batch_size=17), OUTPUTS),
+        "float64 targets": ((x, y.double()), OUTPUTS),
+        "one column": ((x, y[:, 0]), 1),
+    }[form]
+    net = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, outputs))
+    history = vbdl.fit(vbdl.DeepEnsemble(net, 2), given, vbdl.Gaussian(outputs), epochs=30, lr=1e-2, compile=False)
+    assert np.mean(history.train_loss[-1]) < np.mean(history.train_loss[0])
+
+
+def test_several_inputs_by_position_and_by_name(data):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, OUTPUTS), nn.Linear(3, OUTPUTS)
+
+        def forward(self, left, right):
+            return self.a(left) + self.b(right)
+
+    x, y = data
+    ends = []
+    for inputs in ((x[:, :2], x[:, 2:]), {"left": x[:, :2], "right": x[:, 2:]}):
+        q, likelihood = vbdl.DeepEnsemble(Two(), 2), vbdl.Gaussian(OUTPUTS)
+        vbdl.fit(q, (inputs, y), likelihood, epochs=2, batch_size=17, compile=True)
+        ends.append(vbdl.Predictor(q, likelihood, compile=False)(inputs).mean)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+
+
+def test_members_of_different_architectures_are_trained(data):
+    q, likelihood = vbdl.DeepEnsemble([plain(), nn.Linear(FEATURES, OUTPUTS)]), vbdl.Gaussian(OUTPUTS)
+    history = vbdl.fit(q, data, likelihood, epochs=40, lr=1e-2, compile=False)
+    assert likelihood.noise_std.shape == (2, OUTPUTS)
+    assert len(history.train_loss[-1]) == 2
+    assert all(last < first for first, last in zip(history.train_loss[0], history.train_loss[-1], strict=True))
+    assert vbdl.Predictor(q, likelihood, compile=False)(data[0]).mean.shape == (N, OUTPUTS)
+
+
+def test_torchs_generator_is_left_as_it_was(data):
+    net = dropping()
+    before = torch.get_rng_state()
+    vbdl.fit(vbdl.DeepEnsemble(vbdl.MCDropout(net), 2), data, vbdl.Gaussian(OUTPUTS), epochs=2, compile=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_bad_data_is_named(data):
+    x, y = data
+    q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
+    holed = x.clone()
+    holed[3, 1] = float("nan")
+    late = y.clone()
+    late[7] = float("inf")
+    for given, words in (
+        ((holed, y), "1 input rows are not finite, the first is row 3"),
+        ((x, late), "target of row 7 is not finite"),
+        ((x, y[:-1]), "disagree on the number of rows"),
+        ((x[:0], y[:0]), "no rows"),
+        ((x, y[:, :1]), "do not fit outputs"),
+        ("data.csv", "inputs, targets"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            vbdl.fit(q, given, likelihood, epochs=1)
+    for options, words in (
+        ({"epochs": 0}, "epochs"),
+        ({"patience": 3}, "validation"),
+        ({"validation": 1.5}, "between 0 and 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"schedule": "linear"}, "cosine"),
+        ({"member_rows": torch.zeros(3, 2, dtype=torch.int64)}, "member_rows"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vbdl.fit(q, data, likelihood, **{"epochs": 1, **options})
+    with pytest.raises(TypeError, match="wrap the network"):
+        vbdl.fit(plain(), data, likelihood)
+
+
+def test_a_loss_that_stops_being_finite_is_named(data):
+    q = vbdl.DeepEnsemble(plain(), 2)
+    with torch.no_grad():
+        q.stacked()["0.weight"][1].fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="member 1 .* epoch 0 .*lower lr"):
+        vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=3, compile=False)

@@ -1,0 +1,175 @@
+"""What is random in a module, what is not and why, what it costs, and how vbdl would run it."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vbdl.engine import Predictor
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.stacking import arguments
+from vbdl.types import Inputs
+
+_NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@dataclass
+class Report:
+    """What `vbdl.inspect` found; `print` it."""
+
+    type: str
+    parameters: int
+    trainable: int
+    buffers: int
+    layers: dict[str, int]  # module type -> how many hold parameters
+    stochastic: list[str] = field(default_factory=list)  # dropout that will be drawn, one call a line
+    deterministic: list[str] = field(default_factory=list)  # what looks random and will not be drawn, and why
+    normalisation: list[str] = field(default_factory=list)  # batch and instance normalisation, and their state
+    tied: list[str] = field(default_factory=list)  # names of one and the same parameter
+    flops: int | None = None  # of one row, where an example was given
+    plan: str | None = None  # how MC dropout of it would run, where an example was given
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        operations = "" if self.flops is None else f", {self.flops:,} operations a row"
+        counts = ", ".join(f"{n} {kind}" for kind, n in self.layers.items())
+        lines = [
+            f"{self.type}: {self.parameters:,} parameters ({self.trainable:,} trainable), "
+            f"{self.buffers:,} in buffers{operations}",
+            f"  layers: {counts or 'none with parameters'}",
+        ]
+        for title, entries in (
+            ("stochastic", self.stochastic),
+            ("stays deterministic", self.deterministic),
+            ("normalisation", self.normalisation),
+            ("tied parameters", self.tied),
+            ("notes", self.notes),
+        ):
+            if entries:
+                lines.append(f"  {title}:")
+                lines += [f"    {entry}" for entry in entries]
+        if not self.stochastic:
+            lines.append("  nothing in it drops units: use DeepEnsemble or MeanField, or add dropout and train")
+        if self.plan is not None:
+            lines.append("  plan for MCDropout:")
+            lines += [f"    {line}" for line in self.plan.splitlines()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
+    """Every stochastic site of a module, each that will stay deterministic and why, normalisation, size and plan.
+
+    example: one batch, (batch, ...). With it the module is run (a copy, without gradients), which is the only way to
+    see dropout called inside a forward, to count operations and to make a plan; without it layers are listed only.
+    The module is left as it was.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"inspect takes an nn.Module, got {type(module).__name__}")
+    report = Report(
+        type=type(module).__name__,
+        parameters=sum(p.numel() for p in module.parameters()),
+        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        buffers=sum(b.numel() for b in module.buffers()),
+        layers=_layers(module),
+    )
+    _normalisation(module, report)
+    _tied(module, report)
+    if example is None:
+        _without_running(module, report)
+    else:
+        _by_running(module, example, report)
+    return report
+
+
+def _layers(module: nn.Module) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for m in module.modules():
+        if any(True for _ in m.parameters(recurse=False)):
+            counts[type(m).__name__] = counts.get(type(m).__name__, 0) + 1
+    return counts
+
+
+def _normalisation(module: nn.Module, report: Report) -> None:
+    for name, m in module.named_modules():
+        if isinstance(m, _NORMALISATION):
+            if m.running_mean is None:
+                state = "keeps no running statistics: a row would depend on its batch, MCDropout refuses it"
+            elif m.num_batches_tracked is not None and int(m.num_batches_tracked) == 0:
+                state = "has seen no batch yet: train it before predicting"
+            else:
+                state = f"evaluates with statistics of {int(m.num_batches_tracked)} batches"  # type: ignore[arg-type]
+            report.normalisation.append(f"{name or 'the module'} ({type(m).__name__}): {state}")
+
+
+def _tied(module: nn.Module, report: Report) -> None:
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    report.tied += [" = ".join(found) for found in names.values() if len(found) > 1]
+
+
+def _without_running(module: nn.Module, report: Report) -> None:
+    for name, m in module.named_modules():
+        label = f"{name or 'the module'} ({type(m).__name__})"
+        if isinstance(m, DROPOUT_LAYERS):
+            (report.stochastic if m.p > 0 else report.deterministic).append(
+                f"{label}: p={m.p}" + ("" if m.p > 0 else ", so it drops nothing")
+            )
+        elif isinstance(m, nn.MultiheadAttention) and m.dropout > 0:
+            report.stochastic.append(f"{label}: p={m.dropout} on the attention weights")
+        elif isinstance(m, nn.RNNBase) and m.dropout > 0:
+            if m.num_layers > 1:
+                report.stochastic.append(f"{label}: p={m.dropout} between its {m.num_layers} layers")
+            else:
+                report.deterministic.append(f"{label}: p={m.dropout} acts between layers, it has one")
+        elif isinstance(m, nn.RReLU):
+            report.deterministic.append(f"{label}: random in training only, predictions use the mean slope")
+    report.notes.append("dropout called inside a forward shows when it is run: inspect(module, example)")
+
+
+def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
+    network = DropoutNetwork(copy.deepcopy(module)).eval()
+    try:
+        sites = network.locate(example)
+    except NotImplementedError as error:
+        report.notes.append(str(error))
+        return
+    for site in sites:
+        (report.stochastic if site.p > 0 else report.deterministic).append(_describe(site))
+    called = {site.path for site in sites}
+    for name, m in module.named_modules():
+        if isinstance(m, DROPOUT_LAYERS) and name not in called:
+            report.deterministic.append(f"{name} ({type(m).__name__}): not called for this example")
+        elif isinstance(m, nn.RNNBase) and m.dropout > 0 and m.num_layers == 1:
+            report.deterministic.append(f"{name} ({type(m).__name__}): p={m.dropout} acts between layers, it has one")
+    args, kwargs = arguments(example)
+    plain = copy.deepcopy(module).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = plain(*args, **kwargs)
+    rows = [*args, *kwargs.values()][0].shape[0]
+    report.flops = counter.get_total_flops() // max(rows, 1)
+    if not isinstance(outputs, torch.Tensor):
+        report.notes.append(f"it returns {type(outputs).__name__}: vbdl predicts from one Tensor, wrap it")
+        return
+    if any(site.p > 0 for site in sites):
+        # any likelihood gives the same plan: the network is what costs
+        width = outputs.shape[-1] if outputs.ndim > 1 else 1
+        likelihood = Categorical() if outputs.ndim > 1 and width > 1 else Gaussian(width)
+        report.plan = Predictor(MCDropout(module), likelihood, compile=False).explain(example)
+
+
+def _describe(site: Site) -> str:
+    shape = list(site.shape)
+    if site.axis is not None:
+        shape[site.axis] = site.multiple
+    units = "x".join(str(n) for n in shape)
+    batch = "not on the batch" if site.axis is None else f"batch on axis {site.axis}"
+    what = f"{site.path or 'the module'} ({site.kind}): p={site.p}"
+    return f"{what}, a mask of {units} a draw, {batch}" if site.p > 0 else f"{what}, so it drops nothing"
