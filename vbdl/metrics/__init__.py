@@ -11,6 +11,7 @@ from vbdl.metrics.accuracy import accuracy_interval as accuracy_interval
 from vbdl.metrics.accuracy import correct as correct
 from vbdl.metrics.accuracy import rmse as rmse
 from vbdl.metrics.accuracy import squared_error as squared_error
+from vbdl.metrics.as_torchmetric import as_torchmetric as as_torchmetric
 from vbdl.metrics.brier import BrierDecomposition as BrierDecomposition
 from vbdl.metrics.brier import BrierParts as BrierParts
 from vbdl.metrics.brier import brier_decomposition as brier_decomposition

@@ -46,6 +46,9 @@ class BrierParts:
     uncertainty: float
     within_bin: float
 
+    def __float__(self) -> float:
+        return self.brier
+
 
 class BrierDecomposition:
     """Streaming decomposition of the Brier score, class by class in equal-width bins, summed over
