@@ -4,6 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """The same random numbers in every test, whichever ran before it, and no more threads than the small tests need."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

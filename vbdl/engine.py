@@ -28,8 +28,8 @@ class Predictor:
     n_samples: draws; every member of an ensemble, and 32 otherwise, unless given.
     seed: the draws are those of this seed, the first 32 of 100 being the 32.
     tiles: batch sizes to compile for; a batch is padded to the smallest that holds it or cut into the largest. With
-        one size a row's result does not depend on its batch, bit for bit on a CPU; with several, to float rounding,
-        and small batches are faster.
+        one size, 1 or a multiple of 64, a row's result does not depend on its batch or its place there, bit for bit
+        on a CPU; with others or several, to float rounding, and small batches are faster.
     compile: with False the same graph is run operation by operation.
     memory_budget: bytes for kept draws and for activations, half each.
     chunk_size: draws in one call; chosen from the memory budget unless given. Results do not depend on it.
@@ -72,9 +72,7 @@ class Predictor:
             raise ValueError(f"chunk_size is at least 1, got {chunk_size}")
         own = getattr(likelihood, "n_members", None)
         if own is not None and own != posterior.n_members:
-            raise ValueError(
-                f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}"
-            )
+            raise ValueError(f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}")
         first = next(iter([*posterior.parameters(), *posterior.buffers()]))
         self.device = torch.device(device) if device is not None else first.device
         self.posterior: Any = _frozen(posterior, self.device)

@@ -4,11 +4,14 @@ An execution is made once and never changes; calls share nothing that they write
 """
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vbdl.compiler import compile_graph
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, trace
@@ -54,7 +57,7 @@ class Execution:
         self.n_samples, self.members = n_samples, members
         self.device = tensors(tile)[0].device
         self._programs: dict[tuple[int, str], _Program] = {}
-        with torch.no_grad(), _no_fast_path():
+        with torch.no_grad(), _tracing():
             self._prepare(tile)
 
     # -- making it
@@ -68,13 +71,20 @@ class Execution:
         self._tile = tile
         strategy, reasons = "stacked", ()
         try:
-            found = self._cut(strategy, probe)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
+                found = self._cut(strategy, probe)
         except Exception as error:  # what vmap cannot take, it says in many ways
             strategy = "loop"
             said = str(error).strip() or type(error).__name__
             reasons = (f"the draws cannot be mapped together: {said.splitlines()[0]}",)
             probe = self._state(torch.arange(1))
             found = self._cut(strategy, probe)
+        if found.random:
+            raise NotImplementedError(
+                f"the module calls {found.random} in prediction, which draws from torch's generator: no seed of a "
+                f"predictor reaches it. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
+            )
         if not found.output_depends_on_draw:
             raise ValueError(
                 f"nothing random reaches the output of this {type(self.posterior).__name__}: every sample would be "
@@ -236,9 +246,9 @@ class _Program:
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
         arguments = [*(values[n] for n in self.inputs), *carried.values()]
         if self._call is None:
-            with torch.no_grad():
+            with torch.no_grad(), _tracing():
                 graph = trace(self._whole, *arguments)
-            self._call = compile_graph(graph, arguments) if self._compile else graph
+                self._call = compile_graph(graph, arguments) if self._compile else graph
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=True))
 
@@ -267,15 +277,20 @@ class _Observed(nn.Module):
         return self.likelihood(outputs)
 
 
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Without the fused transformer kernels, which have no batching rule."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def _tracing() -> Iterator[None]:
+    """For one thread at a time, because tracing and compiling change settings of the whole process; without the fused
+    transformer and attention kernels, which have no batching rule."""
+    with _lock, sdpa_kernel(SDPBackend.MATH):
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
 
 
 def pad(inputs: Inputs, start: int, rows: int) -> Inputs:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -25,8 +26,49 @@ ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on th
 def trace(function: Callable, *args: Any) -> fx.GraphModule:
     """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed."""
     return make_fx(
-        functionalize(function, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
+        functionalize(function, remove="mutations"),
+        decomposition_table=_ALIGNED,
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
     )(*args)
+
+
+# On a CPU a matrix product sums a row in an order that depends on how its memory is aligned, so the same row gives
+# other last bits at another place of the batch. With every row on a boundary of 64 bytes it does not: tables of other
+# widths are padded with zeros, weights when they are made and not in every call.
+_LANES = 16
+
+
+def _is_aligned(t: Tensor) -> bool:
+    return all(stride % _LANES == 0 for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 < stride)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b: (..., m, k), (..., k, n) with aligned rows."""
+    k, n = b.shape[-2:]
+    if n % _LANES == 0 and _is_aligned(a) and _is_aligned(b):
+        return NotImplemented  # as it is
+    extra_k, extra_n = -k % _LANES, -n % _LANES
+    a, b = F.pad(a, (0, extra_k)), F.pad(b, (0, extra_n, 0, extra_k))
+    return torch.matmul(a.contiguous(), b.contiguous())[..., :n]
+
+
+def _product_and_sum(bias: Tensor, a: Tensor, b: Tensor, beta=1, alpha=1) -> Tensor:
+    out = _product(a, b)
+    return out if out is NotImplemented else beta * bias + alpha * out
+
+
+def _product_with_vector(a: Tensor, v: Tensor) -> Tensor:
+    return (a @ v.unsqueeze(-1)).squeeze(-1)
+
+
+_ALIGNED = {
+    torch.ops.aten.mm.default: _product,
+    torch.ops.aten.bmm.default: _product,
+    torch.ops.aten.addmm.default: _product_and_sum,
+    torch.ops.aten.baddbmm.default: _product_and_sum,
+    torch.ops.aten.mv.default: _product_with_vector,
+}
 
 
 @dataclass
@@ -72,6 +114,14 @@ class Cut:
     values: dict[str, fx.Node] = field(repr=False)
 
     @property
+    def random(self) -> str | None:
+        """An operation that draws from torch's own generator, if there is one."""
+        for node in self.values.values():
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                return str(node.target)
+        return None
+
+    @property
     def output_depends_on_draw(self) -> bool:
         return any(name in self.regions[BODY].outputs or name in self.regions[DRAWN].outputs for name in self.outputs)
 
@@ -112,9 +162,7 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
     return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
 
 
-def _extract(
-    traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> Region:
+def _extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Region:
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in inputs:

@@ -6,12 +6,13 @@ NeurIPS 2017, https://arxiv.org/abs/1612.01474
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import architecture, blueprint, call_stacked, stack
+from vbdl.stacking import architecture, blueprint, call_stacked, stack, state_of
 from vbdl.types import Inputs, Posterior, State
 
 
@@ -53,8 +54,8 @@ class DeepEnsemble(nn.Module):
                 raise ValueError("members of different architectures must be plain networks, not posteriors")
             return
 
-        base = members[0] if isinstance(members[0], Posterior) else None
-        modules = [m.module for m in members] if base is not None else members
+        base: Any = members[0] if isinstance(members[0], Posterior) else None
+        modules: list[Any] = [m.module for m in members] if base is not None else members
         # structure only, kept out of the registered modules: every parameter and buffer is in the stacks
         self._hidden = (blueprint(modules[0]), copy.deepcopy(base).to("meta") if base is not None else None)
         if base is not None:
@@ -79,7 +80,7 @@ class DeepEnsemble(nn.Module):
         return self._parts if len(self._parts) else self._hidden[0]
 
     @property
-    def base(self) -> Posterior | None:
+    def base(self) -> Any:
         """What each member is, where members are posteriors themselves."""
         return None if len(self._parts) else self._hidden[1]
 
@@ -137,7 +138,10 @@ class DeepEnsemble(nn.Module):
         """The base looks at the inputs with the first member's tensors."""
         assert self.base is not None
         probe = copy.deepcopy(self.base).to_empty(device=next(iter(self.stacked().values())).device)
-        probe.module.load_state_dict(self.member(0), strict=False)
+        first = self.member(0)
+        for name, t in state_of(probe.module).items():
+            if name in first:
+                t.data = first[name]  # not load_state_dict: it skips some buffers and keeps the dtype of the blueprint
         probe.prepare(inputs)
         sites = getattr(probe.module, "sites", None)
         if sites is not None:
@@ -198,7 +202,7 @@ def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], objec
 
 def reset_parameters(module: nn.Module) -> None:
     """Every submodule's own initialisation. Raises ValueError where parameters belong to one that has none."""
-    target = module.module.inner if isinstance(module, Posterior) else module
+    target: Any = module.module.inner if isinstance(module, Posterior) else module
     for name, m in target.named_modules():
         reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)
         if callable(reset):

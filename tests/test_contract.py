@@ -1,0 +1,416 @@
+"""Every posterior, every network, every promise. A new method is one line of POSTERIORS.
+
+Tolerances: 1e-5 absolute on logits of order 1 is float32 rounding (6e-8) times the few hundred terms of a sum, where
+only the order of summation may differ; probabilities are smoother still. What must be equal in every bit is compared
+with `torch.equal`.
+"""
+
+import copy
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import vbdl.execution
+from vbdl.engine import Predictor
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+from vbdl.types import Posterior
+
+BATCH, CLASSES, MEMBERS, SAMPLES, TILE = 13, 5, 3, 7, 64
+ROUNDING = {"rtol": 0.0, "atol": 1e-5}
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(11, 19), nn.ReLU(), nn.Dropout(0.3), nn.Linear(19, CLASSES))
+
+
+def cnn() -> nn.Module:
+    """With the running statistics of a trained network: far from 0 and 1."""
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    norm.num_batches_tracked.fill_(1000)
+    head = nn.Linear(3 * 5 * 3, CLASSES)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.ReLU(), nn.Dropout2d(0.3), nn.Flatten(), head)
+
+
+class Transformer(nn.Module):
+    """(batch, length, features) -> (batch, classes); inside, the batch axis is first or second."""
+
+    def __init__(self, batch_first: bool):
+        super().__init__()
+        self.batch_first = batch_first
+        self.embed = nn.Linear(3, 14)
+        self.layer = nn.TransformerEncoderLayer(14, 2, 19, dropout=0.2, batch_first=batch_first)
+        self.head = nn.Linear(14, CLASSES)
+
+    def forward(self, x):
+        h = self.embed(x)
+        h = self.layer(h) if self.batch_first else self.layer(h.transpose(0, 1)).transpose(0, 1)
+        return self.head(h.mean(1))
+
+
+NETWORKS = {
+    "mlp": (mlp, (11,)),
+    "cnn": (cnn, (2, 7, 5)),
+    "transformer": (lambda: Transformer(batch_first=True), (7, 3)),
+    "transformer, length first": (lambda: Transformer(batch_first=False), (7, 3)),
+}
+
+POSTERIORS = {
+    "dropout": lambda make: MCDropout(make()),
+    "mean-field": lambda make: MeanField(make(), n_data=101, initial_std=0.1),
+    "ensemble": lambda make: DeepEnsemble(make(), MEMBERS),
+    "ensemble of trained networks": lambda make: DeepEnsemble([make() for _ in range(MEMBERS)]),
+    "ensemble of two architectures": lambda make: DeepEnsemble([make(), nn.Sequential(make()), make()]),
+    "ensemble of dropout": lambda make: DeepEnsemble([MCDropout(make()) for _ in range(MEMBERS)]),
+    "ensemble of mean-field": lambda make: DeepEnsemble(MeanField(make(), n_data=101, initial_std=0.1), MEMBERS),
+}
+
+every_network = pytest.mark.parametrize("network", NETWORKS)
+two_networks = pytest.mark.parametrize("network", ["mlp", "transformer"])  # where another one could show nothing new
+each_posterior = pytest.mark.parametrize("posterior", POSTERIORS)
+
+
+def build(posterior: str, network: str) -> nn.Module:
+    torch.manual_seed(3)
+    return POSTERIORS[posterior](NETWORKS[network][0])
+
+
+def inputs(network: str, rows: int = BATCH) -> torch.Tensor:
+    """The first rows are the same whatever the number of rows."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.stack([torch.randn(NETWORKS[network][1], generator=generator) for _ in range(rows)])
+
+
+def predictor(posterior: str, network: str, **settings) -> Predictor:
+    q = build(posterior, network)
+    n_samples = q.n_draws or SAMPLES
+    return Predictor(q, Categorical(), **{"n_samples": n_samples, "tiles": (TILE,), "compile": False, **settings})
+
+
+@functools.cache
+def usual(posterior: str, network: str, compile: bool = False) -> Predictor:
+    """One that several tests share, to trace and compile each cell once."""
+    return predictor(posterior, network, compile=compile)
+
+
+def assert_same(a, b, exact: bool = False) -> None:
+    for name in ("probs", "total", "aleatoric", "epistemic"):
+        x, y = getattr(a, name), getattr(b, name)
+        torch.testing.assert_close(
+            x, y, **({"rtol": 0, "atol": 0} if exact else ROUNDING), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def snapshot(module: nn.Module) -> tuple:
+    return (
+        {n: t.clone() for n, t in [*module.named_parameters(), *module.named_buffers()]},
+        {n: m.training for n, m in module.named_modules()},
+        {n: p.requires_grad for n, p in module.named_parameters()},
+    )
+
+
+def assert_untouched(module: nn.Module, before: tuple) -> None:
+    tensors, training, requires_grad = snapshot(module)
+    assert training == before[1] and requires_grad == before[2] and tensors.keys() == before[0].keys()
+    for name, t in tensors.items():
+        assert torch.equal(t, before[0][name]), f"{name} was changed"
+
+
+def random_parts(q) -> bool:
+    """Whether draws never end, so that another seed gives others; the members of an ensemble stay who they are."""
+    return q.n_draws is None
+
+
+# -- what a prediction is
+
+
+@every_network
+@each_posterior
+def test_a_prediction_has_batch_first_and_adds_up(posterior, network):
+    q = build(posterior, network)
+    assert isinstance(q, Posterior)
+    p = usual(posterior, network)(inputs(network))
+    assert p.probs.shape == (BATCH, CLASSES) and p.total.shape == p.epistemic.shape == (BATCH,)
+    torch.testing.assert_close(p.total, p.aleatoric + p.epistemic, rtol=0, atol=1e-6)
+    torch.testing.assert_close(p.probs.sum(-1), torch.ones(BATCH), rtol=0, atol=1e-6)
+    assert bool((p.epistemic > 1e-4).all()), "samples do not differ"
+    assert p.n_samples == (q.n_draws or SAMPLES)
+    assert p.samples is None
+
+
+@every_network
+@each_posterior
+def test_stacked_is_a_loop_over_samples(posterior, network):
+    x, q = inputs(network), build(posterior, network).eval()
+    kept = usual(posterior, network)(x, samples=True)
+    rows = []
+    with torch.no_grad():
+        for part in q.parts:
+            part.prepare(x)
+            state = part.draws(torch.arange(part.n_draws or SAMPLES), 0)
+            count = next(iter(state.values())).shape[0]
+            rows += [functional_call(part.module, {n: t[s] for n, t in state.items()}, (x,)) for s in range(count)]
+    logits = torch.stack(rows)
+    torch.testing.assert_close(kept.samples, logits, **ROUNDING)
+    probs = logits.double().softmax(-1)
+    entropy = lambda p: -(p * p.log()).sum(-1)
+    torch.testing.assert_close(kept.probs, probs.mean(0).float(), **ROUNDING)
+    torch.testing.assert_close(kept.total, entropy(probs.mean(0)).float(), **ROUNDING)
+    torch.testing.assert_close(kept.aleatoric, entropy(probs).mean(0).float(), **ROUNDING)
+
+
+# -- what it does not depend on
+
+
+@two_networks
+@each_posterior
+def test_chunking_changes_nothing(posterior, network):
+    x = inputs(network)
+    whole = usual(posterior, network)(x, samples=True)
+    chunked = predictor(posterior, network, chunk_size=2)(x, samples=True)
+    assert_same(chunked, whole)
+    torch.testing.assert_close(chunked.samples, whole.samples, **ROUNDING)
+
+
+@two_networks
+@each_posterior
+def test_fewer_draws_are_the_first_draws(posterior, network):
+    q = build(posterior, network)
+    few = 2
+    for part in q.parts:
+        state = part.draws(torch.arange(part.n_draws or 100), 0)
+        for name, t in part.draws(torch.arange(min(few, len(next(iter(state.values()))))), 0).items():
+            assert torch.equal(t, state[name][: len(t)]), name
+    x = inputs(network)
+    kept = predictor(posterior, network, n_samples=few)(x, samples=True).samples
+    torch.testing.assert_close(kept, usual(posterior, network)(x, samples=True).samples[:few], **ROUNDING)
+
+
+@every_network
+@each_posterior
+def test_a_row_does_not_depend_on_its_batch(posterior, network):
+    """Bit for bit, at any place in any batch: tiles have one size, and every row in them the same arithmetic."""
+    x, predict = inputs(network, rows=2 * TILE + 3), usual(posterior, network)
+    whole = predict(x)
+    for rows in ([4], [0, 4, 1], list(range(TILE + 2)), torch.randperm(len(x)).tolist()):
+        part = predict(x[rows])
+        for name in ("probs", "total", "aleatoric", "epistemic", "standard_error"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), f"{name} of rows {rows}"
+
+
+@two_networks
+@each_posterior
+def test_the_seed_decides_and_nothing_else(posterior, network):
+    x = inputs(network)
+    q = build(posterior, network)
+    one = Predictor(q, Categorical(), n_samples=q.n_draws or SAMPLES, seed=0, tiles=(TILE,), compile=False)
+    first = one(x)
+    torch.manual_seed(123456)
+    assert_same(one(x), first, exact=True)
+    assert_same(usual(posterior, network)(x), first, exact=True)
+    other = one.replace(seed=1)(x)
+    assert torch.equal(other.probs, first.probs) != random_parts(q)
+
+
+# -- what it leaves alone
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+@each_posterior
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapping_and_predicting_change_nothing(posterior, network, training):
+    mine = [NETWORKS[network][0]().train(training) for _ in range(MEMBERS)]
+    before = [snapshot(m) for m in mine]
+    given = iter(mine)
+    q = POSTERIORS[posterior](lambda: next(given)).train(training)
+    own = snapshot(q)
+    predict = Predictor(q, Categorical(), n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False)
+    generator = torch.get_rng_state()
+    predict(inputs(network))
+    assert torch.equal(torch.get_rng_state(), generator), "prediction drew from torch's generator"
+    with pytest.raises(ValueError):
+        predict(torch.randn(BATCH, 23))  # the module raises
+    assert_untouched(q, own)
+    for m, state in zip(mine, before, strict=True):
+        assert_untouched(m, state)
+    assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@two_networks
+@each_posterior
+def test_a_predictor_is_not_trained_further(posterior, network):
+    """It holds a copy: training the posterior afterwards changes no prediction."""
+    x, q = inputs(network), build(posterior, network)
+    predict = Predictor(q, Categorical(), n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False)
+    with torch.no_grad():
+        for p in q.parameters():
+            p.add_(1.0)
+    assert_same(predict(x), usual(posterior, network)(x), exact=True)
+
+
+@two_networks
+@each_posterior
+def test_state_dict_round_trip(posterior, network):
+    x, q = inputs(network), build(posterior, network)
+    torch.manual_seed(11)
+    other = POSTERIORS[posterior](NETWORKS[network][0])
+    settings = dict(n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False)
+    other.load_state_dict(copy.deepcopy(q.state_dict()))
+    assert_same(Predictor(other, Categorical(), **settings)(x), usual(posterior, network)(x), exact=True)
+
+
+# -- sizes at the edge
+
+
+@every_network
+@each_posterior
+def test_an_empty_batch_a_row_and_a_sample(posterior, network):
+    predict = usual(posterior, network)
+    empty = predict(inputs(network, 2)[:0], samples=True)
+    assert empty.probs.shape == (0, CLASSES) and empty.total.shape == (0,)
+    assert empty.samples.shape == (predict.n_samples, 0, CLASSES)
+    assert predict(inputs(network, 1)).probs.shape == (1, CLASSES)
+    one = predictor(posterior, network, n_samples=1)(inputs(network), samples=True)
+    assert one.samples.shape == (1, BATCH, CLASSES)
+    torch.testing.assert_close(one.epistemic, torch.zeros(BATCH), rtol=0, atol=1e-6)
+    torch.testing.assert_close(one.probs, one.samples[0].softmax(-1), rtol=0, atol=1e-6)
+    assert bool(one.standard_error.isnan().all()), "one sample says nothing about its own error"
+
+
+# -- compiling
+
+# a compile takes seconds: by default the three methods on two networks, and dropout, which has most to compile, on all
+_FAST = [(p, n) for p in ("dropout", "mean-field", "ensemble") for n in ("mlp", "cnn")] + [("dropout", "transformer")]
+COMPILED = _FAST + [
+    pytest.param(p, n, marks=pytest.mark.slow) for p in POSTERIORS for n in NETWORKS if (p, n) not in _FAST
+]
+
+
+@pytest.mark.parametrize("posterior, network", COMPILED)
+def test_compiling_changes_nothing(posterior, network):
+    x, predict = inputs(network), usual(posterior, network, compile=True)
+    whole = predict(x)
+    assert_same(whole, usual(posterior, network)(x))
+    for rows in ([7], torch.randperm(BATCH).tolist()):
+        part = predict(x[rows])
+        for name in ("probs", "total", "aleatoric", "epistemic", "standard_error"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), f"{name} of rows {rows}"
+
+
+@pytest.mark.slow
+@every_network
+@each_posterior
+def test_compiled_chunks_are_the_whole(posterior, network):
+    x = inputs(network)
+    chunked = predictor(posterior, network, chunk_size=2, compile=True)(x, samples=True)
+    whole = usual(posterior, network)(x, samples=True)
+    assert_same(chunked, whole)
+    torch.testing.assert_close(chunked.samples, whole.samples, **ROUNDING)
+
+
+@two_networks
+@each_posterior
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_only_the_first_call_compiles(posterior, network, chunk_size, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(vbdl.execution, "compile_graph", lambda graph, inputs: compiled.append(graph) or graph)
+    predict = predictor(posterior, network, compile=True, chunk_size=chunk_size)
+    predict.warm_up((1, BATCH), example=inputs(network, 1))
+    count = len(compiled)
+    assert count >= 1
+    for rows in (1, BATCH, 0, 3 * TILE + 1):
+        predict(inputs(network, max(rows, 1))[:rows])
+    assert len(compiled) == count
+    with pytest.raises(RuntimeError, match="warm"):
+        predict(torch.randn(BATCH, *NETWORKS[network][1], 2))
+
+
+# -- threads
+
+
+def in_threads(function, arguments: list) -> list:
+    together = threading.Barrier(len(arguments))
+
+    def run(argument):
+        together.wait()
+        return function(argument)
+
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        return list(pool.map(run, arguments))
+
+
+@each_posterior
+def test_eight_threads_are_eight_calls(posterior):
+    """Bit for bit, with predictors of their own that are traced at the same moment, and with one for all."""
+    x, q = inputs("mlp"), build(posterior, "mlp")
+    settings = dict(n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False)
+    serial = [Predictor(q, Categorical(), seed=s, **settings)(x) for s in range(8)]
+    fresh = [Predictor(q, Categorical(), seed=s, **settings) for s in range(8)]
+    for got, expected in zip(in_threads(lambda p: p(x), fresh), serial, strict=True):
+        assert_same(got, expected, exact=True)
+    shared = Predictor(q, Categorical(), **settings)
+    for rows, p in in_threads(lambda rows: (rows, shared(x[:rows])), list(range(1, 9))):
+        assert torch.equal(p.probs, serial[0].probs[:rows])
+
+
+def test_threads_leave_the_settings_of_the_process():
+    """Tracing turns torch's fused transformer off for a while: two at a time must not turn it off for good."""
+    predictors = [predictor("ensemble", "transformer") for _ in range(3)]
+    in_threads(lambda p: p(inputs("transformer")), predictors)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+# -- precision
+
+
+@every_network
+@each_posterior
+def test_autocast_is_close_and_its_statistics_are_float32(posterior, network):
+    x = inputs(network)
+    low, full = predictor(posterior, network, autocast=torch.bfloat16)(x), usual(posterior, network)(x)
+    for name in ("probs", "total", "aleatoric", "epistemic"):
+        assert getattr(low, name).dtype == torch.float32
+    # bfloat16 keeps 8 bits: 0.4 % of logits of order 1 and of each of a few layers
+    torch.testing.assert_close(low.probs, full.probs, rtol=0, atol=0.02)
+    assert not torch.equal(low.probs, full.probs), "autocast had no effect"
+
+
+@each_posterior
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_double_network_predicts_in_double(posterior, chunk_size):
+    q = build(posterior, "mlp").double()
+    x = inputs("mlp").double()
+    settings = dict(n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False, chunk_size=chunk_size)
+    p = Predictor(q, Categorical(), **settings)(x, samples=True)
+    assert p.probs.dtype == p.total.dtype == torch.float64
+    torch.testing.assert_close(p.probs, p.samples.softmax(-1).mean(0), rtol=0, atol=1e-14)
+
+
+# -- regression: the same engine with another likelihood
+
+
+@each_posterior
+def test_regression_adds_up_and_chunks(posterior):
+    x, q = inputs("mlp"), build(posterior, "mlp")
+    settings = dict(n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False)
+    likelihood = Gaussian(n_outputs=CLASSES, std=0.5, covariance=True)
+    whole = Predictor(q, likelihood, **settings)(x, samples=True)
+    chunked = Predictor(q, likelihood, chunk_size=2, **settings)(x)
+    means = whole.samples[..., 0].double()
+    torch.testing.assert_close(whole.epistemic, means.var(0, correction=0).float(), **ROUNDING)
+    torch.testing.assert_close(whole.aleatoric, torch.full((BATCH, CLASSES), 0.25), **ROUNDING)
+    torch.testing.assert_close(whole.total, whole.aleatoric + whole.epistemic, **ROUNDING)
+    torch.testing.assert_close(whole.covariance.diagonal(dim1=1, dim2=2), whole.total, **ROUNDING)
+    for name in ("mean", "total", "aleatoric", "epistemic", "covariance", "standard_error"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), **ROUNDING)
