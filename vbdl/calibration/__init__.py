@@ -16,12 +16,12 @@ from vbdl.calibration.conformal import APS as APS
 from vbdl.calibration.conformal import LAC as LAC
 from vbdl.calibration.conformal import RAPS as RAPS
 from vbdl.calibration.conformal import ConformalSets as ConformalSets
-from vbdl.calibration.conformal import conformal_quantile as conformal_quantile
-from vbdl.calibration.conformal import conformal_rank as conformal_rank
 from vbdl.calibration.conformal import set_coverage as set_coverage
 from vbdl.calibration.conformal_intervals import CQR as CQR
 from vbdl.calibration.conformal_intervals import AbsoluteIntervals as AbsoluteIntervals
 from vbdl.calibration.conformal_intervals import NormalisedIntervals as NormalisedIntervals
+from vbdl.calibration.conformal_quantile import conformal_quantile as conformal_quantile
+from vbdl.calibration.conformal_quantile import conformal_rank as conformal_rank
 from vbdl.calibration.dirichlet import Dirichlet as Dirichlet
 from vbdl.calibration.ensemble_temperature import EnsembleTemperature as EnsembleTemperature
 from vbdl.calibration.histogram import Histogram as Histogram

@@ -9,7 +9,7 @@ from collections import deque
 
 import torch
 
-from vbdl.calibration.conformal import conformal_quantile
+from vbdl.calibration.conformal_quantile import conformal_quantile
 from vbdl.metrics._checks import check_rate
 
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vbdl.calibration.conformal import conformal_quantile
+from vbdl.calibration.conformal_quantile import conformal_quantile
 from vbdl.metrics._checks import check_finite, check_rate, check_std, check_targets
 
 

@@ -9,9 +9,10 @@ import torch
 def as_torchmetric(accumulator: Any) -> Any:
     """A torchmetrics.Metric around an accumulator: Mean(brier_score), CalibrationError(), Rows(auroc), ...
 
-    update, compute, reset, forward (the value of the batch, which is added too), merge_state, and all processes together
-    in compute where torch.distributed runs. The accumulator given is copied, and starts empty. compute returns a float64
-    scalar; what else an accumulator knows (an interval, a diagram, parts of a score) is asked of `.accumulator`.
+    update, compute, reset, forward (the value of the batch, which is added too), merge_state, and all processes
+    together in compute where torch.distributed runs. The accumulator given is copied, and starts empty. compute
+    returns a float64 scalar; what else an accumulator knows (an interval, a diagram, parts of a score) is asked of
+    `.accumulator`.
 
     ImportError when torchmetrics is not installed.
     """
