@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow check lint types imports format clean
+.PHONY: demo test test-slow gpu check lint types imports format clean
 
 demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that needs no download
 	$(BIN)/vbdl demo
@@ -15,6 +15,9 @@ test: $(VENV)/.ok  ## the tests, about ten minutes on two cores
 
 test-slow: $(VENV)/.ok  ## what is marked slow
 	$(BIN)/pytest -m "slow and not gpu"
+
+gpu: $(VENV)/.ok  ## on a machine with one: its tests, then the kernel benchmarks, under ten minutes
+	$(BIN)/python benchmarks/gpu.py
 
 check: lint types imports  ## everything but the tests
 

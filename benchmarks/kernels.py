@@ -1,0 +1,451 @@
+"""Every kernel against what one would write without it, on one GPU.
+
+    python benchmarks/kernels.py [--out DIR] [--quick]      the figures: one JSON line a row, and a table
+    python benchmarks/kernels.py --check                    every provider once, tiny, on the CPU
+
+Providers that make the same draws are compared before any of them is timed (kernels against their references:
+tests/kernels/test_gpu.py; and TRITON_INTERPRET=1 makes --check run the kernels). Times are medians in milliseconds with
+the L2 cache flushed in between, on random data (zeros draw less power and run faster). `share_of_...` is bytes or
+operations a second over this card's own measured peak; `compile_s` is apart. Goals: kernels/README.md.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from vbdl_kernels import (
+    bayesian_mlp,
+    ensemble_mlp,
+    local_reparameterised_linear,
+    make_key,
+    masked_linear,
+    normal,
+    predictive_statistics,
+    regime,
+    sample_weights,
+    sampled_linear,
+)
+
+LAYER = 1
+Providers = dict[str, Callable[[], object]]
+
+
+class Bench:
+    """Times providers of one result side by side and writes the rows."""
+
+    def __init__(self, device: str, out: Path | None, repeat_ms: int):
+        self.device, self.repeat_ms = device, repeat_ms
+        self.rows: list[dict] = []
+        self.peaks: dict[str, float] = {}  # bytes, bf16 and tf32 operations a second, measured
+        self.file = None
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            name = torch.cuda.get_device_name().replace(" ", "-").lower()
+            self.file = (out / f"kernels-{name}.jsonl").open("a")
+
+    def median_ms(self, call: Callable[[], object]) -> float:
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=10, rep=self.repeat_ms, return_mode="median")
+
+    def compare(
+        self,
+        goal: str,
+        case: dict,
+        providers: Providers,
+        tolerance: float,
+        same: set[str] | None = None,
+        **amount: float,
+    ) -> dict[str, float]:
+        """Check the providers in `same` (all unless given) against the first, then time all.
+
+        amount: bytes=, flops= or weights= of one call, for the achieved rate.
+        """
+        first = next(iter(providers))
+        expected = None
+        times = {}
+        for name, call in providers.items():
+            started = time.perf_counter()
+            result = call()
+            self._synchronize()
+            compile_s = time.perf_counter() - started
+            if same is None or name in same or name == first:
+                expected = _double(result) if expected is None else expected
+                error = max(_relative(a, b) for a, b in zip(_double(result), expected, strict=True))
+                if not error <= tolerance:
+                    raise AssertionError(f"{goal} {case} {name}: relative error {error:.1e}, allowed {tolerance:.1e}")
+            del result
+            row = {"goal": goal, **case, "provider": name, "compile_s": round(compile_s, 2)}
+            if self.device == "cuda":
+                times[name] = row["ms"] = self.median_ms(call)
+                for unit, count in amount.items():
+                    row[f"{unit}_per_s"] = count / row["ms"] * 1e3
+                    peak = self.peaks.get("tf32" if case.get("dtype") == "float32" else "bf16")
+                    peak = self.peaks.get("bytes") if unit == "bytes" else peak if unit == "flops" else None
+                    if peak:
+                        row[f"share_of_{unit}"] = row[f"{unit}_per_s"] / peak
+                row["times_the_first"] = times[first] / row["ms"]
+            self.emit(row)
+        return times
+
+    def emit(self, row: dict) -> None:
+        self.rows.append(row)
+        line = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
+        print(line, flush=True)
+        if self.file is not None:
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _double(result: object) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()]
+
+
+def problem(device, dtype, samples, batch, n_in, n_out, shared=True):
+    make = lambda *shape: torch.randn(shape, device=device).to(dtype)
+    x = make(*(() if shared else (samples,)), batch, n_in)
+    key = make_key(1, range(samples)).to(device)
+    return x, make(n_out, n_in) / n_in**0.5, make(n_out, n_in).abs() / n_in**0.5 / 4, key
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """tf32 products on the one side and roundings of another order on the other; half precision rounds the weights."""
+    return 1e-2 if dtype == torch.float32 else 3e-2
+
+
+# ---- the goals ------------------------------------------------------------------------------------------------
+
+
+def peaks(bench: Bench) -> None:
+    """What this card does: the denominators of every share."""
+    a = torch.randn(2**28, device="cuda")
+    b = torch.empty_like(a)
+    found = {"bytes": 8 * a.numel() / bench.median_ms(lambda: b.copy_(a)) * 1e3}
+    for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32)):
+        m = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+        found[name] = 2 * 8192**3 / bench.median_ms(lambda m=m: m @ m) * 1e3
+    bench.peaks = found
+    bench.emit({"goal": "peaks", **found})
+
+
+def noise(bench: Bench, size: int) -> None:
+    """P1. Normals alone: in registers (summed, never stored), and written."""
+    key = make_key(0, range(16)).to(bench.device)
+    case = {"normals": 16 * size * size}
+    amount = {"normals": case["normals"], "bytes": 4 * case["normals"]}
+    providers: Providers = {"vbdl.normal": lambda: normal(key, LAYER, 0, size, size)}
+    if bench.device == "cuda":
+        out = torch.empty(16, size, size, device="cuda")
+        providers["torch.randn"] = lambda: out.normal_()
+        for name, call in _register_noise(case["normals"]).items():
+            providers[name] = call
+    bench.compare("P1", case, providers, 0.0, {"vbdl.normal"}, **amount)
+
+
+def _register_noise(count: int) -> Providers:
+    import noise_kernels
+
+    return noise_kernels.providers(count)
+
+
+def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int, compiled: bool) -> None:
+    """P2, P3, P4. One layer under every draw: fused, sampler and product, pre-drawn, as written today, compiled."""
+    x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
+    weights = sample_weights(mean, std, key, LAYER)
+
+    def eager():
+        eps = torch.randn(samples, size, size, device=x.device, dtype=dtype)
+        return x @ (mean + std * eps).mT
+
+    providers: Providers = {
+        "fused": lambda: sampled_linear(x, mean, std, key, LAYER),
+        "sampler": lambda: x @ sample_weights(mean, std, key, LAYER).mT,
+        "drawn": lambda: x @ weights.mT,
+        "local": lambda: local_reparameterised_linear(x, mean, std, key, LAYER),
+        "eager": eager,
+    }
+    if compiled:
+        providers["compiled"] = torch.compile(eager)
+    case = {"dtype": str(dtype)[6:], "samples": samples, "batch": batch, "size": size}
+    count = samples * size * size
+    same = {"fused", "sampler", "drawn"}
+    amount = {"weights": count, "flops": 2 * count * batch}
+    times = bench.compare("P2-P4", case, providers, tolerance(dtype), same, **amount)
+    if times:
+        chosen = regime.choose(samples, batch, size, size, dtype.itemsize, memory_budget=2**40)
+        best = min(("fused", "sampler"), key=times.__getitem__)
+        bench.emit({"goal": "P4", **case, "chosen": chosen, "best": best, "slower_by": times[chosen] / times[best] - 1})
+
+
+def sampler(bench: Bench, samples: int, size: int) -> None:
+    """P5. Weights written to memory."""
+    _, mean, std, key = problem(bench.device, torch.bfloat16, samples, 1, size, size)
+    eager = lambda: mean + std * torch.randn(samples, size, size, device=mean.device, dtype=mean.dtype)
+    count = samples * size * size
+    providers: Providers = {"sample_weights": lambda: sample_weights(mean, std, key, LAYER), "eager": eager}
+    case = {"samples": samples, "size": size}
+    bench.compare("P5", case, providers, 0.0, {"sample_weights"}, weights=count, bytes=2 * count)
+
+
+def training(bench: Bench, samples: int, batch: int, size: int, materialise: bool) -> None:
+    """P6. Forward and backward, time and peak memory over what was held before."""
+    dtype = torch.bfloat16
+    x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
+    leaves = [t.requires_grad_() for t in (x, mean, std)]
+    forward = {
+        "fused": lambda: sampled_linear(*leaves, key, LAYER),
+        "sampler": lambda: leaves[0] @ sample_weights(leaves[1], leaves[2], key, LAYER).mT,
+        "eager": lambda: (
+            leaves[0] @ (leaves[1] + leaves[2] * torch.randn(samples, size, size, device=x.device, dtype=dtype)).mT
+        ),
+    }
+    if not materialise:
+        forward = {"fused": forward["fused"]}
+    step = lambda f: torch.autograd.grad(f().float().square().sum(), leaves)
+    case = {"samples": samples, "batch": batch, "size": size}
+    providers = {name: lambda f=f: step(f) for name, f in forward.items()}
+    bench.compare("P6", case, providers, 5e-2, {"fused", "sampler"}, weights=3 * samples * size * size)
+    if bench.device == "cuda":
+        for name, call in providers.items():
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+            bench.emit({"goal": "P6", **case, "provider": name, "peak_mib": peak / 2**20})
+
+
+def local(bench: Bench, samples: int, batch: int, size: int) -> None:
+    """P7. The local reparameterisation against its two products alone, and against the fused draw."""
+    x, mean, std, key = problem(bench.device, torch.bfloat16, samples, batch, size, size)
+    providers: Providers = {
+        "local": lambda: local_reparameterised_linear(x, mean, std, key, LAYER),
+        "two products": lambda: (x @ mean.mT, x.square() @ std.square().mT),
+        "fused": lambda: sampled_linear(x, mean, std, key, LAYER),
+    }
+    case = {"samples": samples, "batch": batch, "size": size}
+    bench.compare("P7", case, providers, 0.0, {"local"}, flops=4 * batch * size * size)
+
+
+def dropout(bench: Bench, samples: int, batch: int, size: int) -> None:
+    """The masked product against a mask and a product."""
+    x, weight, _, key = problem(bench.device, torch.bfloat16, samples, batch, size, size, shared=False)
+
+    def eager():
+        keep = torch.rand(samples, 1, size, device=x.device) >= 0.5
+        return (x * keep * 2) @ weight.mT
+
+    providers: Providers = {"masked_linear": lambda: masked_linear(x, weight, key, LAYER, 0.5), "eager": eager}
+    case = {"samples": samples, "batch": batch, "size": size}
+    bench.compare("masked", case, providers, 0.0, {"masked_linear"}, flops=2 * samples * batch * size * size)
+
+
+def statistics(bench: Bench, samples: int, batch: int, classes: int) -> None:
+    """P8. One pass over the logits against the same in torch."""
+    logits = torch.randn(samples, batch, classes, device=bench.device).to(torch.bfloat16)
+    probs = lambda: logits.float().softmax(-1)
+
+    def eager():
+        p = probs()
+        mean = p.mean(0)
+        entropy = lambda p: torch.special.entr(p).sum(-1)
+        return mean, p.var(0, correction=0), entropy(mean), entropy(p).mean(0)
+
+    providers: Providers = {"kernel": lambda: tuple(predictive_statistics(logits)), "eager": eager}
+    if bench.device == "cuda":
+        providers["compiled"] = torch.compile(eager)
+    case = {"samples": samples, "batch": batch, "classes": classes}
+    bench.compare("P8", case, providers, 1e-3, bytes=logits.numel() * 2)
+
+
+def networks(bench: Bench, members: int, batch: int, width: int) -> None:
+    """Whole small networks: one launch against batched products, as they are and in a CUDA graph."""
+    dtype = torch.bfloat16
+    make = lambda *shape: torch.randn(shape, device=bench.device).to(dtype)
+    widths = [width, width, width, 16]
+    pairs = list(zip(widths, widths[1:], strict=False))
+    x = make(batch, width)
+    weights, biases = [make(members, o, i) / i**0.5 for i, o in pairs], [make(members, o) for _, o in pairs]
+
+    def layers(x, weights, biases):
+        x = x.expand(members, -1, -1)
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+            x = torch.baddbmm(b[:, None], x, w.mT)
+            x = x.relu() if i < len(weights) - 1 else x
+        return x
+
+    providers: Providers = {
+        "ensemble_mlp": lambda: ensemble_mlp(x, weights, biases),
+        "baddbmm": lambda: layers(x, weights, biases),
+    }
+    if bench.device == "cuda":
+        graph = torch.compile(layers, mode="reduce-overhead")
+        providers["reduce-overhead"] = lambda: graph(x, weights, biases).clone()
+    case = {"members": members, "batch": batch, "width": width}
+    bench.compare("mlp", case, providers, 5e-2)
+
+    mean, std = [w[0] for w in weights], [w[0].abs() / 4 for w in weights]
+    bias_mean, bias_std = [b[0] for b in biases], [b[0].abs() / 4 for b in biases]
+    key, numbers = make_key(0, range(members)).to(bench.device), list(range(len(mean)))
+
+    def one_by_one():
+        h = x
+        for i in range(len(mean)):
+            h = sampled_linear(h, mean[i], std[i], key, numbers[i], bias_mean[i], bias_std[i])
+            h = h.relu() if i < len(mean) - 1 else h
+        return h
+
+    drawn: Providers = {
+        "bayesian_mlp": lambda: bayesian_mlp(x, mean, std, bias_mean, bias_std, key, numbers),
+        "sampled_linear, layer by layer": one_by_one,
+    }
+    bench.compare("mlp", case, drawn, 5e-2)
+
+
+def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
+    """Drawn weights and the library's convolution: how little of it the drawing is."""
+    mean = torch.randn(channels, channels, 3, 3, device=bench.device)
+    std, key = mean.abs() / 4, make_key(0, range(samples)).to(bench.device)
+    x = torch.randn(batch, channels, 16, 16, device=bench.device)
+    kept = sample_weights(mean, std, key, LAYER)
+    mapped = torch.vmap(lambda weights: nn.functional.conv2d(x, weights, padding=1))
+    providers: Providers = {
+        "drawn in the call": lambda: mapped(sample_weights(mean, std, key, LAYER)),
+        "drawn before": lambda: mapped(kept),
+    }
+    bench.compare("conv", {"samples": samples, "batch": batch, "channels": channels}, providers, 1e-6)
+
+
+def run(bench: Bench, quick: bool) -> Iterator[str]:
+    """Everything, in order of what is learnt a second; yields the name of each part when it is done."""
+    half, single = torch.bfloat16, torch.float32
+    peaks(bench)
+    yield "peaks"
+    noise(bench, 8192)
+    yield "P1"
+    sizes = (1024, 4096) if quick else (512, 1024, 2048, 4096)
+    for size in sizes:
+        for samples in (8, 32, 128, 256):
+            for batch in (1, 16, 64, 128, 256, 1024, 4096):
+                if samples * size * (size + batch) > 2**32:  # beyond what the eager baseline holds
+                    continue
+                if quick and batch in (128, 4096):
+                    continue
+                for dtype in (half, single):
+                    if dtype == single and (size not in (1024, 4096) or samples not in (32, 128)):
+                        continue
+                    compiled = samples == 32 and batch in (1, 16, 64) and size in (1024, 4096) and dtype == half
+                    layer(bench, dtype, samples, batch, size, compiled)
+        yield f"P2-P4 at {size}"
+    for size in (1024, 4096):
+        sampler(bench, 32, size)
+    yield "P5"
+    for samples in (8, 32, 128, 256):
+        training(bench, samples, 16, 4096, materialise=samples <= 32)
+    training(bench, 32, 16, 1024, materialise=True)
+    yield "P6"
+    for batch in (1, 16, 256):
+        local(bench, 32, batch, 4096)
+        dropout(bench, 32, batch, 4096)
+    yield "P7"
+    for classes in (10, 100, 1000):
+        statistics(bench, 100, 2**20 // classes, classes)
+    yield "P8"
+    for width in (32, 64, 128):
+        for batch in (1, 64, 512):
+            networks(bench, 64, batch, width)
+    convolution(bench, 32, 32, 64)
+    yield "networks and convolutions"
+
+
+def check(bench: Bench) -> None:
+    """Every provider that runs here, at sizes with odd tails."""
+    noise(bench, 9)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer(bench, dtype, 3, 5, 130, compiled=False)
+    sampler(bench, 3, 33)
+    training(bench, 3, 5, 33, materialise=True)
+    local(bench, 3, 5, 33)
+    dropout(bench, 3, 5, 33)
+    statistics(bench, 7, 9, 11)
+    networks(bench, 3, 5, 20)
+    convolution(bench, 2, 3, 4)
+
+
+def stamp() -> dict:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        found |= {"cuda": torch.version.cuda, "memory_gib": round(properties.total_memory / 2**30)}
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    timed = [r for r in rows if "ms" in r]
+    skip = {"goal", "provider", "ms", "compile_s", "times_the_first"}
+    skip |= {k for r in timed for k in r if k.endswith("_per_s") or k.startswith("share_of_")}
+    lines = [f"{'goal':8s} {'case':44s} {'provider':32s} {'ms':>10s} {'speed':>7s}"]
+    for r in timed:
+        case = " ".join(
+            f"{k}={v}" for k, v in r.items() if k not in skip and not k.endswith("_per_s") and "share" not in k
+        )
+        lines.append(f"{r['goal']:8s} {case:44s} {r['provider']:32s} {r['ms']:10.4f} {r['times_the_first']:6.2f}x")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="every provider once, tiny, on this machine's CPU")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--seconds", type=float, default=300, help="stop between two parts once this long has passed")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    if given.check:
+        bench = Bench("cpu", None, 0)
+        check(bench)
+        print(f"{len(bench.rows)} providers agree with their references")
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: --check runs the providers without one")
+    torch.set_float32_matmul_precision("high")  # tf32 for every provider alike
+    bench = Bench("cuda", given.out, 20)
+    bench.emit({"goal": "machine", **stamp()})
+    started = time.perf_counter()
+    for part in run(bench, given.quick):
+        print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
+        if time.perf_counter() - started > given.seconds:
+            print(f"# stopped after {part}: --seconds {given.seconds:.0f}", flush=True)
+            break
+    text = table(bench.rows)
+    (given.out / "kernels.txt").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
