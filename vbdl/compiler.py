@@ -21,7 +21,7 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
 
     try:
         with torch.no_grad():
-            return torch._inductor.compile(graph, list(inputs))
+            return torch._inductor.compile(graph, list(inputs))  # type: ignore[return-value]
     except Exception as error:
         if not _no_compiler(error):
             raise

@@ -4,6 +4,7 @@ It knows no method and no likelihood by name. Rows go through in tiles of fixed 
 compiled for a new batch size and, on a CPU, a row's result is the same bit for bit in whatever batch it comes.
 """
 
+import contextlib
 import copy
 import math
 import threading
@@ -96,7 +97,7 @@ class Predictor:
         x, rows = self._check(x)
         parts = [self._tile(tile, samples) for tile in self._tiles(x, rows)]
         fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
-        kept = torch.cat([p[1] for p in parts], dim=1)[:, :rows] if samples else None
+        kept = torch.cat([p[1] for p in parts if p[1] is not None], dim=1)[:, :rows] if samples else None
         return self.likelihood.prediction(fields, self.n_samples, kept)
 
     def stream(self, batches: Iterable[Inputs]) -> Iterator[Any]:
@@ -245,7 +246,7 @@ class Predictor:
 
     def _tile(self, tile: Inputs, samples: bool) -> tuple[State, Tensor | None]:
         executions = self._execution(tile)
-        with self._compiling(executions, samples):
+        with self._first(executions, "sums", *(["parameters"] if samples else [])):
             kept = torch.cat([e.parameters(tile) for e in executions], dim=0) if samples else None
             if len(executions) == 1 and executions[0].one_call:
                 return executions[0].fields(tile), kept
@@ -256,39 +257,19 @@ class Predictor:
 
     def _samples(self, tile: Inputs) -> Tensor:
         executions = self._execution(tile)
-        with self._compiling(executions, True):
+        with self._first(executions, "parameters"):
             return torch.cat([e.parameters(tile) for e in executions], dim=0)
 
-    def _compiling(self, executions: list[Execution], samples: bool):
-        """Held while a first call compiles; calls after it share nothing they write to."""
-        done = getattr(executions[0], "warm", set())
-        return _Once(self._lock, executions[0], samples) if samples not in done else _NOTHING
-
-
-class _Once:
-    """Lets one thread through the first call, so that a graph is traced and compiled once."""
-
-    def __init__(self, lock: threading.RLock, execution: Execution, kind: bool):  # type: ignore[valid-type]
-        self._held, self._execution, self._kind = lock, execution, kind
-
-    def __enter__(self):
-        self._held.acquire()
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self._execution.warm = {*getattr(self._execution, "warm", set()), self._kind}
-        self._held.release()
-
-
-class _Nothing:
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *_):
-        pass
-
-
-_NOTHING = _Nothing()
+    @contextlib.contextmanager
+    def _first(self, executions: list[Execution], *ends: str) -> Iterator[None]:
+        """Lets one thread at a time through a call that compiles; calls after it share nothing they write to."""
+        warm = executions[0].warm
+        if warm.issuperset(ends):
+            yield
+        else:
+            with self._lock:
+                yield
+            warm.update(ends)
 
 
 class PredictiveModule(nn.Module):

@@ -57,6 +57,7 @@ class Execution:
         self.n_samples, self.members = n_samples, members
         self.device = tensors(tile)[0].device
         self._programs: dict[tuple[int, str], _Program] = {}
+        self.warm: set[str] = set()  # ends of calls that are compiled: what the predictor need not hold its lock for
         with torch.no_grad(), _tracing():
             self._prepare(tile)
 

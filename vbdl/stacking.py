@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from vbdl.types import Inputs, State
 
 
-def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def arguments(inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Positional and keyword tensors of a call."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
@@ -52,7 +52,7 @@ def state_of(module: nn.Module) -> State:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def call(module: nn.Module, state: State, inputs: Inputs) -> Any:
+def call(module: nn.Module, state: State, inputs: Any) -> Any:
     """The module's output with these entries in place of its own, which stay untouched."""
     args, kwargs = arguments(inputs)
     return functional_call(module, state, args, kwargs, strict=False)
@@ -62,13 +62,13 @@ def call_stacked(
     module: nn.Module,
     stacked: State,  # (samples, ...) each
     shared: State,
-    inputs: Inputs,
+    inputs: Any,
     randomness: str = "error",
     inputs_stacked: bool = False,
 ) -> Any:
     """Outputs of every sample on the same inputs, or on inputs of its own: (samples, batch, ...)."""
 
-    def one(state: State, inputs: Inputs):
+    def one(state: State, inputs: Any):
         return call(module, {**shared, **state}, inputs)
 
     in_dims = (0, 0 if inputs_stacked else None)

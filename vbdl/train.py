@@ -139,7 +139,8 @@ class _Losses(nn.Module):
 
     def __init__(self, posterior: nn.Module, likelihood: nn.Module, own: bool):
         super().__init__()
-        self.posterior, self.likelihood, self._own = posterior, likelihood, own
+        self.posterior: Any = posterior
+        self.likelihood, self._own = likelihood, own
 
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
         extra = {"own_rows": True} if self._own else {}

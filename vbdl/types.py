@@ -66,7 +66,7 @@ class Prediction(Protocol):
 class Likelihood(Protocol):
     """How a network's outputs become p(y | x): an `nn.Module` whose forward maps outputs to parameters of p.
 
-    Parameters are what `nll`, `summarize` and `sample_prediction` take, so that anything learned or calibrated about
+    Parameters are what `nll` and `summarize` take, so that anything learned or calibrated about
     p(y | x) lives in forward, and is stacked, traced and compiled with the network.
     """
 
@@ -94,6 +94,10 @@ class Likelihood(Protocol):
         """The fields of the prediction, in plain torch."""
         ...
 
-    def prediction(self, fields: State, samples: Tensor | None = None) -> Any:
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """What training minimises in place of `nll`, where that is another thing: (batch,)"""
+        ...
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
         """The prediction of these fields; samples: (samples, batch, ...) parameters, where asked for."""
         ...

@@ -5,7 +5,7 @@ formulas (Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -83,16 +83,14 @@ def multi_head_attention_forward(
     if static_k is not None or static_v is not None:
         raise NotImplementedError(f"attention in module '{mode.place()}' uses static_k or static_v")
     length, batch, width = query.shape
+    weights_in: Any
     if use_separate_proj_weight:
         weights_in = (q_proj_weight, k_proj_weight, v_proj_weight)
     else:
         assert in_proj_weight is not None
         weights_in = in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    q, k, v = (
-        F.linear(t, w, b)
-        for t, w, b in zip((query, key, value), weights_in, biases, strict=True)  # type: ignore[arg-type]
-    )
+    q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights_in, biases, strict=True))
     if bias_k is not None and bias_v is not None:
         k = torch.cat([k, bias_k.expand(1, batch, -1)])
         v = torch.cat([v, bias_v.expand(1, batch, -1)])

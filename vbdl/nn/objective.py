@@ -1,5 +1,7 @@
 """What training minimises, as one module, so that it can be stacked, mapped and compiled like any other."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
@@ -27,9 +29,10 @@ class Objective(nn.Module):
 
     key: Tensor
 
-    def __init__(self, network: nn.Module, likelihood: nn.Module, n_samples: int = 1):
+    def __init__(self, network: nn.Module, likelihood: Any, n_samples: int = 1):
         super().__init__()
-        self.network, self.likelihood, self.n_samples = network, likelihood, n_samples
+        self.network, self.n_samples = network, n_samples
+        self.likelihood: Any = likelihood
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64))
 
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class DeepEnsemble(nn.Module):
     seed: of the initialisations and of dropout in training; member m uses seed + m.
     """
 
+    steps: Tensor
+
     def __init__(
         self,
         networks: nn.Module | Sequence[nn.Module],
@@ -107,7 +109,7 @@ class DeepEnsemble(nn.Module):
 
     @kl_weight.setter
     def kl_weight(self, value: float) -> None:
-        self.stacked_buffers.kl_weight.fill_(value)
+        self.stacked_buffers.get_buffer("kl_weight").fill_(value)
 
     def member(self, index: int) -> State:
         """State dict of one member, to be loaded into a network of its own."""
