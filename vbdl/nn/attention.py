@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
             scores = scores + attn_mask
-    weights = mode.drop(torch.softmax(scores, dim=-1), dropout_p, "scaled_dot_product_attention")
+    weights = mode.drop(_softmax(scores), dropout_p, "scaled_dot_product_attention")
     return weights @ value
 
 
@@ -82,6 +82,8 @@ def multi_head_attention_forward(
         )
     if static_k is not None or static_v is not None:
         raise NotImplementedError(f"attention in module '{mode.place()}' uses static_k or static_v")
+    if is_causal and attn_mask is None:
+        raise ValueError(f"attention in module '{mode.place()}' got is_causal=True without the attn_mask it hints at")
     length, batch, width = query.shape
     weights_in: Any
     if use_separate_proj_weight:
@@ -106,7 +108,7 @@ def multi_head_attention_forward(
     if key_padding_mask is not None:
         mask = F.pad(key_padding_mask, (0, source - key_padding_mask.shape[-1]))
         scores = _mask(scores, mask[:, None, None, :])
-    attention = torch.softmax(scores, dim=-1)
+    attention = _softmax(scores)
     if training:
         attention = mode.drop(attention, dropout_p, "multi_head_attention_forward", axis=0)
     out = (attention @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
@@ -114,6 +116,11 @@ def multi_head_attention_forward(
     if not need_weights:
         return out, None
     return out, attention.mean(dim=1) if average_attn_weights else attention
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the sources; zeros for a row that may look at none, where the formula is 0 / 0."""
+    return torch.softmax(scores, dim=-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
 
 
 def _mask(scores: Tensor, mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from vbdl_kernels import keep_mask
 
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
@@ -254,14 +255,19 @@ NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Insta
 DROPOUT_LAYERS = (nn.modules.dropout._DropoutNd,)
 
 
+def _is_torchs_own(module: nn.Module) -> bool:
+    return all(c.__module__.partition(".")[0] in ("torch", "builtins", "typing") for c in type(module).__mro__)
+
+
 def may_drop(module: nn.Module) -> bool:
     """Whether a forward might call a dropout, as far as can be told without running it."""
     for m in module.modules():
         if isinstance(m, DROPOUT_LAYERS) or getattr(m, "dropout", None):
             return True
-        if not type(m).__module__.startswith("torch.nn."):
+        if not _is_torchs_own(m):
             try:
-                if "dropout" in inspect.getsource(type(m)):
+                # the whole file, because a forward may call a function beside it
+                if "drop" in inspect.getsource(sys.modules[type(m).__module__]).lower():
                     return True
             except (OSError, TypeError):
                 return True  # no source to read: running it will tell
@@ -299,6 +305,8 @@ class DropoutNetwork(nn.Module):
     def _stays_deterministic(self, name: str, module: nn.Module) -> bool:
         if isinstance(module, NORMALISATION):
             return True
+        if _is_torchs_own(module) and not isinstance(module, DROPOUT_LAYERS) and not hasattr(module, "dropout"):
+            return True  # nothing to drop there, but power iterations of a spectral norm to leave out
         for chosen in self.deterministic:
             if isinstance(chosen, str):
                 if name == chosen or name.startswith(f"{chosen}."):
@@ -330,6 +338,16 @@ class DropoutNetwork(nn.Module):
         if [s.kind for s in found[0]] != [s.kind for s in found[1]]:
             raise RuntimeError("the module calls other dropouts for another batch size: draws cannot be reproduced")
         self.sites = tuple(_place_batch(a, b) for a, b in zip(*found, strict=True))
+        if any(site.multiple > 1 for site in self.sites):
+            # a row's part of a folded axis was taken to be in one piece: then equal rows, as here, stay equal
+            with CounterDropout(self.key, self.inner, 0.5, self.sites):
+                outputs = self.inner(*args, **kwargs)
+            for t in tree_leaves(outputs):
+                if isinstance(t, Tensor) and not torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4):
+                    raise ValueError(
+                        "dropout runs over an axis that folds the batch behind another axis, so vbdl cannot tell "
+                        "which part belongs to which row of the batch: fold with the batch first"
+                    )
         return self.sites
 
 

@@ -41,7 +41,8 @@ class Objective(nn.Module):
         return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 
     def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:
-        with CounterDropout(key, self.network, getattr(self.network, "rate", None), per_row=True):
+        root = getattr(self.network, "inner", self.network)  # rates are overridden by the names of the user's modules
+        with CounterDropout(key, root, getattr(self.network, "rate", None), per_row=True):
             outputs = call(self.network, {"key": key} if hasattr(self.network, "key") else {}, inputs)
         loss = self.likelihood.training_loss(self.likelihood(outputs), y).mean()
         regularization = getattr(self.network, "regularization", None)

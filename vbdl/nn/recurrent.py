@@ -13,15 +13,17 @@ def recurrent(mode: "CounterDropout", func, input: Tensor, *args):
     """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`, run layer by layer when there is dropout between the layers."""
     if isinstance(args[0], Tensor) and args[0].dtype == torch.int64 and args[0].ndim == 1:
         batch_sizes, *rest = args
-        if rest[4] > 0 and rest[3] > 1:
+        _, _, _, layers, dropout, training, _ = rest
+        if training and layers > 1 and mode.p(dropout, mode.place()) > 0:
             raise NotImplementedError(
                 f"module '{mode.place()}' has dropout between recurrent layers and got a packed sequence: "
                 f"vbdl needs padded sequences there"
             )
-        return func(input, batch_sizes, *rest)
+        # any dropout torch has left to do here would be its own, out of reach of the seed
+        return func(input, batch_sizes, *rest[:4], 0.0, False, rest[6])
     hidden, weights, has_biases, layers, dropout, training, bidirectional, batch_first = args
     if not training or layers == 1 or mode.p(dropout, mode.place()) == 0.0:
-        return func(input, *args)
+        return func(input, hidden, weights, has_biases, layers, 0.0, False, bidirectional, batch_first)
     directions = 2 if bidirectional else 1
     per_layer = len(weights) // layers
     states = hidden if isinstance(hidden, tuple | list) else (hidden,)
