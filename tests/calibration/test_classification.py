@@ -271,6 +271,16 @@ def test_platt_without_smoothing_is_logistic_regression():
     assert float(ours.intercept) == pytest.approx(sklearn.intercept_[0], abs=1e-4)
 
 
+def test_smoothed_platt_meets_platts_targets():
+    p, y = torch.tensor([0.1, 0.2, 0.4, 0.6, 0.9], dtype=torch.float64), torch.tensor([0, 0, 1, 0, 1])
+    fitted = Platt().fit(p, y)
+    # two positives of five: 3/4 for them, 1/5 for the others; the gradient of the loss vanishes
+    residual = fitted(p) - torch.where(y == 1, 3 / 4, 1 / 5)
+    assert abs(float(residual.sum())) < 1e-6 and abs(float((residual * p.logit()).sum())) < 1e-6
+    apart = Platt().fit(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]))
+    assert bool(torch.stack((apart.slope, apart.intercept)).isfinite().all())
+
+
 def test_beta_recovers_its_own_curve_and_stays_monotone():
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(200_000, generator=generator, dtype=torch.float64)

@@ -168,6 +168,9 @@ def test_debiased_by_hand():
     assert metrics.debiased_calibration_error(p, torch.tensor([1, 1, 0, 0]), 1) == 0.0
     wrong = metrics.debiased_calibration_error(p, torch.tensor([0, 0, 0, 0]), 1)
     assert wrong == pytest.approx(0.75, abs=1e-15)
+    # frequency 1/4: gap² 1/4, its noise 3/16 over n - 1 = 3
+    some = metrics.debiased_calibration_error(p, torch.tensor([1, 0, 0, 0]), 1)
+    assert some == pytest.approx((1 / 4 - 3 / 16 / 3) ** 0.5, rel=1e-14)
 
 
 @settings(max_examples=50, deadline=None)
