@@ -1,0 +1,138 @@
+"""What is measured of a trained method: how right it is, what it says it does not know, and how fast it says so."""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl import metrics
+from vbdl.demo.training import SINGLE, Trained
+from vbdl.demo.tutorial import loop
+from vbdl.engine import Predictor
+
+ROWS = 64  # in a timed batch, and in a tile
+BINS = 10  # of the calibration error
+
+
+@dataclass
+class Speed:
+    """Rows a second of both, medians of runs in turn, and the check that both say the same."""
+
+    loop: float
+    vbdl: float
+    compile_seconds: float
+    agreement: float  # see `disagreement`
+
+
+@dataclass
+class Result:
+    """A method on a task; variances in squared target units, entropies in nats."""
+
+    trained: Trained
+    test: Any  # the prediction, its samples kept
+    ood: Any
+    scores: dict[str, float] = field(default_factory=dict)
+    speed: Speed | None = None
+
+
+def predictor(trained: Trained, compile: bool, seed: int = 0) -> Predictor:
+    """The predictor of a trained method."""
+    tiles = (ROWS,)
+    return Predictor(trained.posterior, trained.likelihood, trained.n_samples, seed, tiles=tiles, compile=compile)
+
+
+def evaluate(trained: Trained, timed: bool = True) -> Result:
+    """Every score of the table. The timed predictor is compiled, the one for the scores needs not be: same draws."""
+    task, predict = trained.task, predictor(trained, compile=False)
+    result = Result(trained, predict(task.x["test"], samples=True), predict(task.x["ood"], samples=True))
+    y = task.y["test"]
+    if task.regression:
+        result.scores = _regression_scores(result, y.flatten(), task.y_std)
+    else:
+        p = result.test.probs
+        result.scores = {
+            "accuracy": metrics.accuracy(p, y),
+            "nll": float(metrics.categorical_nll(p, y).mean()),
+            "calibration": metrics.ece(p, y, BINS),
+        }
+    scale = task.y_std**2
+    for name, prediction in (("test", result.test), ("ood", result.ood)):
+        for part in ("total", "aleatoric", "epistemic"):
+            result.scores[f"{name}_{part}"] = float(getattr(prediction, part).mean()) * scale
+    uncertainty = "total" if trained.method == SINGLE else "epistemic"
+    scores = [getattr(p, uncertainty).flatten() for p in (result.test, result.ood)]
+    unknown = torch.cat([torch.zeros(len(scores[0])), torch.ones(len(scores[1]))]).bool()
+    result.scores["auroc"] = (
+        0.5 if trained.method == SINGLE and task.regression else metrics.auroc(torch.cat(scores), unknown)
+    )
+    if timed and trained.method != SINGLE:
+        result.speed = speed(trained, predict)
+    return result
+
+
+def _regression_scores(result: Result, y: Tensor, y_std: float) -> dict[str, float]:
+    p = result.test
+    return {
+        "rmse": metrics.rmse(p.mean.flatten(), y) * y_std,
+        "nll": float(-p.log_prob(y).mean()) + torch.tensor(y_std).log().item(),
+        "calibration": metrics.quantile_calibration_error(p.cdf(y.unsqueeze(-1)).flatten()),
+    }
+
+
+def speed(trained: Trained, eager: Predictor, seconds: float = 1.0) -> Speed:
+    """The compiled predictor and the tutorial loop on one batch, checked against each other, then timed in turn."""
+    x = trained.task.x["test"][:ROWS]
+    compiled, tutorial = predictor(trained, compile=True), loop(trained)
+    begun = time.perf_counter()
+    first = compiled.warm_up((len(x),), example=x)(x)
+    compile_seconds = time.perf_counter() - begun
+    torch.testing.assert_close(first.total, eager(x).total, rtol=1e-4, atol=1e-5)
+    agreement = disagreement(trained, x)
+    draws = compiled.n_samples
+    # both end in the same: means and the split of the uncertainty
+    end: Any = trained.task.likelihood()
+    contenders = {"loop": lambda: end.finish(end.summarize(tutorial(x, draws))), "vbdl": lambda: compiled(x)}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end_at = time.perf_counter() + seconds
+    with torch.no_grad():
+        while time.perf_counter() < end_at or len(times["vbdl"]) < 5:
+            for name, run in contenders.items():
+                begun = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - begun)
+    rows = {name: len(x) / statistics.median(taken) for name, taken in times.items()}
+    return Speed(rows["loop"], rows["vbdl"], compile_seconds, agreement)
+
+
+def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
+    """How far the loop's samples are from vbdl's: 0 where they are equal, about 1 where chance explains all of it.
+
+    Root mean square over outputs of (difference of the two means) / (its standard error); for an ensemble, which has
+    nothing random, the largest relative difference. RuntimeError where they do not agree: a time would mean nothing.
+    """
+    endless = trained.posterior.n_draws is None
+    n_samples = n_samples if endless else trained.posterior.n_draws
+    settings = {"n_samples": n_samples, "compile": False}
+    ours = predictor(trained, compile=False).replace(**settings)(x, samples=True).samples
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = loop(trained)(x, n_samples)
+    if trained.task.regression:
+        ours, theirs = ours[..., 0], theirs[..., 0]
+    if not endless:
+        found = float((ours - theirs).abs().max() / theirs.abs().max())
+        agree = found < 1e-4
+    else:
+        error = ((ours.var(0) + theirs.var(0)) / n_samples).sqrt().clamp_min(1e-12)
+        found = float(((ours.mean(0) - theirs.mean(0)) / error).square().mean().sqrt())
+        spread = float((ours.std(0) / theirs.std(0).clamp_min(1e-12)).median())
+        # rows share a draw, so their differences go together: the root mean square varies more than rows are many
+        agree = found < 2.5 and 0.9 < spread < 1.1
+    if not agree:
+        raise RuntimeError(
+            f"{trained.task.name}, {trained.method}: the tutorial loop and vbdl do not say the same ({found:.3g})"
+        )
+    return found

@@ -1,0 +1,82 @@
+"""The demo from end to end: train, compare, print, draw, save."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from vbdl.demo import figures, models, table
+from vbdl.demo.compare import Result, evaluate
+from vbdl.demo.data import TASKS, curve
+from vbdl.demo.training import ENSEMBLE, METHODS, Trained, single, train
+from vbdl.progress import Progress
+
+
+def run(
+    out: Path,
+    seed: int = 0,
+    tasks: Sequence[str] = tuple(TASKS),
+    effort: float = 1.0,
+    timed: bool = True,
+    console: Console | None = None,
+) -> list[Result]:
+    """Everything into `out`; the results of all tasks.
+
+    tasks: which data sets.  effort: share of the training, for a quick look.  timed: measure speed, which compiles.
+    """
+    unknown = [name for name in tasks if name not in TASKS]
+    if unknown:
+        raise ValueError(f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    if not effort > 0:
+        raise ValueError(f"effort is a share of the training above 0, got {effort}")
+    # what is missing is said before anything is trained, and a folder that cannot be written to as well
+    figures.pyplot_or_error()
+    loaded = [TASKS[name](seed) for name in tasks]
+    out.mkdir(parents=True, exist_ok=True)
+    console = console or Console()
+    begun = time.perf_counter()
+    found: list[Result] = []
+    lines: list[Trained] = []
+    steps = (len(loaded) + 1) * len(METHODS) + (len(loaded) * len(METHODS)) + 1
+    with Progress("vbdl demo", steps) as bar:
+        for task in loaded:
+            results = []
+            for method in METHODS:
+                trained = train(task, method, seed, effort)
+                bar.advance(f"{task.name}: {method} trained, now compared")
+                results.append(evaluate(trained, timed))
+                if method == ENSEMBLE:
+                    results.insert(0, evaluate(single(trained)))
+                models.save(trained, out / "models", seed)
+                bar.advance(f"{task.name}: {method} done")
+            found += results
+        task = curve(seed)
+        for method in METHODS:
+            lines.append(train(task, method, seed, effort))
+            bar.advance(f"{task.name}: {method} trained")
+        _draw(found, lines, out)
+        bar.advance("figures drawn")
+    for each in loaded:
+        table.show([r for r in found if r.trained.task is each], console)
+    table.note(found, console)
+    pictures = len(list(out.glob("*.png")))
+    console.print(
+        f"{pictures} figures (PNG, SVG) in {out}, {len(loaded) * len(METHODS)} models in {out / 'models'}; "
+        f"{time.perf_counter() - begun:.0f} s with {torch.get_num_threads()} thread(s), torch {torch.__version__}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return found
+
+
+def _draw(found: list[Result], lines: list[Trained], out: Path) -> None:
+    figures.bands(lines, out)
+    for name in dict.fromkeys(r.trained.task.name for r in found):
+        results = [r for r in found if r.trained.task.name == name]
+        figures.histograms(results, out)
+        if not results[0].trained.task.regression:
+            figures.reliability(results, out)
+        if name == "digits":
+            figures.rotation(results, out)

@@ -1,0 +1,104 @@
+"""The three methods of the demo, and the single network they are compared with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vbdl.demo.data import Task
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+from vbdl.train import fit
+
+SINGLE, DROPOUT, MEAN_FIELD, ENSEMBLE = "single network", "MC dropout", "mean-field", "deep ensemble"
+
+N_DRAWS = 64  # of dropout and mean-field
+N_MEMBERS = 5
+RATES = {DROPOUT: 0.2, MEAN_FIELD: 0.0, ENSEMBLE: 0.1}  # of dropout in the networks
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method is built and trained; n_samples None is every member."""
+
+    build: Callable[[Task, nn.Module, int], nn.Module]  # (task, network, seed) -> posterior
+    n_samples: int | None
+    training: dict[str, Any]
+
+
+METHODS: dict[str, Method] = {
+    DROPOUT: Method(lambda task, network, seed: MCDropout(network, seed=seed), N_DRAWS, {"lr": 3e-3, "patience": 15}),
+    MEAN_FIELD: Method(
+        lambda task, network, seed: MeanField(
+            network, len(task.y["train"]), prior_std=task.prior_std, initial_std=0.03, seed=seed
+        ),
+        N_DRAWS,
+        {"lr": 1e-2, "patience": 25, "kl_warmup": 20},
+    ),
+    ENSEMBLE: Method(
+        lambda task, network, seed: DeepEnsemble(network, N_MEMBERS, seed=seed), None, {"lr": 3e-3, "patience": 10}
+    ),
+}
+
+
+@dataclass
+class Trained:
+    """A posterior and its likelihood, and what training them took."""
+
+    task: Task
+    method: str
+    posterior: Any
+    likelihood: Any
+    n_samples: int | None
+    seconds: float = 0.0
+    epochs: int = 0
+
+
+def build(task: Task, method: str, seed: int = 0) -> Trained:
+    """Untrained; the network's initialisation is a function of the seed."""
+    how = METHODS[method]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = task.network(task.rates.get(method, RATES[method]))
+    return Trained(task, method, how.build(task, network, seed), task.likelihood(), how.n_samples)
+
+
+def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Trained:
+    """Built and trained; effort: share of the epochs, for trying the demo out."""
+    found = build(task, method, seed)
+    options = {
+        "epochs": task.epochs,
+        "batch_size": 64,
+        "validation": (task.x["validation"], task.y["validation"]),
+        "schedule": "cosine",
+        **METHODS[method].training,
+        **task.training.get(method, {}),
+    }
+    options["epochs"] = max(1, round(effort * options["epochs"]))
+    history = fit(
+        found.posterior,
+        (task.x["train"], task.y["train"]),
+        found.likelihood,
+        seed=seed,
+        progress=False,
+        **options,
+    )
+    found.seconds, found.epochs = history.seconds, history.epochs
+    return found
+
+
+def single(ensemble: Trained) -> Trained:
+    """The ensemble's first member on its own: stacked training is the training of each (tests/test_train.py)."""
+    task = ensemble.task
+    network = task.network(task.rates.get(ENSEMBLE, RATES[ENSEMBLE]))
+    network.load_state_dict(ensemble.posterior.member(0))
+    likelihood = task.likelihood()
+    with torch.no_grad():
+        stacked = dict(ensemble.likelihood.named_parameters())
+        for name, p in likelihood.named_parameters():
+            p.copy_(stacked[name][0])
+    seconds = ensemble.seconds / N_MEMBERS
+    return Trained(task, SINGLE, DeepEnsemble([network]), likelihood, None, seconds, ensemble.epochs)

@@ -1,0 +1,63 @@
+"""The loop most tutorials use, one forward pass a sample in eager torch, and whether it says the same as vbdl."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.demo.training import DROPOUT, ENSEMBLE, MEAN_FIELD, Trained
+
+Loop = Callable[[Tensor, int], Tensor]
+
+
+def loop(trained: Trained) -> Loop:
+    """(inputs, samples) -> (samples, batch, ...) parameters of p(y | x), for this method as tutorials write it."""
+    return {DROPOUT: _dropout, MEAN_FIELD: _mean_field, ENSEMBLE: _ensemble}[trained.method](trained)
+
+
+def _dropout(trained: Trained) -> Loop:
+    network = copy.deepcopy(trained.posterior.module.inner).eval()
+    for m in network.modules():
+        if isinstance(m, nn.Dropout):
+            m.train()
+
+    @torch.no_grad()
+    def run(x: Tensor, n_samples: int) -> Tensor:
+        return torch.stack([trained.likelihood(network(x)) for _ in range(n_samples)])
+
+    return run
+
+
+def _mean_field(trained: Trained) -> Loop:
+    network = copy.deepcopy(trained.posterior.module.inner).eval()
+    weights = dict(network.named_parameters())
+    normals = {n: (mean.detach(), log_std.detach().exp()) for n, mean, log_std in trained.posterior.module.normals()}
+
+    @torch.no_grad()
+    def run(x: Tensor, n_samples: int) -> Tensor:
+        found = []
+        for _ in range(n_samples):
+            for name, (mean, std) in normals.items():
+                weights[name].copy_(torch.addcmul(mean, std, torch.randn_like(mean)))
+            found.append(trained.likelihood(network(x)))
+        return torch.stack(found)
+
+    return run
+
+
+def _ensemble(trained: Trained) -> Loop:
+    members = []
+    for m in range(trained.posterior.n_members):
+        network, likelihood = trained.task.network(0.0).eval(), trained.task.likelihood()
+        network.load_state_dict(trained.posterior.member(m))
+        stacked = dict(trained.likelihood.named_parameters())
+        for name, p in likelihood.named_parameters():
+            p.data.copy_(stacked[name][m])
+        members.append((network, likelihood))
+
+    @torch.no_grad()
+    def run(x: Tensor, n_samples: int) -> Tensor:
+        return torch.stack([likelihood(network(x)) for network, likelihood in members[:n_samples]])
+
+    return run
