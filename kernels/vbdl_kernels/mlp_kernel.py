@@ -22,6 +22,21 @@ def activate(a, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def dense(h, weights, biases, member, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+          PADDED_COLUMNS: tl.constexpr, PADDED_ROWS: tl.constexpr,
+          BATCH: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """h weights^T + biases of one layer of one member, its widths padded to powers of two."""
+    row = tl.arange(0, PADDED_ROWS)
+    column = tl.arange(0, PADDED_COLUMNS)
+    inside = (row < ROWS)[None, :] & (column < COLUMNS)[:, None]
+    source = weights + member.to(tl.int64) * (COLUMNS * ROWS) + row[None, :] * COLUMNS + column[:, None]
+    w = tl.load(source, mask=inside, other=0.0)
+    b = tl.load(biases + member * ROWS + row, mask=row < ROWS, other=0.0)
+    start = tl.zeros((BATCH, PADDED_ROWS), tl.float32)
+    return matmul(h, w, start, "ieee", INTERPRET) + b.to(tl.float32)[None, :]
+
+
+@triton.jit
 def ensemble_mlp_forward(
     x, weights, biases, y, batch, x_member, x_batch,
     WIDTHS: tl.constexpr, PADDED: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
@@ -36,13 +51,10 @@ def ensemble_mlp_forward(
     h = tl.load(source, mask=in_batch & (unit < WIDTHS[0])[None, :], other=0.0)
     for layer in tl.static_range(LAYERS):
         row = tl.arange(0, PADDED[layer + 1])
-        column = tl.arange(0, PADDED[layer])
-        inside = (row < WIDTHS[layer + 1])[None, :] & (column < WIDTHS[layer])[:, None]
-        from_w = weights[layer] + member * (WIDTHS[layer] * WIDTHS[layer + 1])
-        w = tl.load(from_w + row[None, :] * WIDTHS[layer] + column[:, None], mask=inside, other=0.0)
-        b = tl.load(biases[layer] + member * WIDTHS[layer + 1] + row, mask=row < WIDTHS[layer + 1], other=0.0)
-        start = tl.zeros((BATCH, PADDED[layer + 1]), tl.float32)
-        a = matmul(h, w, start, "ieee", INTERPRET) + b.to(tl.float32)[None, :]
+        a = dense(
+            h, weights[layer], biases[layer], member, WIDTHS[layer], WIDTHS[layer + 1],
+            PADDED[layer], PADDED[layer + 1], BATCH, INTERPRET,
+        )  # fmt: skip
         if layer < LAYERS - 1:
             h = activate(a, ACTIVATION).to(x.dtype.element_ty)
         else:
