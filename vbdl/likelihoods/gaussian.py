@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.likelihoods import normal_mixture
+from vbdl.likelihoods.moments import per_row
 from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, RegressionPrediction
 from vbdl.types import State
 
@@ -54,7 +55,7 @@ class Gaussian(nn.Module):
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, outputs, 2), (batch, outputs) -> (batch,) nats"""
-        return normal_mixture.normal_nll(parameters, y)
+        return per_row(normal_mixture.normal_nll(parameters, y))
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.nll(parameters, y)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.likelihoods import normal_mixture
+from vbdl.likelihoods.moments import per_row
 from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, RegressionPrediction
 from vbdl.types import State
 
@@ -43,15 +44,14 @@ class HeteroscedasticGaussian(nn.Module):
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, outputs, 2), (batch, outputs) -> (batch,) nats"""
-        return normal_mixture.normal_nll(parameters, y)
+        return per_row(normal_mixture.normal_nll(parameters, y))
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The negative log-likelihood, each output weighed by its variance^beta."""
         if self.beta == 0.0:
             return self.nll(parameters, y)
-        per_output = normal_mixture.normal_nll(parameters.unsqueeze(-2), y.unsqueeze(-1))
         weight = (self.beta * parameters[..., 1].detach()).exp()
-        return (weight * per_output).flatten(1).sum(1)
+        return per_row(weight * normal_mixture.normal_nll(parameters, y))
 
     def summarize(self, parameters: Tensor) -> State:
         return normal_mixture.summarize(parameters, self.covariance)

@@ -38,7 +38,8 @@ class RegressionPrediction:
         """(batch,) log density of the mixture in nats; y: (batch, outputs), or (batch,) for one output."""
         components = self._components()
         y = as_columns(y, components.shape[1:-1])
-        return torch.logsumexp(-normal_nll(components, y), dim=0) - math.log(components.shape[0])
+        each = normal_nll(components, y).flatten(2).sum(2)
+        return torch.logsumexp(-each, dim=0) - math.log(components.shape[0])
 
     def cdf(self, y: Tensor) -> Tensor:
         """(..., batch, outputs) probability of at most y, for each output on its own."""
@@ -67,7 +68,7 @@ class RegressionPrediction:
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """(batch, outputs) bounds of the central interval that holds y with this probability."""
-        low, high = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
+        low, high = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
         return low, high
 
     def _components(self) -> Tensor:
@@ -106,10 +107,9 @@ def columns(outputs: Tensor) -> Tensor:
 
 
 def normal_nll(parameters: Tensor, y: Tensor) -> Tensor:
-    """(..., batch, outputs, 2) mean and log-variance, (batch, outputs) -> (..., batch) nats"""
+    """(..., 2) mean and log-variance, (...) -> (...) nats, each output's; leading axes broadcast."""
     mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
-    each = 0.5 * (math.log(2 * math.pi) + log_variance + (y - mean).square() * (-log_variance).exp())
-    return each.sum(-1) if each.ndim <= 2 else each.flatten(parameters.ndim - 2).sum(-1)
+    return 0.5 * (math.log(2 * math.pi) + log_variance + (y - mean).square() * (-log_variance).exp())
 
 
 def summarize(parameters: Tensor, covariance: bool) -> State:
