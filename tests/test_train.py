@@ -328,3 +328,33 @@ def test_a_loss_that_stops_being_finite_is_named(data):
         q.stacked()["0.weight"][1].fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="member 1 .* epoch 0 .*lower lr"):
         vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=3, compile=False)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda net: vbdl.DeepEnsemble(net, 2), lambda net: vbdl.DeepEnsemble(vbdl.MCDropout(net), 2)]
+)
+def test_recurrent_networks_train_one_after_the_other(make):
+    """vmap has no rule for recurrent layers: members are looped over, with the same result type."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 5, 2, dropout=0.2, batch_first=True), nn.Linear(5, OUTPUTS)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    x, y = torch.randn(31, 4, 3), torch.randn(31, OUTPUTS)
+    q, likelihood = make(Last()), vbdl.Gaussian(OUTPUTS)
+    history = vbdl.fit(q, (x, y), likelihood, epochs=20, lr=1e-2, validation=(x, y), compile=False)
+    assert np.mean(history.train_loss[-1]) < np.mean(history.train_loss[0])
+    assert vbdl.Predictor(q, likelihood, compile=False)(x).mean.shape == (31, OUTPUTS)
+
+
+def test_a_finished_run_goes_on_to_nothing(data, tmp_path):
+    options = {"epochs": 3, "validation": 0.2, "checkpoint": tmp_path / "run.safetensors", "compile": False}
+    q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
+    history = vbdl.fit(q, data, likelihood, **options)
+    again, noise = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
+    assert vbdl.fit(again, data, noise, **options).train_loss == history.train_loss
+    assert_same(state(q), state(again), rtol=0, atol=0)

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vbdl.compiler import compile_graph
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, trace
+from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
-from vbdl.stacking import Inputs, State, call, call_stacked, map_inputs, select, state_of, tensors
+from vbdl.stacking import Inputs, State, call_each, call_stacked, map_inputs, state_of, tensors
 from vbdl.types import Likelihood, Posterior
 
 
@@ -121,15 +122,13 @@ class Execution:
 
     def _cut(self, strategy: str, state: State) -> Cut:
         """The call of these draws, traced and cut; its output is (samples, rows, ...) parameters of p(y | x)."""
-        network = _Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
+        network = Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
 
         def parameters(stacked: list[Tensor], shared: list[Tensor], tile: Inputs) -> tuple[Tensor]:
             entries = dict(zip(state, stacked, strict=True))
             rest = dict(zip(self._shared, shared, strict=True))
-            if strategy == "stacked":
-                return (call_stacked(network, entries, rest, tile),)
-            count = stacked[0].shape[0]
-            return (torch.stack([call(network, {**rest, **select(entries, i)}, tile) for i in range(count)]),)
+            execute = call_stacked if strategy == "stacked" else call_each
+            return (execute(network, entries, rest, tile),)
 
         shared = list(self._shared.values())
         traced = trace(parameters, list(state.values()), shared, self._tile)
@@ -252,30 +251,6 @@ class _Program:
                 self._call = compile_graph(graph, arguments) if self._compile else graph
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=True))
-
-
-class _Observed(nn.Module):
-    """Network and likelihood as one module: inputs -> parameters of p(y | x)."""
-
-    def __init__(self, network: nn.Module, likelihood: nn.Module, autocast: torch.dtype | None):
-        super().__init__()
-        self.network, self.likelihood, self._autocast = network, likelihood, autocast
-
-    def forward(self, *args, **kwargs):
-        if self._autocast is None:
-            outputs = self.network(*args, **kwargs)
-        else:
-            device = next(iter([*args, *kwargs.values()])).device.type
-            with torch.autocast(device, dtype=self._autocast, cache_enabled=False):
-                outputs = self.network(*args, **kwargs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the module returned {type(outputs).__name__}, vbdl needs one Tensor (batch, ...): "
-                f"wrap it in a module that picks the output to predict from"
-            )
-        if outputs.dtype in (torch.bfloat16, torch.float16):
-            outputs = outputs.float()  # statistics are float32 or better
-        return self.likelihood(outputs)
 
 
 _lock = threading.RLock()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from vbdl.types import Inputs, State
 
@@ -73,6 +74,27 @@ def call_stacked(
 
     in_dims = (0, 0 if inputs_stacked else None)
     return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, inputs)
+
+
+def call_each(
+    module: nn.Module,
+    stacked: State,  # (samples, ...) each
+    shared: State,
+    inputs: Any,
+    inputs_stacked: bool = False,
+) -> Tensor:
+    """`call_stacked` one sample after the other, for what vmap cannot take."""
+    count = next(iter(stacked.values())).shape[0]
+    outputs = []
+    for index in range(count):
+        own = tree_map(lambda t, index=index: t[index], inputs) if inputs_stacked else inputs
+        outputs.append(call(module, {**shared, **select(stacked, index)}, own))
+    return torch.stack(outputs)
+
+
+def can_map(module: nn.Module) -> bool:
+    """Whether vmap has a rule for every layer, as far as is known of torch's own: it has none for recurrent ones."""
+    return not any(isinstance(m, nn.RNNBase) for m in module.modules())
 
 
 def select(stacked: State, index: int) -> State:

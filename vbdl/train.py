@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vbdl.checkpoint import load_checkpoint, save_checkpoint
-from vbdl.compiler import can_compile, compile_graph
+from vbdl.compiler import can_compile
 from vbdl.data import Batches, Rows, check_rows, holdout, take, whole
 from vbdl.data import bootstrap as bootstrap_rows
+from vbdl.early_stopping import BestEpochs
 from vbdl.fingerprint import fingerprints
-from vbdl.graph import trace
+from vbdl.nn.observed import Observed
 from vbdl.progress import Progress
-from vbdl.stacking import Inputs, State, call, call_stacked, map_inputs, rebuild, replicate, state_of, tensors
+from vbdl.stacking import Inputs, State, call, call_each, call_stacked, can_map, map_inputs, replicate, select, state_of
+from vbdl.step import Losses, Step
 from vbdl.types import Likelihood, Posterior
 
 # below this many steps, compiling (some seconds a batch shape) costs more than it saves
@@ -134,19 +136,6 @@ def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options:
     return total
 
 
-class _Losses(nn.Module):
-    """Posterior and likelihood as one module, whose call is each member's loss."""
-
-    def __init__(self, posterior: nn.Module, likelihood: nn.Module, own: bool):
-        super().__init__()
-        self.posterior: Any = posterior
-        self.likelihood, self._own = likelihood, own
-
-    def forward(self, x: Inputs, y: Tensor) -> Tensor:
-        extra = {"own_rows": True} if self._own else {}
-        return self.posterior.losses(x, y, self.likelihood, **extra)
-
-
 class _Run:
     """One call of fit."""
 
@@ -157,27 +146,21 @@ class _Run:
         if self.stacked:
             replicate(likelihood, self.members)
         self.device = next(posterior.parameters()).device
+        self.seen: list[Tensor] = []  # fingerprints of the rows trained on
         self._load(data)
-        self.losses = _Losses(posterior, likelihood, self.data.own)
-        self.trained = {n: p for n, p in self.losses.named_parameters() if p.requires_grad}
-        if not self.trained:
-            raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
+        self.losses = Losses(posterior, likelihood, self.data.own)
+        steps = options["epochs"] * len(self.data)
+        wanted = options["compile"]
+        self.step = Step(self.losses, can_compile() and steps >= _STEPS_WORTH_COMPILING if wanted is None else wanted)
+        self.trained = self.step.trained
         make = options["optimizer"]
         if make is None:
             make = lambda ps: torch.optim.AdamW(ps, lr=options["lr"], weight_decay=options["weight_decay"], fused=True)
         self.optimizer = make(list(self.trained.values()))
         self.schedule = self._schedule()
-        steps = options["epochs"] * len(self.data)
-        wanted = options["compile"]
-        self.compiled = can_compile() and steps >= _STEPS_WORTH_COMPILING if wanted is None else wanted
-        self.calls: dict[Any, Callable] = {}
         self.history = History()
-        self.best = torch.full((self.members,), math.inf)
-        self.waited = torch.zeros(self.members, dtype=torch.int64)
-        self.active = torch.ones(self.members, dtype=torch.bool)
-        self.kept: State = {}
+        self.best = BestEpochs(self.members, options["patience"], self._by_member())
         self.start = 0
-        self.seen: list[Tensor] = []
         self.kl_weight = getattr(posterior, "kl_weight", None)
 
     # -- data
@@ -213,6 +196,7 @@ class _Run:
         else:
             chosen = rows.unsqueeze(0)
         own = self.stacked
+        self.seen.append(fingerprints(take(x, chosen.unique())))
         self.data = Rows(x, y, chosen, o["batch_size"], seeds if own else seeds[:1], own)
 
     def _checked(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
@@ -222,71 +206,27 @@ class _Run:
 
     @torch.no_grad()
     def _output_shape(self, one: Inputs) -> tuple[int, ...]:
+        """Of p(y | x)'s parameters, a row, found by running one."""
         was = self.posterior.training
         self.posterior.eval()
         try:
             self.posterior.prepare(one)
-            pair = nn.ModuleList([self.posterior.module, self.likelihood])
-            state = self._draws(1)
-            first = {n: t[0] for n, t in state.items()}
-            outputs = call(self.posterior.module, {n[2:]: t for n, t in first.items() if n.startswith("0.")}, one)
-            if not isinstance(outputs, Tensor):
-                raise TypeError(f"the module returned {type(outputs).__name__}, fit needs one Tensor (batch, ...)")
-            own = {n[2:]: t for n, t in first.items() if n.startswith("1.")}
-            del pair
-            return tuple(call(self.likelihood, own, outputs).shape[1:])
+            return tuple(
+                call(Observed(self.posterior.module, self.likelihood), select(self._draws(1), 0), one).shape[1:]
+            )
         finally:
             self.posterior.train(was)
 
     def _draws(self, per_member: int) -> State:
-        """(members * per_member, ...) entries "0.": of the network, "1.": of the likelihood. Sample s: s % members."""
+        """(members * per_member, ...) entries of network and likelihood. Sample s belongs to member s % members."""
         numbers = torch.arange(self.members * per_member)
-        state = {f"0.{n}": t.detach() for n, t in self.posterior.draws(numbers, self.o["seed"]).items()}
+        state = {f"network.{n}": t.detach() for n, t in self.posterior.draws(numbers, self.o["seed"]).items()}
         if getattr(self.likelihood, "n_members", None) is not None:
             which = (numbers % self.members).to(self.device)
-            state |= {f"1.{n}": p.detach()[which] for n, p in self.likelihood.named_parameters()}
+            state |= {f"likelihood.{n}": p.detach()[which] for n, p in self.likelihood.named_parameters()}
         return {n: t.to(self.device) for n, t in state.items()}
 
-    # -- one step
-
-    def _step(self, x: Inputs, y: Tensor) -> Tensor:
-        """Losses of the members; gradients are left in the parameters."""
-        if not self.compiled:
-            losses = self.losses(x, y)
-            losses.sum().backward()
-            return losses.detach()
-        key = tuple((tuple(t.shape), t.dtype) for t in [*tensors(x), y])
-        fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
-        if key not in self.calls:
-            begun = time.perf_counter()
-
-            count = len(self.trained)
-
-            def whole(*flat: Tensor) -> tuple[Tensor, ...]:
-                *entries, targets = flat
-                inputs = rebuild(x, entries[count + len(fixed) :])
-
-                # what the step changes (running statistics, counters) has to be an argument of what is differentiated
-                def total(trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-                    state = dict(zip([*self.trained, *fixed], [*trained, *others], strict=True))
-                    losses = call(self.losses, state, (inputs, targets))
-                    return losses.sum(), losses
-
-                trained, others = tuple(entries[:count]), tuple(entries[count : count + len(fixed)])
-                gradients, losses = torch.func.grad(total, has_aux=True)(trained, others)
-                return (losses, *gradients)
-
-            flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y]
-            self.calls[key] = compile_graph(trace(whole, *flat), flat)
-            self.history.compile_seconds += time.perf_counter() - begun
-        with torch.no_grad():
-            losses, *gradients = self.calls[key](
-                *(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y
-            )
-        for p, gradient in zip(self.trained.values(), gradients, strict=True):
-            # a fused optimiser reads memory in order and takes the parameter's layout for granted
-            p.grad = gradient.contiguous()
-        return losses
+    # -- an epoch
 
     def _clip(self) -> None:
         most = self.o["clip_norm"]
@@ -311,8 +251,6 @@ class _Run:
             raise ValueError(f"schedule is 'cosine' or a function of the optimizer, got {wanted!r}")
         return wanted(self.optimizer)
 
-    # -- an epoch
-
     def _validate(self) -> Tensor:
         """(members,) mean -log p(y | x) of each member on the validation rows, nats."""
         assert self.validation is not None
@@ -320,47 +258,25 @@ class _Run:
         draws = 1 if self.posterior.n_draws is not None else _VALIDATION_DRAWS
         self.posterior.eval()
         total = torch.zeros(self.members)
-        pair = _Pair(self.posterior.module, self.likelihood)
+        pair = Observed(self.posterior.module, self.likelihood)
         with torch.no_grad():
-            state = {_PAIR[n[:2]] + n[2:]: t for n, t in self._draws(draws).items()}
+            state = self._draws(draws)
             shared = {n: t for n, t in state_of(pair).items() if n not in state}
             for start in range(0, len(y), 1024):
                 rows = torch.arange(start, min(start + 1024, len(y)))
-                parameters = call_stacked(pair, state, shared, take(x, rows))
+                parameters = (call_stacked if can_map(pair) else call_each)(pair, state, shared, take(x, rows))
                 each = torch.stack([-self.likelihood.nll(p, y[rows]) for p in parameters])
                 each = torch.logsumexp(each.view(draws, self.members, -1), dim=0) - math.log(draws)
                 total -= each.sum(1).cpu()
         self.posterior.train()
         return total / len(y)
 
-    def _keep_best(self, epoch: int, nll: Tensor) -> None:
-        """Keep the state of members that became better; stop those that have not for long enough."""
-        better = self.active & (nll < self.best)
-        self.best = torch.where(better, nll, self.best)
-        self.waited = torch.where(better, 0, self.waited + 1)
-        for m in better.nonzero().flatten().tolist():
-            self.history.best_epoch[m] = epoch
-        chosen = better.to(self.device)
-        for name, t in state_of(self.losses).items():
-            if name not in self.kept:
-                self.kept[name] = t.detach().clone()
-            elif self._by_member(name):
-                self.kept[name][chosen] = t.detach()[chosen]
-            elif bool(better.any()):
-                self.kept[name].copy_(t.detach())
-        if self.o["patience"] is not None:
-            self.active &= self.waited < self.o["patience"]
-
-    def _by_member(self, name: str) -> bool:
-        return (
-            self.stacked
-            and name not in ("posterior.steps",)
-            and not (name.startswith("likelihood.") and name.removeprefix("likelihood.") not in self._likelihood_names)
-        )
-
-    @property
-    def _likelihood_names(self) -> set[str]:
-        return {n for n, _ in self.likelihood.named_parameters()}
+    def _by_member(self) -> set[str]:
+        """Names of the entries with a leading members axis."""
+        if not self.stacked:
+            return set()
+        own = {f"likelihood.{n}" for n, _ in self.likelihood.named_parameters()}
+        return own | {n for n in state_of(self.losses) if n.startswith("posterior.stacked_")}
 
     def _set_kl(self, epoch: int) -> None:
         warm = self.o["kl_warmup"]
@@ -370,7 +286,6 @@ class _Run:
     def run(self) -> History:
         begun = time.perf_counter()
         o, history = self.o, self.history
-        history.best_epoch = [-1] * self.members
         self._resume()
         self.posterior.train()
         devices = [self.device] if self.device.type == "cuda" else []
@@ -384,7 +299,8 @@ class _Run:
                 if self.validation is not None:
                     nll = self._validate()
                     history.validation_nll.append(nll.tolist())
-                    self._keep_best(epoch, nll)
+                    self.best.update(epoch, nll, state_of(self.losses))
+                    history.best_epoch = self.best.epoch.tolist()
                     note += f", validation {float(nll.mean()):.4g}"
                 if self.schedule is not None:
                     self.schedule.step()
@@ -392,20 +308,21 @@ class _Run:
                 bar.advance(note)
                 if o["checkpoint"] is not None and (epoch + 1) % o["checkpoint_every"] == 0:
                     self._save(epoch + 1)
-                if not bool(self.active.any()):
+                if self.best.done:
                     break
         if self.kl_weight is not None and o["kl_warmup"]:
             self.posterior.kl_weight = self.kl_weight
-        if self.kept:
-            with torch.no_grad():
-                for name, t in state_of(self.losses).items():
-                    t.copy_(self.kept[name])
         if o["checkpoint"] is not None:
             self._save(history.epochs)
+        self.best.restore(state_of(self.losses))
+        history.best_epoch = self.best.epoch.tolist()
+        history.compile_seconds += self.step.compile_seconds
         self.posterior.eval()
         # what vbdl.calibrate refuses to calibrate on; a plain attribute, no buffer that the network would carry
         before = getattr(self.posterior, "training_rows", None)
-        self.posterior.training_rows = torch.cat([*self.seen, *([] if before is None else [before])]).unique()
+        seen = [*self.seen, *([] if before is None else [before])]
+        if seen:
+            self.posterior.training_rows = torch.cat(seen).unique()
         for p in self.trained.values():
             p.grad = None
         history.seconds += time.perf_counter() - begun
@@ -417,11 +334,10 @@ class _Run:
         for x, y in self.data.epoch(epoch):
             if isinstance(self.data, Batches):
                 x, y = self._checked(x, y)
-            if epoch == self.start:
-                rows_first = map_inputs(lambda t: t.flatten(0, 1), x) if self.data.own else x
-                self.seen.append(fingerprints(rows_first))
+                if epoch == self.start:
+                    self.seen.append(fingerprints(x))
             self.optimizer.zero_grad()
-            losses = self._step(x, y)
+            losses = self.step(x, y)
             self._clip()
             self.optimizer.step()
             n = y.shape[1] if self.data.own else y.shape[0]
@@ -440,10 +356,8 @@ class _Run:
     # -- stopping and going on
 
     def _save(self, epoch: int) -> None:
-        tensors_ = {f"model.{n}": t for n, t in state_of(self.losses).items()}
-        tensors_ |= {f"kept.{n}": t for n, t in self.kept.items()}
-        tensors_ |= {"best": self.best, "waited": self.waited, "active": self.active}
-        save_checkpoint(self.o["checkpoint"], tensors_, self.optimizer, self.schedule, self.history, epoch)
+        found = {f"model.{n}": t for n, t in state_of(self.losses).items()} | self.best.tensors()
+        save_checkpoint(self.o["checkpoint"], found, self.optimizer, self.schedule, self.history, epoch)
 
     def _resume(self) -> None:
         path = self.o["checkpoint"]
@@ -457,22 +371,7 @@ class _Run:
         with torch.no_grad():
             for name, t in own.items():
                 t.copy_(saved[name])
-        self.kept = {n.removeprefix("kept."): t.to(self.device) for n, t in found.items() if n.startswith("kept.")}
-        self.best, self.waited, self.active = found["best"], found["waited"], found["active"]
+        self.best.load(found, self.device)
         for name, value in history.items():
             setattr(self.history, name, value)
-        self.start = epoch if bool(self.active.any()) else self.o["epochs"]
-
-
-_PAIR = {"0.": "network.", "1.": "likelihood."}
-
-
-class _Pair(nn.Module):
-    """Inputs -> parameters of p(y | x)."""
-
-    def __init__(self, network: nn.Module, likelihood: nn.Module):
-        super().__init__()
-        self.network, self.likelihood = network, likelihood
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        return self.likelihood(self.network(*args, **kwargs))
+        self.start = self.o["epochs"] if self.best.done else epoch

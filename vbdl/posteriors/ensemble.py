@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import architecture, blueprint, call_stacked, stack, state_of
+from vbdl.stacking import architecture, blueprint, call_each, call_stacked, can_map, stack, state_of
 from vbdl.types import Inputs, Posterior, State
 
 
@@ -167,9 +167,9 @@ class DeepEnsemble(nn.Module):
             target = state if getattr(likelihood, "n_members", None) == self.n_members else shared
             target[f"likelihood.{name}"] = t
         objective = Objective(self.module, likelihood, n_samples)
-        if own_rows:
-            return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=True)
-        return call_stacked(objective, state, shared, (x, y), randomness="different")
+        if not can_map(objective):
+            return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
+        return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
     def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
         """Summed over members, so that the gradient of each is its own: nats a row."""

@@ -1,0 +1,77 @@
+"""One step of training: forward, backward and what they change, traced once a batch shape and compiled."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.compiler import compile_graph
+from vbdl.graph import trace
+from vbdl.stacking import Inputs, call, rebuild, state_of, tensors
+
+
+class Losses(nn.Module):
+    """Posterior and likelihood as one module, whose call is each member's loss."""
+
+    def __init__(self, posterior: nn.Module, likelihood: nn.Module, own: bool):
+        super().__init__()
+        self.posterior: Any = posterior
+        self.likelihood, self._own = likelihood, own
+
+    def forward(self, x: Inputs, y: Tensor) -> Tensor:
+        extra = {"own_rows": True} if self._own else {}
+        return self.posterior.losses(x, y, self.likelihood, **extra)
+
+
+class Step:
+    """Losses of the members for a batch; gradients are left in the parameters."""
+
+    def __init__(self, losses: Losses, compiled: bool):
+        self.losses, self.compiled = losses, compiled
+        self.trained = {n: p for n, p in losses.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
+        self.compile_seconds = 0.0
+        self._calls: dict[Any, Callable] = {}
+
+    def __call__(self, x: Inputs, y: Tensor) -> Tensor:
+        """(members,) nats a row, before the step is taken"""
+        if not self.compiled:
+            losses = self.losses(x, y)
+            losses.sum().backward()
+            return losses.detach()
+        fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
+        flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y]
+        key = tuple((tuple(t.shape), t.dtype) for t in flat[len(self.trained) + len(fixed) :])
+        if key not in self._calls:
+            begun = time.perf_counter()
+            self._calls[key] = compile_graph(trace(self._whole(list(fixed), x), *flat), flat)
+            self.compile_seconds += time.perf_counter() - begun
+        with torch.no_grad():
+            losses, *gradients = self._calls[key](*flat)
+        for p, gradient in zip(self.trained.values(), gradients, strict=True):
+            # a fused optimiser reads memory in order and takes the parameter's layout for granted
+            p.grad = gradient.contiguous()
+        return losses
+
+    def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
+        """Losses and gradients as a function of a flat list: trained entries, fixed ones, inputs, targets."""
+        count = len(self.trained)
+
+        def whole(*flat: Tensor) -> tuple[Tensor, ...]:
+            *entries, targets = flat
+            inputs = rebuild(like, entries[count + len(fixed) :])
+
+            # what the step changes (running statistics, counters) has to be an argument of what is differentiated
+            def total(trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+                state = dict(zip([*self.trained, *fixed], [*trained, *others], strict=True))
+                losses = call(self.losses, state, (inputs, targets))
+                return losses.sum(), losses
+
+            trained, others = tuple(entries[:count]), tuple(entries[count : count + len(fixed)])
+            gradients, losses = torch.func.grad(total, has_aux=True)(trained, others)
+            return (losses, *gradients)
+
+        return whole
