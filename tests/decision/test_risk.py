@@ -97,6 +97,15 @@ def test_independence_sees_clusters_and_only_those():
     assert backtest(together, 0.99).conditional < 1e-6
 
 
+def test_independence_by_hand():
+    # 0 0 1 0 0 1: of four days after a quiet one two are violations, of one after a violation none
+    hits = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.bool)
+    apart = 2 * math.log(0.5) + 2 * math.log(0.5)
+    pooled = 2 * math.log(2 / 5) + 3 * math.log(3 / 5)
+    expected = stats.chi2.sf(2 * (apart - pooled), 1)
+    assert backtest(hits, 0.9).independence == pytest.approx(expected, rel=1e-12)
+
+
 def test_backtest_has_its_size():
     # p-values below 5 % about as often as that, for independent violations of the right rate
     rng = np.random.default_rng(0)
