@@ -135,6 +135,8 @@ def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: i
 def check_parameters(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> None:
     if mean.shape != std.shape or mean.dtype != std.dtype:
         raise ValueError(f"mean and std differ: {tuple(mean.shape)} {mean.dtype} and {tuple(std.shape)} {std.dtype}")
+    if mean.numel() >= 2**31:
+        raise ValueError(f"{mean.numel()} weights in one parameter: kernels index up to 2**31")
     if not mean.is_floating_point():
         raise ValueError(f"parameters are floating-point tensors, got {mean.dtype}")
     if key.dtype != torch.int64 or key.ndim not in (1, 2) or key.shape[-1] != 2:

@@ -248,6 +248,8 @@ def check_linear(x: Tensor, weight: Tensor, bias_mean: Tensor | None, bias_std: 
     """Refuse what a kernel would read out of bounds."""
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} does not fit weights (out, in) {tuple(weight.shape)}")
+    if weight.numel() >= 2**31:
+        raise ValueError(f"{weight.numel()} weights in one layer: kernels index up to 2**31")
     if key.ndim == 2 and x.ndim not in (2, 3):
         raise ValueError(f"with several draws x is (batch, in) or (samples, batch, in), got {tuple(x.shape)}")
     if key.ndim == 2 and x.ndim == 3 and x.shape[0] != key.shape[0]:

@@ -35,4 +35,9 @@ y = sampled_linear(x, mean, torch.ones(4, 3), make_key(0, range(5)), 1)
 y.sum().backward()
 assert y.shape == (5, 2, 4) and torch.equal(mean.grad, torch.full((4, 3), 10.0))
 """
+    code += """
+# the compiler, first imported here, has been told to keep the operators whole
+f = lambda key: torch.vmap(lambda key: sampled_linear(x, mean, torch.ones(4, 3), key, 1))(key)
+assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(make_key(0, range(5))), y)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})

@@ -248,6 +248,7 @@ def arguments(**changed):
         (dict(bias_std=torch.ones(7)), "bias_std"),
         (dict(bias_mean=None), "bias_std without"),
         (dict(precision="fp8"), "precision"),
+        (dict(mean=torch.ones(1, 1).expand(2**16, 2**15), std=torch.ones(1, 1).expand(2**16, 2**15)), "up to"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed, message):
