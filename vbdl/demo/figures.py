@@ -55,23 +55,21 @@ def bands(trained: Sequence[Trained], out: Path) -> Path:
     pyplot = pyplot_or_error()
     task = trained[0].task
     x = task.x["ood"]
-    at = x.flatten()
+    at = x.flatten().numpy()
     figure, axes = pyplot.subplots(
         1, len(trained), figsize=(4.4 * len(trained), 3.9), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, one in zip(axes[0], trained, strict=True):
         p = predictor(one, compile=False)(x)
-        mean, noise, std = p.mean.flatten(), p.aleatoric.flatten().sqrt(), p.std.flatten()
+        mean, noise, std = (t.flatten().numpy() for t in (p.mean, p.aleatoric.sqrt(), p.std))
         panel.fill_between(at, mean - 2 * std, mean + 2 * std, color=SKY, alpha=0.45, lw=0, label="± 2 std, total")
         panel.fill_between(
             at, mean - 2 * noise, mean + 2 * noise, color=ORANGE, alpha=0.6, lw=0, label="± 2 std, aleatoric (noise)"
         )
-        panel.plot(at, curve_mean(at), color="black", lw=1, ls=(0, (4, 3)), label="truth")
+        panel.plot(at, curve_mean(x).flatten().numpy(), color="black", lw=1, ls=(0, (4, 3)), label="truth")
         panel.plot(at, mean, color=BLUE, lw=2, label="predictive mean")
-        panel.plot(
-            task.x["train"].flatten(), task.y["train"].flatten(), "o", ms=3, color="black", alpha=0.55, mew=0,
-            label="training data",
-        )  # fmt: skip
+        points = task.x["train"].flatten().numpy(), task.y["train"].flatten().numpy()
+        panel.plot(*points, "o", ms=3, color="black", alpha=0.55, mew=0, label="training data")
         panel.set(title=one.method, xlabel="input x", xlim=(float(at[0]), float(at[-1])), ylim=(-3.6, 3.6))
     axes[0, 0].set_ylabel("target y")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -102,14 +100,12 @@ def reliability(results: Sequence[Result], out: Path, n_bins: int = BINS) -> Pat
         high = torch.tensor([max(0.0, i.upper - float(f)) for f, i in zip(frequency, intervals, strict=True)])
         top, bottom = axes[:, column]
         top.plot([0, 1], [0, 1], color="black", lw=1, ls=(0, (4, 3)))
-        top.errorbar(
-            confidence, frequency, yerr=torch.stack((low, high)), fmt="o-", ms=5, lw=1.5, elinewidth=1,
-            color=COLOUR[method],
-        )  # fmt: skip
+        points, error_bars = (confidence.numpy(), frequency.numpy()), torch.stack((low, high)).numpy()
+        top.errorbar(*points, yerr=error_bars, fmt="o-", ms=5, lw=1.5, elinewidth=1, color=COLOUR[method])
         top.set(title=method, ylim=(0, 1.03), xlim=(0, 1.03))
         top.text(0.97, 0.05, f"ECE {error.compute():.3f}", transform=top.transAxes, ha="right")
-        middles = (torch.arange(n_bins) + 0.5) / n_bins
-        bottom.bar(middles, diagram.counts / len(task.y["test"]), width=0.9 / n_bins, color=COLOUR[method])
+        middles, shares = (torch.arange(n_bins) + 0.5) / n_bins, diagram.counts / len(task.y["test"])
+        bottom.bar(middles.numpy(), shares.numpy(), width=0.9 / n_bins, color=COLOUR[method])
         bottom.set(xlabel="stated confidence")
     axes[0, 0].set_ylabel("observed accuracy")
     axes[1, 0].set_ylabel("share of\nrows")
@@ -145,13 +141,15 @@ def histograms(results: Sequence[Result], out: Path) -> Path:
                 (ood, {"fc": (0.9, 0.62, 0, 0.35), "ec": VERMILION, "lw": 1.5, "label": "out of distribution"}),
             ):
                 weights = torch.full_like(t, 1 / len(t))
-                panel.hist(t.clamp_max(edges[-1]), bins=edges, weights=weights, histtype="stepfilled", **style)
+                panel.hist(
+                    t.clamp_max(edges[-1]).numpy(), bins=edges, weights=weights.numpy(), histtype="stepfilled", **style
+                )
             unknown = torch.cat([torch.zeros(len(test)), torch.ones(len(ood))]).bool()
             if float(torch.cat([test, ood]).std()) > 1e-6 * scale:
                 found = metrics.auroc(torch.cat([test, ood]), unknown)
                 panel.text(0.97, 0.94, f"AUROC {found:.2f}", transform=panel.transAxes, va="top", ha="right")
         axes[row, 0].set_ylabel("share of rows")
-    figure.suptitle(f"{task.name.capitalize()}; out of distribution: {task.ood}", fontsize=11)
+    figure.suptitle(f"{task.name.capitalize()}; out of distribution: {task.ood} (last bar: and above)", fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=2)
     return _save(figure, out, f"uncertainty-{_slug(task.name)}")
@@ -174,7 +172,7 @@ def rotation(results: Sequence[Result], out: Path, index: int = 5, n_angles: int
     strip = grid[0].subgridspec(1, len(shown))
     for place, k in enumerate(shown):
         cell = figure.add_subplot(strip[place])
-        cell.imshow(turned[k, index, 0], cmap="gray_r", vmin=0, vmax=1)
+        cell.imshow(turned[k, index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(False)
     panels = grid[1].subgridspec(1, 3, wspace=0.05)
@@ -188,7 +186,14 @@ def rotation(results: Sequence[Result], out: Path, index: int = 5, n_angles: int
         for panel, line in zip(below, lines, strict=True):
             if panel is below[2] and method == SINGLE:
                 continue
-            panel.plot(angles, line, color=COLOUR[method], lw=2, label=method, ls="--" if method == SINGLE else "-")
+            panel.plot(
+                angles.numpy(),
+                line.numpy(),
+                color=COLOUR[method],
+                lw=2,
+                label=method,
+                ls="--" if method == SINGLE else "-",
+            )
     for panel, title in zip(
         below, ("error rate", "total uncertainty (nats)", "epistemic uncertainty (nats)"), strict=True
     ):

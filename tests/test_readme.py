@@ -1,0 +1,65 @@
+"""What README.md and CONTRIBUTING.md say holds: their code runs, their files and tests are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_blocks(folder, monkeypatch) -> dict:
+    """All blocks in order, as one session in an empty folder."""
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for number, block in enumerate(blocks()):
+        exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
+    return names
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """Uncompiled, as the same graph; the slow test compiles."""
+    monkeypatch.setattr("vbdl.execution.compile_graph", lambda graph, inputs: graph)
+    assert blocks()
+    names = run_blocks(tmp_path, monkeypatch)
+    p = names["p"]
+    torch.testing.assert_close(p.total, p.aleatoric + p.epistemic, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs_compiled(tmp_path, monkeypatch):
+    run_blocks(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_every_file_named_is_there(text):
+    named = set(re.findall(r"`((?:vbdl|tests|kernels|benchmarks|docs)/[\w/.\-]*\w)(?:::\w+)?`", text))
+    named |= {n for n in re.findall(r"\]\(([\w/.\-]+)\)", text) if not n.startswith("http")}
+    assert named
+    missing = [n for n in named if not (ROOT / n).exists()]
+    assert not missing, f"named but not there: {missing}"
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_every_test_named_is_there(text):
+    for file, name in re.findall(r"`(tests/[\w/.]+\.py)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
+
+
+def test_every_public_name_used_is_there():
+    import vbdl
+
+    for name in set(re.findall(r"\bvbdl\.([A-Z]\w+)", README + CONTRIBUTING)):
+        assert hasattr(vbdl, name), f"vbdl has no {name}"
+
+
+def test_the_api_fits_thirty_lines():
+    first = [line for line in blocks()[0].splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(first) <= 30
