@@ -56,7 +56,7 @@ TRAIN, CALIBRATION, TEST = slice(0, 300), slice(300, 800), slice(800, 1400)
 def classifier(rows):
     x, y = rows
     posterior, likelihood = MCDropout(_mlp(3)), Categorical()
-    fit(posterior, (x[TRAIN], y[TRAIN]), likelihood, epochs=300, batch_size=64, lr=1e-2, progress=False, compile=False)
+    fit(posterior, (x[TRAIN], y[TRAIN]), likelihood, epochs=250, batch_size=300, lr=2e-2, progress=False, compile=False)
     return Predictor(posterior, likelihood, n_samples=8, seed=3, compile=False)
 
 
@@ -64,7 +64,7 @@ def classifier(rows):
 def ensemble(rows):
     x, y = rows
     posterior, likelihood = DeepEnsemble(_mlp(3, 0.0), n_members=4), Categorical()
-    fit(posterior, (x[TRAIN], y[TRAIN]), likelihood, epochs=300, batch_size=64, lr=1e-2, progress=False, compile=False)
+    fit(posterior, (x[TRAIN], y[TRAIN]), likelihood, epochs=250, batch_size=300, lr=2e-2, progress=False, compile=False)
     return Predictor(posterior, likelihood, compile=False)
 
 
@@ -174,7 +174,16 @@ def test_binary_questions(rows):
     x, y = rows
     yes = (y > 0).float()
     posterior, likelihood = MCDropout(_mlp(1)), Bernoulli()
-    fit(posterior, (x[TRAIN], yes[TRAIN]), likelihood, epochs=300, lr=1e-2, progress=False, compile=False)
+    fit(
+        posterior,
+        (x[TRAIN], yes[TRAIN]),
+        likelihood,
+        epochs=250,
+        batch_size=300,
+        lr=2e-2,
+        progress=False,
+        compile=False,
+    )
     predict = Predictor(posterior, likelihood, n_samples=8, compile=False)
     before = predict(x[TEST])
     for method in (Temperature(), Temperature("probs"), Platt(), Isotonic()):
