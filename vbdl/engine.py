@@ -242,6 +242,8 @@ class Predictor:
                 shapes = [f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors(tile)]
                 raise ValueError(f"the module cannot take rows of {', '.join(shapes)}: {error}") from error
             start += count
+        if len(shapes := {e.parameter_shape for e in executions}) > 1:
+            raise ValueError(f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}")
         return executions
 
     def _tile(self, tile: Inputs, samples: bool) -> tuple[State, Tensor | None]:

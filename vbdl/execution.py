@@ -110,7 +110,7 @@ class Execution:
         if next(iter(probe.values())).shape[0] != size:
             found = self._cut(strategy, self._state(self._chunks[0].numbers))
         self._found = found
-        self._parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
+        self.parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
 
     def _state(self, numbers: Tensor) -> State:
         """Entries of these draws: of the network, and of the likelihood where each member has its own."""
@@ -137,7 +137,7 @@ class Execution:
 
     def empty_sums(self) -> State:
         """Running sums of no draws, on one tile."""
-        none = torch.zeros((1, *self._parameter_shape), device=self.device)
+        none = torch.zeros((1, *self.parameter_shape), device=self.device)
         return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(none).items()}
 
     def _program(self, count: int, finish: str) -> "_Program":

@@ -102,9 +102,19 @@ def select(stacked: State, index: int) -> State:
     return {name: t[index] for name, t in stacked.items()}
 
 
+def holding(module: nn.Module, state: State) -> nn.Module:
+    """A copy with these tensors in place of its own of those names; tied ones stay tied."""
+    memo: dict[int, Any] = {}
+    for name, own in state_of(module).items():
+        if name in state:
+            is_parameter = isinstance(own, nn.Parameter)
+            memo[id(own)] = nn.Parameter(state[name], own.requires_grad) if is_parameter else state[name]
+    return copy.deepcopy(module, memo)
+
+
 def blueprint(module: nn.Module) -> nn.Module:
     """A copy that holds structure only: its parameters and buffers are on the meta device."""
-    return copy.deepcopy(module).to("meta")
+    return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
 
 
 def stack(modules: Sequence[nn.Module]) -> State:
@@ -142,8 +152,18 @@ def replicate(module: nn.Module, n_members: int) -> None:
 def architecture(module: nn.Module) -> list[str]:
     """What has to be equal for two modules to be stacked, a line each."""
     lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
+    # numbers of heads, rates and the like, which no tensor and not every extra_repr shows
+    for name, m in module.named_modules():
+        settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
+        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if _is_plain(value)]
     lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
     return lines
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list | dict):
+        return all(_is_plain(v) for v in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool | int | float | str | type)
 
 
 def _difference(a: list[str], b: list[str]) -> str:

@@ -47,8 +47,8 @@ Prior = Normal | ScaleMixture
 
 def kl_normal(mean: Tensor, log_std: Tensor, prior: Tensor) -> Tensor:
     """KL(N(mean, std^2) || N(0, prior^2)) in nats, summed over the weights; prior: (1,) its std."""
-    variance_ratio = (2 * (log_std - prior.log())).exp()
-    return 0.5 * (variance_ratio + (mean / prior).square() - 1 - variance_ratio.log()).sum()
+    log_ratio = 2 * (log_std - prior.log())
+    return 0.5 * (log_ratio.exp() + (mean / prior).square() - 1 - log_ratio).sum()
 
 
 def kl_scale_mixture(weight: Tensor, mean: Tensor, log_std: Tensor, prior: Tensor) -> Tensor:

@@ -26,15 +26,22 @@ def noise(key: Tensor, layer: int, like: Tensor) -> Tensor:
     return normal(key.to(like.device), layer, stream, rows, columns).view(like.shape).to(like.dtype)
 
 
-class LogStd(nn.ParameterDict):
+class LogStd(nn.Module):
     """Log of the std of every weight, by parameter."""
 
-    initial: float
+    def __init__(self, parameters: Mapping[str, Tensor], initial_std: float):
+        super().__init__()
+        self.initial = math.log(initial_std)
+        for name, p in parameters.items():
+            self.register_parameter(_key(name), nn.Parameter(torch.full_like(p, self.initial)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self, _key(name))
 
     def reset_parameters(self) -> None:
         """Back to the std at the start, as part of a fresh initialisation."""
         with torch.no_grad():
-            for p in self.values():
+            for p in self.parameters():
                 p.fill_(self.initial)
 
 
@@ -60,8 +67,7 @@ class SampledNetwork(nn.Module):
         self.first_layer = 0  # of the layer numbers its noise is drawn for
         parameters = dict(inner.named_parameters())
         self.chosen = tuple(chosen)
-        self.log_std = LogStd({_key(n): torch.full_like(parameters[n], initial_std).log_() for n in self.chosen})
-        self.log_std.initial = math.log(initial_std)
+        self.log_std = LogStd({n: parameters[n].detach() for n in self.chosen}, initial_std)
         self.mixtures = tuple(isinstance(chosen[n], ScaleMixture) for n in self.chosen)
         for index, name in enumerate(self.chosen):
             first = parameters[name]
@@ -77,7 +83,7 @@ class SampledNetwork(nn.Module):
 
     def normals(self) -> list[tuple[str, Tensor, Tensor]]:
         """(name, mean, log_std) of each chosen parameter."""
-        return [(n, self._mean(n), self.log_std[_key(n)].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen]
+        return [(n, self._mean(n), self.log_std[n].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen]
 
     def weights(self) -> State:
         """The weights of the draw in `key`."""
@@ -108,7 +114,7 @@ class SampledNetwork(nn.Module):
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # a ParameterDict takes no dots
+    return name.replace(".", "/")  # registered names take no dots
 
 
 def choose(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import architecture, blueprint, call_each, call_stacked, can_map, stack, state_of
+from vbdl.stacking import architecture, blueprint, call_each, call_stacked, can_map, holding, stack
 from vbdl.types import Inputs, Posterior, State
 
 
@@ -59,15 +59,15 @@ class DeepEnsemble(nn.Module):
         base: Any = members[0] if isinstance(members[0], Posterior) else None
         modules: list[Any] = [m.module for m in members] if base is not None else members
         # structure only, kept out of the registered modules: every parameter and buffer is in the stacks
-        self._hidden = (blueprint(modules[0]), copy.deepcopy(base).to("meta") if base is not None else None)
+        self._hidden = (blueprint(modules[0]), blueprint(base) if base is not None else None)
         if base is not None:
             self.n_draws = None if base.n_draws is None else base.n_draws * len(members)
         trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
-        self.stacked_parameters = nn.ParameterDict()
+        self.stacked_parameters = nn.Module()  # a ParameterDict has no place for one named "values"
         self.stacked_buffers = nn.Module()
         for name, tensor in stack(modules).items():
             if name in trainable:
-                self.stacked_parameters[_key(name)] = nn.Parameter(tensor, requires_grad=trainable[name])
+                self.stacked_parameters.register_parameter(_key(name), nn.Parameter(tensor, trainable[name]))
             else:
                 self.stacked_buffers.register_buffer(_key(name), tensor)
         self._parameter_names = tuple(trainable)
@@ -98,7 +98,7 @@ class DeepEnsemble(nn.Module):
 
     def stacked(self) -> State:
         """Parameters and buffers of every member: (members, ...) each, the tensors that are trained."""
-        parameters = {name: self.stacked_parameters[_key(name)] for name in self._parameter_names}
+        parameters = {name: getattr(self.stacked_parameters, _key(name)) for name in self._parameter_names}
         return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
 
     @property
@@ -139,11 +139,7 @@ class DeepEnsemble(nn.Module):
     def _prepare_base(self, inputs: Inputs) -> None:
         """The base looks at the inputs with the first member's tensors."""
         assert self.base is not None
-        probe = copy.deepcopy(self.base).to_empty(device=next(iter(self.stacked().values())).device)
-        first = self.member(0)
-        for name, t in state_of(probe.module).items():
-            if name in first:
-                t.data = first[name]  # not load_state_dict: it skips some buffers and keeps the dtype of the blueprint
+        probe: Any = holding(self.base, {f"module.{name}": t for name, t in self.member(0).items()})
         probe.prepare(inputs)
         sites = getattr(probe.module, "sites", None)
         if sites is not None:
@@ -185,7 +181,7 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
-        this = architecture(member)
+        this = architecture(member.module if isinstance(member, Posterior) else member)
         if this != last:
             groups.append([])
         groups[-1].append(member)
