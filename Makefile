@@ -11,7 +11,7 @@ demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that nee
 	$(BIN)/vbdl demo
 
 test: $(VENV)/.ok  ## the tests, about ten minutes on two cores
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.ok  ## what is marked slow
 	$(BIN)/pytest -m "slow and not gpu"
