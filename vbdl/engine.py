@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,9 @@ class Predictor:
         found = []
         for start, tile in zip(range(0, max(rows, 1), self._size(rows)), self._tiles(x, rows), strict=True):
             parameters = self._samples(tile)[:, : min(self._size(rows), rows - start)]
-            target = self.likelihood.check_targets(y[start : start + parameters.shape[1]], parameters.shape[1:])
+            if start == 0:
+                y = self.likelihood.check_targets(y, (rows, *parameters.shape[2:]))
+            target = y[start : start + parameters.shape[1]]
             each = torch.stack([-self.likelihood.nll(p, target) for p in parameters])
             found.append(torch.logsumexp(each, dim=0) - math.log(self.n_samples))
         return torch.cat(found)
@@ -173,7 +175,7 @@ class Predictor:
     def _check(self, x: Any) -> tuple[Inputs, int]:
         """The inputs as tensors on the device, and how many rows they have."""
         x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
-        found = tensors(x)
+        found = tensors(x) if isinstance(x, Tensor | Sequence | Mapping) else []
         if not found or not all(isinstance(t, Tensor) for t in found):
             raise TypeError("inputs are tensors: one, a tuple of them, or a dict by argument name")
         if any(t.ndim < 1 for t in found):

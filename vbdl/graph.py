@@ -126,8 +126,15 @@ class Cut:
         return any(name in self.regions[BODY].outputs or name in self.regions[DRAWN].outputs for name in self.outputs)
 
     def kept_bytes(self) -> int:
-        """Bytes of what `drawn` hands on, views of its inputs not counted."""
-        return sum(own_bytes(self.values[name]) for name in self.regions[DRAWN].outputs)
+        """Bytes of what `drawn` makes and hands on, of which a view keeps the whole alive."""
+        made = set()
+        for name in self.regions[DRAWN].outputs:
+            node = self.values[name]
+            while _is_view(node):
+                node = node.all_input_nodes[0]
+            if node.op != "placeholder":
+                made.add(node)
+        return sum(own_bytes(node) for node in made)
 
 
 def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
@@ -183,10 +190,11 @@ def own_bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return 0
-    packet = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
-    if packet in _VIEWS:
-        return 0
-    return value.numel() * value.element_size()
+    return 0 if _is_view(node) else value.numel() * value.element_size()
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "_opname", "") in _VIEWS
 
 
 def _flops(node: fx.Node) -> int:

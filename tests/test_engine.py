@@ -1,0 +1,294 @@
+"""The predictor: plans, budgets, streams, fallbacks, and errors that say what was wrong and what to do."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import vbdl.compiler
+from vbdl.engine import Predictor
+from vbdl.likelihoods.bernoulli import Bernoulli
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+
+ROUNDING = {"rtol": 0.0, "atol": 1e-5}  # float32 sums of a few dozen terms of order 1
+
+
+def network(outputs=5):
+    return nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Dropout(0.3), nn.Linear(11, outputs))
+
+
+def predictor(q=None, likelihood=None, **settings):
+    q = MCDropout(network()) if q is None else q
+    return Predictor(q, likelihood or Categorical(), **{"n_samples": 7, "compile": False, **settings})
+
+
+def assert_same(a, b):
+    for name in ("mean", "total", "aleatoric", "epistemic", "standard_error"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), **ROUNDING)
+
+
+# -- plans
+
+
+def test_the_budget_picks_the_chunk():
+    predict, x = predictor(n_samples=101), torch.randn(13, 3)
+    whole = predict(x)
+    plan = next(iter(predict._executions.values()))[0].plan
+    assert plan.chunk == 101 and plan.keep_draws
+    # half the budget is for activations: room for ten draws
+    small = predict.replace(memory_budget=20 * plan.activation_bytes)
+    assert_same(small(x), whole)
+    assert 5 <= next(iter(small._executions.values()))[0].plan.chunk <= 10
+    with pytest.raises(ValueError, match="smaller tiles or a larger memory_budget"):
+        predict.replace(memory_budget=plan.activation_bytes)(x)
+
+
+def test_draws_that_are_not_kept_are_the_same():
+    """Few activations and many weights: no budget keeps them all."""
+    q = MeanField(nn.Sequential(nn.Linear(3, 211), nn.ReLU(), nn.Linear(211, 5)), 101, initial_std=0.3)
+    x, settings = torch.randn(2, 3), dict(n_samples=31, tiles=(2,))
+    kept, again = predictor(q, **settings), predictor(q, memory_budget=2**17, **settings)
+    assert_same(again(x), kept(x))
+    assert_same(again(x), kept(x))
+    plans = [next(iter(p._executions.values()))[0].plan for p in (kept, again)]
+    assert [p.keep_draws for p in plans] == [True, False]
+    assert "more than half of memory_budget" in again.explain()
+
+
+@pytest.mark.parametrize("posterior", [lambda m: MeanField(m, 101, initial_std=0.1), lambda m: DeepEnsemble(m, 3)])
+def test_a_network_that_cannot_be_mapped_runs_one_draw_after_the_other(posterior):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 11, batch_first=True), nn.Linear(11, 5)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    q, x = posterior(Last()), torch.randn(13, 7, 3)
+    predict = predictor(q, n_samples=3)
+    p = predict(x, samples=True)
+    assert "loop" in predict.explain(x) and "cannot be mapped" in predict.explain(x)
+    q.eval()
+    state = q.draws(torch.arange(3), 0)
+    with torch.no_grad():
+        each = [torch.func.functional_call(q.module, {n: t[s] for n, t in state.items()}, (x,)) for s in range(3)]
+    torch.testing.assert_close(p.samples, torch.stack(each), **ROUNDING)
+
+
+def test_explain_says_what_was_chosen():
+    predict = predictor()
+    with pytest.raises(ValueError, match="one batch"):
+        predict.explain()
+    said = predict.explain(torch.randn(2, 3))
+    for part in ("strategy", "stacked", "7 draws", "layers before the first random one"):
+        assert part in said
+
+
+# -- predictions
+
+
+def test_log_prob_is_that_of_the_mixture():
+    x, y = torch.randn(70, 3), torch.randint(5, (70,))
+    predict = predictor()
+    p = predict(x, samples=True)
+    expected = p.samples.double().softmax(-1).mean(0)[torch.arange(70), y].log()
+    torch.testing.assert_close(predict.log_prob(x, y).double(), expected, **ROUNDING)
+    assert predict.log_prob(x[:0], y[:0]).shape == (0,)
+    regression = predictor(MCDropout(network(2)), Gaussian(2, std=0.5))
+    targets = torch.randn(70, 2)
+    means = regression(x, samples=True).samples[..., 0]
+    each = torch.distributions.Normal(means, 0.5).log_prob(targets).sum(-1)
+    torch.testing.assert_close(regression.log_prob(x, targets), each.logsumexp(0) - math.log(7), **ROUNDING)
+    torch.testing.assert_close(
+        regression(x, samples=True).log_prob(targets), regression.log_prob(x, targets), **ROUNDING
+    )
+
+
+def test_samples_are_kept_when_asked_for():
+    p = predictor()(torch.randn(70, 3), samples=True)
+    assert p.samples.shape == (7, 70, 5) and p.n_samples == 7
+    torch.testing.assert_close(p.samples.softmax(-1).mean(0), p.probs, **ROUNDING)
+
+
+def test_a_stream_is_its_batches():
+    predict, x = predictor(), torch.randn(70, 3)
+    whole = predict(x)
+    parts = list(predict.stream(x.split(13)))
+    assert torch.equal(torch.cat([p.probs for p in parts]), whole.probs)
+    endless = predict.stream(iter(lambda: x[:2], None))
+    next(endless)  # nothing is read ahead of what is asked for
+
+
+def test_as_module_takes_the_networks_place():
+    predict, x = predictor(), torch.randn(13, 3)
+    model = predict.as_module()
+    assert isinstance(model, nn.Module) and torch.equal(model(x), predict(x).probs)
+    regression = predictor(MCDropout(network(2)), Gaussian(2))
+    assert torch.equal(regression.as_module()(x), regression(x).mean)
+
+
+def test_inputs_may_be_several_by_position_or_name():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, a, b):
+            return self.net(a - b)
+
+    predict, a, b = predictor(MCDropout(Sum())), torch.randn(13, 3), torch.randn(13, 3)
+    by_position = predict((a, b))
+    assert torch.equal(predict({"b": b, "a": a}).probs, by_position.probs)
+    torch.testing.assert_close(by_position.probs, predict((a - b, torch.zeros(13, 3))).probs, **ROUNDING)
+
+
+def test_arrays_are_taken():
+    predict, x = predictor(), np.random.default_rng(0).normal(size=(13, 3)).astype(np.float32)
+    assert torch.equal(predict(x).probs, predict(torch.from_numpy(x)).probs)
+
+
+def test_a_buffer_that_counts_calls_changes_nothing():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x) + 0.1 * self.calls
+
+    predict, x = predictor(MCDropout(Counts())), torch.randn(13, 3)
+    first = predict(x)
+    assert torch.equal(predict(x).probs, first.probs)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_without_a_compiler_it_runs_uncompiled_and_says_so_once(monkeypatch, caplog, chunk_size):
+    class InvalidCxxCompiler(RuntimeError):
+        pass
+
+    def compile(*args, **kwargs):
+        raise RuntimeError("inductor") from InvalidCxxCompiler("no g++")
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    vbdl.compiler._said.clear()
+    x = torch.randn(13, 3)
+    with caplog.at_level(logging.WARNING, logger="vbdl"):
+        found = predictor(compile=True, chunk_size=chunk_size)(x)
+        predictor(compile=True, seed=1)(x)
+    assert len([r for r in caplog.records if "no C++ compiler" in r.message]) == 1
+    assert found.probs.shape == (13, 5)
+
+
+def test_another_fault_of_the_compiler_is_not_hidden(monkeypatch):
+    def compile(*args, **kwargs):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+    with pytest.raises((RuntimeError, ValueError), match="out of registers"):
+        predictor(compile=True)(torch.randn(13, 3))
+
+
+# -- what is refused, and how
+
+
+def bad_rows():
+    x = torch.randn(70, 3)
+    x[66, 1] = float("nan")
+    x[68, 2] = float("inf")
+    return x
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.randn(7, 3).double(), ValueError, r"float64.*float32.*convert"),
+        (torch.ones(7, 3, dtype=torch.int64), ValueError, r"cannot take rows of \(3,\) torch.int64"),
+        (torch.randn(7, 5), ValueError, r"cannot take rows of \(5,\)"),
+        (torch.tensor(1.0), ValueError, "batch axis"),
+        (bad_rows(), ValueError, "2 of 70 rows are not finite, the first is row 66"),
+        ([1.0, 2.0], TypeError, "inputs are tensors"),
+        ("text", TypeError, "inputs are tensors"),
+        (None, TypeError, "inputs are tensors"),
+        ((torch.randn(7, 3), torch.randn(5, 3)), ValueError, "disagree on the number of rows"),
+        ((torch.randn(7, 3), torch.randn(7, 3)), (ValueError, TypeError), "argument"),
+    ],
+)
+def test_wrong_inputs_are_refused_with_the_reason(x, error, message):
+    with pytest.raises(error, match=message):
+        predictor()(x)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(n_samples=0), "n_samples is at least 1, got 0"),
+        (dict(n_samples=-3), "n_samples is at least 1"),
+        (dict(tiles=()), "tiles"),
+        (dict(tiles=(0, 8)), "tiles"),
+        (dict(chunk_size=0), "chunk_size"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_reason(settings, message):
+    with pytest.raises(ValueError, match=message):
+        predictor(**settings)
+
+
+def test_more_samples_than_members_are_refused():
+    with pytest.raises(ValueError, match="only 3 different draws"):
+        predictor(DeepEnsemble(network(), 3), n_samples=5)
+
+
+def test_a_plain_module_is_refused_with_a_way_out():
+    with pytest.raises(TypeError, match="wrap the network in vbdl.MCDropout"):
+        Predictor(network(), Categorical())
+
+
+def test_outputs_that_are_no_tensor_are_refused():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return self.net(x), x
+
+    with pytest.raises((TypeError, ValueError), match="one Tensor"):
+        predictor(MCDropout(Pair()))(torch.randn(7, 3))
+
+
+@pytest.mark.parametrize(
+    "likelihood, outputs, y, message",
+    [
+        (Categorical(), 5, torch.full((70,), 5), "from 5 to 5.*0 to 4"),
+        (Categorical(), 5, torch.zeros(70), "integer dtype"),
+        (Bernoulli(), 1, torch.full((70,), 2), "0 or 1"),
+        (Gaussian(1), 1, torch.cat([torch.zeros(66), torch.tensor([math.nan] * 4)]), "row 66 is not finite"),
+        (Gaussian(1), 1, torch.zeros(69), r"70 rows and targets \(69,\)"),
+        (Gaussian(1), 1, torch.zeros(70, 2), r"do not fit"),
+    ],
+)
+def test_wrong_targets_are_refused_with_the_reason(likelihood, outputs, y, message):
+    with pytest.raises(ValueError, match=message):
+        predictor(MCDropout(network(outputs)), likelihood).log_prob(torch.randn(70, 3), y)
+
+
+def test_a_likelihood_that_does_not_fit_the_outputs_is_named():
+    with pytest.raises(ValueError, match="n_outputs=5"):
+        predictor(likelihood=Gaussian(1))(torch.randn(7, 3))
+
+
+def test_a_likelihood_of_other_members_is_refused():
+    likelihood = Gaussian(5)
+    likelihood.n_members = 2
+    with pytest.raises(ValueError, match="2 members, the posterior has 3"):
+        predictor(DeepEnsemble(network(), 3), likelihood, n_samples=3)

@@ -1,0 +1,105 @@
+"""The cut puts every operation where the data flow says: once, with the draw, with the input, or with both."""
+
+import pytest
+import torch
+from torch import nn
+
+from vbdl.engine import Predictor
+from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, cut, trace
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+
+
+def names(region):
+    return [getattr(node.target, "_opname", str(node.target)) for node in region.nodes]
+
+
+def example(function, *arguments, kinds):
+    return cut(trace(function, *arguments), kinds)
+
+
+def test_every_operation_is_in_the_region_of_what_it_depends_on():
+    def f(shared, drawn, x):
+        return (x.sin() * drawn.exp() + shared.cos(),)
+
+    found = example(f, torch.ones(3), torch.ones(3), torch.ones(3), kinds=[ONCE, DRAWN, PREFIX])
+    assert [names(r) for r in found.regions] == [["cos"], ["exp"], ["sin"], ["mul", "add"]]
+    assert found.output_depends_on_draw
+
+
+def test_the_regions_put_together_are_the_whole():
+    def f(shared, drawn, x):
+        a, b = x.chunk(2)
+        return ((a * drawn).sum() + (b + shared).max(0).values,)
+
+    arguments = (torch.randn(3), torch.randn(3), torch.randn(6))
+    found = example(f, *arguments, kinds=[ONCE, DRAWN, PREFIX])
+    values = dict(zip(found.placeholders, arguments, strict=True))
+    for region in found.regions:
+        values.update(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
+    torch.testing.assert_close(values[found.outputs[0]], f(*arguments)[0])
+
+
+def test_an_output_without_a_draw_is_noticed():
+    found = example(lambda d, x: (x * 2,), torch.ones(3), torch.ones(3), kinds=[DRAWN, PREFIX])
+    assert not found.output_depends_on_draw
+
+
+def test_odd_products_are_what_they_were():
+    """Padding to 64 bytes changes no number beyond rounding, for every kind of product."""
+    x, w, b, v = torch.randn(5, 11), torch.randn(11, 7), torch.randn(7), torch.randn(11)
+    stacked = torch.randn(3, 5, 11), torch.randn(3, 11, 7)
+
+    def f(x, w, b, v, s, t):
+        return x @ w, torch.addmm(b, x, w, beta=0.5, alpha=2), s @ t, torch.baddbmm(b, s, t), x @ v, s.mT @ s
+
+    arguments = (x, w, b, v, *stacked)
+    for found, expected in zip(trace(f, *arguments)(*arguments), f(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def execution(q, outputs, x, **settings):
+    predict = Predictor(q, Gaussian(outputs), compile=False, tiles=(64,), **settings)
+    predict(x)
+    return next(iter(predict._executions.values()))[0]
+
+
+def matrix_products(region):
+    return sum(name in ("mm", "addmm", "bmm", "baddbmm") for name in names(region))
+
+
+def test_layers_before_the_first_dropout_run_once_for_all_draws():
+    net = nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 7), nn.Dropout(0.3), nn.Linear(7, 5))
+    regions = execution(MCDropout(net), 5, torch.randn(13, 3), n_samples=7)._found.regions
+    assert matrix_products(regions[PREFIX]) == 2 and matrix_products(regions[BODY]) == 1
+    assert "words" in names(regions[DRAWN]) and "words" not in names(regions[BODY])
+
+
+def test_weights_are_drawn_once_a_draw_not_once_a_batch():
+    found = execution(MeanField(nn.Linear(3, 5), 101), 5, torch.randn(13, 3), n_samples=7)._found
+    assert names(found.regions[DRAWN]).count("normal") == 2  # weight and bias
+    assert "normal" not in names(found.regions[BODY]) and matrix_products(found.regions[PREFIX]) == 0
+
+
+def test_members_share_nothing_but_the_input():
+    found = execution(DeepEnsemble(nn.Linear(3, 5), 3), 5, torch.randn(13, 3))._found
+    assert matrix_products(found.regions[BODY]) == 1 and matrix_products(found.regions[PREFIX]) == 0
+
+
+@pytest.mark.parametrize("random", [torch.rand_like, torch.bernoulli])
+def test_torchs_own_randomness_is_refused(random):
+    """Mean-field and ensembles keep no masks: a draw from torch's generator would be out of reach of the seed."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.linear(x + random(x.sigmoid()))
+
+    for q in (DeepEnsemble(Noisy(), 3), MeanField(Noisy(), 101)):
+        with pytest.raises((ValueError, NotImplementedError), match="torch's generator"):
+            Predictor(q, Gaussian(5), n_samples=3, compile=False)(torch.randn(7, 3))
