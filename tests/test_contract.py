@@ -374,7 +374,7 @@ def test_threads_leave_the_settings_of_the_process():
 # -- precision
 
 
-@every_network
+@two_networks
 @each_posterior
 def test_autocast_is_close_and_its_statistics_are_float32(posterior, network):
     x = inputs(network)

@@ -75,19 +75,22 @@ class Bernoulli(nn.Module):
         """(samples, batch, ...) logits -> running sums"""
         logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
         n, mean, deviation = moments(logits.sigmoid())
-        return {"n": n, "probs": mean, "deviation": deviation, "entropy": _entropy(logits).mean(0)}
+        # the probability of 0 has a mean of its own: 1 - probs would have lost it where it is small
+        against = (-logits).sigmoid().mean(0)
+        return {"n": n, "probs": mean, "against": against, "deviation": deviation, "entropy": _entropy(logits).mean(0)}
 
     def merge(self, a: State, b: State) -> State:
         return {
             "n": a["n"] + b["n"],
             "probs": merge_mean(a["n"], a["probs"], b["n"], b["probs"]),
+            "against": merge_mean(a["n"], a["against"], b["n"], b["against"]),
             "deviation": merge_deviation(a["n"], a["probs"], a["deviation"], b["n"], b["probs"], b["deviation"]),
             "entropy": merge_mean(a["n"], a["entropy"], b["n"], b["entropy"]),
         }
 
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]
-        total = -torch.xlogy(probs, probs) - torch.xlogy(1 - probs, 1 - probs)
+        total = -torch.xlogy(probs, probs) - torch.xlogy(summary["against"], summary["against"])
         return {
             "probs": probs,
             "total": total,
