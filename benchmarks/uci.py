@@ -4,7 +4,8 @@
 
 FOLDER (or the environment's VBDL_DATA) holds uci_regression/*.npz: features, targets, the 20 splits of
 Hernandez-Lobato and Adams (2015), Gal's settings and per-split results (2018). All splits of a set are trained as
-members of one stacked ensemble, each on its own rows. One JSON line a set and method, and a table at the end.
+members of one stacked ensemble, each on its own rows. Prints a line and writes a JSON line for each set and method;
+`--table FILE` prints a file of them as a table.
 
 Protocols:
 * dropout: Gal and Ghahramani's of 2018. One hidden layer of 50, dropout before every weight layer, squared error with
@@ -231,7 +232,11 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=1.0, help="share of the epochs, for a quick look")
     parser.add_argument("--samples", type=int, default=2000, help="draws in evaluation")
     parser.add_argument("--out", type=Path, help="append a JSON line a result")
+    parser.add_argument("--table", type=Path, help="print the table of such a file, and run nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table([json.loads(text) for text in options.table.read_text().splitlines()]))
+        return 0
     if options.data is None:
         print("give --data FOLDER or set VBDL_DATA: the folder that holds uci_regression/*.npz", file=sys.stderr)
         return 2
@@ -278,6 +283,20 @@ def main() -> int:
                     file.write(json.dumps(row) + "\n")
             print(line(row), flush=True)
     return 0
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, a row a result: means over the splits and their standard errors."""
+    names = ("set", "method", "RMSE", "linear", "log-likelihood", "linear", "published", "against it", "seconds")
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for row in sorted(rows, key=lambda r: (r["set"], METHODS.index(r["method"]))):
+        column = "-" if row["published_ll"] is None else f"{row['published_ll']:.2f} ± {row['published_ll_se']:.2f}"
+        lines.append(
+            f"| {row['set']} | {row['method']} | {row['rmse']:.3f} ± {row['rmse_se']:.3f} | {row['linear_rmse']:.2f} "
+            f"| {row['ll']:.3f} ± {row['ll_se']:.3f} | {row['linear_ll']:.2f} | {column} "
+            f"| {row['against_published']} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def line(row: dict) -> str:

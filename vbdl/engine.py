@@ -84,7 +84,7 @@ class Predictor:
         self._floating = next((t.dtype for t in self.posterior.parameters() if t.is_floating_point()), None)
         self._executions: dict[Any, list[Execution]] = {}
         self._lock = threading.RLock()
-        self._sealed = False
+        self.sealed = False  # set by warm_up: nothing is compiled any more
 
     # -- predicting
 
@@ -129,12 +129,12 @@ class Predictor:
         example, rows = self._check(example)
         if rows < 1:
             raise ValueError("warm_up needs an example of at least one row")
-        self._sealed = False
+        self.sealed = False
         for size in sorted({self._size(n) for n in batch_sizes}):
             self._tile(pad(example, 0, size), False)
             if samples:
                 self._tile(pad(example, 0, size), True)
-        self._sealed = True
+        self.sealed = True
         return self
 
     def explain(self, example: Inputs | None = None) -> str:
@@ -214,7 +214,7 @@ class Predictor:
         key = (names, tuple((tuple(t.shape), t.dtype) for t in tensors(tile)))
         found = self._executions.get(key)
         if found is None:
-            if self._sealed:
+            if self.sealed:
                 shapes = [(list(t.shape[1:]), str(t.dtype)) for t in tensors(tile)]
                 raise RuntimeError(
                     f"rows of shape {shapes} in tiles of {tensors(tile)[0].shape[0]} were not warmed up, and compiling "
@@ -270,10 +270,15 @@ class Predictor:
         warm = executions[0].warm
         if warm.issuperset(ends):
             yield
-        else:
-            with self._lock:
-                yield
-            warm.update(ends)
+            return
+        if self.sealed:
+            raise RuntimeError(
+                "each draw's parameters were asked for, which was not warmed up, and compiling after warm_up is "
+                "refused: warm_up(..., samples=True)"
+            )
+        with self._lock:
+            yield
+        warm.update(ends)
 
 
 class PredictiveModule(nn.Module):

@@ -61,7 +61,9 @@ def calibrate(
             "it is; use rows from vbdl.split, or allow_overlap=True, which is recorded"
         )
     needs_samples = acts_on == "logits" or hasattr(method, "samples") or hasattr(method, "needs_samples")
-    prediction = predictor(x, samples=needs_samples)
+    # one that was warmed up compiles nothing more, so another with the same draws is asked
+    source = predictor.replace() if predictor.sealed else predictor
+    prediction = source(x, samples=needs_samples)
     shape = prediction.samples.shape[1:] if needs_samples else _parameter_shape(prediction)
     target = predictor.likelihood.check_targets(y, shape)
     fitted: Any = copy.deepcopy(method)
