@@ -6,15 +6,11 @@ Sadinle, Lei, Wasserman, Least Ambiguous Set-Valued Classifiers with Bounded Err
 https://arxiv.org/abs/1609.00451 (LAC)
 Romano, Sesia, Candès, Classification with Valid and Adaptive Coverage, 2020,
 https://arxiv.org/abs/2006.02544 (APS)
-Angelopoulos, Bates, Malik, Jordan, Uncertainty Sets for Image Classifiers using Conformal
-Prediction,
-2021, https://arxiv.org/abs/2009.14193 (RAPS)
+Angelopoulos, Bates, Malik, Jordan, Uncertainty Sets for Image Classifiers using Conformal Prediction, 2021,
+https://arxiv.org/abs/2009.14193 (RAPS)
 
-The promise, for rows exchangeable with the calibration rows: P(y in set) >= 1 - alpha, on average
-over
-calibration sets and rows. It is about all rows together, not about each kind of row, and it ends
-where
-the rows shift. Every number of calibration rows keeps it: with too few, the set holds every class.
+The promise, for rows exchangeable with the calibration rows: P(y in set) >= 1 - alpha, on average over calibration
+sets and rows. It is about all rows together, not about each kind of row, and it ends where the rows shift. Every number of calibration rows keeps it: with too few, the set holds every class.
 """
 
 import torch
