@@ -10,7 +10,8 @@ Angelopoulos, Bates, Malik, Jordan, Uncertainty Sets for Image Classifiers using
 https://arxiv.org/abs/2009.14193 (RAPS)
 
 The promise, for rows exchangeable with the calibration rows: P(y in set) >= 1 - alpha, on average over calibration
-sets and rows. It is about all rows together, not about each kind of row, and it ends where the rows shift. Every number of calibration rows keeps it: with too few, the set holds every class.
+sets and rows. It is about all rows together, not about each kind of row, and it ends where the rows shift. Every
+number of calibration rows keeps it: with too few, the set holds every class.
 """
 
 import torch
