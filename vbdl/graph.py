@@ -23,11 +23,15 @@ from torch.utils.flop_counter import flop_registry
 ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
 
 
-def trace(function: Callable, *args: Any) -> fx.GraphModule:
-    """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed."""
+def trace(function: Callable, *args: Any, aligned: bool = True) -> fx.GraphModule:
+    """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed.
+
+    aligned: matrix products with every row on a boundary, so that a row does not depend on its place in the batch.
+    Predictions promise that; a training step has no use for it.
+    """
     return make_fx(
         functionalize(function, remove="mutations"),
-        decomposition_table=_ALIGNED,
+        decomposition_table=_ALIGNED if aligned else None,
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )(*args)

@@ -47,7 +47,7 @@ class Step:
         key = tuple((tuple(t.shape), t.dtype) for t in flat[len(self.trained) + len(fixed) :])
         if key not in self._calls:
             begun = time.perf_counter()
-            self._calls[key] = compile_graph(trace(self._whole(list(fixed), x), *flat), flat)
+            self._calls[key] = compile_graph(trace(self._whole(list(fixed), x), *flat, aligned=False), flat)
             self.compile_seconds += time.perf_counter() - begun
         with torch.no_grad():
             losses, *gradients = self._calls[key](*flat)
