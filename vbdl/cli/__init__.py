@@ -1,0 +1,50 @@
+"""The command `vbdl`: one file a command, a dataclass whose fields are its options and whose call does the work.
+
+Torch is imported by the command that needs it, inside its call, so that help and version answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Union
+
+import vbdl
+from vbdl.cli.demo import Demo
+from vbdl.cli.info import Info
+
+COMMANDS = {
+    "demo": Demo,
+    "info": Info,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 0, 1 for an error, 2 for a wrong command line, 130 when interrupted."""
+    import logging
+
+    import tyro
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"vbdl {vbdl.__version__}")
+        return 0
+    command = tyro.cli(
+        Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())],  # type: ignore[arg-type]  # noqa: UP007
+        prog="vbdl",
+        description="Bayesian deep learning with PyTorch: predictions that know what they do not know. "
+        "`vbdl --version` prints the version.",
+        args=arguments or ["--help"],
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("vbdl: interrupted", file=sys.stderr)
+        return 130
+    # what a user can do something about is a line; anything else is a fault of ours and keeps its traceback
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, RuntimeError) as error:
+        if os.environ.get("VBDL_TRACEBACK"):
+            raise
+        print(f"vbdl: {error} (VBDL_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,5 @@
+import sys
+
+from vbdl.cli import main
+
+sys.exit(main())
