@@ -22,19 +22,13 @@ def split(
 
     Args:
         n: rows of the data set.
-        shares: name -> share, positive, summing to one. 70 % train and 10 % each of validation,
-        calibration
-            and test unless given.
-        stratify: (n,) class of each row; every part gets each class in the same share, as near as
-        whole
-            rows allow.
-        groups: (n,) patient, track or customer of each row; no group is in two parts. Groups are
-        dealt
-            out whole, largest first, so that the shares of rows come as near as they can.
-        time: (n,) when each row was; the parts follow each other in time, in the order of `shares`,
-        and
-            rows of one instant stay together, so that no part holds a row later than the next
-            part's.
+        shares: name -> share, positive, summing to one. 70 % train and 10 % each of validation, calibration and test
+            unless given.
+        stratify: (n,) class of each row; every part gets each class in the same share, as near as whole rows allow.
+        groups: (n,) patient, track or customer of each row; no group is in two parts. Groups are dealt out whole,
+            largest first, so that the shares of rows come as near as they can.
+        time: (n,) when each row was; the parts follow each other in time, in the order of `shares`, and rows of one
+            instant stay together, so that no part holds a row later than the next part's.
         seed: of the random choices; a split by time has none.
 
     Returns: a dict in the order of shares. Only one of stratify, groups and time can be given.
@@ -121,8 +115,8 @@ def _by_group(groups: Tensor, shares: list[float], generator: torch.Generator) -
 
 
 def _stratified(classes: Tensor, shares: list[float], generator: torch.Generator) -> Tensor:
-    # all rows in one line, classes one after the other and shuffled inside: dealing the line out in
-    # proportion gives every class, and the whole, its share to within a row a part
+    # all rows in one line, classes one after the other and shuffled inside: dealing the line out in proportion gives
+    # every class, and the whole, its share to within a row a part
     n = classes.numel()
     shuffled = torch.randperm(n, generator=generator)
     line = shuffled[classes[shuffled].argsort(stable=True)]

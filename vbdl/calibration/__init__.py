@@ -1,9 +1,8 @@
 """How outputs are read, refitted on rows that training never saw.
 
-Every calibrator is a module with `fit(outputs, y)` (float64) and a `forward` in plain torch, and
-says
-in `acts_on` what it takes: "logits" of each sample, before they are averaged, or "probs", the mean
-probability of the finished prediction.
+Every calibrator is a module with `fit(outputs, y)` (float64) and a `forward` in plain torch, and says in `acts_on` what
+it takes: "logits" of each sample, before they are averaged, or "probs", the mean probability of the finished
+prediction.
 """
 
 from vbdl.calibration.adaptive_conformal import AdaptiveConformal as AdaptiveConformal

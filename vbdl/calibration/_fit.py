@@ -47,8 +47,7 @@ def minimize(
     start: Tensor,
     bounds: list[tuple[float | None, float | None]] | None = None,
 ) -> Tensor:
-    """The minimiser of a scalar loss of a float64 vector, by L-BFGS-B with gradients from
-    autograd."""
+    """The minimiser of a scalar loss of a float64 vector, by L-BFGS-B with gradients from autograd."""
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x.copy()).to(start.device).requires_grad_()
@@ -86,8 +85,8 @@ def one_versus_rest(apply: Callable[[Tensor], Tensor], n_maps: int, probs: Tenso
     """Calibrated probabilities in the shape and dtype of probs, from maps of one class each.
 
     apply: (maps, batch) -> (maps, batch) in float64. Two classes: the map of class 1 decides both.
-    More: every class through its own map, then normalised; a row that all maps send to 0 keeps the
-    probabilities it had.
+    More: every class through its own map, then normalised; a row that all maps send to 0 keeps the probabilities it
+    had.
     """
     if n_maps == 0:
         raise RuntimeError("this calibrator has not been fitted: call fit first")

@@ -1,7 +1,6 @@
 """Adaptive conformal inference: coverage kept over a stream whose distribution moves.
 
-Gibbs, Candès, Adaptive Conformal Inference Under Distribution Shift, 2021,
-https://arxiv.org/abs/2106.00170
+Gibbs, Candès, Adaptive Conformal Inference Under Distribution Shift, 2021, https://arxiv.org/abs/2106.00170
 """
 
 import math
@@ -14,16 +13,14 @@ from vbdl.metrics._checks import check_rate
 
 
 class AdaptiveConformal:
-    """A threshold on a non-conformity score, moved after every outcome: a miss lowers the level
-    alpha_t by
-    step · (1 - alpha), a hit raises it by step · alpha.
+    """A threshold on a non-conformity score, moved after every outcome: a miss lowers the level alpha_t by step · (1 -
+    alpha), a hit raises it by step · alpha.
 
-    For any sequence whatever, also an adversary's, the share of misses in the first T differs from
-    alpha
-    by at most (max(alpha, 1 - alpha) + step) / (step · T).
+    For any sequence whatever, also an adversary's, the share of misses in the first T differs from alpha by at most
+    (max(alpha, 1 - alpha) + step) / (step · T).
 
-    window: how many of the latest scores the quantile is taken from. The state is plain numbers; a
-    stream that stops can be resumed from `state()`.
+    window: how many of the latest scores the quantile is taken from. The state is plain numbers; a stream that stops
+    can be resumed from `state()`.
     """
 
     def __init__(self, alpha: float, step: float = 0.005, window: int = 1000):
@@ -38,8 +35,7 @@ class AdaptiveConformal:
         self.n, self.misses = 0, 0
 
     def threshold(self) -> float:
-        """Scores up to this are inside the next set: +inf for level <= 0 or too few scores, -inf
-        for level >= 1."""
+        """Scores up to this are inside the next set: +inf for level <= 0 or too few scores, -inf for level >= 1."""
         if self.level <= 0:
             return math.inf
         if self.level >= 1:

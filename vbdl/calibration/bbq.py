@@ -1,5 +1,4 @@
-"""Bayesian binning into quantiles: an average over equal-mass histograms, weighted by their
-evidence.
+"""Bayesian binning into quantiles: an average over equal-mass histograms, weighted by their evidence.
 
 Naeini, Cooper, Hauskrecht, Obtaining Well Calibrated Probabilities Using Bayesian Binning, 2015,
 https://ojs.aaai.org/index.php/AAAI/article/view/9602
@@ -28,8 +27,7 @@ def _average_of_histograms(p: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, 
     for bins in range(max(1, math.floor(n ** (1 / 3) / 10)), most + 1):
         cut = np.arange(1, bins) * n // bins
         edges = np.unique((ordered[cut - 1] + ordered[cut]) / 2)
-        # equal probabilities must share a bin, so counts follow from the edges and not from the
-        # cuts
+        # equal probabilities must share a bin, so counts follow from the edges and not from the cuts
         position = np.concatenate(([0], np.searchsorted(ordered, edges, side="right"), [n]))
         rows, hits = np.diff(position), np.diff(cumulative[position])
         ends = np.concatenate(([0.0], edges, [1.0]))
@@ -50,9 +48,8 @@ def _average_of_histograms(p: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, 
 
 
 class BBQ(nn.Module):
-    """Bayesian model average of equal-mass histograms, kept as one table; acts on the mean
-    probability,
-    one-versus-rest and normalised beyond two classes. Never 0 or 1.
+    """Bayesian model average of equal-mass histograms, kept as one table; acts on the mean probability, one-versus-rest
+    and normalised beyond two classes. Never 0 or 1.
     """
 
     acts_on = "probs"
@@ -65,8 +62,7 @@ class BBQ(nn.Module):
         self.register_buffer("values", None)  # (maps, pieces)
 
     def fit(self, probs: Tensor, y: Tensor) -> "BBQ":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a
-        row."""
+        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
         edges, values = [], []
         for p, hit in binary_problems(probs, y, "BBQ"):
             e, v = _average_of_histograms(p.cpu().numpy(), hit.cpu().numpy())

@@ -1,7 +1,7 @@
 """Beta calibration.
 
-Kull, Silva Filho, Flach, Beta calibration: a well-founded and easily implemented improvement on
-logistic calibration for binary classifiers, 2017, https://proceedings.mlr.press/v54/kull17a.html
+Kull, Silva Filho, Flach, Beta calibration: a well-founded and easily implemented improvement on logistic calibration
+for binary classifiers, 2017, https://proceedings.mlr.press/v54/kull17a.html
 """
 
 import torch
@@ -12,10 +12,8 @@ from vbdl.calibration._fit import TINY, binary_problems, minimize, one_versus_re
 
 
 class Beta(nn.Module):
-    """σ(a log p - b log(1 - p) + c) with a, b >= 0; acts on the mean probability, one-versus-rest
-    and
-    normalised beyond two classes. Monotone, and the identity (a = b = 1, c = 0) is among its
-    curves.
+    """σ(a log p - b log(1 - p) + c) with a, b >= 0; acts on the mean probability, one-versus-rest and normalised beyond
+    two classes. Monotone, and the identity (a = b = 1, c = 0) is among its curves.
     """
 
     acts_on = "probs"
@@ -26,8 +24,7 @@ class Beta(nn.Module):
         self.register_buffer("coefficients", None)  # (maps, 3): a, b, c
 
     def fit(self, probs: Tensor, y: Tensor) -> "Beta":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a
-        row."""
+        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
         found = []
         for p, hit in binary_problems(probs, y, "Beta"):
             low, high = p.clamp(min=TINY).log(), -(1 - p).clamp(min=TINY).log()

@@ -15,14 +15,11 @@ from vbdl.metrics._checks import check_finite
 
 
 class CDFRecalibration(nn.Module):
-    """F'(y) = R(F(y)), R the empirical distribution of F(y) on the calibration rows, linear between
-    them.
+    """F'(y) = R(F(y)), R the empirical distribution of F(y) on the calibration rows, linear between them.
 
-    For any predictive with a distribution function (Gaussian, mixture, somebody else's). R is
-    already
-    non-decreasing, so the paper's isotonic regression of it changes nothing; ranks are divided by n
-    + 1,
-    so that neither end of R is reached before 0 and 1.
+    For any predictive with a distribution function (Gaussian, mixture, somebody else's). R is already non-decreasing,
+    so the paper's isotonic regression of it changes nothing; ranks are divided by n + 1, so that neither end of R is
+    reached before 0 and 1.
     """
 
     acts_on = "prediction"
@@ -36,8 +33,7 @@ class CDFRecalibration(nn.Module):
         self.register_buffer("values", None)  # (knots,) calibrated levels
 
     def fit(self, cdf: Tensor) -> "CDFRecalibration":
-        """cdf: F(y) of the calibration rows, any shape, in [0, 1]; for a map of its own, one output
-        at a time."""
+        """cdf: F(y) of the calibration rows, any shape, in [0, 1]; for a map of its own, one output at a time."""
         u = check_finite(cdf, "cdf").reshape(-1)
         if u.numel() == 0:
             raise ValueError("cdf has no rows")
@@ -89,8 +85,8 @@ class CDFRecalibration(nn.Module):
 class RecalibratedPrediction(RegressionPrediction):
     """A mixture with a recalibrated distribution function: cdf, quantile, interval and log_prob are the new ones.
 
-    mean, total, aleatoric and epistemic stay those of the mixture: the map moves probability between its quantiles,
-    and says nothing about which part of the spread is epistemic.
+    mean, total, aleatoric and epistemic stay those of the mixture: the map moves probability between its quantiles, and
+    says nothing about which part of the spread is epistemic.
     """
 
     recalibration: Any = None

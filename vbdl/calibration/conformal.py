@@ -1,16 +1,15 @@
 """Split conformal prediction: sets of classes that hold the true one with a stated probability.
 
-Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005,
-https://doi.org/10.1007/b106715 (split conformal, class-conditional)
+Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005, https://doi.org/10.1007/b106715 (split conformal,
+class-conditional)
 Sadinle, Lei, Wasserman, Least Ambiguous Set-Valued Classifiers with Bounded Error Levels, 2019,
 https://arxiv.org/abs/1609.00451 (LAC)
-Romano, Sesia, Candès, Classification with Valid and Adaptive Coverage, 2020,
-https://arxiv.org/abs/2006.02544 (APS)
+Romano, Sesia, Candès, Classification with Valid and Adaptive Coverage, 2020, https://arxiv.org/abs/2006.02544 (APS)
 Angelopoulos, Bates, Malik, Jordan, Uncertainty Sets for Image Classifiers using Conformal Prediction, 2021,
 https://arxiv.org/abs/2009.14193 (RAPS)
 
-The promise, for rows exchangeable with the calibration rows: P(y in set) >= 1 - alpha, on average over calibration
-sets and rows. It is about all rows together, not about each kind of row, and it ends where the rows shift. Every
+The promise, for rows exchangeable with the calibration rows: P(y in set) >= 1 - alpha, on average over calibration sets
+and rows. It is about all rows together, not about each kind of row, and it ends where the rows shift. Every
 number of calibration rows keeps it: with too few, the set holds every class.
 """
 
@@ -44,8 +43,8 @@ def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
 class APS(nn.Module):
     """Score: mass of the classes down to k. Sets grow with the difficulty of the row.
 
-    randomized: takes u · p_k off again, u uniform of the row, given by the caller. Coverage is then
-    1 - alpha and not above; without, sets are larger than they need be.
+    randomized: takes u · p_k off again, u uniform of the row, given by the caller. Coverage is then 1 - alpha and not
+    above; without, sets are larger than they need be.
     """
 
     def __init__(self, randomized: bool = False):
@@ -91,15 +90,11 @@ def _uniform(randomized: bool, u: Tensor | None, probs: Tensor) -> Tensor | floa
 
 
 class ConformalSets(nn.Module):
-    """The classes whose score is at most a quantile of the true classes' scores; acts on the mean
-    probability.
+    """The classes whose score is at most a quantile of the true classes' scores; acts on the mean probability.
 
-    score: LAC(), APS() or RAPS(), or any module of theirs' signature. per_class: a quantile for
-    each
-    class from its own rows, which gives the promise class by class; a class with too few rows (or
-    none)
-    is in every set. never_empty: adds the most probable class to an empty set, coverage can only
-    rise.
+    score: LAC(), APS() or RAPS(), or any module of theirs' signature. per_class: a quantile for each class from its own
+    rows, which gives the promise class by class; a class with too few rows (or none)
+    is in every set. never_empty: adds the most probable class to an empty set, coverage can only rise.
     """
 
     acts_on = "prediction"
@@ -156,6 +151,5 @@ class ConformalSets(nn.Module):
 
 
 def set_coverage(sets: Tensor, y: Tensor) -> Tensor:
-    """1.0 where the set holds the true class: (batch, classes) bool, (batch,) -> (batch,)
-    float64"""
+    """1.0 where the set holds the true class: (batch, classes) bool, (batch,) -> (batch,) float64"""
     return sets.gather(1, y[:, None]).squeeze(1).to(torch.float64)

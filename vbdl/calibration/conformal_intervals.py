@@ -1,16 +1,15 @@
 """Split conformal prediction intervals for regression.
 
-Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, Distribution-Free Predictive Inference For Regression,
-2018,
+Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, Distribution-Free Predictive Inference For Regression, 2018,
 https://arxiv.org/abs/1604.04173 (absolute, and divided by a predicted spread)
 Romano, Patterson, Candès, Conformalized Quantile Regression, 2019, https://arxiv.org/abs/1905.03222
 
-P(y in interval) >= 1 - alpha for rows exchangeable with the calibration rows, output by output.
-With too
-few rows, (n + 1)(1 - alpha) > n, the interval is infinite.
+P(y in interval) >= 1 - alpha for rows exchangeable with the calibration rows, output by output. With too few rows, (n +
+1)(1 - alpha) > n, the interval is infinite.
 """
 
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,8 @@ from vbdl.calibration.conformal_quantile import conformal_quantile
 from vbdl.metrics._checks import check_finite, check_rate, check_std, check_targets
 
 
-def _per_output(scores: Tensor, alpha: float) -> Tensor:
-    """Quantile of each output's scores: (batch,) -> (), (batch, outputs) -> (outputs,)"""
-    if scores.ndim == 1:
-        return conformal_quantile(scores, alpha)
-    return torch.stack([conformal_quantile(column, alpha) for column in scores.T])
-
-
-class AbsoluteIntervals(nn.Module):
-    """mean ± q, one width for all rows: score |y - mean|, target units."""
+class _Intervals(nn.Module):
+    """What the three share: a level, a threshold for each output, and where a prediction carries the bounds."""
 
     acts_on = "prediction"
     threshold: Tensor | None
@@ -37,105 +29,91 @@ class AbsoluteIntervals(nn.Module):
         self.alpha = check_rate(alpha, "alpha")
         self.register_buffer("threshold", None)  # () or (outputs,)
 
-    def fit(self, mean: Tensor, y: Tensor) -> "AbsoluteIntervals":
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+    def _fit(self, scores: Tensor) -> Self:
+        """scores: (batch,) or (batch, outputs)"""
+        columns = scores if scores.ndim == 2 else scores.unsqueeze(1)
+        found = torch.stack([conformal_quantile(column, self.alpha) for column in columns.T])
+        self.threshold = found if scores.ndim == 2 else found.squeeze(0)
+        return self
+
+    def _threshold(self, dtype: torch.dtype) -> Tensor:
+        if self.threshold is None:
+            raise RuntimeError(f"{type(self).__name__} has not been fitted: call fit first")
+        return self.threshold.to(dtype)
+
+    def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        """What fit and forward take, from the mean and the total variance of a prediction."""
+        raise NotImplementedError
+
+    def fit_prediction(self, prediction: Any, y: Tensor) -> Self:
+        fit: Any = self.fit  # each takes what its own `inputs` makes
+        return fit(*self.inputs(prediction.mean, prediction.total), y)
+
+    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
+        lower, upper = self(*self.inputs(fields["mean"], fields["total"]))
+        return {**fields, "lower": lower, "upper": upper}
+
+
+class AbsoluteIntervals(_Intervals):
+    """mean ± q, one width for all rows: score |y - mean|, target units."""
+
+    def fit(self, mean: Tensor, y: Tensor) -> Self:
         """mean, y: (batch,) or (batch, outputs)"""
         mean, y = check_targets(mean, y)
-        self.threshold = _per_output((y - mean).abs(), self.alpha)
-        return self
+        return self._fit((y - mean).abs())
 
     def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """-> lower, upper, the shape of mean"""
-        if self.threshold is None:
-            raise RuntimeError("AbsoluteIntervals has not been fitted: call fit first")
-        half = self.threshold.to(mean.dtype)
+        half = self._threshold(mean.dtype)
         return mean - half, mean + half
 
-    def fit_prediction(self, prediction, y: Tensor) -> "AbsoluteIntervals":
-        return self.fit(prediction.mean, y)
-
-    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
-        lower, upper = self(fields["mean"])
-        return {**fields, "lower": lower, "upper": upper}
+    def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        return (mean,)
 
 
-class NormalisedIntervals(nn.Module):
+class NormalisedIntervals(_Intervals):
     """mean ± q · std, as wide as the predictive says a row is uncertain: score |y - mean| / std."""
 
-    acts_on = "prediction"
-    threshold: Tensor | None
-
-    def __init__(self, alpha: float):
-        super().__init__()
-        self.alpha = check_rate(alpha, "alpha")
-        self.register_buffer("threshold", None)  # () or (outputs,)
-
-    def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> "NormalisedIntervals":
+    def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> Self:
         """mean, std, y: (batch,) or (batch, outputs)"""
         mean, y = check_targets(mean, y)
-        std = check_std(std, mean.shape)
-        self.threshold = _per_output((y - mean).abs() / std, self.alpha)
-        return self
+        return self._fit((y - mean).abs() / check_std(std, mean.shape))
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """-> lower, upper, the shape of mean"""
-        if self.threshold is None:
-            raise RuntimeError("NormalisedIntervals has not been fitted: call fit first")
-        half = self.threshold.to(mean.dtype) * std
+        half = self._threshold(mean.dtype) * std
         return mean - half, mean + half
 
-    def fit_prediction(self, prediction, y: Tensor) -> "NormalisedIntervals":
-        return self.fit(prediction.mean, prediction.total.sqrt(), y)
-
-    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
-        lower, upper = self(fields["mean"], fields["total"].sqrt())
-        return {**fields, "lower": lower, "upper": upper}
+    def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        return mean, total.sqrt()
 
 
-class CQR(nn.Module):
-    """Predicted quantiles moved outwards, or inwards, by q: score max(lower - y, y - upper), target
-    units.
+class CQR(_Intervals):
+    """Predicted quantiles moved outwards, or inwards, by q: score max(lower - y, y - upper), target units.
 
-    Where moving inwards would cross the bounds both become their midpoint.
+    Where moving inwards would cross the bounds both become their midpoint. Inside a predictor the quantiles are those
+    of the normal with the predictive's mean and variance: a first guess, which this corrects.
     """
 
-    acts_on = "prediction"
-    threshold: Tensor | None
-
-    def __init__(self, alpha: float):
-        super().__init__()
-        self.alpha = check_rate(alpha, "alpha")
-        self.register_buffer("threshold", None)  # () or (outputs,)
-
-    def fit(self, lower: Tensor, upper: Tensor, y: Tensor) -> "CQR":
-        """lower, upper: predicted alpha/2 and 1 - alpha/2 quantiles;  y: all (batch,) or (batch,
-        outputs)"""
+    def fit(self, lower: Tensor, upper: Tensor, y: Tensor) -> Self:
+        """lower, upper: predicted alpha/2 and 1 - alpha/2 quantiles;  y: all (batch,) or (batch, outputs)"""
         lower, y = check_targets(lower, y, "lower")
         upper = check_finite(upper, "upper")
         if upper.shape != lower.shape:
             raise ValueError(f"upper is {tuple(upper.shape)} but lower is {tuple(lower.shape)}")
-        self.threshold = _per_output(torch.maximum(lower - y, y - upper), self.alpha)
-        return self
+        return self._fit(torch.maximum(lower - y, y - upper))
 
     def forward(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """-> lower, upper, the shape of lower"""
-        if self.threshold is None:
-            raise RuntimeError("CQR has not been fitted: call fit first")
-        move = self.threshold.to(lower.dtype)
+        move = self._threshold(lower.dtype)
         low, high = lower - move, upper + move
         middle = (lower + upper) / 2
         return torch.minimum(low, middle), torch.maximum(high, middle)
 
-    def _quantiles(self, mean: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the normal with the predictive's mean and variance: a first guess, which CQR corrects."""
-        half = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - self.alpha, dtype=torch.float64)))
-        return mean - half * total.sqrt(), mean + half * total.sqrt()
-
-    def fit_prediction(self, prediction, y: Tensor) -> "CQR":
-        return self.fit(*self._quantiles(prediction.mean, prediction.total), y)
-
-    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
-        lower, upper = self(*self._quantiles(fields["mean"], fields["total"]))
-        return {**fields, "lower": lower, "upper": upper}
+    def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        half = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - self.alpha, dtype=torch.float64))) * total.sqrt()
+        return mean - half, mean + half

@@ -19,8 +19,7 @@ def conformal_rank(n: int, alpha: float) -> int:
 
 
 def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
-    """The conformal_rank-th smallest score, (): infinite when there are too few. scores: (n,), n >=
-    0"""
+    """The conformal_rank-th smallest score, (): infinite when there are too few. scores: (n,), n >= 0"""
     n = scores.numel()
     rank = conformal_rank(n, alpha)
     if rank > n:

@@ -1,9 +1,7 @@
-"""Ensemble temperature scaling: a temperature, mixed with the probabilities as they are and with
-chance.
+"""Ensemble temperature scaling: a temperature, mixed with the probabilities as they are and with chance.
 
-Zhang, Kailkhura, Han, Mix-n-Match: Ensemble and Compositional Methods for Uncertainty Calibration
-in
-Deep Learning, 2020, https://arxiv.org/abs/2003.07329
+Zhang, Kailkhura, Han, Mix-n-Match: Ensemble and Compositional Methods for Uncertainty Calibration in Deep Learning,
+2020, https://arxiv.org/abs/2003.07329
 """
 
 import torch
@@ -16,9 +14,8 @@ from vbdl.metrics._checks import check_probs_and_labels
 class EnsembleTemperature(nn.Module):
     """w₁ softmax(log p / T) + w₂ p + w₃ / classes, w on the simplex; acts on the mean probability.
 
-    Keeps the most probable class: each of the three parts has the same order. "Ensemble" is the
-    paper's
-    word for these three; the temperature of a deep ensemble is Temperature("logits") or ("probs").
+    Keeps the most probable class: each of the three parts has the same order. "Ensemble" is the paper's word for these
+    three; the temperature of a deep ensemble is Temperature("logits") or ("probs").
     """
 
     acts_on = "probs"

@@ -1,7 +1,7 @@
 """Histogram binning: the frequency observed in the bin.
 
-Zadrozny, Elkan, Obtaining calibrated probability estimates from decision trees and naive Bayesian
-classifiers, 2001, https://dl.acm.org/doi/10.5555/645530.655658
+Zadrozny, Elkan, Obtaining calibrated probability estimates from decision trees and naive Bayesian classifiers, 2001,
+https://dl.acm.org/doi/10.5555/645530.655658
 """
 
 import torch
@@ -11,13 +11,11 @@ from vbdl.calibration._fit import binary_problems, one_versus_rest
 
 
 class Histogram(nn.Module):
-    """Each class's probability becomes that class's frequency among the rows of its bin; acts on
-    the mean
-    probability, one-versus-rest and normalised beyond two classes.
+    """Each class's probability becomes that class's frequency among the rows of its bin; acts on the mean probability,
+    one-versus-rest and normalised beyond two classes.
 
-    binning: "width" (equal, right-closed) or "mass" (equal counts, cut midway between neighbours).
-    A bin
-    without rows gives its midpoint. A frequency may be 0 or 1: the log-likelihood can be infinite.
+    binning: "width" (equal, right-closed) or "mass" (equal counts, cut midway between neighbours). A bin without rows
+    gives its midpoint. A frequency may be 0 or 1: the log-likelihood can be infinite.
     """
 
     acts_on = "probs"
@@ -38,8 +36,7 @@ class Histogram(nn.Module):
         return f"n_bins={self.n_bins}, binning={self.binning!r}"
 
     def fit(self, probs: Tensor, y: Tensor) -> "Histogram":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a
-        row."""
+        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
         edges, values = [], []
         for p, hit in binary_problems(probs, y, "Histogram"):
             cut = torch.arange(1, self.n_bins, device=p.device)

@@ -1,7 +1,6 @@
 """Isotonic regression of the outcome on the probability.
 
-Zadrozny, Elkan, Transforming classifier scores into accurate multiclass probability estimates,
-2002,
+Zadrozny, Elkan, Transforming classifier scores into accurate multiclass probability estimates, 2002,
 https://doi.org/10.1145/775047.775151
 """
 
@@ -16,8 +15,7 @@ from vbdl.calibration._fit import binary_problems, one_versus_rest, stack_padded
 def isotonic_knots(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Knots (x, value) of the non-decreasing least-squares fit; between knots it is linear.
 
-    Equal x are one observation, their weighted mean: scipy's routine does not see that they are
-    equal.
+    Equal x are one observation, their weighted mean: scipy's routine does not see that they are equal.
     """
     weights = np.ones_like(x) if weights is None else weights
     unique, where = np.unique(x, return_inverse=True)
@@ -31,9 +29,8 @@ def isotonic_knots(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = No
 
 
 class Isotonic(nn.Module):
-    """A non-decreasing curve through the outcomes, linear between knots and constant outside; acts
-    on the
-    mean probability, one-versus-rest and normalised beyond two classes.
+    """A non-decreasing curve through the outcomes, linear between knots and constant outside; acts on the mean
+    probability, one-versus-rest and normalised beyond two classes.
 
     The curve may reach 0 or 1: the log-likelihood can be infinite.
     """

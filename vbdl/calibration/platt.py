@@ -1,7 +1,7 @@
 """Platt scaling: a logistic curve in the logit of each class's probability.
 
-Platt, Probabilistic Outputs for Support Vector Machines and Comparisons to Regularized Likelihood
-Methods, 1999, https://www.researchgate.net/publication/2594015
+Platt, Probabilistic Outputs for Support Vector Machines and Comparisons to Regularized Likelihood Methods, 1999,
+https://www.researchgate.net/publication/2594015
 """
 
 import torch
@@ -16,12 +16,10 @@ def _logit(p: Tensor) -> Tensor:
 
 
 class Platt(nn.Module):
-    """σ(a · logit(p) + b); acts on the mean probability, one-versus-rest and normalised beyond two
-    classes.
+    """σ(a · logit(p) + b); acts on the mean probability, one-versus-rest and normalised beyond two classes.
 
-    smoothed: fits to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which
-    keeps
-    the curve finite where the classes separate.
+    smoothed: fits to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which keeps the curve finite
+    where the classes separate.
     """
 
     acts_on = "probs"
@@ -35,8 +33,7 @@ class Platt(nn.Module):
         self.register_buffer("intercept", None)
 
     def fit(self, probs: Tensor, y: Tensor) -> "Platt":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a
-        row."""
+        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
         found = []
         for p, hit in binary_problems(probs, y, "Platt"):
             z = _logit(p)

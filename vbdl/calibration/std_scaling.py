@@ -1,11 +1,9 @@
-"""Std scaling: one factor on the predicted standard deviations, the regression sibling of a
-temperature.
+"""Std scaling: one factor on the predicted standard deviations, the regression sibling of a temperature.
 
-Laves, Ihler, Fast, Kahrs, Ortmaier, Well-Calibrated Regression Uncertainty in Medical Imaging with
-Deep
-Learning, 2020, https://proceedings.mlr.press/v121/laves20a.html
-Levi, Gispan, Giladi, Fetaya, Evaluating and Calibrating Uncertainty Prediction in Regression Tasks,
-2022, https://arxiv.org/abs/1905.11659
+Laves, Ihler, Fast, Kahrs, Ortmaier, Well-Calibrated Regression Uncertainty in Medical Imaging with Deep Learning, 2020,
+https://proceedings.mlr.press/v121/laves20a.html
+Levi, Gispan, Giladi, Fetaya, Evaluating and Calibrating Uncertainty Prediction in Regression Tasks, 2022,
+https://arxiv.org/abs/1905.11659
 """
 
 import math
@@ -21,12 +19,9 @@ from vbdl.metrics.nll import check_mixture
 class StdScaling(nn.Module):
     """std -> scale · std, the mean stays; scale > 0 minimises the negative log-likelihood.
 
-    per_output: a scale for each output, or one for all. A mixture is stretched about its own mean,
-    means_s -> mean + scale (means_s - mean) and stds_s -> scale · stds_s, so that its shape stays
-    and
-    total, aleatoric and epistemic variance are all multiplied by scale²: they still add up, and
-    their
-    ratio is that of before.
+    per_output: a scale for each output, or one for all. A mixture is stretched about its own mean, means_s -> mean +
+    scale (means_s - mean) and stds_s -> scale · stds_s, so that its shape stays and total, aleatoric and epistemic
+    variance are all multiplied by scale²: they still add up, and their ratio is that of before.
     """
 
     acts_on = "prediction"
@@ -43,8 +38,7 @@ class StdScaling(nn.Module):
 
     def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> "StdScaling":
         """Gaussian: mean, std (batch,) or (batch, outputs), in closed form, scale² = mean of z².
-        Mixture:
-        mean, std (samples, batch) or (samples, batch, outputs).  y: (batch,) or (batch, outputs).
+        Mixture: mean, std (samples, batch) or (samples, batch, outputs).  y: (batch,) or (batch, outputs).
 
         ValueError without rows, and when every mean equals its target: the best scale would be 0.
         """

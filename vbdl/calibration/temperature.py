@@ -1,10 +1,8 @@
 """Temperature scaling: all logits divided by one number.
 
-Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017,
-https://arxiv.org/abs/1706.04599
-Rahaman, Thiery, Uncertainty Quantification and Deep Ensembles, 2021,
-https://arxiv.org/abs/2007.08792
-(before or after the average of an ensemble)
+Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+Rahaman, Thiery, Uncertainty Quantification and Deep Ensembles, 2021, https://arxiv.org/abs/2007.08792 (before or after
+the average of an ensemble)
 """
 
 import math
@@ -20,16 +18,13 @@ _LOG_LIMIT = math.log(1000.0)
 
 
 class Temperature(nn.Module):
-    """softmax(z / T), T > 0 by construction: log T is what is fitted, in float64, within [1e-3,
-    1e3].
+    """softmax(z / T), T > 0 by construction: log T is what is fitted, in float64, within [1e-3, 1e3].
 
-    acts_on="logits": each sample's logits, z -> z / T; fitted to the mean over samples of the
-    probabilities, which is what the predictor returns. acts_on="probs": the mean probability,
-    p -> softmax(log p / T).
+    acts_on="logits": each sample's logits, z -> z / T; fitted to the mean over samples of the probabilities, which is
+    what the predictor returns. acts_on="probs": the mean probability, p -> softmax(log p / T).
 
-    The most probable class stays the same, exactly, for "probs" and for one sample. With several
-    samples and "logits" it may change where members disagree: the mean of sharpened members is not
-    the sharpened mean.
+    The most probable class stays the same, exactly, for "probs" and for one sample. With several samples and "logits"
+    it may change where members disagree: the mean of sharpened members is not the sharpened mean.
     """
 
     log_temperature: Tensor
@@ -51,21 +46,18 @@ class Temperature(nn.Module):
     def fit(self, outputs: Tensor, y: Tensor) -> "Temperature":
         """Minimises the negative log-likelihood.
 
-        outputs: for "logits" (batch, classes) or (samples, batch, classes); for "probs" (batch,
-        classes),
-        or (batch,) of class 1;  y: (batch,).  Returns self.
+        outputs: for "logits" (batch, classes) or (samples, batch, classes); for "probs" (batch, classes), or (batch,)
+        of class 1;  y: (batch,).  Returns self.
 
-        A class without rows is no hindrance. Rows that are all predicted right have no best T: it
-        ends
-        at a limit, with a warning.
+        A class without rows is no hindrance. Rows that are all predicted right have no best T: it ends at a limit, with
+        a warning.
         """
         if self.acts_on == "probs":
             probs, y = check_probs_and_labels(outputs, y)
             logits = probs.clamp(min=TINY).log().unsqueeze(0)
         else:
             logits, y = check_logits_and_labels(outputs, y)
-        # a shift of each row changes nothing, and leaves numbers that can be divided without
-        # overflow
+        # a shift of each row changes nothing, and leaves numbers that can be divided without overflow
         logits = logits - logits.amax(dim=-1, keepdim=True)
         rows = torch.arange(y.numel(), device=y.device)
 
@@ -91,8 +83,7 @@ class Temperature(nn.Module):
         return self
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """logits -> logits of any shape, or probs -> probs (batch, classes) or (batch,), by
-        acts_on."""
+        """logits -> logits of any shape, or probs -> probs (batch, classes) or (batch,), by acts_on."""
         scale = torch.exp(-self.log_temperature)
         if self.acts_on == "logits":
             return outputs * scale.to(outputs.dtype)

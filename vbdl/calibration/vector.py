@@ -1,7 +1,6 @@
 """Vector scaling: a factor and a shift for each class's logit.
 
-Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017,
-https://arxiv.org/abs/1706.04599
+Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
 """
 
 import math
@@ -29,8 +28,7 @@ class VectorScaling(nn.Module):
         self.register_buffer("bias", None)
 
     def fit(self, logits: Tensor, y: Tensor) -> "VectorScaling":
-        """logits: (batch, classes) or (samples, batch, classes);  y: (batch,).  Every class needs a
-        row."""
+        """logits: (batch, classes) or (samples, batch, classes);  y: (batch,).  Every class needs a row."""
         logits, y = check_logits_and_labels(logits, y)
         samples, _, classes = logits.shape
         require_all_classes(y, classes, "VectorScaling")

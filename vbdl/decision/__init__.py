@@ -1,8 +1,7 @@
 """From a predictive to an action: refer to a person, hand over to the driver, size a risk.
 
-Everything takes any predictive: a prediction of vbdl, or somebody else's probabilities,
-uncertainties
-or samples as tensors.
+Everything takes any predictive: a prediction of vbdl, or somebody else's probabilities, uncertainties or samples as
+tensors.
 """
 
 from vbdl.decision.anomaly import AnomalyFlags as AnomalyFlags

@@ -1,9 +1,7 @@
 """Flags for anomalous rows (transactions) with a budget of false alarms.
 
-Bates, Candès, Lei, Romano, Sesia, Testing for Outliers with Conformal p-values, 2023,
-https://arxiv.org/abs/2104.08279
-Benjamini, Hochberg, Controlling the False Discovery Rate, 1995,
-https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
+Bates, Candès, Lei, Romano, Sesia, Testing for Outliers with Conformal p-values, 2023, https://arxiv.org/abs/2104.08279
+Benjamini, Hochberg, Controlling the False Discovery Rate, 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
 """
 
 import torch
@@ -15,9 +13,8 @@ from vbdl.metrics._checks import check_rate, check_scores
 class AnomalyFlags(nn.Module):
     """Conformal p-values of anomaly scores (high for odd) against scores of normal rows.
 
-    p = (1 + normal rows with a score at least as high) / (n + 1): for a normal row, exchangeable
-    with
-    those of `fit`, P(p <= a) <= a for every a. A NaN score gets the smallest p-value there is.
+    p = (1 + normal rows with a score at least as high) / (n + 1): for a normal row, exchangeable with those of `fit`,
+    P(p <= a) <= a for every a. A NaN score gets the smallest p-value there is.
     """
 
     scores: Tensor | None
@@ -56,8 +53,8 @@ class AnomalyFlags(nn.Module):
         return p <= false_alarms * (1 + 1e-12)
 
     def flag_fdr(self, scores: Tensor, share: float) -> Tensor:
-        """(batch,) bool: among the flagged of this batch at most this share is false, on average
-        (Benjamini and Hochberg; conformal p-values depend on each other in the way it allows)."""
+        """(batch,) bool: among the flagged of this batch at most this share is false, on average (Benjamini and
+        Hochberg; conformal p-values depend on each other in the way it allows)."""
         check_rate(share, "share")
         p = self(scores)
         m = p.numel()

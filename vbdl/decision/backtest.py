@@ -1,7 +1,6 @@
 """Were the losses beyond value at risk as many as promised, and did they come one at a time?
 
-Kupiec, Techniques for Verifying the Accuracy of Risk Measurement Models, 1995,
-https://doi.org/10.3905/jod.1995.407942
+Kupiec, Techniques for Verifying the Accuracy of Risk Measurement Models, 1995, https://doi.org/10.3905/jod.1995.407942
 Christoffersen, Evaluating Interval Forecasts, 1998, https://doi.org/10.2307/2527341
 """
 
@@ -30,9 +29,8 @@ class Backtest:
 def backtest(violations: Tensor, level: float) -> Backtest:
     """violations: (days,) bool in time order, y < -VaR;  level: of the VaR, say 0.99.
 
-    Without any violation, or with nothing but, there is no clustering to test and independence is
-    1.
-    ValueError below two days.
+    Without any violation, or with nothing but, there is no clustering to test and independence is 1. ValueError below
+    two days.
     """
     check_rate(level, "level")
     if violations.dtype != torch.bool or violations.ndim != 1:

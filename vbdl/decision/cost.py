@@ -1,9 +1,7 @@
 """The action of least expected cost, with the choice to refer.
 
-Chow, On optimum recognition error and reject tradeoff, 1970,
-https://doi.org/10.1109/TIT.1970.1054406
-Elkan, The Foundations of Cost-Sensitive Learning, 2001,
-https://dl.acm.org/doi/10.5555/1642194.1642224
+Chow, On optimum recognition error and reject tradeoff, 1970, https://doi.org/10.1109/TIT.1970.1054406
+Elkan, The Foundations of Cost-Sensitive Learning, 2001, https://dl.acm.org/doi/10.5555/1642194.1642224
 """
 
 import torch
@@ -16,10 +14,8 @@ REFER = -1
 class ExpectedCost(nn.Module):
     """argmin_a Σ_k p_k cost[k, a]; REFER (-1) where even that costs more than refer_cost.
 
-    cost: (classes, actions), what action a costs when the class is k, in any one unit; actions need
-    not be
-    classes (accept, decline). refer_cost: what a referral costs, in the same unit; None: never
-    refer.
+    cost: (classes, actions), what action a costs when the class is k, in any one unit; actions need not be classes
+    (accept, decline). refer_cost: what a referral costs, in the same unit; None: never refer.
     Equal costs: the action of the lowest number, and an action rather than a referral.
     """
 
@@ -48,8 +44,7 @@ class ExpectedCost(nn.Module):
             p = torch.stack((1 - p, p), dim=1)
         if p.ndim != 2 or p.shape[1] != self.cost.shape[0]:
             raise ValueError(f"cost is for {self.cost.shape[0]} classes, probs is {tuple(probs.shape)}")
-        # a sum over classes, not a matmul: its order, and so a tie, must not depend on the batch
-        # size
+        # a sum over classes, not a matmul: its order, and so a tie, must not depend on the batch size
         return (p.unsqueeze(2) * self.cost).sum(dim=1)
 
     def forward(self, prediction) -> Tensor:

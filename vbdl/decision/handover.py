@@ -25,18 +25,13 @@ class Step:
 
 
 class HandOver:
-    """A state machine over a risk per frame (an uncertainty, or a path risk), one number, high for
-    bad.
+    """A state machine over a risk per frame (an uncertainty, or a path risk), one number, high for bad.
 
-    warn, hand_over: (enter, leave) thresholds of each level; enter at risk >= enter, leave only
-    after `dwell`
-    frames in a row of risk < leave: the gap and the dwell keep it from chattering. Going up never
-    waits.
-    Coming down goes one level at a time. deadline: seconds a frame may take; a late frame, a
-    missing one
-    and one that is not finite hand over at once (fail-safe). latched: a hand-over ends only by
-    `resume`,
-    called when the driver gives control back; otherwise it ends like a warning.
+    warn, hand_over: (enter, leave) thresholds of each level; enter at risk >= enter, leave only after `dwell` frames in
+    a row of risk < leave: the gap and the dwell keep it from chattering. Going up never waits. Coming down goes one
+    level at a time. deadline: seconds a frame may take; a late frame, a missing one and one that is not finite hand
+    over at once (fail-safe). latched: a hand-over ends only by `resume`, called when the driver gives control back;
+    otherwise it ends like a warning.
 
     The state is a few numbers: `state()` and `load` carry it over a restart.
     """
@@ -63,8 +58,7 @@ class HandOver:
         self.mode, self.calm = Mode.DRIVE, 0
 
     def step(self, risk: float | None, latency: float | None = None) -> Step:
-        """Takes the frame's risk, None for a frame that never came, and how long it took in
-        seconds.
+        """Takes the frame's risk, None for a frame that never came, and how long it took in seconds.
 
         With a deadline a latency must be given: a frame of unknown latency counts as late.
         """

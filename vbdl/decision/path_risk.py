@@ -1,7 +1,7 @@
 """Probability that a predicted path crosses a bound within its horizon.
 
-The predictive samples are whole paths: each is one function of the inputs, so that its steps belong
-together, and the probability counts paths and not steps.
+The predictive samples are whole paths: each is one function of the inputs, so that its steps belong together, and the
+probability counts paths and not steps.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from vbdl.metrics._checks import check_rate
 
 @dataclass(frozen=True)
 class PathRisk:
-    """probability: share of paths that leave the bounds. by_step is cumulative: crossed at or
-    before."""
+    """probability: share of paths that leave the bounds. by_step is cumulative: crossed at or before."""
 
     probability: Tensor  # (batch,)
     upper: Tensor  # (batch,) exact one-sided bound on it, given this many samples
@@ -31,9 +30,8 @@ def path_risk(
 ) -> PathRisk:
     """paths: (samples, batch, horizon), samples of the predictive including its noise.
 
-    lower, upper: bounds, numbers or anything that broadcasts to (batch, horizon); at least one. A
-    path that
-    is not finite anywhere counts as crossing there: the safe reading of a broken number.
+    lower, upper: bounds, numbers or anything that broadcasts to (batch, horizon); at least one. A path that is not
+    finite anywhere counts as crossing there: the safe reading of a broken number.
     level: confidence of `upper`, which is all that a few samples with no crossing can promise.
     """
     check_rate(level, "level")

@@ -1,10 +1,9 @@
 """Position sizes that shrink with uncertainty, epistemic included.
 
 Markowitz, Portfolio Selection, 1952, https://doi.org/10.2307/2975974
-Kelly, A New Interpretation of Information Rate, 1956,
-https://doi.org/10.1002/j.1538-7305.1956.tb03809.x
-Barberis, Investing for the Long Run when Returns Are Predictable, 2000,
-https://doi.org/10.1111/0022-1082.00205 (parameter uncertainty in the predictive)
+Kelly, A New Interpretation of Information Rate, 1956, https://doi.org/10.1002/j.1538-7305.1956.tb03809.x
+Barberis, Investing for the Long Run when Returns Are Predictable, 2000, https://doi.org/10.1111/0022-1082.00205
+(parameter uncertainty in the predictive)
 """
 
 import torch
@@ -22,9 +21,8 @@ def _limit(position: Tensor, limit: float) -> Tensor:
 def mean_variance_position(mean: Tensor, variance: Tensor, risk_aversion: float = 1.0, limit: float = 1.0) -> Tensor:
     """mean / (risk_aversion · variance), within ±limit, as a share of wealth; the shape of mean.
 
-    mean: predicted return; variance: its *total* variance (aleatoric + epistemic), squared units of
-    mean.
-    With the aleatoric variance alone the size would not know what the model does not know.
+    mean: predicted return; variance: its *total* variance (aleatoric + epistemic), squared units of mean. With the
+    aleatoric variance alone the size would not know what the model does not know.
     """
     if not risk_aversion > 0:
         raise ValueError(f"risk_aversion must be positive, not {risk_aversion}")
@@ -37,12 +35,10 @@ def mean_variance_position(mean: Tensor, variance: Tensor, risk_aversion: float 
 
 
 def kelly_position(returns: Tensor, fraction: float = 0.5, limit: float = 1.0) -> Tensor:
-    """fraction times the position w that maximises the mean of log(1 + w r) over the samples, |w|
-    <= limit.
+    """fraction times the position w that maximises the mean of log(1 + w r) over the samples, |w| <= limit.
 
-    returns: (samples, batch), draws of the simple return from the predictive with its noise, each >
-    -1.
-    The predictive counts every parameter draw, so a model unsure of the sign of the mean bets less.
+    returns: (samples, batch), draws of the simple return from the predictive with its noise, each > -1. The predictive
+    counts every parameter draw, so a model unsure of the sign of the mean bets less.
     Wealth stays positive in every sample: w is also kept within what the worst of them allows.
     """
     if not 0 < fraction <= 1:

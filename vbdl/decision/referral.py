@@ -1,11 +1,10 @@
 """Medical referral: which rows a person should see.
 
-Geifman, El-Yaniv, Selective Classification for Deep Neural Networks, 2017,
-https://arxiv.org/abs/1705.08500 (selection with guaranteed risk)
+Geifman, El-Yaniv, Selective Classification for Deep Neural Networks, 2017, https://arxiv.org/abs/1705.08500 (selection
+with guaranteed risk)
 Angelopoulos, Bates, Candès, Jordan, Lei, Learn then Test, 2021, https://arxiv.org/abs/2110.01052
-Leibig, Allken, Ayhan, Berens, Wahl, Leveraging uncertainty information from deep neural networks
-for
-disease detection, 2017, https://doi.org/10.1038/s41598-017-17876-z (the application)
+Leibig, Allken, Ayhan, Berens, Wahl, Leveraging uncertainty information from deep neural networks for disease detection,
+2017, https://doi.org/10.1038/s41598-017-17876-z (the application)
 """
 
 import math
@@ -23,12 +22,9 @@ from vbdl.metrics.estimate import Interval, proportion_interval
 def uncertainty_of(prediction, kind: str = "total") -> Tensor:
     """One number a row, (batch,), high for uncertain.
 
-    prediction: a tensor (batch,) is taken as the uncertainty itself; else an object with the field
-    `kind`
-    ("total", "aleatoric", "epistemic": nats or squared target units), or probs for "confidence",
-    which
-    is 1 - the largest probability. A regression of several outputs has no one number: pass a
-    tensor.
+    prediction: a tensor (batch,) is taken as the uncertainty itself; else an object with the field `kind` ("total",
+    "aleatoric", "epistemic": nats or squared target units), or probs for "confidence", which is 1 - the largest
+    probability. A regression of several outputs has no one number: pass a tensor.
     """
     if isinstance(prediction, Tensor):
         values = prediction
@@ -63,12 +59,10 @@ class Certificate:
 
 
 class Referral(nn.Module):
-    """Refers the rows whose uncertainty is at least a threshold. A NaN uncertainty is always
-    referred.
+    """Refers the rows whose uncertainty is at least a threshold. A NaN uncertainty is always referred.
 
-    kind: which uncertainty of a prediction counts (see uncertainty_of). The threshold is given, or
-    chosen
-    on calibration rows by `for_capacity`, `for_cost`, or `for_risk`, the last with a guarantee.
+    kind: which uncertainty of a prediction counts (see uncertainty_of). The threshold is given, or chosen on
+    calibration rows by `for_capacity`, `for_cost`, or `for_risk`, the last with a guarantee.
     """
 
     threshold: Tensor
@@ -94,8 +88,7 @@ class Referral(nn.Module):
         return torch.where(self.refer(prediction), REFER, prediction.label.to(torch.int64))
 
     def for_capacity(self, prediction, share: float) -> "Referral":
-        """Refers at most this share of the calibration rows, the most uncertain; ties stay
-        together, unreferred."""
+        """Refers at most this share of the calibration rows, the most uncertain; ties stay together, unreferred."""
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], not {share}")
         ordered = check_scores(uncertainty_of(prediction, self.kind), "uncertainty").sort().values
@@ -108,8 +101,7 @@ class Referral(nn.Module):
         return self._set(float(later[0]) if later.numel() else math.inf)
 
     def for_cost(self, prediction, loss: Tensor, refer_cost: float) -> "Referral":
-        """Least mean cost on the calibration rows: loss (batch,) of a kept row, refer_cost of a
-        referred one.
+        """Least mean cost on the calibration rows: loss (batch,) of a kept row, refer_cost of a referred one.
 
         Of several best thresholds the one that refers least.
         """
@@ -122,20 +114,15 @@ class Referral(nn.Module):
         return self._set(self._keep(ordered, best))
 
     def for_risk(self, prediction, loss: Tensor, risk: float, delta: float = 0.05, method: str = "sgr") -> "Referral":
-        """The largest coverage found whose mean loss on kept rows is at most `risk`, except with
-        probability delta over calibration sets.
+        """The largest coverage found whose mean loss on kept rows is at most `risk`, except with probability delta over
+        calibration sets.
 
-        loss: (batch,) bool, or in [0, 1]. method "sgr": Geifman and El-Yaniv's bisection, each of
-        its
-        ⌈log₂ n⌉ steps tested at its share of delta. "ltt": learn then test, thresholds in a fixed
-        order
-        from the strictest, each tested at the whole delta, up to the first that fails.
+        loss: (batch,) bool, or in [0, 1]. method "sgr": Geifman and El-Yaniv's bisection, each of its ⌈log₂ n⌉ steps
+        tested at its share of delta. "ltt": learn then test, thresholds in a fixed order from the strictest, each
+        tested at the whole delta, up to the first that fails.
 
-        The promise is about rows exchangeable with these: on shifted rows there is none, and
-        `check` tells.
-        If no threshold can be promised every row is referred (threshold -inf), and the certificate
-        says
-        n_kept = 0.
+        The promise is about rows exchangeable with these: on shifted rows there is none, and `check` tells. If no
+        threshold can be promised every row is referred (threshold -inf), and the certificate says n_kept = 0.
         """
         check_rate(risk, "risk")
         check_rate(delta, "delta")
@@ -183,8 +170,7 @@ class Referral(nn.Module):
         return best
 
     def check(self, prediction, y_loss: Tensor, level: float = 0.95) -> Interval:
-        """Mean loss of the rows this keeps, with its exact binomial interval: is the promise true
-        here?
+        """Mean loss of the rows this keeps, with its exact binomial interval: is the promise true here?
 
         y_loss: (batch,) bool or 0/1. ValueError when every row is referred.
         """
@@ -197,8 +183,7 @@ class Referral(nn.Module):
         return proportion_interval(int(losses.sum()), losses.numel(), level)
 
     def _sorted(self, prediction, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Uncertainties ascending, their losses, and the numbers of rows that a threshold can
-        keep."""
+        """Uncertainties ascending, their losses, and the numbers of rows that a threshold can keep."""
         if loss.dtype == torch.bool:
             loss = loss.to(torch.float64)
         values = check_scores(uncertainty_of(prediction, self.kind), "uncertainty")
@@ -213,9 +198,8 @@ class Referral(nn.Module):
 
     @staticmethod
     def _keep(ordered: Tensor, kept: int) -> float:
-        """Threshold that keeps the first `kept`: the next value, so that given it the kept rows are
-        an
-        independent sample of all rows below it, which the bounds rely on."""
+        """Threshold that keeps the first `kept`: the next value, so that given it the kept rows are an independent
+        sample of all rows below it, which the bounds rely on."""
         if kept == 0:
             return -math.inf
         return math.inf if kept == ordered.numel() else float(ordered[kept])
@@ -226,8 +210,7 @@ class Referral(nn.Module):
 
 
 def refer_most_uncertain(prediction, k: int, kind: str = "total") -> Tensor:
-    """(batch,) bool: exactly the k most uncertain rows of this batch; NaN first, ties by row
-    number."""
+    """(batch,) bool: exactly the k most uncertain rows of this batch; NaN first, ties by row number."""
     values = uncertainty_of(prediction, kind).to(torch.float64)
     n = values.numel()
     if not 0 <= k <= n:
@@ -241,13 +224,9 @@ def refer_most_uncertain(prediction, k: int, kind: str = "total") -> Tensor:
 class ReferralBudget:
     """So many referrals a day, decided row by row: never more than the budget.
 
-    reference: uncertainties of earlier rows, (rows,). A row is referred when it is among the share
-    of the
-    reference that the rest of the budget can pay for, given how many rows the day still expects; so
-    an
-    easy morning leaves more for the afternoon. After `expected` rows the rest is spent first come,
-    first
-    served.
+    reference: uncertainties of earlier rows, (rows,). A row is referred when it is among the share of the reference
+    that the rest of the budget can pay for, given how many rows the day still expects; so an easy morning leaves more
+    for the afternoon. After `expected` rows the rest is spent first come, first served.
     """
 
     def __init__(self, reference: Tensor, budget: int, expected: int):

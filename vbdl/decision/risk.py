@@ -1,11 +1,9 @@
-"""Financial risk from a predictive: value at risk and expected shortfall, parameter uncertainty
-included.
+"""Financial risk from a predictive: value at risk and expected shortfall, parameter uncertainty included.
 
 McNeil, Frey, Embrechts, Quantitative Risk Management, 2015, chapter 2
 Acerbi, Tasche, On the coherence of expected shortfall, 2002, https://arxiv.org/abs/cond-mat/0104295
 
-The outcome y is a return or a profit, high is good. At level 0.99, VaR is minus the 1 % quantile of
-y and
+The outcome y is a return or a profit, high is good. At level 0.99, VaR is minus the 1 % quantile of y and
 ES minus the mean of y below it: both positive for losses, in units of y.
 """
 
@@ -30,11 +28,10 @@ class TailRisk:
 
 
 def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | None = None) -> TailRisk:
-    """VaR and ES of the Gaussian mixture over samples: the quantile by bisection, ES in closed
-    form.
+    """VaR and ES of the Gaussian mixture over samples: the quantile by bisection, ES in closed form.
 
-    means, stds: (samples, batch) or (samples, batch, outputs). One sample is the Gaussian without
-    parameter uncertainty; std 0 is not allowed.
+    means, stds: (samples, batch) or (samples, batch, outputs). One sample is the Gaussian without parameter
+    uncertainty; std 0 is not allowed.
     """
     check_rate(level, "level")
     means, stds, _, log_weights = check_mixture(means, stds, None, weights)
@@ -63,11 +60,9 @@ def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
 
 
 def sample_tail(samples: Tensor, level: float) -> TailRisk:
-    """VaR and ES of the samples' empirical distribution, exact also where the tail ends inside a
-    sample.
+    """VaR and ES of the samples' empirical distribution, exact also where the tail ends inside a sample.
 
-    samples: (samples, batch) or (samples, batch, outputs), draws of y with its noise. ValueError
-    when the
+    samples: (samples, batch) or (samples, batch, outputs), draws of y with its noise. ValueError when the
     tail holds less than one sample: (1 - level) · samples >= 1 is needed.
     """
     check_rate(level, "level")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, per_row, standard_error
+from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.types import State
 
 
@@ -80,13 +80,7 @@ class Bernoulli(nn.Module):
         return {"n": n, "probs": mean, "against": against, "deviation": deviation, "entropy": _entropy(logits).mean(0)}
 
     def merge(self, a: State, b: State) -> State:
-        return {
-            "n": a["n"] + b["n"],
-            "probs": merge_mean(a["n"], a["probs"], b["n"], b["probs"]),
-            "against": merge_mean(a["n"], a["against"], b["n"], b["against"]),
-            "deviation": merge_deviation(a["n"], a["probs"], a["deviation"], b["n"], b["probs"], b["deviation"]),
-            "entropy": merge_mean(a["n"], a["entropy"], b["n"], b["entropy"]),
-        }
+        return merge_moments(a, b, "probs", "against", "entropy")
 
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]

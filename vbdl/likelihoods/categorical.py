@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, per_row, standard_error
+from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.types import State
 
 
@@ -97,12 +97,7 @@ class Categorical(nn.Module):
         return {"n": n, "probs": mean, "deviation": deviation, "entropy": entropy.mean(0)}
 
     def merge(self, a: State, b: State) -> State:
-        return {
-            "n": a["n"] + b["n"],
-            "probs": merge_mean(a["n"], a["probs"], b["n"], b["probs"]),
-            "deviation": merge_deviation(a["n"], a["probs"], a["deviation"], b["n"], b["probs"], b["deviation"]),
-            "entropy": merge_mean(a["n"], a["entropy"], b["n"], b["entropy"]),
-        }
+        return merge_moments(a, b, "probs", "entropy")
 
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]

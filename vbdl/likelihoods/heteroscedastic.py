@@ -1,17 +1,13 @@
 """Real targets whose noise the network predicts, row by row."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vbdl.likelihoods import normal_mixture
 from vbdl.likelihoods.moments import per_row
-from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, RegressionPrediction
-from vbdl.types import State
+from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood, normal_nll
 
 
-class HeteroscedasticGaussian(nn.Module):
+class HeteroscedasticGaussian(NormalLikelihood):
     """Outputs (batch, 2 * outputs): the means, then the log-variances.
 
     Nix and Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994.
@@ -21,10 +17,10 @@ class HeteroscedasticGaussian(nn.Module):
     """
 
     def __init__(self, beta: float = 0.0, covariance: bool = False):
-        super().__init__()
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta lies between 0 (likelihood) and 1 (squared error), got {beta}")
-        self.beta, self.covariance = beta, covariance
+        super().__init__(covariance)
+        self.beta = beta
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}"
@@ -39,28 +35,9 @@ class HeteroscedasticGaussian(nn.Module):
         mean, log_variance = outputs.chunk(2, dim=-1)
         return torch.stack((mean, log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)), dim=-1)
 
-    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-        return normal_mixture.check_regression_targets(y, tuple(parameters_shape[:-1]))
-
-    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """(batch, outputs, 2), (batch, outputs) -> (batch,) nats"""
-        return per_row(normal_mixture.normal_nll(parameters, y))
-
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The negative log-likelihood, each output weighed by its variance^beta."""
         if self.beta == 0.0:
             return self.nll(parameters, y)
         weight = (self.beta * parameters[..., 1].detach()).exp()
-        return per_row(weight * normal_mixture.normal_nll(parameters, y))
-
-    def summarize(self, parameters: Tensor) -> State:
-        return normal_mixture.summarize(parameters, self.covariance)
-
-    def merge(self, a: State, b: State) -> State:
-        return normal_mixture.merge(a, b)
-
-    def finish(self, summary: State) -> State:
-        return normal_mixture.finish(summary)
-
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> RegressionPrediction:
-        return RegressionPrediction(**fields, n_samples=n_samples, samples=samples)
+        return per_row(weight * normal_nll(parameters, y))

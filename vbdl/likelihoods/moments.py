@@ -7,6 +7,8 @@ E[x^2] - E[x]^2, which loses everything when the mean is large.
 import torch
 from torch import Tensor
 
+from vbdl.types import State
+
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count (), mean (...) and summed squared deviation (...) over the leading axis, float32 or better."""
@@ -23,6 +25,14 @@ def merge_mean(n_a: Tensor, a: Tensor, n_b: Tensor, b: Tensor) -> Tensor:
 def merge_deviation(n_a: Tensor, mean_a: Tensor, a: Tensor, n_b: Tensor, mean_b: Tensor, b: Tensor) -> Tensor:
     """Summed squared deviation of the union of two sets."""
     return a + b + (mean_b - mean_a).square() * (n_a * n_b / (n_a + n_b))
+
+
+def merge_moments(a: State, b: State, centre: str, *means: str) -> State:
+    """Running sums of the union of two sets: the count "n", the mean `centre` with its "deviation", further means."""
+    n_a, n_b = a["n"], b["n"]
+    merged = {name: merge_mean(n_a, a[name], n_b, b[name]) for name in (centre, *means)}
+    merged["deviation"] = merge_deviation(n_a, a[centre], a["deviation"], n_b, b[centre], b["deviation"])
+    return {"n": n_a + n_b, **merged}
 
 
 def standard_error(n: Tensor, deviation: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ total variance; density, distribution function and quantiles are the mixture's o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments, standard_error
+from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.types import State
 
 LOG_VARIANCE_BOUND = 30.0  # exp(+-30) is finite in float32 with room for a square
@@ -112,43 +113,57 @@ def normal_nll(parameters: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (math.log(2 * math.pi) + log_variance + (y - mean).square() * (-log_variance).exp())
 
 
-def summarize(parameters: Tensor, covariance: bool) -> State:
-    """(samples, batch, outputs, 2) mean and log-variance -> running sums"""
-    mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
-    n, centre, deviation = moments(mean)
-    summary = {"n": n, "mean": centre, "deviation": deviation, "aleatoric": log_variance.exp().mean(0)}
-    if covariance:
-        apart = mean - centre
-        summary["products"] = torch.einsum("sbi,sbj->bij", apart, apart)
-    return summary
+class NormalLikelihood(nn.Module):
+    """What every likelihood of normals shares: all but how outputs become means and log-variances.
 
+    covariance: predictions carry the covariance between outputs, (batch, outputs, outputs).
+    """
 
-def merge(a: State, b: State) -> State:
-    """Running sums of the union of two sets of samples."""
-    merged = {
-        "n": a["n"] + b["n"],
-        "mean": merge_mean(a["n"], a["mean"], b["n"], b["mean"]),
-        "deviation": merge_deviation(a["n"], a["mean"], a["deviation"], b["n"], b["mean"], b["deviation"]),
-        "aleatoric": merge_mean(a["n"], a["aleatoric"], b["n"], b["aleatoric"]),
-    }
-    if "products" in a:
-        apart = b["mean"] - a["mean"]
-        weight = a["n"] * b["n"] / merged["n"]
-        merged["products"] = a["products"] + b["products"] + weight * apart.unsqueeze(-1) * apart.unsqueeze(-2)
-    return merged
+    def __init__(self, covariance: bool = False):
+        super().__init__()
+        self.covariance = covariance
 
+    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        return check_regression_targets(y, tuple(parameters_shape[:-1]))
 
-def finish(summary: State) -> State:
-    """The fields of a RegressionPrediction."""
-    n, aleatoric = summary["n"], summary["aleatoric"]
-    epistemic = summary["deviation"] / n  # of the mixture of these n samples, hence not n - 1
-    fields = {
-        "mean": summary["mean"],
-        "total": aleatoric + epistemic,
-        "aleatoric": aleatoric,
-        "epistemic": epistemic,
-        "standard_error": standard_error(n, summary["deviation"]),
-    }
-    if "products" in summary:
-        fields["covariance"] = summary["products"] / n + torch.diag_embed(aleatoric)
-    return fields
+    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """(batch, outputs, 2), (batch, outputs) -> (batch,) nats"""
+        return per_row(normal_nll(parameters, y))
+
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return self.nll(parameters, y)
+
+    def summarize(self, parameters: Tensor) -> State:
+        """(samples, batch, outputs, 2) mean and log-variance -> running sums"""
+        mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
+        n, centre, deviation = moments(mean)
+        summary = {"n": n, "mean": centre, "deviation": deviation, "aleatoric": log_variance.exp().mean(0)}
+        if self.covariance:
+            apart = mean - centre
+            summary["products"] = torch.einsum("sbi,sbj->bij", apart, apart)
+        return summary
+
+    def merge(self, a: State, b: State) -> State:
+        merged = merge_moments(a, b, "mean", "aleatoric")
+        if "products" in a:
+            apart = b["mean"] - a["mean"]
+            weight = a["n"] * b["n"] / merged["n"]
+            merged["products"] = a["products"] + b["products"] + weight * apart.unsqueeze(-1) * apart.unsqueeze(-2)
+        return merged
+
+    def finish(self, summary: State) -> State:
+        n, aleatoric = summary["n"], summary["aleatoric"]
+        epistemic = summary["deviation"] / n  # of the mixture of these n samples, hence not n - 1
+        fields = {
+            "mean": summary["mean"],
+            "total": aleatoric + epistemic,
+            "aleatoric": aleatoric,
+            "epistemic": epistemic,
+            "standard_error": standard_error(n, summary["deviation"]),
+        }
+        if "products" in summary:
+            fields["covariance"] = summary["products"] / n + torch.diag_embed(aleatoric)
+        return fields
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> RegressionPrediction:
+        return RegressionPrediction(**fields, n_samples=n_samples, samples=samples)

@@ -1,9 +1,8 @@
 """Scores of predictions and of uncertainties.
 
-Per-row scores return (batch,) and go into `Mean` (a stream), `mean_estimate` (with its standard
-error), `bootstrap` and `compare` (two methods, paired). Metrics of whole sets return a number;
-those
-with an exact form of bounded memory have a streaming class beside them, the others go into `Rows`.
+Per-row scores return (batch,) and go into `Mean` (a stream), `mean_estimate` (with its standard error), `bootstrap` and
+`compare` (two methods, paired). Metrics of whole sets return a number; those with an exact form of bounded memory have
+a streaming class beside them, the others go into `Rows`.
 """
 
 from vbdl.metrics.accuracy import accuracy as accuracy

@@ -26,12 +26,10 @@ def check_finite(values: Tensor, name: str) -> Tensor:
 
 
 def check_probs(probs: Tensor, name: str = "probs", empty: bool = False) -> Tensor:
-    """Probabilities as float64 (batch, classes); (batch,) is read as the probability of class 1 of
-    two.
+    """Probabilities as float64 (batch, classes); (batch,) is read as the probability of class 1 of two.
 
-    ValueError when a value is NaN or outside [0, 1], when a row does not sum to one, or, unless
-    `empty`
-    is allowed, when there are no rows.
+    ValueError when a value is NaN or outside [0, 1], when a row does not sum to one, or, unless `empty` is allowed,
+    when there are no rows.
     """
     if not isinstance(probs, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(probs).__name__}")
@@ -65,8 +63,7 @@ def check_probs(probs: Tensor, name: str = "probs", empty: bool = False) -> Tens
 
 
 def check_labels(y: Tensor, n: int, n_classes: int, name: str = "y") -> Tensor:
-    """Labels as int64 (batch,). Errors when they are not whole numbers in [0, n_classes) or not n
-    of them."""
+    """Labels as int64 (batch,). Errors when they are not whole numbers in [0, n_classes) or not n of them."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(y).__name__}")
     if y.is_floating_point() or y.is_complex():
@@ -82,8 +79,7 @@ def check_labels(y: Tensor, n: int, n_classes: int, name: str = "y") -> Tensor:
 
 
 def check_probs_and_labels(probs: Tensor, y: Tensor, empty: bool = False) -> tuple[Tensor, Tensor]:
-    """(probs float64 (batch, classes), y int64 (batch,)), both checked and on the device of
-    probs."""
+    """(probs float64 (batch, classes), y int64 (batch,)), both checked and on the device of probs."""
     values = check_probs(probs, empty=empty)
     return values, check_labels(y, values.shape[0], values.shape[1]).to(values.device)
 
@@ -101,8 +97,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 def check_targets(mean: Tensor, y: Tensor, name: str = "mean") -> tuple[Tensor, Tensor]:
     """Regression values and targets as float64 of one shape, (batch,) or (batch, outputs).
 
-    Shapes must be equal: (batch,) against (batch, 1) would broadcast to (batch, batch) without a
-    word.
+    Shapes must be equal: (batch,) against (batch, 1) would broadcast to (batch, batch) without a word.
     """
     mean, y = check_finite(mean, name), check_finite(y, "y")
     if mean.shape != y.shape:
@@ -113,8 +108,7 @@ def check_targets(mean: Tensor, y: Tensor, name: str = "mean") -> tuple[Tensor, 
 
 
 def check_std(std: Tensor, shape: torch.Size, name: str = "std", zero: bool = False) -> Tensor:
-    """Standard deviations as float64 of the given shape; positive, or not negative where `zero` is
-    allowed."""
+    """Standard deviations as float64 of the given shape; positive, or not negative where `zero` is allowed."""
     std = check_finite(std, name)
     if std.shape != shape:
         raise ValueError(f"{name} is {tuple(std.shape)}, expected {tuple(shape)}")

@@ -10,8 +10,7 @@ from vbdl.metrics.estimate import Interval, proportion_interval
 
 
 def correct(probs: Tensor, y: Tensor) -> Tensor:
-    """1.0 where the most probable class is the true one; the first of equally probable classes
-    counts.
+    """1.0 where the most probable class is the true one; the first of equally probable classes counts.
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,) float64
     """
@@ -43,8 +42,7 @@ def squared_error(mean: Tensor, y: Tensor) -> Tensor:
 
 
 def rmse(mean: Tensor, y: Tensor) -> float:
-    """Root of the mean squared error over rows and outputs, target units. ValueError without
-    rows."""
+    """Root of the mean squared error over rows and outputs, target units. ValueError without rows."""
     errors = squared_error(mean, y)
     if errors.numel() == 0:
         raise ValueError("mean has no rows")

@@ -19,8 +19,7 @@ from vbdl.metrics.calibration_error import bin_numbers
 
 
 def brier_score(probs: Tensor, y: Tensor) -> Tensor:
-    """Σ_k (p_k - 1[y = k])² of each row, in [0, 2]: over all classes, so twice sklearn's binary
-    score.
+    """Σ_k (p_k - 1[y = k])² of each row, in [0, 2]: over all classes, so twice sklearn's binary score.
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,)
     """
@@ -32,12 +31,10 @@ def brier_score(probs: Tensor, y: Tensor) -> Tensor:
 class BrierParts:
     """brier = reliability - resolution + uncertainty + within_bin, exactly.
 
-    reliability: squared distance of forecast and frequency in a bin, lower is better. resolution:
-    how far the bins'
+    reliability: squared distance of forecast and frequency in a bin, lower is better. resolution: how far the bins'
     frequencies lie from the base rate, higher is better. uncertainty: of the labels alone.
-    within_bin: variance of
-    the forecasts inside bins minus twice their covariance with the labels; 0 when each bin holds
-    one value.
+    within_bin: variance of the forecasts inside bins minus twice their covariance with the labels; 0 when each bin
+    holds one value.
     """
 
     brier: float
@@ -51,8 +48,7 @@ class BrierParts:
 
 
 class BrierDecomposition:
-    """Streaming decomposition of the Brier score, class by class in equal-width bins, summed over
-    classes.
+    """Streaming decomposition of the Brier score, class by class in equal-width bins, summed over classes.
 
     State: five (classes, bins) tables, int64 counts and float64 sums.
     """

@@ -1,16 +1,13 @@
 """Calibration error in bins: how far stated probabilities lie from observed frequencies.
 
-Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017,
-https://arxiv.org/abs/1706.04599
-Kumar, Liang, Ma, Verified Uncertainty Calibration, 2019, https://arxiv.org/abs/1909.10155
-(debiased)
-Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification, 2019,
-https://arxiv.org/abs/1910.11385 (all probabilities)
+Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
+Kumar, Liang, Ma, Verified Uncertainty Calibration, 2019, https://arxiv.org/abs/1909.10155 (debiased)
+Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification, 2019, https://arxiv.org/abs/1910.11385
+(all probabilities)
 
-Equal-width bins are right-closed, the first one closed on both sides: p = 1 lies in the last bin. A
-confidence of
-lower precision is compared with the edges after conversion to float64. The streams keep int64
-counts and float64 sums, O(bins).
+Equal-width bins are right-closed, the first one closed on both sides: p = 1 lies in the last bin. A confidence of lower
+precision is compared with the edges after conversion to float64. The streams keep int64 counts and float64 sums,
+O(bins).
 """
 
 from dataclasses import dataclass
@@ -31,10 +28,8 @@ def bin_numbers(p: Tensor, n_bins: int) -> Tensor:
 def equal_mass_bins(p: Tensor, n_bins: int) -> Tensor:
     """Number of the equal-mass bin of each p (batch,): int64.
 
-    Ranks are cut into n_bins parts whose sizes differ by at most one, then equal values are put
-    together, into the
-    bin of the first of them: the order of the rows cannot matter. With many equal values there are
-    fewer bins.
+    Ranks are cut into n_bins parts whose sizes differ by at most one, then equal values are put together, into the
+    bin of the first of them: the order of the rows cannot matter. With many equal values there are fewer bins.
     """
     n = p.numel()
     ordered, order = p.sort(stable=True)
@@ -116,8 +111,7 @@ def _numbers(p: Tensor, n_bins: int, binning: str) -> Tensor:
 
 
 class CalibrationError:
-    """Streaming calibration error of the top label in equal-width bins: ECE, MCE, the debiased L2
-    error.
+    """Streaming calibration error of the top label in equal-width bins: ECE, MCE, the debiased L2 error.
 
     compute() is the ECE; max_error() the MCE; debiased() Kumar's; reliability() the diagram.
     """
@@ -170,27 +164,23 @@ def _top_bins(probs: Tensor, y: Tensor, n_bins: int, binning: str) -> _Bins:
 def ece(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
     """Expected calibration error of the top label, in [0, 1].
 
-    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  binning: "width" or "mass"
-    (needs all rows).
+    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  binning: "width" or "mass" (needs all rows).
     """
     return _top_bins(probs, y, n_bins, binning).expected()
 
 
 def mce(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
-    """Maximum calibration error: the largest gap of any bin that holds a row. Noisy where bins are
-    small."""
+    """Maximum calibration error: the largest gap of any bin that holds a row. Noisy where bins are small."""
     return float(_top_bins(probs, y, n_bins, binning).gaps().max())
 
 
 def debiased_calibration_error(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "mass") -> float:
-    """Root of the debiased squared calibration error of the top label (Kumar et al.); 0 where it is
-    negative."""
+    """Root of the debiased squared calibration error of the top label (Kumar et al.); 0 where it is negative."""
     return max(0.0, _top_bins(probs, y, n_bins, binning).debiased_square()) ** 0.5
 
 
 class ClasswiseCalibrationError:
-    """Streaming class-wise ECE: mean over classes of the ECE of each class's own probability, equal
-    width."""
+    """Streaming class-wise ECE: mean over classes of the ECE of each class's own probability, equal width."""
 
     def __init__(self, n_bins: int = 15):
         self.n_bins = _check_bins(n_bins)
@@ -238,13 +228,10 @@ def classwise_ece(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "wi
 
 
 class JointCalibrationError:
-    """Streaming calibration error of all probabilities at once (Widmann et al., ECE with total
-    variation).
+    """Streaming calibration error of all probabilities at once (Widmann et al., ECE with total variation).
 
-    Each of the K probabilities is cut into n_bins; a cell is a distinct K-tuple of bin numbers; the
-    error is
-    Σ_cells n_c/n · ½‖mean p - label frequencies‖₁. Memory grows with the cells that occur, not with
-    the rows.
+    Each of the K probabilities is cut into n_bins; a cell is a distinct K-tuple of bin numbers; the error is Σ_cells
+    n_c/n · ½‖mean p - label frequencies‖₁. Memory grows with the cells that occur, not with the rows.
     """
 
     def __init__(self, n_bins: int = 10):

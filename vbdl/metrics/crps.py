@@ -2,10 +2,8 @@
 
 Gneiting, Raftery, Strictly proper scoring rules, prediction, and estimation, 2007,
 https://doi.org/10.1198/016214506000001437
-Grimit, Gneiting, Berrocal, Johnson, The continuous ranked probability score for circular variables
-and its
-application to mesoscale forecast ensemble verification, 2006, https://doi.org/10.1256/qj.05.235
-(the mixture)
+Grimit, Gneiting, Berrocal, Johnson, The continuous ranked probability score for circular variables and its application
+to mesoscale forecast ensemble verification, 2006, https://doi.org/10.1256/qj.05.235 (the mixture)
 Ferro, Fair scores for ensemble forecasts, 2014, https://doi.org/10.1002/qj.2270
 """
 
@@ -40,8 +38,7 @@ def crps_gaussian(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
 
 
 def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """CRPS of the Gaussian mixture over samples, in closed form, target units, each output on its
-    own.
+    """CRPS of the Gaussian mixture over samples, in closed form, target units, each output on its own.
 
     means, stds: (samples, batch) or (samples, batch, outputs);  y: means.shape[1:]  ->  y.shape
 
@@ -58,13 +55,11 @@ def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None 
 
 
 def crps_samples(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
-    """CRPS of the samples' empirical distribution, target units, each output on its own, by
-    sorting.
+    """CRPS of the samples' empirical distribution, target units, each output on its own, by sorting.
 
     samples: (samples, batch) or (samples, batch, outputs);  y: samples.shape[1:]  ->  y.shape
 
-    fair=True is unbiased for the distribution that the samples were drawn from, and needs two of
-    them.
+    fair=True is unbiased for the distribution that the samples were drawn from, and needs two of them.
     """
     samples, y = _check_samples(samples, y, fair)
     m = samples.shape[0]

@@ -1,11 +1,11 @@
 """How much the members of an ensemble differ.
 
-Fort, Hu, Lakshminarayanan, Deep Ensembles: A Loss Landscape Perspective, 2019,
-https://arxiv.org/abs/1912.02757 (disagreement)
-Kuncheva, Whitaker, Measures of Diversity in Classifier Ensembles, 2003,
-https://doi.org/10.1023/A:1022859003006 (Q statistic, error correlation)
-Houlsby, Huszár, Ghahramani, Lengyel, Bayesian Active Learning for Classification and Preference
-Learning, 2011, https://arxiv.org/abs/1112.5745 (mutual information)
+Fort, Hu, Lakshminarayanan, Deep Ensembles: A Loss Landscape Perspective, 2019, https://arxiv.org/abs/1912.02757
+(disagreement)
+Kuncheva, Whitaker, Measures of Diversity in Classifier Ensembles, 2003, https://doi.org/10.1023/A:1022859003006 (Q
+statistic, error correlation)
+Houlsby, Huszár, Ghahramani, Lengyel, Bayesian Active Learning for Classification and Preference Learning, 2011,
+https://arxiv.org/abs/1112.5745 (mutual information)
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,7 @@ class Diversity:
 
 
 def diversity(probs: Tensor, y: Tensor | None = None) -> Diversity:
-    """probs: (members, batch, classes), at least two members;  y: (batch,), for the last two
-    figures."""
+    """probs: (members, batch, classes), at least two members;  y: (batch,), for the last two figures."""
     if not isinstance(probs, Tensor) or probs.ndim != 3:
         shape = tuple(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
         raise ValueError(f"probs must be a (members, batch, classes) tensor, not {shape}")

@@ -1,5 +1,4 @@
-"""A number with its uncertainty, intervals around it, and the comparison of two methods on the same
-rows."""
+"""A number with its uncertainty, intervals around it, and the comparison of two methods on the same rows."""
 
 import math
 from collections.abc import Callable
@@ -56,8 +55,7 @@ def mean_estimate(scores: Tensor) -> Estimate:
 def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval:
     """Exact binomial interval of a proportion.
 
-    Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the
-    binomial, 1934,
+    Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934,
     https://doi.org/10.1093/biomet/26.4.404
     """
     check_rate(level, "level")
@@ -78,9 +76,8 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval of any metric of whole tensors, resampling rows.
 
-    Every tensor of `rows` has the batch first; `metric(*rows)` returns one number. A metric that is
-    biased on
-    resampled rows (ECE, AURC) has a biased interval: the value is that of the rows themselves.
+    Every tensor of `rows` has the batch first; `metric(*rows)` returns one number. A metric that is biased on resampled
+    rows (ECE, AURC) has a biased interval: the value is that of the rows themselves.
 
     Efron, Tibshirani, An Introduction to the Bootstrap, 1993, https://doi.org/10.1201/9780429246593
     """
@@ -130,11 +127,9 @@ def compare(
 ) -> Comparison:
     """Paired comparison of two methods from their scores on the same rows, (batch,) each.
 
-    method "t": Student's interval and test of the differences. method "permutation": the same
-    interval, p-value
-    by flipping the signs of the differences, which assumes no distribution. Rows must be
-    independent; for
-    rows in groups (tracks, patients) average the scores of each group first.
+    method "t": Student's interval and test of the differences. method "permutation": the same interval, p-value by
+    flipping the signs of the differences, which assumes no distribution. Rows must be independent; for rows in groups
+    (tracks, patients) average the scores of each group first.
     """
     check_rate(level, "level")
     a, b = check_scores(scores_a, "scores_a"), check_scores(scores_b, "scores_b")

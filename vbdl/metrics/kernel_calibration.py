@@ -1,12 +1,10 @@
 """Squared kernel calibration error: calibration of all probabilities at once, without bins.
 
-Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification: A unifying framework,
-2019,
+Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification: A unifying framework, 2019,
 https://arxiv.org/abs/1910.11385
 
-h_ij = exp(-TV(p_i, p_j)/ν) (e_{y_i} - p_i)ᵀ(e_{y_j} - p_j), TV the total variation distance ½‖p_i -
-p_j‖₁. The
-pairwise estimators cost rows² · classes in blocks of bounded memory; the linear one costs rows.
+h_ij = exp(-TV(p_i, p_j)/ν) (e_{y_i} - p_i)ᵀ(e_{y_j} - p_j), TV the total variation distance ½‖p_i - p_j‖₁. The pairwise
+estimators cost rows² · classes in blocks of bounded memory; the linear one costs rows.
 """
 
 import torch
@@ -29,8 +27,7 @@ def _blocks(probs: Tensor):
 def median_distance(probs: Tensor) -> float:
     """Median total variation distance over all pairs of rows i < j, exactly, in O(rows) memory.
 
-    A first pass counts distances in 4096 bins, a second collects only those of the two middle
-    ranks' bins.
+    A first pass counts distances in 4096 bins, a second collects only those of the two middle ranks' bins.
     """
     probs = check_probs(probs)
     n = probs.shape[0]
@@ -68,13 +65,10 @@ def median_distance(probs: Tensor) -> float:
 def skce(probs: Tensor, y: Tensor, estimator: str = "unbiased", bandwidth: float | None = None) -> float:
     """Squared kernel calibration error.
 
-    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  bandwidth ν: the median distance
-    unless given.
-    estimator: "biased" (mean over all i, j, never negative), "unbiased" (mean over i ≠ j), "linear"
-    (mean over the
-    disjoint pairs (0, 1), (2, 3), ...: unbiased, more variance, O(batch) once the bandwidth is
-    known).
-    ValueError below two rows, and when all rows are equal and no bandwidth is given.
+    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  bandwidth ν: the median distance unless given.
+    estimator: "biased" (mean over all i, j, never negative), "unbiased" (mean over i ≠ j), "linear" (mean over the
+    disjoint pairs (0, 1), (2, 3), ...: unbiased, more variance, O(batch) once the bandwidth is known). ValueError below
+    two rows, and when all rows are equal and no bandwidth is given.
     """
     probs, y = check_probs_and_labels(probs, y)
     n = probs.shape[0]

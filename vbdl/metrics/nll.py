@@ -1,5 +1,4 @@
-"""Negative log-likelihood of a predictive distribution, in nats a row (nats + log target units for
-densities).
+"""Negative log-likelihood of a predictive distribution, in nats a row (nats + log target units for densities).
 
 Good, Rational Decisions, 1952, https://doi.org/10.1111/j.2517-6161.1952.tb00104.x
 """
@@ -19,9 +18,8 @@ def categorical_nll(probs: Tensor, y: Tensor) -> Tensor:
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,)
 
-    A true class of probability exactly 0 scores infinity: nothing is clipped. ValueError for NaN
-    and for rows
-    that do not sum to one.
+    A true class of probability exactly 0 scores infinity: nothing is clipped. ValueError for NaN and for rows that do
+    not sum to one.
     """
     probs, y = check_probs_and_labels(probs, y, empty=True)
     return -probs.gather(1, y[:, None]).squeeze(1).log()
@@ -30,8 +28,7 @@ def categorical_nll(probs: Tensor, y: Tensor) -> Tensor:
 def gaussian_nll(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
     """-log N(y; mean, std²) of each row, nats, summed over outputs.
 
-    mean, std, y: (batch,) or (batch, outputs)  ->  (batch,).  ValueError for std that is not
-    positive.
+    mean, std, y: (batch,) or (batch, outputs)  ->  (batch,).  ValueError for std that is not positive.
     """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape)
@@ -64,11 +61,9 @@ def check_mixture(
 def mixture_nll(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     """-log Σ_s w_s Π_d N(y_d; mean_sd, std_sd²) of each row, nats: the joint density over outputs.
 
-    means, stds: (samples, batch) or (samples, batch, outputs);  y: (batch,) or (batch, outputs)  ->
-    (batch,)
+    means, stds: (samples, batch) or (samples, batch, outputs);  y: (batch,) or (batch, outputs)  -> (batch,)
 
-    The predictive of an ensemble is this mixture; a Gaussian of its mean and variance is another
-    distribution.
+    The predictive of an ensemble is this mixture; a Gaussian of its mean and variance is another distribution.
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights)
     assert target is not None

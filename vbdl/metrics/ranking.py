@@ -1,13 +1,9 @@
-"""How well a score separates positives from negatives: AUROC, AUPR, FPR at a TPR. Higher score =
-positive.
+"""How well a score separates positives from negatives: AUROC, AUPR, FPR at a TPR. Higher score = positive.
 
-All rows are needed and sorted once: for a stream wrap them, Rows(auroc). Equal scores count half
-(AUROC) or enter
-together (AUPR, FPR), so the order of rows cannot matter. ValueError when a class is missing or a
-score is NaN.
+All rows are needed and sorted once: for a stream wrap them, Rows(auroc). Equal scores count half (AUROC) or enter
+together (AUPR, FPR), so the order of rows cannot matter. ValueError when a class is missing or a score is NaN.
 
-Hanley, McNeil, The meaning and use of the area under a ROC curve, 1982,
-https://doi.org/10.1148/radiology.143.1.7063747
+Hanley, McNeil, The meaning and use of the area under a ROC curve, 1982, https://doi.org/10.1148/radiology.143.1.7063747
 DeLong, DeLong, Clarke-Pearson, Comparing the areas under two or more correlated ROC curves, 1988,
 https://doi.org/10.2307/2531595 (interval)
 """
@@ -51,13 +47,10 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
 
 
 def auroc_interval(scores: Tensor, positive: Tensor, level: float = 0.95) -> Interval:
-    """AUROC with DeLong's interval on the logit scale (which keeps it inside [0, 1]); needs two
-    rows of each class.
+    """AUROC with DeLong's interval on the logit scale (which keeps it inside [0, 1]); needs two rows of each class.
 
-    At an AUROC of exactly 0 or 1 DeLong's variance is 0 although the truth is not known exactly:
-    then the far bound
-    is the one that a separation of all n = min(n1, n0) rows allows (rule of three, (1 -
-    level)^(1/n)).
+    At an AUROC of exactly 0 or 1 DeLong's variance is 0 although the truth is not known exactly: then the far bound is
+    the one that a separation of all n = min(n1, n0) rows allows (rule of three, (1 - level)^(1/n)).
     """
     check_rate(level, "level")
     scores, labels = _check(scores, positive)
@@ -80,8 +73,7 @@ def auroc_interval(scores: Tensor, positive: Tensor, level: float = 0.95) -> Int
 
 
 def _cumulative(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(true positives, false positives) accepted at each distinct threshold, highest threshold
-    first."""
+    """(true positives, false positives) accepted at each distinct threshold, highest threshold first."""
     values, inverse = scores.unique(return_inverse=True)
     zeros = torch.zeros(values.numel(), dtype=torch.int64, device=scores.device)
     positives = zeros.index_add(0, inverse, labels.to(torch.int64))
@@ -91,8 +83,7 @@ def _cumulative(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aupr(scores: Tensor, positive: Tensor) -> float:
-    """Average precision, Σ (recall step) · precision; no interpolation, which is optimistic (Davis,
-    Goadrich, 2006).
+    """Average precision, Σ (recall step) · precision; no interpolation, which is optimistic (Davis, Goadrich, 2006).
 
     Constant scores give exactly the share of positives.
     """
@@ -102,8 +93,7 @@ def aupr(scores: Tensor, positive: Tensor) -> float:
 
 
 def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
-    """Lowest false-positive rate of any threshold that accepts at least `tpr` of the positives
-    (FPR95)."""
+    """Lowest false-positive rate of any threshold that accepts at least `tpr` of the positives (FPR95)."""
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must lie in (0, 1], not {tpr}")
     true, false = _cumulative(*_check(scores, positive))

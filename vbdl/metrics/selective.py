@@ -3,9 +3,9 @@
 Geifman, Uziel, El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, 2019,
 https://arxiv.org/abs/1805.08206 (AURC, E-AURC)
 
-uncertainty: (batch,), lower is kept first. loss: (batch,), of any kind (0/1 errors, squared errors,
-costs). Rows of equal uncertainty are kept in no particular order: where a cut falls inside such a
-group, the expected loss over its orders counts, so the order of rows cannot matter. All rows are
+uncertainty: (batch,), lower is kept first. loss: (batch,), of any kind (0/1 errors, squared errors, costs). Rows of
+equal uncertainty are kept in no particular order: where a cut falls inside such a group, the expected loss over its
+orders counts, so the order of rows cannot matter. All rows are
 needed and sorted once: for a stream wrap them, Rows(aurc).
 """
 
@@ -74,11 +74,10 @@ def risk_at_coverage(uncertainty: Tensor, loss: Tensor, coverage: float) -> floa
 
 
 def coverage_at_risk(uncertainty: Tensor, loss: Tensor, risk: float) -> float:
-    """Largest coverage that some threshold on the uncertainty reaches with mean loss <= risk; 0 if
-    none.
+    """Largest coverage that some threshold on the uncertainty reaches with mean loss <= risk; 0 if none.
 
-    Only cuts between different uncertainties count, since a threshold can make no other. This is
-    the empirical figure; for one that holds on new rows see vbdl.decision.Referral.
+    Only cuts between different uncertainties count, since a threshold can make no other. This is the empirical figure;
+    for one that holds on new rows see vbdl.decision.Referral.
     """
     uncertainty, loss = _check(uncertainty, loss)
     curve = risk_coverage(uncertainty, loss)

@@ -1,7 +1,6 @@
 """Accumulators for streams of batches: update, compute, merge, reset.
 
-`Mean` turns any per-row score into a stream of O(1) memory. `Rows` is for the metrics that have no
-exact form of
+`Mean` turns any per-row score into a stream of O(1) memory. `Rows` is for the metrics that have no exact form of
 bounded memory (everything that sorts): it keeps the rows, and grows with them.
 """
 
@@ -17,12 +16,10 @@ from vbdl.metrics.estimate import Estimate
 
 
 class Mean:
-    """Mean of a per-row score and its standard error, in O(1) memory: Mean(brier_score),
-    Mean(gaussian_nll).
+    """Mean of a per-row score and its standard error, in O(1) memory: Mean(brier_score), Mean(gaussian_nll).
 
-    Counts are int64 and moments float64, merged by Chan, Golub, LeVeque, Algorithms for Computing
-    the Sample
-    Variance, 1983, https://doi.org/10.1080/00031305.1983.10483115
+    Counts are int64 and moments float64, merged by Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance,
+    1983, https://doi.org/10.1080/00031305.1983.10483115
     """
 
     def __init__(self, score: Callable[..., Tensor]):
@@ -35,8 +32,7 @@ class Mean:
         self.m2 = 0.0  # sum of squared deviations from the mean
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Adds a batch: the arguments of the score, which returns (batch,). A batch without rows
-        adds nothing."""
+        """Adds a batch: the arguments of the score, which returns (batch,). A batch without rows adds nothing."""
         scores = check_finite(self.score(*args, **kwargs), "the score").reshape(-1)
         if scores.numel():
             mean = float(scores.mean())
@@ -69,8 +65,7 @@ class Mean:
 
 
 class Rows:
-    """Any metric of whole tensors over a stream, exact, keeping every row on the CPU: memory grows
-    with the rows."""
+    """Any metric of whole tensors over a stream, exact, keeping every row on the CPU: memory grows with the rows."""
 
     def __init__(self, metric: Callable[..., Any]):
         self.metric = metric

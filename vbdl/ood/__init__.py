@@ -1,5 +1,4 @@
-"""Is this row like what the model was trained on? Scores, thresholds that hold, and a drift
-monitor."""
+"""Is this row like what the model was trained on? Scores, thresholds that hold, and a drift monitor."""
 
 from vbdl.ood.drift import DriftMonitor as DriftMonitor
 from vbdl.ood.knn import KNN as KNN

@@ -1,7 +1,6 @@
 """Distance to the k-th nearest training row, in the space of features.
 
-Sun, Ming, Zhu, Li, Out-of-Distribution Detection with Deep Nearest Neighbors, 2022,
-https://arxiv.org/abs/2204.06507
+Sun, Ming, Zhu, Li, Out-of-Distribution Detection with Deep Nearest Neighbors, 2022, https://arxiv.org/abs/2204.06507
 """
 
 import torch
@@ -13,9 +12,8 @@ _PAIRS = 4_000_000  # distances held at a time: 32 MiB
 
 
 class KNN(nn.Module):
-    """Euclidean distance to the k-th nearest of the fitted rows; normalise: features scaled to
-    length one
-    first, as the paper does. Assumes no density, and works for regression as it is.
+    """Euclidean distance to the k-th nearest of the fitted rows; normalise: features scaled to length one first, as the
+    paper does. Assumes no density, and works for regression as it is.
     """
 
     rows: Tensor | None

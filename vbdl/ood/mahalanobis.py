@@ -1,11 +1,9 @@
 """Mahalanobis distance of features to the nearest class.
 
-Lee, Lee, Lee, Shin, A Simple Unified Framework for Detecting Out-of-Distribution Samples and
-Adversarial
-Attacks, 2018, https://arxiv.org/abs/1807.03888
-Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan, A Simple Fix to Mahalanobis Distance for Improving
-Near-OOD
-Detection, 2021, https://arxiv.org/abs/2106.09022 (relative)
+Lee, Lee, Lee, Shin, A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks, 2018,
+https://arxiv.org/abs/1807.03888
+Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan, A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection,
+2021, https://arxiv.org/abs/2106.09022 (relative)
 """
 
 import torch
@@ -17,12 +15,10 @@ from vbdl.metrics._checks import check_finite, check_labels
 class Mahalanobis(nn.Module):
     """min over classes of (f - mean_k)ᵀ Σ⁻¹ (f - mean_k), Σ shared by the classes.
 
-    y left out (regression): one class. relative: minus the same with one class and its own Σ, which
-    takes
-    off what is unusual about all inputs alike.
-    shrinkage: share of the covariance that is replaced by its mean variance times the identity;
-    features
-    that are constant, or more numerous than rows, have no inverse without it.
+    y left out (regression): one class. relative: minus the same with one class and its own Σ, which takes off what is
+    unusual about all inputs alike.
+    shrinkage: share of the covariance that is replaced by its mean variance times the identity; features that are
+    constant, or more numerous than rows, have no inverse without it.
     """
 
     means: Tensor | None
@@ -38,8 +34,7 @@ class Mahalanobis(nn.Module):
         self.register_buffer("whiten_all", None)
 
     def fit(self, features: Tensor, y: Tensor | None = None) -> "Mahalanobis":
-        """features: (batch, features) of training rows;  y: (batch,) classes. A class without rows
-        is refused."""
+        """features: (batch, features) of training rows;  y: (batch,) classes. A class without rows is refused."""
         features = check_finite(features, "features")
         if features.ndim != 2 or features.shape[0] < 2:
             raise ValueError(f"features must be (batch, features), two rows or more: {tuple(features.shape)}")

@@ -2,19 +2,16 @@
 
 Hendrycks, Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples, 2017,
 https://arxiv.org/abs/1610.02136 (maximum softmax probability)
-Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, 2022,
-https://arxiv.org/abs/1911.11132 (maximum logit)
-Liu, Wang, Owens, Li, Energy-based Out-of-distribution Detection, 2020,
-https://arxiv.org/abs/2010.03759
-Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
-https://arxiv.org/abs/1710.07283 (mutual information, expected entropy)
+Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, 2022, https://arxiv.org/abs/1911.11132
+(maximum logit)
+Liu, Wang, Owens, Li, Energy-based Out-of-distribution Detection, 2020, https://arxiv.org/abs/2010.03759
+Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018, https://arxiv.org/abs/1710.07283 (mutual
+information, expected entropy)
 Freeman, Elementary Applied Statistics, 1965 (variation ratio)
 
-Each takes what it needs and no more: probs (batch, classes) of the mean, logits or probs of the
-samples
-(samples, batch, classes), or the variances of a regression. Single logits (batch, classes) count as
-one
-sample. Entropies in nats.
+Each takes what it needs and no more: probs (batch, classes) of the mean, logits or probs of the samples (samples,
+batch, classes), or the variances of a regression. Single logits (batch, classes) count as one sample. Entropies in
+nats.
 """
 
 import torch
@@ -70,8 +67,7 @@ def expected_entropy(probs: Tensor) -> Tensor:
 
 
 def mutual_information(probs: Tensor) -> Tensor:
-    """Entropy of the mean minus mean entropy, nats (epistemic): (samples, batch, classes) ->
-    (batch,)"""
+    """Entropy of the mean minus mean entropy, nats (epistemic): (samples, batch, classes) -> (batch,)"""
     p = _sample_probs(probs)
     mean = p.mean(dim=0)
     # as a mean divergence to the mean: no cancellation, and never negative but for rounding
@@ -80,24 +76,20 @@ def mutual_information(probs: Tensor) -> Tensor:
 
 
 def variance(probs: Tensor) -> Tensor:
-    """Variance of the probabilities over samples, summed over classes: (samples, batch, classes) ->
-    (batch,)"""
+    """Variance of the probabilities over samples, summed over classes: (samples, batch, classes) -> (batch,)"""
     return _sample_probs(probs).var(dim=0, correction=0).sum(dim=1)
 
 
 def variation_ratio(probs: Tensor) -> Tensor:
-    """Share of samples that do not vote for the most voted class: (samples, batch, classes) ->
-    (batch,)"""
+    """Share of samples that do not vote for the most voted class: (samples, batch, classes) -> (batch,)"""
     p = _sample_probs(probs)
     votes = torch.nn.functional.one_hot(p.argmax(dim=2), p.shape[2]).sum(dim=0)
     return 1 - votes.amax(dim=1).to(torch.float64) / p.shape[0]
 
 
 def epistemic_variance(means: Tensor) -> Tensor:
-    """Variance over samples of the predicted means, summed over outputs in units of each output's
-    own spread
-    being equal: give outputs on a common scale. (samples, batch) or (samples, batch, outputs) ->
-    (batch,)
+    """Variance over samples of the predicted means, summed over outputs in units of each output's own spread
+    being equal: give outputs on a common scale. (samples, batch) or (samples, batch, outputs) -> (batch,)
     """
     means = check_finite(means, "means")
     if means.ndim not in (2, 3) or means.shape[0] == 0:

@@ -1,7 +1,7 @@
 """A threshold on a score at a target rate, with a bound on the rate that holds on new rows.
 
-Wilks, Determination of Sample Sizes for Setting Tolerance Limits, 1941,
-https://doi.org/10.1214/aoms/1177731788 (order statistics as tolerance limits)
+Wilks, Determination of Sample Sizes for Setting Tolerance Limits, 1941, https://doi.org/10.1214/aoms/1177731788 (order
+statistics as tolerance limits)
 """
 
 import math
@@ -29,21 +29,17 @@ class Threshold:
 
 
 def threshold_at_fpr(scores: Tensor, fpr: float, confidence: float = 0.95) -> Threshold:
-    """The lowest threshold that flags at most `fpr` of familiar rows, except with probability 1 -
-    confidence.
+    """The lowest threshold that flags at most `fpr` of familiar rows, except with probability 1 - confidence.
 
-    scores: (n,) of familiar (in-distribution) rows. An order statistic: no assumption but that new
-    rows are
-    like these. +inf, which flags nothing, when n is too small: log(1 - confidence) / log(1 - fpr)
-    are needed.
+    scores: (n,) of familiar (in-distribution) rows. An order statistic: no assumption but that new rows are like these.
+    +inf, which flags nothing, when n is too small: log(1 - confidence) / log(1 - fpr) are needed.
     """
     check_rate(fpr, "fpr")
     check_rate(confidence, "confidence")
     ordered = check_scores(scores).sort().values
     n = ordered.numel()
-    # with k rows at or below the k-th value, the share above it is at most Beta(n - k + 1, k)
-    # distributed;
-    # it exceeds fpr with probability P(Binomial(n, fpr) <= n - k)
+    # with k rows at or below the k-th value, the share above it is at most Beta(n - k + 1, k) distributed; it exceeds
+    # fpr with probability P(Binomial(n, fpr) <= n - k)
     above = int(stats.binom.ppf(1 - confidence, n, fpr)) - 1
     while above + 1 <= n and stats.binom.cdf(above + 1, n, fpr) <= 1 - confidence:
         above += 1
@@ -61,9 +57,8 @@ def threshold_at_tpr(scores: Tensor, tpr: float, confidence: float = 0.95) -> Th
     """The highest threshold that flags at least `tpr` of unfamiliar rows, except with probability 1
     - confidence.
 
-    scores: (n,) of unfamiliar (out-of-distribution) rows. -inf, which flags everything, when n is
-    too small.
-    bound is the lower bound on the share flagged.
+    scores: (n,) of unfamiliar (out-of-distribution) rows. -inf, which flags everything, when n is too small. bound is
+    the lower bound on the share flagged.
     """
     mirrored = threshold_at_fpr(-check_scores(scores), 1 - tpr, confidence)
     if mirrored.value == math.inf:
