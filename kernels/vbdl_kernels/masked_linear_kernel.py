@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vbdl_kernels.dispatch import interpreting, on_device
+from vbdl_kernels.dispatch import fast_math, interpreting, on_device
 from vbdl_kernels.noise_kernel import columns_of, keep_at, load_key, load_tile, matmul, philox
 from vbdl_kernels.sampled_linear_kernel import last_contiguous, precision_of
 
@@ -14,7 +14,7 @@ def masked_linear_forward(
     x, w, bias, key, y,
     tag, threshold, scale, samples, batch, columns, rows, x_sample, x_batch,
     OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr, ON_INPUT: tl.constexpr, ONCE: tl.constexpr,
-    BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """ONCE: the product is the same for all draws (mask on the output, x shared), one program writes them all."""
     out_tiles = tl.cdiv(rows, OUT)
@@ -32,7 +32,7 @@ def masked_linear_forward(
         base = columns_of(start + tl.arange(0, GROUPS))
         if ON_INPUT:
             zero = (group * 0).to(tl.uint32)
-            w0, w1, w2, w3 = philox(k0, k1, zero, group.to(tl.uint32), draw + zero, tag.to(tl.uint32) + zero)
+            w0, w1, w2, w3 = philox(k0, k1, zero, group.to(tl.uint32), draw + zero, tag.to(tl.uint32) + zero, FAST)
         for j in tl.static_range(4):
             column = base + 32 * j
             offset = row[:, None] * columns + column[None, :]
@@ -60,7 +60,7 @@ def masked_linear_forward(
         result = product
         if not ON_INPUT:
             k0, k1, draw = load_key(key, sample)
-            keep = keep_at(k0, k1, draw, tag, row * 0, row, threshold)
+            keep = keep_at(k0, k1, draw, tag, row * 0, row, threshold, FAST)
             result = product * (keep * scale)[:, None]
         step = (tl.zeros((1, 1), tl.int64) + sample) * batch * rows
         tl.store(to + step, result.to(y.dtype.element_ty), mask=inside)
@@ -88,6 +88,6 @@ def masked_linear(x, weight, bias, key, layer, p, side, precision) -> Tensor:
             samples, batch, columns, rows, x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
             ON_INPUT=side == "input", ONCE=once, BIAS=bias is not None,
             MASKED=columns % 128 != 0 or rows % tile["OUT"] != 0,
-            PRECISION=precision_of(precision), INTERPRET=interpreting(), enable_fp_fusion=True, **tile,
+            PRECISION=precision_of(precision), FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return y

@@ -15,15 +15,30 @@ _MINUS_TWO_LN2 = tl.constexpr(-1.3862943611198906)  # -2 log(u) = this * log2(u)
 
 
 @triton.jit
-def philox(k0, k1, c0, c1, c2, c3):
-    """Philox4x32 with 7 rounds on uint32 tensors. A widening product is one instruction; high and low apart are two."""
+def multiply(a, CONSTANT: tl.constexpr, FAST: tl.constexpr):
+    """High and low words of a * CONSTANT, in one widening product.
+
+    Said in PTX: of a 64-bit product the assembler adds the high words in, which it does not always know to be zero.
+    """
+    if FAST:
+        product = tl.inline_asm_elementwise(
+            f"mul.wide.u32 $0, $1, {CONSTANT};", "=l,r", [a], dtype=tl.uint64, is_pure=True, pack=1
+        )
+    else:
+        product = a.to(tl.uint64) * CONSTANT
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def philox(k0, k1, c0, c1, c2, c3, FAST: tl.constexpr):
+    """Philox4x32 with 7 rounds on uint32 tensors."""
     for _ in tl.static_range(7):
-        product0 = c0.to(tl.uint64) * 0xD2511F53
-        product1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = product1.to(tl.uint32)
-        c3 = product0.to(tl.uint32)
+        high0, low0 = multiply(c0, 0xD2511F53, FAST)
+        high1, low1 = multiply(c2, 0xCD9E8D57, FAST)
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
@@ -87,7 +102,7 @@ def noise4(k0, k1, draw, tag, row, group, FAST: tl.constexpr):
     """Four normals of each (row, group): those of columns 32 apart, see `columns_of`. row and group broadcast."""
     zero = (row * 0 + group * 0).to(tl.uint32)
     w0, w1, w2, w3 = philox(
-        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero
+        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero, FAST
     )
     n0, n1 = box_muller(w0, w1, FAST)
     n2, n3 = box_muller(w2, w3, FAST)
@@ -101,12 +116,12 @@ def columns_of(group):
 
 
 @triton.jit
-def words_at(k0, k1, draw, tag, row, column):
+def words_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
     """The four words of the counter that holds (row, column), and which of them is its own."""
     group = column // 128 * 32 + column % 32
     zero = (row * 0 + column * 0).to(tl.uint32)
     w0, w1, w2, w3 = philox(
-        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero
+        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero, FAST
     )
     return w0, w1, w2, w3, column // 32 % 4
 
@@ -114,18 +129,18 @@ def words_at(k0, k1, draw, tag, row, column):
 @triton.jit
 def normal_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
     """The normal of each (row, column): four times the work of `noise4`, for vectors (biases, activations)."""
-    w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column)
+    w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column, FAST)
     even, odd = box_muller(tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3), FAST)
     return tl.where(word % 2 == 0, even, odd)
 
 
 @triton.jit
-def keep_at(k0, k1, draw, tag, row, column, threshold):
+def keep_at(k0, k1, draw, tag, row, column, threshold, FAST: tl.constexpr):
     """1.0 where a dropout keeps (row, column), else 0.0. threshold: int64, round(p * 2**32).
 
     A number, not a truth value: Triton 3.6 cannot select a dot's operand by a mask made of random integers.
     """
-    w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column)
+    w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column, FAST)
     own = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     return (own.to(tl.int64) >= threshold).to(tl.float32)
 

@@ -23,7 +23,7 @@ def noise(
     k0, k1, draw = load_key(key, sample)
     zero = (row * 0 + group * 0).to(tl.uint32)
     w0, w1, w2, w3 = philox(
-        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero
+        k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero, FAST
     )
     if NORMAL:
         v0, v1 = box_muller(w0, w1, FAST)

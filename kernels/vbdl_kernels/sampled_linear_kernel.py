@@ -58,8 +58,10 @@ def sampled_linear_forward(
         m = load_tile(mean + offset, in_rows[:, None] & (base < columns)[None, :], MASKED)
         zero = zero_like(m, FAST)
         a0, a1, a2, a3 = noise4(ka0, ka1, draw_a, tag, row[:, None] + zero, group[None, :] + zero, FAST)
+        a0, a1, a2, a3 = a0.to(m.dtype), a1.to(m.dtype), a2.to(m.dtype), a3.to(m.dtype)
         if DRAWS == 2:
             b0, b1, b2, b3 = noise4(kb0, kb1, draw_b, tag, row[:, None] + zero, group[None, :] + zero, FAST)
+            b0, b1, b2, b3 = b0.to(m.dtype), b1.to(m.dtype), b2.to(m.dtype), b3.to(m.dtype)
         for j in tl.static_range(4):
             column = base + 32 * j
             offset = row[:, None] * columns + column[None, :]

@@ -161,21 +161,21 @@ def check_noise(loop, weights, budget):
     assert loop.total() <= budget * weights, f"{loop.total() / weights:.2f} instructions a weight"
 
 
-# instructions a weight of the inner loop. KERNELS.md's P10: forward 18, input 17, parameters 22, sampler 15
+# instructions a weight of the inner loop. KERNELS.md's P10, for bfloat16: forward 18, input 17, parameters 22, sampler 15
 BUDGETS = [
     ("forward", BF16, 16, "ieee", 16),
     ("forward", BF16, 32, "ieee", 17),
     ("forward", BF16, 64, "ieee", 17),
-    ("forward", BF16, 128, "ieee", 19),  # half the groups a turn, so that sm_89 has the memory
+    ("forward", BF16, 128, "ieee", 18),
     ("forward", FP16, 16, "ieee", 16),
     ("forward", FP32, 16, "tf32", 18),
-    ("forward", FP32, 64, "tf32", 20),
+    ("forward", FP32, 64, "tf32", 20),  # the operand of a tf32 product is twice as many registers to arrange
     ("input_gradient", BF16, 16, "ieee", 17),
     ("input_gradient", BF16, 64, "ieee", 17),
     ("input_gradient", FP32, 16, "tf32", 21),
     ("parameter_gradient", BF16, 16, "ieee", 22),
-    ("parameter_gradient", BF16, 64, "ieee", 23),  # four products a draw instead of one
-    ("parameter_gradient", FP32, 16, "tf32", 23),
+    ("parameter_gradient", BF16, 64, "ieee", 22),
+    ("parameter_gradient", FP32, 16, "tf32", 22),
 ]
 
 
@@ -191,9 +191,8 @@ def test_sampled_linear_on_hopper(stage, dtype, batch, precision, budget):
 @pytest.mark.parametrize("stage, dtype, batch, precision, budget", [BUDGETS[i] for i in (0, 5, 7, 10)])
 def test_sampled_linear_on_older_cards(architecture, stage, dtype, batch, precision, budget):
     machine, loop, weights = linear(stage, dtype, batch, precision, architecture=architecture)
-    # two draws of float32 weights: one register too many, stored and loaded once, worth half the parameters' traffic
-    check(machine, architecture, spilled=int(dtype == FP32 and stage == "forward"))
-    check_noise(loop, weights, budget + 6)  # HMMA takes fragments of 16, each loaded apart
+    check(machine, architecture)
+    check_noise(loop, weights, budget)
     assert machine.total("HMMA") > 0
 
 
@@ -211,7 +210,7 @@ def test_odd_shapes_do_not_spill(stage):
 
 
 @pytest.mark.parametrize("stage, dtype, budget", [
-    ("forward", BF16, 15), ("forward", FP32, 15.6), ("backward", BF16, 19), ("backward", FP32, 19)
+    ("forward", BF16, 15), ("forward", FP32, 15), ("backward", BF16, 19), ("backward", FP32, 19)
 ])  # fmt: skip
 def test_sampler_on_hopper(stage, dtype, budget):
     machine, loop, weights = sampler(stage, dtype)
@@ -250,16 +249,19 @@ def test_local_and_masked_linear_on_hopper(batch, dtype, precision):
         "masked_linear_forward",
         90,
         common + pointers(dtype, "x", "w", "bias", "y") + (("threshold", "i64"), ("scale", "fp32")),
-        tuple((constants | masked_linear_kernel.config(batch) | dict(ON_INPUT=True, ONCE=False, BIAS=True)).items()),
+        tuple((constants | masked_linear_kernel.config(batch) | dict(ON_INPUT=True, ONCE=False, BIAS=True, FAST=True)).items()),
     )
     check(machine)
     assert machine.total("HGMMA") > 0
 
 
-def test_predictive_statistics_on_hopper():
+# instructions an element: 14 to keep up with an H200's memory, 17 for P8's 70 % of it. Between, a row is in 8 to 32
+# threads of 8 elements each, whose three sums are exchanged
+@pytest.mark.parametrize("classes, budget", [(10, 14), (16, 14), (32, 14), (64, 15), (128, 16), (256, 17), (1000, 14)])
+def test_predictive_statistics_on_hopper(classes, budget):
     from vbdl_kernels import predictive_statistics_kernel
 
-    tile = predictive_statistics_kernel.config(16) | dict(FAST=True)
+    tile = predictive_statistics_kernel.config(classes) | dict(FAST=True)
     outputs = pointers(FP32, "mean_out", "variance_out", "total_out", "aleatoric_out")
     strides = tuple((name, "i32+") for name in ("classes", "sample_stride", "batch_stride"))
     machine = compiled(
@@ -273,7 +275,7 @@ def test_predictive_statistics_on_hopper():
     loop, elements = machine.loops[0], tile["BATCH"] * tile["CLASSES"] // (32 * tile["num_warps"])
     # one power of two an element; the rest are a few logarithms and reciprocals a row
     assert matching(loop, "MUFU.EX2") == elements
-    assert loop.total() <= 22 * elements
+    assert loop.total() <= budget * elements, f"{loop.total() / elements:.2f} instructions an element"
 
 
 @pytest.mark.parametrize("width", [64, 128])

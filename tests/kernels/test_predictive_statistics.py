@@ -79,3 +79,18 @@ def test_kernel_on_extreme_logits_and_strides(poisoned):
         found = torch.ops.vbdl.predictive_statistics(strided)
         assert all(torch.isfinite(t).all() for t in found)
         check(found, strided)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_hides_no_nan(dtype, poisoned):
+    """A diverged network is seen: NaN logits, and a row where no class is possible, are NaN as in the reference."""
+    logits = problem(3, 4, 6, dtype)
+    logits[1, 0, 2] = torch.nan
+    logits[2, 2] = -torch.inf
+    found = torch.ops.vbdl.predictive_statistics(logits)
+    assert [t.isnan().flatten(1).any(1).tolist() if t.ndim > 1 else t.isnan().tolist() for t in found] == [
+        [True, False, True, False]
+    ] * 4
+    check([t[1::2] for t in found], logits[:, 1::2])
+    assert reference(logits)[0].isnan().any(1).tolist() == [True, False, True, False]
