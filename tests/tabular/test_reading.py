@@ -1,0 +1,87 @@
+"""Tables from files."""
+
+import gzip
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from vbdl.tabular import as_table, read_table
+
+DATA = pa.table({"a": [1.5, None, 3.0], "b": ["x", "y", None], "c": [1, 2, 3]})
+
+
+def write(folder, name):
+    path = folder / name
+    if ".parquet" in name:
+        pa.parquet.write_table(DATA, path)
+    elif name.endswith(".feather"):
+        pa.feather.write_feather(DATA, path)
+    elif name.endswith(".arrow"):
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, DATA.schema) as writer:
+            writer.write_table(DATA)
+    else:
+        sep = "\t" if ".tsv" in name else ","
+        text = "\n".join(
+            sep.join(row) for row in (["a", "b", "c"], ["1.5", "x", "1"], ["", "y", "2"], ["3.0", "NA", "3"])
+        )
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.feather", "t.arrow", "t.csv", "t.csv.gz", "t.tsv", "T.CSV"])
+def test_every_format_gives_the_same_table(tmp_path, name):
+    assert read_table(write(tmp_path, name)).to_pylist() == DATA.to_pylist()
+
+
+def test_a_late_decimal_point_is_seen(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a\n" + "1\n" * 600_000 + "2.5\n")
+    assert read_table(path)["a"].type == pa.float64()
+
+
+def test_a_folder_is_its_files_in_order(tmp_path):
+    write(tmp_path, "b.csv"), write(tmp_path, "a.parquet"), write(tmp_path, "_hidden.csv"), write(tmp_path, ".x.csv")
+    assert read_table(tmp_path).num_rows == 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DATA, DATA.to_batches()[0], DATA.to_pandas(), {"a": [1.5, None, 3.0], "b": ["x", "y", None], "c": [1, 2, 3]}],
+)
+def test_tables_in_memory(data):
+    assert as_table(data).select(["a", "c"]).to_pylist() == DATA.select(["a", "c"]).to_pylist()
+
+
+def test_pandas_categories_are_text():
+    from vbdl.tabular import infer
+
+    frame = pd.DataFrame({"x": pd.Categorical(["u", "v"] * 20), "y": np.arange(40) + 0.5})
+    assert infer(as_table(frame), "y")[0].columns[0].categories == ("u", "v")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("t.parquet", b"not parquet", "cannot be read as parquet"),
+        ("t.arrow", b"ARROW1 not really", "cannot be read as ipc"),
+        ("t.csv", b"a,b\n1,2\n1,2,3\n", "cannot be read as csv"),
+        ("t.xlsx", b"", "is none of"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{said}"):
+        read_table(tmp_path / name)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"no \.csv.* file"):
+        read_table(tmp_path)
+    with pytest.raises(TypeError, match="got int"):
+        as_table(3)

@@ -1,0 +1,142 @@
+"""How good a predictor is on rows it has not seen: every score with an interval, beside the simplest of predictors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl import metrics
+from vbdl.metrics.estimate import Interval
+from vbdl.tabular.target import Target
+
+_RESAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with its 95 % interval, and what the simplest predictor reaches: the training rows' class shares, or
+    their mean and std."""
+
+    name: str
+    unit: str
+    value: float
+    lower: float
+    upper: float
+    simplest: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on some rows."""
+
+    rows: int
+    scores: tuple[Score, ...]
+
+    def __getitem__(self, name: str) -> Score:
+        for score in self.scores:
+            if score.name == name:
+                return score
+        raise KeyError(f"there is no score {name!r}; there are {[s.name for s in self.scores]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold; not finite numbers are None."""
+        return {
+            "rows": self.rows,
+            "scores": {
+                s.name: {
+                    "unit": s.unit,
+                    **{k: _plain(v) for k, v in (("value", s.value), ("lower", s.lower), ("upper", s.upper))},
+                    **({} if s.simplest is None else {"simplest": _plain(s.simplest)}),
+                }
+                for s in self.scores
+            },
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'':24s} {'value':>10s}   {'95 % interval':>24s} {'simplest':>10s}"]
+        for s in self.scores:
+            simplest = "" if s.simplest is None else f"{s.simplest:10.4g}"
+            between = f"[{s.lower:.4g}, {s.upper:.4g}]"
+            lines.append(f"{s.name:24s} {s.value:10.4g}   {between:>24s} {simplest:>10s} {s.unit}")
+        return "\n".join([*lines, f"on {self.rows} rows"])
+
+
+def evaluate(predictor: Any, x: Tensor, y: Tensor, target: Target, base: dict[str, Any] | None = None) -> Evaluation:
+    """Scores of a predictor on (x, y). base: {"shares": [...]} or {"mean": m, "std": s} of the training rows."""
+    if len(y) < 2:
+        raise ValueError(f"an evaluation needs at least two rows, there are {len(y)}")
+    if target.classes is not None:
+        return Evaluation(len(y), tuple(_classification(predictor(x), y, target, base)))
+    return Evaluation(len(y), tuple(_regression(predictor(x, samples=True), y, target, base)))
+
+
+def _classification(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+    probs = p.probs.double()
+    probs = probs / probs.sum(1, keepdim=True)
+    simplest: dict[str, float] = {}
+    if base is not None:
+        shares = torch.tensor(base["shares"], dtype=torch.float64).expand_as(probs)
+        simplest = {
+            "accuracy": metrics.accuracy(shares, y),
+            "NLL": float(metrics.categorical_nll(shares, y).mean()),
+            "Brier": float(metrics.brier_score(shares, y).mean()),
+        }
+    nll, brier = metrics.categorical_nll(probs, y), metrics.brier_score(probs, y)
+    found = [
+        _score("accuracy", "share of rows", metrics.accuracy_interval(probs, y), simplest.get("accuracy")),
+        _score("NLL", "nats a row", metrics.mean_estimate(nll).interval(), simplest.get("NLL")),
+        _score("Brier", "0 to 2", metrics.mean_estimate(brier).interval(), simplest.get("Brier")),
+        _score("ECE", "15 bins", metrics.bootstrap(metrics.ece, probs, y, n_resamples=_RESAMPLES)),
+    ]
+    if probs.shape[1] == 2 and 0 < int(y.sum()) < len(y):
+        found.insert(1, _score("AUROC", f"for {target.label(1)!r}", metrics.auroc_interval(probs[:, 1], y.bool()), 0.5))
+    sets = getattr(p, "sets", None)
+    if sets is not None:
+        hit = sets.gather(1, y.unsqueeze(1)).squeeze(1)
+        held = metrics.proportion_interval(int(hit.sum()), len(y))
+        found.append(_score("set coverage", "share of rows", held))
+        found.append(_score("set size", "classes", metrics.mean_estimate(sets.sum(1).double()).interval()))
+    return found
+
+
+def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+    mean, truth = p.mean.double().flatten(), y.double().flatten()
+    nll = -p.log_prob(y).double()
+    simplest: dict[str, float] = {}
+    if base is not None:
+        centre, spread = torch.full_like(truth, base["mean"]), torch.full_like(truth, base["std"])
+        simplest = {
+            "RMSE": metrics.rmse(centre, truth),
+            "NLL": float(metrics.gaussian_nll(centre, spread, truth).mean()),
+            "CRPS": float(metrics.crps_gaussian(centre, spread, truth).mean()),
+        }
+    unit = f"of {target.name}"
+    components = p.samples.double()
+    crps = metrics.crps_mixture(components[..., 0, 0], (0.5 * components[..., 0, 1]).exp(), truth)
+    low, high = p.interval(0.9)
+    hit = metrics.covered(low.double().flatten(), high.double().flatten(), truth)
+    found = [
+        _score(
+            "RMSE", unit, metrics.bootstrap(metrics.rmse, mean, truth, n_resamples=_RESAMPLES), simplest.get("RMSE")
+        ),
+        _score("NLL", "nats a row", metrics.mean_estimate(nll).interval(), simplest.get("NLL")),
+        _score("CRPS", unit, metrics.mean_estimate(crps).interval(), simplest.get("CRPS")),
+        _score("90 % coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(truth))),
+    ]
+    lower, upper = getattr(p, "lower", None), getattr(p, "upper", None)
+    if lower is not None and upper is not None:
+        hit = metrics.covered(lower.double().flatten(), upper.double().flatten(), truth)
+        found.append(_score("interval coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(y))))
+        width = (upper - lower).double().flatten()
+        if bool(width.isfinite().all()):
+            found.append(_score("interval width", unit, metrics.mean_estimate(width).interval()))
+    return found
+
+
+def _score(name: str, unit: str, interval: Interval, simplest: float | None = None) -> Score:
+    return Score(name, unit, interval.value, interval.lower, interval.upper, simplest)
+
+
+def _plain(value: float) -> float | None:
+    return value if value - value == 0 else None

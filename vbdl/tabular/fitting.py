@@ -1,0 +1,205 @@
+"""A table in, a calibrated and evaluated predictor out."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.calibration.calibrate import calibrate
+from vbdl.calibration.conformal import ConformalSets
+from vbdl.calibration.conformal_intervals import NormalisedIntervals
+from vbdl.calibration.std_scaling import StdScaling
+from vbdl.calibration.temperature import Temperature
+from vbdl.engine import Predictor
+from vbdl.fingerprint import fingerprints
+from vbdl.tabular.evaluation import Evaluation, evaluate
+from vbdl.tabular.inference import infer
+from vbdl.tabular.network import TabularNetwork
+from vbdl.tabular.parts import divide
+from vbdl.tabular.reading import as_table
+from vbdl.tabular.schema import KEY, Schema
+from vbdl.tabular.settings import Settings
+from vbdl.tabular.target import decide, fit_target
+from vbdl.train import History, fit
+
+ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
+_MIN_ROWS = 40
+_MIN_CALIBRATION = 20  # rows a calibrator is fitted to
+
+
+@dataclass
+class Fitted:
+    """What `fit_table` has made.
+
+    predictor: calibrated. rows: row numbers of each part in the table. base: the training rows' class shares, or mean
+    and std. notes: what a user should know.
+    """
+
+    predictor: Predictor
+    schema: Schema
+    settings: Settings
+    evaluation: Evaluation
+    history: History
+    rows: dict[str, Tensor]
+    split: str
+    left_out: dict[str, str]
+    base: dict[str, Any]
+    network: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, folder: Any, overwrite: bool = False) -> None:
+        """An artefact that `vbdl.load` reads, with the table's schema in it."""
+        predictor: Any = self.predictor
+        predictor.save(
+            folder,
+            example=self.schema.example(),
+            architecture=ARCHITECTURE,
+            arguments=self.network,
+            metrics=self.evaluation.to_dict(),
+            extras={
+                KEY: self.schema.to_dict(),
+                "training": {
+                    "method": self.settings.method,
+                    "split": self.split,
+                    "rows": {name: len(r) for name, r in self.rows.items()},
+                    "base": self.base,
+                    "left_out": self.left_out,
+                    "notes": self.notes,
+                    "epochs": self.history.epochs,
+                },
+            },
+            overwrite=overwrite,
+        )
+
+
+def fit_table(
+    data: Any,
+    target: str,
+    settings: Settings | None = None,
+    *,
+    kinds: dict[str, str] | None = None,
+    ignore: tuple[str, ...] = (),
+    group: str | None = None,
+    time: str | None = None,
+    task: str | None = None,
+    progress: bool | None = None,
+    compile: bool = False,
+) -> Fitted:
+    """Train, calibrate and evaluate a predictor of one column of a table from the others.
+
+    data: a path, a pyarrow.Table, a pandas frame or a dict of columns. kinds, ignore, task: see `infer`.
+    group, time: columns that say which rows belong together, or follow each other; they are no inputs.
+    compile: of the predictor that comes back; predictions of few rows are faster, the first takes some seconds.
+
+    Rows without a target are left out. ValueError where the table cannot be used, with the reason.
+    """
+    settings = settings or Settings()
+    table = as_table(data)
+    if target not in table.column_names:
+        raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
+    notes: list[str] = []
+    known = table.column(target).is_valid().to_numpy(zero_copy_only=False)
+    if table.num_rows and not known.all():
+        notes.append(f"{int((~known).sum())} of {len(known)} rows have no {target} and were left out")
+    keep = torch.from_numpy(known.copy()).nonzero().flatten()
+    table = table.take(keep.numpy())
+    if table.num_rows < _MIN_ROWS:
+        raise ValueError(
+            f"{table.num_rows} rows with a target are too few to train, calibrate and test on: {_MIN_ROWS}"
+        )
+    apart = [name for name in (group, time) if name is not None]
+    for name in apart:
+        if name == target:
+            raise ValueError(f"{name!r} is the target, and cannot be what the rows are split by")
+    ignore = (*ignore, *(name for name in apart if name not in (kinds or {})))
+    parts = _divide(table, target, task, ignore, settings, group, time)
+    notes += parts.notes
+    train = parts.rows["train"]
+    schema, left_out = infer(table, target, train.numpy(), kinds, ignore, task)
+    encoded = schema.encode(table)
+    if encoded.rejected:
+        row, reason = min(encoded.rejected.items())
+        notes.append(
+            f"{len(encoded.rejected)} rows could not be read and were left out, row {int(keep[row])}: {reason}"
+        )
+    y, has_target = schema.target.encode(table.column(target))
+    usable = encoded.kept & has_target
+    rows = {name: r[usable[r]] for name, r in parts.rows.items()}
+    x = {name: encoded.x[r] for name, r in rows.items()}
+    targets = {name: y[r] for name, r in rows.items()}
+    if empty := [name for name, r in rows.items() if len(r) == 0]:
+        raise ValueError(f"no row of part {empty[0]!r} can be read")
+
+    n_train = len(targets["train"])
+    arguments = settings.network_arguments(schema, n_train)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = TabularNetwork(**arguments)
+    posterior, likelihood = settings.posterior(network, n_train), settings.likelihood(schema, n_train)
+    validation = (x["validation"], targets["validation"])
+    history = fit(
+        posterior,
+        (x["train"], targets["train"]),
+        likelihood,  # type: ignore[arg-type]
+        validation=validation,
+        progress=progress,
+        **settings.training(n_train),
+    )
+    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, compile=False)  # type: ignore[arg-type]
+    predictor = _calibrated(predictor, x, targets, settings, schema, parts.overlap_is_meant, notes)
+    base = _base(targets["train"], schema)
+    evaluation = evaluate(predictor, x["test"], targets["test"], schema.target, base)
+    if compile:
+        predictor = predictor.replace(compile=True)
+    rows = {name: keep[r] for name, r in rows.items()}
+    return Fitted(predictor, schema, settings, evaluation, history, rows, parts.how, left_out, base, arguments, notes)
+
+
+def _divide(table, target, task, ignore, settings, group, time):
+    """Parts by the inputs as they stand in the table, before anything is learned from them."""
+    inputs = [name for name in table.column_names if name != target and name not in ignore]
+    classes = None
+    if decide(table.column(target), target, task)[0] == "classification":
+        every = torch.arange(table.num_rows).numpy()
+        found, known = fit_target(table.column(target), target, every, task).encode(table.column(target))
+        classes = found if bool(known.all()) else None
+    return divide(table, inputs, classes, settings.shares, group, time, settings.seed)
+
+
+def _calibrated(predictor, x, targets, settings, schema, meant, notes) -> Predictor:
+    """Temperature or std scaling on one half of the calibration rows, conformal sets or intervals on the other."""
+    rows, y = x["calibration"], targets["calibration"]
+    if not meant:
+        # rows that differ in the table and are equal as numbers, a rare category in each for instance
+        apart = ~torch.isin(fingerprints(rows), fingerprints(x["train"]))
+        rows, y = rows[apart], y[apart]
+    if len(y) < _MIN_CALIBRATION:
+        notes.append(f"{len(y)} calibration rows are too few: the predictions are not calibrated")
+        return predictor
+    conformal = settings.coverage > 0 and len(y) >= 2 * _MIN_CALIBRATION
+    first = len(y) // 2 if conformal else len(y)
+    if settings.coverage > 0 and not conformal:
+        notes.append(f"{len(y)} calibration rows are too few for sets or intervals of {settings.coverage:.0%} as well")
+    classify = schema.target.classes is not None
+    method: Any = Temperature() if classify else StdScaling()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the temperature ended at its limit")
+            predictor = calibrate(predictor, rows[:first], y[:first], method, allow_overlap=meant)
+    except UserWarning as error:
+        notes.append(f"no temperature was fitted: {error}")
+    if conformal:
+        alpha = 1 - settings.coverage
+        method = ConformalSets(alpha) if classify else NormalisedIntervals(alpha)
+        predictor = calibrate(predictor, rows[first:], y[first:], method, allow_overlap=meant)
+    return predictor
+
+
+def _base(y: Tensor, schema: Schema) -> dict[str, Any]:
+    """What the training rows alone say, smoothed by one row a class."""
+    if schema.target.classes is None:
+        return {"mean": float(y.double().mean()), "std": float(y.double().std())}
+    counts = torch.bincount(y, minlength=len(schema.target.classes)).double() + 1
+    return {"shares": (counts / counts.sum()).tolist()}

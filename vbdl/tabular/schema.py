@@ -1,0 +1,177 @@
+"""What a model takes and gives, in words: its columns, how their cells become numbers, and what the target is.
+
+    schema, report = infer(table, "price", training_rows)
+    encoded = schema.encode(table)           # an Arrow table (other columns are ignored)
+    encoded = schema.encode_rows([{"age": 31, "city": "Porto"}])     # rows as dicts, from JSON for instance
+    encoded.x                                # (rows, features) float32, what the network is called with
+    encoded.rejected                         # {row: reason}; these rows of x hold zeros and mean nothing
+    schema.tensor(rows_or_table)             # the same, ValueError where any row is rejected
+    schema.to_dict(), Schema.from_dict(d)    # JSON, stored in the artefact under "table"
+
+Both ways give the same numbers bit for bit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbdl.tabular.columns import Categorical, Column, Date, Unreadable
+from vbdl.tabular.reading import as_table
+from vbdl.tabular.target import Target
+
+FORMAT = 1
+KEY = "table"  # where an artefact keeps it
+
+
+@dataclass
+class Encoded:
+    """Rows as the network takes them."""
+
+    x: Tensor  # (rows, features) float32
+    rejected: dict[int, str] = field(default_factory=dict)  # row -> reason; its numbers are zeros
+    unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
+    imputed: dict[str, int] = field(default_factory=dict)  # column -> missing cells
+
+    @property
+    def kept(self) -> Tensor:
+        """(rows,) bool, whether the row could be read."""
+        kept = torch.ones(len(self.x), dtype=torch.bool)
+        kept[list(self.rejected)] = False
+        return kept
+
+
+class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Input columns in the order of the network's inputs, and the target."""
+
+    columns: tuple[Column, ...]
+    target: Target
+    format: int = FORMAT
+
+    @property
+    def features(self) -> list[str]:
+        """What each input of the network is."""
+        return [feature for column in self.columns for feature in column.features]
+
+    @property
+    def names(self) -> list[str]:
+        """The columns a table or a row must have."""
+        return [column.name for column in self.columns]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return msgspec.to_builtins(self)
+
+    @classmethod
+    def from_dict(cls, description: Mapping[str, Any]) -> "Schema":
+        """ValueError where it is not a schema, or of another format."""
+        try:
+            schema = msgspec.convert(description, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"this is not a table's schema: {error}") from error
+        if schema.format != FORMAT:
+            raise ValueError(f"the table's schema has format {schema.format}, this vbdl reads {FORMAT}")
+        if not schema.columns:
+            raise ValueError("the table's schema has no column")
+        return schema
+
+    # -- rows to numbers
+
+    def encode(self, data: Any) -> Encoded:
+        """A table in any form `as_table` takes. ValueError where a column is not there or of a type that cannot be
+        read; a cell that cannot be read only rejects its row."""
+        table = as_table(data)
+        absent = [name for name in self.names if name not in table.column_names]
+        if absent:
+            raise ValueError(
+                f"the table has no column {absent[0]!r}; the model needs {self.names}, there are {table.column_names}"
+            )
+        found = Encoded(torch.empty(0, len(self.features)))
+        blocks = []
+        for column in self.columns:
+            block = column.encode(table.column(column.name))
+            blocks.append(block.values)
+            self._note(found, column, block.missing, block.unseen)
+            for row, reason in block.rejected.items():
+                found.rejected.setdefault(row, reason)
+        with np.errstate(over="ignore"):
+            values = np.concatenate(blocks, axis=1).astype(np.float32)
+        self._finish(found, values)
+        return found
+
+    def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Encoded:
+        """Rows as dicts by column name: numbers, booleans, text, None for what is not known. Types are strict: a
+        number as text rejects its row, and so does a column that is left out. No Arrow is involved."""
+        found = Encoded(torch.empty(0, len(self.features)))
+        width = len(self.features)
+        values: list[list[float]] = []
+        for number, row in enumerate(rows):
+            numbers: list[float] = []
+            try:
+                if not isinstance(row, Mapping):
+                    raise Unreadable(f"a row is an object of columns by name, got {type(row).__name__}")
+                for column in self.columns:
+                    if column.name not in row:
+                        raise Unreadable(f"column {column.name!r} is not given (null where it is not known)")
+                    value = row[column.name]
+                    numbers += column.cell(value)
+                    missing = value is None or value != value
+                    unseen = isinstance(column, Categorical) and not missing and not column.knows(value)
+                    self._note(found, column, int(missing), int(unseen))
+            except Unreadable as error:
+                found.rejected[number] = str(error)
+                numbers = [0.0] * width
+            values.append(numbers)
+        with np.errstate(over="ignore"):
+            array = np.array(values, np.float64).reshape(len(values), width).astype(np.float32)
+        self._finish(found, array)
+        return found
+
+    def tensor(self, data: Any) -> Tensor:
+        """(rows, features) of a table or of rows as dicts; ValueError where one of them cannot be read."""
+        many = isinstance(data, Sequence) and not isinstance(data, str)
+        encoded = self.encode_rows(data) if many else self.encode(data)
+        if encoded.rejected:
+            row, reason = min(encoded.rejected.items())
+            raise ValueError(f"{len(encoded.rejected)} of {len(encoded.x)} rows cannot be read; row {row}: {reason}")
+        return encoded.x
+
+    def example(self) -> Tensor:
+        """(1, features) a row of missing and unknown cells, to warm a predictor up with."""
+        row = {c.name: "" if isinstance(c, Categorical) else None for c in self.columns}
+        return self.encode_rows([row]).x
+
+    def _note(self, found: Encoded, column: Column, missing: int, unseen: int) -> None:
+        if missing:
+            found.imputed[column.name] = found.imputed.get(column.name, 0) + missing
+        if unseen:
+            found.unseen[column.name] = found.unseen.get(column.name, 0) + unseen
+
+    def _finish(self, found: Encoded, values: np.ndarray) -> None:
+        """Numbers that float32 cannot hold reject their row too."""
+        for row in found.rejected:
+            values[row] = 0.0
+        finite = np.isfinite(values)
+        if not finite.all():
+            features = self.features
+            for row in np.flatnonzero(~finite.all(axis=1)).tolist():
+                which = features[int(np.flatnonzero(~finite[row])[0])]
+                found.rejected[row] = f"column {which!r}: too large, {values[row][~finite[row]][0]} after scaling"
+                values[row] = 0.0
+        found.x = torch.from_numpy(values)
+
+    def __str__(self) -> str:
+        lines = []
+        for c in self.columns:
+            if isinstance(c, Categorical):
+                shown = ", ".join(c.categories[:6]) + (", ..." if len(c.categories) > 6 else "")
+                said = f"{len(c.categories)} categories: {shown}"
+            else:
+                said = f"mean {c.mean:.4g}, std {c.std:.4g}" + (" days since 1970" if isinstance(c, Date) else "")
+            kind = type(c).__name__.lower()
+            lines.append(f"  {c.name:24s} {kind:12s} {said}{', missing cells' if c.indicator else ''}")
+        return "\n".join(["inputs:", *lines, f"target: {self.target}"])

@@ -1,0 +1,109 @@
+"""How a table's model is made and trained, and what was found to work for small and middling tables."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+from vbdl.splitting import DEFAULT_SHARES
+from vbdl.tabular.network import TabularNetwork
+from vbdl.tabular.schema import Schema
+
+Method = Literal["ensemble", "dropout", "mean-field"]
+Noise = Literal["constant", "per-row"]
+
+# learning rate, patience and rate of dropout of each method; see docs/tables.md for what they reach
+_TRAINING: dict[str, dict[str, Any]] = {
+    "ensemble": {"lr": 1e-3, "patience": 20},
+    "dropout": {"lr": 1e-3, "patience": 40},
+    "mean-field": {"lr": 5e-3, "patience": 60},
+}
+_DROPOUT = {"ensemble": 0.1, "dropout": 0.1, "mean-field": 0.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `fit_table` can be told. None: chosen by method and size of the table."""
+
+    method: Method = "ensemble"
+    members: int = 5  # of the ensemble
+    draws: int = 64  # of the others
+    width: int = 128
+    depth: int = 2
+    dropout: float | None = None
+    noise: Noise | None = None  # of a regression: one level, or one a row that the network predicts
+    epochs: int = 500  # at most: training stops when the validation rows no longer gain
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float = 1e-4
+    patience: int | None = None
+    coverage: float = 0.9  # of the prediction sets or intervals; 0 for none
+    seed: int = 0
+    shares: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
+
+    def __post_init__(self):
+        if self.method not in _TRAINING:
+            raise ValueError(f"method {self.method!r} is none of {', '.join(_TRAINING)}")
+        if not 0.0 <= self.coverage < 1.0:
+            raise ValueError(f"coverage lies in [0, 1), got {self.coverage}")
+        if set(self.shares) != set(DEFAULT_SHARES):
+            raise ValueError(f"shares are of {', '.join(DEFAULT_SHARES)}, got {sorted(self.shares)}")
+        if min(self.members, self.draws, self.epochs) < 1:
+            raise ValueError("members, draws and epochs are at least 1")
+
+    def network_arguments(self, schema: Schema, n_train: int) -> dict[str, Any]:
+        """Arguments of the `TabularNetwork`."""
+        target, rate = schema.target, _DROPOUT[self.method] if self.dropout is None else self.dropout
+        if self.method == "dropout" and rate == 0:
+            raise ValueError("method dropout needs a rate of dropout above 0")
+        return {
+            "inputs": len(schema.features),
+            "outputs": 1 if target.classes is None else len(target.classes),
+            "width": self.width,
+            "depth": self.depth,
+            "dropout": rate,
+            "log_variance": target.classes is None and self.noise_of(n_train) == "per-row",
+            "target_mean": target.mean,
+            "target_std": target.std,
+        }
+
+    def noise_of(self, n_train: int) -> Noise:
+        """A noise level a row is a second function to learn, for which there have to be rows."""
+        return self.noise or ("per-row" if n_train >= 400 else "constant")
+
+    def likelihood(self, schema: Schema, n_train: int) -> nn.Module:
+        if schema.target.classes is not None:
+            return Categorical()
+        if self.noise_of(n_train) == "per-row":
+            return HeteroscedasticGaussian(beta=0.5)
+        return Gaussian(std=schema.target.std)
+
+    def posterior(self, network: TabularNetwork, n_train: int) -> Any:
+        if self.method == "ensemble":
+            return DeepEnsemble(network, self.members, seed=self.seed)
+        if self.method == "dropout":
+            return MCDropout(network, seed=self.seed)
+        # a prior of the size that the layers' own initialisation has in a network of this width
+        prior = {f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(network.layers) if isinstance(m, nn.Linear)}
+        return MeanField(network, n_train, prior_std=prior, initial_std=0.02, seed=self.seed)
+
+    @property
+    def n_samples(self) -> int | None:
+        return None if self.method == "ensemble" else self.draws
+
+    def training(self, n_train: int) -> dict[str, Any]:
+        """Arguments of `vbdl.fit`."""
+        own = dict(_TRAINING[self.method])
+        own["lr"] = own["lr"] if self.lr is None else self.lr
+        own["patience"] = own["patience"] if self.patience is None else self.patience
+        batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
+        found = {"epochs": self.epochs, "batch_size": batch, "seed": self.seed, "clip_norm": 5.0, **own}
+        if self.method == "mean-field":
+            return {**found, "kl_warmup": 30}
+        return {**found, "weight_decay": self.weight_decay}

@@ -1,0 +1,135 @@
+"""The target of a table: classes or a number, decided from its cells and said."""
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbdl.tabular.columns import combined, floats, text, texts
+from vbdl.tabular.reading import compute
+
+MAX_CLASSES = 1000
+_FEW = 10  # whole numbers with no more different values than this are taken for classes
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """classes: names in the order of the network's outputs, or None for a number, which is standardised inside the
+    network by the training rows' mean and std: predictions are in the target's own unit.
+
+    labels: what kind of value a class is in files: "text", "integer" or "boolean".
+    """
+
+    name: str
+    classes: tuple[str, ...] | None = None
+    labels: Literal["text", "integer", "boolean"] = "text"
+    mean: float = 0.0
+    std: float = 1.0
+    reason: str = ""
+
+    @property
+    def task(self) -> str:
+        return "regression" if self.classes is None else "classification"
+
+    def __str__(self) -> str:
+        if self.classes is None:
+            return f"{self.name}, a number (regression): {self.reason}"
+        shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+        return f"{self.name}, {len(self.classes)} classes (classification): {self.reason}. {shown}"
+
+    def label(self, number: int) -> str | int | bool:
+        """A class as files have it."""
+        assert self.classes is not None
+        name = self.classes[number]
+        return int(name) if self.labels == "integer" else name == "true" if self.labels == "boolean" else name
+
+    def encode(self, column: Any) -> tuple[Tensor, Tensor]:
+        """(rows,) class numbers, or (rows, 1) float32 targets; and (rows,) bool, whether there was one. ValueError for
+        a class that training did not have and for a number that cannot be read."""
+        if self.classes is None:
+            values, missing, rejected = floats(column, self.name)
+            bad = [
+                *rejected.items(),
+                *((int(r), f"{values[r]} is not finite") for r in np.flatnonzero(np.isinf(values))),
+            ]
+            if bad:
+                raise ValueError(f"target of row {bad[0][0]}: {bad[0][1]}")
+            known = torch.from_numpy(~missing)
+            y = torch.from_numpy(np.where(missing, 0.0, values)).to(torch.float32)
+            return y.unsqueeze(1), known
+        import pyarrow as pa
+
+        pc = compute()
+
+        words = texts(column)
+        known = torch.from_numpy(pc.is_valid(words).to_numpy(zero_copy_only=False).copy())
+        found = pc.index_in(words, value_set=pa.array(self.classes, pa.string()))
+        numbers = torch.from_numpy(pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64))
+        strange = ((numbers < 0) & known).nonzero().flatten()
+        if strange.numel():
+            row = int(strange[0])
+            raise ValueError(
+                f"target of row {row} is {words[row].as_py()!r}, which training did not have: {list(self.classes)[:20]}"
+            )
+        return numbers.clamp_min(0), known
+
+
+def decide(column: Any, name: str, task: str | None = None) -> tuple[str, str]:
+    """("classification" or "regression", why). ValueError where the column cannot be a target."""
+    import pyarrow as pa
+
+    pc = compute()
+
+    column = combined(column)
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    word = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
+    if not (number or word):
+        raise ValueError(f"the target {name!r} holds {kind}: a target is a number, text or true and false")
+    if task == "regression" and not number:
+        raise ValueError(f"the target {name!r} holds {kind}, which has no mean: it can only be classified")
+    if task is not None:
+        return task, "as asked"
+    if word:
+        return "classification", f"it holds {'text' if not pa.types.is_boolean(kind) else 'true and false'}"
+    values = pc.drop_null(column).to_numpy(zero_copy_only=False).astype(np.float64)
+    values = values[~np.isnan(values)]
+    different = np.unique(values)
+    whole = bool((different == np.round(different)).all())
+    if whole and len(different) <= _FEW:
+        return "classification", f"{len(different)} different whole numbers (task regression reads them as amounts)"
+    if whole:
+        return "regression", f"{len(different)} different whole numbers"
+    return "regression", "it holds numbers with decimals"
+
+
+def fit_target(column: Any, name: str, training: np.ndarray, task: str | None = None) -> Target:
+    """The target as the whole column has it (its classes), scaled by the training rows (its mean and std)."""
+    import pyarrow as pa
+
+    task, reason = decide(column, name, task)
+    column = combined(column)
+    if task == "regression":
+        values, _, _ = floats(column, name)
+        values = values[training]
+        values = values[np.isfinite(values)]
+        if len(values) == 0 or not float(values.std()) > 0:
+            raise ValueError(f"the target {name!r} has one value in all training rows: there is nothing to learn")
+        return Target(name=name, mean=float(values.mean()), std=float(values.std()), reason=reason)
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    words = texts(column)
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        words = pa.array(
+            [None if v != v or v is None else text(float(v)) for v in floats(column, name)[0]], pa.string()
+        )
+    classes = [w for w in words.unique().to_pylist() if w is not None]
+    if len(classes) < 2:
+        raise ValueError(f"the target {name!r} has {len(classes)} class: there is nothing to tell apart")
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"the target {name!r} has {len(classes)} classes, more than {MAX_CLASSES}: is it an id?")
+    labels = "boolean" if pa.types.is_boolean(kind) else "text"
+    if labels == "text" and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        labels = "integer" if all(w.lstrip("-").isdigit() for w in classes) else "text"
+    classes = sorted(classes, key=int) if labels == "integer" else sorted(classes)
+    return Target(name=name, classes=tuple(classes), labels=labels, reason=reason)
