@@ -88,6 +88,7 @@ def masked_linear(x, weight, bias, key, layer, p, side, precision) -> Tensor:
             samples, batch, columns, rows, x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
             ON_INPUT=side == "input", ONCE=once, BIAS=bias is not None,
             MASKED=columns % 128 != 0 or rows % tile["OUT"] != 0,
-            PRECISION=precision_of(precision), FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True, **tile,
+            PRECISION=precision_of(precision), FAST=fast_math(x), INTERPRET=interpreting(),
+            enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return y
