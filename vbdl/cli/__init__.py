@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Annotated, Union
 
 import vbdl
+from vbdl.cli.bench import Bench
 from vbdl.cli.demo import Demo
 from vbdl.cli.info import Info
 
 COMMANDS = {
+    "bench": Bench,
     "demo": Demo,
     "info": Info,
 }

@@ -1,0 +1,12 @@
+"""The benchmark suite: data sets and methods by name, run against published tables, resumable, seeded.
+
+A data set or a method of one's own is one file with `@dataset` or `@method`, given to `vbdl bench --plugin FILE`.
+"""
+
+from vbdl.bench.registry import dataset as dataset
+from vbdl.bench.registry import method as method
+from vbdl.bench.source import Source as Source
+from vbdl.bench.task import Published as Published
+from vbdl.bench.task import Run as Run
+from vbdl.bench.task import Stacked as Stacked
+from vbdl.bench.task import Task as Task

@@ -1,0 +1,107 @@
+"""Sets that come with scikit-learn: no download."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from vbdl.bench.datasets.splits import classification, regression, stratified_splits
+from vbdl.bench.networks import convolutional, mlp
+from vbdl.bench.registry import dataset
+from vbdl.bench.source import Source
+from vbdl.bench.task import Task
+
+SPLITS = 5
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the bundled sets need scikit-learn: pip install 'vbdl[demo]'") from error
+    return datasets
+
+
+def table(name: str, x: np.ndarray, y: np.ndarray, classes: tuple[str, ...], **options: Any) -> Task:
+    """A task of classes from a table on stratified splits."""
+    order, n_train = stratified_splits(y, SPLITS)
+    options.setdefault("recipe", {"epochs": 60, "lr": 3e-3})
+    return classification(name, x, y, order, n_train, classes=classes, network=partial(mlp, x.shape[1], 64), **options)
+
+
+@dataset("breast-cancer", suite="bundled")
+def breast_cancer(source: Source, protocol: str = "") -> Task:
+    """biopsies, 569 rows, 30 measurements of cell nuclei: malignant or benign"""
+    found = _sklearn().load_breast_cancer()
+    return table("breast-cancer", found.data, found.target, ("malignant", "benign"), columns=tuple(found.feature_names))
+
+
+@dataset("iris", suite="bundled")
+def iris(source: Source, protocol: str = "") -> Task:
+    """flowers, 150 rows, 4 measurements, 3 species"""
+    found = _sklearn().load_iris()
+    return table(
+        "iris",
+        found.data,
+        found.target,
+        tuple(map(str, found.target_names)),
+        columns=("sepal length", "sepal width", "petal length", "petal width"),
+    )
+
+
+@dataset("wine-classes", suite="bundled")
+def wine_classes(source: Source, protocol: str = "") -> Task:
+    """Italian wines, 178 rows, 13 measurements, 3 growers"""
+    found = _sklearn().load_wine()
+    return table(
+        "wine-classes",
+        found.data,
+        found.target,
+        ("grower 1", "grower 2", "grower 3"),
+        columns=tuple(found.feature_names),
+    )
+
+
+@dataset("diabetes", suite="bundled")
+def diabetes(source: Source, protocol: str = "") -> Task:
+    """patients, 442 rows, 10 measurements: progression of the disease a year later, 25 to 346"""
+    found = _sklearn().load_diabetes(scaled=False)
+    orders = np.stack([np.random.RandomState(k).permutation(len(found.target)) for k in range(SPLITS)])
+    return regression(
+        "diabetes",
+        found.data,
+        found.target.astype(np.float64),
+        orders,
+        round(0.8 * len(found.target)),
+        network=partial(mlp, 10, 50),
+        columns=tuple(found.feature_names),
+        recipe={"epochs": 60, "lr": 3e-3},
+        shuffle=True,
+    )
+
+
+@dataset("digits", suite="bundled")
+def digits(source: Source, protocol: str = "") -> Task:
+    """handwritten digits, 1797 images of 8 x 8 pixels"""
+    found = _sklearn().load_digits()
+    y = found.target.astype(np.int64)
+    order, n_train = stratified_splits(y, 1)
+    x = torch.from_numpy(found.images.astype(np.float32))[order[0]].unsqueeze(1).unsqueeze(0) / 16
+    test = x[:, n_train:]
+    return Task(
+        name="digits",
+        x=x,
+        y=torch.from_numpy(y)[order[0]].unsqueeze(0),
+        n_train=n_train,
+        network=partial(convolutional, 1, 8),
+        classes=tuple(map(str, range(10))),
+        recipe={"epochs": 30, "lr": 3e-3},
+        ood={"turned by 90 degrees": test.rot90(1, (3, 4)).contiguous(), "noise": noise(test)},
+        image=(255.0, 0.0),
+    )
+
+
+def noise(like: torch.Tensor) -> torch.Tensor:
+    """Uniform pixels of the same shape and range."""
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0))

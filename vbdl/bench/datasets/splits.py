@@ -1,0 +1,98 @@
+"""Arrays into a Task: splits drawn, each standardised by its own training part."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbdl.bench.task import Task
+
+
+def standard_splits(rows: int, count: int) -> np.ndarray:
+    """(count, rows) permutations: the first round(0.9 rows) of each are its training part.
+
+    Hernandez-Lobato and Adams, Probabilistic Backpropagation, ICML 2015: numpy's generator at seed 1.
+    """
+    generator = np.random.RandomState(1)
+    return np.stack([generator.choice(range(rows), rows, replace=False) for _ in range(count)])
+
+
+def regression(
+    name: str, x: np.ndarray, y: np.ndarray, order: np.ndarray, n_train: int, shuffle: bool = False, **options: Any
+) -> Task:
+    """A task of real targets. x: (rows, features), y: (rows,), order: (splits, rows) with the training part first.
+
+    shuffle: give it rows out of distribution as `classification` does.
+    """
+    inputs, targets, centres, scales = [], [], [], []
+    for own in order:
+        train = own[:n_train]
+        centre, scale = y[train].mean(), y[train].std()
+        inputs.append(_standardised(x, own, train))
+        targets.append((y[own] - centre) / scale)
+        centres.append(float(centre))
+        scales.append(float(scale))
+    stacked = torch.from_numpy(np.stack(inputs)).float()
+    return Task(
+        name=name,
+        x=stacked,
+        y=torch.from_numpy(np.stack(targets)).float().unsqueeze(-1),
+        n_train=n_train,
+        ood={"features shuffled": shuffled(stacked[:, n_train:])} if shuffle else {},
+        centre=tuple(centres),
+        scale=tuple(scales),
+        **options,
+    )
+
+
+def classification(
+    name: str, x: np.ndarray, y: np.ndarray, order: np.ndarray, n_train: int, classes: Sequence[str], **options: Any
+) -> Task:
+    """A task of classes from a table. x: (rows, features), y: (rows,) class numbers, order as for `regression`.
+
+    Out of distribution: the test rows with every feature shuffled on its own, each value likely, their combination not.
+    """
+    inputs = torch.from_numpy(np.stack([_standardised(x, own, own[:n_train]) for own in order])).float()
+    targets = torch.from_numpy(np.stack([y[own] for own in order])).to(torch.int64)
+    test = inputs[:, n_train:]
+    return Task(
+        name=name,
+        x=inputs,
+        y=targets,
+        n_train=n_train,
+        classes=tuple(classes),
+        ood={"features shuffled": shuffled(test)},
+        **options,
+    )
+
+
+def stratified_splits(y: np.ndarray, count: int, share: float = 0.8) -> tuple[np.ndarray, int]:
+    """(count, rows) orders whose first n_train rows hold each class in its share; and n_train."""
+    from vbdl.splitting import split
+
+    orders, sizes = [], set()
+    for seed in range(count):
+        parts = split(len(y), {"train": share, "test": 1 - share}, stratify=torch.from_numpy(y), seed=seed)
+        train = parts["train"][torch.randperm(len(parts["train"]), generator=torch.Generator().manual_seed(seed))]
+        orders.append(torch.cat([train, parts["test"]]).numpy())
+        sizes.add(len(train))
+    assert len(sizes) == 1, "shares of the same rows have the same size whatever the seed"
+    return np.stack(orders), sizes.pop()
+
+
+def shuffled(test: Tensor) -> Tensor:
+    """(splits, rows, features) with each feature's values permuted over the rows."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.empty_like(test)
+    for k in range(test.shape[0]):
+        for j in range(test.shape[2]):
+            mixed[k, :, j] = test[k, torch.randperm(test.shape[1], generator=generator), j]
+    return mixed
+
+
+def _standardised(x: np.ndarray, order: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Rows in this order. A column constant in the training part (naval has two) is divided by 1."""
+    mean, std = x[train].mean(0), x[train].std(0)
+    return (x[order] - mean) / np.where(std < 1e-12, 1.0, std)

@@ -1,0 +1,127 @@
+"""MC dropout, by Gal and Ghahramani's protocols where the set has one."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vbdl.bench.methods.training import DecayedAdam, plain, train
+from vbdl.bench.registry import method
+from vbdl.bench.task import Each, Run, Stacked, Task
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.stacking import replicate
+
+_LENGTH_SCALE = 1e-2
+_SAMPLES = 10_000  # as published
+_SEARCH_SAMPLES = 200  # that a rate and a precision are judged by
+
+
+@method("mc-dropout")
+def mc_dropout(task: Task, run: Run) -> Stacked | Each:
+    """dropout in prediction; on UCI sets with rate and noise precision searched as published"""
+    if task.protocol is None:
+        return plain(task, run, lambda net: MCDropout(net, seed=run.seed), 0.2, "fit")
+    return _searched(task, run)
+
+
+def decay(p: float, rows: int, tau: float) -> float:
+    """Weight decay of Adam on half the squared error: the protocol's l^2 (1 - p) / (2 N tau) on the squared error.
+
+    The penalty lambda |w|^2 beside the mean squared error has the gradient 2 lambda w; half of both is trained on.
+    """
+    return _LENGTH_SCALE**2 * (1 - p) / (2 * rows * tau)
+
+
+def _searched(task: Task, run: Run) -> Stacked:
+    """Rate and precision of each split by the likelihood of its last fifth, then trained again on all of it.
+
+    In the search one network is trained for a rate, with the middle precision in its weight decay (below 2e-6 on every
+    set), and judged under each precision; the last training has the decay of the pair that was chosen.
+    """
+    how = task.protocol
+    run.notes.append("the search trains one network a rate, with the middle tau in its weight decay (below 2e-6)")
+    cut = int(task.n_train * 0.8)
+    held = task.x[:, cut : task.n_train], task.y[:, cut : task.n_train, 0]
+    scale = torch.tensor(task.scale)
+    best: list[tuple[float, float, float]] = [(-math.inf, 0.0, 0.0)] * task.n_splits
+    for p in how.rates:
+        middle = sorted(how.of.taus)[1]
+        q = _fit(task, run, p, list(range(task.n_splits)), [middle] * task.n_splits, cut, f"search-{p:g}")
+        judged = Stacked(q, Gaussian(std=1.0, learned=False), samples=_SEARCH_SAMPLES, seed=run.seed)
+        means = torch.cat([chunk[..., 0, 0] for chunk in judged.parameters(held[0])])
+        error = (means - held[1]) * scale[:, None]  # (draws, splits, rows) target units
+        for tau in how.of.taus:
+            each = torch.logsumexp(-0.5 * tau * error.square(), dim=0) - math.log(len(means)) + 0.5 * math.log(tau)
+            for split, ll in enumerate(each.double().mean(1).tolist()):
+                best[split] = max(best[split], (ll, p, tau))
+    run.details["rate"] = [b[1] for b in best]
+    run.details["tau"] = [b[2] for b in best]
+    trained: dict[float, tuple[list[int], DeepEnsemble]] = {}
+    for p in sorted({b[1] for b in best}):
+        chosen = [split for split, b in enumerate(best) if b[1] == p]
+        taus = [best[split][2] for split in chosen]
+        trained[p] = chosen, _fit(task, run, p, chosen, taus, task.n_train, f"refit-{p:g}")
+    noise = [1 / (math.sqrt(tau) * s) for (_, _, tau), s in zip(best, task.scale, strict=True)]
+    return _ByRate(trained, noise, run.draws(_SAMPLES), run.seed)
+
+
+def _fit(task: Task, run: Run, p: float, splits: list[int], taus: list[float], stop: int, name: str) -> DeepEnsemble:
+    how = task.protocol
+    q = DeepEnsemble(MCDropout(task.network(p, 1)), len(splits), seed=run.seed)
+    weights = torch.tensor([decay(p, stop, tau) for tau in taus])
+    train(
+        task,
+        run,
+        q,
+        Gaussian(std=1.0, learned=False),  # half the squared error
+        epochs=how.epochs,
+        batch_size=how.batch_size,
+        name=name,
+        stop=stop,
+        splits=splits,
+        optimizer=lambda ps: DecayedAdam(ps, 1e-3, weights),
+    )
+    return q
+
+
+class _ByRate(Stacked):
+    """Splits trained with different rates, which are different architectures, put together again."""
+
+    def __init__(
+        self, trained: dict[float, tuple[list[int], DeepEnsemble]], noise: list[float], samples: int, seed: int
+    ):
+        self.trained, self.noise, self.samples, self.seed = trained, noise, samples, seed
+
+    def parameters(self, x: Tensor) -> Iterator[Tensor]:
+        parts = []
+        for chosen, q in self.trained.values():
+            likelihood = Gaussian(std=1.0)
+            replicate(likelihood, len(chosen))
+            with torch.no_grad():
+                likelihood.log_std.copy_(torch.tensor([self.noise[k] for k in chosen]).log().unsqueeze(1))
+            own = Stacked(q, likelihood, samples=self.samples, seed=self.seed)
+            parts.append((chosen, own.parameters(x[chosen])))
+        yield from _together(parts, x.shape[0], self.samples)
+
+
+def _together(
+    parts: list[tuple[list[int], Iterator[Tensor]]], n_splits: int, samples: int, size: int = 50
+) -> Iterator[Tensor]:
+    """(draws, splits, rows, ...) chunks of `size` draws from each part's chunks, whose lengths differ."""
+    waiting: dict[int, list[Tensor]] = {i: [] for i in range(len(parts))}
+    for start in range(0, samples, size):
+        count = min(size, samples - start)
+        found = None
+        for i, (chosen, chunks) in enumerate(parts):
+            while sum(len(c) for c in waiting[i]) < count:
+                waiting[i].append(next(chunks))
+            joined = torch.cat(waiting[i])
+            waiting[i] = [joined[count:]]
+            if found is None:
+                found = joined.new_empty((count, n_splits, *joined.shape[2:]))
+            found[:, chosen] = joined[:count]
+        assert found is not None
+        yield found

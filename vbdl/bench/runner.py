@@ -1,0 +1,218 @@
+"""A run of the suite: what is missing is trained, scored and written as one JSON line a result."""
+
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vbdl.bench import registry, rows, scores
+from vbdl.bench.provenance import provenance
+from vbdl.bench.source import Source
+from vbdl.bench.summary import Rows, classified, regressed
+from vbdl.bench.task import Each, Run, Task
+
+FORMAT = 1
+RESULTS, ABOUT = "results.jsonl", "run.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all results of a run have in common; a run is gone on with under the same settings only."""
+
+    seed: int = 0
+    effort: float = 1.0
+    samples: int | None = None
+    protocol: str = "2016"
+
+
+class Suite:
+    """Results of methods on data sets, in the folder `out`."""
+
+    def __init__(
+        self,
+        out: Path,
+        datasets: Sequence[str],
+        methods: Sequence[str],
+        source: Source,
+        settings: Settings,
+        say: Callable[[str], None] = print,
+        progress: bool | None = None,
+        compile: bool | None = None,
+    ):
+        for kind, names, known in (
+            ("data set", datasets, registry.DATASETS),
+            ("method", methods, registry.METHODS),
+        ):
+            unknown = [n for n in names if n not in known]
+            if unknown:
+                raise ValueError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(known)}")
+        if not settings.effort > 0:
+            raise ValueError(f"effort is a share of the training above 0, got {settings.effort}")
+        self.out, self.source, self.settings, self.say = Path(out), source, settings, say
+        self.progress, self.compile = progress, compile
+        self.wanted = [(d, m) for d in datasets for m in methods]
+
+    def run(self) -> list[dict[str, Any]]:
+        """Every result, those of an earlier start included; failures carry "error" and are tried again next time.
+
+        Raises DataMissingError before anything is trained where a data set is not to be had, ValueError where the
+        folder holds a run of other settings.
+        """
+        done = self._open()
+        pending = [pair for pair in self.wanted if pair not in done]
+        if done:
+            self.say(f"{len(done)} results are in {self.out} already; {len(pending)} to go")
+        for name in dict.fromkeys(d for d, _ in pending):
+            self._task(name)  # what is missing is said before the first hour of training
+        self._kept: tuple[str, Task] | None = None
+        begun = time.perf_counter()
+        for number, (name, method) in enumerate(pending, start=1):
+            task = self._loaded(name)
+            result = self._one(task, name, method)
+            self._append(result)
+            done[name, method] = result
+            spent = time.perf_counter() - begun
+            self.say(f"[{number}/{len(pending)}] {line(result)}  ({spent / 60:.1f} min so far)")
+        return [done[pair] for pair in self.wanted if pair in done]
+
+    # -- one result
+
+    def _task(self, name: str) -> Task:
+        return registry.DATASETS[name].make(self.source, self.settings.protocol)
+
+    def _loaded(self, name: str) -> Task:
+        """One data set is kept at a time: its methods come one after the other."""
+        if self._kept is None or self._kept[0] != name:
+            self._kept = name, self._task(name)
+        return self._kept[1]
+
+    def _one(self, task: Task, name: str, method: str) -> dict[str, Any]:
+        key = f"{name}.{method}"
+        folder = self.out / "checkpoints" / key
+        settings = self.settings
+        run = Run(settings.seed, settings.effort, settings.samples, self.compile, folder, self.progress)
+        result: dict[str, Any] = {"format": FORMAT, "dataset": name, "method": method, **asdict(settings)}
+        result |= {
+            "suite": registry.DATASETS[name].suite,
+            "kind": "regression" if task.regression else "classification",
+            "about": task.about or registry.DATASETS[name].about,
+            "protocol": task.protocol.name if task.protocol else None,
+            "splits": task.n_splits,
+            "rows": {"train": task.n_train, "test": task.x.shape[1] - task.n_train},
+        }
+        begun = time.perf_counter()
+        try:
+            trained = registry.METHODS[method].make(task, run)
+            trained = trained if hasattr(trained, "parameters") else Each(trained)
+            middle = time.perf_counter()
+            found = evaluate(task, trained, task.x[:, task.n_train :], task.test[1])
+            ended = time.perf_counter()
+            ood = {n: evaluate(task, trained, x) for n, x in task.ood.items()}
+        except (FloatingPointError, RuntimeError) as error:
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            return result | {"error": said, "traceback": traceback.format_exc(), **provenance(), "finished": _now()}
+        every = scores.regression(task, found) if task.regression else scores.classification(task, found)
+        file = Path("rows") / f"{key}.safetensors"
+        rows.save(self.out / file, task, found, ood)
+        shutil.rmtree(folder, ignore_errors=True)
+        tested = task.n_splits * (task.x.shape[1] - task.n_train)
+        return result | {
+            "draws": found.draws,
+            "scores": scores.plain(every),
+            "uncertainty": {"test": _means(found), **{n: _means(o) for n, o in ood.items()}},
+            "ood": {n: scores.plain(scores.out_of_distribution(found, o)) for n, o in ood.items()},
+            "seconds": {"train": middle - begun, "predict": ended - middle},
+            "rows_a_second": tested / max(ended - middle, 1e-9),
+            "published": [asdict(p) for p in task.published if p.method in ("", method)],
+            "details": run.details,
+            "notes": [*task.notes, *run.notes],
+            "file": str(file),
+            **provenance(),
+            "finished": _now(),
+        }
+
+    # -- the folder
+
+    def _open(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Results that are there, by data set and method."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        about, settings = self.out / ABOUT, asdict(self.settings)
+        if about.exists():
+            before = json.loads(about.read_text())
+            other = [n for n, v in settings.items() if before["settings"].get(n) != v]
+            if other:
+                was = ", ".join(f"{n} {before['settings'].get(n)}" for n in other)
+                raise ValueError(f"{self.out} holds a run with {was}: go on with that, or give another --out")
+        else:
+            if (self.out / RESULTS).exists():
+                raise ValueError(f"{self.out} has results and no {ABOUT}: give another --out")
+            about.write_text(json.dumps({"format": FORMAT, "settings": settings, "started": _now()}) + "\n")
+        found = {}
+        for result in read_results(self.out):
+            file = self.out / result.get("file", "")
+            if "error" not in result and file.is_file():
+                found[result["dataset"], result["method"]] = result
+        return {pair: found[pair] for pair in self.wanted if pair in found}
+
+    def _append(self, result: dict[str, Any]) -> None:
+        """A whole line or, after a crash, part of one, which reading leaves out and the next line starts after."""
+        path = self.out / RESULTS
+        cut_short = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write(("\n" if cut_short else "") + json.dumps(result, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> Rows:
+    """Sums over the draws for rows (splits, rows, ...) and, where known, their targets."""
+    with torch.no_grad():
+        if not task.regression:
+            return classified(trained.parameters(x), y)
+        target = None if y is None else y[..., 0]
+        return regressed(trained.parameters(x), target, torch.tensor(task.scale), torch.tensor(task.centre))
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run, the last of each data set and method; a line cut short by a crash is left out."""
+    path = Path(folder) / RESULTS
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    if not path.exists():
+        return []
+    for text in path.read_text().splitlines():
+        try:
+            result = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        found[result["dataset"], result["method"]] = result
+    return list(found.values())
+
+
+def line(result: dict[str, Any]) -> str:
+    """A result in one line for the terminal."""
+    name = f"{result['dataset']:15} {result['method']:14}"
+    if "error" in result:
+        return f"{name} FAILED: {result['error']}"
+    shown = ("rmse", "ll", "crps") if result["kind"] == "regression" else ("accuracy", "nll", "ece")
+    said = []
+    for metric in shown:
+        score = result["scores"][metric]
+        half = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3g}"
+        said.append(f"{metric} {score['value']:.4g}{half}")
+    return f"{name} {', '.join(said)}; trained in {result['seconds']['train']:.0f} s"
+
+
+def _means(found: Rows) -> dict[str, float]:
+    return {part: float(getattr(found, part).mean()) for part in ("total", "aleatoric", "epistemic")}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,124 @@
+"""Scores of a result with their intervals: over the splits where there are several, over the rows otherwise."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl import metrics
+from vbdl.bench.summary import Rows
+from vbdl.bench.task import Task
+
+LEVEL = 0.95
+_RESAMPLES = 200
+
+
+@dataclass
+class Score:
+    """A number, the interval that holds it at 95 %, and how to read it."""
+
+    value: float
+    lower: float | None
+    upper: float | None
+    standard_error: float | None
+    better: str  # "higher", "lower", or "0.9": the nearer to that the better
+    unit: str
+    per_split: list[float] = field(default_factory=list)
+
+
+def regression(task: Task, rows: Rows) -> dict[str, Score]:
+    """RMSE, log-likelihood, CRPS, coverage, quantile error and area under the risk-coverage curve."""
+    nll, loss, crps, pit, total = _all(rows.nll, rows.loss, rows.crps, rows.pit, rows.total)
+    inside = ((pit >= 0.05) & (pit <= 0.95)).double()
+    found = {
+        "rmse": _score(lambda a: a.mean().sqrt(), "lower", "target units", loss),
+        "ll": _score(lambda a: -a.mean(), "higher", "nats", nll),
+        "crps": _score(lambda a: a.mean(), "lower", "target units", crps),
+        "coverage90": _score(lambda a: a.mean(), "0.9", "share", inside),
+        "quantile_error": _score(metrics.quantile_calibration_error, "lower", "share", pit),
+        "aurc": _score(metrics.aurc, "lower", "squared target units", total, loss),
+    }
+    return found
+
+
+def classification(task: Task, rows: Rows) -> dict[str, Score]:
+    """Accuracy, NLL, Brier score, ECE, risk-coverage; AUROC of two classes, and cost where the set has one."""
+    (_, y), probs = task.test, rows.probs
+    assert probs is not None
+    nll, loss, total = _all(rows.nll, rows.loss, rows.total)
+    brier = torch.stack([metrics.brier_score(p, t) for p, t in zip(probs, y, strict=True)])
+    found = {
+        "accuracy": _score(lambda a: 1 - a.mean(), "higher", "share", loss),
+        "nll": _score(lambda a: a.mean(), "lower", "nats", nll),
+        "brier": _score(lambda a: a.mean(), "lower", "", brier),
+        "ece": _score(lambda p, t: metrics.ece(p, t), "lower", "share", probs, y),
+        "aurc": _score(metrics.aurc, "lower", "share", total, loss),
+        "error80": _score(lambda u, w: metrics.risk_at_coverage(u, w, 0.8), "lower", "share", total, loss),
+    }
+    if task.n_splits == 1:
+        exact = metrics.accuracy_interval(probs[0], y[0], LEVEL)
+        found["accuracy"].lower, found["accuracy"].upper = exact.lower, exact.upper
+    if len(task.classes) == 2:
+        found["auroc"] = _area(probs[..., 1], y == 1)
+    if task.cost is not None:
+        cost = task.cost.double()
+        action = (probs @ cost).argmin(-1)  # what is expected to cost least
+        found["cost"] = _score(lambda a: a.mean(), "lower", "cost a row", cost[y, action])
+    return found
+
+
+def out_of_distribution(inside: Rows, outside: Rows) -> dict[str, Score]:
+    """AUROC of telling rows out of distribution from test rows by each part of the uncertainty."""
+    found = {}
+    for part in ("total", "epistemic"):
+        a, b = getattr(inside, part), getattr(outside, part)
+        if float(a.abs().max()) + float(b.abs().max()) < 1e-12:  # one network knows no epistemic part
+            continue
+        strange = torch.cat([torch.zeros_like(a), torch.ones_like(b)], dim=1).bool()
+        found[part] = _area(torch.cat([a, b], dim=1), strange)
+    return found
+
+
+def _all(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    assert all(t is not None for t in tensors)
+    return tensors  # type: ignore[return-value]
+
+
+def _score(metric: Callable[..., Any], better: str, unit: str, *rows: Tensor) -> Score:
+    """The metric of each split, (splits, rows, ...) tensors; its interval from the splits, or by resampling rows."""
+    each = [float(metric(*own)) for own in zip(*rows, strict=True)]
+    if len(each) > 1:
+        return _over_splits(each, better, unit)
+    found = metrics.bootstrap(metric, *(t[0] for t in rows), n_resamples=_RESAMPLES, level=LEVEL)
+    return Score(found.value, found.lower, found.upper, None, better, unit, each)
+
+
+def _area(scores: Tensor, positive: Tensor) -> Score:
+    """AUROC; a split of one class only is a fault of the data set."""
+    each = [metrics.auroc(s, p) for s, p in zip(scores, positive, strict=True)]
+    if len(each) > 1:
+        return _over_splits(each, "higher", "")
+    found = metrics.auroc_interval(scores[0], positive[0], LEVEL)
+    return Score(found.value, found.lower, found.upper, None, "higher", "", each)
+
+
+def _over_splits(each: list[float], better: str, unit: str) -> Score:
+    found = metrics.mean_estimate(torch.tensor(each, dtype=torch.float64))
+    interval = found.interval(LEVEL)
+    return Score(found.value, interval.lower, interval.upper, found.standard_error, better, unit, each)
+
+
+def plain(scores: dict[str, Score]) -> dict[str, Any]:
+    """As JSON takes them: numbers that are not finite become null."""
+    return {name: {k: _finite(v) for k, v in asdict(s).items()} for name, s in scores.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value

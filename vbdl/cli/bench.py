@@ -1,0 +1,79 @@
+"""The command `vbdl bench`."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Train and score methods on benchmark data, against published tables; goes on where it was interrupted.
+
+    One JSON line a result in OUT/results.jsonl; `vbdl report OUT` makes a page of it, `vbdl compare` two of them."""
+
+    out: Path = Path("vbdl-bench")
+    """Folder of the run. What is in it already is not computed again."""
+    suite: str = "bundled"
+    """bundled (no download), uci, images, medical, credit, quality (these four) or own (yours)."""
+    sets: tuple[str, ...] = ()
+    """Data sets by name, in place of a suite."""
+    methods: tuple[str, ...] = ("mc-dropout", "mean-field", "deep-ensemble")
+    """Methods by name; also linear and single."""
+    data: Path | None = field(default_factory=lambda: Path(p) if (p := os.environ.get("VBDL_DATA")) else None)
+    """Folder of data sets; VBDL_DATA unless given. What it lacks is asked for on OpenML."""
+    network: bool = True
+    """Ask OpenML for what the folder lacks."""
+    protocol: str = "2016"
+    """Of MC dropout on UCI sets: 2016 (400 epochs) or 2018 (4000 epochs)."""
+    plugin: tuple[Path, ...] = ()
+    """Python files that register data sets and methods of your own. They are run."""
+    seed: int = 0
+    """Of initialisations, orders and draws: the same seed gives the same numbers."""
+    effort: float = 1.0
+    """Share of the epochs; 0.05 for a quick look."""
+    samples: int | None = None
+    """Draws in evaluation; the method's own number unless given."""
+    threads: int = 1
+    """Threads of torch; 0 leaves the choice to torch."""
+    list: bool = False
+    """Print the data sets and methods, and run nothing."""
+
+    def __call__(self) -> None:
+        import torch
+
+        from vbdl.bench import registry
+        from vbdl.bench.protocols import PROTOCOLS
+        from vbdl.bench.runner import Settings, Suite
+        from vbdl.bench.source import Source
+
+        registry.load_builtin()
+        for path in self.plugin:
+            registry.load_plugin(path)
+        if self.list:
+            for kind, entries in (("data sets", registry.DATASETS), ("methods", registry.METHODS)):
+                print(f"{kind}:")
+                for e in entries.values():
+                    print(f"  {e.name:15} {e.suite:8} {e.about}")
+            return
+        if self.threads < 0:
+            raise ValueError(f"threads is 0 or more, got {self.threads}")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"the protocol is one of {', '.join(PROTOCOLS)}, not {self.protocol!r}")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        suites = registry.suites()
+        if not self.sets and self.suite not in suites:
+            raise ValueError(f"there is no suite {self.suite!r}; there are {', '.join(suites)}")
+        suite = Suite(
+            self.out,
+            self.sets or suites[self.suite],
+            self.methods,
+            Source(self.data, self.network),
+            Settings(self.seed, self.effort, self.samples, self.protocol),
+            say=lambda text: print(text, flush=True),
+        )
+        results = suite.run()
+        failed = [r for r in results if "error" in r]
+        print(f"{len(results) - len(failed)} results in {self.out}; `vbdl report {self.out}` makes a page of them")
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(results)} results failed; running again tries them again")
