@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vbdl import decision as decision
     from vbdl import metrics as metrics
     from vbdl import ood as ood
+    from vbdl.artefact.loading import load as load
     from vbdl.calibration.calibrate import calibrate as calibrate
     from vbdl.calibration.conformal import ConformalSets as ConformalSets
     from vbdl.calibration.std_scaling import StdScaling as StdScaling
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Predictor": "engine",
+    "load": "artefact.loading",
     "inspect": "inspection",
     "Bernoulli": "likelihoods.bernoulli",
     "Categorical": "likelihoods.categorical",

@@ -9,6 +9,7 @@ import copy
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class Predictor:
         self._executions: dict[Any, list[Execution]] = {}
         self._lock = threading.RLock()
         self.sealed = False  # set by warm_up: nothing is compiled any more
+        self.manifest: Any = None  # set by vbdl.load: what the artefact says beside the tensors
 
     # -- predicting
 
@@ -169,6 +171,15 @@ class Predictor:
             "device": self.device,
         }
         return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Write an artefact: safetensors, a manifest in JSON, a model card. `vbdl.load(folder)` predicts the same.
+
+        options: extras, metrics, example, architecture, arguments, overwrite; see `vbdl.artefact.saving.save`.
+        """
+        from vbdl.artefact.saving import save
+
+        return save(self, folder, **options)
 
     # -- tiles
 

@@ -1,0 +1,119 @@
+"""The model card: what a person reads first, made from the manifest alone."""
+
+from typing import Any
+
+from vbdl.artefact.manifest import Dropout, Ensemble, Layers, Manifest, MeanField, Plain, Reference
+
+
+def card(manifest: Manifest) -> str:
+    """README.md of an artefact, with the front matter that the Hugging Face Hub reads."""
+    parts = [
+        "---\nlibrary_name: vbdl\ntags:\n- uncertainty\n- bayesian-deep-learning\n- pytorch\n---\n",
+        f"# {method(manifest)}\n",
+        "A predictor of [vbdl](https://pypi.org/project/vbdl/): predictions with their uncertainty, split into noise "
+        "in the data (aleatoric) and not knowing (epistemic).\n",
+        '```python\nimport vbdl\n\npredict = vbdl.load("this folder")\np = predict(x)\n'
+        "p.mean, p.total, p.aleatoric, p.epistemic\n```\n",
+        _table(("", ""), facts(manifest)),
+    ]
+    if manifest.metrics:
+        parts += ["## Metrics\n", _table(("metric", "value"), [(k, _number(v)) for k, v in manifest.metrics.items()])]
+    if manifest.extras:
+        parts += ["Also stored: " + ", ".join(f"`{_plain(k)}`" for k in manifest.extras) + ".\n"]
+    return "\n".join(parts)
+
+
+def facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What there is to say about an artefact, a line each."""
+    s, v = manifest.settings, manifest.versions
+    numbers = sum(_count(e.shape) for n, e in manifest.tensors.items() if n.startswith("posterior."))
+    rows = [
+        ("method", method(manifest)),
+        ("network", network(manifest)),
+        ("input of a row", inputs(manifest)),
+        ("likelihood", likelihood(manifest.likelihood)),
+        ("draws", f"{s.n_samples}, seed {s.seed}"),
+        ("tiles", ", ".join(map(str, s.tiles)) + " rows"),
+        ("numbers stored", f"{numbers:,} in {manifest.file_bytes:,} bytes, SHA-256 {manifest.file_sha256[:16]}…"),
+        (
+            "training rows",
+            f"{manifest.training_rows:,}, known by fingerprint: calibrating on them is refused"
+            if manifest.training_rows
+            else "not recorded: calibrating on them cannot be refused",
+        ),
+        ("written by", f"vbdl {v.vbdl}, torch {v.torch}, format {manifest.format}"),
+    ]
+    if s.autocast is not None:
+        rows.insert(6, ("network runs in", s.autocast))
+    return rows
+
+
+def method(manifest: Manifest) -> str:
+    q = manifest.posterior
+    if isinstance(q, Ensemble):
+        count = sum(group.count for group in q.members)
+        kinds = {type(group.member): group.member for group in q.members}
+        inner = next(iter(kinds.values()))
+        of = "" if isinstance(inner, Plain) else f" of {_single(inner)}"
+        several = f", {len(q.members)} architectures" if len(q.members) > 1 else ""
+        return f"Deep ensemble of {count} members{of}{several}"
+    return _single(q)
+
+
+def _single(q: Dropout | MeanField) -> str:
+    return "MC dropout" if isinstance(q, Dropout) else "Mean-field variational inference"
+
+
+def network(manifest: Manifest) -> str:
+    q = manifest.posterior
+    each = [g.member.network for g in q.members] if isinstance(q, Ensemble) else [q.network]
+    return "; ".join(_architecture(a) for a in each)
+
+
+def _architecture(a: Any) -> str:
+    if isinstance(a, Layers):
+        inside = [child.name for child in a.root.children.values()]
+        return f"{a.root.name}({', '.join(inside)})" if inside else a.root.name
+    if isinstance(a, Reference):
+        return f"made by `{_plain(a.target)}`, to be trusted by the caller of load"
+    return f"`{_plain(a.name)}`, to be given to load(module=...)"
+
+
+def inputs(manifest: Manifest) -> str:
+    if manifest.inputs is None:
+        return "not recorded"
+    return ", ".join(f"{_plain(e.name) + ': ' if e.name else ''}{e.dtype} {e.shape}" for e in manifest.inputs.tensors)
+
+
+def likelihood(described: dict[str, Any]) -> str:
+    """Outermost last: Categorical, calibrated by Temperature, deciding by Referral."""
+    arguments = described.get("arguments", {})
+    inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
+    name = _plain(str(described.get("class")))
+    if inner is None:
+        return name
+    for key, word in (("method", "calibrated by"), ("decision", "deciding by")):
+        if key in arguments:
+            return f"{likelihood(inner)}, {word} {_plain(str(arguments[key].get('module', {}).get('class')))}"
+    return f"{likelihood(inner)} in {name}"
+
+
+def _count(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """No character that would end a cell, a line or a code span."""
+    return text.translate({ord(c): " " for c in "|\n\r`<>"})[:200]
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {_plain(a)} | {b} |" for a, b in rows)]
+    return "\n".join(lines) + "\n"

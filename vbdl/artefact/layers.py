@@ -1,0 +1,166 @@
+"""Layers of torch.nn and of vbdl.nn as names and arguments, and back. What is in no list here is not made.
+
+Arguments are read off a layer's attributes, by the names of its constructor. Whether that was right is not assumed:
+`vbdl.artefact.networks` makes the network again when it is saved, and compares.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.artefact.manifest import ArtefactError, Layer
+from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
+from vbdl.nn.priors import Normal, Prior, ScaleMixture
+
+_PLAIN = """
+Identity Flatten Unflatten
+Linear Bilinear
+Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d
+BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d
+LayerNorm RMSNorm GroupNorm LocalResponseNorm
+Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout
+ReLU ReLU6 LeakyReLU PReLU RReLU ELU CELU SELU GELU SiLU Mish GLU Tanh Tanhshrink Sigmoid LogSigmoid Softplus Softsign
+Softshrink Hardshrink Hardtanh Hardsigmoid Hardswish Threshold Softmax Softmin LogSoftmax Softmax2d
+MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d LPPool1d LPPool2d
+AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
+ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad1d ReflectionPad2d
+ReplicationPad1d ReplicationPad2d ReplicationPad3d CircularPad1d CircularPad2d
+Upsample PixelShuffle PixelUnshuffle ChannelShuffle Embedding EmbeddingBag
+"""
+PLAIN: dict[str, type[nn.Module]] = {n: getattr(nn, n) for n in _PLAIN.split() if hasattr(nn, n)}
+BAYESIAN = {c.__name__: c for c in (BayesianLinear, BayesianConv1d, BayesianConv2d, BayesianConv3d)}
+_MADE_BY_TORCH = ("device", "dtype")
+
+
+class Undescribed(Exception):
+    """A layer that is in no list here, or that carries what a constructor does not give it."""
+
+
+def describe(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> Layer:
+    """The layer and all below it. values: tensors by full name, where the module's own are on the meta device."""
+    name = type(module).__name__
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise Undescribed(f"{prefix or 'the network'} has hooks or a forward of its own")
+    if type(module) is nn.Sequential:
+        inside = {n: describe(m, f"{prefix}{n}.", values) for n, m in module._modules.items() if m is not None}
+        return Layer("Sequential", children=inside)
+    if PLAIN.get(name) is type(module):
+        return Layer(name, _arguments(module, type(module)))
+    if BAYESIAN.get(name) is type(module):
+        return Layer(name, _bayesian_arguments(module, prefix, values))
+    if type(module) is nn.TransformerEncoderLayer:
+        return Layer(name, _transformer_arguments(module))
+    raise Undescribed(f"{type(module).__module__}.{type(module).__qualname__} is not a layer of torch.nn that is known")
+
+
+def build(layer: Layer) -> nn.Module:
+    """The layer with fresh weights. ArtefactError for a class that is in no list and for arguments it does not take."""
+    if layer.name == "Sequential":
+        if layer.arguments:
+            raise ArtefactError("a Sequential takes no arguments")
+        made = nn.Sequential()
+        for name, child in layer.children.items():
+            try:
+                made.add_module(name, build(child))
+            except (KeyError, TypeError) as error:
+                raise ArtefactError(f"{name!r} cannot name a layer: {error}") from None
+        return made
+    if layer.children:
+        raise ArtefactError(f"{layer.name} has no layers inside")
+    kind = {**PLAIN, **BAYESIAN, "TransformerEncoderLayer": nn.TransformerEncoderLayer}.get(layer.name)
+    if kind is None:
+        raise ArtefactError(f"{layer.name[:80]!r} is not among the layers that an artefact may name")
+    # the options of a Bayesian convolution are those of the plain one
+    plain = PLAIN[layer.name.removeprefix("Bayesian")] if layer.name in BAYESIAN else kind
+    taken = {*inspect.signature(plain).parameters} - {*_MADE_BY_TORCH}
+    given = dict(layer.arguments)
+    prior = given.pop("prior_std", None) if layer.name in BAYESIAN else None
+    initial = given.pop("initial_std", None) if layer.name in BAYESIAN else None
+    if odd := sorted(given.keys() - taken):
+        raise ArtefactError(f"{layer.name} has no argument {odd[0][:80]!r}")
+    arguments = {n: _from_json(v) for n, v in given.items()}
+    if layer.name in BAYESIAN:
+        arguments |= {"prior_std": prior_of(prior), "initial_std": initial}
+    try:
+        return kind(**arguments)
+    except Exception as error:  # constructors refuse nonsense in many ways
+        raise ArtefactError(f"{layer.name} cannot be made with these arguments: {error}") from None
+
+
+def prior_of(constants: Any) -> Prior:
+    """A prior of the constants that `Prior.constants` gives."""
+    if not isinstance(constants, list) or not all(isinstance(c, int | float) for c in constants):
+        raise ArtefactError(f"a prior is a list of numbers, not {str(constants)[:80]}")
+    if len(constants) not in (1, 3):
+        raise ArtefactError(f"a prior has 1 or 3 constants, not {len(constants)}")
+    try:
+        return Normal(*constants) if len(constants) == 1 else ScaleMixture(*constants)
+    except ValueError as error:
+        raise ArtefactError(str(error)) from None
+
+
+def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+    found = {}
+    for name in inspect.signature(kind).parameters:
+        if name in _MADE_BY_TORCH or name.startswith("_") or not hasattr(module, name):
+            continue
+        value = getattr(module, name)
+        if name == "bias":
+            value = value is not None and value is not False
+        found[name] = _to_json(value)
+    return found
+
+
+def _bayesian_arguments(module: Any, prefix: str, values: Mapping[str, Tensor]) -> dict[str, Any]:
+    plain = PLAIN[type(module).__name__.removeprefix("Bayesian")]
+    if type(module.inner) is not plain or module.n_data != 1:
+        raise Undescribed(f"{prefix} is not as its constructor makes it")
+    found = _arguments(module.inner, plain)
+    found["prior_std"] = values[f"{prefix}prior_0"].tolist()
+    found["initial_std"] = _exp(module.log_std.initial)
+    return found
+
+
+def _exp(logarithm: float) -> float:
+    return float(torch.tensor(logarithm, dtype=torch.float64).exp())
+
+
+_ACTIVATIONS = {torch.nn.functional.relu: "relu", torch.nn.functional.gelu: "gelu"}
+
+
+def _transformer_arguments(module: nn.TransformerEncoderLayer) -> dict[str, Any]:
+    attention: Any = module.self_attn
+    activation = _ACTIVATIONS.get(module.activation)  # type: ignore[arg-type]
+    if activation is None:
+        raise Undescribed("a TransformerEncoderLayer with an activation that has no name")
+    return {
+        "d_model": attention.embed_dim,
+        "nhead": attention.num_heads,
+        "dim_feedforward": module.linear1.out_features,
+        "dropout": module.dropout.p,
+        "activation": activation,
+        "layer_norm_eps": module.norm1.eps,
+        "batch_first": attention.batch_first,
+        "norm_first": module.norm_first,
+        "bias": module.linear1.bias is not None,
+    }
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_to_json(v) for v in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise Undescribed(f"an argument is a {type(value).__name__}")
+
+
+def _from_json(value: Any) -> Any:
+    """Lists are tuples again: that is what the constructors keep."""
+    if isinstance(value, list):
+        return tuple(_from_json(v) for v in value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ArtefactError(f"an argument of a layer is a {type(value).__name__}")

@@ -1,0 +1,185 @@
+"""A predictor from disk, with the same draws. No pickle, no code of the file, no import that was not allowed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vbdl_kernels import CONTRACT
+
+from vbdl.artefact import networks, posteriors
+from vbdl.artefact.files import locate, read_whole
+from vbdl.artefact.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    TENSORS,
+    ArtefactError,
+    Layers,
+    Manifest,
+    Reference,
+    decode,
+)
+from vbdl.artefact.saving import TRAINING_ROWS
+from vbdl.artefact.tensors import DTYPES, read_tensors
+from vbdl.decision import stored
+from vbdl.engine import Predictor
+
+
+def load(
+    folder: str | Path,
+    *,
+    module: nn.Module | Sequence[nn.Module] | None = None,
+    trust: Sequence[str] = (),
+    **settings: Any,
+) -> Predictor:
+    """The predictor that `Predictor.save` wrote: same draws, same numbers.
+
+    module: the network (or one for each architecture of an ensemble), where the artefact does not describe it; its
+        weights are of no importance.
+    trust: packages that an artefact may import its network from. Importing runs code: name only your own.
+    settings: other settings of Predictor than those saved (compile, device, n_samples, seed, tiles, ...).
+
+    `manifest` of the predictor is what was read beside the tensors, with `extras`, `metrics` and `inputs`.
+    Raises ArtefactError (a ValueError) for what is damaged, hostile, of a newer format or no artefact, with the
+    reason; nothing of the artefact has been executed then.
+    """
+    return load_files(locate(Path(folder)), module=module, trust=trust, **settings)
+
+
+def load_files(
+    files: Mapping[str, Path],
+    *,
+    module: nn.Module | Sequence[nn.Module] | None = None,
+    trust: Sequence[str] = (),
+    **settings: Any,
+) -> Predictor:
+    """`load` of files by name, for those that lie elsewhere than in one folder."""
+    manifest = decode(read_whole(files[MANIFEST], MAX_MANIFEST_BYTES))
+    if manifest.versions.noise != CONTRACT:
+        raise ArtefactError(
+            f"the artefact draws by counters of version {manifest.versions.noise}, this vbdl by {CONTRACT}: its "
+            f"numbers would be others. Load it with the vbdl that wrote it ({manifest.versions.vbdl[:40]})"
+        )
+    stated = {n: e for n, e in manifest.tensors.items() if n.startswith("posterior.")}
+    shapes = {n.removeprefix("posterior."): tuple(e.shape) for n, e in stated.items()}
+    with networks.quiet_generator():
+        if module is None and all(_is_ours(a) for a in posteriors.architectures(manifest.posterior)):
+            # first without memory, so that a description of a huge network is refused and not allocated
+            with torch.device("meta"):
+                _check_shapes(_posterior(manifest, None, trust), shapes)
+        tensors = read_tensors(files[TENSORS], manifest)
+        posterior = _posterior(manifest, module, trust)
+    _check_shapes(posterior, shapes)
+    _fill(posterior, {n.removeprefix("posterior."): t for n, t in tensors.items() if n.startswith("posterior.")})
+    seen = tensors.get(TRAINING_ROWS)
+    if seen is not None:
+        if seen.dtype != torch.int64 or seen.ndim != 1 or len(seen) != manifest.training_rows:
+            raise ArtefactError("the fingerprints of the training rows are not one int64 a row")
+        posterior.training_rows = seen
+        for part in posterior.parts:  # where vbdl.calibrate looks
+            part.training_rows = seen
+    elif manifest.training_rows:
+        raise ArtefactError("the fingerprints of the training rows are missing")
+    likelihood = _likelihood(manifest, tensors)
+    given = manifest.settings
+    saved = {
+        "n_samples": given.n_samples,
+        "seed": given.seed,
+        "tiles": tuple(given.tiles),
+        "compile": given.compile,
+        "memory_budget": given.memory_budget,
+        "chunk_size": given.chunk_size,
+        "autocast": _dtype(given.autocast),
+        **({"joint": True} if given.joint else {}),
+    }
+    try:
+        predictor = Predictor(posterior, likelihood, **{**saved, **settings})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ArtefactError(f"the settings of the artefact do not fit: {error}") from error
+    predictor.manifest = manifest
+    return predictor
+
+
+def _is_ours(architecture: Any) -> bool:
+    return isinstance(architecture, Layers) or (
+        isinstance(architecture, Reference) and architecture.target.startswith("vbdl.")
+    )
+
+
+def _posterior(manifest: Manifest, module: Any, trust: Sequence[str]) -> Any:
+    maker = networks.Maker(module, trust)
+    try:
+        return posteriors.build(manifest.posterior, maker.make)
+    except ArtefactError:
+        raise
+    except Exception as error:  # networks and posteriors refuse nonsense in many ways
+        raise ArtefactError(f"the posterior cannot be made as described: {error}") from error
+
+
+def _check_shapes(posterior: nn.Module, stated: Mapping[str, tuple[int, ...]]) -> None:
+    own = {n: tuple(t.shape) for n, t in _untied(posterior).items()}
+    for name in [*own, *stated]:
+        if own.get(name) != stated.get(name):
+            raise ArtefactError(
+                f"the posterior described has {name[:120]!r} of shape {own.get(name)}, the file {stated.get(name)}"
+            )
+
+
+def _untied(module: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, t in module.state_dict(keep_vars=True).items():
+        if id(t) not in seen:
+            seen.add(id(t))
+            found[name] = t
+    return found
+
+
+def _fill(posterior: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The tensors in place of its own, dtypes included, tied ones staying tied."""
+    kinds = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(kinds) == 1:  # what is not in the file follows
+        posterior.to(kinds.pop())
+    for name, own in _untied(posterior).items():
+        t = tensors[name]
+        if t.is_floating_point() != own.is_floating_point() or (not t.is_floating_point() and t.dtype != own.dtype):
+            raise ArtefactError(f"{name} is {t.dtype} in the file, and {own.dtype} in the posterior described")
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            bad = int((~t.isfinite()).sum())
+            raise ArtefactError(f"{bad} of {t.numel()} numbers of {name} are not finite: this is no trained posterior")
+        own.data = t.clone()  # in memory of its own, aligned as torch aligns
+
+
+def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Any:
+    own = {n.removeprefix("likelihood."): t for n, t in tensors.items() if n.startswith("likelihood.")}
+    if len(own) + sum(n.startswith("posterior.") for n in tensors) + (TRAINING_ROWS in tensors) != len(tensors):
+        raise ArtefactError("the file holds tensors that are neither of the posterior nor of the likelihood")
+    for name, t in own.items():
+        if t.is_floating_point() and bool(t.isnan().any()):
+            raise ArtefactError(f"likelihood.{name} holds NaN")
+    try:
+        likelihood = stored.rebuild(manifest.likelihood, own)
+        if {n: tuple(t.shape) for n, t in likelihood.state_dict().items()} != {
+            n: tuple(t.shape) for n, t in own.items()
+        }:
+            raise ArtefactError("the likelihood described has other tensors than the file")
+        again = stored.describe(likelihood)
+    except ArtefactError:
+        raise
+    except Exception as error:  # constructors refuse nonsense in many ways
+        raise ArtefactError(f"the likelihood cannot be made as described: {error}") from error
+    if again != manifest.likelihood:
+        raise ArtefactError("the likelihood described is not what its classes make of it")
+    for needed in ("forward", "summarize", "merge", "finish", "prediction", "check_targets"):
+        if not callable(getattr(likelihood, needed, None)):
+            raise ArtefactError(f"a {type(likelihood).__name__} is not a likelihood")
+    return likelihood
+
+
+def _dtype(code: str | None) -> torch.dtype | None:
+    if code is None:
+        return None
+    if code not in DTYPES or not DTYPES[code].is_floating_point:
+        raise ArtefactError(f"autocast names {code[:40]!r}, which is no floating-point dtype")
+    return DTYPES[code]

@@ -1,0 +1,111 @@
+"""Posteriors as descriptions, and back: a function each way for every method."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vbdl.artefact.layers import prior_of
+from vbdl.artefact.manifest import Architecture, ArtefactError, Dropout, Ensemble, MeanField, Members, Plain
+from vbdl.nn.sampled import SampledNetwork
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
+from vbdl.stacking import state_of
+
+Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
+Make = Callable[[Architecture], nn.Module]
+
+_TYPE = "type:"  # before the name of a class, where a choice of modules is not by their names
+
+
+def describe(posterior: Any, network: Describe) -> Dropout | MeanField | Ensemble:
+    """The posterior without its tensors; `network` describes a network. ValueError for an unknown method."""
+    if isinstance(posterior, DeepEnsemble):
+        members = [Members(part.n_members, _member(part, network)) for part in posterior.parts]
+        return Ensemble(members, getattr(posterior, "seed", 0))
+    return _single(posterior, state_of(posterior.module), network)
+
+
+def _member(part: DeepEnsemble, network: Describe) -> Plain | Dropout | MeanField:
+    values = part.member(0)
+    return Plain(network(part.module, values)) if part.base is None else _single(part.base, values, network)
+
+
+def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Dropout | MeanField:
+    """values: tensors of posterior.module by name, where its own are on the meta device."""
+    inner = {n.removeprefix("inner."): t for n, t in values.items() if n.startswith("inner.")}
+    if type(posterior) is MCDropout:
+        module = posterior.module
+        p = dict(module.rate) if isinstance(module.rate, Mapping) else module.rate
+        chosen = [d for d in module.deterministic if _names(module, d)]
+        stays = [d if isinstance(d, str) else f"{_TYPE}{_type_name(d)}" for d in chosen]
+        return Dropout(network(module.inner, inner), p, stays, posterior.seed)
+    if type(posterior) is MeanFieldPosterior:
+        module = posterior.module
+        priors, initial = None, 1.0
+        if isinstance(module, SampledNetwork):
+            priors = {n: values[f"prior_{i}"].tolist() for i, n in enumerate(module.chosen)}
+            initial = math.exp(module.log_std.initial)
+        found = network(module.inner, inner)
+        return MeanField(found, module.n_data, priors, initial, posterior.n_samples, posterior.seed)
+    raise ValueError(
+        f"{type(posterior).__name__} is not among the posteriors that an artefact holds: MCDropout, MeanField and "
+        f"DeepEnsemble"
+    )
+
+
+def build(description: Dropout | MeanField | Ensemble, make: Make) -> Any:
+    """A posterior of this description whose tensors are of no importance; `make` makes a network."""
+    if not isinstance(description, Ensemble):
+        return _build_single(description, make)
+    members: list[nn.Module] = []
+    for group in description.members:
+        one = _build_single(group.member, make) if not isinstance(group.member, Plain) else make(group.member.network)
+        members += [one] * group.count
+    return DeepEnsemble(members, seed=description.seed)
+
+
+def _build_single(description: Dropout | MeanField, make: Make) -> Any:
+    network = make(description.network)
+    if isinstance(description, Dropout):
+        stays = [_type(network, d) if d.startswith(_TYPE) else d for d in description.deterministic]
+        return MCDropout(network, description.p, stays, description.seed)
+    if description.priors is None:
+        return MeanFieldPosterior(network, description.n_data, n_samples=description.n_samples, seed=description.seed)
+    return MeanFieldPosterior(
+        network,
+        description.n_data,
+        prior_std={n: prior_of(c) for n, c in description.priors.items()},
+        parameters=list(description.priors),
+        initial_std=description.initial_std,
+        n_samples=description.n_samples,
+        seed=description.seed,
+    )
+
+
+def architectures(description: Dropout | MeanField | Ensemble) -> Sequence[Architecture]:
+    """Of each part, in order."""
+    if isinstance(description, Ensemble):
+        return [group.member.network for group in description.members]
+    return [description.network]
+
+
+def _names(network: nn.Module, chosen: str | type) -> bool:
+    """Whether a choice says something: a class that no module is of does not."""
+    return isinstance(chosen, str) or any(isinstance(m, chosen) for m in network.modules())
+
+
+def _type_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _type(network: nn.Module, name: str) -> type[nn.Module]:
+    """A class by its name, among those of the modules that are there: nothing is imported for it."""
+    name = name.removeprefix(_TYPE)
+    for module in network.modules():
+        for kind in type(module).__mro__:
+            if _type_name(kind) == name and issubclass(kind, nn.Module):
+                return kind
+    raise ArtefactError(f"deterministic names the class {name[:120]!r}, and no module of the network is one")

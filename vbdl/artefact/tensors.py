@@ -1,0 +1,131 @@
+"""The tensors of an artefact: one safetensors file, every name and size of it checked before a byte of data is read."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as write_tensors
+from torch import Tensor
+
+from vbdl.artefact.files import open_regular
+from vbdl.artefact.manifest import MAX_AXES, MAX_TENSORS, TENSORS, ArtefactError, Manifest, TensorEntry, strict_object
+
+MAX_HEADER_BYTES = 4 * 2**20
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """What the manifest says of these tensors."""
+    for name, t in tensors.items():
+        if t.dtype not in CODES:
+            raise ValueError(f"{name} is {t.dtype}, which an artefact does not hold; it holds {sorted(DTYPES)}")
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"there are {len(tensors)} tensors, an artefact holds {MAX_TENSORS}")
+    return {n: TensorEntry(CODES[t.dtype], list(t.shape)) for n, t in tensors.items()}
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file. Every tensor is copied, because views of one memory are not taken."""
+    return write_tensors({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()})
+
+
+def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors, which are exactly those of the manifest; ArtefactError otherwise.
+
+    The file is read into memory and not mapped: one that is cut short while it is mapped ends the process.
+    """
+    descriptor, size = open_regular(path)
+    with os.fdopen(descriptor, "rb") as file:
+        if size != manifest.file_bytes:
+            raise ArtefactError(
+                f"{TENSORS} has {size} bytes, the manifest says {manifest.file_bytes}: it was cut short or exchanged"
+            )
+        prefix = file.read(8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+            raise ArtefactError(
+                f"the header of {TENSORS} says that it has {header_bytes} bytes; at most {MAX_HEADER_BYTES} and no "
+                f"more than the file are taken"
+            )
+        header = file.read(header_bytes)
+        _check_header(header, manifest.tensors, size - 8 - header_bytes)
+        data = prefix + header + file.read(size - 8 - header_bytes)
+        if len(data) != size or file.read(1):
+            raise ArtefactError(f"{TENSORS} changed while it was read")
+    if hashlib.sha256(data).hexdigest() != manifest.file_sha256:
+        raise ArtefactError(f"the bytes of {TENSORS} are not those the manifest was written for: damaged or exchanged")
+    try:
+        return parse_tensors(data)
+    except SafetensorError as error:
+        raise ArtefactError(f"{TENSORS} cannot be read: {error}") from None
+
+
+def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> None:
+    """Names, dtypes and shapes are the manifest's, and the data is exactly covered, without holes or overlaps."""
+    try:
+        found = json.loads(header.decode("utf-8"), object_pairs_hook=strict_object)
+    except ArtefactError as error:
+        raise ArtefactError(f"header of {TENSORS}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"the header of {TENSORS} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ArtefactError(f"the header of {TENSORS} is not an object of JSON")
+    found.pop("__metadata__", None)
+    if len(found) > MAX_TENSORS:
+        raise ArtefactError(f"{TENSORS} names {len(found)} tensors, more than {MAX_TENSORS}")
+    if found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())
+        raise ArtefactError(
+            f"the tensors of {TENSORS} are not those of the manifest: {ascii(odd[0][:80])} is in one of them only"
+        )
+    spans = []
+    for name, entry in found.items():
+        stated = expected[name]
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ArtefactError(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
+        if entry["dtype"] not in DTYPES or entry["dtype"] != stated.dtype:
+            raise ArtefactError(
+                f"tensor {name[:80]!r} is {str(entry['dtype'])[:20]}, the manifest says {stated.dtype[:20]}; "
+                f"an artefact holds {sorted(DTYPES)}"
+            )
+        if entry["shape"] != stated.shape or len(stated.shape) > MAX_AXES:
+            raise ArtefactError(
+                f"tensor {name[:80]!r} has shape {str(entry['shape'])[:80]}, the manifest says {stated.shape}"
+            )
+        span = entry["data_offsets"]
+        if not (isinstance(span, list) and len(span) == 2 and all(type(o) is int for o in span)):
+            raise ArtefactError(f"tensor {name[:80]!r} has no offsets")
+        needed = math.prod(stated.shape) * DTYPES[stated.dtype].itemsize
+        if span[1] - span[0] != needed:
+            raise ArtefactError(
+                f"tensor {name[:80]!r} of shape {stated.shape} needs {needed} bytes and has {span[1] - span[0]}"
+            )
+        if needed == 0 and max(stated.shape, default=0) > data_bytes + 1:
+            raise ArtefactError(f"tensor {name[:80]!r} of shape {stated.shape} is empty and claims to be huge")
+        spans.append((span[0], span[1], name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise ArtefactError(f"tensor {name[:80]!r} starts at byte {start} where {end} was expected")
+        end = stop
+    if end != data_bytes:
+        raise ArtefactError(f"the tensors of {TENSORS} take {end} bytes, and there are {data_bytes}")
