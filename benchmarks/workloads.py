@@ -121,6 +121,11 @@ def networks(q: Any) -> list[nn.Module]:
     return [network]
 
 
+def plain(q: Any) -> nn.Module:
+    """The network, its weights the means, as it was given to the posterior."""
+    return copy.deepcopy(q.module.inner).eval()
+
+
 def q_network(q: DeepEnsemble) -> nn.Module:
     """A network of the members' architecture that holds tensors of its own."""
     return copy.deepcopy(q.module).to_empty(device="cpu")
