@@ -58,7 +58,7 @@ def widmann(arrays, y: torch.Tensor, published: dict) -> dict:
     return {"ece_joint_worst": worst, "skce_worst_relative": relative}
 
 
-def guo(arrays, y: torch.Tensor, reference: dict) -> dict:
+def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
     """ECE of every network before and after every calibrator, and of the mean of 14 networks."""
     named = {n: torch.from_numpy(arrays[n]) for n in arrays.files if n != "y"}
     fourteen = [p.double() for n, p in named.items() if not n.endswith(("_netcal", "_kumar"))]
@@ -111,8 +111,7 @@ def guo(arrays, y: torch.Tensor, reference: dict) -> dict:
     print(
         f"\ntemperature: at most {100 * worst:.4f} percentage points from the published column; accuracy kept: {kept}"
     )
-    print("Guo et al. 2017, CIFAR-10: 3.0-4.6 before; after, temperature 0.3-0.9, vector 0.4-1.2, matrix 0.4-1.2,")
-    print("histogram 0.4-1.6, BBQ 0.5-1.6, isotonic 0.6-1.9")
+    effects(median, guo_table)
     ensemble = {m: v[17] for m, v in found.items()}
     return {
         "ece_median": median,
@@ -123,6 +122,33 @@ def guo(arrays, y: torch.Tensor, reference: dict) -> dict:
         "mean_of_14_nll": {m: v[17] for m, v in nll.items()},
         "fit_and_apply_seconds": seconds,
     }
+
+
+GUO = {  # the columns of the paper's table 1, and what they are here
+    "none": "Uncalibrated",
+    "temperature": "Temp. Scaling",
+    "vector": "Vector Scaling",
+    "matrix": "Matrix Scaling",
+    "BBQ": "BBQ",
+    "histogram": "Hist. Binning",
+    "isotonic": "Isotonic",
+}
+
+
+def effects(median: dict[str, float], guo_table: dict) -> None:
+    """Order and size of the effects beside those of the paper: medians over networks."""
+    rows = [row for name, row in guo_table["ece_percent"].items() if name.startswith("CIFAR-10/")]
+    there = {m: float(np.median([row[column] for row in rows])) for m, column in GUO.items()}
+    print(f"\nGuo et al. 2017, table 1: medians of their {len(rows)} CIFAR-10 networks and of the 17 here")
+    print(f"{'':14s} {'ECE % there':>12s} {'ratio':>7s} {'rank':>5s} {'ECE % here':>12s} {'ratio':>7s} {'rank':>5s}")
+    rank = lambda values, m: 1 + sum(v < values[m] for k, v in values.items() if k != "none")
+    here = {m: 100 * median[m] for m in GUO}
+    for m in GUO:
+        places = ("", "") if m == "none" else (rank(there, m), rank(here, m))
+        print(
+            f"{m:14s} {there[m]:12.2f} {there[m] / there['none']:7.2f} {places[0]:>5} {here[m]:12.2f} "
+            f"{here[m] / here['none']:7.2f} {places[1]:>5}"
+        )
 
 
 def conformal(arrays, y: torch.Tensor) -> dict:
@@ -165,7 +191,8 @@ def main() -> None:
     y = torch.from_numpy(arrays["y"].astype(np.int64))
     published = json.loads((folder / "published_widmann2019.json").read_text())["errors"]
     reference = json.loads((folder / "reference_metrics_computed_here.json").read_text())["metrics"]
-    result = {**widmann(arrays, y, published), **guo(arrays, y, reference), **conformal(arrays, y)}
+    guo_table = json.loads((folder.parent / "published_tables" / "calibration_guo2017.json").read_text())
+    result = {**widmann(arrays, y, published), **guo(arrays, y, reference, guo_table), **conformal(arrays, y)}
     print(json.dumps(_finite(result), default=float))
 
 

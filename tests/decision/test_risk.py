@@ -193,11 +193,11 @@ def test_false_discovery_rate():
 
 def test_p_values_by_hand_and_what_cannot_be_flagged():
     flags = AnomalyFlags().fit(torch.tensor([1.0, 2.0, 3.0]))
-    assert flags(torch.tensor([0.0, 2.0, 5.0, math.nan])).tolist() == [1.0, 0.75, 0.25, 0.25]
+    assert flags.p_values(torch.tensor([0.0, 2.0, 5.0, math.nan])).tolist() == [1.0, 0.75, 0.25, 0.25]
     assert flags.flag(torch.tensor([2.0, 5.0]), 0.25).tolist() == [False, True]
     with pytest.raises(ValueError, match="nothing could ever be flagged"):
         flags.flag(torch.tensor([5.0]), 0.2)
     assert not bool(flags.flag_fdr(torch.zeros(4), 0.1).any())
     assert flags.flag_fdr(torch.zeros(0), 0.1).shape == (0,)
     with pytest.raises(RuntimeError, match="fit first"):
-        AnomalyFlags()(torch.zeros(1))
+        AnomalyFlags().p_values(torch.zeros(1))

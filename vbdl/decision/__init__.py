@@ -13,9 +13,11 @@ from vbdl.decision.cost import decide as decide
 from vbdl.decision.cost import realised_cost as realised_cost
 from vbdl.decision.deciding import DecidingLikelihood as DecidingLikelihood
 from vbdl.decision.deciding import with_decision as with_decision
+from vbdl.decision.drive import Drive as Drive
 from vbdl.decision.handover import HandOver as HandOver
 from vbdl.decision.handover import Mode as Mode
 from vbdl.decision.handover import Step as Step
+from vbdl.decision.path_risk import PathBounds as PathBounds
 from vbdl.decision.path_risk import PathRisk as PathRisk
 from vbdl.decision.path_risk import path_risk as path_risk
 from vbdl.decision.position import kelly_position as kelly_position
@@ -25,6 +27,7 @@ from vbdl.decision.referral import Referral as Referral
 from vbdl.decision.referral import ReferralBudget as ReferralBudget
 from vbdl.decision.referral import refer_most_uncertain as refer_most_uncertain
 from vbdl.decision.referral import uncertainty_of as uncertainty_of
+from vbdl.decision.risk import Risk as Risk
 from vbdl.decision.risk import TailRisk as TailRisk
 from vbdl.decision.risk import gaussian_tail as gaussian_tail
 from vbdl.decision.risk import mixture_tail as mixture_tail

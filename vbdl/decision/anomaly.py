@@ -4,14 +4,20 @@ Bates, Candès, Lei, Romano, Sesia, Testing for Outliers with Conformal p-values
 Benjamini, Hochberg, Controlling the False Discovery Rate, 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vbdl.decision.referral import uncertainty_of
 from vbdl.metrics._checks import check_rate, check_scores
 
 
 class AnomalyFlags(nn.Module):
     """Conformal p-values of anomaly scores (high for odd) against scores of normal rows.
+
+    Inside a predictor the score is an uncertainty of the prediction, `kind` (see uncertainty_of), and `action` says
+    whether the row is flagged at a budget of `false_alarms`.
 
     p = (1 + normal rows with a score at least as high) / (n + 1): for a normal row, exchangeable with those of `fit`,
     P(p <= a) <= a for every a. A NaN score gets the smallest p-value there is.
@@ -19,17 +25,27 @@ class AnomalyFlags(nn.Module):
 
     scores: Tensor | None
 
-    def __init__(self):
+    def __init__(self, false_alarms: float | None = None, kind: str = "epistemic"):
         super().__init__()
+        self.false_alarms = None if false_alarms is None else check_rate(false_alarms, "false_alarms")
+        self.kind = kind
         self.register_buffer("scores", None)  # (n,) sorted
 
     def fit(self, scores: Tensor) -> "AnomalyFlags":
         """scores: (n,) of rows known to be normal, that the score was not fitted on"""
         self.scores = check_scores(scores).sort().values
+        if self.false_alarms is not None:
+            self._check_budget(self.false_alarms)
         return self
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """(batch,) -> (batch,) float64 p-values"""
+    def forward(self, prediction: Any) -> Tensor:
+        """A prediction -> (batch,) bool flags, at the budget given to the constructor"""
+        if self.false_alarms is None:
+            raise RuntimeError("give AnomalyFlags a budget to decide with: AnomalyFlags(false_alarms=0.01)")
+        return self.p_values(uncertainty_of(prediction, self.kind)) <= self.false_alarms * (1 + 1e-12)
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """(batch,) -> (batch,) float64"""
         if self.scores is None:
             raise RuntimeError("AnomalyFlags has not been fitted: call fit first")
         n = self.scores.numel()
@@ -42,21 +58,24 @@ class AnomalyFlags(nn.Module):
 
         ValueError when the budget is below 1 / (n + 1): no row could ever be flagged.
         """
-        p = self(scores)
-        assert self.scores is not None
+        p = self.p_values(scores)
         check_rate(false_alarms, "false_alarms")
+        self._check_budget(false_alarms)
+        return p <= false_alarms * (1 + 1e-12)
+
+    def _check_budget(self, false_alarms: float) -> None:
+        assert self.scores is not None
         if false_alarms * (self.scores.numel() + 1) < 1 - 1e-12:
             raise ValueError(
                 f"a budget of {false_alarms} needs at least {int(1 / false_alarms)} normal rows, "
                 f"there are {self.scores.numel()}: nothing could ever be flagged"
             )
-        return p <= false_alarms * (1 + 1e-12)
 
     def flag_fdr(self, scores: Tensor, share: float) -> Tensor:
         """(batch,) bool: among the flagged of this batch at most this share is false, on average (Benjamini and
         Hochberg; conformal p-values depend on each other in the way it allows)."""
         check_rate(share, "share")
-        p = self(scores)
+        p = self.p_values(scores)
         m = p.numel()
         if m == 0:
             return p.to(torch.bool)

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from vbdl.calibration.calibrated import extend
 from vbdl.engine import Predictor
+from vbdl.likelihoods.moments import merge_mean
 from vbdl.types import State
 
 
 class DecidingLikelihood(nn.Module):
-    """A likelihood whose predictions have `action`, (batch,) int64, made by a decision module in the same
-    compiled call."""
+    """A likelihood whose predictions have `action`, made by a decision module in the same compiled call.
+
+    A decision may return several fields (a dict with action among them), and may have `bounds`, a module of each
+    draw's parameters whose mean over the draws it sees as `per_draw`.
+    """
 
     likelihood: Any
     decision: Any
@@ -42,10 +46,15 @@ class DecidingLikelihood(nn.Module):
         return self.likelihood.training_loss(parameters, y)
 
     def summarize(self, parameters: Tensor) -> State:
-        return self.likelihood.summarize(parameters)
+        summary = self.likelihood.summarize(parameters)
+        bounds = getattr(self.decision, "bounds", None)
+        return summary if bounds is None else {**summary, "per_draw": bounds(parameters).mean(0)}
 
     def merge(self, a: State, b: State) -> State:
-        return self.likelihood.merge(a, b)
+        merged = self.likelihood.merge(a, b)
+        if "per_draw" in a:
+            merged["per_draw"] = merge_mean(a["n"], a["per_draw"], b["n"], b["per_draw"])
+        return merged
 
     def finish(self, summary: State) -> State:
         fields = self.likelihood.finish(summary)
@@ -54,22 +63,31 @@ class DecidingLikelihood(nn.Module):
             probs = fields["probs"]
             binary = probs.ndim == fields["total"].ndim
             seen.label = (probs >= 0.5).to(torch.int64) if binary else probs.argmax(-1)
-        return {**fields, "action": self.decision(seen)}
+        if "per_draw" in summary:
+            seen.per_draw = summary["per_draw"]
+        made = self.decision(seen)
+        return {**fields, **(made if isinstance(made, dict) else {"action": made})}
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
-        return extend(self.likelihood.prediction, fields, n_samples, samples, ("action",))
+        return extend(self.likelihood.prediction, fields, n_samples, samples, ("action", "risk", "var", "es"))
 
 
 def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
     """A predictor with the same draws, whose predictions have `action`.
 
-    decision: Referral, ExpectedCost, or any module that takes a prediction (its fields: probs, label, mean,
-    total, aleatoric, epistemic, whichever there are) to (batch,) actions in plain torch.
+    decision: Referral, ExpectedCost, HandOver, Risk, AnomalyFlags, or any module that takes a prediction (its fields:
+    probs, label, mean, total, aleatoric, epistemic, whichever there are) to (batch,) actions in plain torch.
     """
     if isinstance(predictor.likelihood, DecidingLikelihood):
         raise ValueError("this predictor decides already; start from the one it was made of")
     if not isinstance(decision, nn.Module):
         raise TypeError(f"a decision is a module, got {type(decision).__name__}")
+    method = getattr(predictor.likelihood, "method", None)
+    if getattr(decision, "bounds", None) is not None and method is not None and not hasattr(method, "inputs"):
+        raise ValueError(
+            f"a path risk is read from each draw, which {type(method).__name__} does not calibrate: decide on the "
+            "predictor before calibration, or on an uncertainty (kind=) after it"
+        )
     likelihood = copy.deepcopy(predictor.likelihood)
     deciding: Any = DecidingLikelihood(likelihood, copy.deepcopy(decision))
     return predictor.replace(likelihood=deciding)

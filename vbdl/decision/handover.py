@@ -2,10 +2,15 @@
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vbdl.decision.path_risk import PathBounds
+from vbdl.decision.referral import uncertainty_of
 
 
 class Mode(enum.IntEnum):
@@ -21,10 +26,10 @@ class Step:
     """One frame: its mode, and why."""
 
     mode: Mode
-    reason: str  # "risk", "dwell", "latched", "late", "missing" or "not finite"
+    reason: str  # "risk", "dwell", "latched", "late", "missing", "failed" or "not finite"
 
 
-class HandOver:
+class HandOver(nn.Module):
     """A state machine over a risk per frame (an uncertainty, or a path risk), one number, high for bad.
 
     warn, hand_over: (enter, leave) thresholds of each level; enter at risk >= enter, leave only after `dwell` frames in
@@ -33,17 +38,30 @@ class HandOver:
     over at once (fail-safe). latched: a hand-over ends only by `resume`, called when the driver gives control back;
     otherwise it ends like a warning.
 
+    kind, bounds: where the risk of a prediction comes from: an uncertainty (see uncertainty_of), or with bounds the
+    probability that the predicted path leaves them.
+
+    Two ways to use it. Alone: `step` takes one risk after the other, from wherever they come. Inside a predictor
+    (`with_decision`): `action` is the mode that each row asks for on its own, as one frame after a drive without
+    incident, `risk` the number it rests on; a prediction has no memory. `Drive` puts memory, deadline and fail-safe
+    around such a predictor.
+
     The state is a few numbers: `state()` and `load` carry it over a restart.
     """
 
+    bounds: PathBounds | None
+
     def __init__(
         self,
-        warn: tuple[float, float],
-        hand_over: tuple[float, float],
+        warn: Sequence[float],
+        hand_over: Sequence[float],
         dwell: int = 10,
         deadline: float | None = None,
         latched: bool = True,
+        kind: str = "total",
+        bounds: PathBounds | None = None,
     ):
+        super().__init__()
         for name, (enter, leave) in (("warn", warn), ("hand_over", hand_over)):
             if not (math.isfinite(enter) and math.isfinite(leave) and leave <= enter):
                 raise ValueError(f"{name} must be (enter, leave), finite, leave <= enter: {enter, leave}")
@@ -53,9 +71,26 @@ class HandOver:
             raise ValueError(f"dwell must be at least 1 frame, not {dwell}")
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline must be positive seconds, not {deadline}")
-        self.warn, self.hand_over = warn, hand_over
+        (warn_enter, warn_leave), (hand_enter, hand_leave) = warn, hand_over
+        self.warn, self.hand_over = (warn_enter, warn_leave), (hand_enter, hand_leave)
+        self.kind, self.bounds = kind, bounds
         self.dwell, self.deadline, self.latched = dwell, deadline, latched
         self.mode, self.calm = Mode.DRIVE, 0
+
+    def extra_repr(self) -> str:
+        return f"warn={self.warn}, hand_over={self.hand_over}, kind={self.kind!r}"
+
+    def risk(self, prediction: Any) -> Tensor:
+        """(batch,) the number of each row that the thresholds are compared with"""
+        return prediction.per_draw if self.bounds is not None else uncertainty_of(prediction, self.kind)
+
+    def forward(self, prediction: Any) -> dict[str, Tensor]:
+        """A prediction -> action, (batch,) int64 modes, each row's own, and risk, (batch,). Not finite hands over."""
+        risk = self.risk(prediction).to(torch.float64)
+        # written so that a NaN fails both
+        mode = torch.where(risk < self.hand_over[0], int(Mode.WARN), int(Mode.HAND_OVER))
+        mode = torch.where(risk < self.warn[0], int(Mode.DRIVE), mode)
+        return {"action": torch.where(risk.isfinite(), mode, int(Mode.HAND_OVER)), "risk": risk}
 
     def step(self, risk: float | None, latency: float | None = None) -> Step:
         """Takes the frame's risk, None for a frame that never came, and how long it took in seconds.
@@ -63,12 +98,12 @@ class HandOver:
         With a deadline a latency must be given: a frame of unknown latency counts as late.
         """
         if risk is None:
-            return self._fail("missing")
+            return self.fail("missing")
         if self.deadline is not None and (latency is None or not latency <= self.deadline):
-            return self._fail("late")
+            return self.fail("late")
         risk = float(risk)
         if not math.isfinite(risk):
-            return self._fail("not finite")
+            return self.fail("not finite")
         if risk >= self.hand_over[0]:
             return self._go(Mode.HAND_OVER)
         if risk >= self.warn[0] and self.mode == Mode.DRIVE:
@@ -107,6 +142,7 @@ class HandOver:
         self.mode, self.calm = mode, 0
         return Step(mode, "risk")
 
-    def _fail(self, reason: str) -> Step:
+    def fail(self, reason: str) -> Step:
+        """Hands over whatever the risk was."""
         self.mode, self.calm = Mode.HAND_OVER, 0
         return Step(self.mode, reason)

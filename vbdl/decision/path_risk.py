@@ -1,5 +1,8 @@
 """Probability that a predicted path crosses a bound within its horizon.
 
+`path_risk` counts sampled paths, whatever made them; `PathBounds` is the closed form for the normals of a regression
+predictor, draw by draw, and needs no sampling.
+
 The predictive samples are whole paths: each is one function of the inputs, so that its steps belong together, and the
 probability counts paths and not steps.
 """
@@ -8,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbdl.metrics._checks import check_rate
+from vbdl.metrics.intervals import normal_cdf
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,38 @@ def path_risk(
         upper=torch.where(count == samples, 1.0, bound),
         by_step=crossed.to(torch.float64).mean(dim=0),
     )
+
+
+class PathBounds(nn.Module):
+    """Probability of each draw that its path leaves the bounds within the horizon, where outputs are the steps.
+
+    Given the draw, steps are independent normals: 1 - Π_t P(lower_t <= y_t <= upper_t). The mean over draws is that of
+    the whole predictive, exactly; steps of one path belong together through the draw that they share.
+
+    lower, upper: numbers, or (horizon,), in target units; at least one.
+    """
+
+    lower: Tensor | None
+    upper: Tensor | None
+
+    def __init__(self, lower: float | Tensor | None = None, upper: float | Tensor | None = None):
+        super().__init__()
+        if lower is None and upper is None:
+            raise ValueError("give lower, upper or both: without a bound nothing can be crossed")
+        for name, bound in (("lower", lower), ("upper", upper)):
+            t = None if bound is None else torch.as_tensor(bound, dtype=torch.float64)
+            if t is not None and (t.ndim > 1 or bool(t.isnan().any())):
+                raise ValueError(f"{name} must be a number or (horizon,), and not NaN")
+            self.register_buffer(name, t)
+
+    def forward(self, parameters: Tensor) -> Tensor:
+        """(samples, batch, horizon, 2) mean and log-variance -> (samples, batch)"""
+        mean, log_variance = parameters.to(torch.float64).unbind(-1)
+        std = (0.5 * log_variance).exp()
+        # the smaller tails are added, so that a small risk is not lost beside a probability next to one
+        outside = torch.zeros_like(mean)
+        if self.lower is not None:
+            outside = outside + normal_cdf((self.lower - mean) / std)
+        if self.upper is not None:
+            outside = outside + normal_cdf((mean - self.upper) / std)
+        return -torch.expm1(torch.log1p(-outside.clamp(max=1)).sum(-1))

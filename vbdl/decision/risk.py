@@ -9,9 +9,10 @@ ES minus the mean of y below it: both positive for losses, in units of y.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbdl.metrics._checks import check_finite, check_rate
 from vbdl.metrics.intervals import normal_cdf
@@ -81,3 +82,41 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
     total = ordered[:whole].sum(dim=0)
     last = ordered[math.ceil(mass) - 1]
     return TailRisk(level, -last, -(total + (mass - whole) * last) / mass)
+
+
+class Risk(nn.Module):
+    """Value at risk, expected shortfall and a position that shrinks with uncertainty, inside a predictor of returns.
+
+    All three are those of the normal with the predictive's mean and total variance, so parameter uncertainty is in
+    them; the tail of the mixture itself needs every draw: mixture_tail of predict(x, samples=True).
+
+    level: of VaR and ES. The position is fraction · mean / total variance, within ±limit, as a share of wealth: the
+    growth-optimal one for small returns (Kelly) at fraction 1, mean-variance with a risk aversion of 1 / fraction.
+    max_var: the position is scaled down until its own VaR is at most this, in units of the return.
+    A row whose mean or variance is not finite gets a position of 0.
+    """
+
+    def __init__(self, level: float = 0.99, fraction: float = 0.5, limit: float = 1.0, max_var: float | None = None):
+        super().__init__()
+        self.level = check_rate(level, "level")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
+        if not limit > 0 or not (max_var is None or max_var > 0):
+            raise ValueError(f"limit and max_var must be positive, not {limit} and {max_var}")
+        self.fraction, self.limit, self.max_var = fraction, limit, max_var
+
+    def extra_repr(self) -> str:
+        return f"level={self.level}, fraction={self.fraction}, limit={self.limit}, max_var={self.max_var}"
+
+    def forward(self, prediction: Any) -> dict[str, Tensor]:
+        """A regression -> action (the position), var and es of holding 1, each (batch, outputs)"""
+        mean, variance = prediction.mean, prediction.total
+        std = variance.sqrt()
+        z = -float(torch.special.ndtri(torch.tensor(1 - self.level, dtype=torch.float64)))
+        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        position = (self.fraction * mean / variance).clamp(-self.limit, self.limit)
+        if self.max_var is not None:
+            own = position.abs() * z * std - position * mean
+            position = position * (self.max_var / own.clamp(min=self.max_var))
+        position = torch.where(mean.isfinite() & variance.isfinite() & (variance > 0), position, 0.0)
+        return {"action": position, "var": z * std - mean, "es": density / (1 - self.level) * std - mean}

@@ -15,7 +15,10 @@ from vbdl import calibration
 from vbdl.decision.anomaly import AnomalyFlags
 from vbdl.decision.cost import ExpectedCost
 from vbdl.decision.deciding import DecidingLikelihood
+from vbdl.decision.handover import HandOver
+from vbdl.decision.path_risk import PathBounds
 from vbdl.decision.referral import Certificate, Referral
+from vbdl.decision.risk import Risk
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
@@ -27,7 +30,10 @@ _KNOWN: dict[str, type[nn.Module]] = {
         *(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module)),
         AnomalyFlags,
         ExpectedCost,
+        HandOver,
+        PathBounds,
         Referral,
+        Risk,
         DecidingLikelihood,
         Bernoulli,
         Categorical,

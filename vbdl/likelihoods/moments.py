@@ -33,7 +33,8 @@ def merge_moments(a: State, b: State, centre: str, *means: str) -> State:
     merged = {name: merge_mean(n_a, a[name], n_b, b[name]) for name in (centre, *means)}
     merged["deviation"] = merge_deviation(n_a, a[centre], a["deviation"], n_b, b[centre], b["deviation"])
     merged["n"] = n_a + n_b
-    return {name: merged[name] for name in a}  # in the order they came, by which compiled calls know them
+    # in the order they came, by which compiled calls know them; what is not named here is merged by the caller
+    return {name: merged[name] for name in a if name in merged}
 
 
 def standard_error(n: Tensor, deviation: Tensor) -> Tensor:

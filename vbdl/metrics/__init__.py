@@ -22,6 +22,7 @@ from vbdl.metrics.calibration_error import Reliability as Reliability
 from vbdl.metrics.calibration_error import classwise_ece as classwise_ece
 from vbdl.metrics.calibration_error import debiased_calibration_error as debiased_calibration_error
 from vbdl.metrics.calibration_error import ece as ece
+from vbdl.metrics.calibration_error import ece_sweep as ece_sweep
 from vbdl.metrics.calibration_error import joint_ece as joint_ece
 from vbdl.metrics.calibration_error import mce as mce
 from vbdl.metrics.crps import crps_gaussian as crps_gaussian

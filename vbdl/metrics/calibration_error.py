@@ -4,6 +4,8 @@ Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, ht
 Kumar, Liang, Ma, Verified Uncertainty Calibration, 2019, https://arxiv.org/abs/1909.10155 (debiased)
 Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification, 2019, https://arxiv.org/abs/1910.11385
 (all probabilities)
+Roelofs, Cain, Shlens, Mozer, Mitigating Bias in Calibration Error Estimation, 2022, https://arxiv.org/abs/2012.08668
+(as many bins as stay in order)
 
 Equal-width bins are right-closed, the first one closed on both sides: p = 1 lies in the last bin. A confidence of lower
 precision is compared with the edges after conversion to float64. The streams keep int64 counts and float64 sums,
@@ -177,6 +179,24 @@ def mce(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> f
 def debiased_calibration_error(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "mass") -> float:
     """Root of the debiased squared calibration error of the top label (Kumar et al.); 0 where it is negative."""
     return max(0.0, _top_bins(probs, y, n_bins, binning).debiased_square()) ** 0.5
+
+
+def ece_sweep(probs: Tensor, y: Tensor, binning: str = "mass") -> float:
+    """ECE with the most bins whose frequencies still rise with the confidence (Roelofs et al.): nothing to choose.
+
+    From one bin upwards, up to one a row; the count before the first that breaks the order. O(batch · bins): all rows
+    are needed, for a stream Rows(ece_sweep).
+    """
+    confidence, hit = _top_label(*check_probs_and_labels(probs, y))
+    found = 0.0
+    for n_bins in range(1, confidence.numel() + 1):
+        bins = _Bins.of(_numbers(confidence, n_bins, binning), confidence, hit, n_bins)
+        filled = bins.counts > 0
+        frequency = bins.hits[filled] / bins.counts[filled].to(torch.float64)
+        if bool((frequency.diff() < 0).any()):
+            break
+        found = bins.expected()
+    return found
 
 
 class ClasswiseCalibrationError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vbdl.metrics._checks import check_finite
-from vbdl.metrics.estimate import Estimate
+from vbdl.metrics.estimate import Estimate, Interval, bootstrap
 
 
 class Mean:
@@ -90,6 +90,13 @@ class Rows:
 
     def compute(self) -> Any:
         """The metric of all rows so far. ValueError before the first."""
+        return self.metric(*self._columns())
+
+    def interval(self, level: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> Interval:
+        """The bootstrap interval of the metric over all rows so far: see bootstrap."""
+        return bootstrap(self.metric, *self._columns(), n_resamples=n_resamples, level=level, seed=seed)
+
+    def _columns(self) -> list[Tensor]:
         if not self.rows:
             raise ValueError("no rows yet: call update first")
-        return self.metric(*(torch.cat(columns) for columns in zip(*self.rows, strict=True)))
+        return [torch.cat(columns) for columns in zip(*self.rows, strict=True)]

@@ -1,6 +1,7 @@
 """Is this row like what the model was trained on? Scores, thresholds that hold, and a drift monitor."""
 
 from vbdl.ood.drift import DriftMonitor as DriftMonitor
+from vbdl.ood.features import features as features
 from vbdl.ood.knn import KNN as KNN
 from vbdl.ood.mahalanobis import Mahalanobis as Mahalanobis
 from vbdl.ood.scores import energy as energy

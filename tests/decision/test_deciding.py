@@ -1,0 +1,208 @@
+"""Each of the three applications inside a predictor: predict(x) returns the action, saved and compiled with it."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from vbdl.calibration import NormalisedIntervals, StdScaling, calibrate
+from vbdl.decision import AnomalyFlags, Drive, HandOver, Mode, PathBounds, Risk, mixture_tail, path_risk, with_decision
+from vbdl.decision.stored import describe, rebuild
+from vbdl.engine import Predictor
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from vbdl.posteriors.ensemble import DeepEnsemble
+
+HORIZON = 5
+
+
+def _predictor(outputs, likelihood, **settings):
+    torch.manual_seed(0)
+    members = [nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, outputs)) for _ in range(6)]
+    return Predictor(DeepEnsemble(members), likelihood, **{"compile": False, **settings})
+
+
+@pytest.fixture(scope="module")
+def paths():
+    return _predictor(2 * HORIZON, HeteroscedasticGaussian())
+
+
+@pytest.fixture(scope="module")
+def returns():
+    return _predictor(2, HeteroscedasticGaussian())
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+
+
+def _again(predictor):
+    """The predictor with its likelihood taken through JSON and tensors."""
+    state = {n: t.clone() for n, t in predictor.likelihood.state_dict().items()}
+    return predictor.replace(likelihood=rebuild(json.loads(json.dumps(describe(predictor.likelihood))), state))
+
+
+def test_hand_over_is_each_rows_own_mode_and_survives_storage(x):
+    predictor = _predictor(3, Categorical())
+    u = predictor(x).epistemic
+    warn, hand = float(u.quantile(0.6)), float(u.quantile(0.9))
+    deciding = with_decision(predictor, HandOver((warn, warn / 2), (hand, hand / 2), kind="epistemic"))
+    p = deciding(x)
+    assert torch.equal(p.action, (u >= warn).long() + (u >= hand).long())
+    assert set(p.action.tolist()) == set(Mode) and torch.equal(p.risk, u.double())
+    assert torch.equal(deciding(x[7:8]).action, p.action[7:8])  # no memory of other rows
+    again = _again(deciding)
+    assert torch.equal(again(x).action, p.action) and again.likelihood.decision.deadline is None
+
+
+def test_path_risk_in_the_predictor_is_that_of_sampled_paths(paths, x):
+    bounds = PathBounds(-1.5, torch.linspace(1.0, 2.0, HORIZON))
+    deciding = with_decision(paths, HandOver((0.57, 0.3), (0.62, 0.5), bounds=bounds))
+    p = deciding(x, samples=True)
+    mean, std = p.samples[..., 0].double(), (0.5 * p.samples[..., 1].double()).exp()
+    noise = torch.randn(4000, *mean.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sampled = path_risk((mean + std * noise).flatten(0, 1), bounds.lower, bounds.upper)
+    # 24,000 sampled paths a row, 6 standard errors
+    assert float((p.risk - sampled.probability).abs().max()) < 6 * 0.5 / math.sqrt(4000 * 6)
+    assert set(p.action.tolist()) == set(Mode)
+    assert torch.equal(_again(deciding)(x).risk, p.risk)
+    # the same however the draws are cut into chunks
+    np.testing.assert_allclose(deciding.replace(chunk_size=4)(x).risk, p.risk, rtol=1e-6)
+
+
+def test_a_tiny_path_risk_is_not_rounded_to_zero():
+    parameters = torch.zeros(1, 1, 3, 2)
+    assert float(PathBounds(upper=9.0)(parameters)) == pytest.approx(3 * stats.norm.sf(9.0), rel=1e-9)
+    assert float(PathBounds(upper=-40.0)(parameters)) == 1.0
+    with pytest.raises(ValueError, match="give lower, upper or both"):
+        PathBounds()
+    with pytest.raises(ValueError, match="not NaN"):
+        PathBounds(math.nan)
+
+
+def test_path_risk_refuses_what_does_not_reach_the_draws(paths, x):
+    y = torch.randn(300, HORIZON, generator=torch.Generator().manual_seed(3))
+    machine = HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(-1.0))
+    with pytest.raises(ValueError, match="StdScaling does not calibrate"):
+        with_decision(calibrate(paths, x, y, StdScaling()), machine)
+    # intervals leave the draws as they are
+    widened = calibrate(paths, x, y, NormalisedIntervals(0.1))
+    assert torch.equal(with_decision(widened, machine)(x).risk, with_decision(paths, machine)(x).risk)
+
+
+def test_drive_remembers_and_fails_safe(x):
+    predictor = _predictor(3, Categorical(), tiles=(1,))
+    order = predictor(x).total.argsort()
+    calm, wild = x[order[:1]], x[order[-1:]]
+    low, high = float(predictor(calm).total[0]), float(predictor(wild).total[0])
+    middle = (low + high) / 2
+    machine = HandOver((middle, middle), (high * 2, high), dwell=3, deadline=0.5, latched=False)
+    deciding = with_decision(predictor, machine)
+    with Drive(deciding) as drive:
+        modes = [drive(frame).mode for frame in (calm, wild, calm, calm, calm)]
+        assert modes == [Mode.DRIVE, Mode.WARN, Mode.WARN, Mode.WARN, Mode.DRIVE]
+        assert drive.prediction.action.tolist() == [Mode.DRIVE]
+        assert drive(None).reason == "missing" and drive.prediction is None
+        assert drive(torch.zeros(1, 99)).reason == "failed"
+        assert drive(calm * float("nan")).reason == "failed"
+        assert drive(torch.cat((calm, calm))).reason == "failed"
+        assert drive.machine.mode == Mode.HAND_OVER and machine.mode == Mode.DRIVE
+    with pytest.raises(TypeError, match="hands over"):
+        Drive(predictor)
+
+
+def test_a_prediction_that_hangs_hands_over_at_the_deadline(x):
+    deciding = with_decision(_predictor(3, Categorical()), HandOver((9, 9), (9, 9), deadline=0.2, latched=False))
+    predict, hang = deciding.__class__.__call__, [0.0]
+
+    class Hanging(Predictor):
+        def __call__(self, x, samples=False):
+            time.sleep(hang[0])
+            return predict(self, x, samples)
+
+    deciding(x[:1])  # traced before the clock runs
+    deciding.__class__ = Hanging
+    with Drive(deciding) as drive:
+        drive(x[:1])
+        hang[0] = 1.0
+        begun = time.perf_counter()
+        assert drive(x[:1]) == drive.machine.fail("late")
+        assert 0.15 < time.perf_counter() - begun < 0.7  # told at the deadline, not after the second it hangs
+        begun = time.perf_counter()
+        assert drive(x[:1]).reason == "late" and time.perf_counter() - begun < 0.1  # the thread is still at it
+        hang[0] = 0.0
+        time.sleep(1.2)
+        assert drive(x[:1]).reason != "late"
+
+
+def test_risk_is_the_textbook_and_shrinks_with_epistemic_variance(returns, x):
+    deciding = with_decision(returns, Risk(0.975, fraction=0.5, limit=0.3, max_var=0.2))
+    p = deciding(x)
+    mean, std = p.mean.double().numpy(), p.total.double().sqrt().numpy()
+    np.testing.assert_allclose(p.var, -stats.norm(mean, std).ppf(0.025), rtol=1e-4)
+    z = stats.norm.ppf(0.025)
+    np.testing.assert_allclose(p.es, std * stats.norm.pdf(z) / 0.025 - mean, rtol=1e-4)
+    # the VaR of the position itself is at most the budget, and the position the whole one where that allows it
+    position = p.action.numpy()
+    own = np.abs(position) * -z * std - position * mean
+    free = np.clip(0.5 * mean / std**2, -0.3, 0.3)
+    assert float(own.max()) <= 0.2 * (1 + 1e-5)
+    loose = own < 0.2 * (1 - 1e-4)
+    assert 0 < int(loose.sum()) < 300
+    np.testing.assert_allclose(position[loose], free[loose], rtol=1e-4)
+    assert torch.equal(_again(deciding)(x).action, p.action)
+    # the variance between members enters: without it the position would be larger
+    alone = (0.5 * p.mean / p.aleatoric).clamp(-0.3, 0.3)
+    assert bool((with_decision(returns, Risk(limit=0.3))(x).action.abs() <= alone.abs() + 1e-7).all())
+    # the normal's VaR is near that of the mixture
+    kept = returns(x, samples=True).samples
+    exact = mixture_tail(kept[..., 0], (0.5 * kept[..., 1]).exp(), 0.975)
+    assert float(((p.var - exact.var).abs() / exact.var.abs().mean()).median()) < 0.05
+
+
+def test_risk_of_broken_numbers_is_no_position():
+    class Row:
+        mean = torch.tensor([[math.nan], [0.1], [math.inf], [0.1]])
+        total = torch.tensor([[1.0], [math.nan], [1.0], [0.0]])
+
+    assert Risk()(Row)["action"].tolist() == [[0.0]] * 4
+    for bad in ({"level": 1.0}, {"fraction": 0.0}, {"fraction": 2.0}, {"limit": 0.0}, {"max_var": -1.0}):
+        with pytest.raises(ValueError):
+            Risk(**bad)
+
+
+def test_anomaly_flags_keep_their_budget_inside_a_predictor(returns, x):
+    flags = AnomalyFlags(0.05, "epistemic").fit(returns(x[:200]).epistemic.squeeze(1))
+    deciding = with_decision(returns, flags)
+    p = deciding(x)
+    assert p.action.dtype == torch.bool
+    assert torch.equal(p.action, flags.flag(p.epistemic.squeeze(1), 0.05))
+    assert float(p.action[:200].double().mean()) <= 0.05
+    assert torch.equal(_again(deciding)(x).action, p.action)
+    with pytest.raises(ValueError, match="needs at least"):
+        AnomalyFlags(0.001).fit(torch.rand(10))
+    with pytest.raises(RuntimeError, match="budget"):
+        with_decision(returns, AnomalyFlags().fit(torch.rand(10)))(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "decision",
+    [
+        HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(-1.5, 1.5)),
+        Risk(max_var=0.2),
+    ],
+    ids=lambda d: type(d).__name__,
+)
+def test_compiled_with_the_predictor(paths, x, decision):
+    deciding = with_decision(paths, decision)
+    eager, compiled = deciding(x), deciding.replace(compile=True)(x)
+    for name in ("action", "risk", "var", "es"):
+        if getattr(eager, name, None) is not None:
+            np.testing.assert_allclose(getattr(compiled, name), getattr(eager, name), rtol=1e-4, atol=1e-6)

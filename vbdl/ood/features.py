@@ -1,0 +1,42 @@
+"""What a network makes of its inputs on the way to its outputs: what Mahalanobis and KNN measure distances in."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.stacking import arguments
+from vbdl.types import Inputs
+
+
+def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor:
+    """Input of the layer of that name, (rows, features) float32, over batches: of the last layer, the penultimate
+    features.
+
+    The module is run as it is, in evaluation mode and without gradients, and left in the mode it was in. Everything
+    but the rows is flattened. ValueError for a layer that is not there, or was not called exactly once.
+    """
+    found = dict(module.named_modules()).get(layer)
+    if found is None or layer == "":
+        raise ValueError(f"there is no layer {layer!r}; named layers: {[n for n, _ in module.named_modules() if n]}")
+    seen: list[Tensor] = []
+    handle = found.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    modes = {m: m.training for m in module.modules()}
+    rows: list[Tensor] = []
+    try:
+        module.eval()
+        for x in batches:
+            seen.clear()
+            args, kwargs = arguments(x)
+            with torch.no_grad():
+                module(*args, **kwargs)
+            if len(seen) != 1:
+                raise ValueError(f"layer {layer!r} was called {len(seen)} times in one forward, and once is needed")
+            rows.append(seen[0].flatten(1).to(torch.float32))
+    finally:
+        handle.remove()
+        for m, training in modes.items():
+            m.training = training
+    if not rows:
+        raise ValueError("there are no batches to take features of")
+    return torch.cat(rows)
