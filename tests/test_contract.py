@@ -152,7 +152,7 @@ def test_a_prediction_has_batch_first_and_adds_up(posterior, network):
 @each_posterior
 def test_stacked_is_a_loop_over_samples(posterior, network):
     x, q = inputs(network), build(posterior, network).eval()
-    kept = usual(posterior, network)(x, samples=True)
+    kept = predictor(posterior, network, joint=True)(x, samples=True)
     rows = []
     with torch.no_grad():
         for part in q.parts:

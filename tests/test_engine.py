@@ -38,7 +38,8 @@ def assert_same(a, b):
 
 
 def test_the_budget_picks_the_chunk():
-    predict, x = predictor(n_samples=101), torch.randn(13, 3)
+    q = MeanField(nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 5)), 101, initial_std=0.3)
+    predict, x = predictor(q, n_samples=101), torch.randn(13, 3)
     whole = predict(x)
     plan = next(iter(predict._executions.values()))[0].plan
     assert plan.chunk == 101 and plan.keep_draws
@@ -53,7 +54,7 @@ def test_the_budget_picks_the_chunk():
 def test_draws_that_are_not_kept_are_the_same():
     """Few activations and many weights: no budget keeps them all."""
     q = MeanField(nn.Sequential(nn.Linear(3, 211), nn.ReLU(), nn.Linear(211, 5)), 101, initial_std=0.3)
-    x, settings = torch.randn(2, 3), dict(n_samples=31, tiles=(2,))
+    x, settings = torch.randn(2, 3), dict(n_samples=31, tiles=(2,), joint=True)
     kept, again = predictor(q, **settings), predictor(q, memory_budget=2**17, **settings)
     assert_same(again(x), kept(x))
     assert_same(again(x), kept(x))

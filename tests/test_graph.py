@@ -78,7 +78,7 @@ def test_layers_before_the_first_dropout_run_once_for_all_draws():
 
 
 def test_weights_are_drawn_once_a_draw_not_once_a_batch():
-    found = execution(MeanField(nn.Linear(3, 5), 101), 5, torch.randn(13, 3), n_samples=7)._found
+    found = execution(MeanField(nn.Linear(3, 5), 101), 5, torch.randn(13, 3), n_samples=7, joint=True)._found
     assert names(found.regions[DRAWN]).count("normal") == 2  # weight and bias
     assert "normal" not in names(found.regions[BODY]) and matrix_products(found.regions[PREFIX]) == 0
 

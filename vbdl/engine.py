@@ -36,6 +36,9 @@ class Predictor:
     memory_budget: bytes for kept draws and for activations, half each.
     chunk_size: draws in one call; chosen from the memory budget unless given. Results do not depend on it.
     autocast: run the network in this dtype (torch.bfloat16); statistics stay float32.
+    joint: draw the weights of mean-field layers, so that a sample is one network on all rows. Otherwise their outputs
+        are drawn where that has exactly the same distribution of every row (local reparameterisation), which is
+        faster: means, variances, quantiles and covariances within a row agree, covariances across rows do not.
     device: where to run; the posterior's unless given.
 
     Thread-safe. Raises ValueError for input that the module cannot take, with the reason.
@@ -53,6 +56,7 @@ class Predictor:
         memory_budget: int = 2**30,
         chunk_size: int | None = None,
         autocast: torch.dtype | None = None,
+        joint: bool = False,
         device: torch.device | str | None = None,
     ):
         if not isinstance(posterior, Posterior):
@@ -81,7 +85,7 @@ class Predictor:
         self.likelihood: Any = _frozen(likelihood, self.device)
         self.n_samples, self.seed = n_samples, seed
         self.tiles = tuple(sorted(set(tiles)))
-        self.settings = Settings(seed, memory_budget, chunk_size, compile, autocast)
+        self.settings = Settings(seed, memory_budget, chunk_size, compile, autocast, joint, self.tiles[-1])
         self._floating = next((t.dtype for t in self.posterior.parameters() if t.is_floating_point()), None)
         self._executions: dict[Any, list[Execution]] = {}
         self._lock = threading.RLock()
@@ -168,6 +172,7 @@ class Predictor:
             "memory_budget": self.settings.memory_budget,
             "chunk_size": self.settings.chunk_size,
             "autocast": self.settings.autocast,
+            "joint": self.settings.joint,
             "device": self.device,
         }
         return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})

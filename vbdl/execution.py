@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vbdl.compiler import compile_graph
-from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, trace
+from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
+from vbdl.rewrite import rewrite
+from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears
 from vbdl.stacking import Inputs, State, call_each, call_stacked, map_inputs, state_of, tensors
 from vbdl.types import Likelihood, Posterior
 
@@ -30,6 +32,8 @@ class Settings:
     chunk_size: int | None
     compile: bool
     autocast: torch.dtype | None
+    joint: bool  # weights are drawn even where drawing outputs has the same distribution of every row
+    largest_tile: int
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Execution:
         self.n_samples, self.members = n_samples, members
         self.device = tensors(tile)[0].device
         self._programs: dict[tuple[int, str], _Program] = {}
+        self._evaluated: dict[str, Tensor] = {}
         self.warm: set[str] = set()  # ends of calls that are compiled: what the predictor need not hold its lock for
         with torch.no_grad(), _tracing():
             self._prepare(tile)
@@ -75,13 +80,14 @@ class Execution:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
-                found = self._cut(strategy, probe)
+                traced = self._trace(strategy, probe)
         except Exception as error:  # what vmap cannot take, it says in many ways
             strategy = "loop"
             said = str(error).strip() or type(error).__name__
             reasons = (f"the draws cannot be mapped together: {said.splitlines()[0]}",)
             probe = self._state(torch.arange(1))
-            found = self._cut(strategy, probe)
+            traced = self._trace(strategy, probe)
+        found = self._cut(traced, probe)
         if found.random:
             raise NotImplementedError(
                 f"the module calls {found.random} in prediction, which draws from torch's generator: no seed of a "
@@ -100,7 +106,7 @@ class Execution:
             tile=tensors(tile)[0].shape[0],
             memory_budget=self.settings.memory_budget,
             chunk_size=self.settings.chunk_size,
-            reasons=reasons,
+            reasons=(*reasons, *self.rewrites),
         )
         size = self.plan.chunk
         self._chunks = [
@@ -108,8 +114,10 @@ class Execution:
             for start in range(0, self.n_samples, size)
         ]
         if next(iter(probe.values())).shape[0] != size:
-            found = self._cut(strategy, self._state(self._chunks[0].numbers))
+            state = self._state(self._chunks[0].numbers)
+            found = self._cut(self._trace(strategy, state), state)
         self._found = found
+        self._evaluated.clear()
         self.parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
 
     def _state(self, numbers: Tensor) -> State:
@@ -120,8 +128,8 @@ class Execution:
             state[f"likelihood.{name}"] = t.detach().index_select(0, which.to(t.device))
         return {n: t.to(self.device) for n, t in state.items()}
 
-    def _cut(self, strategy: str, state: State) -> Cut:
-        """The call of these draws, traced and cut; its output is (samples, rows, ...) parameters of p(y | x)."""
+    def _trace(self, strategy: str, state: State) -> fx.GraphModule:
+        """The call of these draws, (samples, rows, ...) parameters of p(y | x); linear layers are whole."""
         network = Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
 
         def parameters(stacked: list[Tensor], shared: list[Tensor], tile: Inputs) -> tuple[Tensor]:
@@ -130,10 +138,40 @@ class Execution:
             execute = call_stacked if strategy == "stacked" else call_each
             return (execute(network, entries, rest, tile),)
 
-        shared = list(self._shared.values())
-        traced = trace(parameters, list(state.values()), shared, self._tile)
-        kinds = [DRAWN] * len(state) + [ONCE] * len(shared) + [PREFIX] * len(tensors(self._tile))
-        return cut(traced, kinds)
+        with WholeLinears():
+            return trace(parameters, *self._arguments(state), aligned=False)
+
+    def _arguments(self, state: State) -> tuple[list[Tensor], list[Tensor], Inputs]:
+        return list(state.values()), list(self._shared.values()), self._tile
+
+    def _cut(self, traced: fx.GraphModule, state: State) -> Cut:
+        """A traced call, rewritten, its linear layers lowered to products, and cut."""
+        kinds = [DRAWN] * len(state) + [ONCE] * len(self._shared) + [PREFIX] * len(tensors(self._tile))
+        self.rewrites = rewrite(
+            traced,
+            kinds,
+            rows=tensors(self._tile)[0].shape[0],
+            n_samples=self.n_samples,
+            budget=self.settings.memory_budget // 2,
+            joint=self.settings.joint,
+            largest_tile=self.settings.largest_tile,
+            evaluate=lambda node: self._of_all_draws(traced, node),
+        )
+        return cut(trace(traced, *self._arguments(state), decompositions=DECOMPOSITIONS), kinds)
+
+    def _of_all_draws(self, traced: fx.GraphModule, node: fx.Node) -> Tensor:
+        """A drawn value of a traced call, (samples, ...) of all draws whatever the number it was traced with."""
+        if node.name not in self._evaluated:
+            part = part_of(traced, node)
+            names = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+            block = node.meta["val"].shape[0]
+            found = []
+            for start in range(0, self.n_samples, block):
+                numbers = torch.arange(start, start + block).clamp_max(self.n_samples - 1)
+                values = dict(zip(names, [*self._state(numbers).values(), *self._shared.values()], strict=False))
+                found.append(part.graph(*[values[n] for n in part.inputs])[0])
+            self._evaluated[node.name] = torch.cat(found)[: self.n_samples]
+        return self._evaluated[node.name]
 
     def empty_sums(self) -> State:
         """Running sums of no draws, on one tile."""

@@ -8,7 +8,7 @@
 Nothing in it knows a method or a layer: the cut is where the data flow puts it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +23,18 @@ from torch.utils.flop_counter import flop_registry
 ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
 
 
-def trace(function: Callable, *args: Any, aligned: bool = True) -> fx.GraphModule:
+def trace(
+    function: Callable, *args: Any, aligned: bool = True, decompositions: Mapping[Any, Callable] | None = None
+) -> fx.GraphModule:
     """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed.
 
     aligned: matrix products with every row on a boundary, so that a row does not depend on its place in the batch.
     Predictions promise that; a training step has no use for it.
+    decompositions: what to write for operations that are not to stay whole.
     """
     return make_fx(
         functionalize(function, remove="mutations"),
-        decomposition_table=_ALIGNED if aligned else None,
+        decomposition_table={**(_ALIGNED if aligned else {}), **(decompositions or {})},
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )(*args)
@@ -141,21 +144,40 @@ class Cut:
         return sum(own_bytes(node) for node in made)
 
 
-def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
-    """The regions of a traced call; kinds: ONCE, DRAWN or PREFIX of each placeholder, in order."""
+def dependence(traced: fx.GraphModule, kinds: Sequence[int]) -> dict[fx.Node, int]:
+    """Of every value, whether it depends on the draw, the input, both or neither; kinds: of each placeholder."""
     region: dict[fx.Node, int] = {}
-    placeholders = []
-    returned: list[fx.Node] = []
+    given = iter(kinds)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            region[node] = kinds[len(placeholders)]
-            placeholders.append(node.name)
-        elif node.op == "output":
-            returned = [n for n in tree_leaves(node.args) if isinstance(n, fx.Node)]
-        else:
+            region[node] = next(given)
+        elif node.op != "output":
             region[node] = 0
             for used in node.all_input_nodes:
                 region[node] |= region[used]
+    return region
+
+
+def part_of(traced: fx.GraphModule, wanted: fx.Node) -> Region:
+    """What computes one value, as a function of the placeholders that it needs."""
+    needed: set[fx.Node] = set()
+    stack = [wanted]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    ordered = [n for n in traced.graph.nodes if n in needed]
+    placeholders = [n for n in ordered if n.op == "placeholder"]
+    return _extract(traced, [n for n in ordered if n.op != "placeholder"], placeholders, [wanted])
+
+
+def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
+    """The regions of a traced call; kinds: ONCE, DRAWN or PREFIX of each placeholder, in order."""
+    region = dependence(traced, kinds)
+    placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+    end = next(n for n in traced.graph.nodes if n.op == "output")
+    returned = [n for n in tree_leaves(end.args) if isinstance(n, fx.Node)]
 
     regions = []
     for which in (ONCE, DRAWN, PREFIX, BODY):

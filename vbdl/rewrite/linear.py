@@ -1,0 +1,106 @@
+"""Linear layers as one operation of the traced graph, so that what surrounds them can be recognised and rewritten.
+
+Traced as torch has it, a linear layer under vmap becomes views, expansions and one of several products, by what of it
+is stacked. Here it stays `stacked_linear` until all rewrites are done, and is then lowered to the product that is
+fastest on its shapes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+
+@torch.library.custom_op("vbdl::stacked_linear", mutates_args=())
+def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
+    """y[s, ..., o] = sum_i x[(s), ..., i] weight[(s), o, i] + bias[(s), o]; stacked: which of the three have s."""
+    return lower(x, weight, bias, stacked)
+
+
+@stacked_linear.register_fake
+def _(x, weight, bias, stacked):
+    lead = x.shape[:-1] if stacked[0] or not any(stacked) else (_samples(x, weight, bias, stacked), *x.shape[:-1])
+    return x.new_empty((*lead, weight.shape[-2]))
+
+
+@stacked_linear.register_vmap
+def _(info, in_dims, x, weight, bias, stacked):
+    if any(stacked):  # a module that maps over something itself: plain products have rules of their own
+        each = lambda x, w, b: lower(x, w, b, stacked)
+        if bias is None:
+            return torch.func.vmap(lambda x, w: each(x, w, None), in_dims[:2])(x, weight), 0
+        return torch.func.vmap(each, in_dims[:3])(x, weight, bias), 0
+    first = [t if not d else t.movedim(d, 0) for t, d in zip((x, weight, bias), in_dims[:3], strict=True)]
+    return stacked_linear(*first, [d is not None for d in in_dims[:3]]), 0
+
+
+LINEAR = torch.ops.vbdl.stacked_linear.default
+
+
+def _samples(x, weight, bias, stacked) -> int:
+    return next(t.shape[0] for t, s in zip((x, weight, bias), stacked, strict=True) if s)
+
+
+def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
+    """The same in plain operations: one product where weights are shared, a batched one where they are not."""
+    xs, ws, bs = stacked
+    if not ws:  # every row of every sample through the same weights
+        if bias is None or not bs:
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight) + _spread(bias, x.ndim - 2 if xs else x.ndim - 1)
+    samples, out = weight.shape[0], weight.shape[-2]
+    inside = x.shape[1:-1] if xs else x.shape[:-1]
+    if xs:
+        flat = x.reshape(samples, -1, x.shape[-1])
+    else:
+        flat = x.reshape(-1, x.shape[-1])
+    if not xs and samples * out <= 4 * _WIDE and out < _WIDE:
+        # narrow layers side by side are one matrix worth a product of its own
+        wide = flat @ weight.reshape(samples * out, -1).mT
+        y = wide.view(-1, samples, out).transpose(0, 1)
+    else:
+        y = torch.bmm(flat if xs else flat.expand(samples, *flat.shape), weight.mT)
+    y = y.reshape(samples, *inside, out)
+    if bias is None:
+        return y
+    return y + (_spread(bias, len(inside)) if bs else bias)
+
+
+_WIDE = 1024  # outputs; past this a batched product is as fast as one wide one
+
+
+def _spread(bias: Tensor, axes: int) -> Tensor:
+    return bias.view(bias.shape[0], *[1] * axes, bias.shape[-1])
+
+
+class WholeLinears(TorchFunctionMode):
+    """Keeps calls of `F.linear` whole while a network is traced."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        return _whole(*args, **(kwargs or {}))
+
+
+def _whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.ndim != 2 or not input.is_floating_point():
+        return F.linear(input, weight, bias)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return torch.ops.vbdl.stacked_linear(input, weight, bias, [False, False, False])
+
+
+def is_linear(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is LINEAR
+
+
+def arguments(linear: fx.Node) -> tuple[Any, Any, Any, list[bool]]:
+    """x, weight, bias (or None), and which of them are stacked."""
+    return linear.args  # type: ignore[return-value]
+
+
+DECOMPOSITIONS = {LINEAR: lower}
