@@ -211,3 +211,22 @@ def test_drift_state_and_ends():
     assert not a.alarm and a.n == 0 and not a.update(reference[:0])
     with pytest.raises(ValueError, match="give at least"):
         ood.DriftMonitor(reference[:10])
+
+
+def test_features_are_the_inputs_of_a_layer():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    found = ood.features(network, "3", [x[:4], x[4:]])
+    with torch.no_grad():
+        assert torch.equal(found, network[1](network[0](x)))  # dropout evaluates
+    assert network.training and not network[3]._forward_pre_hooks
+    distance = ood.KNN(3).fit(found)(ood.features(network, "3", [x + 30]))
+    assert float(distance.min()) > 0
+    for layer, said in (("9", "no layer '9'"), ("", "no layer")):
+        with pytest.raises(ValueError, match=said):
+            ood.features(network, layer, [x])
+    with pytest.raises(ValueError, match="no batches"):
+        ood.features(network, "3", [])
+    shared = torch.nn.Sequential(layer := torch.nn.Linear(3, 3), layer)
+    with pytest.raises(ValueError, match="called 2 times"):
+        ood.features(shared, "0", [x])
