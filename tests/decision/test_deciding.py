@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+import vbdl
 from vbdl.calibration import NormalisedIntervals, StdScaling, calibrate
 from vbdl.decision import AnomalyFlags, Drive, HandOver, Mode, PathBounds, Risk, mixture_tail, path_risk, with_decision
 from vbdl.decision.stored import describe, rebuild
@@ -206,3 +207,21 @@ def test_compiled_with_the_predictor(paths, x, decision):
     for name in ("action", "risk", "var", "es"):
         if getattr(eager, name, None) is not None:
             np.testing.assert_allclose(getattr(compiled, name), getattr(eager, name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        HandOver((0.6, 0.3), (0.9, 0.5), deadline=0.1, bounds=PathBounds(-1.5, torch.linspace(1, 2, HORIZON))),
+        HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(upper=1.5)),
+        Risk(max_var=0.2),
+    ],
+)
+def test_saved_and_loaded_it_acts_the_same(paths, x, decision, tmp_path):
+    deciding = with_decision(paths, decision)
+    expected = deciding(x)
+    deciding.save(tmp_path / "model")
+    found = vbdl.load(tmp_path / "model")(x)
+    for name in ("action", "risk", "var", "es"):
+        if getattr(expected, name, None) is not None:
+            assert torch.equal(getattr(found, name), getattr(expected, name))

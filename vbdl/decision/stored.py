@@ -61,7 +61,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         elif isinstance(value, Tensor):
             arguments[argument] = {"tensor": argument}
         elif value is not None:
-            arguments[argument] = value
+            arguments[argument] = _listed(value)
     found: dict[str, Any] = {"class": name, "arguments": arguments}
     certificate = getattr(module, "certificate", None)
     if certificate is not None:
@@ -70,6 +70,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
     if members is not None:
         found["n_members"] = members
     return found
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
 
 
 def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
