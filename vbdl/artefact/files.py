@@ -87,7 +87,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> N
         _sync_folder(partial)
         if folder.exists() and overwrite and any(folder.iterdir()):
             os.rename(folder, before)
-        os.rename(partial, folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if before.exists():
+                os.rename(before, folder)
+            raise
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

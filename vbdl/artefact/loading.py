@@ -91,7 +91,7 @@ def load_files(
         "memory_budget": given.memory_budget,
         "chunk_size": given.chunk_size,
         "autocast": _dtype(given.autocast),
-        **({"joint": True} if given.joint else {}),
+        "joint": given.joint,
     }
     try:
         predictor = Predictor(posterior, likelihood, **{**saved, **settings})

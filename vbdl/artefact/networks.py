@@ -18,6 +18,8 @@ from vbdl.artefact.manifest import Architecture, ArtefactError, Layers, Referenc
 from vbdl.stacking import architecture as described_lines
 from vbdl.stacking import state_of
 
+_NUMBERED = "first_layer"  # of a Bayesian layer, which the posterior around it numbers
+
 
 def describe(
     network: nn.Module,
@@ -143,7 +145,7 @@ def settings(network: nn.Module) -> dict[str, str]:
     for name, m in network.named_modules():
         found[name] = type(m).__qualname__
         for key, value in vars(m).items():
-            if key.startswith("_") or key == "training":
+            if key.startswith("_") or key in ("training", _NUMBERED):
                 continue
             if callable(value) and not isinstance(value, type):
                 value = getattr(value, "__qualname__", None)
@@ -174,8 +176,6 @@ def _is_plain(value: Any) -> bool:
 
 def _lines(network: nn.Module) -> list[str]:
     """What has to be equal; dtypes are those of the tensors that are put in."""
-    tensors = {f"{name}: {tuple(t.shape)}" for name, t in state_of(network).items()}
-    return [
-        line.rpartition(" torch.")[0] if line.rpartition(" torch.")[0] in tensors else line
-        for line in described_lines(network)
-    ]
+    shapes = {f"{name}: {tuple(t.shape)}" for name, t in state_of(network).items()}
+    lines = [line for line in described_lines(network) if f".{_NUMBERED} = " not in line]
+    return [bare if (bare := line.rpartition(" torch.")[0]) in shapes else line for line in lines]

@@ -136,9 +136,8 @@ def _settings(predictor: Predictor) -> Settings:
     s = predictor.settings
     autocast = None if s.autocast is None else CODES[s.autocast]
     tiles = list(predictor.tiles)
-    joint = getattr(s, "joint", False)
     return Settings(
-        predictor.n_samples, predictor.seed, tiles, s.compile, s.memory_budget, s.chunk_size, autocast, joint
+        predictor.n_samples, predictor.seed, tiles, s.compile, s.memory_budget, s.chunk_size, autocast, s.joint
     )
 
 
