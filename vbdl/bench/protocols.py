@@ -146,8 +146,8 @@ _PRINTED = {
 _ROUNDED = 0.01 / math.sqrt(12)  # standard deviation of what printing two decimals leaves out
 
 
-def published(of: str, per_split: dict[str, tuple[float, ...]]) -> tuple[Published, ...]:
-    """Every published column of a data set; per_split: "rmse" and "ll" of MC dropout 2018, where they are known.
+def published(of: str, year: str, per_split: dict[str, tuple[float, ...]]) -> tuple[Published, ...]:
+    """Every published column of a data set, beside a run of the protocol of this year. per_split: "rmse" and "ll" of MC dropout 2018, where they are known.
 
     The energy RMSE of 2018 is printed with its standard deviation: the error is the log file's, 0.0135.
     """
@@ -168,5 +168,21 @@ def published(of: str, per_split: dict[str, tuple[float, ...]]) -> tuple[Publish
                 error = math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1) / len(known))
             elif column == "MC dropout 2018" and of == "energy" and metric == "rmse":
                 error = 0.0135
-            found.append(Published(column, method, metric, mean, error, source, known))
+            found.append(Published(column, method, metric, mean, error, source, _differs(column, of, year), known))
     return tuple(found)
+
+
+def _differs(column: str, of: str, year: str) -> str:
+    """How a run of MC dropout by the protocol of one year differs from the column of the other."""
+    other = column.removeprefix("MC dropout ")
+    if other == column or other == year:
+        return ""
+    ours, theirs = protocol(year, of), protocol(other, of)
+    return (
+        f"this run trained {ours.epochs} epochs over the rates {_listed(ours.rates)}, the column of {other} "
+        f"{theirs.epochs} epochs over {_listed(theirs.rates)}"
+    )
+
+
+def _listed(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{p:g}" for p in rates)

@@ -18,9 +18,9 @@ from vbdl.bench.provenance import provenance
 from vbdl.bench.source import Source
 from vbdl.bench.summary import Rows, classified, regressed
 from vbdl.bench.task import Each, Run, Task
+from vbdl.report.run import ABOUT, RESULTS, read_results
 
 FORMAT = 1
-RESULTS, ABOUT = "results.jsonl", "run.json"
 
 
 @dataclass(frozen=True)
@@ -179,21 +179,6 @@ def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None =
             return classified(trained.parameters(x), y)
         target = None if y is None else y[..., 0]
         return regressed(trained.parameters(x), target, torch.tensor(task.scale), torch.tensor(task.centre))
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run, the last of each data set and method; a line cut short by a crash is left out."""
-    path = Path(folder) / RESULTS
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    if not path.exists():
-        return []
-    for text in path.read_text().splitlines():
-        try:
-            result = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        found[result["dataset"], result["method"]] = result
-    return list(found.values())
 
 
 def line(result: dict[str, Any]) -> str:

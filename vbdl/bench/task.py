@@ -22,6 +22,7 @@ class Published:
     mean: float
     standard_error: float  # over the splits, of the published mean
     source: str
+    differs: str = ""  # in what the run departs from how the column was made
     per_split: tuple[float, ...] = ()  # on the same splits, where the authors gave them: allows a paired test
 
 

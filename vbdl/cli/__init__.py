@@ -12,11 +12,13 @@ import vbdl
 from vbdl.cli.bench import Bench
 from vbdl.cli.demo import Demo
 from vbdl.cli.info import Info
+from vbdl.cli.report import Report
 
 COMMANDS = {
     "bench": Bench,
     "demo": Demo,
     "info": Info,
+    "report": Report,
 }
 
 

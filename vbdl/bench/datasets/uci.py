@@ -51,7 +51,7 @@ def _load(name: str, source: Source, year: str = "2016") -> Task:
         n_train,
         network=partial(one_hidden, of.features, of.hidden),
         protocol=protocol(year, name),
-        published=published(name, per_split),
+        published=published(name, year, per_split),
         about=_ABOUT[name],
         notes=notes,
     )

@@ -21,7 +21,9 @@ def deep_ensemble(task: Task, run: Run) -> Stacked | Each:
 def ensemble(task: Task, run: Run, members: int) -> Stacked | Each:
     """An ensemble of so many members a split, all of them trained in one stacked run."""
     if task.protocol is not None:
-        run.notes.append("learning rate 0.01: the printed 0.1 diverges on some splits; no adversarial examples")
+        run.notes.append(
+            "learning rate 0.01 (the printed 0.1 diverges on some splits), a log-variance head, no adversarial examples"
+        )
         network, likelihood = task.network(0.0, 2), HeteroscedasticGaussian()
         options = {"epochs": 40, "batch_size": 100, "lr": 0.01}
     else:

@@ -1,0 +1,76 @@
+"""Whether a difference is more than chance: against a published column, and between two results."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+
+from vbdl.metrics import compare
+
+ALPHA = 0.01  # of a paired test over the splits, as the acceptance of the published columns asks
+ERRORS = 2.0  # combined standard errors, where only means and errors are published
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """ours - theirs, in the metric's units."""
+
+    word: str  # "better", "worse" or "no difference found"
+    difference: float
+    errors: float  # the same in standard errors of the difference; positive is better
+    p_value: float
+    paired: bool
+    n: int
+
+
+def sign(better: str) -> float:
+    """+1 where more is better, -1 where less is."""
+    return 1.0 if better == "higher" else -1.0
+
+
+def goodness(values: list[float], better: str) -> list[float]:
+    """Numbers of which more is better: the distance to a nominal value counts against it."""
+    if better in ("higher", "lower"):
+        return [sign(better) * v for v in values]
+    return [-abs(v - float(better)) for v in values]
+
+
+def against_published(score: dict[str, Any], column: dict[str, Any]) -> Verdict | None:
+    """A paired t test where the authors gave each split's value, else the distance in combined standard errors."""
+    if score["standard_error"] is None:
+        return None
+    direction = sign(score["better"])
+    theirs = column["per_split"]
+    if len(theirs) == len(score["per_split"]) > 1:
+        a, b = (torch.tensor(v, dtype=torch.float64) for v in (score["per_split"], theirs))
+        found = compare(direction * a, direction * b)
+        error = float((a - b).std()) / math.sqrt(len(a))
+        errors = 0.0 if error == 0 else found.difference / error
+        return Verdict(
+            _word(errors, found.p_value < ALPHA), direction * found.difference, errors, found.p_value, True, len(a)
+        )
+    error = math.hypot(score["standard_error"], column["standard_error"])
+    errors = direction * (score["value"] - column["mean"]) / error
+    p_value = 2 * float(stats.norm.sf(abs(errors)))
+    n = len(score["per_split"])
+    return Verdict(_word(errors, abs(errors) > ERRORS), score["value"] - column["mean"], errors, p_value, False, n)
+
+
+def between(ours: list[float], theirs: list[float], better: str, alpha: float = ALPHA) -> Verdict | None:
+    """A paired t test of two results on the same splits or rows; None where they cannot be paired."""
+    if len(ours) != len(theirs) or len(ours) < 2 or None in ours or None in theirs:
+        return None
+    a, b = (torch.tensor(goodness(v, better), dtype=torch.float64) for v in (ours, theirs))
+    found = compare(a, b)
+    error = float((a - b).std()) / math.sqrt(len(a))
+    errors = 0.0 if error == 0 else found.difference / error
+    plain = sum(ours) / len(ours) - sum(theirs) / len(theirs)
+    return Verdict(_word(found.difference, found.p_value < alpha), plain, errors, found.p_value, True, len(a))
+
+
+def _word(signed: float, settled: bool) -> str:
+    if not settled:
+        return "no difference found"
+    return "better" if signed > 0 else "worse"
