@@ -4,10 +4,12 @@ An execution is made once and never changes; calls share nothing that they write
 """
 
 import contextlib
+import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,6 +78,8 @@ class Execution:
         probe = self._state(torch.arange(min(2, self.n_samples)))
         self._shared = {n: t.detach() for n, t in state_of(pair).items() if n not in probe}
         self._tile = tile
+        # rows that lie alike round alike: promised for tiles of multiples of 64 rows, and of no use to one row
+        self._aligned = tensors(tile)[0].shape[0] % 64 == 0
         strategy, reasons = "stacked", ()
         try:
             with warnings.catch_warnings():
@@ -157,7 +161,8 @@ class Execution:
             largest_tile=self.settings.largest_tile,
             evaluate=lambda node: self._of_all_draws(traced, node),
         )
-        return cut(trace(traced, *self._arguments(state), decompositions=DECOMPOSITIONS), kinds)
+        lowered = trace(traced, *self._arguments(state), aligned=self._aligned, decompositions=DECOMPOSITIONS)
+        return cut(lowered, kinds)
 
     def _of_all_draws(self, traced: fx.GraphModule, node: fx.Node) -> Tensor:
         """A drawn value of a traced call, (samples, ...) of all draws whatever the number it was traced with."""
@@ -183,8 +188,10 @@ class Execution:
         key = (count, finish)
         if key not in self._programs:
             regions = (PREFIX, BODY) if self.one_call else (BODY,)
-            program = _Program(self._found, regions, self.settings.compile)
+            program = _Program(self._found, regions, self.settings.compile, self._aligned)
             program.finish(self.likelihood, finish, count, self.empty_sums() if finish == "sums" else {})
+            if finish == "fields" and isinstance(self._tile, Tensor):
+                program.checked = [self._found.placeholders[-1]]
             self._programs[key] = program
         return self._programs[key]
 
@@ -224,7 +231,7 @@ class Execution:
         if not self.one_call and not found.regions[PREFIX].empty:
             key = (0, "prefix")
             if key not in self._programs:
-                program = _Program(found, (PREFIX,), self.settings.compile)
+                program = _Program(found, (PREFIX,), self.settings.compile, self._aligned)
                 self._programs[key] = program
             values.update(self._programs[key]({**self._drawn(self._chunks[0]), **values}, {}))
         return values
@@ -232,6 +239,14 @@ class Execution:
     def fields(self, tile: Inputs) -> State:
         """Fields of the prediction of a tile, all draws in one call."""
         return self._run(self._chunks[0], "fields", self._inputs(tile), {})
+
+    def ready(self) -> "Ready | None":
+        """The call of one tile alone, where all that it needs besides the tile is at hand; after a first `fields`."""
+        program = self._programs.get((self._chunks[0].count, "fields"))
+        kept = self._chunks[0].kept
+        if program is None or kept is None or not isinstance(self._tile, Tensor):
+            return None
+        return program.ready(kept, self._found.placeholders[-1])
 
     def sums(self, tile: Inputs, carried: State) -> State:
         """Running sums of a tile with these draws added."""
@@ -249,13 +264,16 @@ class Execution:
 class _Program:
     """Regions of a cut, and what is made of their output, as one compiled call on named values."""
 
-    def __init__(self, found: Cut, regions: tuple[int, ...], compile: bool):
+    def __init__(self, found: Cut, regions: tuple[int, ...], compile: bool, aligned: bool):
         self._regions = [found.regions[r] for r in regions if not found.regions[r].empty]
         made = {name for region in self._regions for name in region.outputs}
         self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in made))
         self.outputs = [name for region in self._regions for name in region.outputs]
-        self._output, self._compile, self._call = found.outputs[0], compile, None
-        self._end = None
+        self._output, self._compile, self._aligned = found.outputs[0], compile, aligned
+        self._call: Any = None
+        self._graph: Any = None
+        self._end: Any = None
+        self.checked: list[str] = []
 
     def finish(self, likelihood: Likelihood, finish: str, count: int, carried: State) -> None:
         """End in the first `count` draws' parameters, their running sums added to `carried`, or the finished fields."""
@@ -279,16 +297,41 @@ class _Program:
         carried = dict(zip(self._carried, arguments[len(self.inputs) :], strict=True))
         ended = self._end(values[self._output], carried)
         self.outputs = list(ended)
-        return tuple(ended.values())
+        return (*ended.values(), *self._checks(values))
+
+    def _checks(self, values: dict[str, Tensor]) -> list[Tensor]:
+        """A number that is not finite if an input is not, for calls that nothing else has looked at."""
+        return [values[n].sum() for n in self.checked if values[n].is_floating_point()]
 
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
         arguments = [*(values[n] for n in self.inputs), *carried.values()]
         if self._call is None:
             with torch.no_grad(), _tracing():
-                graph = trace(self._whole, *arguments)
-                self._call = compile_graph(graph, arguments) if self._compile else graph
+                self._graph = trace(self._whole, *arguments, aligned=self._aligned)
+                self._call = compile_graph(self._graph, arguments) if self._compile else self._graph
         with torch.no_grad():
-            return dict(zip(self.outputs, self._call(*arguments), strict=True))
+            return dict(zip(self.outputs, self._call(*arguments), strict=False))
+
+    def ready(self, kept: dict[str, Tensor], tile: str) -> "Ready | None":
+        if tile not in self.inputs or self._call is None or self._call is self._graph:
+            return None
+        return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
+
+
+class Ready:
+    """A compiled call of which only the tile is missing, for networks so small that the way to the call counts."""
+
+    def __init__(self, call: Callable, arguments: list[Any], place: int, names: list[str]):
+        self._call, self._arguments, self._place, self._names = call, arguments, place, names
+
+    def __call__(self, tile: Tensor) -> State | None:
+        """Fields of the prediction; None where an input is not finite, or its sum overflows."""
+        arguments = self._arguments.copy()
+        arguments[self._place] = aligned(tile)
+        found = self._call(*arguments)
+        if len(found) > len(self._names) and not math.isfinite(found[-1].item()):
+            return None
+        return dict(zip(self._names, found, strict=False))
 
 
 _lock = threading.RLock()
@@ -307,13 +350,20 @@ def _tracing() -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(before)
 
 
+def aligned(t: Tensor) -> Tensor:
+    """Contiguous, and from a boundary on, as all that torch allocates: products round by how their inputs lie."""
+    if t.is_contiguous() and t.data_ptr() % 64 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def pad(inputs: Inputs, start: int, rows: int) -> Inputs:
     """Rows [start, start + rows) of every tensor, the last row repeated where there are fewer; contiguous."""
 
     def one(t: Tensor) -> Tensor:
         piece = t[start : start + rows]
         if piece.shape[0] == rows:
-            return piece.contiguous()
+            return aligned(piece)
         padded = t.new_zeros(rows, *t.shape[1:])
         padded[: piece.shape[0]] = piece
         if piece.shape[0]:

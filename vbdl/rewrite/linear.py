@@ -56,7 +56,11 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
         flat = x.reshape(samples, -1, x.shape[-1])
     else:
         flat = x.reshape(-1, x.shape[-1])
-    if not xs and samples * out <= 4 * _WIDE and out < _WIDE:
+    if weight.numel() * flat.shape[-2] <= _TINY:
+        # no call of a library: one loop with what comes before and after it
+        kernels = weight.mT.contiguous()
+        y = ((flat if xs else flat.unsqueeze(0)).unsqueeze(-1) * kernels.unsqueeze(1)).sum(-2)
+    elif not xs and samples * out <= 4 * _WIDE and out < _WIDE:
         # narrow layers side by side are one matrix worth a product of its own
         wide = flat @ weight.reshape(samples * out, -1).mT
         y = wide.view(-1, samples, out).transpose(0, 1)
@@ -68,6 +72,7 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
     return y + (_spread(bias, len(inside)) if bs else bias)
 
 
+_TINY = 2**16  # multiplications; below, what a library call costs is more than they do
 _WIDE = 1024  # outputs; past this a batched product is as fast as one wide one
 
 
