@@ -147,7 +147,9 @@ _ROUNDED = 0.01 / math.sqrt(12)  # standard deviation of what printing two decim
 
 
 def published(of: str, year: str, per_split: dict[str, tuple[float, ...]]) -> tuple[Published, ...]:
-    """Every published column of a data set, beside a run of the protocol of this year. per_split: "rmse" and "ll" of MC dropout 2018, where they are known.
+    """Every published column of a data set, beside a run of the protocol of this year.
+
+    per_split: "rmse" and "ll" of MC dropout 2018, where they are known.
 
     The energy RMSE of 2018 is printed with its standard deviation: the error is the log file's, 0.0135.
     """
@@ -175,7 +177,7 @@ def published(of: str, year: str, per_split: dict[str, tuple[float, ...]]) -> tu
 def _differs(column: str, of: str, year: str) -> str:
     """How a run of MC dropout by the protocol of one year differs from the column of the other."""
     other = column.removeprefix("MC dropout ")
-    if other == column or other == year:
+    if other in (column, year):
         return ""
     ours, theirs = protocol(year, of), protocol(other, of)
     return (
