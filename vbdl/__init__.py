@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vbdl import metrics as metrics
     from vbdl import ood as ood
     from vbdl.artefact.loading import load as load
+    from vbdl.batch.predicting import predict_table as predict_table
     from vbdl.calibration.calibrate import calibrate as calibrate
     from vbdl.calibration.conformal import ConformalSets as ConformalSets
     from vbdl.calibration.std_scaling import StdScaling as StdScaling
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Predictor": "engine",
     "load": "artefact.loading",
+    "predict_table": "batch.predicting",
     "inspect": "inspection",
     "Bernoulli": "likelihoods.bernoulli",
     "Categorical": "likelihoods.categorical",

@@ -111,8 +111,8 @@ def _read_file(path: Path) -> Any:
                     return pa.ipc.open_file(source).read_all()
                 source.seek(0)
                 return pa.ipc.open_stream(source).read_all()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+    except (pa.ArrowException, OSError) as error:  # what is damaged is either, by the place of the damage
+        raise ValueError(f"{path} cannot be read as {kind}: {error}".strip()) from error
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
 
 

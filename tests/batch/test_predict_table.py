@@ -1,0 +1,316 @@
+"""Rows in, predictions out: every form of input and output, the same numbers whatever the chunks and workers."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+import torch
+from torch import nn
+
+import vbdl
+from vbdl.batch.output import COLUMNS
+
+SMALL = {"chunk_rows": 300, "tile": 64, "compile": False, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def expected(model, rows):
+    return vbdl.predict_table(model, rows, **SMALL)
+
+
+def write(table, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name
+    if name.endswith(".parquet"):
+        pa.parquet.write_table(table, path, row_group_size=170)
+    elif name.endswith(".arrow"):
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=130)
+    elif name.endswith(".feather"):
+        pa.feather.write_feather(table, path)
+    else:
+        pa.csv.write_csv(table, path)
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+def test_it_is_what_the_predictor_says(fitted, rows, expected):
+    p = fitted.predictor(fitted.schema.tensor(rows))
+    assert expected["row_id"].to_pylist() == list(range(2_000))
+    assert expected["prediction"].to_pylist() == [("no", "yes")[i] for i in p.label.tolist()]
+    probs = np.stack([expected["probability_no"], expected["probability_yes"]], axis=1)
+    torch.testing.assert_close(torch.tensor(probs), p.probs, rtol=0, atol=1e-6)
+    for name in ("total", "aleatoric", "epistemic"):
+        torch.testing.assert_close(torch.tensor(np.array(expected[name])), getattr(p, name), rtol=0, atol=1e-6)
+    assert expected["set"].to_pylist()[:50] == [
+        [c for c, s in zip(("no", "yes"), r, strict=True) if s] for r in p.sets[:50]
+    ]
+    assert [str(f.type) for f in expected.schema] == ["int64", "string", *["float"] * 5, "list<item: string>"]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "t.feather", "t.csv", "t.csv.gz"])
+def test_every_input_format_gives_the_same_bits(model, rows, expected, tmp_path, name):
+    assert vbdl.predict_table(model, write(rows, tmp_path / name), **SMALL).equals(expected)
+
+
+@pytest.mark.parametrize("chunk_rows, workers", [(7, 1), (1_000, 3), (2_000, 2), (65_536, 4), (1_999, 1)])
+def test_chunks_and_workers_change_nothing(model, rows, expected, chunk_rows, workers):
+    found = vbdl.predict_table(model, rows, **{**SMALL, "chunk_rows": chunk_rows, "workers": workers})
+    assert found.combine_chunks().equals(expected.combine_chunks())
+
+
+def test_compiled_is_eager_to_rounding_and_the_same_in_any_chunk(model, rows, expected):
+    a = vbdl.predict_table(model, rows, **{**SMALL, "compile": True, "chunk_rows": 700, "workers": 2})
+    b = vbdl.predict_table(model, rows, **{**SMALL, "compile": True, "chunk_rows": 123})
+    assert a.combine_chunks().equals(b.combine_chunks())
+    assert np.allclose(a["probability_no"], expected["probability_no"], atol=1e-6)
+
+
+@pytest.mark.parametrize("out", ["out.parquet", "out.arrow", "out.csv", "folder"])
+def test_every_output_holds_the_same(model, rows, expected, tmp_path, out):
+    source = write(rows, tmp_path / "t.parquet")
+    report = vbdl.predict_table(model, source, tmp_path / out, **SMALL)
+    assert (report.rows, report.rejected, report.parts, report.resumed) == (2_000, 0, 7, 0)
+    if out == "out.csv":
+        found = pa.csv.read_csv(tmp_path / out)
+        assert found["prediction"].to_pylist() == expected["prediction"].to_pylist()
+        assert np.allclose(found["total"], expected["total"], rtol=1e-6)
+        assert json.loads(found["set"][0].as_py()) == expected["set"][0].as_py()
+    else:
+        read = pa.feather.read_table if out == "out.arrow" else pa.parquet.read_table
+        assert read(tmp_path / out).combine_chunks().equals(expected.combine_chunks())
+    assert not list(tmp_path.rglob(".*")), "hidden files were left"
+
+
+def test_a_folder_in_and_a_folder_out(model, rows, expected, tmp_path):
+    write(rows.slice(0, 900), tmp_path / "in" / "b.csv"), write(rows.slice(900), tmp_path / "in" / "deep" / "a.parquet")
+    vbdl.predict_table(model, tmp_path / "in", tmp_path / "out", **SMALL)
+    b = pa.parquet.read_table([tmp_path / "out" / f"b-0000{i}.parquet" for i in range(3)])
+    a = pa.parquet.read_table([tmp_path / "out" / "deep" / f"a-0000{i}.parquet" for i in range(4)])
+    assert a["row_id"].to_pylist() == list(range(1_100))
+    both = pa.concat_tables([b, a]).drop_columns(["row_id"]).combine_chunks()
+    assert both.equals(expected.drop_columns(["row_id"]).combine_chunks())
+
+
+def test_several_files_as_one_say_where_a_row_is_from(model, rows, tmp_path):
+    write(rows.slice(0, 500), tmp_path / "in" / "007.csv"), write(rows.slice(500, 400), tmp_path / "in" / "x.csv")
+    for out in ("o.parquet", "o.csv"):
+        vbdl.predict_table(model, tmp_path / "in", tmp_path / out, **SMALL)
+    found = pa.parquet.read_table(tmp_path / "o.parquet")
+    assert found["source"].to_pylist() == ["007.csv"] * 500 + ["x.csv"] * 400
+    assert pa.csv.read_csv(tmp_path / "o.csv")["source"].to_pylist() == found["source"].to_pylist()
+
+
+def test_columns_are_chosen_and_carried_over(model, rows):
+    found = vbdl.predict_table(model, rows, columns=("prediction", "confidence"), keep=("id", "y"), **SMALL)
+    assert found.column_names == ["row_id", "id", "y", "prediction", "confidence"]
+    assert found["id"].to_pylist() == rows["id"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"columns": ("mean",)}, "have no 'mean'"),
+        ({"columns": ("nothing",)}, "no column 'nothing'"),
+        ({"keep": ("absent",)}, "absent"),
+        ({"interval": 0.9}, "of a regression"),
+        ({"interval": 1.0}, "interval"),
+        ({"tile": 100}, "multiple of 64"),
+        ({"chunk_rows": 0}, "chunk_rows"),
+        ({"workers": 0}, "workers"),
+        ({"engine": "spark"}, "engine"),
+        ({"on_error": "ignore"}, "on_error"),
+    ],
+)
+def test_options_that_make_no_sense(model, rows, options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        vbdl.predict_table(model, write(rows, tmp_path / "t.csv"), **{**SMALL, **options})
+    assert set(COLUMNS) >= {"mean", "set", "action"}
+
+
+# -- rows that cannot be used
+
+
+def damaged(rows, path):
+    pa.csv.write_csv(rows, path)
+    lines = path.read_text().splitlines()
+    lines[11] = '"row-10",1'  # a row of two cells
+    cells = lines[501].split(",")
+    lines[501] = ",".join([cells[0], "oops", *cells[2:]])
+    cells = lines[1_001].split(",")
+    lines[1_001] = ",".join([cells[0], "inf", *cells[2:]])
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("chunk_rows", [300, 11, 10, 5_000])
+def test_bad_rows_are_left_out_and_said(model, rows, expected, tmp_path, chunk_rows):
+    source = damaged(rows, tmp_path / "t.csv")
+    report = vbdl.predict_table(model, source, tmp_path / "o.parquet", **{**SMALL, "chunk_rows": chunk_rows})
+    assert (report.rows, report.rejected) == (1_997, 3)
+    said = [json.loads(line) for line in report.quarantine.read_text().splitlines()]
+    assert [(e["source"], e["row"]) for e in said] == [("t.csv", 10), ("t.csv", 500), ("t.csv", 1_000)]
+    assert "2 cells" in said[0]["reason"] and "'oops'" in said[1]["reason"] and "inf" in said[2]["reason"]
+    kept = [i for i in range(2_000) if i not in (10, 500, 1_000)]
+    found = pa.parquet.read_table(tmp_path / "o.parquet").combine_chunks()
+    assert found.equals(expected.take(kept).combine_chunks())
+
+
+def test_bad_rows_can_stop_the_job(model, rows, tmp_path):
+    source = damaged(rows, tmp_path / "t.csv")
+    with pytest.raises(ValueError, match="t.csv, row 10: the row has 2 cells"):
+        vbdl.predict_table(model, source, tmp_path / "o.parquet", on_error="stop", **SMALL)
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_a_damaged_file_is_said_and_the_others_finish(model, rows, tmp_path):
+    path = write(rows, tmp_path / "in" / "a.parquet")
+    data = bytearray(path.read_bytes())
+    group = pa.parquet.read_metadata(path).row_group(7).column(1)
+    at = group.dictionary_page_offset or group.data_page_offset
+    data[at : at + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    write(rows, tmp_path / "in" / "b.parquet")
+    report = vbdl.predict_table(model, tmp_path / "in", tmp_path / "out", **{**SMALL, "chunk_rows": 100})
+    assert list(report.failed) == ["a.parquet"] and "cannot be read as parquet" in report.failed["a.parquet"]
+    found = pa.parquet.read_table(sorted((tmp_path / "out").glob("b-*.parquet")))
+    assert found.num_rows == 2_000 and report.rows >= 2_000
+
+
+def test_unseen_categories_are_counted(model, rows, tmp_path):
+    place = rows.column_names.index("word")
+    words = ["new" if i % 100 == 0 else w for i, w in enumerate(rows["word"].to_pylist())]
+    source = write(rows.set_column(place, "word", pa.array(words)), tmp_path / "t.parquet")
+    report = vbdl.predict_table(model, source, tmp_path / "o.parquet", **SMALL)
+    assert report.unseen == {"word": 20} and "20 cells with a category" in str(report)
+
+
+def test_a_missing_column_is_named(model, rows, tmp_path):
+    with pytest.raises(ValueError, match="no column 'word'"):
+        vbdl.predict_table(model, rows.drop_columns(["word"]), **SMALL)
+    source = write(rows.drop_columns(["word"]), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="no column 'word'"):
+        vbdl.predict_table(model, source, tmp_path / "o.parquet", on_error="stop", **SMALL)
+
+
+# -- networks that were not made from a table
+
+
+@pytest.fixture(scope="module")
+def network():
+    return vbdl.Predictor(
+        vbdl.DeepEnsemble(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)), 4),
+        vbdl.HeteroscedasticGaussian(),
+        compile=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
+
+
+def test_arrays_columns_and_vectors_are_the_same_rows(network, numbers, tmp_path):
+    expected = network.replace(tiles=(64,))(torch.from_numpy(numbers))
+    np.save(tmp_path / "x.npy", numbers)
+    np.save(tmp_path / "x64.npy", numbers.astype(np.float64))
+    columns = {f"f{i}": numbers[:, i] for i in range(5)}
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), 5)
+
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return 400
+
+        def __getitem__(self, row):
+            return numbers[row], 0
+
+    forms = [
+        numbers, torch.from_numpy(numbers), tmp_path / "x.npy", tmp_path / "x64.npy", pa.table(columns),
+        pa.table({"x": vectors}), Pairs(),
+        torch.utils.data.TensorDataset(torch.from_numpy(numbers)),
+    ]  # fmt: skip
+    for data in forms:
+        found = vbdl.predict_table(network, data, **SMALL)
+        assert np.array_equal(found["mean"], expected.mean.flatten()), type(data)
+        assert found.column_names == ["row_id", "mean", "std", "total", "aleatoric", "epistemic"]
+    named = vbdl.predict_table(network, {"g": numbers[:, 0], **columns}, inputs=tuple(columns), **SMALL)
+    assert np.array_equal(named["mean"], expected.mean.flatten())
+
+
+def test_an_interval_is_the_mixtures_own(network, numbers):
+    found = vbdl.predict_table(network, numbers, interval=0.8, **SMALL)
+    low, high = network(torch.from_numpy(numbers), samples=True).interval(0.8)
+    assert np.allclose(found["lower"], low.flatten(), atol=1e-6) and np.allclose(
+        found["upper"], high.flatten(), atol=1e-6
+    )
+
+
+def test_rows_that_are_not_finite(network, numbers, tmp_path):
+    bad = numbers.copy()
+    bad[[3, 77], 2] = np.nan, np.inf
+    np.save(tmp_path / "x.npy", bad)
+    for data in (tmp_path / "x.npy", pa.table({f"f{i}": bad[:, i] for i in range(5)}), bad):
+        found = vbdl.predict_table(network, data, **SMALL)
+        assert found["row_id"].to_pylist() == [i for i in range(400) if i not in (3, 77)]
+
+
+def test_a_wrong_number_of_columns_is_an_error(network, tmp_path):
+    network.save(tmp_path / "m", example=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="takes rows of 5 numbers, and there are 4"):
+        vbdl.predict_table(tmp_path / "m", {f"f{i}": [0.0, 1.0] for i in range(4)}, **SMALL)
+
+
+def test_images_of_a_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (9, 6, 6, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    for i, one in enumerate(pixels):
+        image.fromarray(one).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "4.png").write_bytes(b"not an image")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3))
+    predict = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), 8, compile=False)
+    report = vbdl.predict_table(predict, tmp_path / "in", tmp_path / "o.parquet", **SMALL)
+    assert (report.rows, report.rejected) == (8, 1) and "4.png" in report.reasons[0]
+    found = pa.parquet.read_table(tmp_path / "o.parquet")
+    keep = [i for i in range(9) if i != 4]
+    x = torch.from_numpy(pixels[keep]).permute(0, 3, 1, 2).float() / 255
+    probs = np.stack([found[f"probability_{i}"] for i in range(3)], axis=1)
+    torch.testing.assert_close(torch.tensor(probs), predict(x).probs, rtol=0, atol=1e-6)
+
+
+def test_many_classes_are_a_list(numbers):
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(5, 30), 2), vbdl.Categorical(), compile=False)
+    found = vbdl.predict_table(predict, numbers, **SMALL)
+    assert str(found.schema.field("probabilities").type) == "fixed_size_list<item: float>[30]"
+    assert np.allclose(np.array(found["probabilities"].to_pylist()).sum(1), 1, atol=1e-5)
+
+
+# -- places
+
+
+def test_nothing_is_written_over(model, rows, tmp_path):
+    source = write(rows, tmp_path / "in" / "t.csv")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="mine.txt"):
+        vbdl.predict_table(model, source, tmp_path / "full", **SMALL)
+    with pytest.raises(ValueError, match="is the input or lies in it"):
+        vbdl.predict_table(model, tmp_path / "in", tmp_path / "in" / "out", **SMALL)
+    (tmp_path / "o.csv").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        vbdl.predict_table(model, source, tmp_path / "o.csv", **SMALL)
+    assert (tmp_path / "o.csv").read_text() == "mine" and (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+
+
+def test_an_empty_table_is_said(model, rows, tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        vbdl.predict_table(model, rows.slice(0, 0), **SMALL)
+    with pytest.raises(ValueError, match="no row"):
+        vbdl.predict_table(model, write(rows.slice(0, 0), tmp_path / "t.csv"), tmp_path / "o.parquet", **SMALL)

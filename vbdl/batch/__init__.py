@@ -1,0 +1,1 @@
+"""Batch inference: rows of files, tables and data sets in, files of predictions out."""

@@ -1,0 +1,107 @@
+"""A prediction as named, typed columns.
+
+| column | type | of |
+| --- | --- | --- |
+| `prediction` | the label's own type, int64 where classes have no names | the most probable class |
+| `probability_<class>` | float32 | each class; one list column `probabilities` above 20 classes |
+| `mean`, `std` | float32 | a regression, in target units |
+| `total`, `aleatoric`, `epistemic` | float32 | nats, or squared target units |
+| `lower`, `upper` | float32 | the calibrated interval, or the central interval that was asked for |
+| `set` | list of labels | the classes of a conformal set |
+| `action` | int64 | the decision |
+| `confidence`, `standard_error...` | float32 | where asked for by name |
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbdl.tabular.reading import arrow
+
+EXTRA = ("confidence", "standard_error")
+COLUMNS = (
+    "prediction", "probabilities", "mean", "std", "total", "aleatoric", "epistemic", "lower", "upper", "set", "action",
+    *EXTRA,
+)  # fmt: skip
+_WIDE = 20  # columns that a field is spread over at most; wider ones are lists
+
+
+def fields(prediction: Any, labels: Sequence[Any] | None, wanted: Sequence[str] | None, interval: float) -> dict:
+    """{name: Arrow array} of a prediction.
+
+    labels: values of the classes, as files have them. wanted: names of COLUMNS, everything there is but EXTRA unless
+    given. interval: level of the central interval in `lower` and `upper`, from a prediction that kept its samples; 0
+    for those of the calibration. ValueError where a column is asked for that there is not.
+    """
+    found: dict[str, Any] = {}
+    for name in wanted if wanted is not None else [n for n in COLUMNS if n not in EXTRA]:
+        if name not in COLUMNS:
+            raise ValueError(f"there is no column {name!r}; there are {', '.join(COLUMNS)}")
+        made = _column(name, prediction, labels, interval)
+        if not made and wanted is not None:
+            raise ValueError(f"this model's predictions have no {name!r}")
+        found |= made
+    return found
+
+
+def _column(name: str, p: Any, labels: Sequence[Any] | None, interval: float) -> dict[str, Any]:
+    probs = getattr(p, "probs", None)
+    if name == "prediction":
+        return {} if probs is None else _labels(p.label, labels)
+    if name == "probabilities":
+        if probs is None:
+            return {}
+        return _spread("probability", probs, labels if probs.ndim == p.total.ndim + 1 else None)
+    if name in ("mean", "std"):
+        return {} if probs is not None else _spread(name, getattr(p, name))
+    if name in ("lower", "upper") and interval > 0:
+        if probs is not None:
+            raise ValueError("an interval is of a regression; for classes calibrate with ConformalSets")
+        return _spread(name, p.interval(interval)[0 if name == "lower" else 1])
+    if name == "set":
+        sets = getattr(p, "sets", None)
+        return {} if sets is None else {"set": _sets(sets, labels)}
+    value = getattr(p, name, None)
+    if value is None:
+        return {}
+    return _spread(name, value.to(torch.int64) if name == "action" else value)
+
+
+def _spread(name: str, t: Tensor, labels: Sequence[Any] | None = None) -> dict[str, Any]:
+    """A field (batch, ...) as one column, a column an entry, or a list column."""
+    pa = arrow()
+    t = t.detach().cpu()
+    if t.ndim > 1 and t.shape[1:].numel() == 1 and labels is None:
+        t = t.reshape(len(t))
+    if t.ndim == 1:
+        return {name: pa.array(t.numpy())}
+    if t.ndim == 2 and t.shape[1] <= _WIDE:
+        names = labels if labels is not None else range(t.shape[1])
+        flat = t.t().contiguous().numpy()
+        return {f"{name}_{_word(label)}": pa.array(column) for label, column in zip(names, flat, strict=True)}
+    plural = "probabilities" if name == "probability" else name
+    flat = pa.array(t.contiguous().reshape(-1).numpy())
+    return {plural: pa.FixedSizeListArray.from_arrays(flat, t.shape[1:].numel())}
+
+
+def _word(label: Any) -> str:
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
+def _labels(numbers: Tensor, labels: Sequence[Any] | None) -> dict[str, Any]:
+    pa = arrow()
+    if numbers.dtype == torch.bool or labels is None:
+        return _spread("prediction", numbers if numbers.dtype == torch.bool else numbers.to(torch.int64))
+    return {"prediction": pa.array(list(labels)).take(pa.array(numbers.cpu().numpy()))}
+
+
+def _sets(sets: Tensor, labels: Sequence[Any] | None) -> Any:
+    pa = arrow()
+    found = sets.cpu().numpy()
+    offsets = np.concatenate([[0], found.sum(1).cumsum()]).astype(np.int32)
+    members = pa.array(np.nonzero(found)[1].astype(np.int64))
+    values = members if labels is None else pa.array(list(labels)).take(members)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)

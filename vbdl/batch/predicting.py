@@ -1,0 +1,411 @@
+"""Predictions of whole tables, files and folders: `vbdl.predict_table` and `vbdl predict`."""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vbdl.batch import local
+from vbdl.batch.folder import FORMATS, QUARANTINE, Folder, part_name
+from vbdl.batch.merging import merge_parts
+from vbdl.batch.sources import (
+    IMAGES,
+    ArrayFile,
+    Chunk,
+    DatasetSource,
+    ImageFolder,
+    MemoryTable,
+    Source,
+    TableFile,
+)
+from vbdl.batch.worker import Options, Result, Worker, available, digest, plain, schema_at
+from vbdl.compiler import can_compile
+from vbdl.progress import Progress
+from vbdl.tabular import Schema, as_table
+from vbdl.tabular.columns import Categorical
+from vbdl.tabular.reading import SUFFIXES, arrow, files_of, format_of
+
+logger = logging.getLogger("vbdl")
+
+_ROWS_WORTH_COMPILING = 200_000
+_BYTES_WORTH_COMPILING = 50_000_000
+
+
+class QuarantineError(ValueError):
+    """A row that could not be used, where that was to stop the job."""
+
+
+@dataclass
+class Report:
+    """What a job has done. resumed: parts that were there from before."""
+
+    rows: int
+    rejected: int
+    seconds: float
+    parts: int
+    resumed: int
+    failed: dict[str, str] = field(default_factory=dict)  # sources that could not be read to their end
+    unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
+    out: Path | None = None
+    quarantine: Path | None = None
+    reasons: list[str] = field(default_factory=list)  # of the first rows in quarantine
+
+    def __str__(self) -> str:
+        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.seconds > 0 and not self.resumed else ""
+        lines = [
+            f"{self.rows:,} rows in {self.seconds:.1f} s{rate}, {self.parts} parts"
+            + (f", {self.resumed} of them from before" if self.resumed else "")
+        ]
+        if self.out is not None:
+            lines.append(f"written to {self.out}")
+        if self.rejected:
+            where = "" if self.quarantine is None else f", see {self.quarantine}"
+            lines.append(f"{self.rejected:,} rows could not be used{where}")
+            lines += [f"  {reason}" for reason in self.reasons[:3]]
+        lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
+        lines += [
+            f"column {n!r}: {count:,} cells with a category that training did not have"
+            for n, count in self.unseen.items()
+        ]
+        return "\n".join(lines)
+
+
+def predict_table(
+    model: Any,
+    data: Any,
+    out: str | Path | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    interval: float = 0.0,
+    inputs: Sequence[str] | None = None,
+    schema: Schema | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    chunk_rows: int = 65_536,
+    tile: int = 1024,
+    compile: bool | None = None,
+    format: str | None = None,
+    on_error: str = "quarantine",
+    restart: bool = False,
+    progress: bool | None = None,
+    ray_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Predict every row, in memory of a few chunks.
+
+    model: a Predictor, or the folder of a saved one.
+    data: a file or folder of CSV, Parquet, Arrow IPC or .npy, a folder of images, a pyarrow.Table, a pandas frame, a
+    dict of columns, a NumPy array, a torch Dataset, or a source of `vbdl.batch.sources`.
+    out: a file (.parquet, .csv, .arrow) or a folder that gets a part a chunk; None returns a pyarrow.Table.
+    columns: of the output, see `vbdl.batch.output`. keep: input columns to carry over. interval: level of the central
+    interval in `lower` and `upper`. inputs: columns a plain network takes, in its order; every number unless given.
+    schema: of a Predictor made from a table and not saved.
+    engine: "local", or "ray" for Ray (a cluster, where one is there). workers: threads of the local engine, actors of
+    Ray. Results depend on neither, nor on chunk_rows.
+    on_error: "quarantine" leaves rows that cannot be used out and says why, in a file beside the output; "stop" raises
+    QuarantineError at the first.
+    restart: write the output again, where another job's is there. A job that was killed is gone on with by itself.
+
+    Returns a `Report`, or the table. Raises ValueError where model, data and options do not fit.
+    """
+    if on_error not in ("quarantine", "stop"):
+        raise ValueError(f"on_error is 'quarantine' or 'stop', got {on_error!r}")
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine is 'local' or 'ray', got {engine!r}")
+    options = Options(
+        None if columns is None else tuple(columns),
+        tuple(keep),
+        interval,
+        None if inputs is None else tuple(inputs),
+        tile,
+        compile,
+        chunk_rows,
+    )
+    schema = schema or schema_at(model)
+    sources = sources_of(data, schema, options)
+    if compile is None:
+        options = dataclasses.replace(options, compile=can_compile() and _large(sources))
+    if out is None:
+        return _in_memory(model, sources, options, schema, workers, on_error, progress)
+    out = Path(out)
+    kind, folder = _layout(out, format)
+    _apart(data, out)
+    if out.name and folder != out and not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": digest(model),
+        "schema": None if schema is None else schema.to_dict(),
+        "input": [s.state() for s in sources],
+        "options": plain(options),
+        "format": kind,
+        "torch": str(torch.__version__),
+    }
+    begun = time.monotonic()
+    if folder != out and not restart and (found := _merged(out, settings)) is not None:
+        return found
+    job = Folder(folder, settings, kind, restart, named=folder != out and len(sources) > 1)
+    try:
+        resumed = len(job.done) if job.finished is None else len(job.finished["parts"])
+        unseen: dict[str, int] = {}
+        if job.finished is None:
+            if engine == "ray":
+                from vbdl.batch.ray import run_ray
+
+                run_ray(model, schema, sources, options, job, workers, on_error, unseen, progress, ray_options or {})
+            else:
+                _run_local(model, schema, sources, options, job, workers, on_error, unseen, progress)
+        manifest = job.finished or job.finish([s.name for s in sources])
+        quarantine = folder / QUARANTINE if manifest["rejected"] else None
+        reasons = _first_lines(quarantine)
+        if folder != out:
+            quarantine = merge_parts(folder, out, manifest, kind)
+    finally:
+        job.close()
+    if folder != out:
+        shutil.rmtree(folder)
+    return Report(
+        manifest["rows"],
+        manifest["rejected"],
+        time.monotonic() - begun,
+        len(manifest["parts"]),
+        resumed,
+        manifest["failed"],
+        unseen,
+        out,
+        quarantine,
+        reasons,
+    )
+
+
+def _run_local(model, schema, sources, options, job: Folder, workers, on_error, unseen, progress) -> None:
+    with _threads(workers) as count:
+        worker = Worker(model, options, schema, count)
+        _settle(worker, sources)
+        with _Rows(sources, progress) as bar:
+            for entry in job.done.values():
+                bar.add(entry["rows"] + entry["rejected"], timed=False)
+
+            def write(source: Source, chunk: Chunk, result: Result) -> None:
+                stop_at(source, result.rejected, on_error)
+                job.record(job.write(source.name, chunk.number, result.table, result.rejected))
+                add(unseen, result.unseen)
+                bar.add(result.table.num_rows + len(result.rejected))
+
+            local.run(
+                worker, sources, lambda s, n: (s, n) in job.done, write,
+                lambda s, e: fail(job, s, e, on_error), options.chunk_rows,
+            )  # fmt: skip
+
+
+def _in_memory(model, sources, options, schema, workers, on_error, progress) -> Any:
+    tables: dict[tuple[str, int], Any] = {}
+    rejected: list[tuple[int, str]] = []
+
+    def write(source: Source, chunk: Chunk, result: Result) -> None:
+        stop_at(source, result.rejected, on_error)
+        tables[source.name, chunk.number] = result.table
+        rejected.extend(result.rejected)
+        bar.add(result.table.num_rows + len(result.rejected))
+
+    def failed(source: Source, error: Exception) -> None:
+        raise error
+
+    with _threads(workers) as count:
+        worker = Worker(model, options, schema, count)
+        _settle(worker, sources)
+        with _Rows(sources, progress) as bar:
+            local.run(worker, sources, lambda s, n: False, write, failed, options.chunk_rows)
+    if rejected:
+        row, reason = rejected[0]
+        logger.warning("%d rows could not be used and are not in the table; row %d: %s", len(rejected), row, reason)
+    if not tables:
+        raise ValueError("there are no rows to predict")
+    pa = arrow()
+    if len(sources) == 1:
+        return pa.concat_tables(list(tables.values()))
+    named = [t.add_column(0, "source", pa.array([name] * t.num_rows)) for (name, _), t in tables.items()]
+    return pa.concat_tables(named)
+
+
+# -- sources
+
+
+def sources_of(data: Any, schema: Schema | None, options: Options) -> list[Source]:
+    """The sources of data in any form that `predict_table` takes, in order. Names are what parts are called after."""
+    if isinstance(data, str | Path):
+        return _files(Path(data), schema, options)
+    given: list[Any] = data if isinstance(data, list) else [data]
+    if given and all(hasattr(s, "chunks") and hasattr(s, "state") for s in given):
+        return given
+    if isinstance(data, torch.utils.data.Dataset):
+        return [DatasetSource(data)]
+    if type(data).__module__ == "numpy" or isinstance(data, torch.Tensor):
+        return [DatasetSource(torch.as_tensor(data), pairs=False)]
+    return [MemoryTable(as_table(data))]
+
+
+def _files(path: Path, schema: Schema | None, options: Options) -> list[Source]:
+    if path.is_dir():
+        tables = [f for f in _maybe(path, (*SUFFIXES, ".npy"))]
+        if not tables and _maybe(path, IMAGES):
+            return [ImageFolder(path)]
+        if not tables:
+            raise ValueError(f"there is no table, array or image in {path}")
+        names = [str(f.relative_to(path)) for f in tables]
+    else:
+        tables = files_of(path)
+        names = [path.name]
+    wanted, text, numbers = _columns(schema, options)
+    found: list[Source] = []
+    for file, name in zip(tables, names, strict=True):
+        if file.suffix.lower() == ".npy":
+            found.append(ArrayFile(file, name))
+        elif format_of(file):
+            found.append(TableFile(file, name, wanted, numbers, text))
+        else:
+            raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
+    stems = [part_name(n, 0, "parquet") for n in names]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ValueError(f"two inputs would be written to {stem}: give files names that differ before the suffix")
+    return found
+
+
+def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    try:
+        return files_of(path, suffixes)
+    except ValueError:
+        return []
+
+
+def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str]]:
+    """Columns to read, and which of them are words and which numbers where a file does not say."""
+    if schema is None:
+        if options.inputs is None:
+            return None, [], []
+        return list(dict.fromkeys([*options.inputs, *options.keep])), [], list(options.inputs)
+    text = [c.name for c in schema.columns if isinstance(c, Categorical)]
+    numbers = [c.name for c in schema.columns if type(c).__name__ == "Numeric"]
+    return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers
+
+
+def _settle(worker: Worker, sources: list[Source]) -> None:
+    """Compile before anything is timed or queued, where the shape of a row is known."""
+    if worker.options.compile and worker.schema is not None:
+        samples = worker.options.interval > 0
+        worker.predictor.warm_up((worker.options.tile,), example=worker.schema.example(), samples=samples)
+
+
+def _large(sources: list[Source]) -> bool:
+    rows = sum(s.count() or 0 for s in sources)
+    size = sum(s.state().get("bytes", 0) for s in sources if s.count() is None)
+    return rows >= _ROWS_WORTH_COMPILING or size >= _BYTES_WORTH_COMPILING
+
+
+# -- the output
+
+
+def _layout(out: Path, kind: str | None) -> tuple[str, Path]:
+    """The format, and the folder of parts: the output itself, or a hidden one beside an output that is a file."""
+    by_name = {suffix: k for k, suffix in FORMATS.items()} | {".feather": "arrow"}
+    suffix = by_name.get(out.suffix.lower())
+    if suffix is not None and not out.is_dir():
+        if kind not in (None, suffix):
+            raise ValueError(f"{out} is named after {suffix}, and the format is {kind}")
+        return suffix, out.with_name(f".{out.name}.parts")
+    if out.is_file():
+        raise ValueError(f"{out} is a file whose name ends in none of {', '.join(by_name)}")
+    return kind or "parquet", out
+
+
+def _apart(data: Any, out: Path) -> None:
+    if not isinstance(data, str | Path):
+        return
+    source, target = Path(data).resolve(), out.resolve()
+    if source == target or (source.is_dir() and target.is_relative_to(source)):
+        raise ValueError(f"the output {out} is the input or lies in it: choose another place")
+
+
+def _merged(out: Path, settings: dict[str, Any]) -> Report | None:
+    """The report of an output file that this very job has written before; ValueError where another one has."""
+    about = out.with_name(f"{out.name}.manifest.json")
+    if not out.exists():
+        return None
+    if not about.exists():
+        raise ValueError(f"{out} is there already, and not of a job that could be gone on with: restart to replace it")
+    manifest = json.loads(about.read_text())
+    if manifest["settings"] != json.loads(json.dumps(settings)):
+        raise ValueError(f"{out} is the output of another job: choose another name, or restart to replace it")
+    parts = len(manifest["parts"])
+    return Report(manifest["rows"], manifest["rejected"], 0.0, parts, parts, manifest["failed"], out=out)
+
+
+def _first_lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    with open(path) as file:
+        lines = [json.loads(line) for _, line in zip(range(3), file, strict=False)]
+    return [f"{e['source']}, row {e['row']}: {e['reason']}" for e in lines]
+
+
+def stop_at(source: Source, rejected: list[tuple[int, str]], on_error: str) -> None:
+    if rejected and on_error == "stop":
+        row, reason = rejected[0]
+        raise QuarantineError(f"{source.name}, row {row}: {reason}")
+
+
+def fail(job: Folder, source: Source, error: Exception, on_error: str) -> None:
+    """A source that cannot be read to its end: the others are, unless told to stop."""
+    if on_error == "stop":
+        raise error
+    logger.warning("%s: %s", source.name, error)
+    job.failed[source.name] = str(error)
+
+
+def add(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, count in more.items():
+        total[name] = total.get(name, 0) + count
+
+
+class _Rows(Progress):
+    """Rows done, rows a second, and the time left where the number of rows is known."""
+
+    def __init__(self, sources: Sequence[Source], shown: bool | None):
+        counts = [s.count() for s in sources]
+        known = all(c is not None for c in counts)
+        super().__init__("predicting", sum(c or 0 for c in counts) if known else 0, shown)
+        self._timed = 0
+
+    def __enter__(self) -> "_Rows":
+        super().__enter__()
+        return self
+
+    def add(self, rows: int, timed: bool = True) -> None:
+        self._timed += rows if timed else 0
+        self.total = max(self.total, self.done + rows)
+        passed = max(time.monotonic() - self._start, 1e-9)
+        self.advance(f"{self._timed / passed:,.0f} rows/s", by=rows)
+
+
+class _threads:
+    """How many threads compute: each with one of torch's, so that they do not wait for each other."""
+
+    def __init__(self, workers: int | None):
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers is at least 1, got {workers}")
+        self.count = workers or available()
+
+    def __enter__(self) -> int:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        return self.count
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_num_threads(self.before)

@@ -1,0 +1,272 @@
+"""What is done to a chunk of rows, wherever it is done: rows to numbers, numbers to a prediction, and to columns."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vbdl.artefact.loading import load
+from vbdl.batch.output import fields
+from vbdl.batch.sources import Chunk
+from vbdl.engine import Predictor
+from vbdl.stacking import map_inputs, tensors
+from vbdl.tabular import Schema, schema_of
+from vbdl.tabular.columns import combined, floats
+from vbdl.tabular.reading import arrow
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a job, beside its model and its rows.
+
+    columns: of the output, see `vbdl.batch.output`; keep: input columns to carry over. interval: level of `lower` and
+    `upper` in place of the calibrated ones. inputs: columns of a model that was not made from a table, in the order of
+    its inputs. tile: rows that are computed together; results do not depend on it but for rounding, and not at all on
+    chunk_rows and workers. compile: None compiles where the input is large.
+    """
+
+    columns: tuple[str, ...] | None = None
+    keep: tuple[str, ...] = ()
+    interval: float = 0.0
+    inputs: tuple[str, ...] | None = None
+    tile: int = 1024
+    compile: bool | None = None
+    chunk_rows: int = 65_536
+
+    def __post_init__(self):
+        if self.tile < 1 or (self.tile > 1 and self.tile % 64):
+            raise ValueError(
+                f"tile is 1 or a multiple of 64, so that no row depends on its neighbours; got {self.tile}"
+            )
+        if self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows is at least 1, got {self.chunk_rows}")
+        if not 0.0 <= self.interval < 1.0:
+            raise ValueError(f"interval is a level in (0, 1), or 0 for none; got {self.interval}")
+
+
+@dataclass
+class Result:
+    """A chunk's output, in the order of its rows, and the rows that are not in it."""
+
+    table: Any  # pyarrow.Table
+    rejected: list[tuple[int, str]]  # (row number, reason), ascending
+    unseen: dict[str, int]
+
+
+class Worker:
+    """A predictor that takes chunks. It may be shared by threads; workers: how many share out a chunk's rows."""
+
+    def __init__(self, model: Any, options: Options, schema: Schema | None, workers: int = 1):
+        self.options, self.schema = options, schema
+        settings = {"tiles": (options.tile,), "compile": bool(options.compile)}
+        if isinstance(model, Predictor):
+            self.predictor = model.replace(**settings)
+            self._shape = _row_shape(model)
+        else:
+            self.predictor = load(model, **settings)
+            self._shape = _row_shape(self.predictor)
+            self.schema = self.schema or schema_of(self.predictor.manifest.extras)
+        target = None if self.schema is None else self.schema.target
+        named = target is not None and target.classes is not None
+        self.labels = [target.label(i) for i in range(len(target.classes))] if named else None  # type: ignore[union-attr, arg-type]
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        self._workers = workers
+
+    @property
+    def needed(self) -> list[str] | None:
+        """Columns of a table that are read; None for all, where they are not known before one is seen."""
+        if self.schema is not None:
+            return list(dict.fromkeys([*self.schema.names, *self.options.keep]))
+        if self.options.inputs is not None:
+            return list(dict.fromkeys([*self.options.inputs, *self.options.keep]))
+        return None
+
+    def compute(self, chunk: Chunk) -> Result:
+        pa = arrow()
+        x, bad, unseen = self.encode(chunk.data)
+        rejected = [*chunk.rejected, *((int(chunk.rows[row]), reason) for row, reason in bad.items())]
+        keep = np.ones(len(chunk.rows), dtype=bool)
+        keep[list(bad)] = False
+        if bad:
+            x = map_inputs(lambda t: t[torch.from_numpy(keep)], x)
+        columns, rows = self._predict(x, int(keep.sum()))
+        if rows is not None:  # a prediction that is not finite is none
+            numbers = np.flatnonzero(keep)
+            rejected += [(int(chunk.rows[numbers[r]]), "the prediction is not finite") for r in np.flatnonzero(~rows)]
+            keep[numbers[~rows]] = False
+        found = {"row_id": pa.array(chunk.rows[keep])}
+        if self.options.keep:
+            kept = chunk.data.filter(pa.array(keep))
+            for name in self.options.keep:
+                if name in found or name in columns:
+                    raise ValueError(f"column {name!r} would stand in the output twice: rename it in the input")
+                found[name] = combined(kept.column(name))
+        return Result(pa.table({**found, **columns}), sorted(rejected), unseen)
+
+    def encode(self, data: Any) -> tuple[Any, dict[int, str], dict[str, int]]:
+        """Rows as the network takes them, {row: reason} of those it cannot take, and categories never seen."""
+        if not hasattr(data, "column_names"):
+            return data, _not_finite(data), {}
+        if self.schema is not None:
+            encoded = self.schema.encode(data)
+            return encoded.x, encoded.rejected, encoded.unseen
+        names = self._inputs(data)
+        if len(names) == 1 and arrow().types.is_fixed_size_list(data.schema.field(names[0]).type):
+            values, rejected = _vectors(data.column(names[0]), names[0])
+        else:
+            values, rejected = _matrix(data, names)
+        if self._shape is not None and len(self._shape) == 1 and values.shape[1] != self._shape[0]:
+            raise ValueError(
+                f"the model takes rows of {self._shape[0]} numbers, and there are {values.shape[1]} columns of numbers "
+                f"({', '.join(names[:6])}{', ...' if len(names) > 6 else ''}): name them with inputs"
+            )
+        return torch.from_numpy(values), rejected, {}
+
+    def _inputs(self, table: Any) -> list[str]:
+        if self.options.inputs is not None:
+            return list(self.options.inputs)
+        types = arrow().types
+        lists = [f.name for f in table.schema if types.is_fixed_size_list(f.type)]
+        numbers = [
+            f.name
+            for f in table.schema
+            if f.name not in self.options.keep and (types.is_integer(f.type) or types.is_floating(f.type))
+        ]
+        if len(lists) == 1 and (self._shape is None or table.schema.field(lists[0]).type.list_size == self._shape[0]):
+            return lists
+        if not numbers:
+            raise ValueError(f"there is no column of numbers among {table.column_names}")
+        return numbers
+
+    def _predict(self, x: Any, n: int) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Columns of these rows, and which of them are finite (None: all). Rows are shared out to the threads in whole
+        tiles, so that each is computed as it would be alone."""
+        if n == 0:
+            if self._shape is None:
+                return {}, None
+            x = torch.zeros(0, *self._shape, dtype=self._dtype())
+        tile = self.options.tile
+        each = max(tile, -(-n // tile // self._workers) * tile) if self._pool is not None else max(n, 1)
+        cuts = range(0, max(n, 1), each)
+        pieces = [map_inputs(lambda t, s=start: t[s : s + each], x) for start in cuts]
+        made = list(self._pool.map(self._piece, pieces)) if self._pool is not None else [self._piece(p) for p in pieces]
+        pa = arrow()
+        columns = {name: _joined([m[0][name] for m in made]) for name in made[0][0]}
+        if all(m[1] is None for m in made):
+            return columns, None
+        finite = np.concatenate([m[1] if m[1] is not None else np.ones(m[2], bool) for m in made])
+        return {name: column.filter(pa.array(finite)) for name, column in columns.items()}, finite
+
+    def _piece(self, x: Any) -> tuple[dict[str, Any], np.ndarray | None, int]:
+        p = self.predictor(x, samples=self.options.interval > 0)
+        total = p.total.flatten(1).sum(1) if p.total.ndim > 1 else p.total
+        bad = None
+        if not bool(torch.isfinite(total.sum())):
+            finite = torch.isfinite(total)
+            bad = None if bool(finite.all()) else finite.numpy()
+        return fields(p, self.labels, self.options.columns, self.options.interval), bad, len(total)
+
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.predictor.posterior.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _joined(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else arrow().concat_arrays(arrays)
+
+
+def _row_shape(predictor: Predictor) -> tuple[int, ...] | None:
+    """The shape of a row of the network's one input, where an artefact says it."""
+    inputs = None if predictor.manifest is None else predictor.manifest.inputs
+    if inputs is None or len(inputs.tensors) != 1:
+        return None
+    return tuple(inputs.tensors[0].shape)
+
+
+def _not_finite(x: Any) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for t in tensors(x):
+        if t.is_floating_point() and not bool(torch.isfinite(t.sum())):
+            ok = t.flatten(1).isfinite().all(1) if t.ndim > 1 else t.isfinite()
+            found |= {int(row): "the row is not finite" for row in (~ok).nonzero().flatten()}
+    return found
+
+
+def _matrix(table: Any, names: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
+    """(rows, columns) float32, zeros in rows that cannot be used."""
+    values = np.empty((table.num_rows, len(names)), np.float32)
+    rejected: dict[int, str] = {}
+    for place, name in enumerate(names):
+        column, _, bad = floats(table.column(name), name)
+        for row, reason in bad.items():
+            rejected.setdefault(row, reason)
+        with np.errstate(over="ignore"):
+            values[:, place] = column
+    finite = np.isfinite(values)
+    if not finite.all():
+        for row in np.flatnonzero(~finite.all(axis=1)).tolist():
+            name = names[int(np.flatnonzero(~finite[row])[0])]
+            rejected.setdefault(row, f"column {name!r}: missing or not finite")
+            values[row] = 0
+    return values, rejected
+
+
+def _vectors(column: Any, name: str) -> tuple[np.ndarray, dict[int, str]]:
+    """(rows, size) float32 of a column of lists of one length, zeros in rows that cannot be used."""
+    pa = arrow()
+    column = combined(column)
+    rejected: dict[int, str] = {}
+    if column.null_count:
+        missing = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        rejected = {int(row): f"column {name!r}: missing" for row in missing}
+        size = column.type.list_size
+        column = pa.array([[0.0] * size if v is None else v for v in column.to_pylist()], column.type)
+    flat = column.flatten().cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    values = flat.reshape(len(column), column.type.list_size).copy()
+    ok = np.isfinite(values).all(axis=1)
+    for row in np.flatnonzero(~ok).tolist():
+        rejected.setdefault(row, f"column {name!r}: missing or not finite")
+        values[row] = 0
+    return values, rejected
+
+
+def digest(model: Any) -> str:
+    """What a model is, so that a job is not gone on with by another one."""
+    if isinstance(model, Predictor):
+        found = hashlib.sha256(f"{model.seed} {model.n_samples} {model.likelihood!r}".encode())
+        for module in (model.posterior, model.likelihood):
+            for name, t in module.state_dict().items():
+                found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+                found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+    manifest = Path(model) / "manifest.json"
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{model} is not a saved model: there is no {manifest}")
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+
+def schema_at(model: Any) -> Schema | None:
+    """The schema in an artefact, read without loading the model."""
+    if isinstance(model, Predictor):
+        return None if model.manifest is None else schema_of(model.manifest.extras)
+    from vbdl.artefact.manifest import read
+
+    return schema_of(read(model).extras)
+
+
+def available() -> int:
+    """Cores that this process may use, or OMP_NUM_THREADS where that is fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(told)) if told.isdigit() and int(told) > 0 else cores
+
+
+def plain(options: Options) -> dict[str, Any]:
+    """Options as JSON has them."""
+    return json.loads(json.dumps(vars(options)))
