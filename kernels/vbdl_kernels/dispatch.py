@@ -7,14 +7,13 @@ triton, on a device it does not know or for a dtype it does not take, the refere
 import contextlib
 import functools
 import importlib
-import importlib.abc
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 library = torch.library.Library("vbdl", "FRAGMENT")
@@ -103,44 +102,13 @@ def autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters))
 
 
-class _AfterDynamo(importlib.abc.MetaPathFinder):
-    """Does what waits for `torch._dynamo` once somebody imports it: it costs more than a second and brings triton."""
-
-    def __init__(self):
-        self.functions = []
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "torch._dynamo":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def then_allow(module):
-                execute(module)
-                for function in self.functions:
-                    module.allow_in_graph(function)
-
-            spec.loader.exec_module = then_allow
-        return spec
-
-
-_after_dynamo = _AfterDynamo()
-if "torch._dynamo" not in sys.modules:
-    sys.meta_path.insert(0, _after_dynamo)
-
-
 def kept_whole(function: Callable) -> Callable:
-    """`torch.compiler.allow_in_graph`, without importing the compiler.
+    """A function whose call the compiler writes into the graph without tracing into it.
 
-    Where the compiler traces into an `autograd.Function`, it refuses or loses its vmap rule (pytorch#129845).
+    Traced into, an `autograd.Function` is refused or loses its vmap rule (pytorch#129845). This imports the compiler,
+    a second and a half, which torch itself does for the first optimiser made and the first graph traced.
     """
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.allow_in_graph(function)
-    else:
-        _after_dynamo.functions.append(function)
-    return function
+    return torch.compiler.allow_in_graph(function)
 
 
 def call_of(function: type[torch.autograd.Function], name: str, *arguments) -> Callable:
@@ -148,25 +116,53 @@ def call_of(function: type[torch.autograd.Function], name: str, *arguments) -> C
 
     Tracers (export, `make_fx`, `functionalize`) refuse a mapped `autograd.Function`, and prediction needs none.
     """
+    return function.apply if wants_derivative(*arguments) else getattr(torch.ops.vbdl, name)
+
+
+def wants_derivative(*arguments) -> bool:
+    """Whether a derivative by one of these may be asked for. Not for code that the compiler traces into."""
     functorch = torch._C._functorch
-    bare = getattr(torch.ops.vbdl, name)
     if torch.compiler.is_exporting():
-        return bare
+        return False
     stack = functorch.get_interpreter_stack() or ()
     if any(i.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for i in stack):
-        return function.apply
+        return True
     if torch.is_grad_enabled():
-        for tensor in arguments:
+        for tensor in tree_leaves(arguments):
             while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
                 tensor = functorch.get_unwrapped(tensor)  # a mapped tensor does not say that its inside requires grad
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                return function.apply
-    return bare
+                return True
+    return False
 
 
 def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """A mapped tensor with its mapped axis first; an unmapped one repeated along it, without a copy."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def split_batch(y: Tensor, sizes: torch.Size) -> Tensor:
+    """(samples, mapped * batch, out) -> (mapped, samples, batch, out). Export loses a mapped axis that is not first."""
+    return y.unflatten(1, sizes).movedim(1, 0)
+
+
+def map_draws(
+    call: Callable, size: int, x: Tensor, x_dim: int | None, key: Tensor, key_dim: int | None
+) -> tuple[Tensor, int]:
+    """The vmap rule of call(x, key) -> (samples, batch, out): one call with every draw of the mapped axis.
+
+    x: (batch, in) shared or (samples, batch, in);  key: (samples, 2), each with its mapped axis or without
+    """
+    if key_dim is None:  # the same draws: the mapped axis is more batch
+        x = x.movedim(x_dim or 0, -3)
+        return split_batch(call(x.flatten(-3, -2), key), x.shape[-3:-1]), 0
+    key = key.movedim(key_dim, 0)  # (mapped, samples, 2)
+    if x_dim is not None or x.ndim == 3:
+        x = leading(x, x_dim, size)
+        if x.ndim == 3:
+            x = x[:, None].expand(-1, key.shape[1], -1, -1)
+        x = x.flatten(0, 1)
+    return call(x, key.flatten(0, 1)).unflatten(0, key.shape[:2]), 0
 
 
 def one_by_one(call: Callable, info, in_dims, *arguments):
@@ -175,10 +171,8 @@ def one_by_one(call: Callable, info, in_dims, *arguments):
     For what has no batched kernel (parameters per ensemble member, gradients per draw), where a formula in plain
     torch would hold the weights of all draws at once.
     """
-    outputs = [
-        call(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+    entry = lambda i: tree_map(lambda a, d: a if d is None else a.select(d, i), arguments, tuple(in_dims))
+    outputs = [call(*entry(i)) for i in range(info.batch_size)]
     if isinstance(outputs[0], tuple):
         return tuple(torch.stack(column) for column in zip(*outputs, strict=True)), (0,) * len(outputs[0])
     return torch.stack(outputs), 0

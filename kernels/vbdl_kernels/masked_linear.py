@@ -48,16 +48,8 @@ def _mapped(call, info, in_dims, x, weight, bias, key, layer, p, side, precision
     rest = (layer, p, side, precision)
     if in_dims[1] is not None or in_dims[2] is not None:  # weights per ensemble member
         return dispatch.one_by_one(call, info, in_dims, x, weight, bias, key, *rest)
-    if in_dims[3] is None:  # the same draws: the mapped axis is more batch
-        x = x.movedim(in_dims[0], -3)
-        return call(x.flatten(-3, -2), weight, bias, key, *rest).unflatten(1, x.shape[-3:-1]), 1
-    key = key.movedim(in_dims[3], 0)
-    if in_dims[0] is not None or x.ndim == 3:
-        x = dispatch.leading(x, in_dims[0], info.batch_size)
-        if x.ndim == 3:
-            x = x[:, None].expand(-1, key.shape[1], -1, -1)
-        x = x.flatten(0, 1)
-    return call(x, weight, bias, key.flatten(0, 1), *rest).unflatten(0, key.shape[:2]), 0
+    whole = lambda x, key: call(x, weight, bias, key, *rest)
+    return dispatch.map_draws(whole, info.batch_size, x, in_dims[0], key, in_dims[3])
 
 
 dispatch.batching("masked_linear", _mapped)

@@ -4,6 +4,7 @@ Between its layers nothing leaves the chip. For networks so small that a launch 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,50 @@ dispatch.define(
 dispatch.kernels_in("mlp_kernel", "ensemble_mlp", "bayesian_mlp")
 
 
+def _mapped_ensemble(call, info, in_dims, x, weights, biases, activation):
+    """One call: the mapped axis is more batch, or, of the parameters, more members."""
+    x_dim, weight_dims, bias_dims, _ = in_dims
+    if all(d is None for d in (*weight_dims, *bias_dims)):
+        x = x.movedim(x_dim, -3)
+        return dispatch.split_batch(call(x.flatten(-3, -2), weights, biases, activation), x.shape[-3:-1]), 0
+    lead = lambda tensors, dims: [dispatch.leading(t, d, info.batch_size) for t, d in zip(tensors, dims, strict=True)]
+    weights, biases = lead(weights, weight_dims), lead(biases, bias_dims)
+    shape = weights[0].shape[:2]  # (mapped, members)
+    if x_dim is not None or x.ndim == 3:
+        x = dispatch.leading(x, x_dim, info.batch_size)
+        if x.ndim == 3:
+            x = x[:, None].expand(-1, shape[1], -1, -1)
+        x = x.flatten(0, 1)
+    flat = lambda tensors: [t.flatten(0, 1) for t in tensors]
+    return call(x, flat(weights), flat(biases), activation).unflatten(0, shape), 0
+
+
+def _mapped_bayesian(call, info, in_dims, x, means, stds, bias_means, bias_stds, key, layers, activation):
+    if any(d is not None for dims in in_dims[1:5] for d in dims):  # parameters per ensemble member
+        arguments = (x, means, stds, bias_means, bias_stds, key, layers, activation)
+        return dispatch.one_by_one(call, info, in_dims, *arguments)
+    whole = lambda x, key: call(x, means, stds, bias_means, bias_stds, key, layers, activation)
+    return dispatch.map_draws(whole, info.batch_size, x, in_dims[0], key, in_dims[5])
+
+
+dispatch.batching("ensemble_mlp", _mapped_ensemble)
+dispatch.batching("bayesian_mlp", _mapped_bayesian)
+
+
+@dispatch.kept_whole
+def _ensemble_mlp(x, weights, biases, activation):
+    if dispatch.wants_derivative(x, weights, biases):
+        return reference_ensemble_mlp(x, weights, biases, activation)
+    return torch.ops.vbdl.ensemble_mlp(x, weights, biases, activation)
+
+
+@dispatch.kept_whole
+def _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation):
+    if dispatch.wants_derivative(x, means, stds, bias_means, bias_stds):
+        return reference_bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
+    return torch.ops.vbdl.bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
+
+
 def _check(x: Tensor, stacked: int, shapes: Sequence[torch.Size], activation: str, tensors: Sequence[Tensor]) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is one of {sorted(ACTIVATIONS)}, got {activation!r}")
@@ -80,8 +125,10 @@ def _check(x: Tensor, stacked: int, shapes: Sequence[torch.Size], activation: st
         raise ValueError("one dtype and one device for x and all parameters")
 
 
-def _differentiable(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _autocast(x: Tensor, *groups: Sequence[Tensor]) -> Any:
+    x, *flat = dispatch.autocast(x, *(t for group in groups for t in group))  # type: ignore[assignment]
+    rest = iter(flat)
+    return x, *([next(rest) for _ in group] for group in groups)
 
 
 def ensemble_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str = "relu") -> Tensor:
@@ -90,19 +137,18 @@ def ensemble_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
     x: (batch, in) shared or (members, batch, in);  weights[l]: (members, out, in);  biases[l]: (members, out)
     ->  (members, batch, out of the last layer), before any softmax
 
-    activation: "relu", "tanh" or "silu", after every layer but the last. For inference: where a gradient is asked
-    for, plain torch runs. Raises ValueError for shapes that do not fit and widths past 128.
+    activation: "relu", "tanh" or "silu", after every layer but the last. For inference: where a derivative is asked
+    for, plain torch runs. dtypes and transforms as in `sampled_linear`; mapped parameters are more members.
+    Raises ValueError for shapes that do not fit and widths past 128.
     """
-    weights, biases = list(weights), list(biases)
+    x, weights, biases = _autocast(x, weights, biases)
     if len(weights) != len(biases) or any(b.shape != w.shape[:2] for w, b in zip(weights, biases, strict=True)):
         raise ValueError("weights[l] is (members, out, in) and biases[l] (members, out)")
     members = weights[0].shape[0] if weights else 0
     if any(w.ndim != 3 or w.shape[0] != members for w in weights):
         raise ValueError("every layer has the same number of members")
     _check(x, members, [w.shape for w in weights], activation, (*weights, *biases))
-    if _differentiable(x, *weights, *biases):
-        return reference_ensemble_mlp(x, weights, biases, activation)
-    return torch.ops.vbdl.ensemble_mlp(x, weights, biases, activation)
+    return _ensemble_mlp(x, weights, biases, activation)
 
 
 def bayesian_mlp(
@@ -122,7 +168,7 @@ def bayesian_mlp(
 
     The draws are those of `sampled_linear` with the same key and layer. Otherwise as `ensemble_mlp`.
     """
-    groups = [list(g) for g in (means, stds, bias_means, bias_stds)]
+    x, *groups = _autocast(x, means, stds, bias_means, bias_stds)
     if len({*map(len, groups), len(layers)}) != 1:
         raise ValueError("one mean, std, bias mean, bias std and layer number a layer")
     means, stds, bias_means, bias_stds = groups
@@ -135,6 +181,4 @@ def bayesian_mlp(
         raise ValueError(f"layers {list(layers)} out of range")
     tensors = [t for group in groups for t in group]
     _check(x, key.shape[0], [m.shape for m in means], activation, tensors)
-    if _differentiable(x, *tensors):
-        return reference_bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
-    return torch.ops.vbdl.bayesian_mlp(x, means, stds, bias_means, bias_stds, key, list(layers), activation)
+    return _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, list(layers), activation)

@@ -55,17 +55,23 @@ def _mapped(call, info, in_dims, logits):
 dispatch.batching("predictive_statistics", _mapped)
 
 
+@dispatch.kept_whole
+def _predictive_statistics(logits):
+    if dispatch.wants_derivative(logits):
+        return reference_predictive_statistics(logits)
+    return torch.ops.vbdl.predictive_statistics(logits)
+
+
 def predictive_statistics(logits: Tensor) -> PredictiveStatistics:
     """Mean, variance, total and aleatoric uncertainty of the classes' probabilities over the draws.
 
     logits: (samples, batch, classes), samples at least 1  ->  fields of (batch, classes) and (batch,), float32
 
-    Safe for logits of any size, minus infinity among them. Statistics of chunks of draws merge: means by their
-    numbers of draws, variances after Chan, and the total from the merged mean. Where a gradient is asked for, plain
-    torch runs instead of the kernel. Raises ValueError for other shapes or no draws.
+    Safe for logits up to 1e38, minus infinity among them; a row with a NaN, or of nothing but minus infinity, is NaN.
+    Statistics of chunks of draws merge: means by their numbers of draws, variances after Chan, and the total from the
+    merged mean. Where a derivative is asked for, plain torch runs instead of the kernel. Raises ValueError for other
+    shapes or no draws.
     """
     if logits.ndim != 3 or logits.shape[0] < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be float (samples >= 1, batch, classes), got {tuple(logits.shape)}")
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return PredictiveStatistics(*reference_predictive_statistics(logits))
-    return PredictiveStatistics(*torch.ops.vbdl.predictive_statistics(logits))
+    return PredictiveStatistics(*_predictive_statistics(logits))

@@ -88,19 +88,8 @@ def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *res
     """The vmap rule of a linear operator: one call with every draw of the mapped axis."""
     if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
         return dispatch.one_by_one(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *rest)
-    parameters = (mean, std, bias_mean, bias_std)
-    if in_dims[5] is None:  # the same draws: the mapped axis is more batch
-        x = x.movedim(in_dims[0], -3)
-        y = call(x.flatten(-3, -2), *parameters, key, *rest)
-        return y.unflatten(1, x.shape[-3:-1]), 1
-    key = key.movedim(in_dims[5], 0)  # (mapped, samples, 2)
-    if in_dims[0] is not None or x.ndim == 3:
-        stacked = dispatch.leading(x, in_dims[0], info.batch_size)
-        if stacked.ndim == 3:
-            stacked = stacked[:, None].expand(-1, key.shape[1], -1, -1)
-        x = stacked.flatten(0, 1)
-    y = call(x, *parameters, key.flatten(0, 1), *rest)
-    return y.unflatten(0, key.shape[:2]), 0
+    whole = lambda x, key: call(x, mean, std, bias_mean, bias_std, key, *rest)
+    return dispatch.map_draws(whole, info.batch_size, x, in_dims[0], key, in_dims[5])
 
 
 dispatch.batching("sampled_linear", map_linear)

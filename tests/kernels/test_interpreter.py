@@ -22,12 +22,11 @@ def test_kernels_in_the_interpreter():
     assert " passed" in done.stdout
 
 
-def test_importing_is_light_and_works_without_triton():
-    """No triton at import; without triton every operator runs its reference."""
+def test_works_without_triton():
+    """Without triton every operator runs its reference, under the compiler too."""
     code = """
 import sys
-import torch, vbdl_kernels
-assert "triton" not in sys.modules, "imported before it was needed"
+import torch
 sys.modules["triton"] = None  # as if it were not installed
 from vbdl_kernels import make_key, sampled_linear
 x, mean = torch.ones(2, 3), torch.zeros(4, 3, requires_grad=True)
@@ -36,7 +35,6 @@ y.sum().backward()
 assert y.shape == (5, 2, 4) and torch.equal(mean.grad, torch.full((4, 3), 10.0))
 """
     code += """
-# the compiler, first imported here, has been told to keep the operators whole
 f = lambda key: torch.vmap(lambda key: sampled_linear(x, mean, torch.ones(4, 3), key, 1))(key)
 assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(make_key(0, range(5))), y)
 """
