@@ -10,20 +10,32 @@ from typing import Annotated, Union
 
 import vbdl
 from vbdl.cli.bench import Bench
+from vbdl.cli.calibrate import Calibrate
+from vbdl.cli.config import configured
 from vbdl.cli.demo import Demo
+from vbdl.cli.evaluate import Evaluate
+from vbdl.cli.fit import Fit
 from vbdl.cli.info import Info
+from vbdl.cli.predict import Predict
+from vbdl.cli.recommend import Recommend
 from vbdl.cli.report import Report
 
 COMMANDS = {
     "bench": Bench,
+    "calibrate": Calibrate,
     "demo": Demo,
+    "evaluate": Evaluate,
+    "fit": Fit,
     "info": Info,
+    "predict": Predict,
+    "recommend": Recommend,
     "report": Report,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 1 for an error, 2 for a wrong command line, 130 when interrupted."""
+    """Run a command; its exit code: 0, 1 for an error, 2 for a wrong command line, 3 where it ended and some rows could
+    not be used, 130 when interrupted."""
     import logging
 
     import tyro
@@ -32,16 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"vbdl {vbdl.__version__}")
         return 0
-    command = tyro.cli(
-        Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())],  # type: ignore[arg-type]  # noqa: UP007
-        prog="vbdl",
-        description="Bayesian deep learning with PyTorch: predictions that know what they do not know. "
-        "`vbdl --version` prints the version.",
-        args=arguments or ["--help"],
-    )
+    try:
+        arguments, defaults = configured(arguments, COMMANDS)
+    except (ValueError, OSError) as error:
+        print(f"vbdl: {error}", file=sys.stderr)
+        return 2
+    named = arguments[0] if arguments else ""
+    if named in COMMANDS:  # its parser alone: help answers sooner
+        command = tyro.cli(COMMANDS[named], prog=f"vbdl {named}", args=arguments[1:], **defaults)
+    else:
+        command = tyro.cli(
+            Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())],  # type: ignore[arg-type]  # noqa: UP007
+            prog="vbdl",
+            description="Bayesian deep learning with PyTorch: predictions that know what they do not know. "
+            "`vbdl --version` prints the version.",
+            args=arguments or ["--help"],
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        command()
+        return command() or 0
     except KeyboardInterrupt:
         print("vbdl: interrupted", file=sys.stderr)
         return 130
@@ -51,4 +72,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vbdl: {error} (VBDL_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
-    return 0

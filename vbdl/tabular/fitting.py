@@ -34,7 +34,7 @@ class Fitted:
     """What `fit_table` has made.
 
     predictor: calibrated. rows: row numbers of each part in the table. base: the training rows' class shares, or mean
-    and std. notes: what a user should know.
+    and std. test: encoded test rows and their targets. notes: what a user should know.
     """
 
     predictor: Predictor
@@ -47,6 +47,7 @@ class Fitted:
     left_out: dict[str, str]
     base: dict[str, Any]
     network: dict[str, Any]
+    test: tuple[Tensor, Tensor]
     notes: list[str] = field(default_factory=list)
 
     def save(self, folder: Any, overwrite: bool = False) -> None:
@@ -154,7 +155,10 @@ def fit_table(
     if compile:
         predictor = predictor.replace(compile=True)
     rows = {name: keep[r] for name, r in rows.items()}
-    return Fitted(predictor, schema, settings, evaluation, history, rows, parts.how, left_out, base, arguments, notes)
+    test = (x["test"], targets["test"])
+    return Fitted(
+        predictor, schema, settings, evaluation, history, rows, parts.how, left_out, base, arguments, test, notes
+    )
 
 
 def _divide(table, target, task, ignore, settings, group, time):

@@ -1,0 +1,86 @@
+"""`--config FILE`: options from TOML, which the command line overrides.
+
+    vbdl fit data.parquet --config fit.toml
+
+Keys are the options of the command, with - or _; they stand at the top of the file or in a table named after the
+command, so that one file can hold several. A key that is no option is refused, with the nearest one.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without `--config FILE`, and {"default": the command with the file's options}.
+
+    ValueError where the file is not there, is no TOML, or holds what is no option or of another type.
+    """
+    rest, path = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            path = next(remaining, None)
+            if path is None:
+                raise ValueError("--config needs a file")
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    if path is None:
+        return rest, {}
+    if not rest or rest[0] not in commands:
+        raise ValueError(f"--config belongs to a command: vbdl {'|'.join(commands)} --config {path}")
+    name = rest[0]
+    return rest, {"default": _defaults(commands[name], _section(Path(path), name, commands), path)}
+
+
+def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, Any]:
+    """The options of a command in a file."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    tables = {k for k, v in found.items() if isinstance(v, dict) and k in commands}
+    top = {k: v for k, v in found.items() if k not in tables}
+    if tables and top:
+        raise ValueError(
+            f"{path} has options at its top ({', '.join(top)}) and in tables ({', '.join(sorted(tables))})"
+        )
+    return found.get(name, {}) if tables else top
+
+
+def _defaults(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    import tyro
+
+    types = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        option = key.replace("-", "_")
+        if option not in types:
+            near = difflib.get_close_matches(option, types, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(types))}"
+            raise ValueError(f"{path}: {key!r} is no option of vbdl {kind.__name__.lower()}{hint}")
+        if option in given:
+            raise ValueError(f"{path}: {key!r} stands there twice, with - and with _")
+        try:
+            given[option] = msgspec.convert(value, types[option], dec_hook=_path, strict=True)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path}: {key!r}: {error}") from error
+    for field in dataclasses.fields(kind):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name not in given and required:
+            given[field.name] = tyro.MISSING
+    return kind(**given)
+
+
+def _path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError

@@ -1,0 +1,42 @@
+"""The command `vbdl evaluate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a model of a table on rows with known targets, with 95 % intervals.
+
+    Rows that the model was trained on are refused, because they would make it look better than it is.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of the model."""
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """File, or folder of files, with the target's column."""
+    allow_training_rows: bool = False
+    """Score them in spite of all."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        import json
+
+        import vbdl
+        from vbdl.tabular.evaluation import evaluate
+        from vbdl.tabular.labelled import labelled
+
+        predictor = vbdl.load(self.model, compile=False)
+        rows = labelled(predictor, self.data, allow_training_rows=self.allow_training_rows)
+        base = predictor.manifest.extras.get("training", {}).get("base")
+        found = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
+        if self.json:
+            print(json.dumps(found.to_dict(), indent=1))
+            return
+        for note in rows.notes:
+            print(f"note: {note}")
+        print(found)

@@ -1,0 +1,58 @@
+"""The command `vbdl predict`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict every row of files of any size, in memory of a few chunks; go on where a killed run stopped.
+
+    Reads CSV, Parquet, Arrow and .npy files, or a folder of them or of images; writes .parquet, .csv or .arrow, or a
+    folder of parts. Rows that cannot be used are left out and listed with reasons, and the exit code is then 3.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of the model."""
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """File or folder."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """File or folder to write."""
+    columns: tuple[str, ...] = ()
+    """Of the output: prediction probabilities confidence mean std total aleatoric epistemic lower upper set action
+    standard_error. Everything there is but confidence and standard_error unless given."""
+    keep: tuple[str, ...] = ()
+    """Input columns to carry over, an id for instance."""
+    interval: float = 0.0
+    """Level of the central interval of a regression in lower and upper, in place of the calibrated one."""
+    inputs: tuple[str, ...] = ()
+    """Columns that a model which was not made from a table takes, in its order."""
+    engine: Literal["local", "ray"] = "local"
+    """This process, or Ray."""
+    workers: int | None = None
+    """Threads, or actors of Ray; by the cores there are unless given. Results do not depend on it."""
+    chunk_rows: int = 65_536
+    """Rows read, computed and written at a time: memory, and what is done again after a kill."""
+    format: Literal["parquet", "csv", "arrow"] | None = None
+    """Of the parts in a folder."""
+    on_error: Literal["quarantine", "stop"] = "quarantine"
+    """What happens at a row that cannot be used."""
+    compile: bool | None = None
+    """Compile the model; where there are rows enough to pay for it unless given."""
+    restart: bool = False
+    """Write the output again, whatever job it is of."""
+
+    def __call__(self) -> int:
+        from vbdl.batch.predicting import predict_table
+
+        report = predict_table(
+            self.model, self.data, self.out,
+            columns=self.columns or None, keep=self.keep, interval=self.interval, inputs=self.inputs or None,
+            engine=self.engine, workers=self.workers, chunk_rows=self.chunk_rows, format=self.format,
+            on_error=self.on_error, compile=self.compile, restart=self.restart,
+        )  # fmt: skip
+        print(report)
+        return 3 if report.rejected or report.failed else 0

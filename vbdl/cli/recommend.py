@@ -1,0 +1,41 @@
+"""The command `vbdl recommend`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Recommend:
+    """Train small versions of MC dropout, mean-field and an ensemble on a table, and say which to use, and why."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """File, or folder of files."""
+    target: str
+    """Column to predict."""
+    budget: float = 60.0
+    """Seconds for all training together, about."""
+    task: Literal["classification", "regression"] | None = None
+    """In place of what the target's cells say."""
+    ignore: tuple[str, ...] = ()
+    """Columns to leave out."""
+    width: int = 128
+    """Units of a hidden layer."""
+    depth: int = 2
+    """Hidden layers."""
+    seed: int = 0
+    """Of the split, the training and the draws."""
+
+    def __call__(self) -> None:
+        import torch
+
+        from vbdl.tabular.recommending import recommend_table
+
+        torch.set_num_threads(1)
+        print(
+            recommend_table(
+                self.data, self.target, self.budget, self.task, self.ignore, self.width, self.depth, self.seed
+            )
+        )

@@ -1,0 +1,54 @@
+"""Rows with known targets for a model that is there already: to score it, or to calibrate it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.artefact.saving import training_rows
+from vbdl.fingerprint import fingerprints
+from vbdl.tabular.reading import as_table
+from vbdl.tabular.schema import KEY, Schema
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows that could be read and have a target."""
+
+    x: Tensor
+    y: Tensor
+    schema: Schema
+    notes: list[str]
+
+
+def labelled(predictor: Any, data: Any, allow_training_rows: bool = False) -> Labelled:
+    """Rows of a table, as the model of a saved predictor takes them. ValueError where it was not made from a table, the
+    target's column is not there, or rows were trained on."""
+    described = None if predictor.manifest is None else predictor.manifest.extras.get(KEY)
+    if described is None:
+        raise ValueError("this model was not made by vbdl fit: it has no columns. Use vbdl.metrics on its predictions")
+    schema = Schema.from_dict(described)
+    table = as_table(data)
+    if schema.target.name not in table.column_names:
+        raise ValueError(f"there is no column {schema.target.name!r} with the truth; there are {table.column_names}")
+    encoded = schema.encode(table)
+    y, known = schema.target.encode(table.column(schema.target.name))
+    usable = encoded.kept & known
+    notes = []
+    if encoded.rejected:
+        row, reason = min(encoded.rejected.items())
+        notes.append(f"{len(encoded.rejected)} rows could not be read and were left out; row {row}: {reason}")
+    if not bool(known.all()):
+        notes.append(f"{int((~known).sum())} rows have no {schema.target.name} and were left out")
+    notes += [f"{n} cells of {name!r} are categories that training did not have" for name, n in encoded.unseen.items()]
+    x, y = encoded.x[usable], y[usable]
+    if not len(y):
+        raise ValueError("there are no rows with a target")
+    seen = training_rows(predictor.posterior)
+    n_seen = 0 if seen is None else int(torch.isin(fingerprints(x), seen).sum())
+    if n_seen and not allow_training_rows:
+        raise ValueError(f"{n_seen} of {len(y)} rows were trained on: give rows that the model has not seen")
+    if n_seen:
+        notes.append(f"{n_seen} of {len(y)} rows were trained on: the scores are too good")
+    return Labelled(x, y, schema, notes)

@@ -1,0 +1,64 @@
+"""A saved model of a table, calibrated on new rows."""
+
+from pathlib import Path
+from typing import Any
+
+from vbdl import calibration
+from vbdl.artefact.loading import load
+from vbdl.calibration.calibrate import calibrate
+from vbdl.calibration.calibrated import CalibratedLikelihood
+from vbdl.tabular.evaluation import evaluate
+from vbdl.tabular.fitting import ARCHITECTURE
+from vbdl.tabular.labelled import labelled
+
+METHODS = {
+    "temperature": lambda alpha: calibration.Temperature(),
+    "platt": lambda alpha: calibration.Platt(),
+    "isotonic": lambda alpha: calibration.Isotonic(),
+    "histogram": lambda alpha: calibration.Histogram(),
+    "beta": lambda alpha: calibration.Beta(),
+    "std-scaling": lambda alpha: calibration.StdScaling(),
+    "cdf": lambda alpha: calibration.CDFRecalibration(),
+    "sets": lambda alpha: calibration.ConformalSets(alpha),
+    "intervals": lambda alpha: calibration.NormalisedIntervals(alpha),
+}
+
+
+def recalibrate(
+    model: Any, data: Any, out: Any, method: str, coverage: float = 0.9, add: bool = False, overwrite: bool = False
+) -> str:
+    """Calibrate the model of a folder on a table, and save it to another. Returns what changed, in words: scores on the
+    calibration rows themselves, so that they say whether the fit took, and not how good it is elsewhere."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage lies between 0 and 1, got {coverage}")
+    if Path(out).resolve() == Path(model).resolve():
+        raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
+    predictor = load(model, compile=False)
+    rows = labelled(predictor, data)
+    start: Any = predictor
+    while not add and isinstance(start.likelihood, CalibratedLikelihood):
+        start = start.replace(likelihood=start.likelihood.likelihood)
+    made = calibrate(start, rows.x, rows.y, METHODS[method](1 - coverage))
+    before = evaluate(predictor, rows.x, rows.y, rows.schema.target)
+    after = evaluate(made, rows.x, rows.y, rows.schema.target)
+    manifest = predictor.manifest
+    network = _network(manifest.posterior)
+    target, arguments = getattr(network, "target", None), getattr(network, "arguments", None)
+    options = {"architecture": target, "arguments": arguments} if target == ARCHITECTURE else {}
+    extras = dict(manifest.extras)
+    extras["calibration"] = {"method": method, "rows": len(rows.y), "coverage": coverage, "added": add}
+    made.save(out, extras=extras, example=rows.schema.example(), overwrite=overwrite, **options)
+    lines = [f"{'':24s} {'before':>10s} {'after':>10s}   on the {len(rows.y)} calibration rows themselves"]
+    names = dict.fromkeys([s.name for s in (*before.scores, *after.scores)])
+    for name in names:
+        values = [next((f"{s.value:.4g}" for s in e.scores if s.name == name), "-") for e in (before, after)]
+        lines.append(f"{name:24s} {values[0]:>10s} {values[1]:>10s}")
+    return "\n".join([*(f"note: {n}" for n in rows.notes), *lines, f"saved to {out}"])
+
+
+def _network(description: Any) -> Any:
+    """The architecture in a manifest's posterior, of the first members where there are several kinds."""
+    members = getattr(description, "members", None)
+    return (members[0].member if members else description).network

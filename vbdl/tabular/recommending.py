@@ -1,0 +1,41 @@
+"""Which method for a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vbdl.recommendation import Recommendation, recommend
+from vbdl.tabular.inference import infer
+from vbdl.tabular.network import TabularNetwork
+from vbdl.tabular.reading import as_table
+from vbdl.tabular.settings import Settings
+
+
+def recommend_table(
+    data: Any,
+    target: str,
+    budget: float = 60.0,
+    task: str | None = None,
+    ignore: Sequence[str] = (),
+    width: int = 128,
+    depth: int = 2,
+    seed: int = 0,
+) -> Recommendation:
+    """`vbdl.recommend` with the network that `fit_table` would train. Columns are scaled by all rows: means and stds of
+    inputs, which say nothing of the target."""
+    table = as_table(data)
+    if target not in table.column_names:
+        raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
+    known = table.column(target).is_valid().to_numpy(zero_copy_only=False)
+    table = table.take(np.flatnonzero(known))
+    schema, _ = infer(table, target, task=task, ignore=ignore)
+    encoded = schema.encode(table)
+    y, has_target = schema.target.encode(table.column(target))
+    rows = encoded.kept & has_target
+    settings = Settings(method="dropout", width=width, depth=depth, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = TabularNetwork(**settings.network_arguments(schema, len(y)))
+    return recommend(network, (encoded.x[rows], y[rows]), settings.likelihood(schema, len(y)), budget=budget, seed=seed)
