@@ -1,11 +1,12 @@
 """Which way of executing a sampled linear layer is cheapest: a cost model, and measured constants where there are any.
 
-The constants are those of a model of one card (H200; kernels/README.md says how they were derived), not
-measurements. `benchmarks/kernels.py` on a GPU prints the model's choice beside the best measured one; constants
-fitted there are put in place with `dataclasses.replace`.
+The constants below are those of a model of one card (H200; kernels/README.md says how they were derived), not
+measurements. `measured.py` measures a device's own, which are used from then on.
 """
 
 from dataclasses import dataclass
+
+from vbdl_kernels.measured import constants
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,12 @@ class Card:
     float_flops: float = 0.65 * 494e12  # tensor cores, tf32
     bytes: float = 0.9 * 4.8e12  # of main memory
     launch: float = 4e-6  # seconds; about half in a CUDA graph
+    overlap: float = 0.35  # of noise and product, the part of the shorter that the longer does not hide
+
+
+def device_card() -> Card:
+    """The constants measured on the current device, or the defaults."""
+    return Card(**(constants(tuple(Card.__dataclass_fields__)) or {}))
 
 
 def estimates(
@@ -34,7 +41,7 @@ def estimates(
     "fused": `sampled_linear`;  "sampler": `sample_weights` and a batched product;  "drawn": the product alone, with
     weights drawn and kept before, samples x out x in of them.
     """
-    card = card or Card()
+    card = card or device_card()
     weights, outputs = samples * n_in * n_out, samples * batch * n_out
     flops = card.half_flops if element_size == 2 else card.float_flops
     tile = max(batch, 16)  # a product of fewer columns costs as much
@@ -51,7 +58,7 @@ def estimates(
         + (parameters if shared else parameters + samples * batch * n_in * element_size / card.bytes)
         + max(outputs / card.normals, written),
         # noise and product use different units but do not overlap entirely
-        "fused": card.launch + max(repeated, product) + 0.35 * min(repeated, product) + parameters + written,
+        "fused": card.launch + max(repeated, product) + card.overlap * min(repeated, product) + parameters + written,
         "sampler": 2 * card.launch + max(noise, stored) + max(product, stored) + parameters + written,
         "drawn": card.launch + max(product, stored) + written,
     }

@@ -1,0 +1,123 @@
+"""The constants of `regime.Card`, measured on the device once and kept in a file for each device.
+
+    python -m vbdl_kernels.measured        measures the current device, a few seconds, and prints what it found
+
+The file is in $XDG_CACHE_HOME/vbdl (~/.cache/vbdl), named by the format, the device and the versions of torch and
+triton. It is written whole or not at all, and one that cannot be read is as none.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+Timer = Callable[[str, Callable[[], object]], float]  # (name of the operation, its call) -> seconds
+
+
+def device_name() -> str | None:
+    """The current accelerator, or None on a CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def path_of(name: str) -> Path:
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    slug = re.sub(r"[^a-z0-9.]+", "-", f"{name}-torch-{torch.__version__}-triton-{triton}".lower())
+    return Path(root) / "vbdl" / f"regime-{FORMAT}-{slug}.json"
+
+
+def constants(names: Sequence[str]) -> dict[str, float] | None:
+    """What was measured on the current device, if all of these were."""
+    device = device_name()
+    return None if device is None else _read(path_of(device), tuple(names))
+
+
+@functools.cache
+def _read(path: Path, names: tuple[str, ...]) -> dict[str, float] | None:
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            return None
+        kept = {n: float(found["constants"][n]) for n in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept if all(math.isfinite(v) and v > 0 for v in kept.values()) else None
+
+
+def keep(name: str, found: dict[str, float]) -> Path:
+    """Write the constants of a device; readers see the old file or the new one."""
+    path = path_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"format": FORMAT, "device": name, "constants": found}, file, indent=1)
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+    _read.cache_clear()
+    return path
+
+
+def measure(time: Timer, device: str = "cuda", size: int = 4096, samples: int = 8) -> dict[str, float]:
+    """Constants of `regime.Card`, from six operations on layers of size x size."""
+    from vbdl_kernels.philox import make_key
+    from vbdl_kernels.sampled_linear import sampled_linear
+
+    rows = 128
+    make = lambda *shape: torch.randn(shape, device=device)
+    weights = make(samples, size, size)
+    mean, std, key = weights[0].bfloat16(), weights[1].abs().bfloat16(), make_key(0, range(samples), device=device)
+    x = make(samples, rows, size)
+    half, half_weights, one = x.bfloat16(), weights.bfloat16(), make(1)
+    count = samples * size * size
+    launch = time("launch", lambda: one + 1)
+    # reads and writes one float32 each
+    copied = 8 * count / _above(time("copy", lambda: weights.clone()), launch)
+    product = _above(time("product bfloat16", lambda: half @ half_weights.mT), launch)
+    single = _above(time("product float32", lambda: x @ weights.mT), launch)
+    drawing = _above(time("fused 16", lambda: sampled_linear(half[:, :16], mean, std, key, 0)), launch)
+    both = _above(time("fused 128", lambda: sampled_linear(half, mean, std, key, 0)), launch)
+    longer, shorter = max(drawing, product), min(drawing, product)
+    return {
+        "normals": count / drawing,
+        "half_flops": 2 * count * rows / product,
+        "float_flops": 2 * count * rows / single,
+        "bytes": copied,
+        "launch": launch,
+        "overlap": min(1.0, max(0.01, (both - longer) / shorter)),
+    }
+
+
+def _above(seconds: float, launch: float) -> float:
+    return max(seconds - launch, 0.1 * seconds)
+
+
+def main() -> None:
+    name = device_name()
+    if name is None:
+        raise SystemExit("no accelerator: the model's own constants are used")
+    from triton.testing import do_bench
+
+    torch.set_float32_matmul_precision("high")
+    found = measure(lambda _, call: do_bench(call, warmup=10, rep=50, return_mode="median") * 1e-3)
+    print(json.dumps(found, indent=1))
+    print(keep(name, found))
+
+
+if __name__ == "__main__":
+    main()

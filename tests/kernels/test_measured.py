@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+from vbdl_kernels import measured, regime
+
+TIMES = {  # seconds of a card that draws slowly and multiplies fast
+    "launch": 1e-6, "copy": 2e-3, "product bfloat16": 1e-4, "product float32": 2e-4, "fused 16": 4e-2, "fused 128": 4e-2
+}  # fmt: skip
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A device of this name, whose files are in a folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "device_name", lambda: "Card 9000")
+    measured._read.cache_clear()
+    yield measured.path_of("Card 9000")
+    measured._read.cache_clear()
+
+
+def measure():
+    called = []
+
+    def timer(name, call):
+        call()  # each runs
+        called.append(name)
+        return TIMES[name]
+
+    found = measured.measure(timer, device="cpu", size=16, samples=2)
+    assert called == list(TIMES)
+    return found
+
+
+def test_measured_constants_decide(card):
+    before = regime.choose(32, 16, 4096, 4096, memory_budget=2**33)
+    assert before == "fused" and regime.device_card() == regime.Card()
+    found = measure()
+    assert set(found) == set(regime.Card.__dataclass_fields__)
+    count = 2 * 16 * 16
+    assert found["normals"] == pytest.approx(count / (4e-2 - 1e-6))
+    assert found["bytes"] == pytest.approx(8 * count / (2e-3 - 1e-6))
+    assert found["half_flops"] == pytest.approx(2 * count * 128 / (1e-4 - 1e-6))
+    # a card that multiplies as the default one but draws a hundredth as fast draws no row twice
+    slow = {**vars(regime.Card()), "normals": 1.6e10}
+    measured.keep("Card 9000", slow)
+    assert regime.device_card() == regime.Card(**slow)
+    assert regime.choose(32, 256, 4096, 4096, memory_budget=2**33) == "sampler"
+    assert json.loads(card.read_text())["device"] == "Card 9000"
+    assert [p.name for p in card.parent.iterdir()] == [card.name]  # nothing half written beside it
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"format": 1}', '{"format": 99, "constants": {}}', '{"format": 1, "constants": {"normals": "x"}}'],
+)
+def test_a_file_that_cannot_be_read_is_as_none(card, content):
+    card.parent.mkdir(parents=True)
+    card.write_text(content)
+    assert regime.device_card() == regime.Card()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_constants_that_cannot_be_are_refused(card, value):
+    measured.keep("Card 9000", {**vars(regime.Card()), "normals": value})
+    assert regime.device_card() == regime.Card()
+
+
+def test_a_write_that_fails_leaves_the_old_file(card, monkeypatch):
+    good = {**vars(regime.Card()), "normals": 2e12}
+    measured.keep("Card 9000", good)
+    with pytest.raises(TypeError):
+        measured.keep("Card 9000", {"normals": object()})  # type: ignore[dict-item]
+    assert regime.device_card().normals == 2e12
+    assert len(list(card.parent.iterdir())) == 1
+
+
+def test_without_an_accelerator_there_is_nothing_to_read():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert measured.device_name() is None and regime.device_card() == regime.Card()
+    with pytest.raises(SystemExit, match="no accelerator"):
+        measured.main()
