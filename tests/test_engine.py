@@ -180,7 +180,7 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so_once(monkeypatch, cap
     def compile(*args, **kwargs):
         raise RuntimeError("inductor") from InvalidCxxCompiler("no g++")
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile)
     vbdl.compiler._said.clear()
     x = torch.randn(13, 3)
     with caplog.at_level(logging.WARNING, logger="vbdl"):
@@ -194,7 +194,7 @@ def test_another_fault_of_the_compiler_is_not_hidden(monkeypatch):
     def compile(*args, **kwargs):
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile)
     with pytest.raises((RuntimeError, ValueError), match="out of registers"):
         predictor(compile=True)(torch.randn(13, 3))
 

@@ -71,8 +71,8 @@ def matrix_products(region):
 
 
 def test_layers_before_the_first_dropout_run_once_for_all_draws():
-    net = nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 7), nn.Dropout(0.3), nn.Linear(7, 5))
-    regions = execution(MCDropout(net), 5, torch.randn(13, 3), n_samples=7)._found.regions
+    net = nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 70), nn.Dropout(0.05), nn.Linear(70, 50))
+    regions = execution(MCDropout(net), 50, torch.randn(13, 3), n_samples=7)._found.regions
     assert matrix_products(regions[PREFIX]) == 2 and matrix_products(regions[BODY]) == 1
     assert "words" in names(regions[DRAWN]) and "words" not in names(regions[BODY])
 
@@ -84,7 +84,7 @@ def test_weights_are_drawn_once_a_draw_not_once_a_batch():
 
 
 def test_members_share_nothing_but_the_input():
-    found = execution(DeepEnsemble(nn.Linear(3, 5), 3), 5, torch.randn(13, 3))._found
+    found = execution(DeepEnsemble(nn.Linear(30, 50), 3), 50, torch.randn(13, 30))._found
     assert matrix_products(found.regions[BODY]) == 1 and matrix_products(found.regions[PREFIX]) == 0
 
 

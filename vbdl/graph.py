@@ -42,8 +42,10 @@ def trace(
 
 # On a CPU a matrix product sums a row in an order that depends on how its memory is aligned, so the same row gives
 # other last bits at another place of the batch. With every row on a boundary of 64 bytes it does not: tables of other
-# widths are padded with zeros, weights when they are made and not in every call.
+# widths are padded with zeros, weights when they are made and not in every call. (Linear layers need none of it: their
+# rows are the columns of the product, `vbdl/rewrite/linear.py`.)
 _LANES = 16
+_BLOCK = 64  # columns in whole blocks are summed alike wherever they lie
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -53,7 +55,7 @@ def _is_aligned(t: Tensor) -> bool:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b: (..., m, k), (..., k, n) with aligned rows."""
     k, n = b.shape[-2:]
-    if n % _LANES == 0 and _is_aligned(a) and _is_aligned(b):
+    if n % _BLOCK == 0 or (n % _LANES == 0 and _is_aligned(a) and _is_aligned(b)):
         return NotImplemented  # as it is
     extra_k, extra_n = -k % _LANES, -n % _LANES
     a, b = F.pad(a, (0, extra_k)), F.pad(b, (0, extra_n, 0, extra_k))

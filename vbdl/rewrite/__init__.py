@@ -6,6 +6,7 @@ never a method.
 
     local      mean-field layers draw outputs, not weights     same distribution of every row, other draws
     compact    dropped units are left out, masks are folded    the same numbers, to float rounding
+    fused      on an accelerator, kernels that draw            the same draws, to float rounding
     linear     what is left becomes products                   the same numbers
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from vbdl.rewrite.compact import compact
+from vbdl.rewrite.fused import fuse
 from vbdl.rewrite.local import reparameterise
 
 _MANY_ROWS = 128  # from here on one product with kept weights beats two for mean and variance
@@ -44,4 +46,5 @@ def rewrite(
                 f"{len(done)} mean-field layers draw their outputs, not their weights: the same distribution of every "
                 f"row; joint=True draws weights"
             )
-    return [*said, *compact(traced, kinds, n_samples, budget, evaluate)]
+    said += compact(traced, kinds, n_samples, budget, evaluate)
+    return said + fuse(traced, n_samples=n_samples, budget=budget)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from vbdl_kernels import normal
 from vbdl_kernels.philox import ACTIVATION
 
 from vbdl.graph import BODY, PREFIX, dependence
-from vbdl.rewrite.linear import arguments, is_linear
+from vbdl.rewrite.linear import arguments, is_linear, lower
 
 _aten = torch.ops.aten
 
@@ -31,14 +30,17 @@ class Normal:
     std: Any
     key: Any
     layer: int
+    stream: int
 
 
 def local_linear(
     x: Tensor, mean: Tensor, std: Tensor, bias_mean: Tensor | None, bias_std: Tensor | None, key: Tensor, layer: int
 ) -> Tensor:
     """(samples, rows, outputs) from x (rows, inputs) that all samples share, or (samples, rows, inputs)."""
-    m = F.linear(x, mean.to(x.dtype), None if bias_mean is None else bias_mean.to(x.dtype))
-    v = F.linear(x.square(), std.square().to(x.dtype), None if bias_std is None else bias_std.square().to(x.dtype))
+    flags = [x.ndim == 3, False, False]
+    m = lower(x, mean.to(x.dtype), None if bias_mean is None else bias_mean.to(x.dtype), flags)
+    variance = None if bias_std is None else bias_std.square().to(x.dtype)
+    v = lower(x.square(), std.square().to(x.dtype), variance, flags)
     return m + v.sqrt() * normal(key, layer, ACTIVATION, 1, mean.shape[0]).to(x.dtype)
 
 
@@ -53,17 +55,18 @@ def reparameterise(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: 
         if region[x] not in (PREFIX, BODY) or not (region[x] == PREFIX or hidden):
             continue
         shape = x.meta["val"].shape[1:] if stacked[0] else x.meta["val"].shape
-        drawn = _drawn(weight)
+        drawn = drawn_by(weight)
         # weights that act on more than one vector of a row correlate them, which noise of an output cannot
         if drawn is None or len(shape) != 2 or shape[0] != rows:
             continue
-        bias_drawn = None if bias is None else _drawn(bias)
+        bias_drawn = None if bias is None else drawn_by(bias)
         graph = traced.graph
         with graph.inserting_before(node):
             own = (bias_drawn.mean, bias_drawn.std) if bias_drawn else (None, None)
             found = graph.call_function(local_linear, (x, drawn.mean, drawn.std, *own, drawn.key, drawn.layer))
             if bias is not None and bias_drawn is None:
                 found = graph.call_function(_aten.add.Tensor, (found, _over_rows(graph, bias, stacked[2])))
+        found.meta, region[found] = dict(node.meta), region[node]  # a layer may follow at once
         node.replace_all_uses_with(found)
         graph.erase_node(node)
         done.append(node.name)
@@ -77,7 +80,7 @@ def _over_rows(graph: fx.Graph, bias: fx.Node, stacked: bool) -> fx.Node:
     return graph.call_function(_aten.unsqueeze.default, (bias, 1)) if stacked else bias
 
 
-def _drawn(node: Any) -> Normal | None:
+def drawn_by(node: Any) -> Normal | None:
     """What a node draws, if it is mean + std * normal and nothing else uses it."""
     node = _through(node, _aten._to_copy.default)
     if not _calls(node, _aten.add.Tensor) or len(node.args) != 2 or len(node.users) != 1:
@@ -89,13 +92,13 @@ def _drawn(node: Any) -> Normal | None:
     noise = _through(_through(noise, _aten._to_copy.default), _aten.view.default)
     if not _calls(noise, torch.ops.vbdl.normal.default) or len(noise.users) != 1:
         return None
-    key, layer = noise.args[:2]
+    key, layer, stream = noise.args[:3]
     if not all(isinstance(n, fx.Node) for n in (mean, std)):
         return None
     shared = node.meta["val"].shape[1:]
     if mean.meta["val"].shape != shared or std.meta["val"].shape != shared:
         return None  # means of each member: an ensemble of mean-field networks
-    return Normal(mean, std, key, layer)
+    return Normal(mean, std, key, layer, stream)
 
 
 def _calls(node: Any, target: Any) -> bool:
