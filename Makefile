@@ -5,10 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow gpu check lint types imports format clean
+.PHONY: demo bench test test-slow gpu check lint types imports format clean
 
 demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that needs no download
 	$(BIN)/vbdl demo
+
+bench: $(VENV)/.ok  ## the suite on data that needs no download, and its page; VBDL_DATA and BENCH="--suite quality" for all
+	$(BIN)/vbdl bench $(BENCH)
+	$(BIN)/vbdl report vbdl-bench
 
 test: $(VENV)/.ok  ## the tests, about ten minutes on two cores
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -43,4 +47,4 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) vbdl-demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) vbdl-demo vbdl-bench .pytest_cache .ruff_cache .hypothesis

@@ -11,25 +11,33 @@ from typing import Annotated, Union
 import vbdl
 from vbdl.cli.bench import Bench
 from vbdl.cli.calibrate import Calibrate
+from vbdl.cli.compare import Compare
 from vbdl.cli.config import configured
 from vbdl.cli.demo import Demo
 from vbdl.cli.evaluate import Evaluate
+from vbdl.cli.export import Export
 from vbdl.cli.fit import Fit
 from vbdl.cli.info import Info
+from vbdl.cli.inspect import Inspect
 from vbdl.cli.predict import Predict
 from vbdl.cli.recommend import Recommend
 from vbdl.cli.report import Report
+from vbdl.cli.serve import Serve
 
 COMMANDS = {
     "bench": Bench,
     "calibrate": Calibrate,
+    "compare": Compare,
     "demo": Demo,
     "evaluate": Evaluate,
+    "export": Export,
     "fit": Fit,
     "info": Info,
+    "inspect": Inspect,
     "predict": Predict,
     "recommend": Recommend,
     "report": Report,
+    "serve": Serve,
 }
 
 

@@ -35,6 +35,8 @@ class Bench:
     """Draws in evaluation; the method's own number unless given."""
     threads: int = 1
     """Threads of torch; 0 leaves the choice to torch."""
+    scaling: bool = False
+    """Measure the cost of a prediction against draws, members, width and batch too: minutes, for it compiles."""
     list: bool = False
     """Print the data sets and methods, and run nothing."""
 
@@ -73,6 +75,10 @@ class Bench:
             say=lambda text: print(text, flush=True),
         )
         results = suite.run()
+        if self.scaling:
+            from vbdl.bench.scaling import measure
+
+            measure(self.out / "scaling.jsonl", say=lambda text: print(text, flush=True))
         failed = [r for r in results if "error" in r]
         print(f"{len(results) - len(failed)} results in {self.out}; `vbdl report {self.out}` makes a page of them")
         if failed:

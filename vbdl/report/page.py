@@ -140,7 +140,7 @@ def _published(result: dict[str, Any]) -> list[Compared]:
                     metrics.append((column["metric"], score, column, verdict))
         if metrics:
             first = metrics[0][2]
-            notes = [n for n in (first["differs"], *result["notes"]) if n]
+            notes = [n for n in (first.get("differs"), *result["notes"]) if n]
             args = (result["dataset"], result["method"], name, first["source"], result["splits"], metrics, notes)
             found.append(Compared(*args))
     return found

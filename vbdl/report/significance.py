@@ -65,7 +65,9 @@ def between(ours: list[float], theirs: list[float], better: str, alpha: float = 
     a, b = (torch.tensor(goodness(v, better), dtype=torch.float64) for v in (ours, theirs))
     found = compare(a, b)
     error = float((a - b).std()) / math.sqrt(len(a))
-    errors = 0.0 if error == 0 else found.difference / error
+    # every pair moved by the same amount: no spread to measure by, and no doubt either
+    errors = math.copysign(math.inf, found.difference) if error == 0 and found.difference else 0.0
+    errors = found.difference / error if error else errors
     plain = sum(ours) / len(ours) - sum(theirs) / len(theirs)
     return Verdict(_word(found.difference, found.p_value < alpha), plain, errors, found.p_value, True, len(a))
 
