@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.execution import Execution, Ready, Settings, pad
+from vbdl.moments import MomentExecution
 from vbdl.stacking import map_inputs, tensors
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
@@ -39,6 +40,8 @@ class Predictor:
     joint: draw the weights of mean-field layers, so that a sample is one network on all rows. Otherwise their outputs
         are drawn where that has exactly the same distribution of every row (local reparameterisation), which is
         faster: means, variances, quantiles and covariances within a row agree, covariances across rows do not.
+    estimator: "sampling", or "moments": one pass with means and variances in place of draws, an approximation (see
+        `vbdl.moments`) whose error against n_samples draws `explain` measures; its predictions count 0 samples.
     device: where to run; the posterior's unless given.
 
     Thread-safe. Raises ValueError for input that the module cannot take, with the reason.
@@ -57,6 +60,7 @@ class Predictor:
         chunk_size: int | None = None,
         autocast: torch.dtype | None = None,
         joint: bool = False,
+        estimator: str = "sampling",
         device: torch.device | str | None = None,
     ):
         if not isinstance(posterior, Posterior):
@@ -76,6 +80,8 @@ class Predictor:
             raise ValueError(f"tiles are batch sizes of at least 1, got {tuple(tiles)}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is at least 1, got {chunk_size}")
+        if estimator not in ("sampling", "moments"):
+            raise ValueError(f"estimator is 'sampling' or 'moments', got {estimator!r}")
         own = getattr(likelihood, "n_members", None)
         if own is not None and own != posterior.n_members:
             raise ValueError(f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}")
@@ -83,7 +89,8 @@ class Predictor:
         self.device = torch.device(device) if device is not None else first.device
         self.posterior: Any = _frozen(posterior, self.device)
         self.likelihood: Any = _frozen(likelihood, self.device)
-        self.n_samples, self.seed = n_samples, seed
+        self.n_samples, self.seed, self.estimator = n_samples, seed, estimator
+        self._counted = n_samples if estimator == "sampling" else 0
         self.tiles = tuple(sorted(set(tiles)))
         self.settings = Settings(seed, memory_budget, chunk_size, compile, autocast, joint, self.tiles[-1])
         self._floating = next((t.dtype for t in self.posterior.parameters() if t.is_floating_point()), None)
@@ -104,7 +111,7 @@ class Predictor:
         if type(x) is Tensor and not samples and not x.requires_grad:
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None and (fields := ready(x)) is not None:
-                return self.likelihood.prediction(fields, self.n_samples)
+                return self.likelihood.prediction(fields, self._counted)
         given = x
         x, rows = self._check(x)
         parts = [self._tile(tile, samples) for tile in self._tiles(x, rows)]
@@ -114,7 +121,7 @@ class Predictor:
         else:
             fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
         kept = torch.cat([p[1] for p in parts if p[1] is not None], dim=1)[:, :rows] if samples else None
-        return self.likelihood.prediction(fields, self.n_samples, kept)
+        return self.likelihood.prediction(fields, self._counted, kept)
 
     def stream(self, batches: Iterable[Inputs]) -> Iterator[Any]:
         """A prediction for each batch, in memory of one batch."""
@@ -183,6 +190,7 @@ class Predictor:
             "chunk_size": self.settings.chunk_size,
             "autocast": self.settings.autocast,
             "joint": self.settings.joint,
+            "estimator": self.estimator,
             "device": self.device,
         }
         return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
@@ -194,7 +202,21 @@ class Predictor:
         """
         from vbdl.artefact.saving import save
 
+        if self.estimator != "sampling":
+            raise ValueError(
+                "an artefact predicts by sampling: save replace(estimator='sampling'), and after loading take "
+                "replace(estimator='moments')"
+            )
         return save(self, folder, **options)
+
+    def export(self, folder: str | Path, **options: Any) -> Any:
+        """Compile ahead of time, draws to decision, for Python without a compiler, C++ or ONNX; the loaded package.
+
+        options: backend, example, rebuild; see `vbdl.export.package.export`.
+        """
+        from vbdl.export.package import export
+
+        return export(self, folder, **options)
 
     # -- tiles
 
@@ -253,9 +275,10 @@ class Predictor:
                     self._executions[key] = found
         return found
 
-    def _build(self, tile: Inputs) -> list[Execution]:
+    def _build(self, tile: Inputs) -> list[Any]:
         """An execution for each architecture in the posterior, with its share of the draws."""
-        executions, start = [], 0
+        executions: list[Any] = []
+        start = 0
         for part in self.posterior.parts:
             count = min(part.n_draws or self.n_samples, self.n_samples - start)
             if count <= 0:
@@ -265,7 +288,10 @@ class Predictor:
                 own = slice(start, start + part.n_members)
                 members = {n: t[own] for n, t in self.likelihood.named_parameters()}
             try:
-                executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
+                if self.estimator == "moments":
+                    executions.append(MomentExecution(part, self.likelihood, tile, self.settings, count))
+                else:
+                    executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
             except (RuntimeError, IndexError, AssertionError) as error:
                 shapes = [f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors(tile)]
                 raise ValueError(f"the module cannot take rows of {', '.join(shapes)}: {error}") from error
