@@ -1,65 +1,158 @@
-"""Everything that needs a GPU, in one command and under ten minutes: tests, then benchmarks.
+"""Everything that needs a GPU, in one command and under ten minutes.
 
     make gpu            or: python benchmarks/gpu.py [--out DIR]
 
-Writes DIR/tests.txt, DIR/kernels-<card>.jsonl (a line a row, the machine first) and DIR/kernels.txt (a table). DIR is
-$OUT, or gpu-results. Exits with 1 if a test fails, after the benchmarks have run all the same. With --check it runs
-without a GPU what can be run there, to know beforehand that nothing in it is broken.
+In order of importance, each in a process of its own with a limit of its own, so that a run cut short holds what
+matters most:
+
+    tests         what tests/ marks gpu                                          tests.txt
+    constants     the device's own for vbdl_kernels.regime                       constants.txt
+    kernels       P1 to P8 and the regime map where it matters                   kernels-<card>.jsonl
+    predictors    the workloads of benchmarks/speed.py, Predictor against loop   predictors-<card>.jsonl
+    grid          the regime map on all shapes                                   grid-<card>.jsonl
+
+DIR is $OUT, or gpu-results; a line of JSON a row, written when it is measured, and all rows in table.txt. The limit of
+570 s holds whatever a child does or does not print. Exits with 1 if a section failed. With --check it runs without a
+GPU what can be run there, to know beforehand that nothing in it is broken.
 """
 
 import argparse
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 570  # seconds, for all of it
+LIMITS = {"tests": 170, "constants": 45, "kernels": 190, "predictors": 120, "grid": 300}
+_GRACE = 5  # seconds from asking a child to end to ending it
 
 
 def run(command: list[str], seconds: float, record: Path | None = None) -> int:
-    """The exit status; the output goes on to the terminal and into the record."""
-    print("$", " ".join(command), flush=True)
+    """The exit status, 124 where time ran out; the output goes on to the terminal and into the record as it comes."""
+    print("$", " ".join(command), f"({seconds:.0f} s)", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)
-    started = time.perf_counter()
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        lines = []
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that what a child has started ends with it
+    )
+    kept = record.open("w") if record is not None else None
+
+    def follow() -> None:
         for line in process.stdout or ():
             sys.stdout.write(line)
-            lines.append(line)
-            if time.perf_counter() - started > seconds:
-                process.terminate()
-                lines.append(f"stopped after {seconds:.0f} s\n")
-                break
-    if record is not None:
-        record.write_text("".join(lines))
-    return process.returncode
+            sys.stdout.flush()
+            if kept is not None:
+                kept.write(line)
+                kept.flush()
+
+    reader = threading.Thread(target=follow, daemon=True)
+    reader.start()
+    status = None
+    try:
+        status = process.wait(max(seconds, 0.1))
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {seconds:.0f} s", flush=True)
+    finally:
+        if status is None:
+            _end(process)
+    reader.join(1)  # a grandchild that has left the group may hold the pipe: do not wait for it
+    return 124 if status is None else status
+
+
+def _end(process: subprocess.Popen) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(_GRACE)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def commands(out: Path, check: bool) -> dict[str, list[str]]:
+    script = lambda name: [sys.executable, str(ROOT / "benchmarks" / name)]
+    # the options of pyproject.toml name plugins that a machine set up for this alone may not have
+    options = ["-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning"]
+    # the folders of GPU tests alone: others import what such a machine may not have
+    tests = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "--durations=10", *options]
+    if check:
+        return {
+            "tests": [*tests, "--collect-only"],
+            "kernels": [*script("kernels.py"), "--check"],
+            "predictors": [*script("predictors.py"), "--check"],
+        }
+    to = ["--out", str(out.resolve())]
+    return {
+        "tests": tests,
+        "constants": [sys.executable, "-m", "vbdl_kernels.measured"],
+        "kernels": [*script("kernels.py"), *to],
+        "predictors": [*script("predictors.py"), *to],
+        "grid": [*script("kernels.py"), *to, "--grid"],
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Timed rows for people, in the order they were measured."""
+    lines = [f"{'goal':10s} {'case':52s} {'provider':32s} {'ms':>10s} {'speed':>7s}"]
+    hidden = {"goal", "provider", "ms", "compile_s", "times_the_first"}
+    for row in rows:
+        shown = {k: v for k, v in row.items() if k not in hidden and not k.endswith("_per_s") and "share" not in k}
+        case = " ".join(f"{k}={v}" for k, v in shown.items())
+        if "ms" in row:
+            speed = row.get("times_the_first", float("nan"))
+            lines.append(f"{row['goal']:10s} {case:52s} {row['provider']:32s} {row['ms']:10.4f} {speed:6.2f}x")
+        else:
+            lines.append(f"{row.get('goal', ''):10s} {case} {row.get('provider', '')}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(out: Path) -> list[dict]:
+    """Every whole line of every result: the last may have been cut."""
+    found = []
+    for part in ("kernels", "predictors", "grid"):
+        for path in sorted(out.glob(f"{part}-*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")))
-    parser.add_argument("--check", action="store_true", help="without a GPU: collect the tests, run the providers tiny")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
+    parser.add_argument("--check", action="store_true", help="without a GPU: collect the tests, run all else tiny")
     given = parser.parse_args()
     started = time.perf_counter()
-    benchmarks = [sys.executable, str(ROOT / "benchmarks" / "kernels.py")]
-    # the options of pyproject.toml name plugins that a machine set up for this alone may not have
-    options = ["-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning"]
-    pytest = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--durations=10", *options]
-    if given.check:
-        failed = run([*pytest, "--collect-only"], LIMIT) or run([*benchmarks, "--check"], LIMIT)
-        raise SystemExit(failed)
     given.out.mkdir(parents=True, exist_ok=True)
-    failed = run(pytest, 240, given.out / "tests.txt")
-    left = LIMIT - (time.perf_counter() - started)
-    # a part of the benchmarks is not cut short: they stop between two, so leave the longest its time
-    run([*benchmarks, "--out", str(given.out.resolve()), "--seconds", f"{left - 90:.0f}"], left)
-    print(f"{time.perf_counter() - started:.0f} s; results in {given.out}")
-    raise SystemExit(failed)
+    statuses = {}
+    for name, command in commands(given.out, given.check).items():
+        left = LIMIT - (time.perf_counter() - started) - 2 * _GRACE
+        if left < 10:
+            print(f"no time left for {name}", flush=True)
+            statuses[name] = 124
+            continue
+        statuses[name] = run(command, min(left, LIMITS[name]), given.out / f"{name}.txt")
+        # after each, so that whatever ends this process later finds the table of what there is
+        (given.out / "table.txt").write_text(table(rows_of(given.out)))
+    said = ", ".join(f"{n} {'ok' if s == 0 else f'status {s}'}" for n, s in statuses.items())
+    print(f"{time.perf_counter() - started:.0f} s: {said}; results in {given.out}")
+    raise SystemExit(any(s != 0 for n, s in statuses.items() if not (n == "grid" and s == 124)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every kernel against what one would write without it, on one GPU.
 
-    python benchmarks/kernels.py [--out DIR] [--quick]      the figures: one JSON line a row, and a table
+    python benchmarks/kernels.py [--out DIR]                P1 to P8: one JSON line a row, and a table
+    python benchmarks/kernels.py [--out DIR] --grid         the regime map on all shapes
     python benchmarks/kernels.py --check                    every provider once, tiny, on the CPU
 
 Providers that make the same draws are compared before any of them is timed (kernels against their references:
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from gpu import table
 from torch import Tensor, nn
 from vbdl_kernels import (
     bayesian_mlp,
@@ -39,7 +41,7 @@ Providers = dict[str, Callable[[], object]]
 class Bench:
     """Times providers of one result side by side and writes the rows."""
 
-    def __init__(self, device: str, out: Path | None, repeat_ms: int):
+    def __init__(self, device: str, out: Path | None, repeat_ms: int, part: str = "kernels"):
         self.device, self.repeat_ms = device, repeat_ms
         self.rows: list[dict] = []
         self.peaks: dict[str, float] = {}  # bytes, bf16 and tf32 operations a second, measured
@@ -47,7 +49,7 @@ class Bench:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             name = torch.cuda.get_device_name().replace(" ", "-").lower()
-            self.file = (out / f"kernels-{name}.jsonl").open("a")
+            self.file = (out / f"{part}-{name}.jsonl").open("w")
 
     def median_ms(self, call: Callable[[], object]) -> float:
         from triton.testing import do_bench
@@ -189,7 +191,9 @@ def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int,
     if times:
         chosen = regime.choose(samples, batch, size, size, dtype.itemsize, memory_budget=2**40)
         best = min(("fused", "sampler"), key=times.__getitem__)
-        bench.emit({"goal": "P4", **case, "chosen": chosen, "best": best, "slower_by": times[chosen] / times[best] - 1})
+        model = regime.choose(samples, batch, size, size, dtype.itemsize, memory_budget=2**40, card=regime.Card())
+        row = {"chosen": chosen, "best": best, "slower_by": times[chosen] / times[best] - 1, "by_the_model": model}
+        bench.emit({"goal": "P4", **case, **row})
 
 
 def sampler(bench: Bench, samples: int, size: int) -> None:
@@ -332,46 +336,58 @@ def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
     bench.compare("conv", {"samples": samples, "batch": batch, "channels": channels}, providers, 1e-6)
 
 
-def run(bench: Bench, quick: bool) -> Iterator[str]:
-    """Everything, in order of what is learnt a second; yields the name of each part when it is done."""
+def core(bench: Bench) -> Iterator[str]:
+    """P1 to P8, the most telling shapes first; yields the name of each part when it is done."""
     half, single = torch.bfloat16, torch.float32
     peaks(bench)
     yield "peaks"
-    noise(bench, 8192)
-    yield "P1"
-    sizes = (1024, 4096) if quick else (512, 1024, 2048, 4096)
-    for size in sizes:
-        for samples in (8, 32, 128, 256):
-            for batch in (1, 16, 64, 128, 256, 1024, 4096):
-                if samples * size * (size + batch) > 2**32:  # beyond what the eager baseline holds
-                    continue
-                if quick and batch in (128, 4096):
-                    continue
-                for dtype in (half, single):
-                    if dtype == single and (size not in (1024, 4096) or samples not in (32, 128)):
-                        continue
-                    compiled = samples == 32 and batch in (1, 16, 64) and size in (1024, 4096) and dtype == half
-                    layer(bench, dtype, samples, batch, size, compiled)
-        yield f"P2-P4 at {size}"
-    for size in (1024, 4096):
-        sampler(bench, 32, size)
+    for size, samples, batch in ((4096, 32, 16), (1024, 128, 16), (4096, 32, 1), (4096, 32, 64), (4096, 32, 128)):
+        layer(bench, half, samples, batch, size, compiled=batch in (1, 16) and size == 4096)
+    layer(bench, half, 32, 256, 4096, compiled=False)
+    layer(bench, single, 32, 16, 1024, compiled=False)
+    yield "P2-P4"
+    sampler(bench, 32, 4096)
     yield "P5"
     for samples in (8, 32, 128, 256):
         training(bench, samples, 16, 4096, materialise=samples <= 32)
-    training(bench, 32, 16, 1024, materialise=True)
     yield "P6"
-    for batch in (1, 16, 256):
+    for batch in (1, 256):
         local(bench, 32, batch, 4096)
-        dropout(bench, 32, batch, 4096)
     yield "P7"
-    for classes in (10, 100, 1000):
+    for classes in (16, 100, 1000):
         statistics(bench, 100, 2**20 // classes, classes)
     yield "P8"
-    for width in (32, 64, 128):
-        for batch in (1, 64, 512):
+    noise(bench, 8192)
+    yield "P1"
+    for width in (64, 128):
+        for batch in (1, 64):
             networks(bench, 64, batch, width)
     convolution(bench, 32, 32, 64)
-    yield "networks and convolutions"
+    for batch in (1, 256):
+        dropout(bench, 32, batch, 4096)
+    sampler(bench, 32, 1024)
+    training(bench, 32, 16, 1024, materialise=True)
+    yield "networks, convolutions, dropout"
+
+
+def grid(bench: Bench) -> Iterator[str]:
+    """The regime map: layers from 512 to 4096 wide, 8 to 256 draws, batches of 1 to 4096; coarse before fine."""
+    peaks(bench)
+    shapes = [
+        (size, samples, batch)
+        for size in (512, 1024, 2048, 4096)
+        for samples in (8, 32, 128, 256)
+        for batch in (1, 16, 64, 128, 256, 1024, 4096)
+        if samples * size * (size + batch) <= 2**32  # what the eager baseline holds
+    ]
+    coarse = lambda size, samples, batch: size in (1024, 4096) and samples in (8, 128) and batch in (1, 64, 256, 1024)
+    for dtype in (torch.bfloat16, torch.float32):
+        for wanted in (True, False):
+            for shape in shapes:
+                if coarse(*shape) == wanted:
+                    size, samples, batch = shape
+                    layer(bench, dtype, samples, batch, size, compiled=False)
+            yield f"{'coarse' if wanted else 'fine'} {dtype}"
 
 
 def check(bench: Bench) -> None:
@@ -405,25 +421,11 @@ def stamp() -> dict:
     return found
 
 
-def table(rows: list[dict]) -> str:
-    timed = [r for r in rows if "ms" in r]
-    skip = {"goal", "provider", "ms", "compile_s", "times_the_first"}
-    skip |= {k for r in timed for k in r if k.endswith("_per_s") or k.startswith("share_of_")}
-    lines = [f"{'goal':8s} {'case':44s} {'provider':32s} {'ms':>10s} {'speed':>7s}"]
-    for r in timed:
-        case = " ".join(
-            f"{k}={v}" for k, v in r.items() if k not in skip and not k.endswith("_per_s") and "share" not in k
-        )
-        lines.append(f"{r['goal']:8s} {case:44s} {r['provider']:32s} {r['ms']:10.4f} {r['times_the_first']:6.2f}x")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="every provider once, tiny, on this machine's CPU")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--grid", action="store_true", help="the regime map on all shapes")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--seconds", type=float, default=300, help="stop between two parts once this long has passed")
     given = parser.parse_args()
     torch.manual_seed(0)
     if given.check:
@@ -434,17 +436,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --check runs the providers without one")
     torch.set_float32_matmul_precision("high")  # tf32 for every provider alike
-    bench = Bench("cuda", given.out, 20)
+    bench = Bench("cuda", given.out, 10 if given.grid else 20, "grid" if given.grid else "kernels")
     bench.emit({"goal": "machine", **stamp()})
     started = time.perf_counter()
-    for part in run(bench, given.quick):
+    for part in grid(bench) if given.grid else core(bench):
         print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
-        if time.perf_counter() - started > given.seconds:
-            print(f"# stopped after {part}: --seconds {given.seconds:.0f}", flush=True)
-            break
-    text = table(bench.rows)
-    (given.out / "kernels.txt").write_text(text + "\n")
-    print(text)
+    print(table(bench.rows))
 
 
 if __name__ == "__main__":
