@@ -1,0 +1,93 @@
+"""The command `vbdl serve`."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP: predictions, health, metrics, an OpenAPI description and a page to try it.
+
+    Listens on this machine alone unless told otherwise. A token in the environment variable VBDL_TOKEN, or in a file,
+    is asked of every client."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of the artefact."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every network."""
+    port: int = 8000
+    """Port to listen on."""
+    workers: int = 1
+    """Processes, each with the model."""
+    threads: int = 1
+    """Threads of torch in each worker; 0 leaves the choice to torch."""
+    token_file: Path | None = None
+    """File with the token that clients have to send."""
+    allow_host: tuple[str, ...] = ()
+    """Names that clients may use for this service, besides localhost."""
+    tls_certificate: Path | None = None
+    """Certificate file (PEM) for HTTPS."""
+    tls_key: Path | None = None
+    """Key file (PEM) for HTTPS."""
+    trust: tuple[str, ...] = ()
+    """Packages that the artefact may import its network from."""
+    tiles: tuple[int, ...] = ()
+    """Batch sizes to compile for; the artefact's unless given. 1 64 answers single rows sooner, rounding apart."""
+    device: str | None = None
+    """Where to run."""
+    compile: bool = True
+    """Compile the model at the start."""
+    batch_rows: int = 256
+    """Rows computed together at most."""
+    batch_wait_ms: float = 0.0
+    """Milliseconds a request may wait for others. Requests that come during a batch are put together anyway."""
+    queue_rows: int = 8192
+    """Rows that may wait; beyond that requests are refused with 503 and Retry-After."""
+    max_rows: int = 4096
+    """Rows of one request."""
+    max_mib: float = 8.0
+    """Size of a request's body."""
+    patience: float = 10.0
+    """Seconds that a client may take to send a request."""
+    deadline: float = 30.0
+    """Seconds until a request is answered with 504; clients may ask for less by X-Deadline-Ms."""
+
+    def __call__(self) -> None:
+        from vbdl.serve.limits import Limits
+        from vbdl.serve.run import TOKEN, Server, run
+
+        if self.token_file is not None:
+            token = self.token_file.read_text().strip()
+            if not token:
+                raise ValueError(f"{self.token_file} is empty: it should hold the token")
+            os.environ[TOKEN] = token
+        limits = dataclasses.replace(
+            Limits(),
+            body_bytes=int(self.max_mib * 2**20),
+            rows=self.max_rows,
+            queue_rows=self.queue_rows,
+            batch_rows=self.batch_rows,
+            batch_wait=self.batch_wait_ms / 1000,
+            deadline=self.deadline,
+            body_seconds=self.patience,
+        )
+        settings = {"trust": list(self.trust), "compile": self.compile, "device": self.device, "tiles": self.tiles}
+        run(
+            Server(
+                str(self.model),
+                self.host,
+                self.port,
+                self.workers,
+                self.threads,
+                {name: value for name, value in settings.items() if value not in (None, (), [])},
+                limits,
+                self.allow_host,
+                None if self.tls_certificate is None else str(self.tls_certificate),
+                None if self.tls_key is None else str(self.tls_key),
+            )
+        )

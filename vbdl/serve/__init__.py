@@ -1,0 +1,5 @@
+"""A predictor over HTTP: `vbdl serve MODEL`, `app(Model(folder))` for a server of one's own, `ray.deployment`."""
+
+from vbdl.serve.app import app as app
+from vbdl.serve.limits import Limits as Limits
+from vbdl.serve.model import Model as Model

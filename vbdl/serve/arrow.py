@@ -1,0 +1,73 @@
+"""An Arrow IPC stream from a stranger: sizes are seen before anything is unpacked, offsets before use."""
+
+import struct
+from typing import Any
+
+from vbdl.serve.limits import Refused
+
+
+def read(body: bytes, max_rows: int) -> Any:
+    """The stream as a table. Refused when it is damaged, compressed, or has too many rows."""
+    import pyarrow as pa
+
+    try:
+        for message in pa.ipc.MessageReader.open_stream(pa.BufferReader(body)):
+            if message.type in ("record batch", "dictionary"):
+                rows, compressed = _header(message.metadata.to_pybytes(), message.type == "dictionary")
+                if compressed:
+                    # a few bytes could stand for gigabytes
+                    raise Refused(
+                        415, "compressed", "compressed Arrow buffers are not taken: write without compression"
+                    )
+                # a dictionary longer than the rows allowed is as suspicious as the rows
+                if rows > max_rows:
+                    raise Refused(413, "too_many_rows", f"{rows} rows in a batch, at most {max_rows} are taken")
+        with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
+            table = reader.read_all()
+        if table.num_rows <= max_rows:
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, TypeError, IndexError, struct.error) as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refused(400, "bad_arrow", f"the body is no Arrow IPC stream: {said[:200]}") from None
+    if table.num_rows > max_rows:
+        raise Refused(413, "too_many_rows", f"{table.num_rows} rows, at most {max_rows} are taken")
+    return table
+
+
+def write(columns: dict[str, Any]) -> bytes:
+    """Arrow arrays by name as an IPC stream."""
+    import pyarrow as pa
+
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _header(metadata: bytes, dictionary: bool) -> tuple[int, bool]:
+    """Rows and whether buffers are compressed, from the flatbuffer of a message (format/Message.fbs of Arrow)."""
+    message = struct.unpack_from("<I", metadata, 0)[0]
+    batch = _field(metadata, message, 2)
+    if batch is None:
+        raise ValueError("a message has no header")
+    batch = batch + struct.unpack_from("<I", metadata, batch)[0]
+    if dictionary:
+        data = _field(metadata, batch, 1)
+        if data is None:
+            raise ValueError("a dictionary has no data")
+        batch = data + struct.unpack_from("<I", metadata, data)[0]
+    length = _field(metadata, batch, 0)
+    rows = 0 if length is None else struct.unpack_from("<q", metadata, length)[0]
+    return rows, _field(metadata, batch, 3) is not None
+
+
+def _field(data: bytes, table: int, number: int) -> int | None:
+    """Place of a field of a flatbuffer's table, None where it is not given."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    size = struct.unpack_from("<H", data, vtable)[0]
+    place = 4 + 2 * number
+    if vtable < 0 or place + 2 > size:
+        return None
+    offset = struct.unpack_from("<H", data, vtable + place)[0]
+    return table + offset if offset else None

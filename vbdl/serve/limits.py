@@ -1,0 +1,35 @@
+"""What the service accepts, and how long it waits."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Everything that a request can use up."""
+
+    body_bytes: int = 8 * 2**20  # of one request, counted while it is read
+    total_bytes: int = 64 * 2**20  # of all bodies that are being read or wait
+    rows: int = 4096  # of one request
+    queue_rows: int = 8192  # that wait or are computed
+    batch_rows: int = 256  # computed together
+    batch_wait: float = 0.0  # seconds a request may wait for others to be computed with it
+    deadline: float = 30.0  # seconds from a request's arrival to its answer, unless it asks for less
+    body_seconds: float = 10.0  # that a client may take to send a request
+    header_bytes: int = 64 * 2**10
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0 or (value == 0 and name != "batch_wait"):
+                raise ValueError(f"{name} must be positive, not {value}")
+        if self.rows > self.queue_rows:
+            raise ValueError(
+                f"a request may have {self.rows} rows, and only {self.queue_rows} may wait: raise queue_rows"
+            )
+
+
+class Refused(Exception):
+    """An answer other than a prediction: a status, a word for programs, a sentence for people."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
