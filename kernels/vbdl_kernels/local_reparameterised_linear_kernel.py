@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
-from vbdl_kernels.noise_kernel import load_key, load_tile, matmul, normal_at
+from vbdl_kernels.noise_kernel import load_inputs, load_key, load_tile, matmul, normal_at, tile_of
 from vbdl_kernels.sampled_linear_kernel import last_contiguous, precision_of
 
 
@@ -17,10 +17,7 @@ def local_reparameterised_forward(
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """SHARED: one program makes the moments once and every draw of them; else a program is one draw."""
-    out_tiles = tl.cdiv(rows, OUT)
-    program = tl.program_id(0)
-    row = program % out_tiles * OUT + tl.arange(0, OUT)
-    example = program // out_tiles * BATCH + tl.arange(0, BATCH)
+    row, example = tile_of(tl.program_id(0), rows, OUT, BATCH)
     first = tl.program_id(1)
     in_rows = row < rows
     in_batch = example < batch
@@ -31,11 +28,7 @@ def local_reparameterised_forward(
         column = start + tl.arange(0, IN)
         offset = row[:, None] * columns + column[None, :]
         in_weight = in_rows[:, None] & (column < columns)[None, :]
-        if MASKED:
-            in_x = (column < columns)[:, None] & in_batch[None, :]
-        else:
-            in_x = in_batch[None, :]
-        value = tl.load(source + column[:, None], mask=in_x, other=0.0)
+        value = load_inputs(source, column, columns, in_batch, MASKED)
         m = matmul(load_tile(mean + offset, in_weight, MASKED), value, m, PRECISION, INTERPRET)
         s = load_tile(std + offset, in_weight, MASKED)
         if INTERPRET:  # which does no arithmetic on bfloat16

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
-from vbdl_kernels.noise_kernel import columns_of, keep_at, load_key, load_tile, matmul, philox
+from vbdl_kernels.noise_kernel import columns_of, keep_at, load_inputs, load_key, load_tile, matmul, philox, tile_of
 from vbdl_kernels.sampled_linear_kernel import last_contiguous, precision_of
 
 
@@ -17,10 +17,7 @@ def masked_linear_forward(
     BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """ONCE: the product is the same for all draws (mask on the output, x shared), one program writes them all."""
-    out_tiles = tl.cdiv(rows, OUT)
-    program = tl.program_id(0)
-    row = program % out_tiles * OUT + tl.arange(0, OUT)
-    example = program // out_tiles * BATCH + tl.arange(0, BATCH)
+    row, example = tile_of(tl.program_id(0), rows, OUT, BATCH)
     first = tl.program_id(1)
     in_rows = row < rows
     in_batch = example < batch
@@ -42,11 +39,7 @@ def masked_linear_forward(
             if ON_INPUT:
                 own = w0 if j == 0 else (w1 if j == 1 else (w2 if j == 2 else w3))
                 tile = tile * (own.to(tl.int64) >= threshold).to(tl.float32).to(tile.dtype)
-            if MASKED:
-                in_x = (column < columns)[:, None] & in_batch[None, :]
-            else:
-                in_x = in_batch[None, :]
-            value = tl.load(source + column[:, None], mask=in_x, other=0.0)
+            value = load_inputs(source, column, columns, in_batch, MASKED)
             product = matmul(tile, value, product, PRECISION, INTERPRET)
     if ON_INPUT:
         product *= scale

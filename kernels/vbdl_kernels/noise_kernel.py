@@ -198,3 +198,20 @@ def store_tile(pointer, value, mask, MASKED: tl.constexpr):
         tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
     else:
         tl.store(pointer, value.to(pointer.dtype.element_ty))
+
+
+@triton.jit
+def tile_of(program, rows, OUT: tl.constexpr, BATCH: tl.constexpr):
+    """Outputs and examples of a program: tiles of outputs first, which then share their examples in L2."""
+    out_tiles = tl.cdiv(rows, OUT)
+    return program % out_tiles * OUT + tl.arange(0, OUT), program // out_tiles * BATCH + tl.arange(0, BATCH)
+
+
+@triton.jit
+def load_inputs(source, column, columns, in_batch, MASKED: tl.constexpr):
+    """(columns, examples) of x; source: where each example begins, (1, examples)."""
+    if MASKED:
+        inside = (column < columns)[:, None] & in_batch[None, :]
+    else:
+        inside = in_batch[None, :]
+    return tl.load(source + column[:, None], mask=inside, other=0.0)

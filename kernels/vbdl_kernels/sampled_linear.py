@@ -81,7 +81,8 @@ dispatch.define(
     _reference_parameters,
     _parameters_shape,
 )
-dispatch.kernels_in("sampled_linear_kernel", "sampled_linear", "sampled_linear_input", "sampled_linear_parameters")
+dispatch.kernels_in("sampled_linear_kernel", "sampled_linear")
+dispatch.kernels_in("sampled_linear_gradient_kernel", "sampled_linear_input", "sampled_linear_parameters")
 
 
 def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *rest):

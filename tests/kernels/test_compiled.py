@@ -109,8 +109,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def linear(stage, dtype, batch, precision="ieee", masked=False, architecture=90):
     """(machine code, weights drawn by a thread in one turn of the loop) of one stage of sampled_linear."""
-    from vbdl_kernels import sampled_linear_kernel as module
+    from vbdl_kernels import sampled_linear_gradient_kernel, sampled_linear_kernel
 
+    module = sampled_linear_kernel if stage == "forward" else sampled_linear_gradient_kernel
     constants = dict(MASKED=masked, PRECISION=precision, FAST=True, INTERPRET=False)
     arguments = pointers(torch.int64, "key") + (() if masked else MULTIPLES)
     if stage == "forward":
@@ -125,7 +126,8 @@ def linear(stage, dtype, batch, precision="ieee", masked=False, architecture=90)
         arguments += pointers(dtype, "gradient", "x") + pointers(FP32, "d_mean", "d_std")
     constants |= config
     name = f"sampled_linear_{stage}"
-    machine = compiled("sampled_linear_kernel", name, architecture, arguments, tuple(constants.items()))
+    file = module.__name__.rpartition(".")[2]
+    machine = compiled(file, name, architecture, arguments, tuple(constants.items()))
     weights = config["OUT"] * config["GROUPS"] * 4 * config.get("DRAWS", 1) // (32 * config["num_warps"])
     return machine, (machine.outer if stage == "parameter_gradient" else machine.loops[0]), weights
 
