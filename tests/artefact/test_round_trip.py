@@ -73,8 +73,13 @@ def assert_equal(a, b) -> None:
             assert value == other, name
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("posterior", POSTERIORS)
+_FAST = [(p, "mlp") for p in POSTERIORS] + [("ensemble of mean-field", "cnn"), ("dropout", "transformer")]
+CELLS = _FAST + [
+    pytest.param(p, n, marks=pytest.mark.slow) for p in POSTERIORS for n in NETWORKS if (p, n) not in _FAST
+]
+
+
+@pytest.mark.parametrize("posterior, network", CELLS)
 def test_a_loaded_predictor_predicts_the_same(posterior, network, tmp_path):
     predict, x = predictor(posterior, network), inputs(network)
     expected = predict(x, samples=True)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vbdl.artefact.manifest import CARD, MANIFEST, TENSORS, ArtefactError
@@ -60,19 +60,20 @@ def read_whole(path: Path, limit: int) -> bytes:
     return data
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Path], object] | None) -> None:
     """The folder with these files, written beside it, on the disk, then renamed into place.
 
-    Raises FileExistsError where something is there already; with overwrite an artefact that is there is replaced by
-    two renames, and whoever reads it at that moment finds the old one, the new one or none, never a mixture.
+    Raises FileExistsError where something is there already, unless `replace` is given: it raises where what is there
+    must not be deleted. Then it is replaced by two renames, and whoever reads at that moment finds the old one, the
+    new one or none, never a mixture.
     """
     folder = Path(os.path.abspath(folder))  # a name to rename to, not what a link at its end points to
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"{folder} is there and is not a folder")
     if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
+        if replace is None:
             raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True")
-        locate(folder)  # what is deleted is an artefact and nothing else
+        replace(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     before = folder.with_name(f".{folder.name}.{os.getpid()}.before")
@@ -85,7 +86,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> N
                 file.flush()
                 os.fsync(file.fileno())
         _sync_folder(partial)
-        if folder.exists() and overwrite and any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             os.rename(folder, before)
         try:
             os.rename(partial, folder)

@@ -13,7 +13,7 @@ from vbdl_kernels import CONTRACT
 import vbdl
 from vbdl.artefact import networks, posteriors
 from vbdl.artefact.card import card
-from vbdl.artefact.files import write_folder
+from vbdl.artefact.files import locate, write_folder
 from vbdl.artefact.manifest import (
     CARD,
     FORMAT,
@@ -79,7 +79,7 @@ def save(
         posterior=description,
         likelihood=check_json(json.loads(json.dumps(stored.describe(predictor.likelihood))), "the likelihood"),
         settings=_settings(predictor),
-        inputs=_inputs(predictor, example),
+        inputs=inputs_of(predictor, example),
         tensors=entries(tensors),
         file_bytes=len(data),
         file_sha256=hashlib.sha256(data).hexdigest(),
@@ -91,7 +91,9 @@ def save(
     if len(encoded) > MAX_MANIFEST_BYTES:
         raise ValueError(f"the manifest takes {len(encoded)} bytes, more than {MAX_MANIFEST_BYTES}: fewer extras")
     folder = Path(folder)
-    write_folder(folder, {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}, overwrite)
+    write_folder(
+        folder, {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}, locate if overwrite else None
+    )
     return folder
 
 
@@ -141,7 +143,7 @@ def _settings(predictor: Predictor) -> Settings:
     )
 
 
-def _inputs(predictor: Predictor, example: Any) -> Inputs | None:
+def inputs_of(predictor: Predictor, example: Any) -> Inputs | None:
     """What rows look like, from the example, from what was predicted, or from the artefact it was loaded from."""
     if example is not None:
         x, _ = predictor._check(example)

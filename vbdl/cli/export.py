@@ -1,0 +1,52 @@
+"""The command `vbdl export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Export:
+    """Compile a saved model ahead of time: native code for Python without a compiler and for C++, or ONNX.
+
+    The result is compared with the model before it is written; one that lost its epistemic spread, or whose numbers
+    differ by more than 1e-5, is refused."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder that Predictor.save or `vbdl fit` wrote."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write."""
+    backend: Literal["aoti", "onnx"] = "aoti"
+    """aoti: native code for this machine. onnx: for ONNX Runtime anywhere."""
+    tiles: tuple[int, ...] = ()
+    """Batch sizes to compile for, (1, 64) for services that also answer single rows; the model's own unless given."""
+    example: Path | None = None
+    """Rows like the real ones to compare on, as a NumPy file (.npy); random normal numbers unless given."""
+    trust: tuple[str, ...] = ()
+    """Packages that the model may import its network from. Importing runs code: name only your own."""
+    rebuild: bool = False
+    """Compile again even where the package of this model is there and fits."""
+
+    def __call__(self) -> None:
+        import numpy as np
+        import torch
+
+        from vbdl.artefact.loading import load
+        from vbdl.export import export
+
+        settings: dict[str, Any] = {"tiles": self.tiles} if self.tiles else {}
+        predictor = load(self.model, trust=self.trust, **settings)
+        example = None
+        if self.example is not None:
+            example = torch.from_numpy(np.load(self.example, allow_pickle=False))
+        package = export(predictor, self.out, backend=self.backend, example=example, rebuild=self.rebuild)
+        about = package.description
+        print(f"{self.out}: tiles of {', '.join(map(str, package.tiles))} rows, fields {', '.join(about.fields)}")
+        compared = {n: v for n, v in about.measured.items() if n != "rows"}
+        worst = max(compared, key=lambda n: compared[n])
+        print(
+            f"compared with the model on {about.measured['rows']:.0f} rows: largest difference "
+            f"{compared[worst]:.1e} ({worst})"
+        )

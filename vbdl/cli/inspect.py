@@ -1,0 +1,36 @@
+"""The command `vbdl inspect`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a saved model is: method, network, inputs, calibration, draws, metrics. Nothing of it is run."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder that Predictor.save or `vbdl fit` wrote."""
+    json: bool = False
+    """Print the whole manifest as JSON."""
+
+    def __call__(self) -> None:
+        from vbdl.artefact.card import facts
+        from vbdl.artefact.manifest import encode, read
+
+        manifest = read(self.model)
+        if self.json:
+            print(encode(manifest).decode(), end="")
+            return
+        rows = facts(manifest)
+        rows += [
+            (f"metric {name}", f"{v:.6g}" if isinstance(v, float) else str(v)) for name, v in manifest.metrics.items()
+        ]
+        if manifest.extras:
+            rows.append(("also stored", ", ".join(manifest.extras)))
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            # what a file says must not move the cursor of a terminal
+            print("".join(c if c.isprintable() else "?" for c in f"{name:<{width}}  {value}"))
