@@ -218,15 +218,6 @@ class Predictor:
 
         return export(self, folder, **options)
 
-    def export(self, folder: str | Path, **options: Any) -> Any:
-        """Compile ahead of time, draws to decision, for Python without a compiler, C++ or ONNX; the loaded package.
-
-        options: backend, example, rebuild; see `vbdl.export.package.export`.
-        """
-        from vbdl.export.package import export
-
-        return export(self, folder, **options)
-
     # -- tiles
 
     def _check(self, x: Any) -> tuple[Inputs, int]:
