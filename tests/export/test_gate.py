@@ -1,0 +1,142 @@
+"""The gate refuses what an exporter gets wrong without a word, real ones included."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import vbdl
+from vbdl.export.gate import ExportError, check
+
+SAMPLES = 6
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, 3))
+
+
+@pytest.fixture(scope="module")
+def dropout() -> vbdl.Predictor:
+    torch.manual_seed(0)
+    return vbdl.Predictor(vbdl.MCDropout(net()), vbdl.Categorical(), n_samples=SAMPLES, compile=False)
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    return torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+
+
+def honest(predictor):
+    return lambda x, seed: {
+        n: t for n, t in vars(predictor.replace(seed=seed)(x)).items() if isinstance(t, torch.Tensor)
+    }
+
+
+def changed(predictor, **changes):
+    call = honest(predictor)
+    return lambda x, seed: {n: changes[n](t) if n in changes else t for n, t in call(x, seed).items()}
+
+
+def test_the_predictor_itself_passes(dropout, rows):
+    measured = check(dropout, honest(dropout), rows)
+    assert measured.pop("rows") == 20 and set(measured.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"epistemic": lambda t: t * 0}, "epistemic spread is gone: mean 0"),
+        ({"epistemic": lambda t: t * 1e-4}, "epistemic spread is gone"),
+        ({"epistemic": lambda t: t * 0.98}, "epistemic spread is another"),
+        ({"epistemic": lambda t: t * torch.nan}, "epistemic spread"),
+        ({"probs": lambda t: t + 2e-5}, "probs differs .* 2e-05"),
+        ({"total": lambda t: torch.where(torch.arange(20) == 7, t + 1e-4, t)}, "total differs"),
+        ({"probs": lambda t: torch.where(torch.arange(60).view(20, 3) == 7, torch.nan, t)}, "probs differs"),
+        ({"probs": lambda t: t.double()}, "probs is torch.float64"),
+        ({"probs": lambda t: t[:, :2]}, r"probs is torch.float32 \(20, 2\)"),
+    ],
+)
+def test_other_numbers_are_refused(changes, reason, dropout, rows):
+    with pytest.raises(ExportError, match=reason):
+        check(dropout, changed(dropout, **changes), rows)
+
+
+def test_differences_below_the_tolerance_pass(dropout, rows):
+    measured = check(dropout, changed(dropout, probs=lambda t: t + 5e-6), rows)
+    assert 4e-6 < measured["probs"] < 6e-6
+
+
+def test_a_seed_without_effect_is_refused(dropout, rows):
+    frozen = honest(dropout)
+    with pytest.raises(ExportError, match="probs differs|another seed|spread is another"):
+        check(dropout, lambda x, seed: frozen(x, 0), rows)
+
+
+def test_a_field_that_is_missing_is_refused(dropout, rows):
+    call = honest(dropout)
+    with pytest.raises(ExportError, match="standard_error"):
+        check(dropout, lambda x, seed: {n: t for n, t in call(x, seed).items() if n != "standard_error"}, rows)
+
+
+def test_an_action_that_differs_is_refused(dropout, rows):
+    decided = vbdl.with_decision(dropout, vbdl.decision.Referral("total", 0.9))
+    assert check(decided, honest(decided), rows)["action"] == 0.0
+    with pytest.raises(ExportError, match="1 of 20 values of action"):
+        check(decided, changed(decided, action=lambda t: torch.where(torch.arange(20) == 3, t + 1, t)), rows)
+
+
+def test_nothing_can_be_said_of_a_predictor_without_spread(rows):
+    one = net()
+    same = vbdl.Predictor(vbdl.DeepEnsemble([one, one]), vbdl.Categorical(), compile=False)
+    with pytest.raises(ExportError, match="itself has no epistemic uncertainty"):
+        check(same, honest(same), rows)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e5])
+def test_regressions_are_measured_in_their_own_unit(scale, rows):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, 1))
+
+        def forward(self, x):
+            return self.inside(x) * scale
+
+    torch.manual_seed(0)
+    q = vbdl.MCDropout(Scaled())
+    predict = vbdl.Predictor(q, vbdl.Gaussian(1, std=scale), n_samples=SAMPLES, compile=False)
+    check(predict, honest(predict), rows)
+    check(predict, changed(predict, mean=lambda t: t * (1 + 1e-6)), rows)
+    with pytest.raises(ExportError, match="mean differs"):
+        check(predict, changed(predict, mean=lambda t: t * (1 + 1e-4)), rows)
+    with pytest.raises(ExportError, match="aleatoric differs"):
+        check(predict, changed(predict, aleatoric=lambda t: t * (1 + 1e-3)), rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dropout_that_onnx_switches_off_is_refused(dropout, rows, tmp_path):
+    """A network in training mode, exported as anyone would: ONNX Runtime drops nothing, and says nothing."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    trained = dropout.posterior.module.inner
+
+    class Passes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(*trained).train()
+
+        def forward(self, x):
+            return torch.stack([self.inner(x) for _ in range(SAMPLES)])
+
+    path = str(tmp_path / "passes.onnx")
+    torch.onnx.export(Passes(), (rows,), path, dynamo=True, external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def exported(x, seed):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        likelihood = dropout.likelihood
+        return likelihood.finish(likelihood.summarize(torch.from_numpy(np.asarray(logits))))
+
+    assert float(dropout(rows).epistemic.mean()) > 1e-3
+    with pytest.raises(ExportError, match="spread is gone"):
+        check(dropout, exported, rows)
