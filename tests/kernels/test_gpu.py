@@ -170,3 +170,21 @@ def test_local_and_masked_gradients():
         expected = torch.autograd.grad(run(*double).square().sum(), double)
         for a, b in zip(found, expected, strict=True):
             assert float((a - b).abs().max()) <= 2e-4 * (float(b.abs().max()) or 1.0)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_predictor_uses_the_kernels(joint):
+    """With no change in user code, and with the draws of the CPU."""
+    vbdl = importlib.import_module("vbdl")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    q = vbdl.MeanField(network, n_data=1000)
+    x = torch.randn(70, 64)
+    # a budget that the weights of all draws do not fit, so that the fused kernel is the choice
+    settings = dict(n_samples=64, joint=joint, memory_budget=2**21)
+    expected = vbdl.Predictor(q, vbdl.Categorical(), compile=False, **settings)(x)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), device="cuda", **settings)
+    found = predict(x)
+    for name in ("probs", "total", "aleatoric", "standard_error"):
+        torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=2e-3, atol=1e-4)
+    assert ("sampled_linear" if joint else "local_reparameterised_linear") in predict.explain()

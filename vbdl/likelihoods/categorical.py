@@ -5,9 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from vbdl_kernels import predictive_statistics
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.types import State
+
+
+def _in_one_pass(parameters: Tensor) -> bool:
+    """Where the kernel reads the logits once and holds no probabilities of samples x batch x classes."""
+    return parameters.is_cuda and parameters.ndim == 3
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,12 @@ class Categorical(nn.Module):
 
     def summarize(self, parameters: Tensor) -> State:
         """(samples, batch, ..., classes) logits -> running sums"""
+        if _in_one_pass(parameters):
+            samples = float(parameters.shape[0])
+            found = predictive_statistics(parameters)
+            n = torch.full((), samples, dtype=found.mean.dtype, device=parameters.device)
+            deviation = found.variance * samples
+            return {"n": n, "probs": found.mean, "deviation": deviation, "entropy": found.aleatoric}
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
         probs = log_probs.exp()
         n, mean, deviation = moments(probs)
