@@ -22,12 +22,13 @@ def ensemble(task: Task, run: Run, members: int) -> Stacked | Each:
     """An ensemble of so many members a split, all of them trained in one stacked run."""
     if task.protocol is not None:
         run.notes.append(
-            "learning rate 0.01 (the printed 0.1 diverges on some splits), gradients of a member clipped to norm 1, a "
-            "log-variance head, no adversarial examples"
+            "learning rate 0.01 (the printed 0.1 diverges on some splits), a log-variance head, no adversarial examples; "
+            "a member now and then runs away to an infinite variance, which the mixture's likelihood survives and the "
+            "RMSE does not"
         )
         network, likelihood = task.network(0.0, 2), HeteroscedasticGaussian()
-        # unclipped, about one member in 500 runs away to an infinite variance and stays there
-        options = {"epochs": 40, "batch_size": 100, "lr": 0.01, "clip_norm": 1.0}
+        # gradients clipped at norm 1 were tried: yacht, with 120 steps in all, then ends at an RMSE of 3.9 for 1.0
+        options = {"epochs": 40, "batch_size": 100, "lr": 0.01}
     else:
         network, likelihood = task.network(0.0, outputs(task)), likelihood_of(task)
         options = recipe(task)
