@@ -22,9 +22,9 @@ def ensemble(task: Task, run: Run, members: int) -> Stacked | Each:
     """An ensemble of so many members a split, all of them trained in one stacked run."""
     if task.protocol is not None:
         run.notes.append(
-            "learning rate 0.01 (the printed 0.1 diverges on some splits), a log-variance head, no adversarial examples; "
-            "a member now and then runs away to an infinite variance, which the mixture's likelihood survives and the "
-            "RMSE does not"
+            "learning rate 0.01 (the printed 0.1 diverges on some splits), a log-variance head, no adversarial "
+            "examples; now and then a member runs away to an infinite variance, which the mixture's likelihood "
+            "survives and the RMSE does not"
         )
         network, likelihood = task.network(0.0, 2), HeteroscedasticGaussian()
         # gradients clipped at norm 1 were tried: yacht, with 120 steps in all, then ends at an RMSE of 3.9 for 1.0
