@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vbdl.calibration.temperature import Temperature as Temperature
     from vbdl.decision.deciding import with_decision as with_decision
     from vbdl.engine import Predictor as Predictor
+    from vbdl.estimators.classifier import VBDLClassifier as VBDLClassifier
+    from vbdl.estimators.regressor import VBDLRegressor as VBDLRegressor
     from vbdl.inspection import inspect as inspect
     from vbdl.likelihoods.bernoulli import Bernoulli as Bernoulli
     from vbdl.likelihoods.categorical import Categorical as Categorical
@@ -43,6 +45,8 @@ _HOME = {
     "Predictor": "engine",
     "load": "artefact.loading",
     "predict_table": "batch.predicting",
+    "VBDLClassifier": "estimators.classifier",
+    "VBDLRegressor": "estimators.regressor",
     "inspect": "inspection",
     "Bernoulli": "likelihoods.bernoulli",
     "Categorical": "likelihoods.categorical",

@@ -27,6 +27,9 @@ _TRAINING: dict[str, dict[str, Any]] = {
 _DROPOUT = {"ensemble": 0.1, "dropout": 0.1, "mean-field": 0.0}
 
 
+_ROWS_WORTH_COMPILING = 50_000
+
+
 @dataclass(frozen=True)
 class Settings:
     """What `fit_table` can be told. None: chosen by method and size of the table."""
@@ -103,7 +106,9 @@ class Settings:
         own["lr"] = own["lr"] if self.lr is None else self.lr
         own["patience"] = own["patience"] if self.patience is None else self.patience
         batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
-        found = {"epochs": self.epochs, "batch_size": batch, "seed": self.seed, "clip_norm": 5.0, **own}
+        # early stopping ends most trainings long before `epochs`: compiling pays where an epoch is long
+        large = n_train >= _ROWS_WORTH_COMPILING
+        found = {"compile": None if large else False, "epochs": self.epochs, "batch_size": batch, "seed": self.seed, "clip_norm": 5.0, **own}
         if self.method == "mean-field":
             return {**found, "kl_warmup": 30}
         return {**found, "weight_decay": self.weight_decay}

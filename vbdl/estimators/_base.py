@@ -1,0 +1,149 @@
+"""What the two estimators share: their parameters, training and the predictor, in scikit-learn's conventions."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import nn
+
+from vbdl.engine import Predictor
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
+from vbdl.tabular.network import TabularNetwork
+from vbdl.train import fit
+
+METHODS = ("ensemble", "dropout", "mean-field")
+_MIN_VALIDATION = 10  # rows below which stopping early would follow chance
+
+
+class Estimator(BaseEstimator):
+    """Parameters, all keyword ones, as `vbdl.VBDLClassifier` and `vbdl.VBDLRegressor` document them."""
+
+    def __init__(
+        self,
+        *,
+        method: str = "ensemble",
+        n_members: int = 5,
+        n_samples: int = 64,
+        hidden: tuple[int, ...] | int = (64, 64),
+        dropout: float = 0.1,
+        epochs: int = 200,
+        batch_size: int = 32,
+        lr: float = 3e-3,
+        weight_decay: float = 1e-4,
+        validation_fraction: float = 0.1,
+        patience: int = 20,
+        standardise: bool = True,
+        compile: bool = False,
+        random_state: Any = None,
+    ):
+        self.method = method
+        self.n_members = n_members
+        self.n_samples = n_samples
+        self.hidden = hidden
+        self.dropout = dropout
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.standardise = standardise
+        self.compile = compile
+        self.random_state = random_state
+
+    # -- for those that inherit: the target's side
+
+    def _likelihood(self, n_train: int) -> Any:
+        raise NotImplementedError
+
+    def _checked(self, X: Any, y: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and targets as arrays, by scikit-learn's rules."""
+        checked: Any = validate_data(self, X, y, dtype=np.float64, **options)
+        return checked
+
+    def _fit(self, x: np.ndarray, y: torch.Tensor, outputs: int, head: dict[str, Any]) -> None:
+        """Train on checked rows; head: the network's arguments that are about the target."""
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is none of {', '.join(METHODS)}")
+        seed = self._seed()
+        self.mean_ = x.mean(axis=0) if self.standardise else np.zeros(x.shape[1])
+        scale = x.std(axis=0) if self.standardise else np.ones(x.shape[1])
+        # a constant column has a std of rounding errors, which would be blown up to size one
+        self.scale_ = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(self.mean_)), scale, 1.0)
+        rows = self._tensor(x)
+        n = len(y)
+        held = round(n * self.validation_fraction)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        validation = None
+        if self.validation_fraction > 0 and held >= _MIN_VALIDATION:
+            validation = (rows[order[:held]], y[order[:held]])
+            rows, y = rows[order[held:]], y[order[held:]]
+        widths = (self.hidden,) if isinstance(self.hidden, int) else tuple(self.hidden)
+        if len(set(widths)) != 1:
+            raise ValueError(f"hidden is the width of each hidden layer, all the same; got {self.hidden}")
+        rate = self.dropout if self.method != "mean-field" else 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = TabularNetwork(x.shape[1], outputs, widths[0], len(widths), rate, **head)
+        likelihood = self._likelihood(len(y))
+        if self.method == "ensemble":
+            posterior: Any = DeepEnsemble(network, self.n_members, seed=seed)
+        elif self.method == "dropout":
+            posterior = MCDropout(network, seed=seed)
+        else:
+            prior = {
+                f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(network.layers) if isinstance(m, nn.Linear)
+            }
+            posterior = MeanField(network, len(y), prior_std=prior, initial_std=0.02, seed=seed)
+        history = fit(
+            posterior,
+            (rows, y),
+            likelihood,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay if self.method != "mean-field" else 0.0,
+            validation=validation,
+            patience=None if validation is None else self.patience,
+            clip_norm=5.0,
+            seed=seed,
+            progress=False,
+            compile=self.compile,
+        )
+        self.n_iter_ = history.epochs
+        self.posterior_, self.likelihood_ = posterior, likelihood
+
+    def _seed(self) -> int:
+        from sklearn.utils import check_random_state
+
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _tensor(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(((x - self.mean_) / self.scale_).astype(np.float32))
+
+    @property
+    def predictor_(self) -> Predictor:
+        """The predictor, on standardised rows: `vbdl.calibrate` and `with_decision` take it."""
+        check_is_fitted(self, "posterior_")
+        found = self.__dict__.get("_predictor")
+        if found is None:
+            samples = None if self.method == "ensemble" else self.n_samples
+            found = Predictor(self.posterior_, self.likelihood_, samples, compile=self.compile)
+            self.__dict__["_predictor"] = found
+        return found
+
+    def _predict(self, X: Any, samples: bool = False) -> Any:
+        check_is_fitted(self, "posterior_")
+        x: Any = validate_data(self, X, reset=False, dtype=np.float64)
+        return self.predictor_(self._tensor(x), samples=samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the predictor, which holds locks and compiled code and is made again."""
+        parent: Any = super()
+        state: dict[str, Any] = dict(parent.__getstate__())
+        state.pop("_predictor", None)
+        return state
