@@ -16,7 +16,7 @@ class Serve:
     Listens on this machine alone unless told otherwise. A token in the environment variable VBDL_TOKEN, or in a file,
     is asked of every client."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of the artefact."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every network."""

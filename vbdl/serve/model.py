@@ -230,9 +230,9 @@ class Model:
             if isinstance(value, Tensor) and not (name == "mean" and probs is not None):
                 columns[name] = _single(value).tolist()
         if probs is not None:
-            label = prediction.label
-            named = self.classes is not None and label.ndim == 1
-            columns["label"] = [self.classes[int(k)] for k in label.tolist()] if named else label.tolist()
+            label, classes = prediction.label, self.classes
+            numbers = label.tolist()
+            columns["label"] = [classes[int(k)] for k in numbers] if classes and label.ndim == 1 else numbers
         if "sets" in columns and self.classes:
             columns["sets"] = [
                 [c for c, inside in zip(self.classes, row, strict=True) if inside] for row in columns["sets"]

@@ -102,7 +102,8 @@ function show(found) {
     }
     shown.push(bars);
   }
-  for (const name of ["lower", "upper", "sets", "action", "risk", "var", "es"]) {
+  if (p.lower !== undefined) shown.push(make("p", {}, `interval: ${figure(p.lower)} to ${figure(p.upper)}`));
+  for (const name of ["sets", "action", "risk", "var", "es"]) {
     if (p[name] === undefined) continue;
     const value = name === "sets" ? p.sets.join(", ") || "empty" : name === "action" && p.probs !== undefined && p.action === -1 ? "refer to a person" : figure(p[name]);
     shown.push(make("p", {}, `${name === "sets" ? "set" : name}: ${value}`));
