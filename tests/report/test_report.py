@@ -131,6 +131,14 @@ def test_the_command_writes_the_page(stored, tmp_path, capsys):
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_worse_result_says_what_differs(parsed, stored):
+    """The stored likelihood of 2018 is 0, 0.1, ... 0.4 here, which no regression in these units reaches."""
+    said = " ".join(parsed.text.split())
+    assert "measured, mc-dropout against MC dropout 2018: this run trained 400 epochs" in said
+    assert "the column of 2018 4000 epochs" in said
+    assert "measured, mc-dropout against MC dropout 2016: " in said and "linear against" not in said
+
+
 # -- significance
 
 

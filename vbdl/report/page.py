@@ -72,7 +72,7 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
     )
     environment.filters |= {"number": number, "metric": lambda n: _NAMES.get(n, n), "minutes": minutes, "p": p_value}
     styles = {m: f"c{i % 8}" for i, m in enumerate(run.methods)}
-    published = [c for r in run.results for c in _published(r)]
+    published = [c for d in run.datasets for r in run.of(d) for c in _published(r)]
     settings = {n: run.results[0][n] for n in ("seed", "effort", "samples")}
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -85,6 +85,7 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
         seconds=sum(sum(r["seconds"].values()) for r in run.results),
         missing=[(d, m) for d in run.datasets for m in run.methods if not any(r["method"] == m for r in run.of(d))],
         published=published,
+        worse=[row for row in published if any(v.word == "worse" for _, _, _, v in row.metrics)],
         verdicts=_counts(published),
         sets=[_section(run, d, styles) for d in run.datasets],
         speed=speed.table(speed_file),
