@@ -1,0 +1,127 @@
+"""The kernels in the engine's graph, forced on a CPU, where operators run their references: the same draws."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import vbdl
+from vbdl.rewrite import fused
+
+X = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))
+
+
+def network(kind):
+    torch.manual_seed(1)
+    if kind == "tokens":  # one draw of the weights for every token of a row
+        return nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Linear(3, 8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+    if kind == "convolution":
+        return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+    if kind == "no bias":
+        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    if kind == "straight":
+        return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def predictor(kind, parameters=None, **settings):
+    q = vbdl.MeanField(network(kind), n_data=100, initial_std=0.3, parameters=parameters)
+    return vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False, **settings)
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """Rewrites as on an accelerator; the choice is the argument's."""
+
+    def force(fastest):
+        monkeypatch.setattr(fused, "DEVICES", ("cpu",))
+        monkeypatch.setattr(fused, "_is_fastest", lambda *arguments: fastest)
+
+    return force
+
+
+@pytest.mark.parametrize(
+    "kind, chunk",
+    [("plain", None), ("plain", 4), ("tokens", None), ("no bias", None), ("straight", None), ("convolution", None)],
+)
+@pytest.mark.parametrize("fastest", [True, False])
+def test_the_same_draws(kind, fastest, chunk, forced):
+    expected = predictor(kind, joint=True, chunk_size=chunk)(X, samples=True)
+    forced(fastest)
+    rewritten = predictor(kind, joint=True, chunk_size=chunk)
+    found = rewritten(X, samples=True)
+    torch.testing.assert_close(found.samples, expected.samples, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.probs, expected.probs, rtol=1e-5, atol=1e-6)
+    said = rewritten.explain()
+    layers = {"plain": 3, "convolution": 1}.get(kind, 2)
+    assert (f"{layers} linear layers draw their weights inside the product" in said) == fastest
+    # what is left: the convolution and its bias, or with nothing fused every parameter
+    left = {"convolution": 2}.get(kind, 0) if fastest else {"plain": 6, "no bias": 2}.get(kind, 4)
+    assert ("in one pass (sample_weights)" in said) == (left > 0)
+    assert left == 0 or f"{left} parameters are drawn in one pass" in said
+
+
+@pytest.mark.parametrize("kind", ["plain", "straight"])
+def test_drawn_outputs_in_one_kernel(kind, forced):
+    expected = predictor(kind)(X, samples=True)
+    forced(False)
+    rewritten = predictor(kind)
+    torch.testing.assert_close(rewritten(X, samples=True).samples, expected.samples, rtol=1e-5, atol=1e-5)
+    assert "draw their outputs do so in one kernel" in rewritten.explain()
+
+
+def test_a_bias_that_is_not_drawn(forced):
+    names = ("0.weight", "2.weight", "4.weight")
+    expected = predictor("plain", parameters=names, joint=True)(X)
+    forced(True)
+    rewritten = predictor("plain", parameters=names, joint=True)
+    torch.testing.assert_close(rewritten(X).probs, expected.probs, rtol=1e-5, atol=1e-6)
+    assert "3 linear layers draw their weights" in rewritten.explain()
+
+
+def test_half_precision_is_that_of_the_dtype(forced):
+    expected = predictor("plain", joint=True)(X)
+    forced(True)
+    rewritten = predictor("plain", joint=True, autocast=torch.bfloat16)
+    # three layers of bfloat16: weights, products and activations rounded to 2**-9 each
+    torch.testing.assert_close(rewritten(X).probs, expected.probs, rtol=0, atol=0.02)
+    assert "3 linear layers draw their weights" in rewritten.explain()
+
+
+def test_ensembles_of_mean_field_networks_keep_their_own_draws(forced):
+    make = lambda: vbdl.DeepEnsemble([vbdl.MeanField(network("plain"), n_data=100) for _ in range(2)])
+    q = make()
+    expected = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)(X)
+    forced(True)
+    found = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)(X)
+    torch.testing.assert_close(found.probs, expected.probs, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_changes_without_an_accelerator():
+    assert "sampled_linear" not in (p := predictor("plain", joint=True)).explain(X)
+    assert p.device.type == "cpu"
+
+
+def test_the_choice_is_the_models(monkeypatch):
+    """Kept weights where they fit and are fast; the fused kernel where they do not fit, at small batches."""
+    large = dict(inputs=4096, outputs=4096, size=2, shared=False)
+    assert not fused._is_fastest(32, 16, budget=2**33, **large)
+    assert fused._is_fastest(32, 16, budget=2**20, **large)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_statistics_in_one_pass(chunk, monkeypatch):
+    """The kernel's operator in place of the sums, whole and in chunks that merge; a logit of minus infinity in it."""
+    expected = predictor("plain", chunk_size=chunk)(X)
+    module = importlib.import_module("vbdl.likelihoods.categorical")
+    monkeypatch.setattr(module, "_in_one_pass", lambda parameters: parameters.ndim == 3)
+    found = predictor("plain", chunk_size=chunk)(X)
+    for name in ("probs", "total", "aleatoric", "epistemic", "standard_error"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    logits = torch.randn(5, 3, 4)
+    logits[0, 0, 0] = -torch.inf
+    sums = vbdl.Categorical().summarize(logits)
+    monkeypatch.undo()
+    for name, value in vbdl.Categorical().summarize(logits).items():
+        torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-6)
