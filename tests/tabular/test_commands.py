@@ -1,0 +1,212 @@
+"""vbdl fit, predict, evaluate, calibrate and recommend as a stranger meets them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+import vbdl
+from vbdl.cli import main
+from vbdl.cli.config import configured
+from vbdl.cli.fit import Fit
+from vbdl.tabular import schema_of
+
+QUICK = ["--members", "2", "--width", "16", "--depth", "1", "--epochs", "6", "--lr", "0.01"]
+
+
+def table(n, seed):
+    random = np.random.default_rng(seed)
+    a, b = random.normal(size=(2, n))
+    word = random.choice(["u", "v"], n)
+    price = np.round(100 + 10 * a + 5 * (word == "u") + random.normal(size=n), 2)
+    return pa.table({"a": a, "b": b, "word": word, "price": price, "kind": np.where(a > 0, "big", "small")})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    pa.parquet.write_table(table(600, 0), folder / "train.parquet")
+    pa.csv.write_csv(table(300, 1), folder / "new.csv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes(place):
+    out = place / "kind.vbdl"
+    assert (
+        main(["fit", str(place / "train.parquet"), "--target", "kind", "--ignore", "price", "--out", str(out), *QUICK])
+        == 0
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def number(place):
+    out = place / "price.vbdl"
+    arguments = ["--target", "price", "--ignore", "kind", "--out", str(out), "--no-figures"]
+    assert main(["fit", str(place / "train.parquet"), *arguments, *QUICK]) == 0
+    return out
+
+
+def test_fit_says_what_it_did(place, classes, capsys):
+    assert (place / "kind-figures" / "calibration.png").stat().st_size > 5_000
+    assert (place / "kind-figures" / "risk-coverage.svg").is_file()
+    assert main(["fit", str(place / "train.parquet"), "--target", "kind", "--out", str(classes), *QUICK]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    again = ["fit", str(place / "train.parquet"), "--target", "kind", "--out", str(classes), "--overwrite"]
+    assert main([*again, "--no-figures", "--ignore", "price", *QUICK]) == 0
+    said = capsys.readouterr().out
+    for part in ("word", "categorical", "classification", "420 train", "accuracy", "saved to"):
+        assert part in said
+
+
+def test_predict_writes_what_the_model_says(place, number):
+    out = place / "o.csv"
+    assert main(["predict", str(number), str(place / "new.csv"), str(out), "--keep", "price"]) == 0
+    found = pa.csv.read_csv(out)
+    assert found.column_names[:3] == ["row_id", "price", "mean"] and found.num_rows == 300
+    error = np.abs(np.array(found["mean"]) - np.array(found["price"])).mean()
+    assert error < 6
+    low, high = np.array(found["lower"]), np.array(found["upper"])
+    assert 0.8 < ((low <= found["price"]) & (found["price"] <= high)).mean() <= 1
+    predictor = vbdl.load(number, compile=False)
+    mean = predictor(schema_of(predictor.manifest.extras).tensor(table(300, 1))).mean.flatten()
+    assert np.allclose(found["mean"], mean, rtol=1e-4)
+
+
+def test_rows_that_cannot_be_used_are_exit_code_3(place, classes, tmp_path, capsys):
+    text = (place / "new.csv").read_text().splitlines()
+    text[5] = "x" + text[5]
+    (tmp_path / "bad.csv").write_text("\n".join(text) + "\n")
+    assert main(["predict", str(classes), str(tmp_path / "bad.csv"), str(tmp_path / "o.parquet")]) == 3
+    said = capsys.readouterr().out
+    assert "1 rows could not be used" in said and "bad.csv, row 4" in said
+    assert (
+        main(["predict", str(classes), str(tmp_path / "bad.csv"), str(tmp_path / "p.parquet"), "--on-error", "stop"])
+        == 1
+    )
+    assert "row 4" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_training_rows(place, classes, capsys):
+    assert main(["evaluate", str(classes), str(place / "train.parquet")]) == 1
+    assert "420 of 600 rows were trained on" in capsys.readouterr().err
+    assert main(["evaluate", str(classes), str(place / "new.csv"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 300 and found["scores"]["accuracy"]["value"] > 0.9
+    assert found["scores"]["NLL"]["simplest"] > found["scores"]["NLL"]["value"]
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic", "sets"])
+def test_calibrate_makes_another_model(place, classes, tmp_path, capsys, method):
+    before = vbdl.load(classes, compile=False)
+    assert main(["calibrate", str(classes), str(place / "new.csv"), str(tmp_path / "c"), "--method", method]) == 0
+    assert "calibration rows themselves" in capsys.readouterr().out
+    after = vbdl.load(tmp_path / "c", compile=False)
+    assert after.manifest.extras["table"] == before.manifest.extras["table"]
+    assert main(["predict", str(tmp_path / "c"), str(place / "new.csv"), str(tmp_path / "o.parquet")]) == 0
+    assert ("set" in pa.parquet.read_schema(tmp_path / "o.parquet").names) == (method == "sets")
+    assert main(["calibrate", str(classes), str(place / "new.csv"), str(classes)]) == 1
+
+
+def test_calibrate_a_regression(place, number, tmp_path):
+    assert (
+        main(
+            [
+                "calibrate",
+                str(number),
+                str(place / "new.csv"),
+                str(tmp_path / "c"),
+                "--method",
+                "intervals",
+                "--coverage",
+                "0.5",
+            ]
+        )
+        == 0
+    )
+    assert main(["predict", str(tmp_path / "c"), str(place / "new.csv"), str(tmp_path / "o.parquet")]) == 0
+    found = pa.parquet.read_table(tmp_path / "o.parquet")
+    price = np.array(table(300, 1)["price"])
+    inside = (np.array(found["lower"]) <= price) & (price <= np.array(found["upper"]))
+    assert 0.45 < inside.mean() < 0.55  # these are the rows it was fitted to
+
+
+def test_recommend_says_why(place, capsys):
+    assert main(["recommend", str(place / "train.parquet"), "--target", "kind", "--budget", "1", "--width", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "recommend: " in said and all(m in said for m in ("MCDropout", "MeanField", "DeepEnsemble"))
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "evaluate", "calibrate", "recommend"])
+def test_help_does_not_wait_for_torch(command):
+    code = (
+        f"import sys; from vbdl.cli import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pyarrow', 'sklearn'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: vbdl {command}" in done.stdout, done.stderr
+
+
+# -- --config
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'target = "y"\nbatch-size = 8\nignore = ["a"]\nout = "m"',
+        '[fit]\ntarget = "y"\nbatch_size = 8\nignore = ["a"]\nout = "m"\n[demo]\nseed = 3',
+    ],
+)
+def test_options_from_toml(tmp_path, text):
+    rest, found = configured(["fit", "t.csv", "--config", write(tmp_path / "c.toml", text)], {"fit": Fit, "demo": Fit})
+    assert rest == ["fit", "t.csv"]
+    made = found["default"]
+    assert (made.target, made.batch_size, made.ignore, str(made.out), made.epochs) == ("y", 8, ("a",), "m", 500)
+
+
+def test_the_command_line_goes_before_the_file(place, tmp_path, capsys):
+    config = write(
+        tmp_path / "c.toml",
+        f'target = "nothing"\nmembers = 2\nwidth = 8\nepochs = 1\nout = "{tmp_path}/m"\nfigures = false',
+    )
+    assert main(["fit", str(place / "train.parquet"), "--config", config]) == 1
+    assert "'nothing'" in capsys.readouterr().err
+    assert (
+        main(["fit", str(place / "train.parquet"), f"--config={config}", "--target", "kind", "--ignore", "price"]) == 0
+    )
+    assert (tmp_path / "m" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('taget = "y"', "did you mean 'target'"),
+        ("zzz = 1", "there are batch_size"),
+        ('epochs = "3"', "Expected `int`"),
+        ('method = "magic"', "Invalid enum"),
+        ("epochs = ", "is not TOML"),
+        ("batch-size = 1\nbatch_size = 2", "twice"),
+        ("seed = 1\n[fit]\nseed = 2", "at its top"),
+    ],
+)
+def test_a_wrong_file_is_exit_code_2(tmp_path, capsys, text, said):
+    assert main(["fit", "t.csv", "--config", write(tmp_path / "c.toml", text)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fit", "--config"], ["--config", "c.toml"], ["fit", "--config", "/no/such.toml"]]
+)
+def test_a_missing_file_is_exit_code_2(arguments):
+    assert main(arguments) == 2

@@ -1,0 +1,76 @@
+"""One of two processes of tests/test_distributed.py: `python two_processes.py MEETING_FILE RANK`."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import vbdl
+from vbdl.distributed import ShardedPredictor
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+x = torch.randn(150, 4)
+y = (x[:, 0] > 0).long()
+net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+
+def check(promise, ok):
+    print(f"{'ok' if ok else 'NOT ok'}: {promise}", flush=True)
+
+
+def same(a, b, tolerance=1e-6):
+    names = ("mean", "total", "aleatoric", "epistemic", "standard_error")
+    return all(torch.allclose(getattr(a, n), getattr(b, n), rtol=1e-5, atol=tolerance) for n in names)
+
+
+ensemble = vbdl.DeepEnsemble(net, 5, seed=1)  # two members here, three there
+one = vbdl.Predictor(ensemble, vbdl.Categorical(), compile=False)
+two = ShardedPredictor(ensemble, vbdl.Categorical(), mesh=mesh, compile=False)
+p, expected = two(x), one(x)
+check("ensemble is one process", same(p, expected) and p.n_samples == 5)
+check("uneven shares", two.n_samples == (2, 3)[rank])
+each = [torch.empty_like(p.probs) for _ in range(2)]
+dist.all_gather(each, p.probs)
+check("all processes agree", torch.equal(each[0], each[1]))
+own = sum(t.numel() for t in two.posterior.parameters())
+whole = sum(t.numel() for t in ensemble.parameters())
+check("half the members", own * 5 == whole * (2, 3)[rank])
+even = ShardedPredictor(vbdl.DeepEnsemble(net, 4, seed=1), vbdl.Categorical(), mesh=mesh, compile=False)
+gathered = {n: t.full_tensor() for n, t in even.stacked.items()}
+stacked = vbdl.DeepEnsemble(net, 4, seed=1).stacked()
+check("gathered members are the ensemble", all(torch.equal(gathered[n], t.detach()) for n, t in stacked.items()))
+
+regression = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+members, noise = vbdl.DeepEnsemble(regression, 4), vbdl.Gaussian()
+vbdl.fit(members, (x, x[:, :1].sin()), noise, epochs=3, progress=False, compile=False)
+a = vbdl.Predictor(members, noise, compile=False)(x)
+check("gaussian ensemble is one process", same(a, ShardedPredictor(members, noise, mesh=mesh, compile=False)(x)))
+
+dropout = vbdl.MCDropout(net)
+a = vbdl.Predictor(dropout, vbdl.Categorical(), 21, seed=3, compile=False)(x)
+check("dropout is one process", same(a, ShardedPredictor(dropout, vbdl.Categorical(), 21, 3, compile=False)(x)))
+field = vbdl.MeanField(net[0:2], n_data=100)
+a = vbdl.Predictor(field, vbdl.Categorical(), 20, compile=False, joint=True)(x)
+b = ShardedPredictor(field, vbdl.Categorical(), 20, mesh=mesh, compile=False, joint=True)(x)
+check("mean-field is one process", same(a, b))
+
+cooled = vbdl.calibrate(one, x[:60], y[:60], vbdl.Temperature())
+b = ShardedPredictor(cooled.posterior, cooled.likelihood, mesh=mesh, compile=False)(x)
+check("calibrated is one process", same(cooled(x), b))
+
+try:
+    ShardedPredictor(dropout, vbdl.Categorical(), 1, mesh=mesh, compile=False)
+except ValueError as error:
+    check("too few draws are refused", "at least one" in str(error))
+try:
+    two(x, samples=True)
+except ValueError as error:
+    check("samples are refused", "not the draws" in str(error))
+dist.barrier()
+dist.destroy_process_group()

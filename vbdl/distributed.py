@@ -1,0 +1,180 @@
+"""One ensemble, or the draws of one posterior, over several processes: for what is too large for one device.
+
+    torchrun --nproc-per-node 2 script.py
+        mesh = init_device_mesh("cpu", (2,))                  # or "cuda"
+        predict = ShardedPredictor(posterior, likelihood, mesh=mesh)
+        p = predict(x)                                        # on every process, the whole prediction
+
+A plain ensemble's members are dealt out: each process holds its own, as the local part of a DTensor that is
+`Shard(0)` over the mesh (`sharded.stacked`). Of an endless posterior every process holds the parameters and takes
+its draws. For a tile of rows each process sums its draws and only the sums travel, `Likelihood.merge` adds them in the
+order of the processes: the same numbers on all of them, equal to those of one process to rounding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from vbdl.engine import Predictor
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.types import Inputs, Likelihood, Posterior, State
+
+
+class ShardedPredictor(Predictor):
+    """A predictor whose draws are computed by all processes of a mesh; every process calls it with the same rows.
+
+    posterior, likelihood, n_samples, seed and options: as for `Predictor`; posterior is the whole one on every process
+    (built on the meta device or loaded where memory allows), of which a process keeps its share.
+    mesh: a device mesh of one axis; all processes of the default group unless given.
+
+    Raises ValueError where there are fewer draws than processes, or draws are kept (samples=True).
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        likelihood: Likelihood,
+        n_samples: int | None = None,
+        seed: int = 0,
+        *,
+        mesh: DeviceMesh | None = None,
+        **options: Any,
+    ):
+        if mesh is None:
+            mesh = DeviceMesh(_device_type(options.get("device"), posterior), torch.arange(dist.get_world_size()))
+        if mesh.ndim != 1:
+            raise ValueError(f"the mesh has one axis, over which draws are shared out; got {mesh.ndim}")
+        self.mesh, self._group = mesh, mesh.get_group()
+        rank, size = mesh.get_local_rank(), mesh.size()
+        whole = Predictor(posterior, likelihood, n_samples, seed, **options)
+        total = whole.n_samples
+        if total < size:
+            raise ValueError(f"{total} draws cannot be shared out to {size} processes: every one takes at least one")
+        bounds = [total * r // size for r in range(size + 1)]
+        own = range(bounds[rank], bounds[rank + 1])
+        share, sharded = _share(whole.posterior, own)
+        members = _own_members(whole.likelihood, own, total)
+        del whole
+        super().__init__(share, members, len(own), seed, **options)
+        self.n_draws, self._sharded = total, sharded
+
+    @property
+    def stacked(self) -> dict[str, DTensor]:
+        """An ensemble's parameters and buffers, (members, ...) each, sharded over the mesh; empty for other posteriors.
+        `full_tensor()` of one gathers it."""
+        if not self._sharded:
+            return {}
+        return {n: DTensor.from_local(t, self.mesh, [Shard(0)]) for n, t in self.posterior.inner.stacked().items()}
+
+    def __call__(self, x: Inputs, samples: bool = False, **options: Any) -> Any:
+        if samples or options:
+            raise ValueError("a sharded predictor gives sums of its draws, not the draws, and always takes all of them")
+        x, rows = self._check(x)
+        parts = [self._merged(tile) for tile in self._tiles(x, rows)]
+        fields = {n: torch.cat([p[n] for p in parts])[:rows] for n in parts[0]}
+        return self.likelihood.prediction(fields, self.n_draws)
+
+    def _merged(self, tile: Inputs) -> State:
+        executions = self._execution(tile)
+        with self._first(executions, "sums"):
+            sums = executions[0].empty_sums()
+            for execution in executions:
+                sums = execution.sums(tile, sums)
+        each = _gathered(sums, self.mesh.size(), self._group)
+        merged = each[0]
+        for other in each[1:]:
+            merged = self.likelihood.merge(merged, other)
+        return self.likelihood.finish(merged)
+
+
+class _Share(nn.Module):
+    """Draws `start, start + 1, ...` of a posterior, numbered from 0."""
+
+    def __init__(self, inner: Any, start: int, n_draws: int):
+        super().__init__()
+        self.inner, self.start, self.n_draws = inner, start, n_draws
+        self.n_members = inner.n_members
+
+    @property
+    def module(self) -> nn.Module:
+        return self.inner.module
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        return (self,)
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        return self.inner.draws(numbers + self.start, seed)
+
+    def prepare(self, inputs: Inputs) -> None:
+        self.inner.prepare(inputs)
+
+    def loss(self, x: Inputs, y: Tensor, likelihood: Any) -> Tensor:
+        raise NotImplementedError("a sharded posterior predicts, and is trained before it is shared out")
+
+
+def _share(posterior: Any, own: range) -> tuple[_Share, bool]:
+    """What a process needs for its draws, and whether that is a part of the members."""
+    if len(posterior.parts) > 1:
+        raise ValueError("members of different architectures cannot be shared out: make an ensemble of each")
+    if isinstance(posterior, DeepEnsemble) and posterior.base is None and own.stop <= posterior.n_members:
+        networks = []
+        for number in own:
+            network = _network(posterior, number)
+            networks.append(network)
+        return _Share(DeepEnsemble(networks), 0, len(own)), True
+    return _Share(posterior, own.start, len(own)), False
+
+
+def _network(posterior: DeepEnsemble, number: int) -> nn.Module:
+    """A member as a network of its own."""
+    import copy
+
+    network = copy.deepcopy(posterior.module).to_empty(device=next(iter(posterior.stacked().values())).device)
+    network.load_state_dict(posterior.member(number))
+    return network
+
+
+def _own_members(likelihood: Any, own: range, total: int) -> Any:
+    """The likelihood with the parameters of its own members, where each has some."""
+    if getattr(likelihood, "n_members", None) is None:
+        return likelihood
+    if likelihood.n_members != total:
+        raise ValueError(
+            f"the likelihood has parameters of {likelihood.n_members} members and there are {total} draws: shared out "
+            f"are plain ensembles, with every member once"
+        )
+    import copy
+
+    found = copy.deepcopy(likelihood)
+    inner = found
+    while hasattr(inner, "likelihood"):  # calibration and decision hold the one that was trained
+        inner = inner.likelihood
+    for name, p in list(inner.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(inner.get_submodule(owner), leaf, nn.Parameter(p.detach()[own.start : own.stop].clone(), False))
+    inner.n_members = len(own)
+    return found
+
+
+def _gathered(sums: State, size: int, group: Any) -> list[State]:
+    """The sums of every process, in one message."""
+    flat = torch.cat([t.reshape(-1) for t in sums.values()])
+    each = [torch.empty_like(flat) for _ in range(size)]
+    dist.all_gather(each, flat, group=group)
+    found = []
+    for one in each:
+        pieces = one.split([t.numel() for t in sums.values()])
+        found.append({n: piece.reshape(t.shape) for (n, t), piece in zip(sums.items(), pieces, strict=True)})
+    return found
+
+
+def _device_type(device: Any, posterior: Any) -> str:
+    if device is not None:
+        return torch.device(device).type
+    return next(iter([*posterior.parameters(), *posterior.buffers()])).device.type
