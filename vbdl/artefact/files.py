@@ -80,12 +80,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        for name, data in files.items():
-            with open(partial / name, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync_folder(partial)
+        write_files(partial, files)
         if folder.exists() and any(folder.iterdir()):
             os.rename(folder, before)
         try:
@@ -98,6 +93,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """The files in a folder that is there, on the disk when this returns."""
+    for name, data in files.items():
+        with open(folder / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -61,6 +61,24 @@ def save(
     The folder appears whole or not at all. Raises ValueError where a tensor is not finite or something cannot be
     stored, FileExistsError where the folder is not empty.
     """
+    folder = Path(folder)
+    found = contents(
+        predictor, extras=extras, metrics=metrics, example=example, architecture=architecture, arguments=arguments
+    )
+    write_folder(folder, found, locate if overwrite else None)
+    return folder
+
+
+def contents(
+    predictor: Predictor,
+    *,
+    extras: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    example: Any = None,
+    architecture: str | Sequence[str | None] | None = None,
+    arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, bytes]:
+    """The files of the artefact by name, not written yet; arguments as for `save`."""
     description = _describe(predictor.posterior, architecture, arguments)
     tensors = {f"posterior.{n}": t for n, t in _state(predictor.posterior).items()}
     tensors |= {f"likelihood.{n}": t for n, t in _state(predictor.likelihood).items()}
@@ -90,11 +108,7 @@ def save(
     encoded = encode(manifest)
     if len(encoded) > MAX_MANIFEST_BYTES:
         raise ValueError(f"the manifest takes {len(encoded)} bytes, more than {MAX_MANIFEST_BYTES}: fewer extras")
-    folder = Path(folder)
-    write_folder(
-        folder, {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}, locate if overwrite else None
-    )
-    return folder
+    return {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}
 
 
 def _describe(posterior: Any, architecture: Any, arguments: Any) -> Any:

@@ -1,0 +1,66 @@
+"""Artefacts on the Hugging Face Hub, through its own mixin: `from_pretrained`, `save_pretrained`, `push_to_hub`.
+
+Needs the extra `hub`. Only this module ever talks to a network, and only when asked.
+"""
+
+from pathlib import Path
+from typing import Any
+
+try:
+    from huggingface_hub import ModelHubMixin, hf_hub_download
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the Hub needs the extra `hub`: pip install 'vbdl[hub]'") from error
+
+from vbdl.artefact.files import locate, write_files
+from vbdl.artefact.loading import load_files
+from vbdl.artefact.manifest import MANIFEST, TENSORS
+from vbdl.artefact.saving import contents
+from vbdl.engine import Predictor
+
+
+class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bayesian-deep-learning"]):
+    """A predictor with the methods of the Hub.
+
+        HubPredictor(predict).push_to_hub("me/model")
+        predict = HubPredictor.from_pretrained("me/model").predictor
+
+    save options (extras, metrics, example, architecture, arguments) are given to the constructor; load options
+    (module, trust, and settings of the predictor) to `from_pretrained`. Files from the Hub are checked like any other
+    artefact: nothing of them is executed.
+    """
+
+    def __init__(self, predictor: Predictor, **save_options: Any):
+        self.predictor, self._options = predictor, save_options
+
+    def __call__(self, x: Any, **options: Any) -> Any:
+        return self.predictor(x, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._hub_mixin_config = None  # an artefact has a manifest, and no config.json
+        write_files(save_directory, contents(self.predictor, **self._options))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> "HubPredictor":
+        if Path(model_id).is_dir():
+            return cls(load_files(locate(Path(model_id)), **options))
+        download = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        # the cache of the Hub holds links to its own files
+        names = (MANIFEST, TENSORS)
+        files = {name: Path(hf_hub_download(model_id, name, **download)).resolve() for name in names}
+        return cls(load_files(files, **options))
