@@ -8,6 +8,7 @@ import contextlib
 import copy
 import math
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdl import adaptive
+from vbdl.adaptive import Rule
 from vbdl.execution import Execution, Ready, Settings, pad
 from vbdl.moments import MomentExecution
 from vbdl.stacking import map_inputs, tensors
@@ -96,18 +99,34 @@ class Predictor:
         self._floating = next((t.dtype for t in self.posterior.parameters() if t.is_floating_point()), None)
         self._executions: dict[Any, list[Execution]] = {}
         self._ready: dict[Any, Ready] = {}  # whole tiles by shape: the compiled call and nothing else
+        self._small: Predictor | None = None  # the same in small chunks, for tolerances and deadlines
+        self.clock = time.perf_counter  # of deadlines, seconds
         self._lock = threading.RLock()
         self.sealed = False  # set by warm_up: nothing is compiled any more
         self.manifest: Any = None  # set by vbdl.load: what the artefact says beside the tensors
 
     # -- predicting
 
-    def __call__(self, x: Inputs, samples: bool = False) -> Any:
+    def __call__(
+        self,
+        x: Inputs,
+        samples: bool = False,
+        *,
+        tolerance: "float | Rule | None" = None,
+        deadline: float | None = None,
+    ) -> Any:
         """The prediction of each row: (batch, ...) inputs -> a prediction of the likelihood's kind.
 
         samples: keep each draw's parameters of p(y | x) too, (samples, batch, ...), which mixture quantiles and
         densities need; memory grows with the number of draws.
+        tolerance: draw on only for rows that are not settled: a standard error of the mean in its unit, or a rule
+        (`LabelDecided`, `ThresholdDecided`, `StandardError` of `vbdl.adaptive`). n_samples is then the most a row gets.
+        deadline: seconds; the best answer in that time, of at least one step of draws.
+        With either, `prediction.n_samples` says how many draws each row is based on, (batch,) where they differ, and
+        the answer is that of a predictor of as many samples.
         """
+        if tolerance is not None or deadline is not None:
+            return self._until(x, samples, tolerance, deadline)
         if type(x) is Tensor and not samples and not x.requires_grad:
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None and (fields := ready(x)) is not None:
@@ -144,9 +163,17 @@ class Predictor:
             found.append(torch.logsumexp(each, dim=0) - math.log(self.n_samples))
         return torch.cat(found)
 
-    def warm_up(self, batch_sizes: Sequence[int] = (1,), *, example: Inputs, samples: bool = False) -> "Predictor":
+    def warm_up(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        example: Inputs,
+        samples: bool = False,
+        adaptive: bool = False,
+    ) -> "Predictor":
         """Compile all that batches of these sizes need, for rows like the example's.
 
+        samples, adaptive: also what predictions with samples, or with a tolerance or deadline, need.
         Nothing is compiled afterwards: a batch of a shape that was not warmed up raises. Returns the predictor.
         """
         example, rows = self._check(example)
@@ -157,6 +184,8 @@ class Predictor:
             self._tile(pad(example, 0, size), False)
             if samples:
                 self._tile(pad(example, 0, size), True)
+        if adaptive:
+            self._stepwise().warm_up_steps(example)
         self.sealed = True
         return self
 
@@ -217,6 +246,54 @@ class Predictor:
         from vbdl.export.package import export
 
         return export(self, folder, **options)
+
+    # -- step by step
+
+    def _until(self, x: Any, samples: bool, tolerance: "float | Rule | None", deadline: float | None) -> Any:
+        """A prediction with a tolerance or a deadline."""
+        if samples or self.estimator != "sampling":
+            raise ValueError("a tolerance or a deadline is for statistics of draws: no samples=True, no moments")
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"a deadline is a positive number of seconds, got {deadline}")
+        rule = adaptive.StandardError(float(tolerance)) if isinstance(tolerance, int | float) else tolerance
+        x, rows = self._check(x)
+        small = self._stepwise()
+        if self.sealed and not small.sealed:
+            raise RuntimeError(
+                "a tolerance or a deadline was not warmed up, and compiling after warm_up is refused: "
+                "warm_up(..., adaptive=True)"
+            )
+        fields, counts = adaptive.predict(x, rows, small.steps(), rule, deadline, self.clock)
+        same = rows == 0 or bool((counts == counts[0]).all())
+        n_samples: Any = (int(counts[0]) if rows else 0) if same else counts.to(self.device)
+        return self.likelihood.prediction(fields, n_samples)
+
+    def _stepwise(self) -> "Predictor":
+        """This predictor with its draws in small chunks, which are steps."""
+        if self.settings.chunk_size is not None:
+            return self
+        with self._lock:
+            if self._small is None:
+                self._small = self.replace(chunk_size=adaptive.step_size(self.n_samples))
+        return self._small
+
+    def steps(self) -> adaptive.Steps:
+        """What `vbdl.adaptive` runs."""
+
+        def run(executions: list[Execution], end: str, call: Any) -> State:
+            with self._first(executions, end):
+                return call()
+
+        return adaptive.Steps(self.likelihood, self._size, self._execution, run)
+
+    def warm_up_steps(self, example: Inputs) -> None:
+        """Every step on every size of tile: rows are packed into any of them."""
+        self.sealed = False
+        for size in self.tiles:
+            tile, rows = pad(example, 0, size), size
+            for rule in (None, adaptive.NeverSettled()):
+                adaptive.predict(tile, rows, self.steps(), rule)
+        self.sealed = True
 
     # -- tiles
 
@@ -333,8 +410,8 @@ class Predictor:
             return
         if self.sealed:
             raise RuntimeError(
-                "each draw's parameters were asked for, which was not warmed up, and compiling after warm_up is "
-                "refused: warm_up(..., samples=True)"
+                "each draw's parameters were asked for, or steps of draws, which was not warmed up, and compiling "
+                "after warm_up is refused: warm_up(..., samples=True), or adaptive=True"
             )
         with self._lock:
             yield

@@ -255,6 +255,23 @@ class Execution:
             carried = self._run(chunk, "sums", inputs, carried)
         return carried
 
+    @property
+    def n_steps(self) -> int:
+        """How many calls the draws are made in."""
+        return len(self._chunks)
+
+    def step_count(self, index: int) -> int:
+        """Draws of one of these calls."""
+        return self._chunks[index].count
+
+    def begin(self, tile: Inputs) -> dict[str, Tensor]:
+        """What the steps on a tile share."""
+        return self._inputs(tile)
+
+    def step(self, index: int, begun: dict[str, Tensor], carried: State, finish: str) -> State:
+        """One of these calls: running sums with its draws added, or "parameters" of its draws."""
+        return self._run(self._chunks[index], finish, begun, carried)
+
     def parameters(self, tile: Inputs) -> Tensor:
         """(samples, rows, ...) parameters of p(y | x), each draw's."""
         inputs = self._inputs(tile)
