@@ -27,12 +27,12 @@ def _(x, weight, bias, stacked):
 
 @stacked_linear.register_vmap
 def _(info, in_dims, x, weight, bias, stacked):
-    if any(stacked):  # a module that maps over something itself: plain products have rules of their own
-        each = lambda x, w, b: lower(x, w, b, stacked)
-        if bias is None:
-            return torch.func.vmap(lambda x, w: each(x, w, None), in_dims[:2])(x, weight), 0
-        return torch.func.vmap(each, in_dims[:3])(x, weight, bias), 0
-    first = [t if not d else t.movedim(d, 0) for t, d in zip((x, weight, bias), in_dims[:3], strict=True)]
+    given = list(zip((x, weight, bias), in_dims[:3], strict=True))
+    if any(stacked):  # a module that maps over something itself, inside: one after the other
+        size = next(t.shape[d] for t, d in given if d is not None)
+        each = [[t if d is None else t.select(d, i) for t, d in given] for i in range(size)]
+        return torch.stack([lower(*one, stacked) for one in each]), 0
+    first = [t if not d else t.movedim(d, 0) for t, d in given]
     return stacked_linear(*first, [d is not None for d in in_dims[:3]]), 0
 
 

@@ -1,0 +1,72 @@
+"""A linear layer kept whole and lowered again: every way of stacking, on both sides of every threshold."""
+
+import itertools
+
+import pytest
+import torch
+
+from vbdl.graph import trace
+from vbdl.rewrite.linear import DECOMPOSITIONS, LINEAR, WholeLinears, _product, lower
+
+SHAPES = {  # samples, rows, inputs, outputs
+    "tiny": (3, 5, 4, 2),
+    "few rows, wide": (7, 3, 61, 83),
+    "many rows, narrow": (7, 70, 61, 10),
+    "many rows, more outputs than one product takes": (41, 70, 30, 130),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stacked", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lowered_is_the_sum_it_stands_for(shape, stacked, bias):
+    samples, rows, k, n = SHAPES[shape]
+    if not bias and stacked[2]:
+        pytest.skip("no bias to stack")
+    lead = lambda flag: (samples,) if flag else ()
+    x = torch.randn(*lead(stacked[0]), rows, k, dtype=torch.float64)
+    w = torch.randn(*lead(stacked[1]), n, k, dtype=torch.float64)
+    b = torch.randn(*lead(stacked[2]), n, dtype=torch.float64) if bias else None
+    expected = torch.einsum(f"{'s' * stacked[0]}rk,{'s' * stacked[1]}nk->{'s' * any(stacked[:2])}rn", x, w)
+    if b is not None:
+        expected = expected + (b.unsqueeze(1) if stacked[2] else b)
+    torch.testing.assert_close(lower(x, w, b, list(stacked)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stacked", [[True, True, True], [False, True, False], [True, False, False]])
+def test_more_axes_inside_a_row(stacked):
+    lead = lambda flag: (3,) if flag else ()
+    x = torch.randn(*lead(stacked[0]), 5, 7, 11, dtype=torch.float64)
+    w, b = torch.randn(*lead(stacked[1]), 13, 11, dtype=x.dtype), torch.randn(*lead(stacked[2]), 13, dtype=x.dtype)
+    expected = torch.einsum(f"{'s' * stacked[0]}abk,{'s' * stacked[1]}nk->sabn".replace("s", "s"), x, w)
+    expected = expected + (b[:, None, None] if stacked[2] else b)
+    torch.testing.assert_close(lower(x, w, b, stacked), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("k", [1, 11, 50, 211, 512])
+def test_a_row_is_summed_alike_at_every_place(rows, k):
+    """Bit for bit, for any width: the same row everywhere gives the same outputs everywhere."""
+    for samples, n in itertools.product((1, 5), (1, 2, 5, 10, 16, 50, 211)):
+        x = torch.randn(samples, 1, k).expand(-1, rows, -1).contiguous()
+        y = _product(x, torch.randn(samples, n, k))
+        assert torch.equal(y, y[:, :1].expand_as(y)), (samples, n)
+
+
+def test_layers_stay_whole_until_they_are_lowered():
+    layer, x = torch.nn.Linear(11, 7), torch.randn(3, 5, 11)
+    with WholeLinears():
+        whole = trace(lambda x: (torch.func.vmap(layer)(x),), x, aligned=False)
+    assert [n.target for n in whole.graph.nodes if n.op == "call_function"].count(LINEAR) == 1
+    lowered = trace(whole, x, decompositions=DECOMPOSITIONS)
+    assert all(n.target is not LINEAR for n in lowered.graph.nodes)
+    torch.testing.assert_close(lowered(x)[0], layer(x))
+
+
+def test_a_module_may_map_over_something_itself():
+    layer, x = torch.nn.Linear(11, 7), torch.randn(3, 5, 2, 11)
+    weights = torch.randn(3, 7, 11)
+    with WholeLinears():
+        each = lambda x, w: torch.func.vmap(lambda row: torch.nn.functional.linear(row, w, layer.bias))(x)
+        found = torch.func.vmap(each)(x, weights)
+    torch.testing.assert_close(found, torch.einsum("sabk,snk->sabn", x, weights) + layer.bias)
