@@ -30,8 +30,8 @@ def _(info, in_dims, x, weight, bias, stacked):
     given = list(zip((x, weight, bias), in_dims[:3], strict=True))
     if any(stacked):  # a module that maps over something itself, inside: one after the other
         size = next(t.shape[d] for t, d in given if d is not None)
-        each = [[t if d is None else t.select(d, i) for t, d in given] for i in range(size)]
-        return torch.stack([lower(*one, stacked) for one in each]), 0
+        each = [[None if t is None else t if d is None else t.select(d, i) for t, d in given] for i in range(size)]
+        return torch.stack([lower(x, w, b, stacked) for x, w, b in each]), 0  # type: ignore[arg-type]
     first = [t if not d else t.movedim(d, 0) for t, d in given]
     return stacked_linear(*first, [d is not None for d in in_dims[:3]]), 0
 
