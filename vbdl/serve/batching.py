@@ -129,7 +129,12 @@ class Batcher:
                 columns = zip(*(tensors(job.inputs) for job in live), strict=True)
                 joined = rebuild(joined, [torch.cat(column) for column in columns])
             options = {"deadline": live[0].deadline - now} if live[0].anytime else {}
-            prediction = self._predict(joined, **options)
+            try:
+                prediction = self._predict(joined, **options)
+            except RuntimeError:
+                if not options:
+                    raise
+                prediction = self._predict(joined)  # nothing was compiled for fewer draws: all of them, or 504
         except Exception as error:
             if len(live) > 1:  # one of them is the cause: the others must not suffer for it
                 return [answer for job in live for answer in self._compute([job])]
