@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vbdl import adaptive as adaptive
     from vbdl import calibration as calibration
     from vbdl import decision as decision
     from vbdl import metrics as metrics
@@ -71,7 +72,7 @@ _HOME = {
     "with_decision": "decision.deciding",
 }
 
-_MODULES = ("calibration", "decision", "metrics", "ood")
+_MODULES = ("adaptive", "calibration", "decision", "metrics", "ood")
 
 __all__ = sorted([*_HOME, *_MODULES])
 

@@ -67,6 +67,7 @@ def choose(
             f"memory budget of {_bytes(memory_budget)}: use smaller tiles or a larger memory_budget"
         )
     said = list(reasons)
+    keep = n_samples * draw_bytes <= half
     if chunk_size is not None:
         chunk = min(chunk_size, n_samples)
         said.append(f"chunk_size={chunk_size} was asked for")
@@ -74,10 +75,11 @@ def choose(
         chunk = 1
     else:
         most = max(1, min(n_samples, min(half, max(_CHUNK_BYTES, activation_bytes)) // activation_bytes))
+        if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
+            most = max(1, min(most, half // draw_bytes))
         chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, as even as can be
         if chunk < n_samples:
             said.append(f"chunks keep the activations of a call within {_bytes(min(half, _CHUNK_BYTES))}")
-    keep = n_samples * draw_bytes <= half
     if not keep:
         said.append(f"{_bytes(n_samples * draw_bytes)} of draws are more than half of memory_budget, so none is kept")
     if not cut.regions[PREFIX].empty and cut.regions[PREFIX].flops():

@@ -8,7 +8,7 @@
 | `total`, `aleatoric`, `epistemic` | float32 | nats, or squared target units |
 | `lower`, `upper` | float32 | the calibrated interval, or the central interval that was asked for |
 | `set` | list of labels | the classes of a conformal set |
-| `action` | int64 | the decision |
+| `action` | int64, float for a position | the decision |
 | `confidence`, `standard_error...` | float32 | where asked for by name |
 """
 
@@ -67,7 +67,7 @@ def _column(name: str, p: Any, labels: Sequence[Any] | None, interval: float) ->
     value = getattr(p, name, None)
     if value is None:
         return {}
-    return _spread(name, value.to(torch.int64) if name == "action" else value)
+    return _spread(name, value.to(torch.int64) if name == "action" and not value.is_floating_point() else value)
 
 
 def _spread(name: str, t: Tensor, labels: Sequence[Any] | None = None) -> dict[str, Any]:

@@ -108,7 +108,14 @@ class Settings:
         batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
         # early stopping ends most trainings long before `epochs`: compiling pays where an epoch is long
         large = n_train >= _ROWS_WORTH_COMPILING
-        found = {"compile": None if large else False, "epochs": self.epochs, "batch_size": batch, "seed": self.seed, "clip_norm": 5.0, **own}
+        found = {
+            "compile": None if large else False,
+            "epochs": self.epochs,
+            "batch_size": batch,
+            "seed": self.seed,
+            "clip_norm": 5.0,
+            **own,
+        }
         if self.method == "mean-field":
             return {**found, "kl_warmup": 30}
         return {**found, "weight_decay": self.weight_decay}
