@@ -31,7 +31,8 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
         # every call has the shapes it was compiled for: what calls it sees to that, once and not in every call
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
             wrapped: Any = compile_fx(graph, list(inputs), inner_compile=inner)
-            return _without_wrappers(wrapped, made, inputs) or wrapped
+            writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
+            return wrapped if writes else _without_wrappers(wrapped, made, inputs) or wrapped
     except Exception as error:
         if not _no_compiler(error):
             raise

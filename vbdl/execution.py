@@ -20,7 +20,7 @@ from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
 from vbdl.rewrite import rewrite
-from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears
+from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
 from vbdl.stacking import Inputs, State, call_each, call_stacked, map_inputs, state_of, tensors
 from vbdl.types import Likelihood, Posterior
 
@@ -161,6 +161,7 @@ class Execution:
             largest_tile=self.settings.largest_tile,
             evaluate=lambda node: self._of_all_draws(traced, node),
         )
+        free_layout(traced)
         lowered = trace(traced, *self._arguments(state), aligned=self._aligned, decompositions=DECOMPOSITIONS)
         return cut(lowered, kinds)
 

@@ -44,7 +44,7 @@ def test_a_network_of_them_is_a_mean_field_posterior():
     net = nn.Sequential(vbdl.BayesianLinear(3, 7), nn.Tanh(), nn.Linear(7, 2), vbdl.BayesianLinear(2, 2))
     x = torch.randn(11, 3)
     q = vbdl.MeanField(net, n_data=11)
-    predict = vbdl.Predictor(q, vbdl.Gaussian(2, std=0.1), 5, seed=2, compile=False)
+    predict = vbdl.Predictor(q, vbdl.Gaussian(2, std=0.1), 5, seed=2, compile=False, joint=True)
     found = predict(x, samples=True).samples[..., 0]
     for s in range(5):
         for path in (0, 3):

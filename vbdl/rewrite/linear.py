@@ -115,4 +115,18 @@ def arguments(linear: fx.Node) -> tuple[Any, Any, Any, list[bool]]:
     return linear.args  # type: ignore[return-value]
 
 
+def free_layout(traced: fx.GraphModule) -> None:
+    """Let every value lie in memory as it comes, in place: a trace has views of layouts that lowering may change."""
+    for node in traced.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.reshape
+        elif node.target is torch.ops.aten.as_strided.default and node.args[0].op != "placeholder":
+            with traced.graph.inserting_before(node):
+                node.update_arg(0, traced.graph.call_function(torch.clone, (node.args[0],), {"memory_format": _DENSE}))
+    traced.recompile()
+
+
+_DENSE = torch.contiguous_format
 DECOMPOSITIONS = {LINEAR: lower}
