@@ -42,7 +42,8 @@ class VBDLClassifier(ClassifierMixin, Estimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """(rows,) the most probable label"""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        probabilities = self.predict_proba(X)  # first: it says where nothing was fitted
+        return self.classes_[probabilities.argmax(axis=1)]
 
     def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
         """total, aleatoric and epistemic, (rows,) each, in nats; total = aleatoric + epistemic"""

@@ -30,7 +30,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
         batch_size: int = 32,
         lr: float = 3e-3,
         weight_decay: float = 1e-4,
-        validation_fraction: float = 0.1,
+        validation_fraction: float = 0.2,
         patience: int = 20,
         standardise: bool = True,
         compile: bool = False,
