@@ -14,7 +14,7 @@ bench: $(VENV)/.ok  ## the suite on data that needs no download, and its page; V
 	$(BIN)/vbdl bench $(BENCH)
 	$(BIN)/vbdl report vbdl-bench
 
-test: $(VENV)/.ok  ## the tests, about ten minutes on two cores
+test: $(VENV)/.ok  ## the tests, about fourteen minutes on two cores
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.ok  ## what is marked slow
@@ -40,7 +40,7 @@ format: $(VENV)/.ok
 	$(BIN)/ruff format .
 
 $(VENV)/.ok: pyproject.toml constraints.txt
-	@echo "Setting up $(VENV): about 500 MB to download with the CPU build of torch, 3 GB where only the CUDA build is offered."
+	@echo "Setting up $(VENV): 3.2 GB on disk with the CPU build of torch, and some GB more where only the CUDA build is offered."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch -c constraints.txt  # first and pinned, before a range can pull another build
 	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt

@@ -2,12 +2,12 @@
 
 They need no place in vbdl's environment: a second one that sees its packages is enough, and keeps its versions.
 
-    python -m venv /tmp/peers
+    python -m venv .venv-peers
     echo "import site; site.addsitedir('$PWD/.venv/lib/python3.11/site-packages')" \
-        > /tmp/peers/lib/python3.11/site-packages/vbdl.pth
-    /tmp/peers/bin/pip install --no-deps torch-uncertainty bayesian-torch laplace-torch posteriors \
+        > .venv-peers/lib/python3.11/site-packages/vbdl.pth
+    .venv-peers/bin/pip install --no-deps torch-uncertainty bayesian-torch laplace-torch posteriors \
         blitz-bayesian-pytorch baal lightning-uq-box    # and, also with --no-deps, what their imports ask for
-    /tmp/peers/bin/python benchmarks/speed.py
+    .venv-peers/bin/python benchmarks/speed.py
 
 Every function takes vbdl's posterior and gives the peer the same networks, rates, means and stds.
 """

@@ -299,11 +299,13 @@ def _fold(traced: fx.GraphModule, site: _Site, n_samples: int, budget: int) -> s
     if folded >= masked:
         return f"a mask is applied to activations: estimated at {_ms(masked)} a tile, folded into weights {_ms(folded)}"
     graph = traced.graph
+    with graph.inserting_after(site.mask):
+        flat = graph.call_function(torch.flatten, (site.mask, 1))
+    with graph.inserting_after(flat):
+        mask = graph.call_function(torch.unsqueeze, (flat, 1))
     for linear in site.consumers:
         _, weight, bias, stacked = arguments(linear)
         with graph.inserting_before(linear):
-            flat = graph.call_function(torch.flatten, (site.mask, 1))
-            mask = graph.call_function(torch.unsqueeze, (flat, 1))
             folded_weight = graph.call_function(torch.mul, (weight, mask))
             new = graph.call_function(LINEAR, (site.source, folded_weight, bias, [False, True, stacked[2]]))
         linear.replace_all_uses_with(new)

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from vbdl_kernels import regime
 from vbdl_kernels.philox import BIAS, WEIGHT
 
-from vbdl.rewrite.linear import arguments, is_linear
+from vbdl.rewrite.linear import add_bias, arguments, is_linear
 from vbdl.rewrite.local import Normal, drawn_by, local_linear
 
 _aten, _ops = torch.ops.aten, torch.ops.vbdl
@@ -75,7 +75,7 @@ def _fused(graph: fx.Graph, node: fx.Node, n_samples: int, budget: int) -> bool:
         y = graph.call_function(_ops.sampled_linear.default, (x, *cast, found.key, found.layer, "", layer))
         y = graph.call_function(_aten.reshape.default, (y, tuple(node.meta["val"].shape)))
         if bias is not None and own is None:
-            y = graph.call_function(_aten.add.Tensor, (y, _spread(graph, bias, stacked[2], node.meta["val"].ndim)))
+            y = add_bias(graph, y, bias, stacked[2], axes=node.meta["val"].ndim - 2)
     _replace(graph, node, y)
     return True
 
@@ -140,14 +140,6 @@ def _cast(graph: fx.Graph, node: Any, dtype: torch.dtype) -> Any:
     if _value(node).dtype == dtype:
         return node
     return graph.call_function(_aten._to_copy.default, (node,), {"dtype": dtype})
-
-
-def _spread(graph: fx.Graph, bias: fx.Node, stacked: bool, axes: int) -> Any:
-    """A bias of each draw, (samples, 1, ..., outputs)."""
-    if not stacked:
-        return bias
-    samples, outputs = _value(bias).shape
-    return graph.call_function(_aten.reshape.default, (bias, (samples, *[1] * (axes - 2), outputs)))
 
 
 def _replace(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:

@@ -52,7 +52,7 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
         y = _product(flat, weight).reshape(*x.shape[:-1], out)
         if bias is None:
             return y
-        return y + (_spread(bias, y.ndim - 2 if xs else y.ndim - 1) if bs else bias)
+        return y + (spread(bias, y.ndim - 2 if xs else y.ndim - 1) if bs else bias)
     samples = weight.shape[0]
     if weight.numel() * rows <= _TINY:
         # no call of a library: one loop with what comes before and after it
@@ -66,7 +66,7 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
     y = y.reshape(samples, *x.shape[1 if xs else 0 : -1], out)
     if bias is None:
         return y
-    return y + (_spread(bias, y.ndim - 2) if bs else bias)
+    return y + (spread(bias, y.ndim - 2) if bs else bias)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -83,7 +83,8 @@ _TINY = 2**16  # multiplications; below, what a library call costs is more than 
 _WIDE = 4096  # outputs of all samples; past this a batched product is as fast as one wide one
 
 
-def _spread(bias: Tensor, axes: int) -> Tensor:
+def spread(bias: Tensor, axes: int) -> Tensor:
+    """(samples, outputs) -> (samples, 1, ..., outputs), for rows of as many axes."""
     return bias.view(bias.shape[0], *[1] * axes, bias.shape[-1])
 
 
@@ -113,6 +114,12 @@ def is_linear(node: fx.Node) -> bool:
 def arguments(linear: fx.Node) -> tuple[Any, Any, Any, list[bool]]:
     """x, weight, bias (or None), and which of them are stacked."""
     return linear.args  # type: ignore[return-value]
+
+
+def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.Node, stacked: bool, axes: int) -> fx.Node:
+    """y (samples, ..., outputs), its rows of as many axes, plus a bias of all samples or one of each."""
+    own = graph.call_function(spread, (bias, axes)) if stacked else bias
+    return graph.call_function(torch.ops.aten.add.Tensor, (y, own))
 
 
 def free_layout(traced: fx.GraphModule) -> None:

@@ -17,7 +17,7 @@ from vbdl_kernels import normal
 from vbdl_kernels.philox import ACTIVATION
 
 from vbdl.graph import BODY, PREFIX, dependence
-from vbdl.rewrite.linear import arguments, is_linear, lower
+from vbdl.rewrite.linear import add_bias, arguments, is_linear, lower
 
 _aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ def reparameterise(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: 
             own = (bias_drawn.mean, bias_drawn.std) if bias_drawn else (None, None)
             found = graph.call_function(local_linear, (x, drawn.mean, drawn.std, *own, drawn.key, drawn.layer))
             if bias is not None and bias_drawn is None:
-                found = graph.call_function(_aten.add.Tensor, (found, _over_rows(graph, bias, stacked[2])))
+                found = add_bias(graph, found, bias, stacked[2], axes=1)
         found.meta, region[found] = dict(node.meta), region[node]  # a layer may follow at once
         node.replace_all_uses_with(found)
         graph.erase_node(node)
@@ -74,10 +74,6 @@ def reparameterise(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: 
         traced.graph.eliminate_dead_code()
         traced.recompile()
     return done
-
-
-def _over_rows(graph: fx.Graph, bias: fx.Node, stacked: bool) -> fx.Node:
-    return graph.call_function(_aten.unsqueeze.default, (bias, 1)) if stacked else bias
 
 
 def drawn_by(node: Any) -> Normal | None:
