@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbdl.bench.methods.training import DecayedAdam, plain, train
 from vbdl.bench.registry import method
@@ -39,17 +39,20 @@ def _searched(task: Task, run: Run) -> Stacked:
     """Rate and precision of each split by the likelihood of its last fifth, then trained again on all of it.
 
     In the search one network is trained for a rate, with the middle precision in its weight decay (below 2e-6 on every
-    set), and judged under each precision; the last training has the decay of the pair that was chosen.
+    set), and judged under each precision; the last training has the decay of the pair that was chosen. Either is one
+    stacked training: of all splits at all rates, of all splits at their own.
     """
-    how = task.protocol
+    how, splits = task.protocol, range(task.n_splits)
     run.notes.append("the search trains one network a rate, with the middle tau in its weight decay (below 2e-6)")
     cut = int(task.n_train * 0.8)
+    middle = sorted(how.of.taus)[1]
+    tried = [(split, p, middle) for p in how.rates for split in splits]
+    searched = _fit(task, run, tried, cut, "search")
     held = task.x[:, cut : task.n_train], task.y[:, cut : task.n_train, 0]
     scale = torch.tensor(task.scale)
     best: list[tuple[float, float, float]] = [(-math.inf, 0.0, 0.0)] * task.n_splits
     for p in how.rates:
-        middle = sorted(how.of.taus)[1]
-        q = _fit(task, run, p, list(range(task.n_splits)), [middle] * task.n_splits, cut, f"search-{p:g}")
+        q = _dropping(task, run, searched, p, [i for i, network in enumerate(tried) if network[1] == p])
         judged = Stacked(q, Gaussian(std=1.0, learned=False), samples=_SEARCH_SAMPLES, seed=run.seed)
         means = torch.cat([chunk[..., 0, 0] for chunk in judged.parameters(held[0])])
         error = (means - held[1]) * scale[:, None]  # (draws, splits, rows) target units
@@ -59,31 +62,77 @@ def _searched(task: Task, run: Run) -> Stacked:
                 best[split] = max(best[split], (ll, p, tau))
     run.details["rate"] = [b[1] for b in best]
     run.details["tau"] = [b[2] for b in best]
+    refitted = _fit(task, run, [(split, p, tau) for split, (_, p, tau) in enumerate(best)], task.n_train, "refit")
     trained: dict[float, tuple[list[int], DeepEnsemble]] = {}
     for p in sorted({b[1] for b in best}):
-        chosen = [split for split, b in enumerate(best) if b[1] == p]
-        taus = [best[split][2] for split in chosen]
-        trained[p] = chosen, _fit(task, run, p, chosen, taus, task.n_train, f"refit-{p:g}")
+        chosen = [split for split in splits if best[split][1] == p]
+        trained[p] = chosen, _dropping(task, run, refitted, p, chosen)
     noise = [1 / (math.sqrt(tau) * s) for (_, _, tau), s in zip(best, task.scale, strict=True)]
     return _ByRate(trained, noise, run.draws(_SAMPLES), run.seed)
 
 
-def _fit(task: Task, run: Run, p: float, splits: list[int], taus: list[float], stop: int, name: str) -> DeepEnsemble:
+class _StackedRate(nn.Module):
+    """Dropout whose rate is an entry of the state, so that networks of several rates are one stack. Training only.
+
+    Its masks come from torch's generator, which `fit` seeds for every epoch: a mask for every row of every network is
+    ten times the words of all else, and the counters that predictions draw from cost twice the rest of the step.
+    """
+
+    rate: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rate", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * ((torch.rand_like(x) >= self.rate) / (1 - self.rate))
+
+
+def _with_stacked_rates(network: nn.Module) -> nn.Module:
+    """The network with each of its dropouts replaced."""
+    for parent in network.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.Dropout):
+                setattr(parent, name, _StackedRate())
+    return network
+
+
+def _fit(task: Task, run: Run, networks: list[tuple[int, float, float]], stop: int, name: str) -> DeepEnsemble:
+    """A network for each (split, rate, precision), trained on the first `stop` rows of its split, in one stack."""
     how = task.protocol
-    q = DeepEnsemble(MCDropout(task.network(p, 1)), len(splits), seed=run.seed)
-    weights = torch.tensor([decay(p, stop, tau) for tau in taus])
-    train(
-        task,
-        run,
-        q,
-        Gaussian(std=1.0, learned=False),  # half the squared error
-        epochs=how.epochs,
-        batch_size=how.batch_size,
-        name=name,
-        stop=stop,
-        splits=splits,
-        optimizer=lambda ps: DecayedAdam(ps, 1e-3, weights),
-    )
+    splits, rates, taus = zip(*networks, strict=True)
+    q = DeepEnsemble(_with_stacked_rates(task.network(0.5, 1)), len(networks), seed=run.seed)
+    for entry, tensor in q.stacked().items():
+        if entry.rpartition(".")[2] == "rate":
+            tensor.copy_(torch.tensor(rates))
+    weights = torch.tensor([decay(p, stop, tau) for p, tau in zip(rates, taus, strict=True)])
+    from torch._inductor import config  # takes a second
+
+    # compiled or not, masks are those that torch's own generator gives
+    with config.patch(fallback_random=True):
+        train(
+            task,
+            run,
+            q,
+            Gaussian(std=1.0, learned=False),  # half the squared error
+            epochs=how.epochs,
+            batch_size=how.batch_size,
+            name=name,
+            stop=stop,
+            splits=list(splits),
+            optimizer=lambda ps: DecayedAdam(ps, 1e-3, weights),
+        )
+    return q
+
+
+@torch.no_grad()
+def _dropping(task: Task, run: Run, trained: DeepEnsemble, p: float, which: list[int]) -> DeepEnsemble:
+    """These of the trained networks, all of one rate, as MC dropout."""
+    q = DeepEnsemble(MCDropout(task.network(p, 1)), len(which), seed=run.seed)
+    found = trained.stacked()
+    for name, tensor in q.stacked().items():
+        if name.startswith("inner."):
+            tensor.copy_(found[name.removeprefix("inner.")][which])
     return q
 
 
