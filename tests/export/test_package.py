@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,31 @@ def test_native_code_has_the_predictors_numbers(native):
     assert_same(package(x[:8].T.contiguous().T), Fields(whole), exact=True)
     with pytest.raises(ValueError, match=r"takes \(rows, 5\)"):
         package(x[:, :4])
+
+
+_ELSEWHERE = """
+import sys
+import torch
+from vbdl.export import load_package
+
+def refuse(event, arguments):
+    if event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "os.fork"):
+        raise RuntimeError(f"{event}: {arguments}")
+
+sys.addaudithook(refuse)
+fields = load_package(sys.argv[1])(torch.load(sys.argv[2], weights_only=True))
+torch.save(fields, sys.argv[3])
+"""
+
+
+def test_native_code_is_loaded_without_a_compiler(native, tmp_path):
+    """In a process of its own, which starts no other: the same numbers to the bit."""
+    _, package, folder = native
+    torch.save(rows("dropout"), tmp_path / "rows.pt")
+    paths = [str(folder), str(tmp_path / "rows.pt"), str(tmp_path / "fields.pt")]
+    subprocess.run([sys.executable, "-c", _ELSEWHERE, *paths], check=True, timeout=100)
+    found = torch.load(tmp_path / "fields.pt", weights_only=True)
+    assert_same(found, Fields(package(rows("dropout"))), exact=True)
 
 
 def test_native_code_is_loaded_where_it_was_made_or_trusted(native, monkeypatch, tmp_path):

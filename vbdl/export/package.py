@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import msgspec
 import torch
-import torch._inductor
 from torch import Tensor
 
 from vbdl.artefact.files import write_folder
@@ -241,6 +240,8 @@ def _compile(call: TileCall, tile: Rows, path: Path, backend: str, seed: int) ->
 
         write(call, arguments, path)
         return
+    from torch._inductor import aoti_compile_and_package  # what loads a package needs no compiler, and waits for none
+
     with torch.no_grad():
         exported = torch.export.export(call.module, arguments, strict=False)
         about = {
@@ -248,19 +249,15 @@ def _compile(call: TileCall, tile: Rows, path: Path, backend: str, seed: int) ->
             "vbdl_rows": str(tensors(tile)[0].shape[0]),
             "vbdl_inputs": ";".join(f"{CODES[t.dtype]}:{','.join(map(str, t.shape[1:]))}" for t in tensors(tile)),
         }
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": about}
-        )
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": about})
 
 
 def _runners(description: Description, folder: Path) -> dict[int, Any]:
     if description.backend == "onnx":
         from vbdl.export.onnx import runner
-
-        return {int(rows): runner(folder / name) for rows, name in description.tiles.items()}
-    return {
-        int(rows): torch._inductor.aoti_load_package(str(folder / name)) for rows, name in description.tiles.items()
-    }
+    else:
+        from vbdl.export.native import runner
+    return {int(rows): runner(folder / name) for rows, name in description.tiles.items()}
 
 
 def _probe(predictor: Predictor, example: Rows | None) -> tuple[Rows, Inputs]:
