@@ -1,7 +1,9 @@
 """What travels with a predictor, what a network needs to be made again, and how a folder is written."""
 
+import ctypes
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -315,9 +317,18 @@ def test_a_folder_is_not_overwritten_unasked(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["empty", "link", "mine", "model"]
 
 
-@pytest.mark.parametrize("step", ["mkdir", "open", "fsync", "rename", "second rename"])
-def test_a_crash_while_writing_leaves_the_old_or_nothing(step, tmp_path, monkeypatch):
-    """The disk is full, or the process dies, at any step: no half artefact is there afterwards."""
+@pytest.fixture(params=["in one step", "by two renames"])
+def replacing(request, monkeypatch):
+    """Both ways to replace an artefact; the second is that of file systems that cannot exchange."""
+    if request.param == "by two renames":
+        monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
+    elif not hasattr(ctypes.CDLL(None), "renameat2"):
+        pytest.skip("this system cannot exchange folders")
+    return request.param
+
+
+@pytest.mark.parametrize("step", ["mkdir", "open", "fsync", "exchange", "rename", "second rename"])
+def test_a_full_disk_while_writing_leaves_the_old_or_nothing(step, tmp_path, monkeypatch):
     predict = predictor()
     folder = predict.save(tmp_path / "model")
     calls = []
@@ -328,17 +339,75 @@ def test_a_crash_while_writing_leaves_the_old_or_nothing(step, tmp_path, monkeyp
             return real(*args, **kwargs)
         raise OSError(28, "No space left on device")
 
-    name = {"mkdir": "Path.mkdir", "open": "open", "fsync": "os.fsync"}.get(step, "os.rename")
     real = os.rename
-    monkeypatch.setattr(files, "open", fail, raising=False) if name == "open" else monkeypatch.setattr(
-        f"pathlib.{name}" if name == "Path.mkdir" else name, fail
-    )
+    if "rename" in step:
+        monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
+    place = {"mkdir": "pathlib.Path.mkdir", "fsync": "os.fsync"}.get(step, "os.rename")
+    if step in ("open", "exchange"):
+        monkeypatch.setattr(files, "open" if step == "open" else "_exchanged", fail, raising=False)
+    else:
+        monkeypatch.setattr(place, fail)
     for target, overwrite in ((folder, True), (tmp_path / "new", False)):
         calls.clear()
-        if step == "second rename" and target != folder:
+        if step in ("second rename", "exchange") and target != folder:
             continue
         with pytest.raises(OSError, match="No space left"):
             predict.replace(seed=9).save(target, overwrite=overwrite)
     monkeypatch.undo()
-    assert [n for n in os.listdir(tmp_path) if not n.startswith(".")] == ["model"]
+    assert os.listdir(tmp_path) == ["model"]
     assert vbdl.load(folder).seed == 0
+
+
+def test_a_kill_at_any_step_leaves_a_whole_artefact_at_the_name(replacing, tmp_path, monkeypatch):
+    """A child replaces the artefact and is killed at its first step on the disk, at its second, and so on."""
+    predict, seeds = predictor(), []
+    for step in range(100):
+        folder = tmp_path / str(step) / "model"
+        predict.save(folder)
+        child = os.fork()
+        if child == 0:
+            steps = []
+
+            def counted(real, steps=steps, step=step):
+                def call(*args, **kwargs):
+                    if len(steps) == step:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    steps.append(real)
+                    return real(*args, **kwargs)
+
+                return call
+
+            for place, name in ((os, "rename"), (os, "fsync"), (os, "rmdir"), (files, "_exchanged")):
+                setattr(place, name, counted(getattr(place, name)))
+            predict.replace(seed=1).save(folder, overwrite=True)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        seeds.append(vbdl.load(folder).seed)
+        predict.replace(seed=2).save(folder, overwrite=True)
+        assert vbdl.load(folder).seed == 2
+        left = [n for n in os.listdir(folder.parent) if not n.endswith(".partial")]  # those of a dead process
+        assert left == ["model"]
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+    # the old one until the step that replaces it, which is neither the first nor the last, then the new one
+    assert len(seeds) >= 8 and seeds == sorted(seeds) and seeds.count(0) >= 5 and seeds.count(1) >= 3, seeds
+
+
+def test_an_artefact_can_be_read_while_it_is_replaced(replacing, tmp_path):
+    """Two artefacts of other weights take turns at a name: every reading gives one or the other, whole."""
+    folder, x = tmp_path / "model", rows(5)
+    one, two = predictor(seed=1), predictor(seed=2)
+    expected = {1: one(x).probs, 2: two(x).probs}
+    one.save(folder)
+    writer = os.fork()
+    if writer == 0:
+        for turn in range(100_000):
+            (two, one)[turn % 2].save(folder, overwrite=True)
+    try:
+        read = [vbdl.load(folder) for _ in range(40)]
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    assert {p.seed for p in read} == {1, 2}
+    assert all(torch.equal(p(x).probs, expected[p.seed]) for p in read[-5:])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import vbdl
 from vbdl import metrics
 from vbdl.calibration import (
     APS,
@@ -143,6 +144,17 @@ def test_training_rows_are_refused_and_counted(classifier, ensemble, rows):
         # and what was calibrated already still knows its training rows
         with pytest.raises(ValueError, match="trained on"):
             calibrate(clean, x[TRAIN], y[TRAIN], ConformalSets(0.1))
+
+
+def test_training_rows_of_an_ensemble_of_several_architectures_are_refused(rows):
+    x, y = rows
+    wide, narrow = (torch.nn.Sequential(torch.nn.Linear(x.shape[1], n), torch.nn.Linear(n, 3)) for n in (8, 4))
+    mixed, likelihood = vbdl.DeepEnsemble([wide, narrow, wide]), vbdl.Categorical()
+    vbdl.fit(mixed, (x[TRAIN], y[TRAIN]), likelihood, epochs=1, compile=False, progress=False)
+    predict = vbdl.Predictor(mixed, likelihood, compile=False)
+    with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
+        calibrate(predict, x[290:350], y[290:350], Temperature())
+    calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
 
 
 def test_order_of_calibrations(classifier, rows):

@@ -1,5 +1,7 @@
 """An artefact as a folder: which files it may hold, how they are read and how a folder appears whole or not at all."""
 
+import ctypes
+import errno
 import os
 import shutil
 import stat
@@ -12,7 +14,11 @@ _HIDDEN = {".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # what git, t
 
 
 def locate(folder: Path) -> dict[str, Path]:
-    """The files of an artefact by name, or ArtefactError; nothing is opened."""
+    """The files of an artefact by name, or ArtefactError; nothing is opened.
+
+    Where a process was killed while it replaced the artefact by two renames, they are those of the old one.
+    """
+    folder = next((f for f in (folder, _before(folder), folder) if f.is_dir()), folder)
     if not folder.is_dir():
         reason = "a file" if folder.exists() else "not there"
         raise ArtefactError(f"{folder} is {reason}: an artefact is a folder with {MANIFEST} and {TENSORS}")
@@ -64,35 +70,57 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     """The folder with these files, written beside it, on the disk, then renamed into place.
 
     Raises FileExistsError where something is there already, unless `replace` is given: it raises where what is there
-    must not be deleted. Then it is replaced by two renames, and whoever reads at that moment finds the old one, the
-    new one or none, never a mixture.
+    must not be deleted. Then the two change places in one step, so that a whole artefact is there at any time, also
+    where the process is killed. A file system that cannot do that gets two renames; whoever reads between them, or
+    after a kill between them, is given the old one (`locate`).
     """
     folder = Path(os.path.abspath(folder))  # a name to rename to, not what a link at its end points to
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"{folder} is there and is not a folder")
-    if folder.exists() and any(folder.iterdir()):
+    taken = folder.exists() and any(folder.iterdir())
+    if taken:
         if replace is None:
             raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True")
         replace(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    before = folder.with_name(f".{folder.name}.{os.getpid()}.before")
+    partial, before = folder.with_name(f".{folder.name}.{os.getpid()}.partial"), _before(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         write_files(partial, files)
-        if folder.exists() and any(folder.iterdir()):
-            os.rename(folder, before)
-        try:
+        if not taken:
             os.rename(partial, folder)
-        except OSError:
-            if before.exists():
+        elif not _exchanged(partial, folder):
+            shutil.rmtree(before, ignore_errors=True)  # of a kill after both renames: the newer one is at the name
+            os.rename(folder, before)
+            try:
+                os.rename(partial, folder)
+            except OSError:
                 os.rename(before, folder)
-            raise
+                raise
         _sync_folder(folder.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # what is not finished, or what was replaced
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _before(folder: Path) -> Path:
+    """Where the old artefact is between two renames."""
+    return folder.with_name(f".{folder.name}.before") if folder.name else folder
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Two folders have changed places, in one step; False where this system or file system cannot do that."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if call is None:
+        return False
+    here, exchange = -100, ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
+    if call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(b))
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -44,7 +44,26 @@ def load(
     Raises ArtefactError (a ValueError) for what is damaged, hostile, of a newer format or no artefact, with the
     reason; nothing of the artefact has been executed then.
     """
-    return load_files(locate(Path(folder)), module=module, trust=trust, **settings)
+    folder = Path(folder)
+    for _ in range(_READINGS):
+        this = _identity(folder)
+        try:
+            return load_files(locate(folder), module=module, trust=trust, **settings)
+        except ArtefactError:
+            if _identity(folder) == this:
+                raise
+    raise ArtefactError(f"{folder} was replaced {_READINGS} times while it was read")
+
+
+_READINGS = 5
+
+
+def _identity(folder: Path) -> int | None:
+    """Another number where another artefact has taken this one's place."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def load_files(
@@ -77,8 +96,6 @@ def load_files(
         if seen.dtype != torch.int64 or seen.ndim != 1 or len(seen) != manifest.training_rows:
             raise ArtefactError("the fingerprints of the training rows are not one int64 a row")
         posterior.training_rows = seen
-        for part in posterior.parts:  # where vbdl.calibrate looks
-            part.training_rows = seen
     elif manifest.training_rows:
         raise ArtefactError("the fingerprints of the training rows are missing")
     likelihood = _likelihood(manifest, tensors)

@@ -80,7 +80,9 @@ def calibrate(
 
 def _overlap(predictor: Predictor, x: Inputs) -> int:
     """How many rows of x were trained on, by their fingerprints."""
-    seen = [getattr(part, "training_rows", None) for part in predictor.posterior.parts]
+    # an ensemble of several architectures is trained as a whole, or part by part
+    posterior = predictor.posterior
+    seen = [getattr(trained, "training_rows", None) for trained in (posterior, *posterior.parts)]
     known = [rows for rows in seen if rows is not None]
     return int(torch.isin(fingerprints(x), torch.cat(known)).sum()) if known else 0
 
