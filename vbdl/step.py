@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vbdl.compiler import compile_graph
 from vbdl.graph import trace
+from vbdl.nn import drawn
 from vbdl.stacking import Inputs, call, rebuild, state_of, tensors
 
 
@@ -47,7 +49,7 @@ class Step:
         key = tuple((tuple(t.shape), t.dtype) for t in flat[len(self.trained) + len(fixed) :])
         if key not in self._calls:
             begun = time.perf_counter()
-            self._calls[key] = compile_graph(trace(self._whole(list(fixed), x), *flat, aligned=False), flat)
+            self._calls[key] = compile_graph(self._trace(self._whole(list(fixed), x), flat), flat)
             self.compile_seconds += time.perf_counter() - begun
         with torch.no_grad():
             losses, *gradients = self._calls[key](*flat)
@@ -55,6 +57,12 @@ class Step:
             # a fused optimiser reads memory in order and takes the parameter's layout for granted
             p.grad = gradient.contiguous()
         return losses
+
+    def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
+        if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
+            # differentiated first and its mutations removed then: no kernel has a gradient under `functionalize`
+            whole = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+        return trace(whole, *flat, aligned=False)
 
     def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
         """Losses and gradients as a function of a flat list: trained entries, fixed ones, inputs, targets."""

@@ -136,6 +136,16 @@ def wants_derivative(*arguments) -> bool:
     return False
 
 
+def only_gradients() -> bool:
+    """Whether nothing but differentiation is going on: no `vmap`, forward mode or `functionalize` around the call.
+
+    `functionalize` refuses an `autograd.Function`, and a map over parameters has no kernel.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return not forward_mode and all(i.key() == torch._C._functorch.TransformType.Grad for i in stack)
+
+
 def leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """A mapped tensor with its mapped axis first; an unmapped one repeated along it, without a copy."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.dropout import CounterDropout
 from vbdl.stacking import call
 from vbdl.types import Inputs
@@ -37,7 +38,8 @@ class Objective(nn.Module):
 
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:
         """-> () nats a row"""
-        terms = [self._at(self.key + self.key.new_tensor([0, k]), inputs, y) for k in range(self.n_samples)]
+        with draws_of_one_step():
+            terms = [self._at(self.key + self.key.new_tensor([0, k]), inputs, y) for k in range(self.n_samples)]
         return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 
     def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:

@@ -4,26 +4,18 @@ The module's own parameters are the means, under their own names; `log_std` stan
 the drawn weights are put in the parameters' place for one call, whatever the module does with them.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from vbdl_kernels import normal
-from vbdl_kernels.philox import BIAS, WEIGHT
 
+from vbdl.nn.drawn import drawn, noise, once
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
 from vbdl.stacking import State, call
 
 LOG_STD_BOUND = 30.0  # exp(2 * 30) is finite in float32
-
-
-def noise(key: Tensor, layer: int, like: Tensor) -> Tensor:
-    """Standard normals of one parameter: row = its first axis, column = the others, flat; a vector is one row."""
-    stream = BIAS if like.ndim < 2 else WEIGHT
-    rows = 1 if like.ndim < 2 else like.shape[0]
-    columns = like.numel() // max(rows, 1)
-    return normal(key.to(like.device), layer, stream, rows, columns).view(like.shape).to(like.dtype)
 
 
 class LogStd(nn.Module):
@@ -87,10 +79,11 @@ class SampledNetwork(nn.Module):
 
     def weights(self) -> State:
         """The weights of the draw in `key`."""
-        return {
-            name: mean + log_std.exp() * noise(self.key, layer, mean)
-            for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer)
-        }
+        found = {}
+        for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer):
+            std = once("std", self.log_std[name], log_std.exp)
+            found[name] = drawn(mean, std, self.key, layer)
+        return found
 
     def forward(self, *args, **kwargs):
         return call(self.inner, self.weights(), kwargs if kwargs else args)
@@ -99,13 +92,14 @@ class SampledNetwork(nn.Module):
         """KL(q || prior) in nats, summed over every weight: in closed form, or for a scale mixture at a draw."""
         key = self.key if key is None else key
         total = self.kl_weight.new_zeros(())
-        for layer, (_, mean, log_std) in enumerate(self.normals()):
+        for layer, (name, mean, log_std) in enumerate(self.normals()):
             prior = getattr(self, f"prior_{layer}")
             if self.mixtures[layer]:
                 weight = mean + log_std.exp() * noise(key, self.first_layer + layer, mean)
                 total = total + kl_scale_mixture(weight, mean, log_std, prior)
             else:
-                total = total + kl_normal(mean, log_std, prior)
+                of_layer = functools.partial(kl_normal, mean, log_std, prior)
+                total = total + once("kl", self.log_std[name], of_layer)
         return total
 
     def regularization(self, key: Tensor) -> Tensor:
