@@ -35,12 +35,13 @@ def reference_bayesian_mlp(
     bias_stds: Sequence[Tensor],
     key: Tensor,
     layers: Sequence[int],
+    bias_layers: Sequence[int],
     activation: str,
 ) -> Tensor:
     """The specification of `bayesian_mlp`: `sampled_linear` and the activation, layer by layer."""
-    parameters = zip(means, stds, bias_means, bias_stds, layers, strict=True)
-    for i, (mean, std, bias_mean, bias_std, layer) in enumerate(parameters):
-        x = reference_sampled_linear(x, mean, std, bias_mean, bias_std, key, layer)
+    parameters = zip(means, stds, bias_means, bias_stds, layers, bias_layers, strict=True)
+    for i, (mean, std, bias_mean, bias_std, layer, bias_layer) in enumerate(parameters):
+        x = reference_sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, "", bias_layer)
         if i < len(means) - 1:
             x = ACTIVATIONS[activation](x.to(wide_of(x.dtype))).to(x.dtype)
     return x
@@ -55,11 +56,9 @@ dispatch.define(
 dispatch.define(
     "bayesian_mlp",
     "(Tensor x, Tensor[] means, Tensor[] stds, Tensor[] bias_means, Tensor[] bias_stds, Tensor key, int[] layers,"
-    " str activation) -> Tensor",
+    " int[] bias_layers, str activation) -> Tensor",
     reference_bayesian_mlp,
-    lambda x, means, stds, bias_means, bias_stds, key, layers, activation: x.new_empty(
-        (key.shape[0], x.shape[-2], means[-1].shape[0])
-    ),
+    lambda x, means, stds, bias_means, bias_stds, key, *_: x.new_empty((key.shape[0], x.shape[-2], means[-1].shape[0])),
 )
 dispatch.kernels_in("mlp_kernel", "ensemble_mlp", "bayesian_mlp")
 
@@ -82,11 +81,10 @@ def _mapped_ensemble(call, info, in_dims, x, weights, biases, activation):
     return call(x, flat(weights), flat(biases), activation).unflatten(0, shape), 0
 
 
-def _mapped_bayesian(call, info, in_dims, x, means, stds, bias_means, bias_stds, key, layers, activation):
+def _mapped_bayesian(call, info, in_dims, x, means, stds, bias_means, bias_stds, key, *rest):
     if any(d is not None for dims in in_dims[1:5] for d in dims):  # parameters per ensemble member
-        arguments = (x, means, stds, bias_means, bias_stds, key, layers, activation)
-        return dispatch.one_by_one(call, info, in_dims, *arguments)
-    whole = lambda x, key: call(x, means, stds, bias_means, bias_stds, key, layers, activation)
+        return dispatch.one_by_one(call, info, in_dims, x, means, stds, bias_means, bias_stds, key, *rest)
+    whole = lambda x, key: call(x, means, stds, bias_means, bias_stds, key, *rest)
     return dispatch.map_draws(whole, info.batch_size, x, in_dims[0], key, in_dims[5])
 
 
@@ -102,10 +100,10 @@ def _ensemble_mlp(x, weights, biases, activation):
 
 
 @dispatch.kept_whole
-def _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation):
+def _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, *rest):
     if dispatch.wants_derivative(x, means, stds, bias_means, bias_stds):
-        return reference_bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
-    return torch.ops.vbdl.bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
+        return reference_bayesian_mlp(x, means, stds, bias_means, bias_stds, key, *rest)
+    return torch.ops.vbdl.bayesian_mlp(x, means, stds, bias_means, bias_stds, key, *rest)
 
 
 def _check(x: Tensor, stacked: int, shapes: Sequence[torch.Size], activation: str, tensors: Sequence[Tensor]) -> None:
@@ -160,16 +158,19 @@ def bayesian_mlp(
     key: Tensor,
     layers: Sequence[int],
     activation: str = "relu",
+    bias_layers: Sequence[int] | None = None,
 ) -> Tensor:
     """Every draw of a small mean-field network on a batch: the weights exist only in registers.
 
     x: (batch, in) shared or (samples, batch, in);  means[l], stds[l]: (out, in);  bias_means[l], bias_stds[l]: (out,)
     key: (samples, 2) int64;  layers[l]: the layer number of its noise  ->  (samples, batch, out of the last layer)
 
+    bias_layers: the layer numbers of the biases' noise, where they are not the weights'.
     The draws are those of `sampled_linear` with the same key and layer. Otherwise as `ensemble_mlp`.
     """
     x, *groups = _autocast(x, means, stds, bias_means, bias_stds)
-    if len({*map(len, groups), len(layers)}) != 1:
+    bias_layers = layers if bias_layers is None else bias_layers
+    if len({*map(len, groups), len(layers), len(bias_layers)}) != 1:
         raise ValueError("one mean, std, bias mean, bias std and layer number a layer")
     means, stds, bias_means, bias_stds = groups
     for mean, std, bias_mean, bias_std in zip(*groups, strict=True):
@@ -177,8 +178,8 @@ def bayesian_mlp(
             raise ValueError("means and stds are (out, in), bias means and stds (out,)")
     if key.dtype != torch.int64 or key.ndim != 2 or key.shape[-1] != 2:
         raise ValueError(f"key must be int64 of shape (samples, 2), got {key.dtype} {tuple(key.shape)}")
-    if not all(0 <= layer < 2**28 for layer in layers):
-        raise ValueError(f"layers {list(layers)} out of range")
+    if not all(0 <= layer < 2**28 for layer in (*layers, *bias_layers)):
+        raise ValueError(f"layers {[*layers, *bias_layers]} out of range")
     tensors = [t for group in groups for t in group]
     _check(x, key.shape[0], [m.shape for m in means], activation, tensors)
-    return _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, list(layers), activation)
+    return _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, list(layers), list(bias_layers), activation)

@@ -96,8 +96,8 @@ def quarter(mean, std, row, group, k0, k1, draw, tag, h0, h1, h2, h3,
 
 @triton.jit
 def bayesian_mlp_forward(
-    x, means, stds, bias_means, bias_stds, key, layers, y, batch, x_sample, x_batch,
-    WIDTHS: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
+    x, means, stds, bias_means, bias_stds, key, y, batch, x_sample, x_batch,
+    TAGS: tl.constexpr, BIAS_TAGS: tl.constexpr, WIDTHS: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
     ACTIVATION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Activations are four tiles of 32 units, as the four words of a counter are 32 columns apart."""
@@ -112,9 +112,8 @@ def bayesian_mlp_forward(
     h2 = tl.load(source + 64, mask=in_batch & (unit < WIDTHS[0] - 64)[:, None], other=0.0)
     h3 = tl.load(source + 96, mask=in_batch & (unit < WIDTHS[0] - 96)[:, None], other=0.0)
     for layer in tl.static_range(LAYERS):
-        number = tl.load(layers + layer)
-        tag = (number << 4).to(tl.uint32)
-        bias_tag = ((number << 4) | 1).to(tl.uint32)
+        tag = (draw.to(tl.int64) * 0 + TAGS[layer]).to(tl.uint32)
+        bias_tag = (draw.to(tl.int64) * 0 + BIAS_TAGS[layer]).to(tl.uint32)
         g0, g1, g2, g3 = h0, h1, h2, h3
         for j in tl.static_range(4):
             if WIDTHS[layer + 1] > 32 * j:
@@ -165,7 +164,7 @@ def ensemble_mlp(x, weights, biases, activation) -> Tensor:
     return y
 
 
-def bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation) -> Tensor:
+def bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, bias_layers, activation) -> Tensor:
     samples, batch = len(key), x.shape[-2]
     widths = (x.shape[-1], *(m.shape[0] for m in means))
     y = x.new_empty((samples, batch, widths[-1]))
@@ -177,7 +176,9 @@ def bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, activation)
     with on_device(x):
         bayesian_mlp_forward[samples, triton.cdiv(batch, tile)](
             x, contiguous(means), contiguous(stds), contiguous(bias_means), contiguous(bias_stds),
-            key.contiguous(), key.new_tensor(layers), y, batch, x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
+            key.contiguous(), y, batch, x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
+            # constants, because a tensor of them would be a copy from the host in every call
+            TAGS=tuple(n << 4 for n in layers), BIAS_TAGS=tuple(n << 4 | 1 for n in bias_layers),
             WIDTHS=widths, LAYERS=len(means), BATCH=tile, ACTIVATION=activation,
             FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True,
             num_warps=4 if max(widths) <= 64 else 8,

@@ -287,6 +287,7 @@ def test_whole_networks_on_hopper(width):
     widths = (width,) * (layers + 1)
     common = dict(WIDTHS=widths, LAYERS=layers, BATCH=32, ACTIVATION="relu", INTERPRET=False, num_warps=4)
     many = (BF16,) * layers
+    tags = dict(TAGS=(0, 2 << 4), BIAS_TAGS=(1 << 4 | 1, (2**28 - 1) << 4 | 1))
     machine = compiled(
         "mlp_kernel",
         "ensemble_mlp_forward",
@@ -301,9 +302,9 @@ def test_whole_networks_on_hopper(width):
         "bayesian_mlp_forward",
         90,
         pointers(BF16, "x", "y")
-        + pointers(torch.int64, "key", "layers")
+        + pointers(torch.int64, "key")
         + tuple((name, many) for name in ("means", "stds", "bias_means", "bias_stds")),
-        tuple((common | dict(FAST=True, num_warps=4 if width <= 64 else 8)).items()),
+        tuple((common | tags | dict(FAST=True, num_warps=4 if width <= 64 else 8)).items()),
     )
     check(machine, spilled=int(width > 64))  # a register once a layer, not once a weight: there is no loop
     assert machine.total("HMMA", "HGMMA") > 0

@@ -124,8 +124,9 @@ def test_statistics_and_networks_match_their_references():
             [t[0] for t in biases],
             [t[1].abs() for t in biases],
         ]
-        expected = module.reference_bayesian_mlp(x, *drawn, key, [1, 2, 3], "relu")
-        torch.testing.assert_close(bayesian_mlp(x, *drawn, key, [1, 2, 3]), expected, rtol=1e-4, atol=1e-4 * 30)
+        expected = module.reference_bayesian_mlp(x, *drawn, key, [1, 2, 3], [4, 5, 6], "relu")
+        found = bayesian_mlp(x, *drawn, key, [1, 2, 3], bias_layers=[4, 5, 6])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * 30)
 
 
 def test_training_holds_no_weights_of_all_draws():

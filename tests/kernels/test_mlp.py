@@ -6,6 +6,7 @@ from vbdl_kernels import bayesian_mlp, ensemble_mlp, make_key, sampled_linear
 
 module = importlib.import_module("vbdl_kernels.mlp")
 LAYERS = [4, 9, 2**28 - 1]
+BIAS_LAYERS = [5, 9, 2**28 - 2]
 
 
 def problem(widths, stacked=3, batch=5, dtype=torch.float32, shared=True):
@@ -44,6 +45,11 @@ def test_draws_are_those_of_the_layers():
         h = sampled_linear(h, mean, std, key, layers[i], bias_mean, bias_std)
         h = h.relu() if i < 2 else h
     assert torch.equal(y, h)
+    h = x
+    for i, (mean, std, bias_mean, bias_std) in enumerate(zip(*groups, strict=True)):
+        h = sampled_linear(h, mean, std, key, layers[i], bias_mean, bias_std, bias_layer=BIAS_LAYERS[i])
+        h = h.relu() if i < 2 else h
+    assert torch.equal(bayesian_mlp(x, *groups, key, layers, bias_layers=BIAS_LAYERS), h)
 
 
 def test_gradients_contracts_and_compile():
@@ -53,7 +59,7 @@ def test_gradients_contracts_and_compile():
     assert torch.autograd.gradcheck(f, leaves)
     x, (weights, biases), parameters = problem([3, 5, 2])
     torch.library.opcheck(torch.ops.vbdl.ensemble_mlp.default, (x, weights, biases, "relu"))
-    torch.library.opcheck(torch.ops.vbdl.bayesian_mlp.default, (x, *parameters, "relu"))
+    torch.library.opcheck(torch.ops.vbdl.bayesian_mlp.default, (x, *parameters, BIAS_LAYERS[:2], "relu"))
     compiled = torch.compile(bayesian_mlp, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, *parameters), bayesian_mlp(x, *parameters))
 
@@ -71,6 +77,8 @@ def test_what_does_not_fit_is_refused():
         ensemble_mlp(x, weights, biases[:1])
     with pytest.raises(ValueError, match="layer number"):
         bayesian_mlp(x, *groups, key, layers[:1])
+    with pytest.raises(ValueError, match="layer number"):
+        bayesian_mlp(x, *groups, key, layers, bias_layers=layers[:1])
     with pytest.raises(ValueError, match="dtype"):
         bayesian_mlp(x.double(), *groups, key, layers)
 
@@ -90,7 +98,7 @@ CASES = [
 def test_kernels_match_the_reference(widths, dtype, shared, activation, poisoned):
     for batch in (5, 0) if max(widths) > 64 else (5, 70, 0):
         x, stored, drawn = problem(widths, batch=batch, dtype=dtype, shared=shared)
-        for name, parameters in (("ensemble_mlp", stored), ("bayesian_mlp", drawn)):
+        for name, parameters in (("ensemble_mlp", stored), ("bayesian_mlp", (*drawn, BIAS_LAYERS[: len(widths) - 1]))):
             found = getattr(torch.ops.vbdl, name)(x, *parameters, activation)
             expected = getattr(module, f"reference_{name}")(x, *parameters, activation)
             assert found.shape == expected.shape and not found.isnan().any()
