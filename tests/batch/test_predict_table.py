@@ -72,7 +72,7 @@ def test_compiled_is_eager_to_rounding_and_the_same_in_any_chunk(model, rows, ex
     assert np.allclose(a["probability_no"], expected["probability_no"], atol=1e-6)
 
 
-@pytest.mark.parametrize("out", ["out.parquet", "out.arrow", "out.csv", "folder"])
+@pytest.mark.parametrize("out", ["out.parquet", "out.arrow", "out.csv", "out.npy", "folder"])
 def test_every_output_holds_the_same(model, rows, expected, tmp_path, out):
     source = write(rows, tmp_path / "t.parquet")
     report = vbdl.predict_table(model, source, tmp_path / out, **SMALL)
@@ -82,6 +82,12 @@ def test_every_output_holds_the_same(model, rows, expected, tmp_path, out):
         assert found["prediction"].to_pylist() == expected["prediction"].to_pylist()
         assert np.allclose(found["total"], expected["total"], rtol=1e-6)
         assert json.loads(found["set"][0].as_py()) == expected["set"][0].as_py()
+    elif out == "out.npy":
+        found = np.load(tmp_path / out, mmap_mode="r", allow_pickle=False)
+        assert found.dtype.names == tuple(expected.column_names) and found.dtype["prediction"] == "<U3"
+        for name in ("row_id", "prediction", "probability_yes", "total", "epistemic"):
+            assert np.array_equal(found[name], expected[name].to_numpy()), name
+        assert [json.loads(w) for w in found["set"]] == expected["set"].to_pylist()
     else:
         read = pa.feather.read_table if out == "out.arrow" else pa.parquet.read_table
         assert read(tmp_path / out).combine_chunks().equals(expected.combine_chunks())
@@ -258,6 +264,65 @@ def test_rows_that_are_not_finite(network, numbers, tmp_path):
     for data in (tmp_path / "x.npy", pa.table({f"f{i}": bad[:, i] for i in range(5)}), bad):
         found = vbdl.predict_table(network, data, **SMALL)
         assert found["row_id"].to_pylist() == [i for i in range(400) if i not in (3, 77)]
+
+
+class Codes(nn.Module):
+    """The first number is a code of ten; others are no code, and the lookup raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes, self.out = nn.Embedding(10, 3), nn.Linear(7, 2)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.codes(x[:, 0].long()), x[:, 1:]], dim=1))
+
+
+@pytest.fixture(scope="module")
+def coded(numbers):
+    """A network that raises on some rows, rows with such among them, and predictions of the others."""
+    predict = vbdl.Predictor(vbdl.DeepEnsemble([Codes() for _ in range(3)]), vbdl.Categorical(), compile=False)
+    x = numbers.copy()
+    x[:, 0] = np.arange(400) % 10
+    clean = vbdl.predict_table(predict, x, **SMALL)
+    x[[0, 77, 78, 200, 399], 0] = 10, 11, -3, 99, 10
+    x[300:364, 0] = 12
+    return predict, x, clean.filter(pa.array(x[:, 0] == np.arange(400) % 10))
+
+
+@pytest.mark.parametrize("chunk_rows, workers", [(400, 1), (400, 3), (100, 2), (64, 1)])
+def test_rows_that_the_model_raises_on_are_alone_in_quarantine(coded, tmp_path, chunk_rows, workers):
+    """Also where they are first, last, side by side, or all of a chunk; no bit of the others changes."""
+    predict, x, expected = coded
+    np.save(tmp_path / "x.npy", x)
+    options = {**SMALL, "chunk_rows": chunk_rows, "workers": workers}
+    report = vbdl.predict_table(predict, tmp_path / "x.npy", tmp_path / "out.parquet", **options)
+    assert (report.rows, report.rejected) == (331, 69) and report.reasons[0].startswith(
+        "x.npy, row 0: the model raised"
+    )
+    assert pa.parquet.read_table(tmp_path / "out.parquet").combine_chunks().equals(expected.combine_chunks())
+    reasons = [json.loads(line) for line in report.quarantine.read_text().splitlines()]
+    assert [r["row"] for r in reasons] == [i for i in range(400) if i not in set(expected["row_id"].to_pylist())]
+    with pytest.raises(ValueError, match="row 0: the model raised"):
+        vbdl.predict_table(predict, tmp_path / "x.npy", tmp_path / "stopped", on_error="stop", **options)
+
+
+def test_a_model_that_raises_on_every_row_is_an_error_and_no_quarantine(coded, numbers, tmp_path, monkeypatch):
+    predict, x, _ = coded
+    with pytest.raises(ValueError, match="cannot take rows"):
+        vbdl.predict_table(predict, numbers[:, :4], **SMALL)
+    # and one that breaks in the middle: no row is blamed for that
+    call, calls = vbdl.Predictor.__call__, []
+
+    def broken(self, x, **options):
+        calls.append(x)
+        if len(calls) > 2:
+            raise RuntimeError("the device is gone")
+        return call(self, x, **options)
+
+    monkeypatch.setattr(vbdl.Predictor, "__call__", broken)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        vbdl.predict_table(predict, numbers.clip(0, 1), tmp_path / "out", **{**SMALL, "chunk_rows": 100})
+    assert json.loads((tmp_path / "out" / "_journal.jsonl").read_text().splitlines()[-1])["chunk"] == 1
 
 
 def test_a_wrong_number_of_columns_is_an_error(network, tmp_path):

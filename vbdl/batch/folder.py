@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vbdl.batch.arrays import write_array
 from vbdl.tabular.reading import arrow
 
 JOURNAL, MANIFEST, QUARANTINE, LOCK = "_journal.jsonl", "_manifest.json", "_quarantine.jsonl", "_lock"
-FORMATS = {"parquet": ".parquet", "csv": ".csv", "arrow": ".arrow"}
+FORMATS = {"parquet": ".parquet", "csv": ".csv", "arrow": ".arrow", "npy": ".npy"}
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,6 +53,8 @@ def write_table(table: Any, path: Path, kind: str) -> None:
         from pyarrow import csv
 
         csv.write_csv(flat(table), path)
+    elif kind == "npy":
+        write_array(path, flat(table, fixed=False))
     else:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
@@ -76,11 +79,11 @@ def with_source(table: Any, source: str) -> Any:
     return table.add_column(0, "source", pa.array([source] * table.num_rows, pa.string()))
 
 
-def flat(table: Any) -> Any:
-    """Lists as text, which CSV has no cells for."""
+def flat(table: Any, fixed: bool = True) -> Any:
+    """Lists as text, for formats that have no cells for them; fixed: also those of one length."""
     pa = arrow()
     for place, column in enumerate(table.schema):
-        if pa.types.is_nested(column.type):
+        if pa.types.is_nested(column.type) and (fixed or not pa.types.is_fixed_size_list(column.type)):
             words = [None if v is None else json.dumps(v) for v in table.column(place).to_pylist()]
             table = table.set_column(place, column.name, pa.array(words, pa.string()))
     return table

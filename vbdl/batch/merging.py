@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vbdl.batch.arrays import join_arrays
 from vbdl.batch.folder import QUARANTINE, parquet_options, write_atomic
 from vbdl.tabular.reading import arrow
 
@@ -43,6 +44,8 @@ def _merge(out: Path, parts: Sequence[Path], kind: str) -> None:
                     if number == 0:
                         sink.write(header)
                     shutil.copyfileobj(part, sink)
+    elif kind == "npy":
+        join_arrays(out, parts)
     elif kind == "parquet":
         import pyarrow.parquet
 

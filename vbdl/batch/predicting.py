@@ -103,7 +103,7 @@ def predict_table(
     model: a Predictor, or the folder of a saved one.
     data: a file or folder of CSV, Parquet, Arrow IPC or .npy, a folder of images, a pyarrow.Table, a pandas frame, a
     dict of columns, a NumPy array, a torch Dataset, or a source of `vbdl.batch.sources`.
-    out: a file (.parquet, .csv, .arrow) or a folder that gets a part a chunk; None returns a pyarrow.Table.
+    out: a file (.parquet, .csv, .arrow, .npy) or a folder that gets a part a chunk; None returns a pyarrow.Table.
     columns: of the output, see `vbdl.batch.output`. keep: input columns to carry over. interval: level of the central
     interval in `lower` and `upper`. inputs: columns a plain network takes, in its order; every number unless given.
     schema: of a Predictor made from a table and not saved.

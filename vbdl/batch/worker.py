@@ -78,6 +78,7 @@ class Worker:
         self.labels = [target.label(i) for i in range(len(target.classes))] if named else None  # type: ignore[union-attr, arg-type]
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         self._workers = workers
+        self._known: Any = None  # a row that the model has predicted
 
     @property
     def needed(self) -> list[str] | None:
@@ -96,11 +97,11 @@ class Worker:
         keep[list(bad)] = False
         if bad:
             x = map_inputs(lambda t: t[torch.from_numpy(keep)], x)
-        columns, rows = self._predict(x, int(keep.sum()))
-        if rows is not None:  # a prediction that is not finite is none
+        columns, without = self._predict(x, int(keep.sum()))
+        if without:
             numbers = np.flatnonzero(keep)
-            rejected += [(int(chunk.rows[numbers[r]]), "the prediction is not finite") for r in np.flatnonzero(~rows)]
-            keep[numbers[~rows]] = False
+            rejected += [(int(chunk.rows[numbers[r]]), reason) for r, reason in without.items()]
+            keep[numbers[list(without)]] = False
         found = {"row_id": pa.array(chunk.rows[keep])}
         if self.options.keep:
             kept = chunk.data.filter(pa.array(keep))
@@ -145,36 +146,88 @@ class Worker:
             raise ValueError(f"there is no column of numbers among {table.column_names}")
         return numbers
 
-    def _predict(self, x: Any, n: int) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Columns of these rows, and which of them are finite (None: all). Rows are shared out to the threads in whole
+    def _predict(self, x: Any, n: int) -> tuple[dict[str, Any], dict[int, str]]:
+        """Columns of these rows, and {row: reason} of those that have none. Rows are shared out to the threads in whole
         tiles, so that each is computed as it would be alone."""
         if n == 0:
             if self._shape is None:
-                return {}, None
+                return {}, {}
             x = torch.zeros(0, *self._shape, dtype=self._dtype())
         tile = self.options.tile
         each = max(tile, -(-n // tile // self._workers) * tile) if self._pool is not None else max(n, 1)
         cuts = range(0, max(n, 1), each)
-        pieces = [map_inputs(lambda t, s=start: t[s : s + each], x) for start in cuts]
+        pieces = [_rows(x, start, start + each) for start in cuts]
         made = list(self._pool.map(self._piece, pieces)) if self._pool is not None else [self._piece(p) for p in pieces]
-        pa = arrow()
-        columns = {name: _joined([m[0][name] for m in made]) for name in made[0][0]}
-        if all(m[1] is None for m in made):
-            return columns, None
-        finite = np.concatenate([m[1] if m[1] is not None else np.ones(m[2], bool) for m in made])
-        return {name: column.filter(pa.array(finite)) for name, column in columns.items()}, finite
+        tables = [columns for columns, _ in made if columns is not None]
+        if not tables:  # the columns of no row
+            some = self._columns(_rows(x, 0, 0) if self._known is None else self._known)[0]
+            tables = [{name: column.slice(0, 0) for name, column in some.items()}]
+        columns = {name: _joined([t[name] for t in tables]) for name in tables[0]}
+        without: dict[int, str] = {}
+        for start, (_, reasons) in zip(cuts, made, strict=True):
+            without |= {start + row: reason for row, reason in reasons.items()}
+        return columns, without
 
-    def _piece(self, x: Any) -> tuple[dict[str, Any], np.ndarray | None, int]:
+    def _piece(self, x: Any) -> tuple[dict[str, Any] | None, dict[int, str]]:
+        """Columns of these rows (None where no row has any), and {row: reason} of those without.
+
+        Where the model raises, halves are tried, and halves of those, until the rows it raises on are alone. No row's
+        numbers depend on what is computed beside it, so the others' are what they would have been.
+        """
+        try:
+            return self._columns(x)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # networks raise in many ways
+            n = _length(x)
+            if n == 0 or not self._works(x):
+                raise  # not for what is in a row
+            if n == 1:
+                return None, {0: f"the model raised {type(error).__name__}: {_first_line(error)}"}
+        half = n // 2
+        one, other = self._piece(_rows(x, 0, half)), self._piece(_rows(x, half, n))
+        tables = [columns for columns, _ in (one, other) if columns is not None]
+        columns = {name: _joined([t[name] for t in tables]) for name in tables[0]} if tables else None
+        return columns, {**one[1], **{half + row: reason for row, reason in other[1].items()}}
+
+    def _columns(self, x: Any) -> tuple[dict[str, Any], dict[int, str]]:
         p = self.predictor(x, samples=self.options.interval > 0)
+        if self._known is None and _length(x):
+            self._known = map_inputs(lambda t: t[:1].clone(), x)
+        columns = fields(p, self.labels, self.options.columns, self.options.interval)
         total = p.total.flatten(1).sum(1) if p.total.ndim > 1 else p.total
-        bad = None
-        if not bool(torch.isfinite(total.sum())):
-            finite = torch.isfinite(total)
-            bad = None if bool(finite.all()) else finite.numpy()
-        return fields(p, self.labels, self.options.columns, self.options.interval), bad, len(total)
+        if bool(torch.isfinite(total.sum())) or bool((finite := torch.isfinite(total)).all()):
+            return columns, {}
+        kept = arrow().array(finite.cpu().numpy())
+        without = dict.fromkeys((~finite).nonzero().flatten().tolist(), "the prediction is not finite")
+        return {name: column.filter(kept) for name, column in columns.items()}, without
+
+    def _works(self, x: Any) -> bool:
+        """Whether the model predicts at all: a row that it has predicted before, or else zeros or some row of these."""
+        middle = _length(x) // 2
+        found = [(0, 0), (0, 1), (middle, middle + 1)]
+        for row in [self._known] if self._known is not None else [_rows(x, a, b) for a, b in found]:
+            try:
+                self._columns(row)
+            except Exception:
+                continue
+            return True
+        return False
 
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.predictor.posterior.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _rows(x: Any, start: int, end: int) -> Any:
+    return map_inputs(lambda t: t[start:end], x)
+
+
+def _length(x: Any) -> int:
+    return len(tensors(x)[0])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 def _joined(arrays: list[Any]) -> Any:

@@ -11,8 +11,9 @@ import tyro
 class Predict:
     """Predict every row of files of any size, in memory of a few chunks; go on where a killed run stopped.
 
-    Reads CSV, Parquet, Arrow and .npy files, or a folder of them or of images; writes .parquet, .csv or .arrow, or a
-    folder of parts. Rows that cannot be used are left out and listed with reasons, and the exit code is then 3.
+    Reads CSV, Parquet, Arrow and .npy files, or a folder of them or of images; writes .parquet, .csv, .arrow,
+    .npy, or a folder of parts. Rows that cannot be used, or that the model raises on, are left out and listed with
+    reasons, and the exit code is then 3.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -36,7 +37,7 @@ class Predict:
     """Threads, or actors of Ray; by the cores there are unless given. Results do not depend on it."""
     chunk_rows: int = 65_536
     """Rows read, computed and written at a time: memory, and what is done again after a kill."""
-    format: Literal["parquet", "csv", "arrow"] | None = None
+    format: Literal["parquet", "csv", "arrow", "npy"] | None = None
     """Of the parts in a folder."""
     on_error: Literal["quarantine", "stop"] = "quarantine"
     """What happens at a row that cannot be used."""
