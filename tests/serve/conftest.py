@@ -39,6 +39,15 @@ def arrays_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def draws_model(tmp_path_factory):
+    """Rows of four numbers, MC dropout of 64 draws: eight steps, of which a deadline may take the first."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+    predictor = vbdl.Predictor(vbdl.MCDropout(net), Categorical(), n_samples=64, compile=False)
+    return predictor.save(tmp_path_factory.mktemp("draws") / "draws", example=torch.zeros(1, 4))
+
+
+@pytest.fixture(scope="session")
 def named_model(tmp_path_factory):
     """Two inputs by name; the network is not of torch's own layers, so it is given again."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import threading
 import time
 
 import httpx
@@ -408,28 +409,101 @@ def test_one_row_that_breaks_the_model_does_not_break_its_neighbours(arrays_mode
     _crowd(service, mixed)
 
 
-def test_an_anytime_predictor_is_given_the_deadline_that_the_client_set(arrays_model):
-    seen = []
+class _Watch:
+    """A clock that goes on by half a second whenever somebody looks."""
 
-    class Anytime:
-        def __init__(self, inner):
-            self.inner = inner
+    def __init__(self):
+        self.now = 0.0
 
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
+    def __call__(self):
+        self.now += 0.5
+        return self.now
 
-        def __call__(self, x, deadline=None):
-            seen.append(deadline)
-            return self.inner(x)
 
-    _, service = _with(arrays_model, Anytime, Limits())
+def test_a_short_deadline_is_met_with_fewer_draws_and_the_answer_says_how_many(draws_model):
+    model = Model(draws_model)
+    assert model.anytime and model.predictor.n_samples == 64
+    with TestClient(app(model)) as client:
+        _ready(client)
+        clock = model.predictor.clock = _Watch()
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+        body = {"inputs": x.tolist()}
+        short = client.post("/v1/predict", json=body, headers={"X-Deadline-Ms": "4000"})
+        looked = clock.now
+        assert short.status_code == 200, short.text
+        n = short.json()["n_samples"]
+        assert n in (8, 16, 24, 32) and looked > 0
+        fewer = vbdl.load(draws_model).replace(n_samples=n)(x)
+        found = torch.tensor([row["probs"] for row in short.json()["predictions"]])
+        torch.testing.assert_close(found, fewer.probs, rtol=0, atol=1e-6)
+        headers = {"X-Deadline-Ms": "4000", "Accept": ARROW}
+        table = pa.ipc.open_stream(client.post("/v1/predict", json=body, headers=headers).content).read_all()
+        assert set(table["n_samples"].to_pylist()) == {n}
+        # time for all draws, and no deadline at all: the predictor's own numbers
+        clock.now = -1e9
+        model.predictor.clock = time.perf_counter
+        for headers in ({"X-Deadline-Ms": "20000"}, {}):
+            whole = client.post("/v1/predict", json=body, headers=headers).json()
+            assert whole["n_samples"] == 64
+            found = torch.tensor([row["probs"] for row in whole["predictions"]])
+            torch.testing.assert_close(found, vbdl.load(draws_model)(x).probs, rtol=0, atol=1e-6)
+
+
+def test_rows_of_one_request_may_have_different_numbers_of_draws(draws_model):
+    """Tiles that the last step did not reach any more."""
+    model = Model(draws_model, tiles=(2,))
+    with TestClient(app(model)) as client:
+        _ready(client)
+        model.predictor.clock = _Watch()
+        body = {"inputs": [[0.1 * k, 1.0, -1.0, 0.5] for k in range(5)]}
+        answer = client.post("/v1/predict", json=body, headers={"X-Deadline-Ms": "9000"}).json()
+        counts = answer["n_samples"]
+        assert len(counts) == 5 and len(set(counts)) == 2 and counts == sorted(counts, reverse=True)
+        for row, n in zip(answer["predictions"], counts, strict=True):
+            alone = vbdl.load(draws_model).replace(n_samples=n, tiles=(2,))
+            x = torch.tensor([body["inputs"][answer["predictions"].index(row)]])
+            torch.testing.assert_close(torch.tensor([row["probs"]]), alone(x).probs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("quick", [10.0, 0.0])
+def test_a_quick_model_is_computed_on_the_event_loop_and_a_slow_one_beside_it(quick, arrays_model, monkeypatch):
+    monkeypatch.setattr("vbdl.serve.batching.QUICK", quick)
+    threads = []
+
+    class Noting(_Slow):
+        def __call__(self, x):
+            threads.append(threading.get_ident())
+            return super().__call__(x)
+
+    _, service = _with(arrays_model, lambda p: Noting(p, 0.0), Limits())
+    x = torch.randn(150, 4, generator=torch.Generator().manual_seed(8))
 
     async def ask(client):
-        assert (await client.post("/v1/predict", json=BODY, headers={"X-Deadline-Ms": "5000"})).status_code == 200
-        assert (await client.post("/v1/predict", json=BODY)).status_code == 200
+        one = lambda k: client.post("/v1/predict", json={"inputs": x[k : k + 1].tolist()})
+        for k in range(10):
+            assert (await one(k)).status_code == 200
+        at_once = len(threads)
+        answers = await asyncio.gather(*(one(k) for k in range(150)))  # more than a tile
+        found = torch.tensor([a.json()["predictions"][0]["probs"] for a in answers])
+        return threading.get_ident(), at_once, found
 
-    _crowd(service, ask)
-    assert 4 < seen[0] <= 5 and seen[1] is None
+    loop, at_once, found = _crowd(service, ask)
+    assert torch.equal(found, vbdl.load(arrays_model)(x).probs)
+    assert at_once == 10 and threads[:10].count(loop) == (10 if quick else 0)
+    assert len(threads) < 100 and loop in threads if quick else loop not in threads
+
+
+def test_a_service_below_a_prefix(arrays_model):
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    service = app(Model(arrays_model))
+    outer = Starlette(routes=[Mount("/models/signs", service)], lifespan=service.router.lifespan_context)
+    with TestClient(outer) as client:
+        while client.get("/models/signs/ready").status_code != 200:
+            time.sleep(0.02)
+        assert len(client.post("/models/signs/v1/predict", json=BODY).json()["predictions"]) == 1
+        assert client.post("/models/signs/v1/predict", json={}).status_code == 422
 
 
 def test_bodies_together_are_bounded(arrays_model):

@@ -1,29 +1,34 @@
-"""Requests computed together: one thread, a bounded queue, deadlines.
+"""Requests computed together: a bounded queue, deadlines, and a thread.
 
 While a batch is computed the next one gathers, so that an idle service adds no wait and a busy one batches by itself;
 `batch_wait` lets the first request of a batch wait for others on top of that.
+
+Where a tile takes less than two milliseconds and nothing else is computed, what has come in one turn of the event loop
+is computed right there: handing it to a thread and back would hold up everybody for longer.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vbdl.serve.limits import Limits, Refused
+from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
 from vbdl.stacking import rebuild, tensors
 from vbdl.types import Inputs
 
+QUICK = 0.002  # seconds of a tile that the event loop may be held up for
+PATIENCE = 0.005  # seconds before it is watched whether a client leaves: most are answered by then
+_SHARE = 0.8  # of a deadline that computing may take; the rest is for the way back
 _log = logging.getLogger(__name__)
 
 
@@ -42,37 +47,68 @@ class _Job:
 class Batcher:
     """Predictions of a predictor, for coroutines of any loop."""
 
-    def __init__(self, predict: Callable[..., Any], limits: Limits, metrics: Metrics):
-        self._predict, self._limits, self._metrics = predict, limits, metrics
-        self._anytime = "deadline" in inspect.signature(predict).parameters
+    def __init__(self, predict: Callable[..., Any], limits: Limits, metrics: Metrics, anytime: bool = False):
+        """anytime: whether `predict` takes a deadline, in seconds, and meets it with fewer draws."""
+        self._predict, self._limits, self._metrics, self._anytime = predict, limits, metrics, anytime
+        self._tile = max(getattr(predict, "tiles", (1,)))
         self._waiting: deque[_Job] = deque()
         self._rows = 0  # that wait or are computed
         self._busy = 0.01  # seconds a batch takes, a running mean: what Retry-After is made of
+        self._tile_busy = 0.01  # the same of batches of at most one tile
         self._changed = threading.Condition()
         self._closed = False
+        self._computing = False
+        self._planned = False  # whether the event loop computes what waits, in its next turn
         self._thread = threading.Thread(target=self._work, name="vbdl-serve", daemon=True)
         self._thread.start()
 
-    async def predict(self, inputs: Inputs, rows: int, deadline: float, anytime: bool) -> Any:
-        """The prediction of these rows. Refused when the queue is full, or the deadline (time.monotonic) passed."""
+    async def predict(
+        self,
+        inputs: Inputs,
+        rows: int,
+        deadline: float,
+        anytime: bool,
+        receive: Callable[[], Awaitable[Any]] | None = None,
+    ) -> Any:
+        """The prediction of these rows.
+
+        deadline: of time.monotonic. anytime: whether it may be met with fewer draws.
+        receive: returns when the client has left.
+        Refused when the queue is full or the deadline passed, Gone when the client has left; neither is computed.
+        """
         loop = asyncio.get_running_loop()
         job = _Job(inputs, rows, deadline, anytime and self._anytime, loop.create_future(), loop, time.monotonic())
-        with self._changed:
-            if self._closed:
-                raise Refused(503, "closing", "the service is shutting down", retry_after=5)
-            if self._rows + rows > self._limits.queue_rows:
-                batches = self._rows / self._limits.batch_rows + 1
-                wait = max(1, round(batches * self._busy))
-                raise Refused(503, "busy", f"{self._rows} rows wait already; try again in {wait} s", retry_after=wait)
-            self._rows += rows
-            self._waiting.append(job)
-            self._changed.notify()
+        self._enter(job)
+        late = loop.call_later(max(0.0, deadline - job.arrived), _fail, job.future, _Late)
+        watch = _Watch(job.future, receive, loop) if receive is not None else None
         try:
-            return await asyncio.wait_for(job.future, max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
+            return await job.future
+        except _Late:
             raise Refused(504, "deadline", "the deadline passed before there was a prediction") from None
         finally:
             job.dropped = True  # answered, too late or nobody there: not to be computed any more
+            late.cancel()
+            if watch is not None:
+                watch.end()
+
+    def _enter(self, job: _Job) -> None:
+        with self._changed:
+            if self._closed:
+                raise Refused(503, "closing", "the service is shutting down", retry_after=5)
+            if self._rows + job.rows > self._limits.queue_rows:
+                batches = self._rows / self._limits.batch_rows + 1
+                wait = max(1, round(batches * self._busy))
+                raise Refused(503, "busy", f"{self._rows} rows wait already; try again in {wait} s", retry_after=wait)
+            self._rows += job.rows
+            self._waiting.append(job)
+            if self._planned:
+                return
+            quick = self._tile_busy < QUICK and job.rows <= self._tile and not job.anytime
+            if quick and not self._computing and len(self._waiting) == 1 and self._limits.batch_wait == 0:
+                self._planned = True
+                job.loop.call_soon(self._at_once)
+            else:
+                self._changed.notify()
 
     @property
     def rows(self) -> int:
@@ -87,22 +123,41 @@ class Batcher:
         self._thread.join(seconds)
 
     def _work(self) -> None:
+        """The thread."""
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
+                while (not self._waiting or self._planned) and not self._closed:
                     self._changed.wait()
                 if not self._waiting:
                     return
-                batch = self._gather()
-            answers = self._compute(batch)
-            with self._changed:  # before the answers, so that whoever has one finds the queue as it is
-                self._rows -= sum(job.rows for job in batch)
-            for job, answer in answers:
-                self._answer(job, answer)
+                batch = self._gather(self._limits.batch_rows)
+                self._computing = True
+            self._finish(batch)
 
-    def _gather(self) -> list[_Job]:
-        """Jobs that fit together into a batch, waiting for more of them where that is allowed."""
-        limit, wait = self._limits.batch_rows, self._limits.batch_wait
+    def _at_once(self) -> None:
+        """One tile of what waits, on the event loop; the thread goes on with what is left."""
+        with self._changed:
+            self._planned = False
+            if self._computing or not self._waiting:
+                return
+            batch = self._gather(self._tile)
+            self._computing = True
+        self._finish(batch)
+        with self._changed:
+            if self._waiting:
+                self._changed.notify()
+
+    def _finish(self, batch: list[_Job]) -> None:
+        answers = self._compute(batch)
+        with self._changed:  # before the answers, so that whoever has one finds the queue as it is
+            self._computing = False
+            self._rows -= sum(job.rows for job in batch)
+        for job, answer in answers:
+            self._answer(job, answer)
+
+    def _gather(self, limit: int) -> list[_Job]:
+        """Jobs that fit together into a batch of this many rows, waiting for more of them where that is allowed."""
+        wait = self._limits.batch_wait
         while wait > 0 and not self._closed and sum(job.rows for job in self._waiting) < limit:
             left = self._waiting[0].arrived + wait - time.monotonic()
             if left <= 0 or not self._changed.wait(left):
@@ -128,13 +183,8 @@ class Batcher:
             if len(live) > 1:
                 columns = zip(*(tensors(job.inputs) for job in live), strict=True)
                 joined = rebuild(joined, [torch.cat(column) for column in columns])
-            options = {"deadline": live[0].deadline - now} if live[0].anytime else {}
-            try:
-                prediction = self._predict(joined, **options)
-            except RuntimeError:
-                if not options:
-                    raise
-                prediction = self._predict(joined)  # nothing was compiled for fewer draws: all of them, or 504
+            options = {"deadline": _SHARE * (live[0].deadline - now)} if live[0].anytime else {}
+            prediction = self._predict(joined, **options)
         except Exception as error:
             if len(live) > 1:  # one of them is the cause: the others must not suffer for it
                 return [answer for job in live for answer in self._compute([job])]
@@ -142,25 +192,59 @@ class Batcher:
                 return [(live[0], Refused(422, "not_predictable", str(error)[:500]))]
             _log.exception("a prediction failed")
             return [(live[0], Refused(503, "failed", "the prediction failed; see the log", retry_after=5))]
-        took = time.monotonic() - now
+        took, rows = time.monotonic() - now, sum(job.rows for job in live)
         self._busy += 0.1 * (took - self._busy)
-        self._metrics.batch(sum(job.rows for job in live), took)
+        if rows <= self._tile:
+            self._tile_busy += 0.1 * (took - self._tile_busy)
+        self._metrics.batch(rows, took)
         if len(live) == 1:
             return [(live[0], prediction)]
         ends = list(itertools.accumulate(job.rows for job in live))
         return [(job, rows_of(prediction, end - job.rows, end)) for job, end in zip(live, ends, strict=True)]
 
     def _answer(self, job: _Job, answer: Any) -> None:
-        def put() -> None:
-            if job.future.done():
-                return
-            if isinstance(answer, Exception):
-                job.future.set_exception(answer)
-            else:
-                job.future.set_result(answer)
-
+        if threading.get_ident() != self._thread.ident and job.loop is asyncio.get_running_loop():
+            _settle(job.future, answer)
+            return
         with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-            job.loop.call_soon_threadsafe(put)
+            job.loop.call_soon_threadsafe(_settle, job.future, answer)
+
+
+class _Late(Exception):
+    """The deadline of a job has passed."""
+
+
+class _Watch:
+    """Fails a future with Gone when the client leaves, once it has waited for long enough to be worth a task."""
+
+    def __init__(self, future: asyncio.Future, receive: Callable[[], Awaitable[Any]], loop: asyncio.AbstractEventLoop):
+        self._future, self._receive, self._task = future, receive, None
+        self._timer = loop.call_later(PATIENCE, self._begin)
+
+    def _begin(self) -> None:
+        self._task: asyncio.Task | None = asyncio.ensure_future(self._look())
+
+    async def _look(self) -> None:
+        await self._receive()
+        _fail(self._future, Gone)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+
+def _fail(future: asyncio.Future, kind: type[Exception]) -> None:
+    _settle(future, kind())
+
+
+def _settle(future: asyncio.Future, answer: Any) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
 
 
 def rows_of(prediction: Any, start: int, stop: int) -> Any:

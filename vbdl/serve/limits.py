@@ -33,3 +33,7 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
+
+
+class Gone(Exception):
+    """The client has left."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vbdl import tabular
+from vbdl.adaptive import step_size
 from vbdl.artefact.files import locate, read_whole
 from vbdl.artefact.loading import load
 from vbdl.artefact.manifest import CARD, InputEntry
@@ -83,9 +84,14 @@ class Model:
     def _pairs(self, found: list[Tensor]) -> list[tuple[InputEntry, Tensor]]:
         return list(zip(self.entries, found, strict=True))
 
+    @property
+    def anytime(self) -> bool:
+        """Whether there are so many draws that a deadline can be met with fewer of them."""
+        return step_size(self.predictor.n_samples) < self.predictor.n_samples
+
     def warm_up(self) -> None:
-        """Compile what every batch needs; nothing is compiled afterwards."""
-        self.predictor.warm_up(self.predictor.tiles, example=self.example())
+        """Compile what every batch needs, and every deadline; nothing is compiled afterwards."""
+        self.predictor.warm_up(self.predictor.tiles, example=self.example(), adaptive=self.anytime)
 
     # -- bodies to inputs: (inputs, rows, notes)
 
@@ -239,16 +245,19 @@ class Model:
             ]
         names = list(columns)
         predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        found: dict[str, Any] = {"predictions": predictions, "n_samples": prediction.n_samples}
+        found: dict[str, Any] = {"predictions": predictions, "n_samples": _counts(prediction)}
         if self.classes is not None:
             found["classes"] = self.classes
         return found | ({"notes": notes} if notes else {})
 
     def columns(self, prediction: Any) -> dict[str, Any]:
-        """Arrow arrays by name, as `vbdl predict` writes them."""
+        """Arrow arrays by name, as `vbdl predict` writes them, and the number of draws."""
+        import pyarrow as pa
+
         from vbdl.batch.output import fields
 
-        return fields(prediction, self.classes, None, 0)
+        counts = np.broadcast_to(np.asarray(_counts(prediction), np.int64), len(prediction.total))
+        return {**fields(prediction, self.classes, None, 0), "n_samples": pa.array(counts)}
 
     # -- descriptions
 
@@ -306,6 +315,12 @@ class Model:
 
 
 _FIELDS = ("total", "aleatoric", "epistemic", "standard_error", "lower", "upper", "sets", "action", "risk", "var", "es")
+
+
+def _counts(prediction: Any) -> int | list[int]:
+    """Draws that each row is based on, one number where they are as many for all."""
+    counts = prediction.n_samples
+    return counts.tolist() if isinstance(counts, Tensor) else counts
 
 
 def _single(t: Tensor) -> Tensor:

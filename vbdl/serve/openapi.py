@@ -120,7 +120,11 @@ def document(model: Model, limits: Limits, token: bool) -> dict[str, Any]:
                     "type": "object",
                     "properties": {
                         "predictions": {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}},
-                        "n_samples": {"type": "integer", "description": "draws that were averaged"},
+                        "n_samples": {
+                            "type": ["integer", "array"],
+                            "items": {"type": "integer"},
+                            "description": "draws that were averaged; of each row, where a deadline made them differ",
+                        },
                         "classes": {"type": "array", "description": "what each probability is of"},
                         "notes": {"type": "object", "description": "cells by column that were imputed or unseen"},
                     },

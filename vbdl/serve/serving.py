@@ -1,0 +1,158 @@
+"""From the body of a request to its answer. Plain ASGI without a framework in between: of a small model's latency every
+microsecond here is a part."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from vbdl.serve import arrow
+from vbdl.serve.batching import Batcher
+from vbdl.serve.limits import Gone, Limits, Refused
+from vbdl.serve.metrics import Metrics
+from vbdl.serve.model import Model
+
+ARROW = "application/vnd.apache.arrow.stream"
+SAFE = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SAFE.items()]
+_LARGE = 64 * 2**10  # bytes that are read, and rows times fields that are written, beside the event loop from here on
+_log = logging.getLogger(__name__)
+
+
+class Serving:
+    """A model that answers: ASGI for `POST /v1/predict`, the state that probes ask for, and the lifespan of both."""
+
+    def __init__(self, model: Model, limits: Limits):
+        self.model, self.limits, self.metrics = model, limits, Metrics()
+        self.batcher: Batcher | None = None
+        self.warm, self.failed = False, ""
+        self._bytes = 0  # of bodies that are being read or wait
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+        self.batcher = Batcher(self.model.predictor, self.limits, self.metrics, self.model.anytime)
+        warming = asyncio.create_task(self._warm_up())
+        try:
+            yield
+        finally:
+            warming.cancel()
+            await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
+
+    async def _warm_up(self) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.model.warm_up)
+            self.warm = True
+            _log.info("ready to predict")
+        except Exception as error:  # whatever compiling says: the probes tell it on
+            _log.exception("warming up failed")
+            self.failed = f"{type(error).__name__}: warming up failed, see the log"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Gone when the client leaves; what is refused is answered here."""
+        try:
+            media, body = await self._predicted(dict(scope["headers"]), receive)
+        except Refused as error:
+            self.metrics.refused(error.code)
+            await answer(error, send)
+            return
+        await respond(send, 200, media, body)
+
+    async def _predicted(self, headers: dict[bytes, bytes], receive: Receive) -> tuple[str, bytes]:
+        """The media type of an answer, and the answer."""
+        arrived = time.monotonic()
+        if not self.warm or self.batcher is None:
+            raise Refused(503, "not_ready", self.failed or "the model is being compiled", retry_after=5)
+        asked = headers.get(b"x-deadline-ms")
+        seconds = self.limits.deadline if asked is None else self._deadline(asked.decode("latin-1"))
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise Refused(415, "compressed", "compressed bodies are not taken")
+        media = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        held = [0]
+        try:
+            body = await self._body(headers, receive, held)
+            read = partial(self.model.read, media, body, self.limits.rows)
+            inputs, rows, notes = await _beside(read) if len(body) > _LARGE else read()
+            prediction = await self.batcher.predict(inputs, rows, arrived + seconds, asked is not None, receive)
+        finally:
+            self._bytes -= held[0]
+        self.metrics.predicted(rows, float(prediction.epistemic.sum()))
+        as_arrow = ARROW in headers.get(b"accept", b"").decode("latin-1")
+        write = partial(self._write, prediction, notes, as_arrow)
+        return await _beside(write) if rows * prediction.total[0].numel() > 256 else write()
+
+    def _write(self, prediction: Any, notes: dict[str, Any], as_arrow: bool) -> tuple[str, bytes]:
+        if as_arrow:
+            return ARROW, arrow.write(self.model.columns(prediction))
+        return "application/json", msgspec.json.encode(self.model.answer(prediction, notes))
+
+    def _deadline(self, asked: str) -> float:
+        """Seconds that the client has set."""
+        if not (asked.isascii() and asked.isdigit() and len(asked) <= 9 and int(asked) >= 1):
+            raise Refused(422, "bad_deadline", "X-Deadline-Ms is a whole number of milliseconds, at least 1")
+        return min(int(asked) / 1000, self.limits.deadline)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, held: list[int]) -> bytes:
+        """The body, counted while it comes: a length that is not stated, or wrong, changes nothing."""
+        limits, chunks, size = self.limits, [], 0
+        stated = headers.get(b"content-length", b"0")
+        if stated.isdigit() and int(stated) > limits.body_bytes:
+            raise Refused(413, "too_large", f"a body has at most {limits.body_bytes} bytes")
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    if size > limits.body_bytes:
+                        raise Refused(413, "too_large", f"a body has at most {limits.body_bytes} bytes")
+                    if self._bytes + len(chunk) > limits.total_bytes:
+                        raise Refused(503, "busy", "too many bodies are being read; try again in 1 s", retry_after=1)
+                    held[0] += len(chunk)
+                    self._bytes += len(chunk)
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise Refused(408, "slow", f"the body took longer than {limits.body_seconds:g} s") from None
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def respond(send: Send, status: int, media: str, body: bytes, extra: dict[str, str] | None = None) -> None:
+    """An answer and its headers."""
+    headers = [
+        *_HEADERS,
+        (b"content-type", media.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in (extra or {}).items()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def answer(error: Refused, send: Send) -> None:
+    """A refusal as an answer."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["Connection"] = "close"  # what is left of the body is not read
+    body = msgspec.json.encode({"error": {"code": error.code, "message": error.message}})
+    await respond(send, error.status, "application/json", body, headers)
+
+
+async def _beside(work: Callable[[], Any]) -> Any:
+    """In a thread, so that a large request does not hold up small ones."""
+    return await asyncio.get_running_loop().run_in_executor(None, work)
