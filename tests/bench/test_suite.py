@@ -17,7 +17,7 @@ from vbdl.cli import main
 from vbdl.report.run import read_results
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("seconds", "rows_a_second", "finished", "file")
+TIMES = ("seconds", "processor_seconds", "resumed", "rows_a_second", "finished", "file")
 
 
 def suite(out, sets=("iris", "diabetes"), methods=("mc-dropout", "deep-ensemble"), source=None, **settings) -> Suite:

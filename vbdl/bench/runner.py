@@ -58,6 +58,7 @@ class Suite:
             raise ValueError(f"effort is a share of the training above 0, got {settings.effort}")
         self.out, self.source, self.settings, self.say = Path(out), source, settings, say
         self.progress, self.compile = progress, compile
+        self.made_with = provenance()  # now: a checkout may have changed when a result is there
         self.wanted = [(d, m) for d in datasets for m in methods]
 
     def run(self) -> list[dict[str, Any]]:
@@ -108,7 +109,8 @@ class Suite:
             "splits": task.n_splits,
             "rows": {"train": task.n_train, "test": task.x.shape[1] - task.n_train},
         }
-        begun = time.perf_counter()
+        resumed = folder.exists()  # then the seconds are those since
+        begun, processor = time.perf_counter(), _processor_seconds()
         try:
             trained = registry.METHODS[method].make(task, run)
             trained = trained if hasattr(trained, "parameters") else Each(trained)
@@ -118,7 +120,7 @@ class Suite:
             ood = {n: evaluate(task, trained, x) for n, x in task.ood.items()}
         except (FloatingPointError, RuntimeError) as error:
             said = (str(error) or type(error).__name__).splitlines()[0]
-            return result | {"error": said, "traceback": traceback.format_exc(), **provenance(), "finished": _now()}
+            return result | {"error": said, "traceback": traceback.format_exc(), **self.made_with, "finished": _now()}
         every = scores.regression(task, found) if task.regression else scores.classification(task, found)
         file = Path("rows") / f"{key}.safetensors"
         rows.save(self.out / file, task, found, ood)
@@ -130,12 +132,14 @@ class Suite:
             "uncertainty": {"test": _means(found), **{n: _means(o) for n, o in ood.items()}},
             "ood": {n: scores.plain(scores.out_of_distribution(found, o)) for n, o in ood.items()},
             "seconds": {"train": middle - begun, "predict": ended - middle},
+            "processor_seconds": _processor_seconds() - processor,
+            "resumed": resumed,
             "rows_a_second": tested / max(ended - middle, 1e-9),
             "published": [asdict(p) for p in task.published if p.method in ("", method)],
             "details": run.details,
             "notes": [*task.notes, *run.notes],
             "file": str(file),
-            **provenance(),
+            **self.made_with,
             "finished": _now(),
         }
 
@@ -197,6 +201,11 @@ def line(result: dict[str, Any]) -> str:
 
 def _means(found: Rows) -> dict[str, float]:
     return {part: float(getattr(found, part).mean()) for part in ("total", "aleatoric", "epistemic")}
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the compilers it waited for: what does not count the time of other programs."""
+    return sum(os.times()[:4])
 
 
 def _now() -> str:
