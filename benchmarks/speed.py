@@ -432,6 +432,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="at least so many")
     parser.add_argument("--quick", action="store_true", help="loop and vbdl, 2 seconds and 3 rounds a cell")
     parser.add_argument("--check", action="store_true", help="compare outputs, time nothing")
+    parser.add_argument("--emulated", action="store_true", help="bfloat16 even where the processor emulates it")
     parser.add_argument("--out", type=Path, help="append a JSON line a result")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -442,20 +443,22 @@ def main() -> None:
         wanted = lambda name: name == "loop" or name.startswith("vbdl")
     else:
         wanted = lambda name: not prefixes or any(name.startswith(p) for p in prefixes)
+    in_bfloat16 = options.emulated or bool(torch.cpu._is_avx512_bf16_supported())
+    asked = lambda name: wanted(name) and (in_bfloat16 or "bfloat16" not in name)
     chosen = [w for w in WORKLOADS if any(w.name.startswith(p) for p in options.workloads.split(","))]
     if not chosen:
         raise SystemExit(f"no workload is called {options.workloads}; there are {', '.join(names)}")
     here, bounds, missed = machine(), Bounds(), []
     print(", ".join(f"{k} {v}" for k, v in here.items()))
     if not here["bfloat16"]:
-        print("this processor has no bfloat16 instructions: its bfloat16 cells say nothing about one that has")
+        print("skipped: bfloat16, which this processor has no instructions for: its times would say nothing (--emulated)")
     for name, reason in peers.absent().items():
         print(f"skipped: {name}: {reason}")
     for workload in chosen:
         for rows in map(int, options.batches.split(",")):
             print(f"\n{workload.name}: {workload.title}; batch {rows}\n{HEAD}")
             seconds = 0.0 if options.check else options.seconds
-            for row in run_cell(Cell(workload, rows), wanted, seconds, options.rounds, bounds):
+            for row in run_cell(Cell(workload, rows), asked, seconds, options.rounds, bounds):
                 print(line(row), flush=True)
                 missed += [row] if row.get("passed") is False else []
                 if options.out is not None and "wall_s" in row:

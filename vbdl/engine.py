@@ -125,7 +125,7 @@ class Predictor:
         With either, `prediction.n_samples` says how many draws each row is based on, (batch,) where they differ, and
         the answer is that of a predictor of as many samples.
         """
-        torch.get_num_threads()  # asking makes `torch.set_num_threads` hold on this thread too, and so the same last bits
+        torch.get_num_threads()  # asking makes `torch.set_num_threads` hold on this thread too: the same last bits
         if tolerance is not None or deadline is not None:
             return self._until(x, samples, tolerance, deadline)
         if type(x) is Tensor and not samples and not x.requires_grad:

@@ -64,7 +64,8 @@ class Execution:
         self.n_samples, self.members = n_samples, members
         self.device = tensors(tile)[0].device
         self._programs: dict[tuple[int, str], _Program] = {}
-        self._evaluated: dict[str, Tensor] = {}
+        self._measured: dict[str, int] = {}
+        self._once: dict[str, Tensor] | None = None  # what depends on neither draw nor input, one for all chunks
         self.warm: set[str] = set()  # ends of calls that are compiled: what the predictor need not hold its lock for
         with torch.no_grad(), _tracing():
             self._prepare(tile)
@@ -121,7 +122,7 @@ class Execution:
             state = self._state(self._chunks[0].numbers)
             found = self._cut(self._trace(strategy, state), state)
         self._found = found
-        self._evaluated.clear()
+        self._measured.clear()
         self.parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
 
     def _state(self, numbers: Tensor) -> State:
@@ -159,15 +160,15 @@ class Execution:
             budget=self.settings.memory_budget // 2,
             joint=self.settings.joint,
             largest_tile=self.settings.largest_tile,
-            evaluate=lambda node: self._of_all_draws(traced, node),
+            measure=lambda node, of: self._measure(traced, node, of),
         )
         free_layout(traced)
         lowered = trace(traced, *self._arguments(state), aligned=self._aligned, decompositions=DECOMPOSITIONS)
         return cut(lowered, kinds)
 
-    def _of_all_draws(self, traced: fx.GraphModule, node: fx.Node) -> Tensor:
-        """A drawn value of a traced call, (samples, ...) of all draws whatever the number it was traced with."""
-        if node.name not in self._evaluated:
+    def _measure(self, traced: fx.GraphModule, node: fx.Node, of: Callable[[Tensor], int]) -> int:
+        """The largest of a drawn value's blocks of draws, over all draws whatever number it was traced with."""
+        if node.name not in self._measured:
             part = part_of(traced, node)
             names = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
             block = node.meta["val"].shape[0]
@@ -175,9 +176,9 @@ class Execution:
             for start in range(0, self.n_samples, block):
                 numbers = torch.arange(start, start + block).clamp_max(self.n_samples - 1)
                 values = dict(zip(names, [*self._state(numbers).values(), *self._shared.values()], strict=False))
-                found.append(part.graph(*[values[n] for n in part.inputs])[0])
-            self._evaluated[node.name] = torch.cat(found)[: self.n_samples]
-        return self._evaluated[node.name]
+                found.append(of(part.graph(*[values[n] for n in part.inputs])[0]))
+            self._measured[node.name] = max(found)
+        return self._measured[node.name]
 
     def empty_sums(self) -> State:
         """Running sums of no draws, on one tile."""
@@ -211,15 +212,23 @@ class Execution:
         values = dict(
             zip(found.placeholders, [*self._state(chunk.numbers).values(), *self._shared.values()], strict=False)
         )
-        with torch.no_grad():
-            for region in (found.regions[ONCE], found.regions[DRAWN]):
-                if not region.empty:
-                    values.update(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
+        if self._once is None:
+            self._once = self._region(ONCE, values)
+        values |= self._once
+        values |= self._region(DRAWN, values)
         needed = {*found.regions[PREFIX].inputs, *found.regions[BODY].inputs}
         values = {n: t for n, t in values.items() if n in needed}
         if self.plan.keep_draws:
             chunk.kept = values
         return values
+
+    def _region(self, which: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a region of the graph makes of these values."""
+        region = self._found.regions[which]
+        if region.empty:
+            return {}
+        with torch.no_grad():
+            return dict(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
 
     def _run(self, chunk: _Chunk, finish: str, inputs: dict[str, Tensor], carried: State) -> State:
         program = self._program(chunk.count, finish)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut
 
-# Activations of a chunk: past a few tens of MiB a larger chunk saves no more overhead and leaves every cache.
-_CHUNK_BYTES = 32 * 2**20
+# Activations of a chunk: past a few MiB a larger chunk saves no more overhead and leaves every cache (`docs/speed.md`).
+_CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)

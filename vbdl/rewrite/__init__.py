@@ -30,13 +30,13 @@ def rewrite(
     budget: int,
     joint: bool,
     largest_tile: int,
-    evaluate: Callable[[fx.Node], Tensor],
+    measure: Callable[[fx.Node, Callable[[Tensor], int]], int],
 ) -> list[str]:
     """Rewrite a traced call in place; returns a sentence on each choice.
 
     rows: of the tile. budget: bytes for what is kept of all draws. joint: keep joint draws of weights. largest_tile:
     of the predictor: which layers draw outputs is decided by it, never by this tile or a timing, so that a row has the
-    same draws whatever batch it comes in. evaluate: a drawn value for all draws.
+    same draws whatever batch it comes in. measure: the largest of a measure of blocks of a drawn value.
     """
     said = []
     if not joint:
@@ -46,5 +46,5 @@ def rewrite(
                 f"{len(done)} mean-field layers draw their outputs, not their weights: the same distribution of every "
                 f"row; joint=True draws weights"
             )
-    said += compact(traced, kinds, n_samples, budget, evaluate)
+    said += compact(traced, kinds, n_samples, budget, measure)
     return said + fuse(traced, n_samples=n_samples, budget=budget)

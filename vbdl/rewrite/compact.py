@@ -81,16 +81,17 @@ def compact(
     kinds: list[int],
     n_samples: int,
     budget: int,
-    evaluate: Callable[[fx.Node], Tensor],
+    measure: Callable[[fx.Node, Callable[[Tensor], int]], int],
 ) -> list[str]:
     """Rewrite in place where the cost model finds it cheaper; returns a sentence on each choice.
 
-    budget: bytes for what is kept of all draws. evaluate: a drawn value of the graph, for all draws.
+    budget: bytes for what is kept of all draws. measure: the largest of a measure of blocks of a drawn value, over
+    blocks of all draws.
     """
     region = dependence(traced, kinds)
     sites = _sites(traced, region)
     for site in sites:
-        site.width = _width(evaluate(site.mask))
+        site.width = max(_ROUND, -(-measure(site.mask, _most_kept) // _ROUND) * _ROUND)
     smaller = [s for s in sites if s.width <= 0.9 * s.size]
     said: list[str] = []
     if smaller:
@@ -172,9 +173,8 @@ def _step(node: fx.Node, region: dict[fx.Node, int]) -> fx.Node | None:
     return inner
 
 
-def _width(mask: Tensor) -> int:
-    kept = int((mask.flatten(1) != 0).sum(1).max())
-    return max(_ROUND, -(-kept // _ROUND) * _ROUND)
+def _most_kept(mask: Tensor) -> int:
+    return int((mask.flatten(1) != 0).sum(1).max())
 
 
 def _shape_of(linear: fx.Node) -> tuple[int, int, int]:
