@@ -72,8 +72,8 @@ class Workload:
     n_samples: int
     posterior: Callable[[], Any]
     required: dict[str, dict[int, float]]
-    # (rows, variant) -> operations and bytes that no implementation of this distribution can do without
-    least: Callable[[int, str], tuple[float, float]]
+    # (rows, variant) -> for each way to compute this distribution, operations and bytes that it cannot do without
+    least: Callable[[int, str], list[tuple[float, float]]]
     activations: int  # numbers in the largest activation of one draw and row
     likelihood: Callable[[], Any] = field(default=Categorical)
 
@@ -205,42 +205,46 @@ def _width(variant: str) -> int:
     return 2 if "bfloat16" in variant else 4
 
 
-def _least_w1(rows: int, variant: str) -> tuple[float, float]:
-    kept = 256  # half of the hidden units
-    return 2.0 * rows * (784 * 512 + 100 * kept * 10), _width(variant) * (784 * 512 + 100 * kept * 10 + rows * 784)
+def _least_dropout(width: int, hidden: int) -> Callable[[int, str], list[tuple[float, float]]]:
+    """`hidden` layers of a width, half of each kept: only the kept weights, or all of them masked, read once."""
+
+    def least(rows: int, variant: str) -> list[tuple[float, float]]:
+        first, kept = 784 * width, width // 2
+        draw = (hidden - 1) * kept**2 + kept * 10
+        whole = (hidden - 1) * width**2 + width * 10
+        thinned = 2.0 * rows * (first + 100 * draw), _width(variant) * (first + 100 * draw + rows * 784)
+        masked = 2.0 * rows * (first + 100 * whole), _width(variant) * (first + whole + rows * 784)
+        return [thinned, masked]
+
+    return least
 
 
-def _least_w2(rows: int, variant: str) -> tuple[float, float]:
-    draw = 2 * 512 * 512 + 512 * 10
-    return 2.0 * rows * (784 * 1024 + 100 * draw), _width(variant) * (784 * 1024 + 100 * draw + rows * 784)
-
-
-def _least_w3(rows: int, variant: str) -> tuple[float, float]:
+def _least_w3(rows: int, variant: str) -> list[tuple[float, float]]:
     drawn = 2.0 * rows * 100 * _parameters(784, 512, 512, 10), _width(variant) * 100 * _parameters(784, 512, 512, 10)
     if "joint" in variant:
-        return drawn
+        return [drawn]
     # two products a layer, the first one's shared by the draws; normals for each draw and output
     local = (
         4.0 * rows * (784 * 512 + 100 * (512 * 512 + 512 * 10)),
         _width(variant) * (2 * _parameters(784, 512, 512, 10) + 100 * 1034),
     )
-    return min(drawn, local)
+    return [drawn, local]
 
 
-def _least_ensemble(n_members: int, *sizes: int) -> Callable[[int, str], tuple[float, float]]:
+def _least_ensemble(n_members: int, *sizes: int) -> Callable[[int, str], list[tuple[float, float]]]:
     count = n_members * _parameters(*sizes)
-    return lambda rows, variant: (2.0 * rows * count, _width(variant) * (count + rows * sizes[0]))
+    return lambda rows, variant: [(2.0 * rows * count, _width(variant) * (count + rows * sizes[0]))]
 
 
-def _least_w5(in_blocks: bool) -> Callable[[int, str], tuple[float, float]]:
+def _least_w5(in_blocks: bool) -> Callable[[int, str], list[tuple[float, float]]]:
     stem, first, second = 32 * 27 * 1024, 32 * 32 * 9 * 1024, 32 * 32 * 9 * 1024
     rest = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 256 + (64 * 128 * 9 + 128 * 128 * 9 + 64 * 128) * 64
     once, drawn = (stem + first, second + rest) if in_blocks else (stem + first + second + rest, 0)
 
-    def least(rows: int, variant: str) -> tuple[float, float]:
+    def least(rows: int, variant: str) -> list[tuple[float, float]]:
         # a draw of every block reads and writes its activations; of the head alone, nothing to speak of
         moved = rows * (3 * 1024 + (32 * 2 * (3 * 32768 + 3 * 16384 + 3 * 8192) if in_blocks else 3 * 32768))
-        return 2.0 * rows * (once + 32 * drawn + 32 * 1280), _width(variant) * (313_000 + moved)
+        return [(2.0 * rows * (once + 32 * drawn + 32 * 1280), _width(variant) * (313_000 + moved))]
 
     return least
 
@@ -253,7 +257,7 @@ WORKLOADS = [
         100,
         lambda: MCDropout(mlp(784, 512, 10, p=0.5)),
         {"float32": {1: 80, 32: 50, 256: 40}},
-        _least_w1,
+        _least_dropout(512, 1),
         512,
     ),
     Workload(
@@ -263,7 +267,7 @@ WORKLOADS = [
         100,
         lambda: MCDropout(mlp(784, 1024, 1024, 1024, 10, p=0.5)),
         {"float32": {1: 15, 32: 8, 256: 6}},
-        _least_w2,
+        _least_dropout(1024, 3),
         1024,
     ),
     Workload(
