@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 Timer = Callable[[str, Callable[[], object]], float]  # (name of the operation, its call) -> seconds
 
 
@@ -53,7 +53,9 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, float] | None:
         kept = {n: float(found["constants"][n]) for n in names}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return kept if all(math.isfinite(v) and v > 0 for v in kept.values()) else None
+    # zero rows: there the fused kernel was never the slower one, or never measured
+    sound = all(math.isfinite(v) and (v > 0 or (v == 0 and n.endswith("_rows"))) for n, v in kept.items())
+    return kept if sound else None
 
 
 def keep(name: str, found: dict[str, float]) -> Path:
@@ -73,15 +75,24 @@ def keep(name: str, found: dict[str, float]) -> Path:
     return path
 
 
+ROWS = (16, 32, 64, 128, 256, 512, 1024)  # where the fused kernel and the sampler are compared
+
+
 def measure(time: Timer, device: str = "cuda", size: int = 4096, samples: int = 8) -> dict[str, float]:
-    """Constants of `regime.Card`, from six operations on layers of size x size."""
+    """Constants of `regime.Card`, from operations on layers of size x size and one small network.
+
+    Products of float32 follow `torch.set_float32_matmul_precision`; what it was on entry is set back.
+    """
+    from vbdl_kernels.mlp import WIDEST, ensemble_mlp
     from vbdl_kernels.philox import make_key
+    from vbdl_kernels.regime import Card, always
     from vbdl_kernels.sampled_linear import sampled_linear
 
     rows = 128
     make = lambda *shape: torch.randn(shape, device=device)
     weights = make(samples, size, size)
-    mean, std, key = weights[0].bfloat16(), weights[1].abs().bfloat16(), make_key(0, range(samples), device=device)
+    mean, std, key = weights[0], weights[1].abs(), make_key(0, range(samples), device=device)
+    half_mean, half_std = mean.bfloat16(), std.bfloat16()
     x = make(samples, rows, size)
     half, half_weights, one = x.bfloat16(), weights.bfloat16(), make(1)
     count = samples * size * size
@@ -89,18 +100,60 @@ def measure(time: Timer, device: str = "cuda", size: int = 4096, samples: int = 
     # reads and writes one float32 each
     copied = 8 * count / _above(time("copy", lambda: weights.clone()), launch)
     product = _above(time("product bfloat16", lambda: half @ half_weights.mT), launch)
-    single = _above(time("product float32", lambda: x @ weights.mT), launch)
-    drawing = _above(time("fused 16", lambda: sampled_linear(half[:, :16], mean, std, key, 0)), launch)
-    both = _above(time("fused 128", lambda: sampled_linear(half, mean, std, key, 0)), launch)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        exact = _above(time("product float32", lambda: x @ weights.mT), launch)
+        torch.set_float32_matmul_precision("high")
+        single = _above(time("product tf32", lambda: x @ weights.mT), launch)
+        with always("fused"):
+            drawing = _above(
+                time("fused 16", lambda: sampled_linear(half[:, :16], half_mean, half_std, key, 0)), launch
+            )
+            both = _above(time("fused 128", lambda: sampled_linear(half, half_mean, half_std, key, 0)), launch)
+        crossings = {
+            "half_rows": _crossing(time, "bfloat16", half_mean, half_std, key),
+            "float_rows": _crossing(time, "tf32", mean, std, key),
+        }
+    finally:
+        torch.set_float32_matmul_precision(before)
+    narrow, bias = make(1, WIDEST, WIDEST).bfloat16(), make(1, WIDEST).bfloat16()
+    few = make(16, WIDEST).bfloat16()
+    network = _above(time("network", lambda: ensemble_mlp(few, [narrow] * 4, [bias] * 4)), launch)
     longer, shorter = max(drawing, product), min(drawing, product)
+    programs = Card.programs
+    if device == "cuda":
+        programs = 2.0 * torch.cuda.get_device_properties(0).multi_processor_count
     return {
         "normals": count / drawing,
         "half_flops": 2 * count * rows / product,
         "float_flops": 2 * count * rows / single,
+        "exact_flops": 2 * count * rows / exact,
         "bytes": copied,
         "launch": launch,
         "overlap": min(1.0, max(0.01, (both - longer) / shorter)),
+        "step": network / 4,
+        "programs": programs,
+        **crossings,
     }
+
+
+def _crossing(time: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, key: torch.Tensor) -> float:
+    """The most of ROWS up to which the fused kernel is the faster; half the first where it never is."""
+    from vbdl_kernels.regime import always
+    from vbdl_kernels.sampled_linear import sampled_linear
+
+    fastest = ROWS[0] / 2
+    for rows in ROWS:
+        x = torch.randn(rows, mean.shape[1], device=mean.device).to(mean.dtype)
+        times = {}
+        for strategy in ("fused", "sampler"):
+            with always(strategy):
+                times[strategy] = time(f"{strategy} {name} {rows}", lambda x=x: sampled_linear(x, mean, std, key, 0))
+        if times["fused"] > times["sampler"]:
+            break
+        fastest = float(rows)
+    return fastest
 
 
 def _above(seconds: float, launch: float) -> float:
@@ -113,7 +166,6 @@ def main() -> None:
         raise SystemExit("no accelerator: the model's own constants are used")
     from triton.testing import do_bench
 
-    torch.set_float32_matmul_precision("high")
     found = measure(lambda _, call: do_bench(call, warmup=10, rep=50, return_mode="median") * 1e-3)
     print(json.dumps(found, indent=1))
     print(keep(name, found))

@@ -1,10 +1,19 @@
-"""Which way of executing a sampled linear layer is cheapest: a cost model, and measured constants where there are any.
+"""Which way of executing drawn layers is cheapest on a GPU: a cost model, and measured constants where there are any.
 
 The constants below are those of a model of one card (H200; kernels/README.md says how they were derived), not
 measurements. `measured.py` measures a device's own, which are used from then on.
+
+    estimates, choose    one layer: local reparameterisation, fused, sampler and product, weights drawn before
+    of_network           a small network: one launch for all of it, or layer by layer
+    of_masks             dropout of what all draws share: in the product, or on the activations
+    is_launch_bound      whether a call is to be replayed as a CUDA graph
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from vbdl_kernels.measured import constants
 
@@ -16,14 +25,30 @@ class Card:
     normals: float = 1.6e12  # drawn in registers: the special-function units are the limit
     half_flops: float = 0.65 * 989e12  # tensor cores, bfloat16 and float16
     float_flops: float = 0.65 * 494e12  # tensor cores, tf32
+    exact_flops: float = 0.65 * 67e12  # float32 without tensor cores
     bytes: float = 0.9 * 4.8e12  # of main memory
     launch: float = 4e-6  # seconds; about half in a CUDA graph
     overlap: float = 0.35  # of noise and product, the part of the shorter that the longer does not hide
+    step: float = 1.5e-6  # seconds of one layer of a small network inside one program: latency, not work
+    programs: float = 264.0  # of such networks at once
+    half_rows: float = 0.0  # rows up to which the fused kernel was measured to be the faster; 0: by the model
+    float_rows: float = 0.0  # the same in float32
 
 
 def device_card() -> Card:
     """The constants measured on the current device, or the defaults."""
     return Card(**(constants(tuple(Card.__dataclass_fields__)) or {}))
+
+
+def is_exact(element_size: int) -> bool:
+    """Whether products of this dtype do without tensor cores, by torch's own setting."""
+    return element_size == 4 and torch.get_float32_matmul_precision() == "highest"
+
+
+def flops_of(card: Card, element_size: int, exact: bool = False) -> float:
+    if element_size == 2:
+        return card.half_flops
+    return card.exact_flops if exact else card.float_flops
 
 
 def estimates(
@@ -34,16 +59,17 @@ def estimates(
     element_size: int = 2,
     shared: bool = True,
     card: Card | None = None,
+    exact: bool = False,
 ) -> dict[str, float]:
     """Seconds of a forward call by each strategy.
 
     "local": `local_reparameterised_linear` (the same law for one example, not a joint draw over examples);
-    "fused": `sampled_linear`;  "sampler": `sample_weights` and a batched product;  "drawn": the product alone, with
-    weights drawn and kept before, samples x out x in of them.
+    "fused": the kernel of `sampled_linear`;  "sampler": `sample_weights` and a batched product;  "drawn": the product
+    alone, with weights drawn and kept before, samples x out x in of them.
     """
     card = card or device_card()
     weights, outputs = samples * n_in * n_out, samples * batch * n_out
-    flops = card.half_flops if element_size == 2 else card.float_flops
+    flops = flops_of(card, element_size, exact)
     tile = max(batch, 16)  # a product of fewer columns costs as much
     product = 2 * weights * tile / flops
     noise = weights / card.normals
@@ -52,13 +78,14 @@ def estimates(
     stored = weights * element_size / card.bytes
     written = outputs * element_size / card.bytes
     products = 1 if shared else samples
+    overlap = 1.0 if exact else card.overlap  # without tensor cores both use the same units
     return {
         "local": card.launch
         + products * 2 * (2 * n_in * n_out * tile) / flops
         + (parameters if shared else parameters + samples * batch * n_in * element_size / card.bytes)
         + max(outputs / card.normals, written),
         # noise and product use different units but do not overlap entirely
-        "fused": card.launch + max(repeated, product) + card.overlap * min(repeated, product) + parameters + written,
+        "fused": card.launch + max(repeated, product) + overlap * min(repeated, product) + parameters + written,
         "sampler": 2 * card.launch + max(noise, stored) + max(product, stored) + parameters + written,
         "drawn": card.launch + max(product, stored) + written,
     }
@@ -74,17 +101,116 @@ def choose(
     joint: bool = True,
     shared: bool = True,
     memory_budget: int = 2**30,
+    kept: bool = False,
+    exact: bool = False,
     card: Card | None = None,
 ) -> str:
-    """The cheapest of "local", "fused" and "sampler" that gives what is asked for and fits.
+    """The cheapest of "local", "fused", "sampler" and "drawn" that gives what is asked for and fits.
 
     joint: rows are to be draws of one function, which the local reparameterisation does not give. memory_budget: bytes
-    the sampler may hold; over it, the fused kernel is chosen even where it is slower.
+    the sampler may hold; over it, the fused kernel is chosen even where it is slower. kept: many batches are to come,
+    so that weights may be drawn once, where they fit. A measured crossover decides between the kernel and the sampler.
     """
-    found = estimates(samples, batch, n_in, n_out, element_size, shared, card)
-    allowed = ["fused"]
+    card = card or device_card()
+    found = estimates(samples, batch, n_in, n_out, element_size, shared, card, exact)
+    fits = samples * n_in * n_out * element_size <= memory_budget
+    rows = card.half_rows if element_size == 2 else 0.0 if exact else card.float_rows
+    faster = batch <= rows if rows else found["fused"] < found["sampler"]
+    allowed = ["fused" if faster or not fits else "sampler"]
     if not joint:
         allowed.append("local")
-    if samples * n_in * n_out * element_size <= memory_budget:
-        allowed.append("sampler")
+    if kept and fits:
+        allowed.append("drawn")
     return min(allowed, key=found.__getitem__)
+
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def always(strategy: str) -> Iterator[None]:
+    """For measurements: inside, `sampled_linear` executes by this strategy, "fused" or "sampler", in every thread."""
+    global _forced
+    before, _forced = _forced, strategy
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+_CHUNK = 2**26  # bytes of weights that `sampled_linear` holds at once where it draws them before its product
+
+
+def draws_at_once(samples: int, batch: int, n_in: int, n_out: int, element_size: int, precision: str) -> int:
+    """Of a call of `sampled_linear`: how many draws' weights it makes before their product; 0 for the fused kernel.
+
+    A few, so that what it holds does not grow with the draws. precision: as the operator's.
+    """
+    exact = is_exact(element_size)
+    if precision and element_size == 4 and (precision == "ieee") != exact:
+        return 0  # the library's product follows torch's setting
+    at_once = max(1, min(samples, _CHUNK // max(n_in * n_out * element_size, 1)))
+    found = _forced or choose(samples, batch, n_in, n_out, element_size, memory_budget=2**62, exact=exact)
+    return at_once if found == "sampler" else 0
+
+
+def of_network(
+    samples: int,
+    batch: int,
+    widths: Sequence[int],
+    element_size: int = 2,
+    *,
+    drawn: bool = False,
+    exact: bool = False,
+    card: Card | None = None,
+) -> dict[str, float]:
+    """Seconds of a forward call of a small network with weights of its own for every sample.
+
+    "whole": `ensemble_mlp`, weights from memory;  "whole drawn", if `drawn`: `bayesian_mlp`;  "layers": a batched
+    product a layer, and a pass over its outputs for the activation, weights from memory.
+    """
+    card = card or device_card()
+    pairs = list(zip(widths, widths[1:], strict=False))
+    flops = flops_of(card, element_size, exact)
+    weights = samples * sum(i * o for i, o in pairs)
+    stored = weights * element_size / card.bytes
+    product = 2 * weights * max(batch, 16) / flops
+    tiles = -(-batch // 64)
+    waves = -(-samples * tiles // int(card.programs))
+    # one program computes with a warp group alone: a quarter of the card's rate where all are busy; float32 is exact
+    inside = card.launch + max(waves * len(pairs) * card.step, 4 * product * flops / flops_of(card, element_size, True))
+    hidden = sum(o for _, o in pairs[:-1])
+    layers = len(pairs) * card.launch + max(product, stored)
+    layers += (len(pairs) - 1) * card.launch + 2 * samples * batch * hidden * element_size / card.bytes
+    found = {"whole": max(inside, card.launch + tiles * stored / 4), "layers": layers}  # tiles find weights in L2
+    if drawn:
+        found["whole drawn"] = inside + tiles * weights / card.normals
+    return found
+
+
+def of_masks(
+    samples: int, batch: int, n_in: int, n_out: int, element_size: int = 2, *, exact: bool = False, card=None
+) -> dict[str, float]:
+    """Seconds of dropout and the linear layer after it on an input that all draws share.
+
+    "masked": `masked_linear`, which makes a draw's mask in the product;  "activations": the masked input of every draw
+    written and read again.
+    """
+    card = card or device_card()
+    product = 2 * samples * max(batch, 16) * n_in * n_out / flops_of(card, element_size, exact)
+    written = samples * batch * n_out * element_size / card.bytes
+    inputs = batch * n_in * element_size / card.bytes
+    masks = samples * n_in * -(-n_out // 64) * -(-batch // 64) / card.normals
+    return {
+        "masked": card.launch + max(product, masks) + card.overlap * min(product, masks) + inputs + written,
+        "activations": 2 * card.launch + inputs + samples * inputs + max(product, samples * inputs) + written,
+    }
+
+
+def is_launch_bound(work: float, bytes: float, launches: int, element_size: int = 4, card: Card | None = None) -> bool:
+    """Whether starting the kernels of a call takes longer than what they do.
+
+    work: multiplications and additions; bytes: read and written.
+    """
+    card = card or device_card()
+    return launches > 1 and launches * card.launch > work / flops_of(card, element_size) + bytes / card.bytes

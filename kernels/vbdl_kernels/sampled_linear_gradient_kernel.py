@@ -5,8 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vbdl_kernels import regime
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
 from vbdl_kernels.noise_kernel import columns_of, load_key, load_tile, matmul, noise4, store_tile, weight, zero_like
+from vbdl_kernels.philox import WEIGHT
+from vbdl_kernels.sample_weights_kernel import sample_weights
 from vbdl_kernels.sampled_linear_kernel import batch_tile, last_contiguous, precision_of
 
 
@@ -146,6 +149,12 @@ def sampled_linear_input(gradient, mean, std, key, layer, precision) -> Tensor:
     columns = mean.shape[1]
     d_x = gradient.new_empty((samples, batch, columns))
     if d_x.numel() == 0:
+        return d_x
+    if at_once := regime.draws_at_once(samples, batch, rows, columns, gradient.element_size(), precision):
+        for start in range(0, samples, at_once):
+            some = slice(start, start + at_once)
+            weights = sample_weights(mean, std, key[some], layer, WEIGHT)
+            torch.bmm(gradient[some], weights, out=d_x[some])
         return d_x
     gradient = last_contiguous(gradient)
     precision = precision_of(precision)

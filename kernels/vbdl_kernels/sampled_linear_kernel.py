@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vbdl_kernels import regime
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
 from vbdl_kernels.noise_kernel import (
     columns_of,
@@ -23,6 +24,8 @@ from vbdl_kernels.noise_kernel import (
     weight,
     zero_like,
 )
+from vbdl_kernels.philox import BIAS, WEIGHT
+from vbdl_kernels.sample_weights_kernel import sample_weights
 
 
 @triton.jit(do_not_specialize=["tag", "bias_tag"])
@@ -127,6 +130,8 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision, bia
     y = x.new_empty((samples, batch, rows))
     if y.numel() == 0:
         return y
+    if at_once := regime.draws_at_once(samples, batch, columns, rows, x.element_size(), precision):
+        return _by_weights(y, x, mean, std, bias_mean, bias_std, key, layer, bias_layer, at_once)
     x = last_contiguous(x)
     precision = precision_of(precision)
     config = forward_config(batch, samples, x.dtype, precision)
@@ -145,3 +150,17 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision, bia
             PRECISION=precision, FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True, **config,
         )  # fmt: skip
     return y
+
+
+def _by_weights(y, x, mean, std, bias_mean, bias_std, key, layer, bias_layer, at_once) -> Tensor:
+    """The same, a few draws' weights at a time and the library's product: for batches so large that a fused program
+    would draw the same weights many times over."""
+    bias = bias_mean
+    if bias_std is not None:
+        bias = sample_weights(bias_mean, bias_std, key, bias_layer, BIAS)[:, None]  # (samples, 1, out)
+    for start in range(0, len(key), at_once):
+        some = slice(start, start + at_once)
+        weights = sample_weights(mean, std, key[some], layer, WEIGHT)
+        own = x[some] if x.ndim == 3 else x.expand(len(weights), *x.shape)
+        torch.bmm(own, weights.mT, out=y[some])
+    return y if bias is None else y.add_(bias)

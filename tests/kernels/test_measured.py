@@ -5,7 +5,12 @@ import torch
 from vbdl_kernels import measured, regime
 
 TIMES = {  # seconds of a card that draws slowly and multiplies fast
-    "launch": 1e-6, "copy": 2e-3, "product bfloat16": 1e-4, "product float32": 2e-4, "fused 16": 4e-2, "fused 128": 4e-2
+    "launch": 1e-6, "copy": 2e-3, "product bfloat16": 1e-4, "product float32": 2e-3, "product tf32": 2e-4,
+    "fused 16": 4e-2, "fused 128": 4e-2,
+    "fused bfloat16 16": 1e-3, "sampler bfloat16 16": 2e-3, "fused bfloat16 32": 1e-3, "sampler bfloat16 32": 2e-3,
+    "fused bfloat16 64": 3e-3, "sampler bfloat16 64": 2e-3,  # the crossing
+    "fused tf32 16": 3e-3, "sampler tf32 16": 2e-3,  # at once
+    "network": 9e-6,
 }  # fmt: skip
 
 
@@ -23,7 +28,7 @@ def measure():
     called = []
 
     def timer(name, call):
-        call()  # each runs
+        call()  # each runs, on its reference
         called.append(name)
         return TIMES[name]
 
@@ -41,8 +46,12 @@ def test_measured_constants_decide(card):
     assert found["normals"] == pytest.approx(count / (4e-2 - 1e-6))
     assert found["bytes"] == pytest.approx(8 * count / (2e-3 - 1e-6))
     assert found["half_flops"] == pytest.approx(2 * count * 128 / (1e-4 - 1e-6))
+    assert found["float_flops"] == pytest.approx(10 * found["exact_flops"], rel=0.01)
+    assert (found["half_rows"], found["float_rows"]) == (32, 8)
+    assert found["step"] == pytest.approx(2e-6)
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was
     # a card that multiplies as the default one but draws a hundredth as fast draws no row twice
-    slow = {**vars(regime.Card()), "normals": 1.6e10}
+    slow = {**vars(regime.Card()), "normals": 1.6e10}  # and where no crossing was measured
     measured.keep("Card 9000", slow)
     assert regime.device_card() == regime.Card(**slow)
     assert regime.choose(32, 256, 4096, 4096, memory_budget=2**33) == "sampler"
@@ -52,7 +61,7 @@ def test_measured_constants_decide(card):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"format": 1}', '{"format": 99, "constants": {}}', '{"format": 1, "constants": {"normals": "x"}}'],
+    ["", "{", "[]", '{"format": 1}', '{"format": 99, "constants": {}}', '{"format": 2, "constants": {"normals": "x"}}'],
 )
 def test_a_file_that_cannot_be_read_is_as_none(card, content):
     card.parent.mkdir(parents=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.rewrite import fused
+from vbdl.rewrite import fused, networks
 
 X = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))
 
@@ -37,6 +37,7 @@ def forced(monkeypatch):
     def force(fastest):
         monkeypatch.setattr(fused, "DEVICES", ("cpu",))
         monkeypatch.setattr(fused, "_is_fastest", lambda *arguments: fastest)
+        monkeypatch.setattr(networks.regime, "of_network", lambda *arguments, **options: {"layers": 1.0})
 
     return force
 
@@ -71,13 +72,19 @@ def test_drawn_outputs_in_one_kernel(kind, forced):
     assert "draw their outputs do so in one kernel" in rewritten.explain()
 
 
-def test_a_bias_that_is_not_drawn(forced):
+def test_a_bias_that_is_not_drawn(forced, monkeypatch):
     names = ("0.weight", "2.weight", "4.weight")
     expected = predictor("plain", parameters=names, joint=True)(X)
     forced(True)
     rewritten = predictor("plain", parameters=names, joint=True)
     torch.testing.assert_close(rewritten(X).probs, expected.probs, rtol=1e-5, atol=1e-6)
     assert "3 linear layers draw their weights" in rewritten.explain()
+    rewritten = predictor("plain", parameters=names)  # and where outputs are drawn
+    monkeypatch.setattr(fused, "DEVICES", ("none",))
+    expected = predictor("plain", parameters=names)(X)
+    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
+    torch.testing.assert_close(rewritten(X).probs, expected.probs, rtol=1e-5, atol=1e-6)
+    assert "3 layers that draw their outputs do so in one kernel" in rewritten.explain()
 
 
 def test_half_precision_is_that_of_the_dtype(forced):
@@ -96,6 +103,66 @@ def test_ensembles_of_mean_field_networks_keep_their_own_draws(forced):
     forced(True)
     found = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)(X)
     torch.testing.assert_close(found.probs, expected.probs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, best",
+    [("relu", "whole"), *((k, "whole drawn") for k in ("relu", "tanh", "silu", "mixed", "wide", "plain ending"))],
+)
+def test_small_networks_in_one_kernel(kind, best):
+    """Ensembles with their weights, mean-field networks with weights kept or drawn there; what is no such chain not."""
+    act = {"tanh": nn.Tanh, "silu": nn.SiLU}.get(kind, nn.ReLU)
+    other = nn.Tanh if kind == "mixed" else act
+
+    def make(seed):
+        torch.manual_seed(seed)
+        width = 130 if kind == "wide" else 9
+        layers = [nn.Linear(6, 20), act(), nn.Linear(20, width), other(), nn.Linear(width, 4)]
+        return nn.Sequential(*layers, *([nn.Softplus()] if kind == "plain ending" else []))
+
+    field = vbdl.MeanField(make(0), n_data=100, initial_std=0.3)
+    ensemble = vbdl.DeepEnsemble([make(s) for s in range(5)])
+    for q, name in ((field, "bayesian_mlp" if best == "whole drawn" else "ensemble_mlp"), (ensemble, "ensemble_mlp")):
+        settings = dict(n_samples=5, compile=False, joint=True, chunk_size=3)
+        expected = vbdl.Predictor(q, vbdl.Categorical(), **settings)(X, samples=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "DEVICES", ("cpu",))
+            patch.setattr(fused, "_is_fastest", lambda *arguments: False)
+
+            def times(*arguments, drawn=False, **options):
+                return {"layers": 1.0, best if drawn else "whole": 0.5}
+
+            patch.setattr(networks.regime, "of_network", times)
+            rewritten = vbdl.Predictor(q, vbdl.Categorical(), **settings)
+            found = rewritten(X, samples=True)
+        torch.testing.assert_close(found.samples, expected.samples, rtol=1e-5, atol=1e-5)
+        # of the mixed one the first two layers are a chain, of the wide one none is
+        assert (f"({name})" in rewritten.explain()) == (kind != "wide")
+
+
+def test_a_network_stays_in_layers_where_that_is_faster(forced):
+    q = vbdl.DeepEnsemble([network("plain") for _ in range(3)])
+    expected = vbdl.Predictor(q, vbdl.Categorical(), compile=False)(X)
+    forced(False)
+    rewritten = vbdl.Predictor(q, vbdl.Categorical(), compile=False)
+    assert torch.equal(rewritten(X).probs, expected.probs)
+    assert "mlp" not in rewritten.explain()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_masks_of_the_data_are_made_in_the_product(bias, forced, monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Dropout(0.3), nn.Linear(6, 20, bias=bias), nn.ReLU(), nn.Dropout(0.2), nn.Linear(20, 4)]
+    q = vbdl.MCDropout(nn.Sequential(*layers))
+    expected = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)(X, samples=True)
+    forced(False)
+    monkeypatch.setattr(importlib.import_module("vbdl.rewrite"), "compact", lambda *arguments: [])
+    for times, count in (({"masked": 1, "activations": 2}, 1), ({"masked": 2, "activations": 1}, 0)):
+        monkeypatch.setattr(fused.regime, "of_masks", lambda *a, t=times, **k: t)
+        rewritten = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)
+        found = rewritten(X, samples=True)
+        torch.testing.assert_close(found.samples, expected.samples, rtol=1e-5, atol=1e-5)
+        assert ("1 linear layers make the masks" in rewritten.explain()) == bool(count)  # the other has one a draw
 
 
 def test_nothing_changes_without_an_accelerator():
