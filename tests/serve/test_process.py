@@ -185,10 +185,11 @@ def test_slow_clients_are_cut_off_and_hold_nobody_up(arrays_model):
 
 
 def test_a_signal_lets_requests_finish(arrays_model):
-    with serving(arrays_model, "--batch-wait-ms", "700") as (process, address, _):
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(httpx.post, f"{address}/v1/predict", content=BODY, headers=JSON) for _ in range(4)]
-            time.sleep(0.3)
+    with serving(arrays_model, "--batch-wait-ms", "3000") as (process, address, _):
+        with httpx.Client(base_url=address, timeout=30) as client, concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(client.post, "/v1/predict", content=BODY, headers=JSON) for _ in range(4)]
+            while " 4\n" not in client.get("/metrics").text.partition("vbdl_waiting_rows{")[2]:
+                time.sleep(0.02)
             begun = time.monotonic()
             process.send_signal(signal.SIGTERM)
             assert [task.result().status_code for task in asked] == [200] * 4

@@ -127,7 +127,7 @@ class _Part:
             budget=0,
             joint=execution.settings.joint,
             largest_tile=execution.settings.largest_tile,
-            evaluate=lambda node: torch.ones(node.meta["val"].shape),
+            measure=lambda node, of: of(torch.ones(node.meta["val"].shape)),
         )
         self._traced = traced
         self.constants = [t for n, t in state.items() if n not in self._keys] + shared
