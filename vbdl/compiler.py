@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vbdl.replay import Replayed, is_worth_replaying
+
 logger = logging.getLogger("vbdl")
 _said = threading.Event()
 
@@ -32,6 +34,8 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
             wrapped: Any = compile_fx(graph, list(inputs), inner_compile=inner)
             writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
+            if is_worth_replaying(graph, inputs):
+                return Replayed(wrapped)
             return wrapped if writes else _without_wrappers(wrapped, made, inputs) or wrapped
     except Exception as error:
         if not _no_compiler(error):

@@ -1,5 +1,6 @@
 """What only a GPU can show: the PTX paths, the real launches, the allocator's peak."""
 
+import copy
 import importlib
 
 import pytest
@@ -189,3 +190,94 @@ def test_a_predictor_uses_the_kernels(joint):
     for name in ("probs", "total", "aleatoric", "standard_error"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=2e-3, atol=1e-4)
     assert ("sampled_linear" if joint else "local_reparameterised_linear") in predict.explain()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_ways_of_sampled_linear_are_the_same_draws(dtype, monkeypatch):
+    regime = importlib.import_module("vbdl_kernels.regime")
+    monkeypatch.setattr(regime, "_CHUNK", 2 * 128 * 256 * dtype.itemsize)  # two draws at a time, of five
+    x, mean, std, bias_mean, bias_std, key = problem(5, 300, 256, 128, dtype, shared=True)
+    leaves = [t.requires_grad_() for t in (x, mean, std, bias_mean, bias_std)]
+    found = []
+    for strategy in ("fused", "sampler"):
+        with regime.always(strategy):
+            y = sampled_linear(x, mean, std, key, LAYER, bias_mean, bias_std)
+            found.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        close(a.detach(), b.detach(), dtype, 300)
+
+
+def training(n_samples, width=256):
+    vbdl = importlib.import_module("vbdl")
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, width)]
+    q = vbdl.MeanField(torch.nn.Sequential(*layers), n_data=100, n_samples=n_samples)
+    return vbdl, q, torch.randn(16, width), torch.randint(0, width, (16,))
+
+
+def test_training_uses_the_kernels_with_the_draws_of_the_cpu():
+    vbdl, q, x, y = training(3)
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        own, likelihood = copy.deepcopy(q).to(device), vbdl.Categorical().to(device)
+        losses.append(own.loss(x.to(device), y.to(device), likelihood))
+        losses[-1].backward()
+        gradients.append([p.grad.cpu() for p in own.parameters()])
+    torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=1e-4, atol=1e-3)
+    for a, b in zip(*reversed(gradients), strict=True):
+        assert float((a - b).abs().max()) <= 1e-3 * float(b.abs().max())
+    history = vbdl.fit(q.cuda(), (x, y), vbdl.Categorical().cuda(), epochs=3, compile=True)
+    again = vbdl.fit(training(3)[1].cuda(), (x, y), vbdl.Categorical().cuda(), epochs=3, compile=False)
+    assert again.train_loss[-1][0] == pytest.approx(history.train_loss[-1][0], rel=1e-3)
+
+
+def test_training_memory_is_flat_in_the_draws():
+    def peak(n_samples):
+        vbdl, q, x, y = training(n_samples, width=1024)
+        q, x, y, likelihood = q.cuda(), x.cuda(), y.cuda(), vbdl.Categorical().cuda()
+        for _ in range(2):
+            q.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            q.loss(x, y, likelihood).backward()
+            torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    # two layers of 4 MiB: in plain operations 14 more draws keep their weights and their noise, 224 MiB
+    assert peak(16) - peak(2) < 14 * 2**20
+
+
+def test_small_predictions_are_replayed():
+    vbdl = importlib.import_module("vbdl")
+    replay = importlib.import_module("vbdl.replay")
+    torch.manual_seed(0)
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(8, 200), torch.nn.ReLU(), torch.nn.Linear(200, 3))
+    small = lambda: torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+    for members, name in (([make() for _ in range(5)], ""), ([small() for _ in range(5)], "ensemble_mlp")):
+        q = vbdl.DeepEnsemble(members)
+        predict = vbdl.Predictor(q, vbdl.Categorical(), device="cuda")
+        plain = vbdl.Predictor(q, vbdl.Categorical(), compile=False)
+        kept = []
+        for _ in range(5):
+            x = torch.randn(64, 8)
+            kept.append((predict(x.cuda()).probs, plain(x).probs))
+        for found, expected in kept:  # also those that were handed out before later calls
+            torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=1e-4)
+        assert name in predict.explain()
+        if not name:  # several kernels a call
+            programs = [p for found in predict._executions.values() for e in found for p in e._programs.values()]
+            calls = [p._call for p in programs if isinstance(p._call, replay.Replayed)]
+            assert any(c._replay is not None for c in calls)
+
+
+def test_what_was_measured_is_sound(monkeypatch, tmp_path):
+    """The calibration on this device, on a small layer: written, read, and a crossover in it."""
+    measured, regime = (importlib.import_module(f"vbdl_kernels.{n}") for n in ("measured", "regime"))
+    from triton.testing import do_bench
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = measured.measure(lambda _, call: do_bench(call, warmup=2, rep=5, return_mode="median") * 1e-3, size=1024)
+    measured.keep(measured.device_name(), found)
+    assert regime.device_card() == regime.Card(**found)
+    assert regime.device_card().half_rows >= 8

@@ -1,0 +1,38 @@
+"""Multiplications and additions of the operators, for torch's flop counter. Imported where they are counted."""
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_ops = torch.ops.vbdl
+
+
+def _linear(x, weight, *rest, out_shape, **options) -> int:
+    """x (..., in), weight (out, in) -> (samples, batch, out)"""
+    return 2 * prod(out_shape) * weight[-1]
+
+
+def _moments(x, weight, *rest, out_shape, **options) -> int:
+    """Both moments, of an input that all draws share once for all of them."""
+    return 4 * prod(x) * weight[0]
+
+
+def _network(x, weights, *rest, out_shape, **options) -> int:
+    """Layer after layer; weights (..., out, in) each."""
+    return 2 * out_shape[0] * out_shape[1] * sum(w[-2] * w[-1] for w in weights)
+
+
+def _input_gradient(gradient, mean, *rest, **options) -> int:
+    return 2 * prod(gradient) * mean[1]
+
+
+def _parameter_gradient(gradient, x, *rest, **options) -> int:
+    return 2 * prod(gradient) * x[-1]
+
+
+register_flop_formula([_ops.sampled_linear, _ops.masked_linear])(_linear)
+register_flop_formula(_ops.local_reparameterised_linear)(_moments)
+register_flop_formula([_ops.ensemble_mlp, _ops.bayesian_mlp])(_network)
+register_flop_formula(_ops.sampled_linear_input)(_input_gradient)
+register_flop_formula(_ops.sampled_linear_parameters)(_parameter_gradient)
