@@ -46,8 +46,12 @@ def speed_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(stored, speed_file):
-    axis = {"axis": "draws", "method": "mc-dropout"}
-    lines = [axis | {"size": size, "seconds": size * 1e-4} for size in (8, 32, 128)]
+    cell = {"axis": "draws", "method": "mc-dropout"}
+    lines = [
+        cell | {"quantity": quantity, "size": size, "value": size * unit}
+        for quantity, unit in (("seconds", 1e-4), ("bytes", 2**20))
+        for size in (8, 32, 128)
+    ]
     (stored / "scaling.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     return render(StoredRun.read(stored), speed_file)
 
@@ -66,7 +70,14 @@ def test_every_result_is_on_the_page(parsed, stored):
             assert number(score["value"]) in parsed.text
     for said in ("Reliability", "Risk against coverage", "Most uncertain test rows", "In and out of distribution"):
         assert said in parsed.text
-    for said in ("Against published numbers", "MC dropout 2018", "Deep Ensembles 2017", "Cost against draws", "W1"):
+    for said in (
+        "Against published numbers",
+        "MC dropout 2018",
+        "Deep Ensembles 2017",
+        "Cost against draws",
+        "Memory against draws",
+        "W1",
+    ):
         assert said in parsed.text
     assert parsed.tags.count("svg") >= 3 * 2 + 3 * 2 + 1
 

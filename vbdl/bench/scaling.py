@@ -1,7 +1,13 @@
-"""What a prediction costs as one size grows, the others held: draws, members, width, rows of a batch."""
+"""What a prediction costs as one size grows, the others held: draws, members, width, rows of a batch, rows in all.
+
+python -m vbdl.bench.scaling METHOD DRAWS    # bytes at the peak of a prediction, in a process that did nothing else
+"""
 
 import json
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,15 +26,25 @@ from vbdl.posteriors.mean_field import MeanField
 
 FEATURES, CLASSES = 32, 10
 USUAL = {"draws": 32, "members": 5, "width": 128, "batch": 64}
-SIZES = {"draws": (8, 32, 128, 512), "members": (2, 8, 32), "width": (32, 128, 512), "batch": (1, 16, 256)}
+SIZES = {
+    "draws": (8, 32, 128, 512),
+    "members": (2, 8, 32),
+    "width": (32, 128, 512),
+    "batch": (1, 16, 256),
+    "rows": (64, 512, 4096),  # in tiles of the usual batch
+}
+MEMORY_DRAWS = (32, 128, 512, 2048)
 ENDLESS = ("mc-dropout", "mean-field")
 
+_STATUS = Path("/proc/self/status")
 
-def cells() -> Iterator[tuple[str, int, str]]:
-    """(axis, size, method): every size of every axis, for the methods that it means something to."""
+
+def cells() -> Iterator[tuple[str, str, int, str]]:
+    """(quantity, axis, size, method): every size of every axis, for the methods that it means something to."""
     for axis, sizes in SIZES.items():
         methods = {"draws": ENDLESS, "members": ("deep-ensemble",)}.get(axis, (*ENDLESS, "deep-ensemble"))
-        yield from ((axis, size, method) for method in methods for size in sizes)
+        yield from (("seconds", axis, size, method) for method in methods for size in sizes)
+    yield from (("bytes", "draws", size, method) for method in ENDLESS for size in MEMORY_DRAWS)
 
 
 def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
@@ -47,32 +63,73 @@ def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
 def measure(
     out: Path, compile: bool = True, seconds: float = 0.5, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Time every cell that `out` does not hold yet; one JSON line each: axis, size, method, seconds a call (median)."""
+    """Measure every cell that `out` does not hold yet; one JSON line each: quantity, axis, size, method, value.
+
+    seconds: of a call, the median; bytes: resident memory at the peak of a prediction above that before it, where the
+    system tells (Linux).
+    """
     out = Path(out)
     found = [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
-    done = {(r["axis"], r["size"], r["method"]) for r in found}
+    done = {(r["quantity"], r["axis"], r["size"], r["method"]) for r in found}
     about = provenance()
-    for axis, size, method in cells():
-        if (axis, size, method) in done:
+    for cell in cells():
+        quantity, axis, size, method = cell
+        if cell in done or (quantity == "bytes" and not _STATUS.is_file()):
             continue
         at = USUAL | {axis: size}
-        x = torch.randn(at["batch"], FEATURES, generator=torch.Generator().manual_seed(0))
-        with torch.random.fork_rng(devices=[]):
-            predict = predictor(method, at, compile)
-        begun = time.perf_counter()
-        predict(x)
-        first = time.perf_counter() - begun
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < end:
-            begun = time.perf_counter()
-            predict(x)
-            times.append(time.perf_counter() - begun)
-        line = {"axis": axis, "size": size, "method": method, "at": at, "seconds": statistics.median(times)}
-        line |= {"first_call": first, "compiled": compile, **about}
+        line: dict[str, Any] = {"quantity": quantity, "axis": axis, "size": size, "method": method, "at": at}
+        if quantity == "bytes":
+            line |= {"value": _peak_in_a_process(method, size), "compiled": False}
+            said = f"{line['value'] / 2**20:.1f} MiB at the peak"
+        else:
+            line |= _timed(method, at, compile, seconds)
+            said = f"{1000 * line['value']:.3f} ms a call, first call {line['first_call']:.1f} s"
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        found.append(line)
-        say(f"{axis} {size:5} {method:14} {1000 * line['seconds']:.3f} ms a call, first call {first:.1f} s")
+            file.write(json.dumps(line | about) + "\n")
+        found.append(line | about)
+        say(f"{axis} {size:5} {method:14} {said}")
     return found
+
+
+def _timed(method: str, at: dict[str, int], compile: bool, seconds: float) -> dict[str, Any]:
+    x = torch.randn(at.get("rows", at["batch"]), FEATURES, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        predict = predictor(method, at, compile)
+    begun = time.perf_counter()
+    predict(x)
+    first = time.perf_counter() - begun
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        begun = time.perf_counter()
+        predict(x)
+        times.append(time.perf_counter() - begun)
+    return {"value": statistics.median(times), "first_call": first, "compiled": compile}
+
+
+def _peak_in_a_process(method: str, draws: int) -> int:
+    command = [sys.executable, "-m", "vbdl.bench.scaling", method, str(draws)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _peak() -> int:
+    """Bytes resident at most so far. (What `resource` says begins with the peak of the parent process.)"""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE)
+    if found is None:
+        raise OSError(f"{_STATUS} does not tell the peak of the resident memory")
+    return int(found[1]) * 1024
+
+
+def _peak_above_start(method: str, draws: int) -> int:
+    """Bytes that predicting adds at most to what this process holds; uncompiled, so that no compiling is in it."""
+    torch.set_num_threads(1)
+    x = torch.randn(USUAL["batch"], FEATURES)
+    predictor(method, USUAL | {"draws": 2, "width": 8}, compile=False)(x)  # what is loaded at first use
+    before = _peak()
+    predictor(method, USUAL | {"draws": draws}, compile=False)(x)
+    return _peak() - before
+
+
+if __name__ == "__main__":
+    print(_peak_above_start(sys.argv[1], int(sys.argv[2])))

@@ -36,7 +36,8 @@ class Bench:
     threads: int = 1
     """Threads of torch; 0 leaves the choice to torch."""
     scaling: bool = False
-    """Measure the cost of a prediction against draws, members, width and batch too: minutes, for it compiles."""
+    """Measure the cost of a prediction against draws, members, width, batch and rows too, and its memory against draws:
+    minutes, for it compiles."""
     list: bool = False
     """Print the data sets and methods, and run nothing."""
 

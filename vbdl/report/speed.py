@@ -42,26 +42,28 @@ def table(file: Path | None) -> dict[str, Any] | None:
     return {"machine": lines[-1].get("machine", {}), "cells": shown}
 
 
-def scaling(file: Path) -> list[tuple[str, Markup]]:
-    """A chart of cost against each size that was varied, from `vbdl bench --scaling`."""
-    lines = _lines(file)
+_SHOWN = {"seconds": ("seconds a call", "Cost", 1.0), "bytes": ("MiB", "Memory", 2.0**20)}
+
+
+def scaling(file: Path) -> list[tuple[str, list[str], Markup]]:
+    """(title, methods, chart) of cost or memory against each size that was varied, from `vbdl bench --scaling`."""
+    lines = [r for r in _lines(file) if r.get("quantity") in _SHOWN]
+    methods = list(dict.fromkeys(r["method"] for r in lines))
     found = []
-    for axis in dict.fromkeys(r["axis"] for r in lines):
-        own = [r for r in lines if r["axis"] == axis]
-        sizes, seconds = [r["size"] for r in own], [r["seconds"] for r in own]
+    for quantity, axis in dict.fromkeys((r["quantity"], r["axis"]) for r in lines):
+        own = [r for r in lines if (r["quantity"], r["axis"]) == (quantity, axis)]
+        label, what, unit = _SHOWN[quantity]
+        sizes, values = [r["size"] for r in own], [max(r["value"], 1e-9) / unit for r in own]
         if len(set(sizes)) < 2:
             continue
-        chart = Chart(
-            (min(sizes), max(sizes)),
-            (min(seconds) * 0.7, max(seconds) * 1.4),
-            axis,
-            "seconds a call",
-            f"cost against {axis}",
-            log_x=True,
-            log_y=True,
-        )
-        for index, method in enumerate(dict.fromkeys(r["method"] for r in own)):
-            points = sorted((r["size"], r["seconds"]) for r in own if r["method"] == method)
+        title = f"{what} against {_AXES.get(axis, axis)}"
+        ends = (min(values) * 0.7, max(values) * 1.4)
+        chart = Chart((min(sizes), max(sizes)), ends, axis, label, title, log_x=True, log_y=True)
+        for index, method in enumerate(methods):
+            points = sorted((s, v) for r, s, v in zip(own, sizes, values, strict=True) if r["method"] == method)
             chart.line([p[0] for p in points], [p[1] for p in points], f"c{index}", method, dots=True)
-        found.append((axis, chart.svg()))
+        found.append((title, methods, chart.svg()))
     return found
+
+
+_AXES = {"batch": "rows of a batch", "rows": "rows in all"}
