@@ -83,7 +83,7 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
         versions=_distinct([r["versions"] for r in run.results]),
         finished=max(r["finished"] for r in run.results),
         seconds=sum(sum(r["seconds"].values()) for r in run.results),
-        processor_seconds=sum(r.get("processor_seconds", 0.0) for r in run.results),
+        processor_seconds=_total([r.get("processor_seconds") for r in run.results]),
         missing=[(d, m) for d in run.datasets for m in run.methods if not any(r["method"] == m for r in run.of(d))],
         published=published,
         worse=[row for row in published if any(v.word == "worse" for _, _, _, v in row.metrics)],
@@ -92,6 +92,11 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
         speed=speed.table(speed_file),
         scaling=speed.scaling(run.folder / "scaling.jsonl"),
     )
+
+
+def _total(found: list[float | None]) -> float | None:
+    """The sum, None where one is not known: older results lack it."""
+    return None if None in found else sum(f for f in found if f is not None)
 
 
 def _commit(result: dict[str, Any]) -> str:
