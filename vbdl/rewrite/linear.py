@@ -62,6 +62,9 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
         y = _product(flat, weight.reshape(samples * out, -1))  # narrow layers side by side are one matrix
         y = y.mT.view(samples, out, rows).mT if rows >= _ACROSS else y.view(rows, samples, out).transpose(0, 1)
     else:
+        if xs and x.ndim == 3 and rows >= _ACROSS:
+            # as the product before left them: what comes between is then one loop without a transposition
+            flat = flat.mT.contiguous().mT
         y = _product(flat if xs else flat.expand(samples, *flat.shape), weight)
     y = y.reshape(samples, *x.shape[1 if xs else 0 : -1], out)
     if bias is None:
