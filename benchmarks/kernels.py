@@ -1,6 +1,6 @@
 """Every kernel against what one would write without it, on one GPU.
 
-    python benchmarks/kernels.py [--out DIR]                P1 to P8: one JSON line a row, and a table
+    python benchmarks/kernels.py [--out DIR]                P1 to P9: one JSON line a row, and a table
     python benchmarks/kernels.py [--out DIR] --grid         the regime map on all shapes
     python benchmarks/kernels.py --check                    every provider once, tiny, on the CPU
 
@@ -23,6 +23,7 @@ from gpu import table
 from torch import Tensor, nn
 from vbdl_kernels import (
     bayesian_mlp,
+    dispatch,
     ensemble_mlp,
     local_reparameterised_linear,
     make_key,
@@ -33,6 +34,7 @@ from vbdl_kernels import (
     sample_weights,
     sampled_linear,
 )
+from vbdl_kernels import words as vbdl_words
 
 LAYER = 1
 Providers = dict[str, Callable[[], object]]
@@ -157,6 +159,37 @@ def noise(bench: Bench, size: int) -> None:
         for name, call in _register_noise(case["normals"]).items():
             providers[name] = call
     bench.compare("P1", case, providers, 0.0, {"vbdl.normal"}, **amount)
+
+
+def stretch(bench: Bench, size: int) -> None:
+    """P9. Normals of 16 bits a radius and polynomial trigonometry, against ours: what the experiment is worth.
+
+    That it makes normals is checked first, on its reference, and on a GPU against it.
+    """
+    import noise_kernels
+
+    words = vbdl_words(make_key(0, range(4)), LAYER, 0, size, size).flatten()
+    found = noise_kernels.reference_halves(words).double().flatten()
+    n = len(found)
+    # standard errors of mean, variance and fourth moment of n normals; and what 16 bits cut off
+    far = (found.mean() * n**0.5, (found.var() - 1) / (2 / n) ** 0.5, ((found**4).mean() - 3) / (96 / n) ** 0.5)
+    if not max(abs(float(z)) for z in far) < 5:
+        raise AssertionError(f"P9: mean, variance and fourth moment are off by {[f'{float(z):.1f}' for z in far]}")
+    if bench.device == "cuda":
+        import triton
+
+        given = words.to(torch.int32).cuda()  # the same bits
+        out = torch.empty(2, n // 4, dtype=torch.int32, device="cuda")
+        noise_kernels.halves_of[(triton.cdiv(n // 4, 1024),)](given, out, n // 4, TILE=1024)
+        kernel = out.view(torch.float16).view(2, -1).double().cpu()
+        if not float((kernel - found.view(2, -1)).abs().max()) < 2e-2:  # halves: 2**-11 of up to 4.9, a few times
+            raise AssertionError("P9: the kernel's normals are not its reference's")
+    count = 16 * size * size
+    providers: Providers = {"reference": lambda: noise_kernels.reference_halves(words)}
+    if bench.device == "cuda":
+        chosen = noise_kernels.providers(count)
+        providers = {name: chosen[name] for name in ("registers, ours", "registers, sixteen_bits")}
+    bench.compare("P9", {"normals": count}, providers, 0.0, set() if bench.device == "cuda" else None, weights=count)
 
 
 def _register_noise(count: int) -> Providers:
@@ -342,7 +375,7 @@ def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
 
 
 def core(bench: Bench) -> Iterator[str]:
-    """P1 to P8, the most telling shapes first; yields the name of each part when it is done."""
+    """P1 to P9, the most telling shapes first; yields the name of each part when it is done."""
     half, single = torch.bfloat16, torch.float32
     peaks(bench)
     yield "peaks"
@@ -364,6 +397,8 @@ def core(bench: Bench) -> Iterator[str]:
     yield "P8"
     noise(bench, 8192)
     yield "P1"
+    stretch(bench, 1024)
+    yield "P9"
     for width in (64, 128):
         for batch in (1, 64):
             networks(bench, 64, batch, width)
@@ -398,6 +433,8 @@ def grid(bench: Bench) -> Iterator[str]:
 def check(bench: Bench) -> None:
     """Every provider that runs here, at sizes with odd tails."""
     noise(bench, 9)
+    if dispatch.has_triton():
+        stretch(bench, 256)
     for dtype in (torch.float32, torch.bfloat16):
         layer(bench, dtype, 3, 5, 130, compiled=False)
     sampler(bench, 3, 33)
