@@ -386,6 +386,21 @@ def test_autocast_is_close_and_its_statistics_are_float32(posterior, network):
     assert not torch.equal(low.probs, full.probs), "autocast had no effect"
 
 
+def test_warming_up_measures_what_autocast_costs():
+    """As large as the difference of the two predictors, and said by `explain`; nothing of it in float32."""
+    x = inputs("mlp", TILE)
+    low, full = (
+        predictor("dropout", "mlp", autocast=torch.bfloat16, tiles=(TILE,)),
+        predictor("dropout", "mlp", tiles=(TILE,)),
+    )
+    low.warm_up((1,), example=x)
+    full.warm_up((1,), example=x)
+    assert low.precision.largest == pytest.approx(float((low(x).probs - full(x).probs).abs().max()), rel=1e-3)
+    assert low.precision.standard_error == pytest.approx(float(full(x).standard_error.mean()), rel=1e-3)
+    assert "bfloat16: means differ from float32 by at most" in low.explain()
+    assert full.precision is None and "precision" not in full.explain()
+
+
 @each_posterior
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_a_double_network_predicts_in_double(posterior, chunk_size):

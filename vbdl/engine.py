@@ -21,6 +21,7 @@ from vbdl import adaptive
 from vbdl.adaptive import Rule
 from vbdl.execution import Execution, Ready, Settings, pad
 from vbdl.moments import MomentExecution
+from vbdl.precision import PrecisionError, against_float32
 from vbdl.stacking import map_inputs, tensors
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
@@ -103,6 +104,7 @@ class Predictor:
         self.clock = time.perf_counter  # of deadlines, seconds
         self._lock = threading.RLock()
         self.sealed = False  # set by warm_up: nothing is compiled any more
+        self.precision: PrecisionError | None = None  # of autocast, once measured
         self.manifest: Any = None  # set by vbdl.load: what the artefact says beside the tensors
 
     # -- predicting
@@ -175,6 +177,7 @@ class Predictor:
         """Compile all that batches of these sizes need, for rows like the example's.
 
         samples, adaptive: also what predictions with samples, or with a tolerance or deadline, need.
+        With autocast, `precision` then holds the error against float32 on the example, which `explain` prints.
         Nothing is compiled afterwards: a batch of a shape that was not warmed up raises. Returns the predictor.
         """
         example, rows = self._check(example)
@@ -187,6 +190,8 @@ class Predictor:
                 self._tile(pad(example, 0, size), True)
         if adaptive:
             self._stepwise().warm_up_steps(example)
+        if self.settings.autocast is not None and batch_sizes:
+            self.precision = against_float32(self, pad(example, 0, self._size(min(batch_sizes))))
         self.sealed = True
         return self
 
@@ -203,6 +208,10 @@ class Predictor:
             for index, execution in enumerate(executions):
                 part = f", part {index + 1} of {len(executions)}" if len(executions) > 1 else ""
                 blocks.append(f"input          {shapes}{part}\n{execution.plan.explain()}")
+        if self.settings.autocast is not None and example is not None:
+            self.precision = against_float32(self, example)
+        if self.precision is not None:
+            blocks.append(str(self.precision))
         return "\n\n".join(blocks)
 
     def as_module(self) -> nn.Module:
