@@ -18,7 +18,8 @@ def write(call: TileCall, arguments: tuple[Tensor, ...], path: Path) -> None:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the ONNX export needs the extra `onnx`: pip install 'vbdl[onnx]'") from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for chatty in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = ["seed", *(f"x{i}" for i in range(len(arguments) - 1))]

@@ -230,18 +230,19 @@ class Model:
     def answer(self, prediction: Any, notes: dict[str, Any]) -> dict[str, Any]:
         """One object a row, numbers only where they are finite (null: infinite, or not known)."""
         columns: dict[str, list] = {}
+        classes = self.classes
         probs = getattr(prediction, "probs", None)
         for name in ("probs", "mean", "std", "confidence", *_FIELDS):
             value = getattr(prediction, name, None)
             if isinstance(value, Tensor) and not (name == "mean" and probs is not None):
                 columns[name] = _single(value).tolist()
         if probs is not None:
-            label, classes = prediction.label, self.classes
+            label = prediction.label
             numbers = label.tolist()
             columns["label"] = [classes[int(k)] for k in numbers] if classes and label.ndim == 1 else numbers
-        if "sets" in columns and self.classes:
+        if "sets" in columns:
             columns["sets"] = [
-                [c for c, inside in zip(self.classes, row, strict=True) if inside] for row in columns["sets"]
+                [classes[k] if classes else k for k, inside in enumerate(row) if inside] for row in columns["sets"]
             ]
         names = list(columns)
         predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
