@@ -41,6 +41,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     assert len(first) == 15 and not any("error" in r for r in first)
     for r in first:
         assert set(r["versions"]) >= {"vbdl", "torch", "numpy"} and r["machine"]["threads"] == 1
+        assert r["processor_seconds"] > 0 and r["resumed"] is False
         assert r["seed"] == 0 and "commit" in r and r["draws"] in (1, 5, 8)
     other = suite(tmp_path / "c", ("iris",), ("mc-dropout",), seed=1).run()
     assert other[0]["scores"] != first[0]["scores"]
@@ -278,6 +279,33 @@ def test_dropout_searches_rates_and_precisions_on_training_rows(uci):
     assert set(details["rate"]) <= {0.005, 0.05} and set(details["tau"]) <= {0.25, 0.5, 0.75}
     noise = (0.5 * found[0, :, 0, 0, 1]).exp() * torch.tensor(task.scale)
     torch.testing.assert_close(noise, torch.tensor(details["tau"]) ** -0.5, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stacked_rate_drops_at_each_members_rate():
+    from vbdl.bench.methods.mc_dropout import _StackedRate, _with_stacked_rates
+
+    rates, n = torch.tensor([0.0, 0.05, 0.5]), 40_000
+    module = _StackedRate()
+    run = lambda rate: torch.func.functional_call(module, {"rate": rate}, (torch.ones(n),))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dropped = torch.func.vmap(run, randomness="different")(rates)
+    for values, rate in zip(dropped, rates.tolist(), strict=True):
+        torch.testing.assert_close(values[values != 0], torch.full_like(values[values != 0], 1 / (1 - rate)))
+        assert abs(float((values == 0).float().mean()) - rate) < 4 * (rate * (1 - rate) / n) ** 0.5 + 1e-9
+    network = _with_stacked_rates(registry.DATASETS["diabetes"].make(Source(), "").network(0.5, 1))
+    assert sum(isinstance(m, _StackedRate) for m in network.modules()) == 2, "every dropout, one of its own each"
+    assert not any(isinstance(m, torch.nn.Dropout) for m in network.modules())
+
+
+@pytest.mark.slow
+def test_dropout_trains_to_the_same_numbers_compiled(uci):
+    task = registry.DATASETS["yacht"].make(uci, "2016")
+    found = []
+    for compile in (False, True):
+        trained = registry.METHODS["mc-dropout"].make(task, Run(effort=0.005, samples=4, compile=compile))
+        found.append(torch.cat(list(trained.parameters(task.x[:, :10]))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
 def test_decay_is_the_protocols():

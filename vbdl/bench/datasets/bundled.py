@@ -30,37 +30,40 @@ def table(name: str, x: np.ndarray, y: np.ndarray, classes: tuple[str, ...], **o
     return classification(name, x, y, order, n_train, classes=classes, network=partial(mlp, x.shape[1], 64), **options)
 
 
-@dataset("breast-cancer", suite="bundled")
-def breast_cancer(source: Source, protocol: str = "") -> Task:
-    """biopsies, 569 rows, 30 measurements of cell nuclei: malignant or benign"""
-    found = _sklearn().load_breast_cancer()
-    return table("breast-cancer", found.data, found.target, ("malignant", "benign"), columns=tuple(found.feature_names))
-
-
-@dataset("iris", suite="bundled")
-def iris(source: Source, protocol: str = "") -> Task:
-    """flowers, 150 rows, 4 measurements, 3 species"""
-    found = _sklearn().load_iris()
-    return table(
-        "iris",
-        found.data,
-        found.target,
-        tuple(map(str, found.target_names)),
-        columns=("sepal length", "sepal width", "petal length", "petal width"),
-    )
-
-
-@dataset("wine-classes", suite="bundled")
-def wine_classes(source: Source, protocol: str = "") -> Task:
-    """Italian wines, 178 rows, 13 measurements, 3 growers"""
-    found = _sklearn().load_wine()
-    return table(
-        "wine-classes",
-        found.data,
-        found.target,
+# name -> what loads it, what it is, its classes, its columns where scikit-learn's names are not good ones
+_TABLES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
+    "breast-cancer": (
+        "load_breast_cancer",
+        "biopsies, 569 rows, 30 measurements of cell nuclei: malignant or benign",
+        ("malignant", "benign"),
+        (),
+    ),
+    "iris": (
+        "load_iris",
+        "flowers, 150 rows, 4 measurements, 3 species",
+        ("setosa", "versicolor", "virginica"),
+        ("sepal length", "sepal width", "petal length", "petal width"),
+    ),
+    "wine-classes": (
+        "load_wine",
+        "Italian wines, 178 rows, 13 measurements, 3 growers",
         ("grower 1", "grower 2", "grower 3"),
-        columns=tuple(found.feature_names),
-    )
+        (),
+    ),
+}
+
+
+def _table(name: str, source: Source, protocol: str = "") -> Task:
+    loader, _, classes, columns = _TABLES[name]
+    found = getattr(_sklearn(), loader)()
+    return table(name, found.data, found.target, classes, columns=columns or tuple(found.feature_names))
+
+
+for _name, (_, _about, _, _) in _TABLES.items():
+    _make = partial(_table, _name)
+    _make.__module__ = __name__  # type: ignore[attr-defined]
+    _make.__doc__ = _about
+    dataset(_name, suite="bundled")(_make)
 
 
 @dataset("diabetes", suite="bundled")
