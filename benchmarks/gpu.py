@@ -7,7 +7,7 @@ matters most:
 
     tests         what tests/ marks gpu                                          tests.txt
     constants     the device's own for vbdl_kernels.regime                       constants.txt
-    kernels       P1 to P8 and the regime map where it matters                   kernels-<card>.jsonl
+    kernels       P1 to P9 and the regime map where it matters                   kernels-<card>.jsonl
     predictors    the workloads of benchmarks/speed.py, Predictor against loop   predictors-<card>.jsonl
     grid          the regime map on all shapes                                   grid-<card>.jsonl
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 570  # seconds, for all of it
-LIMITS = {"tests": 170, "constants": 45, "kernels": 190, "predictors": 120, "grid": 300}
+LIMITS = {"tests": 165, "constants": 60, "kernels": 185, "predictors": 115, "grid": 300}
 _GRACE = 5  # seconds from asking a child to end to ending it
 
 
@@ -92,8 +92,10 @@ def commands(out: Path, check: bool) -> dict[str, list[str]]:
     if check:
         return {
             "tests": [*tests, "--collect-only"],
+            "constants": [sys.executable, "-m", "vbdl_kernels.measured", "--check"],
             "kernels": [*script("kernels.py"), "--check"],
             "predictors": [*script("predictors.py"), "--check"],
+            "grid": [*script("kernels.py"), "--check", "--grid"],
         }
     to = ["--out", str(out.resolve())]
     return {

@@ -1,6 +1,6 @@
 """The constants of `regime.Card`, measured on the device once and kept in a file for each device.
 
-    python -m vbdl_kernels.measured        measures the current device, a few seconds, and prints what it found
+    python -m vbdl_kernels.measured        measures the current device, some seconds, and prints what it found
 
 The file is in $XDG_CACHE_HOME/vbdl (~/.cache/vbdl), named by the format, the device and the versions of torch and
 triton. It is written whole or not at all, and one that cannot be read is as none.
@@ -12,7 +12,9 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -78,7 +80,7 @@ def keep(name: str, found: dict[str, float]) -> Path:
 ROWS = (16, 32, 64, 128, 256, 512, 1024)  # where the fused kernel and the sampler are compared
 
 
-def measure(time: Timer, device: str = "cuda", size: int = 4096, samples: int = 8) -> dict[str, float]:
+def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int = 8) -> dict[str, float]:
     """Constants of `regime.Card`, from operations on layers of size x size and one small network.
 
     Products of float32 follow `torch.set_float32_matmul_precision`; what it was on entry is set back.
@@ -96,30 +98,30 @@ def measure(time: Timer, device: str = "cuda", size: int = 4096, samples: int = 
     x = make(samples, rows, size)
     half, half_weights, one = x.bfloat16(), weights.bfloat16(), make(1)
     count = samples * size * size
-    launch = time("launch", lambda: one + 1)
+    launch = timed("launch", lambda: one + 1)
     # reads and writes one float32 each
-    copied = 8 * count / _above(time("copy", lambda: weights.clone()), launch)
-    product = _above(time("product bfloat16", lambda: half @ half_weights.mT), launch)
+    copied = 8 * count / _above(timed("copy", lambda: weights.clone()), launch)
+    product = _above(timed("product bfloat16", lambda: half @ half_weights.mT), launch)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        exact = _above(time("product float32", lambda: x @ weights.mT), launch)
+        exact = _above(timed("product float32", lambda: x @ weights.mT), launch)
         torch.set_float32_matmul_precision("high")
-        single = _above(time("product tf32", lambda: x @ weights.mT), launch)
+        single = _above(timed("product tf32", lambda: x @ weights.mT), launch)
         with always("fused"):
             drawing = _above(
-                time("fused 16", lambda: sampled_linear(half[:, :16], half_mean, half_std, key, 0)), launch
+                timed("fused 16", lambda: sampled_linear(half[:, :16], half_mean, half_std, key, 0)), launch
             )
-            both = _above(time("fused 128", lambda: sampled_linear(half, half_mean, half_std, key, 0)), launch)
+            both = _above(timed("fused 128", lambda: sampled_linear(half, half_mean, half_std, key, 0)), launch)
         crossings = {
-            "half_rows": _crossing(time, "bfloat16", half_mean, half_std, key),
-            "float_rows": _crossing(time, "tf32", mean, std, key),
+            "half_rows": _crossing(timed, "bfloat16", half_mean, half_std, key),
+            "float_rows": _crossing(timed, "tf32", mean, std, key),
         }
     finally:
         torch.set_float32_matmul_precision(before)
     narrow, bias = make(1, WIDEST, WIDEST).bfloat16(), make(1, WIDEST).bfloat16()
     few = make(16, WIDEST).bfloat16()
-    network = _above(time("network", lambda: ensemble_mlp(few, [narrow] * 4, [bias] * 4)), launch)
+    network = _above(timed("network", lambda: ensemble_mlp(few, [narrow] * 4, [bias] * 4)), launch)
     longer, shorter = max(drawing, product), min(drawing, product)
     programs = Card.programs
     if device == "cuda":
@@ -138,7 +140,7 @@ def measure(time: Timer, device: str = "cuda", size: int = 4096, samples: int = 
     }
 
 
-def _crossing(time: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, key: torch.Tensor) -> float:
+def _crossing(timed: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, key: torch.Tensor) -> float:
     """The most of ROWS up to which the fused kernel is the faster; half the first where it never is."""
     from vbdl_kernels.regime import always
     from vbdl_kernels.sampled_linear import sampled_linear
@@ -149,7 +151,7 @@ def _crossing(time: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, key
         times = {}
         for strategy in ("fused", "sampler"):
             with always(strategy):
-                times[strategy] = time(f"{strategy} {name} {rows}", lambda x=x: sampled_linear(x, mean, std, key, 0))
+                times[strategy] = timed(f"{strategy} {name} {rows}", lambda x=x: sampled_linear(x, mean, std, key, 0))
         if times["fused"] > times["sampler"]:
             break
         fastest = float(rows)
@@ -161,6 +163,15 @@ def _above(seconds: float, launch: float) -> float:
 
 
 def main() -> None:
+    if "--check" in sys.argv[1:]:  # all that is measured, once and tiny, on the CPU; nothing is kept
+
+        def once(_: str, call: Callable[[], object]) -> float:
+            begun = time.perf_counter()
+            call()
+            return time.perf_counter() - begun
+
+        print(json.dumps(measure(once, device="cpu", size=32, samples=2), indent=1))
+        return
     name = device_name()
     if name is None:
         raise SystemExit("no accelerator: the model's own constants are used")

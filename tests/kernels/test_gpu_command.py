@@ -62,5 +62,5 @@ def test_everything_that_needs_no_gpu_runs(tmp_path):
         timeout=400,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    assert "tests ok, kernels ok, predictors ok" in done.stdout
+    assert "tests ok, constants ok, kernels ok, predictors ok, grid ok" in done.stdout
     assert "predictors agree with the CPU's" in done.stdout
