@@ -28,6 +28,9 @@ def said(tmp_path_factory):
         "ensemble is one process", "gaussian ensemble is one process", "dropout is one process",
         "mean-field is one process", "calibrated is one process", "uneven shares", "all processes agree",
         "half the members", "gathered members are the ensemble", "too few draws are refused", "samples are refused",
+        "loaded shares are one process", "a share is loaded in about half the memory", "loaded noise is one process",
+        "loaded dropout is one process", "loaded cooled is one process", "fewer draws are the first",
+        "damage anywhere is refused everywhere",
     ],
 )  # fmt: skip
 def test_two_processes(said, promise):

@@ -1,6 +1,9 @@
 """One of two processes of tests/test_distributed.py: `python two_processes.py MEETING_FILE RANK`."""
 
+import ctypes
+import gc
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -63,6 +66,53 @@ check("mean-field is one process", same(a, b))
 cooled = vbdl.calibrate(one, x[:60], y[:60], vbdl.Temperature())
 b = ShardedPredictor(cooled.posterior, cooled.likelihood, mesh=mesh, compile=False)(x)
 check("calibrated is one process", same(cooled(x), b))
+
+
+def growth(load):
+    """Bytes of memory that the process takes at most while it loads and predicts, and what that gives."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is given back, and not used again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status = lambda name: next(
+        int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if name in line
+    )
+    before = status("VmRSS")
+    found = load()(x)
+    return status("VmHWM") - before, found
+
+
+folder = Path(sys.argv[1]).parent
+wide = nn.Sequential(
+    nn.Linear(4, 512), *[m for _ in range(12) for m in (nn.ReLU(), nn.Linear(512, 512))], nn.Linear(512, 3)
+)
+if rank == 0:
+    vbdl.Predictor(vbdl.DeepEnsemble(wide, 8), vbdl.Categorical(), compile=False).save(folder / "wide", example=x)
+    vbdl.Predictor(members, noise, compile=False).save(folder / "noise", example=x)
+    vbdl.Predictor(dropout, vbdl.Categorical(), 21, seed=3, compile=False).save(folder / "dropout", example=x)
+    cooled.save(folder / "cooled", example=x)
+dist.barrier()
+share, p = growth(lambda: ShardedPredictor.load(folder / "wide", mesh=mesh))
+whole, expected = growth(lambda: vbdl.load(folder / "wide"))
+state = 8 * sum(t.numel() * 4 for t in wide.parameters())
+check("loaded shares are one process", same(p, expected) and p.n_samples == 8)
+print(f"peak of a share {share / 2**20:.0f} MiB, of the whole {whole / 2**20:.0f} MiB, state {state / 2**20:.0f} MiB")
+check("a share is loaded in about half the memory", 0.4 * whole < share < 0.6 * whole and whole > state)
+for name in ("noise", "dropout", "cooled"):
+    a, b = vbdl.load(folder / name), ShardedPredictor.load(folder / name)
+    check(f"loaded {name} is one process", same(a(x), b(x)) and b.manifest == a.manifest and b.n_draws == a.n_samples)
+fewer = ShardedPredictor.load(folder / "wide", mesh=mesh, n_samples=5)
+check("fewer draws are the first", same(fewer(x), vbdl.load(folder / "wide", n_samples=5)(x)))
+dist.barrier()
+if rank == 0:
+    damaged = folder / "wide" / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-9] ^= 1  # in the share of the other
+    damaged.write_bytes(data)
+dist.barrier()
+try:
+    ShardedPredictor.load(folder / "wide", mesh=mesh)
+except ValueError as error:
+    check("damage anywhere is refused everywhere", "damaged or exchanged" in str(error))
 
 try:
     ShardedPredictor(dropout, vbdl.Categorical(), 1, mesh=mesh, compile=False)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 script.py
         mesh = init_device_mesh("cpu", (2,))                  # or "cuda"
-        predict = ShardedPredictor(posterior, likelihood, mesh=mesh)
+        predict = ShardedPredictor.load("model", mesh=mesh)   # each process reads its own members
         p = predict(x)                                        # on every process, the whole prediction
 
 A plain ensemble's members are dealt out: each process holds its own, as the local part of a DTensor that is
@@ -12,6 +12,7 @@ order of the processes: the same numbers on all of them, equal to those of one p
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from vbdl.artefact.files import locate
+from vbdl.artefact.loading import read_parts
+from vbdl.artefact.manifest import Manifest
 from vbdl.engine import Predictor
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.types import Inputs, Likelihood, Posterior, State
@@ -28,8 +32,8 @@ from vbdl.types import Inputs, Likelihood, Posterior, State
 class ShardedPredictor(Predictor):
     """A predictor whose draws are computed by all processes of a mesh; every process calls it with the same rows.
 
-    posterior, likelihood, n_samples, seed and options: as for `Predictor`; posterior is the whole one on every process
-    (built on the meta device or loaded where memory allows), of which a process keeps its share.
+    posterior, likelihood, n_samples, seed and options: as for `Predictor`; posterior is the whole one on every process,
+    of which a process keeps its share. For one that no process can hold, `load` reads shares of an artefact.
     mesh: a device mesh of one axis; all processes of the default group unless given.
 
     Raises ValueError where there are fewer draws than processes, or draws are kept (samples=True).
@@ -45,23 +49,49 @@ class ShardedPredictor(Predictor):
         mesh: DeviceMesh | None = None,
         **options: Any,
     ):
-        if mesh is None:
-            mesh = DeviceMesh(_device_type(options.get("device"), posterior), torch.arange(dist.get_world_size()))
-        if mesh.ndim != 1:
-            raise ValueError(f"the mesh has one axis, over which draws are shared out; got {mesh.ndim}")
-        self.mesh, self._group = mesh, mesh.get_group()
-        rank, size = mesh.get_local_rank(), mesh.size()
+        mesh = _mesh(mesh, options.get("device"), posterior)
         whole = Predictor(posterior, likelihood, n_samples, seed, **options)
-        total = whole.n_samples
-        if total < size:
-            raise ValueError(f"{total} draws cannot be shared out to {size} processes: every one takes at least one")
-        bounds = [total * r // size for r in range(size + 1)]
-        own = range(bounds[rank], bounds[rank + 1])
+        own = _own(mesh, whole.n_samples)
         share, sharded = _share(whole.posterior, own)
-        members = _own_members(whole.likelihood, own, total)
+        likelihood, total = whole.likelihood, whole.n_samples
         del whole
-        super().__init__(share, members, len(own), seed, **options)
+        self._begin(mesh, share, sharded, likelihood, own, total, {"seed": seed, **options})
+
+    def _begin(
+        self, mesh: DeviceMesh, share: "_Share", sharded: bool, likelihood: Any, own: range, total: int, options: dict
+    ) -> None:
+        super().__init__(share, _own_members(likelihood, own, total), len(own), **options)
+        self.mesh, self._group = mesh, mesh.get_group()
         self.n_draws, self._sharded = total, sharded
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        mesh: DeviceMesh | None = None,
+        module: nn.Module | Sequence[nn.Module] | None = None,
+        trust: Sequence[str] = (),
+        **settings: Any,
+    ) -> "ShardedPredictor":
+        """The predictor of an artefact, of which every process reads its own members and never holds the others;
+        arguments as for `vbdl.load`. Posteriors that are no plain ensemble are loaded whole."""
+        mesh = _mesh(mesh, settings.get("device", "cpu"), None)
+
+        def share(manifest: Manifest) -> range:
+            return _own(mesh, settings.get("n_samples", manifest.settings.n_samples))
+
+        found = read_parts(locate(Path(folder)), module=module, trust=trust, share=share)
+        options = {**found.settings, **settings}
+        total = options.pop("n_samples")
+        if found.own is None:
+            self = cls(found.posterior, found.likelihood, total, mesh=mesh, **options)
+        else:
+            self = cls.__new__(cls)
+            own = found.own
+            self._begin(mesh, _Share(found.posterior, 0, len(own)), True, found.likelihood, own, total, options)
+        self.manifest = found.manifest
+        return self
 
     @property
     def stacked(self) -> dict[str, DTensor]:
@@ -116,6 +146,23 @@ class _Share(nn.Module):
 
     def loss(self, x: Inputs, y: Tensor, likelihood: Any) -> Tensor:
         raise NotImplementedError("a sharded posterior predicts, and is trained before it is shared out")
+
+
+def _mesh(mesh: DeviceMesh | None, device: Any, posterior: Any) -> DeviceMesh:
+    if mesh is None:
+        mesh = DeviceMesh(_device_type(device, posterior), torch.arange(dist.get_world_size()))
+    if mesh.ndim != 1:
+        raise ValueError(f"the mesh has one axis, over which draws are shared out; got {mesh.ndim}")
+    return mesh
+
+
+def _own(mesh: DeviceMesh, total: int) -> range:
+    """The draws of this process."""
+    rank, size = mesh.get_local_rank(), mesh.size()
+    if total < size:
+        raise ValueError(f"{total} draws cannot be shared out to {size} processes: every one takes at least one")
+    bounds = [total * r // size for r in range(size + 1)]
+    return range(bounds[rank], bounds[rank + 1])
 
 
 def _share(posterior: Any, own: range) -> tuple[_Share, bool]:

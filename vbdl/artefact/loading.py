@@ -1,10 +1,12 @@
 """A predictor from disk, with the same draws. No pickle, no code of the file, no import that was not allowed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from vbdl_kernels import CONTRACT
 
@@ -15,13 +17,15 @@ from vbdl.artefact.manifest import (
     MAX_MANIFEST_BYTES,
     TENSORS,
     ArtefactError,
+    Ensemble,
     Layers,
     Manifest,
+    Plain,
     Reference,
     decode,
 )
 from vbdl.artefact.saving import TRAINING_ROWS
-from vbdl.artefact.tensors import DTYPES, read_tensors
+from vbdl.artefact.tensors import DTYPES, read_share, read_tensors
 from vbdl.decision import stored
 from vbdl.engine import Predictor
 
@@ -74,12 +78,46 @@ def load_files(
     **settings: Any,
 ) -> Predictor:
     """`load` of files by name, for those that lie elsewhere than in one folder."""
-    manifest = decode(read_whole(files[MANIFEST], MAX_MANIFEST_BYTES))
-    if manifest.versions.noise != CONTRACT:
+    found = read_parts(files, module=module, trust=trust)
+    try:
+        predictor = Predictor(found.posterior, found.likelihood, **{**found.settings, **settings})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ArtefactError(f"the settings of the artefact do not fit: {error}") from error
+    predictor.manifest = found.manifest
+    return predictor
+
+
+@dataclass
+class Parts:
+    """What a predictor is made of. own: the members that are in the posterior, None for all."""
+
+    posterior: Any
+    likelihood: Any
+    settings: dict[str, Any]
+    manifest: Manifest
+    own: range | None
+
+
+def read_parts(
+    files: Mapping[str, Path],
+    *,
+    module: nn.Module | Sequence[nn.Module] | None = None,
+    trust: Sequence[str] = (),
+    share: Callable[[Manifest], range] | None = None,
+) -> Parts:
+    """An artefact, checked, as what a predictor is made of.
+
+    share: which members of a plain ensemble to load; the others are not in memory at any time. Other posteriors are
+    loaded whole.
+    """
+    whole = decode(read_whole(files[MANIFEST], MAX_MANIFEST_BYTES))
+    if whole.versions.noise != CONTRACT:
         raise ArtefactError(
-            f"the artefact draws by counters of version {manifest.versions.noise}, this vbdl by {CONTRACT}: its "
-            f"numbers would be others. Load it with the vbdl that wrote it ({manifest.versions.vbdl[:40]})"
+            f"the artefact draws by counters of version {whole.versions.noise}, this vbdl by {CONTRACT}: its "
+            f"numbers would be others. Load it with the vbdl that wrote it ({whole.versions.vbdl[:40]})"
         )
+    own = share(whole) if share is not None and _is_plain_ensemble(whole.posterior) else None
+    manifest = whole if own is None else _of_members(whole, own)
     stated = {n: e for n, e in manifest.tensors.items() if n.startswith("posterior.")}
     shapes = {n.removeprefix("posterior."): tuple(e.shape) for n, e in stated.items()}
     with networks.quiet_generator():
@@ -87,7 +125,8 @@ def load_files(
             # first without memory, so that a description of a huge network is refused and not allocated
             with torch.device("meta"):
                 _check_shapes(_posterior(manifest, None, trust), shapes)
-        tensors = read_tensors(files[TENSORS], manifest)
+        read = lambda: read_tensors(files[TENSORS], whole)
+        tensors = read() if own is None else read_share(files[TENSORS], whole, _STACKED, own)
         posterior = _posterior(manifest, module, trust)
     _check_shapes(posterior, shapes)
     _fill(posterior, {n.removeprefix("posterior."): t for n, t in tensors.items() if n.startswith("posterior.")})
@@ -110,12 +149,34 @@ def load_files(
         "autocast": _dtype(given.autocast),
         "joint": given.joint,
     }
-    try:
-        predictor = Predictor(posterior, likelihood, **{**saved, **settings})
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ArtefactError(f"the settings of the artefact do not fit: {error}") from error
-    predictor.manifest = manifest
-    return predictor
+    return Parts(posterior, likelihood, saved, whole, own)
+
+
+_STACKED = "posterior.stacked_"  # what has a members axis first
+
+
+def _is_plain_ensemble(description: Any) -> bool:
+    return (
+        isinstance(description, Ensemble)
+        and len(description.members) == 1
+        and isinstance(description.members[0].member, Plain)
+    )
+
+
+def _of_members(manifest: Manifest, own: range) -> Manifest:
+    """The manifest of an ensemble of these members only, as if it had been saved alone."""
+    assert isinstance(manifest.posterior, Ensemble)
+    group = manifest.posterior.members[0]
+    if not 0 <= own.start < own.stop <= group.count:
+        raise ValueError(f"members {own.start} to {own.stop} of an ensemble of {group.count}")
+    tensors = dict(manifest.tensors)
+    for name, entry in tensors.items():
+        if name.startswith(_STACKED):
+            if entry.shape[:1] != [group.count]:
+                raise ArtefactError(f"{name[:120]!r} has shape {entry.shape} and there are {group.count} members")
+            tensors[name] = replace(entry, shape=[len(own), *entry.shape[1:]])
+    members = [replace(group, count=len(own))]
+    return replace(manifest, posterior=replace(manifest.posterior, members=members), tensors=tensors)
 
 
 def _is_ours(architecture: Any) -> bool:

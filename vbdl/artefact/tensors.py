@@ -1,11 +1,13 @@
 """The tensors of an artefact: one safetensors file, every name and size of it checked before a byte of data is read."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -53,6 +55,50 @@ def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 
     The file is read into memory and not mapped: one that is cut short while it is mapped ends the process.
     """
+    with _opened(path, manifest) as (file, start, _):
+        data = start + file.read(manifest.file_bytes - len(start))
+        _check_end(file, len(data), manifest)
+    _check_digest(hashlib.sha256(data), manifest)
+    try:
+        return parse_tensors(data)
+    except SafetensorError as error:
+        raise ArtefactError(f"{TENSORS} cannot be read: {error}") from None
+
+
+def read_share(path: Path, manifest: Manifest, prefix: str, own: range) -> dict[str, Tensor]:
+    """The tensors, of those whose names begin with `prefix` only the entries `own` of the first axis; ArtefactError as
+    for all. The file is read to its end for its digest, in memory of what is returned."""
+    found: dict[str, Tensor] = {}
+    with _opened(path, manifest) as (file, start, header):
+        digest, total = hashlib.sha256(start), len(start)
+        for name in sorted(header, key=lambda n: (header[n]["data_offsets"], n)):
+            entry, (begin, end) = manifest.tensors[name], header[name]["data_offsets"]
+            shape, low, high = entry.shape, 0, end - begin
+            if name.startswith(prefix) and shape:
+                each = (end - begin) // max(shape[0], 1)
+                low, high, shape = own.start * each, own.stop * each, [len(own), *shape[1:]]
+            kept = bytearray(high - low)
+            at = 0
+            while block := file.read(min(_BLOCK, end - begin - at)):
+                digest.update(block)
+                first, last = max(low, at), min(high, at + len(block))
+                if first < last:
+                    kept[first - low : last - low] = block[first - at : last - at]
+                at += len(block)
+            total += at
+            dtype = DTYPES[entry.dtype]
+            found[name] = (torch.frombuffer(kept, dtype=dtype) if kept else torch.empty(0, dtype=dtype)).reshape(shape)
+        _check_end(file, total, manifest)
+    _check_digest(digest, manifest)
+    return found
+
+
+_BLOCK = 2**20  # bytes in memory beside what is kept
+
+
+@contextlib.contextmanager
+def _opened(path: Path, manifest: Manifest) -> Iterator[tuple[BinaryIO, bytes, dict[str, Any]]]:
+    """The file after its header, what was read of it, and the header, which has been found to be the manifest's."""
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         if size != manifest.file_bytes:
@@ -67,20 +113,22 @@ def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
                 f"more than the file are taken"
             )
         header = file.read(header_bytes)
-        _check_header(header, manifest.tensors, size - 8 - header_bytes)
-        data = prefix + header + file.read(size - 8 - header_bytes)
-        if len(data) != size or file.read(1):
-            raise ArtefactError(f"{TENSORS} changed while it was read")
-    if hashlib.sha256(data).hexdigest() != manifest.file_sha256:
+        yield file, prefix + header, _check_header(header, manifest.tensors, size - 8 - header_bytes)
+
+
+def _check_end(file: BinaryIO, read: int, manifest: Manifest) -> None:
+    if read != manifest.file_bytes or file.read(1):
+        raise ArtefactError(f"{TENSORS} changed while it was read")
+
+
+def _check_digest(digest: Any, manifest: Manifest) -> None:
+    if digest.hexdigest() != manifest.file_sha256:
         raise ArtefactError(f"the bytes of {TENSORS} are not those the manifest was written for: damaged or exchanged")
-    try:
-        return parse_tensors(data)
-    except SafetensorError as error:
-        raise ArtefactError(f"{TENSORS} cannot be read: {error}") from None
 
 
-def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> None:
-    """Names, dtypes and shapes are the manifest's, and the data is exactly covered, without holes or overlaps."""
+def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> dict[str, Any]:
+    """The header: names, dtypes and shapes are the manifest's, and the data is exactly covered, without holes or
+    overlaps."""
     try:
         found = json.loads(header.decode("utf-8"), object_pairs_hook=strict_object)
     except ArtefactError as error:
@@ -129,3 +177,4 @@ def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes
         end = stop
     if end != data_bytes:
         raise ArtefactError(f"the tensors of {TENSORS} take {end} bytes, and there are {data_bytes}")
+    return found
