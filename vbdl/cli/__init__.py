@@ -5,40 +5,38 @@ Torch is imported by the command that needs it, inside its call, so that help an
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Annotated, Union
 
 import vbdl
-from vbdl.cli.bench import Bench
-from vbdl.cli.calibrate import Calibrate
-from vbdl.cli.compare import Compare
 from vbdl.cli.config import configured
-from vbdl.cli.demo import Demo
-from vbdl.cli.evaluate import Evaluate
-from vbdl.cli.export import Export
-from vbdl.cli.fit import Fit
-from vbdl.cli.info import Info
-from vbdl.cli.inspect import Inspect
-from vbdl.cli.predict import Predict
-from vbdl.cli.recommend import Recommend
-from vbdl.cli.report import Report
-from vbdl.cli.serve import Serve
 
-COMMANDS = {
-    "bench": Bench,
-    "calibrate": Calibrate,
-    "compare": Compare,
-    "demo": Demo,
-    "evaluate": Evaluate,
-    "export": Export,
-    "fit": Fit,
-    "info": Info,
-    "inspect": Inspect,
-    "predict": Predict,
-    "recommend": Recommend,
-    "report": Report,
-    "serve": Serve,
-}
+_NAMES = (
+    "bench", "calibrate", "compare", "demo", "evaluate", "export", "fit", "info", "inspect", "predict", "recommend",
+    "report", "serve",
+)  # fmt: skip
+
+
+class _Commands(Mapping[str, type]):
+    """{name: class}: `Fit` of `vbdl/cli/fit.py` for "fit", imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type:
+        if name not in _NAMES:
+            raise KeyError(name)
+        return getattr(import_module(f"vbdl.cli.{name}"), name.capitalize())
+
+    def __contains__(self, name: object) -> bool:
+        return name in _NAMES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_NAMES)
+
+    def __len__(self) -> int:
+        return len(_NAMES)
+
+
+COMMANDS = _Commands()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,14 +7,10 @@ command, so that one file can hold several. A key that is no option is refused, 
 """
 
 import dataclasses
-import difflib
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 
 def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[list[str], dict[str, Any]]:
@@ -43,6 +39,8 @@ def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[
 
 def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, Any]:
     """The options of a command in a file."""
+    import tomllib
+
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -57,6 +55,9 @@ def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, A
 
 
 def _defaults(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    import difflib
+
+    import msgspec
     import tyro
 
     types = typing.get_type_hints(kind)
