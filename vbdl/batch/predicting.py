@@ -13,24 +13,15 @@ from typing import Any
 import torch
 
 from vbdl.batch import local
-from vbdl.batch.folder import FORMATS, QUARANTINE, Folder, part_name
+from vbdl.batch.finding import sources_of
+from vbdl.batch.folder import FORMATS, QUARANTINE, Folder
 from vbdl.batch.merging import merge_parts
-from vbdl.batch.sources import (
-    IMAGES,
-    ArrayFile,
-    Chunk,
-    DatasetSource,
-    ImageFolder,
-    MemoryTable,
-    Source,
-    TableFile,
-)
+from vbdl.batch.sources import Chunk, Source
 from vbdl.batch.worker import Options, Result, Worker, available, digest, plain, schema_at
 from vbdl.compiler import can_compile
 from vbdl.progress import Progress
-from vbdl.tabular import Schema, as_table
-from vbdl.tabular.columns import Categorical
-from vbdl.tabular.reading import SUFFIXES, arrow, files_of, format_of
+from vbdl.tabular import Schema
+from vbdl.tabular.reading import arrow
 
 logger = logging.getLogger("vbdl")
 
@@ -90,7 +81,7 @@ def predict_table(
     engine: str = "local",
     workers: int | None = None,
     chunk_rows: int = 65_536,
-    tile: int = 1024,
+    tile: int = 256,
     compile: bool | None = None,
     format: str | None = None,
     on_error: str = "quarantine",
@@ -232,68 +223,6 @@ def _in_memory(model, sources, options, schema, workers, on_error, progress) -> 
         return pa.concat_tables(list(tables.values()))
     named = [t.add_column(0, "source", pa.array([name] * t.num_rows)) for (name, _), t in tables.items()]
     return pa.concat_tables(named)
-
-
-# -- sources
-
-
-def sources_of(data: Any, schema: Schema | None, options: Options) -> list[Source]:
-    """The sources of data in any form that `predict_table` takes, in order. Names are what parts are called after."""
-    if isinstance(data, str | Path):
-        return _files(Path(data), schema, options)
-    given: list[Any] = data if isinstance(data, list) else [data]
-    if given and all(hasattr(s, "chunks") and hasattr(s, "state") for s in given):
-        return given
-    if isinstance(data, torch.utils.data.Dataset):
-        return [DatasetSource(data)]
-    if type(data).__module__ == "numpy" or isinstance(data, torch.Tensor):
-        return [DatasetSource(torch.as_tensor(data), pairs=False)]
-    return [MemoryTable(as_table(data))]
-
-
-def _files(path: Path, schema: Schema | None, options: Options) -> list[Source]:
-    if path.is_dir():
-        tables = [f for f in _maybe(path, (*SUFFIXES, ".npy"))]
-        if not tables and _maybe(path, IMAGES):
-            return [ImageFolder(path)]
-        if not tables:
-            raise ValueError(f"there is no table, array or image in {path}")
-        names = [str(f.relative_to(path)) for f in tables]
-    else:
-        tables = files_of(path)
-        names = [path.name]
-    wanted, text, numbers = _columns(schema, options)
-    found: list[Source] = []
-    for file, name in zip(tables, names, strict=True):
-        if file.suffix.lower() == ".npy":
-            found.append(ArrayFile(file, name))
-        elif format_of(file):
-            found.append(TableFile(file, name, wanted, numbers, text))
-        else:
-            raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
-    stems = [part_name(n, 0, "parquet") for n in names]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise ValueError(f"two inputs would be written to {stem}: give files names that differ before the suffix")
-    return found
-
-
-def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    try:
-        return files_of(path, suffixes)
-    except ValueError:
-        return []
-
-
-def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str]]:
-    """Columns to read, and which of them are words and which numbers where a file does not say."""
-    if schema is None:
-        if options.inputs is None:
-            return None, [], []
-        return list(dict.fromkeys([*options.inputs, *options.keep])), [], list(options.inputs)
-    text = [c.name for c in schema.columns if isinstance(c, Categorical)]
-    numbers = [c.name for c in schema.columns if type(c).__name__ == "Numeric"]
-    return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers
 
 
 def _settle(worker: Worker, sources: list[Source]) -> None:

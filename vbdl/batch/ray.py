@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vbdl.batch.folder import Folder, part_name, write_part
-from vbdl.batch.sources import Source, TableFile
+from vbdl.batch.sources import Source
+from vbdl.batch.table_file import TableFile
 from vbdl.batch.worker import Options, Worker
 from vbdl.engine import Predictor
 from vbdl.tabular import Schema

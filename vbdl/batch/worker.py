@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Options:
     keep: tuple[str, ...] = ()
     interval: float = 0.0
     inputs: tuple[str, ...] | None = None
-    tile: int = 1024
+    tile: int = 256
     compile: bool | None = None
     chunk_rows: int = 65_536
 
@@ -227,7 +228,9 @@ def _length(x: Any) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:200]
+    """What was wrong, without the place in compiled code, which another machine has elsewhere."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return re.sub(r"^kernel, \S+:\d+, ", "", line)[:200]
 
 
 def _joined(arrays: list[Any]) -> Any:

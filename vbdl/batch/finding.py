@@ -1,0 +1,74 @@
+"""What is to be read: sources of whatever data `predict_table` is given."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vbdl.batch.folder import part_name
+from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, MemoryTable, Source
+from vbdl.batch.table_file import TableFile
+from vbdl.batch.worker import Options
+from vbdl.tabular import Schema, as_table
+from vbdl.tabular.columns import Categorical
+from vbdl.tabular.reading import SUFFIXES, files_of, format_of
+
+
+def sources_of(data: Any, schema: Schema | None, options: Options) -> list[Source]:
+    """The sources of data in any form that `predict_table` takes, in order. Names are what parts are called after."""
+    if isinstance(data, str | Path):
+        return _files(Path(data), schema, options)
+    given: list[Any] = data if isinstance(data, list) else [data]
+    if given and all(hasattr(s, "chunks") and hasattr(s, "state") for s in given):
+        return given
+    if isinstance(data, torch.utils.data.Dataset):
+        return [DatasetSource(data)]
+    if type(data).__module__ == "numpy" or isinstance(data, torch.Tensor):
+        return [DatasetSource(torch.as_tensor(data), pairs=False)]
+    return [MemoryTable(as_table(data))]
+
+
+def _files(path: Path, schema: Schema | None, options: Options) -> list[Source]:
+    if path.is_dir():
+        tables = [f for f in _maybe(path, (*SUFFIXES, ".npy"))]
+        if not tables and _maybe(path, IMAGES):
+            return [ImageFolder(path)]
+        if not tables:
+            raise ValueError(f"there is no table, array or image in {path}")
+        names = [str(f.relative_to(path)) for f in tables]
+    else:
+        tables = files_of(path)
+        names = [path.name]
+    wanted, text, numbers = _columns(schema, options)
+    found: list[Source] = []
+    for file, name in zip(tables, names, strict=True):
+        if file.suffix.lower() == ".npy":
+            found.append(ArrayFile(file, name))
+        elif format_of(file):
+            found.append(TableFile(file, name, wanted, numbers, text))
+        else:
+            raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
+    stems = [part_name(n, 0, "parquet") for n in names]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise ValueError(f"two inputs would be written to {stem}: give files names that differ before the suffix")
+    return found
+
+
+def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    try:
+        return files_of(path, suffixes)
+    except ValueError:
+        return []
+
+
+def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str]]:
+    """Columns to read, and which of them are words and which numbers where a file does not say."""
+    if schema is None:
+        if options.inputs is None:
+            return None, [], []
+        return list(dict.fromkeys([*options.inputs, *options.keep])), [], list(options.inputs)
+    text = [c.name for c in schema.columns if isinstance(c, Categorical)]
+    numbers = [c.name for c in schema.columns if type(c).__name__ == "Numeric"]
+    return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers
