@@ -1,10 +1,17 @@
 """The engine on Ray: the local engine's files, and a job whose driver was killed. Ray runs in processes of its own."""
 
+import contextlib
+import json
 import os
+import random
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -91,3 +98,161 @@ def test_a_busy_cluster_is_an_error_and_not_a_wait(model, data, tmp_path):
 def test_an_error_of_the_data_is_one_line(model, data, tmp_path):
     code, said = end(start(model, data, tmp_path / "out", on_error="stop"))
     assert code != 0 and "b.csv, row 321" in said
+
+
+# -- thirty kills
+
+
+FORKS = """
+import json, os, sys
+import pyarrow.parquet, pyarrow.csv, scipy.special, torch, ray, ray.data
+import vbdl, vbdl.batch.predicting, vbdl.batch.ray, vbdl.tabular
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        model, data, out, options = json.loads(line)
+        sys.stdout = sys.stderr
+        try:
+            vbdl.predict_table(model, data, out, engine="ray", **options)
+        except BaseException as error:
+            print(error, flush=True)
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Cluster:
+    """A Ray cluster of two CPUs that outlives the drivers, and drivers forked from a process that has imported all.
+
+    Every process of it carries a mark in its environment, so that no other is ever killed.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.mark = folder, f"VBDL_TEST_CLUSTER={os.getpid()}-{time.monotonic_ns()}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        name, _, value = self.mark.partition("=")
+        self.environment = {
+            **os.environ, name: value, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": self.address,
+            "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # a busy machine is no dead one
+            "RAY_raylet_start_wait_time_s": "240", "RAY_health_check_failure_threshold": "100",
+        }  # fmt: skip
+        self.errors = open(folder / "said.txt", "a")  # noqa: SIM115
+        self.forker: Any = None
+
+    def start(self):
+        port = self.address.rpartition(":")[2]
+        command = [Path(sys.executable).with_name("ray"), "start", "--head", f"--port={port}", "--num-cpus=2",
+                   "--include-dashboard=false", "--node-ip-address=127.0.0.1"]  # fmt: skip
+        without = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        subprocess.run(command, env=without, check=True, stdout=subprocess.DEVNULL, timeout=300)
+        self.forker = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=self.errors, text=True, env=self.environment)  # fmt: skip
+
+    def run(self, *arguments):
+        """The process id of a driver that was started."""
+        self.forker.stdin.write(json.dumps(arguments) + "\n")
+        self.forker.stdin.flush()
+        return int(self.forker.stdout.readline())
+
+    def ended(self):
+        """Its exit code."""
+        return int(self.forker.stdout.readline())
+
+    def running(self, name=""):
+        """Process ids of what carries the mark and has this in its name."""
+        found = []
+        for path in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                ours = path.name.isdigit() and self.mark.encode() in (path / "environ").read_bytes().split(b"\0")
+                if ours and name in (path / "cmdline").read_bytes().decode(errors="replace"):
+                    found.append(int(path.name))
+        return found
+
+    def kill(self, *pids):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_all(self):
+        while pids := [p for p in self.running() if p != os.getpid()]:
+            self.kill(*pids)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.forker.wait(1) if self.forker else time.sleep(0.1)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    found = Cluster(tmp_path)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.kill_all()
+        found.errors.close()
+
+
+def test_thirty_kills_of_drivers_actors_and_whole_clusters(cluster, model, data, tmp_path):
+    """Each at a random number of parts; nothing is lost, doubled or half-written, and the end is the local engine's."""
+    options = {**OPTIONS, "chunk_rows": 20}
+    vbdl.predict_table(model, data, tmp_path / "local", **{**options, "workers": 1})
+    expected = contents(tmp_path / "local")
+    at, trial, kills = random.Random(0), 0, {"driver": 0, "actor": 0, "cluster": 0}
+    finished, in_between, run = 0, 0, 0
+    while sum(kills.values()) < 30 or finished < 2:
+        out = tmp_path / f"out-{trial}"
+        last = None if sum(kills.values()) >= 30 else "cluster" if run % 6 == 5 else "driver"
+        driver, run = cluster.run(str(model), str(data), str(out), options), run + 1
+        for blow in [*["actor"] * (at.randint(0, 2) if last else 0), last]:
+            there = parts_of(out)
+            until = there + at.randint(1, 30)
+            while blow and Path(f"/proc/{driver}").exists() and parts_of(out) < until:
+                time.sleep(0.005)
+            if blow is None or not Path(f"/proc/{driver}").exists():
+                break
+            if blow == "actor":
+                actors = cluster.running("ray::MapWorker(MapBatches(_Actor))")
+                if not actors:
+                    continue
+                cluster.kill(at.choice(actors))
+            elif blow == "driver":
+                cluster.kill(driver)
+            else:
+                cluster.kill_all()
+            kills[blow] += 1
+            print(f"{blow} killed with {parts_of(out)} parts there, run {run}", flush=True)
+            in_between += 0 < parts_of(out) < len(expected) - 2
+            check_whole(out)
+        if last == "cluster" and not cluster.running():
+            cluster.start()
+            continue
+        code = cluster.ended()
+        said = (tmp_path / "said.txt").read_text()
+        assert code in (0, -signal.SIGKILL) or "are free" in said[-2000:], said[-2000:]
+        if code == 0:
+            assert contents(out) == expected
+            trial, finished = trial + 1, finished + 1
+        else:
+            time.sleep(1)  # Ray ends the actors of a dead driver
+    print(kills, f"{in_between} with some parts and not all, {finished} jobs brought to their end in {run} runs")
+    assert kills["actor"] >= 5 and kills["driver"] >= 5 and kills["cluster"] >= 1 and in_between >= 15, kills
+
+
+def parts_of(out):
+    return len([p for p in out.rglob("*-*.parquet") if not p.name.startswith(".")])
+
+
+def check_whole(out):
+    """Every part that a reader would see can be read, and no row of a source is in two of them."""
+    seen = set()
+    for path in out.rglob("*-*.parquet"):
+        if path.name.startswith("."):
+            continue
+        rows = {(path.name.rpartition("-")[0], r) for r in pa.parquet.read_table(path)["row_id"].to_pylist()}
+        assert not rows & seen
+        seen |= rows
