@@ -118,7 +118,7 @@ def _hostile(random):
 
 
 def test_a_thousand_hostile_requests(served):
-    """Malformed, oversized and aborted: no 5xx but the deliberate 503, no crash, no leak; a good client is answered."""
+    """Malformed, oversized and aborted: no 5xx, no crash, no leak; a good client is answered."""
     process, address, said = served
     seen: dict[int | None, int] = {}
 
@@ -135,16 +135,18 @@ def test_a_thousand_hostile_requests(served):
         tasks = [pool.submit(run, seed) for seed in range(8, 16)]
         while not all(task.done() for task in tasks):
             answer = good.post("/v1/predict", content=BODY, headers=JSON)
-            assert answer.status_code == 503 or answer.json() == expected
+            assert answer.json() == expected
             time.sleep(0.01)
         for task in tasks:
             task.result()
         assert good.post("/v1/predict", content=BODY, headers=JSON).json() == expected
         metrics = good.get("/metrics").text
     assert process.poll() is None
-    assert {s for s in seen if s is not None and s >= 500} <= {503}, seen
+    assert not [s for s in seen if s is not None and s >= 500], seen
     assert {400, 404, 405, 413, 422} <= set(seen), seen
-    assert 'status="500"' not in metrics
+    assert 'status="5' not in metrics.partition("vbdl_refused_total")[0].replace('route="ready",status="503"', ""), (
+        metrics
+    )
     waiting = next(line for line in metrics.splitlines() if line.startswith("vbdl_waiting_rows{"))
     assert waiting.endswith(" 0")
     assert _memory(process.pid) - before < 30
