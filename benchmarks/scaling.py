@@ -131,7 +131,8 @@ def main() -> None:
                 continue
             sweep, before = SWEEPS[what], None
             for value in sweep["values"][:: 2 if options.quick else 1]:
-                cost = microseconds(method, *sweep["settings"](value), 0.3 if options.quick else 1.0)
+                draws, batch, width = sweep["settings"](value)
+                cost = microseconds(method, draws, batch, width, 0.3 if options.quick else 1.0)
                 more = "" if before is None else f"{(cost - before[1]) / (value - before[0]):10.2f} us each more"
                 print(f"{what:7s} {method:12s} {value:6d} {cost:12.1f} us {more}", flush=True)
                 rows.append({"what": what, "method": method, "value": value, "us": round(cost, 1)})
