@@ -68,18 +68,21 @@ def lay(folder, files: dict[str, bytes]):
     return folder
 
 
-def refused(folder, reason: str, limit: float = 2.0) -> None:
-    """Refused with this reason, soon, with no forbidden event and nothing written beside."""
+def refused(folder, reason: str) -> None:
+    """Refused with this reason, with no forbidden event and nothing written beside.
+
+    Not slowly either: what a hostile file could make last would last minutes, and a busy machine takes seconds.
+    """
     global watched
     before = {p: p.lstat().st_mtime_ns for p in folder.parent.rglob("*")}
     watched = []
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with pytest.raises(ArtefactError, match=reason) as caught:
             vbdl.load(folder)
     finally:
         events, watched = watched, None
-    assert time.perf_counter() - started < limit, "it took too long"
+    assert time.process_time() - started < 30, "it took too long"
     assert not events, events
     assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
     assert {p: p.lstat().st_mtime_ns for p in folder.parent.rglob("*")} == before
@@ -414,7 +417,7 @@ def test_a_hostile_file_of_tensors(case, artefacts, tmp_path):
     files = artefacts["dropout"]
     data = change(files["model.safetensors"])
     files = resealed(files, data) if reseal else {**files, "model.safetensors": data}
-    refused(lay(tmp_path / "model", files), reason, limit=4.0)
+    refused(lay(tmp_path / "model", files), reason)
 
 
 def rewritten(name: str, value: torch.Tensor):

@@ -62,12 +62,13 @@ def load(
 _READINGS = 5
 
 
-def _identity(folder: Path) -> int | None:
-    """Another number where another artefact has taken this one's place."""
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Other numbers where another artefact has taken this one's place: the number alone is used again."""
     try:
-        return folder.stat().st_ino
+        found = folder.stat()
     except OSError:
         return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def load_files(
