@@ -1,6 +1,7 @@
 """Predictors on a GPU: the workloads of `benchmarks/speed.py`, Predictor against the tutorial loop.
 
-    python benchmarks/predictors.py [--out DIR]      one JSON line a row
+    python benchmarks/predictors.py [--out DIR] [--workloads W1,W3] [--batches 1,32,256]     one JSON line a row
+    python benchmarks/predictors.py --prepare        compile and compare all of them, several at once, nothing timed
     python benchmarks/predictors.py --check          the smallest of them once, on the CPU, nothing timed
 
 Contenders: the loop one would have written (one eager forward pass a draw), the Predictor warmed up with its tile the
@@ -12,7 +13,10 @@ the device waited for; compile time is its own column.
 import argparse
 import copy
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +26,8 @@ from workloads import WORKLOADS, Workload, networks
 
 from vbdl import Gaussian, MeanField, Predictor
 
-BATCHES = (1, 32, 256)
+BATCHES = (32, 1, 256)  # the usual one first
+NAMES = ("W3", "W1", "W4-tiny", "W2", "W5-head", "W5-blocks", "W4-32", "W4-5")  # the methods first
 # of a probability or mean: products of tf32 or bfloat16 differ from a CPU's float32 by roundings of every layer
 ALLOWED = {"float32": 5e-3, "bfloat16": 3e-2}
 _CHECKED = 4  # rows compared
@@ -81,29 +86,58 @@ def timed(runs: dict[str, Callable[[], object]], device: str, rounds: int = 15) 
     return {name: statistics.median(t) for name, t in taken.items()}
 
 
-def cell(workload: Workload, rows: int, device: str, compile: bool, emit: Callable[[dict], None]) -> None:
+def cell(workload: Workload, rows: int, device: str, compile: bool, rounds: int, emit: Callable[[dict], None]) -> None:
+    """rounds: 0 to build and compare only."""
     case = {"goal": "predictor", "workload": workload.name, "batch": rows}
     runs, seconds = {}, {}
     for name, make in contenders(workload, device, rows, compile).items():
         begun = time.perf_counter()
         try:
             runs[name] = make()
+            runs[name]()
         except Exception as error:  # one that fails is a row, and the others are measured all the same
-            emit({**case, "provider": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
+            runs.pop(name, None)
+            said = f"{type(error).__name__}: {error}".strip().splitlines()
+            emit({**case, "provider": name, "failed": " ".join(said)[:600]})
             continue
-        runs[name]()
         seconds[name] = round(time.perf_counter() - begun, 2)
-    times = timed(runs, device)
+    if rounds == 0:
+        emit({**case, "provider": f"{len(runs)} agree", "compile_s": sum(seconds.values())})
+        return
+    times = timed(runs, device, rounds)
     for name, ms in times.items():
-        speed = times["loop"] / ms
+        speed = times.get("loop", float("nan")) / ms
         emit({**case, "provider": name, "compile_s": seconds[name], "ms": ms, "times_the_first": speed})
+
+
+def prepare(names: list[str], batches: list[int]) -> bool:
+    """Every cell in a process of its own, as many at once as there are cores to compile on."""
+    cells = [(name, rows) for rows in batches for name in names]
+    at_once = max(1, min(12, (os.cpu_count() or 1) - 2))
+    running: list[subprocess.Popen] = []
+    failed = 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    while cells or running:
+        while cells and len(running) < at_once:
+            name, rows = cells.pop(0)
+            command = [sys.executable, __file__, "--rounds", "0", "--workloads", name, "--batches", str(rows)]
+            running.append(subprocess.Popen(command, env=environment))
+        time.sleep(0.1)
+        failed += sum(p.poll() not in (None, 0) for p in running)
+        running = [p for p in running if p.poll() is None]
+    return failed == 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--workloads", default=",".join(NAMES))
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--rounds", type=int, default=15, help="of timing; 0 compiles and compares only")
+    parser.add_argument("--prepare", action="store_true", help="the same as --rounds 0, several cells at once")
     parser.add_argument("--check", action="store_true", help="the smallest once, on the CPU, uncompiled")
     given = parser.parse_args()
+    names, batches = given.workloads.split(","), [int(b) for b in given.batches.split(",")]
     by_name = {w.name: w for w in WORKLOADS}
     with torch.no_grad():
         if given.check:
@@ -114,21 +148,29 @@ def main() -> None:
             return
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device: --check runs what can be run without one")
+        if given.prepare:
+            raise SystemExit(not prepare(names, batches))
         torch.set_float32_matmul_precision("high")  # tf32 for the loop and vbdl alike
-        given.out.mkdir(parents=True, exist_ok=True)
-        card = torch.cuda.get_device_name().replace(" ", "-").lower()
-        with (given.out / f"predictors-{card}.jsonl").open("w") as file:
+        file = None
+        if given.rounds:
+            given.out.mkdir(parents=True, exist_ok=True)
+            card = torch.cuda.get_device_name().replace(" ", "-").lower()
+            file = (given.out / f"predictors-{card}.jsonl").open("w")
+        failed = []
 
-            def emit(row: dict) -> None:
-                line = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
-                print(line, flush=True)
+        def emit(row: dict) -> None:
+            line = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
+            print(line, flush=True)
+            if "failed" in row:
+                failed.append(row)
+            if file is not None:
                 file.write(line + "\n")
                 file.flush()
 
-            # the methods first at their usual batch, then the rest
-            for rows in (32, *(b for b in BATCHES if b != 32)):
-                for name in ("W3", "W1", "W4-tiny", "W2", "W5-head", "W5-blocks", "W4-32", "W4-5"):
-                    cell(by_name[name], rows, "cuda", True, emit)
+        for rows in batches:
+            for name in names:
+                cell(by_name[name], rows, "cuda", True, given.rounds, emit)
+        raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

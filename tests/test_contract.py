@@ -22,7 +22,7 @@ from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
-from vbdl.types import Posterior
+from vbdl.types import is_posterior
 
 BATCH, CLASSES, MEMBERS, SAMPLES, TILE = 13, 5, 3, 7, 64
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}
@@ -138,7 +138,7 @@ def random_parts(q) -> bool:
 @each_posterior
 def test_a_prediction_has_batch_first_and_adds_up(posterior, network):
     q = build(posterior, network)
-    assert isinstance(q, Posterior)
+    assert is_posterior(q)
     p = usual(posterior, network)(inputs(network))
     assert p.probs.shape == (BATCH, CLASSES) and p.total.shape == p.epistemic.shape == (BATCH,)
     torch.testing.assert_close(p.total, p.aleatoric + p.epistemic, rtol=0, atol=1e-6)

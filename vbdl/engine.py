@@ -23,7 +23,7 @@ from vbdl.execution import Execution, Ready, Settings, pad
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
 from vbdl.stacking import map_inputs, tensors
-from vbdl.types import Inputs, Likelihood, Posterior, State
+from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
 
 DEFAULT_SAMPLES = 32
 
@@ -67,7 +67,7 @@ class Predictor:
         estimator: str = "sampling",
         device: torch.device | str | None = None,
     ):
-        if not isinstance(posterior, Posterior):
+        if not is_posterior(posterior):
             raise TypeError(
                 f"Predictor needs a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
                 f"vbdl.MeanField or vbdl.DeepEnsemble"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut
 
-# Activations of a chunk: past a few MiB a larger chunk saves no more overhead and leaves every cache (`docs/speed.md`).
-_CHUNK_BYTES = 8 * 2**20
+# Activations of a chunk. On a CPU past a few MiB a larger chunk saves no more overhead and leaves every cache
+# (`docs/speed.md`); an accelerator wants many rows in flight, and few launches.
+_CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 8 * 2**20, 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def choose(
     memory_budget: int,
     chunk_size: int | None,
     reasons: tuple[str, ...] = (),
+    device: str = "cpu",
 ) -> Plan:
     """The plan for a graph traced with `traced_draws` draws.
 
@@ -61,6 +63,7 @@ def choose(
     draw_bytes = cut.kept_bytes() // traced_draws
     activation_bytes = max(1, cut.regions[BODY].peak_bytes() // traced_draws)
     half = memory_budget // 2
+    chunk_bytes = _CHUNK_BYTES if device == "cpu" else _ACCELERATOR_CHUNK_BYTES
     if activation_bytes > half:
         raise ValueError(
             f"one draw of {tile} rows needs {_bytes(activation_bytes)} of activations, more than half of the "
@@ -74,12 +77,12 @@ def choose(
     elif strategy == "loop":
         chunk = 1
     else:
-        most = max(1, min(n_samples, min(half, max(_CHUNK_BYTES, activation_bytes)) // activation_bytes))
+        most = max(1, min(n_samples, min(half, max(chunk_bytes, activation_bytes)) // activation_bytes))
         if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
             most = max(1, min(most, half // draw_bytes))
         chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, as even as can be
         if chunk < n_samples:
-            said.append(f"chunks keep the activations of a call within {_bytes(min(half, _CHUNK_BYTES))}")
+            said.append(f"chunks keep the activations of a call within {_bytes(min(half, chunk_bytes))}")
     if not keep:
         said.append(f"{_bytes(n_samples * draw_bytes)} of draws are more than half of memory_budget, so none is kept")
     if not cut.regions[PREFIX].empty and cut.regions[PREFIX].flops():

@@ -26,7 +26,7 @@ from vbdl.nn.observed import Observed
 from vbdl.progress import Progress
 from vbdl.stacking import Inputs, State, call, call_each, call_stacked, can_map, map_inputs, replicate, select, state_of
 from vbdl.step import Losses, Step
-from vbdl.types import Likelihood, Posterior
+from vbdl.types import Likelihood, Posterior, is_posterior
 
 # below this many steps, compiling (some seconds a batch shape) costs more than it saves
 _STEPS_WORTH_COMPILING = 4000
@@ -95,7 +95,7 @@ def fit(
         raise ValueError(f"epochs is at least 1, got {epochs}")
     if patience is not None and validation is None:
         raise ValueError("patience needs validation= to judge by")
-    if not isinstance(posterior, Posterior):
+    if not is_posterior(posterior):
         raise TypeError(
             f"fit trains a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
             f"vbdl.MeanField or vbdl.DeepEnsemble"

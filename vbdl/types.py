@@ -6,7 +6,7 @@ in squared target units.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What a module is called with: one tensor, positional tensors or keyword tensors, the batch axis first in each."""
 
 
-@runtime_checkable
 class Posterior(Protocol):
     """A distribution over the parameters (or masks) of one module, as an `nn.Module` that can be trained."""
 
@@ -52,6 +51,14 @@ class Posterior(Protocol):
     def loss(self, x: Inputs, y: Tensor, likelihood: Any) -> Tensor:
         """What training minimises, a scalar: mean over the batch, summed over members. Nats per row."""
         ...
+
+
+def is_posterior(found: object) -> TypeGuard[Posterior]:
+    """Whether it has every member of `Posterior`.
+
+    Not `isinstance`: from Python 3.12 a protocol looks past `nn.Module.__getattr__`, which holds submodules.
+    """
+    return isinstance(found, nn.Module) and all(hasattr(found, n) for n in vars(Posterior) if not n.startswith("_"))
 
 
 class Prediction(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.stacking import architecture, blueprint, call_each, call_stacked, can_map, holding, stack
-from vbdl.types import Inputs, Posterior, State
+from vbdl.types import Inputs, State, is_posterior
 
 
 class DeepEnsemble(nn.Module):
@@ -56,7 +56,7 @@ class DeepEnsemble(nn.Module):
                 raise ValueError("members of different architectures must be plain networks, not posteriors")
             return
 
-        base: Any = members[0] if isinstance(members[0], Posterior) else None
+        base: Any = members[0] if is_posterior(members[0]) else None
         modules: list[Any] = [m.module for m in members] if base is not None else members
         # structure only, kept out of the registered modules: every parameter and buffer is in the stacks
         self._hidden = (blueprint(modules[0]), blueprint(base) if base is not None else None)
@@ -181,7 +181,8 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
-        this = architecture(member.module if isinstance(member, Posterior) else member)
+        found: Any = member
+        this = architecture(found.module if is_posterior(found) else found)
         if this != last:
             groups.append([])
         groups[-1].append(member)
@@ -200,7 +201,7 @@ def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], objec
 
 def reset_parameters(module: nn.Module) -> None:
     """Every submodule's own initialisation. Raises ValueError where parameters belong to one that has none."""
-    target: Any = module.module.inner if isinstance(module, Posterior) else module
+    target: Any = module.module.inner if is_posterior(module) else module
     for name, m in target.named_modules():
         reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)
         if callable(reset):
