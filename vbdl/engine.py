@@ -90,7 +90,7 @@ class Predictor:
         if own is not None and own != posterior.n_members:
             raise ValueError(f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}")
         first = next(iter([*posterior.parameters(), *posterior.buffers()]))
-        self.device = torch.device(device) if device is not None else first.device
+        self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
         self.posterior: Any = _frozen(posterior, self.device)
         self.likelihood: Any = _frozen(likelihood, self.device)
         self.n_samples, self.seed, self.estimator = n_samples, seed, estimator

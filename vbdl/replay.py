@@ -1,8 +1,8 @@
 """Small calls on a GPU, replayed as CUDA graphs: where starting a call's kernels takes longer than what they do.
 
 A call is recorded when it is made for the second time. What was the same tensor both times (weights, masks that are
-kept) is read where it lies; the others are copied to where the recorded call reads them. What comes back are copies,
-so that a later call changes nothing that was handed out.
+kept) is read where it lies; the others are copied to where the recorded call reads them. What comes back are parts of
+one copy, so that a later call changes nothing that was handed out.
 """
 
 import logging
@@ -57,7 +57,8 @@ class Replayed:
         self._on = 0
         self._fixed: list[bool] = []
         self._buffers: list[Tensor] = []
-        self._outputs: Sequence[Tensor] = ()
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self._outputs: Sequence[Tensor] = ()  # one for each dtype, see `_packed`
         self._replay: Callable[[], None] | None = None
         self._left = _RECORDINGS
 
@@ -81,7 +82,20 @@ class Replayed:
                 if not fixed:
                     buffer.copy_(given)
             self._replay()
-            return [t.clone() for t in self._outputs]
+            return self._unpacked([t.clone() for t in self._outputs])
+
+    def _packed(self, *arguments: Tensor) -> list[Tensor]:
+        """The call, what it returns in one tensor for each dtype: to copy it out is then one operation, not one each."""
+        found = self._call(*arguments)
+        self._shapes = [(t.shape, t.dtype) for t in found]
+        dtypes = dict.fromkeys(t.dtype for t in found)
+        return [torch.cat([t.reshape(-1) for t in found if t.dtype == dtype]) for dtype in dtypes]
+
+    def _unpacked(self, packed: list[Tensor]) -> list[Tensor]:
+        rest = {
+            t.dtype: iter(t.split([shape.numel() for shape, dtype in self._shapes if dtype == t.dtype])) for t in packed
+        }
+        return [next(rest[dtype]).view(shape) for shape, dtype in self._shapes]
 
     def _again(self, arguments: Sequence[Tensor]) -> None:
         """Record the call, reading in place what has never changed."""
@@ -98,7 +112,7 @@ class Replayed:
             return
         self._buffers = [a if f else a.clone() for f, a in zip(self._fixed, arguments, strict=True)]
         try:
-            self._replay, self._outputs = self._record(self._call, self._buffers)
+            self._replay, self._outputs = self._record(self._packed, self._buffers)
         except RuntimeError as error:
             logger.warning("a call could not be recorded as a CUDA graph and runs without: %s", error)
             self._left, self._buffers, self._before = 0, [], []

@@ -1,29 +1,35 @@
 """Triton: both moments of a linear layer from one read of x, the noise of every draw in the epilogue."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
-from vbdl_kernels.noise_kernel import load_inputs, load_key, load_tile, matmul, normal_at, tile_of
+from vbdl_kernels.noise_kernel import load_inputs, load_key, load_tile, matmul, normal_at
 from vbdl_kernels.sampled_linear_kernel import last_contiguous, precision_of
 
 
 @triton.jit(do_not_specialize=["tag"])
 def local_reparameterised_forward(
     x, mean, std, bias_mean, bias_std, key, y,
-    tag, samples, batch, columns, rows, x_sample, x_batch,
-    OUT: tl.constexpr, BATCH: tl.constexpr, IN: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
+    tag, samples, draws, batch, columns, rows, x_sample, x_batch,
+    OUT: tl.constexpr, DRAWS: tl.constexpr, BATCH: tl.constexpr, IN: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """SHARED: one program makes the moments once and every draw of them; else a program is one draw."""
-    row, example = tile_of(tl.program_id(0), rows, OUT, BATCH)
-    first = tl.program_id(1)
+    """Of an input that all draws share (DRAWS 1) a program makes the moments once and `draws` draws of them; else the
+    examples of DRAWS draws, which `draws` equals, are the columns of one product."""
+    out_tiles = tl.cdiv(rows, OUT)
+    row = tl.program_id(0) % out_tiles * OUT + tl.arange(0, OUT)
+    at = tl.arange(0, DRAWS * BATCH)
+    example = tl.program_id(0) // out_tiles * BATCH + at % BATCH
+    first = tl.program_id(1) * draws
+    of = first + at // BATCH  # the draw of a column of the product
     in_rows = row < rows
-    in_batch = example < batch
-    source = x + first.to(tl.int64) * x_sample + example.to(tl.int64)[None, :] * x_batch
-    m = tl.zeros((OUT, BATCH), tl.float32)
-    v = tl.zeros((OUT, BATCH), tl.float32)
+    in_batch = (example < batch) & (of < samples)
+    source = x + (of.to(tl.int64) * x_sample + example.to(tl.int64) * x_batch)[None, :]
+    m = tl.zeros((OUT, DRAWS * BATCH), tl.float32)
+    v = tl.zeros((OUT, DRAWS * BATCH), tl.float32)
     for start in range(0, columns, IN):
         column = start + tl.arange(0, IN)
         offset = row[:, None] * columns + column[None, :]
@@ -43,19 +49,38 @@ def local_reparameterised_forward(
     root = tl.sqrt(v)
     inside = in_rows[:, None] & in_batch[None, :]
     to = y + (example.to(tl.int64) * rows)[None, :] + row[:, None]
-    count = samples if SHARED else 1
-    for i in range(0, count):
-        sample = first + i
-        k0, k1, draw = load_key(key, sample)
-        noise = normal_at(k0, k1, draw, tag, row * 0, row, FAST)
-        step = (tl.zeros((1, 1), tl.int64) + sample) * batch * rows
-        tl.store(to + step, (m + root * noise[:, None]).to(y.dtype.element_ty), mask=inside)
+    if DRAWS == 1:
+        for sample in range(first, tl.minimum(first + draws, samples)):
+            k0, k1, draw = load_key(key, sample)
+            noise = normal_at(k0, k1, draw, tag, row * 0, row, FAST)
+            step = (tl.zeros((1, 1), tl.int64) + sample) * batch * rows
+            tl.store(to + step, (m + root * noise[:, None]).to(y.dtype.element_ty), mask=inside)
+    else:
+        k0, k1, draw = load_key(key, tl.minimum(first + tl.arange(0, DRAWS), samples - 1)[None, :])
+        noise = normal_at(k0, k1, draw, tag, row[:, None] * 0, row[:, None], FAST)  # (OUT, DRAWS)
+        noise = tl.reshape(tl.broadcast_to(noise[:, :, None], (OUT, DRAWS, BATCH)), (OUT, DRAWS * BATCH))
+        step = (of.to(tl.int64) * batch * rows)[None, :]
+        tl.store(to + step, (m + root * noise).to(y.dtype.element_ty), mask=inside)
 
 
-def config(batch: int) -> dict:
-    return dict(
-        OUT=64, BATCH=max(16, min(64, triton.next_power_of_2(batch))), IN=32, num_warps=4, num_stages=3
-    )  # fmt: skip
+_PROGRAMS = 256  # that keep a card busy: with fewer, several make the same moments and share the draws
+
+
+def config(batch: int, samples: int, dtype: torch.dtype) -> dict:
+    """samples: draws with inputs of their own; 1 where all share it. Narrow programs are enough for the memory of an
+    H100 at 4096 x 4096; where draws fill the tile it is the product that counts."""
+    tile = max(16, min(64, triton.next_power_of_2(batch)))
+    half = dtype != torch.float32
+    if samples > 1:
+        tile = min(64, triton.next_power_of_2(batch))
+        draws = min(64 // tile, triton.next_power_of_2(samples))
+        tile = max(tile, 16 // draws)
+        return dict(OUT=64, DRAWS=draws, BATCH=tile, IN=64 if half else 32, num_warps=4, num_stages=3)
+    if not half:
+        return dict(OUT=32, DRAWS=1, BATCH=tile, IN=64, num_warps=4, num_stages=3)
+    if batch > 64:
+        return dict(OUT=64, DRAWS=1, BATCH=tile, IN=64, num_warps=4, num_stages=4)
+    return dict(OUT=32, DRAWS=1, BATCH=tile, IN=128, num_warps=4, num_stages=4 if tile <= 32 else 3)
 
 
 def local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> Tensor:
@@ -64,15 +89,16 @@ def local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, 
     if y.numel() == 0:
         return y
     x, mean, std = last_contiguous(x), mean.contiguous(), std.contiguous()
-    tile = config(batch)
+    shared = x.ndim == 2 or samples == 1
+    tile = config(batch, 1 if shared else samples, x.dtype)
     tiles = triton.cdiv(rows, tile["OUT"]) * triton.cdiv(batch, tile["BATCH"])
-    shared = x.ndim == 2
+    draws = triton.cdiv(samples, triton.cdiv(_PROGRAMS, tiles)) if shared else tile["DRAWS"]
     with on_device(x):
-        local_reparameterised_forward[tiles, 1 if shared else samples](
+        local_reparameterised_forward[tiles, triton.cdiv(samples, draws)](
             x, mean, std, mean if bias_mean is None else bias_mean.contiguous(),
             mean if bias_std is None else bias_std.contiguous(), key.contiguous(), y,
-            layer << 4 | 3, samples, batch, columns, rows, 0 if shared else x.stride(0), x.stride(-2),
-            BIAS=(bias_mean is not None) + (bias_std is not None), SHARED=shared,
+            layer << 4 | 3, samples, draws, batch, columns, rows, 0 if shared else x.stride(0), x.stride(-2),
+            BIAS=(bias_mean is not None) + (bias_std is not None),
             MASKED=columns % tile["IN"] != 0 or rows % tile["OUT"] != 0,
             PRECISION=precision_of(precision), FAST=fast_math(x), INTERPRET=interpreting(),
             enable_fp_fusion=True, **tile,

@@ -1,5 +1,6 @@
 """Triton: a linear layer with a dropout mask on the weight's side of the product, or in the epilogue."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,10 +60,11 @@ def masked_linear_forward(
         tl.store(to + step, result.to(y.dtype.element_ty), mask=inside)
 
 
-def config(batch: int) -> dict:
-    return dict(
-        OUT=64, BATCH=max(16, min(64, triton.next_power_of_2(batch))), GROUPS=32, num_warps=4, num_stages=2
-    )  # fmt: skip
+def config(batch: int, dtype: torch.dtype) -> dict:
+    tile = max(16, min(64, triton.next_power_of_2(batch)))
+    if dtype == torch.float32 or tile > 32:
+        return dict(OUT=64, BATCH=tile, GROUPS=32, num_warps=4, num_stages=2)
+    return dict(OUT=128, BATCH=tile, GROUPS=32, num_warps=4, num_stages=3)
 
 
 def masked_linear(x, weight, bias, key, layer, p, side, precision) -> Tensor:
@@ -71,7 +73,7 @@ def masked_linear(x, weight, bias, key, layer, p, side, precision) -> Tensor:
     if y.numel() == 0:
         return y
     x, weight = last_contiguous(x), weight.contiguous()
-    tile = config(batch)
+    tile = config(batch, x.dtype)
     once = side == "output" and x.ndim == 2
     tiles = triton.cdiv(rows, tile["OUT"]) * triton.cdiv(batch, tile["BATCH"])
     with on_device(x):

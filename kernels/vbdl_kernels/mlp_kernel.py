@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vbdl_kernels.dispatch import fast_math, interpreting, on_device
 from vbdl_kernels.noise_kernel import load_key, matmul, noise4, normal_at, weight, zero_like
+from vbdl_kernels.sampled_linear_kernel import precision_of
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def activate(a, ACTIVATION: tl.constexpr):
 @triton.jit
 def dense(h, weights, biases, member, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
           PADDED_COLUMNS: tl.constexpr, PADDED_ROWS: tl.constexpr,
-          BATCH: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+          BATCH: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """h weights^T + biases of one layer of one member, its widths padded to powers of two."""
     row = tl.arange(0, PADDED_ROWS)
     column = tl.arange(0, PADDED_COLUMNS)
@@ -33,14 +34,14 @@ def dense(h, weights, biases, member, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     w = tl.load(source, mask=inside, other=0.0)
     b = tl.load(biases + member * ROWS + row, mask=row < ROWS, other=0.0)
     start = tl.zeros((BATCH, PADDED_ROWS), tl.float32)
-    return matmul(h, w, start, "ieee", INTERPRET) + b.to(tl.float32)[None, :]
+    return matmul(h, w, start, PRECISION, INTERPRET) + b.to(tl.float32)[None, :]
 
 
 @triton.jit
 def ensemble_mlp_forward(
     x, weights, biases, y, batch, x_member, x_batch,
     WIDTHS: tl.constexpr, PADDED: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
-    ACTIVATION: tl.constexpr, INTERPRET: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """h[l + 1] = activation(h[l] weights[l]^T + biases[l]); every width padded to a power of two."""
     member = tl.program_id(0)
@@ -53,7 +54,7 @@ def ensemble_mlp_forward(
         row = tl.arange(0, PADDED[layer + 1])
         a = dense(
             h, weights[layer], biases[layer], member, WIDTHS[layer], WIDTHS[layer + 1],
-            PADDED[layer], PADDED[layer + 1], BATCH, INTERPRET,
+            PADDED[layer], PADDED[layer + 1], BATCH, PRECISION, INTERPRET,
         )  # fmt: skip
         if layer < LAYERS - 1:
             h = activate(a, ACTIVATION).to(x.dtype.element_ty)
@@ -65,7 +66,7 @@ def ensemble_mlp_forward(
 @triton.jit
 def quarter(mean, std, row, group, k0, k1, draw, tag, h0, h1, h2, h3,
             ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
-            FAST: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+            PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """32 outputs of a layer: the weights of columns 32 j + group meet the units h_j of the layer before."""
     offset = row[:, None] * COLUMNS + group[None, :]
     rows = (row < ROWS)[:, None]
@@ -75,22 +76,22 @@ def quarter(mean, std, row, group, k0, k1, draw, tag, h0, h1, h2, h3,
     n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None] + zero, group[None, :] + zero, FAST)
     a = tl.zeros((32, BATCH), tl.float32)
     s = tl.load(std + offset, mask=inside, other=0.0)
-    a = matmul(weight(m, s, n0, FAST), h0, a, "ieee", INTERPRET)
+    a = matmul(weight(m, s, n0, FAST), h0, a, PRECISION, INTERPRET)
     if COLUMNS > 32:
         inside = rows & (group < COLUMNS - 32)[None, :]
         m = tl.load(mean + offset + 32, mask=inside, other=0.0)
         s = tl.load(std + offset + 32, mask=inside, other=0.0)
-        a = matmul(weight(m, s, n1, FAST), h1, a, "ieee", INTERPRET)
+        a = matmul(weight(m, s, n1, FAST), h1, a, PRECISION, INTERPRET)
     if COLUMNS > 64:
         inside = rows & (group < COLUMNS - 64)[None, :]
         m = tl.load(mean + offset + 64, mask=inside, other=0.0)
         s = tl.load(std + offset + 64, mask=inside, other=0.0)
-        a = matmul(weight(m, s, n2, FAST), h2, a, "ieee", INTERPRET)
+        a = matmul(weight(m, s, n2, FAST), h2, a, PRECISION, INTERPRET)
     if COLUMNS > 96:
         inside = rows & (group < COLUMNS - 96)[None, :]
         m = tl.load(mean + offset + 96, mask=inside, other=0.0)
         s = tl.load(std + offset + 96, mask=inside, other=0.0)
-        a = matmul(weight(m, s, n3, FAST), h3, a, "ieee", INTERPRET)
+        a = matmul(weight(m, s, n3, FAST), h3, a, PRECISION, INTERPRET)
     return a
 
 
@@ -98,7 +99,7 @@ def quarter(mean, std, row, group, k0, k1, draw, tag, h0, h1, h2, h3,
 def bayesian_mlp_forward(
     x, means, stds, bias_means, bias_stds, key, y, batch, x_sample, x_batch,
     TAGS: tl.constexpr, BIAS_TAGS: tl.constexpr, WIDTHS: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Activations are four tiles of 32 units, as the four words of a counter are 32 columns apart."""
     sample = tl.program_id(0)
@@ -120,7 +121,7 @@ def bayesian_mlp_forward(
                 row = 32 * j + unit
                 a = quarter(
                     means[layer], stds[layer], row, unit, k0, k1, draw, tag, g0, g1, g2, g3,
-                    WIDTHS[layer + 1], WIDTHS[layer], BATCH, FAST, INTERPRET,
+                    WIDTHS[layer + 1], WIDTHS[layer], BATCH, PRECISION, FAST, INTERPRET,
                 )  # fmt: skip
                 m = tl.load(bias_means[layer] + row, mask=row < WIDTHS[layer + 1], other=0.0)
                 s = tl.load(bias_stds[layer] + row, mask=row < WIDTHS[layer + 1], other=0.0)
@@ -159,7 +160,8 @@ def ensemble_mlp(x, weights, biases, activation) -> Tensor:
             x, tuple(w.contiguous() for w in weights), tuple(b.contiguous() for b in biases), y, batch,
             x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
             WIDTHS=widths, PADDED=tuple(max(16, triton.next_power_of_2(w)) for w in widths), LAYERS=len(weights),
-            BATCH=tile, ACTIVATION=activation, INTERPRET=interpreting(), enable_fp_fusion=True, num_warps=4,
+            BATCH=tile, ACTIVATION=activation, PRECISION=precision_of(""), INTERPRET=interpreting(),
+            enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
     return y
 
@@ -180,7 +182,7 @@ def bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, bias_layers
             # constants, because a tensor of them would be a copy from the host in every call
             TAGS=tuple(n << 4 for n in layers), BIAS_TAGS=tuple(n << 4 | 1 for n in bias_layers),
             WIDTHS=widths, LAYERS=len(means), BATCH=tile, ACTIVATION=activation,
-            FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True,
+            PRECISION=precision_of(""), FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True,
             num_warps=4 if max(widths) <= 64 else 8,
         )  # fmt: skip
     return y

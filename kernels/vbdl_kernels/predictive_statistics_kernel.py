@@ -1,5 +1,7 @@
 """Triton: softmax, entropies and running moments of a tile of examples, draw by draw, in registers."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -72,25 +74,53 @@ def finite(z, FAST: tl.constexpr):
 
 
 @triton.jit
+def load_logits(logits, start, column, in_classes, step, slot, samples, sample_stride,
+                DRAWS: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    if DRAWS == 1:
+        at = (tl.zeros((1,), tl.int64) + step) * sample_stride
+    else:
+        at = tl.minimum(step * DRAWS + slot, samples - 1).to(tl.int64) * sample_stride
+    at = logits + tl.multiple_of(start + at, ALIGN)[:, None] + column[None, :]
+    if COLUMNS > CLASSES:
+        return tl.load(at, mask=in_classes, other=float("-inf"))
+    else:
+        return tl.load(at)
+
+
+@triton.jit(do_not_specialize=["one"])
 def predictive_statistics_forward(
     logits, mean_out, variance_out, total_out, aleatoric_out,
-    samples, batch, classes, sample_stride, batch_stride,
-    BATCH: tl.constexpr, CLASSES: tl.constexpr, PADDED: tl.constexpr, FAST: tl.constexpr,
+    samples, batch, sample_stride, batch_stride, one,
+    DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, ROW_IN_THREAD: tl.constexpr, FAST: tl.constexpr, PREFETCH: tl.constexpr = True,
 ):  # fmt: skip
-    """PADDED: CLASSES, a power of two, is more than there are."""
-    example = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
-    label = tl.arange(0, CLASSES)
+    """A row of the tile is one example in one of DRAWS slots, which share the draws and are merged at the end.
+
+    COLUMNS: CLASSES, or the power of two after it. ALIGN: what the strides are multiples of, which Triton finds out by
+    itself only of 16. ROW_IN_THREAD: all classes of a row in one thread, whose sums are then no exchange between
+    threads; `one` is 1, and keeps the compiler from seeing that they are contiguous and spreading them.
+    """
+    row = tl.arange(0, DRAWS * BATCH)
+    example = tl.program_id(0) * BATCH + row % BATCH
+    slot = row // BATCH
+    label = tl.arange(0, COLUMNS)
+    column = label * one if ROW_IN_THREAD else label
     # past the last example the last one is read again, which takes no mask in the loop
-    source = logits + tl.minimum(example, batch - 1).to(tl.int64)[:, None] * batch_stride + label[None, :]
-    mean = tl.zeros((BATCH, CLASSES), tl.float32)
-    squares = tl.zeros((BATCH, CLASSES), tl.float32)
-    entropies = tl.zeros((BATCH,), tl.float32)
-    for sample in range(0, samples):
-        if PADDED:
-            z = tl.load(source, mask=(label < classes)[None, :], other=float("-inf"))
+    start = tl.multiple_of(tl.minimum(example, batch - 1).to(tl.int64) * batch_stride, ALIGN)
+    in_classes = (label < CLASSES)[None, :]
+    mean = tl.zeros((DRAWS * BATCH, COLUMNS), tl.float32)
+    squares = mean
+    entropies = tl.zeros((DRAWS * BATCH,), tl.float32)
+    steps = tl.cdiv(samples, DRAWS)
+    if PREFETCH:
+        ahead = load_logits(logits, start, column, in_classes, 0, slot, samples, sample_stride, DRAWS, CLASSES, COLUMNS, ALIGN)
+    for step in range(0, steps):
+        if PREFETCH:
+            z = ahead
+            ahead = load_logits(logits, start, column, in_classes, tl.minimum(step + 1, steps - 1), slot, samples, sample_stride, DRAWS, CLASSES, COLUMNS, ALIGN)
         else:
-            z = tl.load(source)
-        source += sample_stride
+            z = load_logits(logits, start, column, in_classes, step, slot, samples, sample_stride, DRAWS, CLASSES, COLUMNS, ALIGN)
+        sample = step * DRAWS + slot
         z = finite(z, FAST)
         # in powers of two, which is what the hardware has
         largest = tl.max(z, 1)
@@ -99,29 +129,53 @@ def predictive_statistics_forward(
         norm = tl.sum(e, 1)
         inverse = reciprocal(norm, FAST)
         inverse = tl.where(largest == _LOWEST, float("nan"), inverse)  # no class is possible
-        entropies += log2(norm, FAST) - tl.sum(e * z, 1) * inverse
+        entropy = log2(norm, FAST) - tl.sum(e * z, 1) * inverse
         # Welford: the variance of nearly equal draws is not lost between two large sums
-        share = reciprocal(sample + 1.0, FAST)
+        share = reciprocal(step + 1.0, FAST)
         delta = e * inverse[:, None] - mean
+        if DRAWS > 1:  # past the last draw the last one is read again, and counts for nothing
+            entropy = tl.where(sample < samples, entropy, 0.0)
+            delta = tl.where((sample < samples)[:, None], delta, 0.0)
+        entropies += entropy
         mean += delta * share
         squares += delta * (1.0 - share) * delta
+    if DRAWS > 1:  # Chan, Golub and LeVeque: moments of parts to moments of the whole
+        count = ((samples - slot + DRAWS - 1) // DRAWS).to(tl.float32)  # draws of each slot, 0 for one without
+        means = tl.reshape(mean, (DRAWS, BATCH, COLUMNS))
+        counts = tl.reshape(tl.broadcast_to(count[:, None], mean.shape), (DRAWS, BATCH, COLUMNS))
+        mean = tl.sum(means * counts, 0) * (1.0 / samples)
+        apart = means - tl.expand_dims(mean, 0)
+        squares = tl.sum(tl.reshape(squares, (DRAWS, BATCH, COLUMNS)) + counts * apart * apart, 0)
+        entropies = tl.sum(tl.reshape(entropies, (DRAWS, BATCH)), 0)
+        example = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     total = -tl.sum(mean * tl.log(tl.maximum(mean, 1e-38)), 1)
-    inside = (example < batch)[:, None] & (label < classes)[None, :]
-    to = example.to(tl.int64)[:, None] * classes + label[None, :]
+    inside = (example < batch)[:, None] & in_classes
+    to = (example.to(tl.int64) * CLASSES)[:, None] + column[None, :]
     tl.store(mean_out + to, mean, mask=inside)
     tl.store(variance_out + to, squares * (1.0 / samples), mask=inside)
     tl.store(total_out + example, total, mask=example < batch)
     tl.store(aleatoric_out + example, entropies * (_LN_2 / samples), mask=example < batch)
 
 
-def config(classes: int) -> dict:
-    """16 or 32 elements a thread, and a row of up to 1024 classes in one warp, whose sums need no shared memory."""
-    padded = triton.next_power_of_2(classes)
-    if padded <= 128:
-        tile = dict(BATCH=min(128, 2048 // padded), num_warps=4)
+_PROGRAMS = 256  # that keep a card busy: with fewer examples, rows of the tile are slots of draws
+
+
+def config(classes: int, align: int, batch: int, samples: int) -> dict:
+    """8 to 32 elements a thread. Few classes that do not come in vectors are one thread's; else a row of up to 1024
+    classes is one warp's, whose sums need no shared memory. align: what classes and strides are multiples of."""
+    columns = triton.next_power_of_2(classes)
+    in_thread = columns <= 32 and align < min(columns // 2, 8)
+    if in_thread:
+        rows, warps = 128, 4
     else:
-        tile = dict(BATCH=max(1, 512 // padded), num_warps=max(1, padded // 1024))
-    return dict(CLASSES=padded, PADDED=padded != classes) | tile
+        rows, warps = max(1, (1024 if columns <= 64 else 256) // columns), 4 if columns <= 64 else -(-columns // 1024)
+        if batch < _PROGRAMS * rows:  # more warps, to have as many slots
+            more = min(8 // warps, triton.next_power_of_2(samples)) if warps <= 8 else 1
+            rows, warps = rows * more, warps * more
+    examples = 2 ** (max(1, batch // _PROGRAMS).bit_length() - 1)
+    draws = min(max(1, rows // examples), triton.next_power_of_2(samples))
+    tile = dict(DRAWS=draws, BATCH=rows // draws, CLASSES=classes, COLUMNS=columns)
+    return tile | dict(ALIGN=align, ROW_IN_THREAD=in_thread, num_warps=warps)
 
 
 def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,10 +188,11 @@ def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         return found
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    tile = config(classes)
+    strides = logits.stride(0), logits.stride(1)
+    tile = config(classes, math.gcd(classes, *strides, 16 // logits.element_size()), batch, samples)
     with on_device(logits):
         predictive_statistics_forward[(triton.cdiv(batch, tile["BATCH"]),)](
-            logits, *found, samples, batch, classes, logits.stride(0), logits.stride(1),
+            logits, *found, samples, batch, *strides, 1,
             FAST=fast_math(logits), enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return found

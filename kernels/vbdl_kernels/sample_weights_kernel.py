@@ -18,9 +18,13 @@ def sample_weights_forward(
     tag, samples, rows, columns,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, DRAWS: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """weights[s, r, c] = mean[r, c] + std[r, c] * noise[s, r, c], all contiguous."""
+    """weights[s, r, c] = mean[r, c] + std[r, c] * noise[s, r, c], all contiguous.
+
+    Draws are the fast axis of the grid: the programs that read a tile run side by side, and all but one find it in L2.
+    """
     group_tiles = tl.cdiv(columns, 4 * GROUPS)
-    tile = tl.program_id(0)
+    draws = tl.cdiv(samples, DRAWS)
+    tile = tl.program_id(0) // draws
     row = tile // group_tiles * ROWS + tl.arange(0, ROWS)
     group = tile % group_tiles * GROUPS + tl.arange(0, GROUPS)
     column = columns_of(group)
@@ -39,7 +43,7 @@ def sample_weights_forward(
     s2 = load_tile(std + offset + 64, mask2, MASKED)
     s3 = load_tile(std + offset + 96, mask3, MASKED)
     zero = zero_like(m0, FAST)
-    first = tl.program_id(1) * DRAWS
+    first = tl.program_id(0) % draws * DRAWS
     for sample in range(first, tl.minimum(first + DRAWS, samples)):
         k0, k1, draw = load_key(key, sample)
         n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None] + zero, group[None, :] + zero, FAST)
@@ -126,7 +130,7 @@ def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: i
     masked = rows % config["ROWS"] != 0 or columns % (4 * config["GROUPS"]) != 0
     tiles = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, 4 * config["GROUPS"])
     with on_device(mean):
-        sample_weights_forward[tiles, triton.cdiv(samples, _DRAWS)](
+        sample_weights_forward[(tiles * triton.cdiv(samples, _DRAWS),)](
             mean.contiguous(), std.contiguous(), key.contiguous(), weights,
             layer << 4 | stream, samples, rows, columns,
             MASKED=masked, FAST=fast_math(mean), enable_fp_fusion=True, **config,

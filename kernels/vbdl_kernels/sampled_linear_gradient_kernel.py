@@ -136,7 +136,7 @@ def sampled_linear_parameter_gradient(
 def input_gradient_config(batch: int, dtype: torch.dtype, precision: str) -> dict:
     half = dtype != torch.float32
     largest = 64 if half or precision == "tf32" else 32
-    return dict(OUT=32 if half else 16, BATCH=batch_tile(batch, largest), GROUPS=64, num_warps=4, num_stages=2)
+    return dict(OUT=16, BATCH=batch_tile(batch, largest), GROUPS=64, num_warps=4, num_stages=3 if half else 2)
 
 
 def parameter_gradient_config(batch: int, dtype: torch.dtype) -> dict:

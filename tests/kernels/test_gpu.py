@@ -105,29 +105,45 @@ def test_the_same_weights_in_all_kernels_to_the_bit(dtype):
     assert torch.equal(drawn[:, 0], sample_weights(bias_mean, bias_std, key, LAYER, BIAS))
 
 
-def test_statistics_and_networks_match_their_references():
-    for classes in (10, 1000):
-        logits = torch.randn(33, 130, classes, device="cuda") * 4
-        for a, b in zip(predictive_statistics(logits), reference("predictive_statistics")(logits), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+STATISTICS = [(33, 130, 10), (100, 1, 10), (100, 3000, 10), (5, 300, 43), (100, 500, 16), (33, 130, 100), (9, 20, 1000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*STATISTICS, (100, 200_000, 10)])
+def test_statistics_match_their_reference(shape, dtype):
+    logits = (torch.randn(shape, device="cuda") * 4).to(dtype)
+    for a, b in zip(predictive_statistics(logits), reference("predictive_statistics")(logits), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "widths, dtype, precision, tolerance",
+    [
+        ([6, 20, 33, 4], torch.float32, "highest", 1e-5),
+        ([100, 128, 128, 10], torch.float32, "high", 5e-3),  # tf32: 2**-11 a factor, layer after layer
+        ([100, 128, 128, 10], torch.bfloat16, "highest", 2e-2),
+    ],
+)
+def test_networks_match_their_references(widths, dtype, precision, tolerance):
     module = importlib.import_module("vbdl_kernels.mlp")
     key = make_key(0, range(5)).cuda()
-    for widths in ([6, 20, 33, 4], [100, 128, 128, 10]):
-        pairs = list(zip(widths, widths[1:], strict=False))
-        x = torch.randn(70, widths[0], device="cuda")
-        weights = [torch.randn(5, o, i, device="cuda") / i**0.5 for i, o in pairs]
-        biases = [torch.randn(5, o, device="cuda") for _, o in pairs]
-        expected = module.reference_ensemble_mlp(x, weights, biases, "tanh")
-        torch.testing.assert_close(ensemble_mlp(x, weights, biases, "tanh"), expected, rtol=1e-4, atol=1e-4)
-        drawn = [
-            [t[0] for t in weights],
-            [t[1].abs() for t in weights],
-            [t[0] for t in biases],
-            [t[1].abs() for t in biases],
-        ]
-        expected = module.reference_bayesian_mlp(x, *drawn, key, [1, 2, 3], [4, 5, 6], "relu")
-        found = bayesian_mlp(x, *drawn, key, [1, 2, 3], bias_layers=[4, 5, 6])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * 30)
+    pairs = list(zip(widths, widths[1:], strict=False))
+    make = lambda *shape: torch.randn(shape, device="cuda").to(dtype)
+    x, weights, biases = make(70, widths[0]), [make(5, o, i) / i**0.5 for i, o in pairs], [make(5, o) for _, o in pairs]
+    means, stds, bias_means, bias_stds = (
+        [t[0] for t in weights], [t[1].abs() for t in weights], [t[0] for t in biases], [t[1].abs() for t in biases]
+    )  # fmt: skip
+    drawn = (x, means, stds, bias_means, bias_stds, key, [1, 2, 3])
+    expected = module.reference_ensemble_mlp(x, weights, biases, "tanh")
+    expected_drawn = module.reference_bayesian_mlp(*drawn, [4, 5, 6], "relu")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found, found_drawn = ensemble_mlp(x, weights, biases, "tanh"), bayesian_mlp(*drawn, bias_layers=[4, 5, 6])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for a, b in ((found, expected), (found_drawn, expected_drawn)):
+        assert float((a.double() - b.double()).abs().max()) <= tolerance * float(b.double().abs().max())
 
 
 def test_training_holds_no_weights_of_all_draws():
@@ -179,7 +195,7 @@ def test_a_predictor_uses_the_kernels(joint):
     """With no change in user code, and with the draws of the CPU."""
     vbdl = importlib.import_module("vbdl")
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+    network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     q = vbdl.MeanField(network, n_data=1000)
     x = torch.randn(70, 64)
     # a budget that the weights of all draws do not fit, so that the fused kernel is the choice

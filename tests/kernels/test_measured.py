@@ -61,7 +61,7 @@ def test_measured_constants_decide(card):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"format": 1}', '{"format": 99, "constants": {}}', '{"format": 2, "constants": {"normals": "x"}}'],
+    ["", "{", "[]", '{"format": 1}', '{"format": 99, "constants": {}}', '{"format": 3, "constants": {"normals": "x"}}'],
 )
 def test_a_file_that_cannot_be_read_is_as_none(card, content):
     card.parent.mkdir(parents=True)
