@@ -1,22 +1,26 @@
 """Everything that needs a GPU, in one command and under ten minutes.
 
-    make gpu            or: python benchmarks/gpu.py [--out DIR]
+    make gpu            or: python benchmarks/gpu.py [--out DIR] [--seconds 570]
 
 In order of importance, each in a process of its own with a limit of its own, so that a run cut short holds what
 matters most:
 
     tests         what tests/ marks gpu                                          tests.txt
+    prepare       every predictor compiled and compared                          prepare.txt
+    once          every kernel of the benchmark compiled and compared
     constants     the device's own for vbdl_kernels.regime                       constants.txt
     kernels       P1 to P9 and the regime map where it matters                   kernels-<card>.jsonl
     predictors    the workloads of benchmarks/speed.py, Predictor against loop   predictors-<card>.jsonl
     grid          the regime map on all shapes                                   grid-<card>.jsonl
 
-DIR is $OUT, or gpu-results; a line of JSON a row, written when it is measured, and all rows in table.txt. The limit of
-570 s holds whatever a child does or does not print. Exits with 1 if a section failed. With --check it runs without a
-GPU what can be run there, to know beforehand that nothing in it is broken.
+The first three rows are compiled and checked side by side; what is timed runs alone. DIR is $OUT, or gpu-results; a
+line of JSON a row, written when it is measured, and all rows in table.txt. The limit holds whatever a child does or
+does not print. Exits with 1 if a section failed. With --check it runs without a GPU what can be run there, to know
+beforehand that nothing in it is broken.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -28,7 +32,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 570  # seconds, for all of it
-LIMITS = {"tests": 165, "constants": 60, "kernels": 185, "predictors": 115, "grid": 300}
+LIMITS = {"tests": 150, "prepare": 150, "once": 150, "constants": 60, "kernels": 150, "predictors": 130, "grid": 300}
+TOGETHER = ("tests", "prepare", "once")  # nothing in them is timed
+RECORDED = ("tests", "prepare", "constants")  # the others write their rows themselves
 _GRACE = 5  # seconds from asking a child to end to ending it
 
 
@@ -89,6 +95,8 @@ def commands(out: Path, check: bool) -> dict[str, list[str]]:
     options = ["-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning"]
     # the folders of GPU tests alone: others import what such a machine may not have
     tests = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "--durations=10", *options]
+    if not check and importlib.util.find_spec("xdist"):  # most of it is compiling
+        tests += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     if check:
         return {
             "tests": [*tests, "--collect-only"],
@@ -100,6 +108,8 @@ def commands(out: Path, check: bool) -> dict[str, list[str]]:
     to = ["--out", str(out.resolve())]
     return {
         "tests": tests,
+        "prepare": [*script("predictors.py"), "--prepare"],
+        "once": [*script("kernels.py"), "--once"],
         "constants": [sys.executable, "-m", "vbdl_kernels.measured"],
         "kernels": [*script("kernels.py"), *to],
         "predictors": [*script("predictors.py"), *to],
@@ -139,19 +149,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
     parser.add_argument("--check", action="store_true", help="without a GPU: collect the tests, run all else tiny")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="for all of it")
     given = parser.parse_args()
     started = time.perf_counter()
     given.out.mkdir(parents=True, exist_ok=True)
-    statuses = {}
-    for name, command in commands(given.out, given.check).items():
-        left = LIMIT - (time.perf_counter() - started) - 2 * _GRACE
+    statuses: dict[str, int] = {}
+
+    def section(name: str, command: list[str]) -> None:
+        left = given.seconds - (time.perf_counter() - started) - 2 * _GRACE
         if left < 10:
             print(f"no time left for {name}", flush=True)
             statuses[name] = 124
-            continue
-        statuses[name] = run(command, min(left, LIMITS[name]), given.out / f"{name}.txt")
-        # after each, so that whatever ends this process later finds the table of what there is
-        (given.out / "table.txt").write_text(table(rows_of(given.out)))
+            return
+        statuses[name] = run(command, min(left, LIMITS[name]), given.out / f"{name}.txt" if name in RECORDED else None)
+
+    all_of_them = commands(given.out, given.check)
+    first = [threading.Thread(target=section, args=(n, c)) for n, c in all_of_them.items() if n in TOGETHER]
+    for thread in first:
+        thread.start()
+    for thread in first:
+        thread.join()
+    for name, command in all_of_them.items():
+        if name not in TOGETHER:
+            section(name, command)
+            # after each, so that whatever ends this process later finds the table of what there is
+            (given.out / "table.txt").write_text(table(rows_of(given.out)))
     said = ", ".join(f"{n} {'ok' if s == 0 else f'status {s}'}" for n, s in statuses.items())
     print(f"{time.perf_counter() - started:.0f} s: {said}; results in {given.out}")
     raise SystemExit(any(s != 0 for n, s in statuses.items() if not (n == "grid" and s == 124)))

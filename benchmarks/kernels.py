@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py [--out DIR]                P1 to P9: one JSON line a row, and a table
     python benchmarks/kernels.py [--out DIR] --grid         the regime map on all shapes
+    python benchmarks/kernels.py --once                     P1 to P9 compared and not timed, to fill compilers' caches
     python benchmarks/kernels.py --check                    every provider once, tiny, on the CPU
 
 Providers that make the same draws are compared before any of them is timed (kernels against their references:
@@ -56,6 +57,9 @@ class Bench:
     def median_ms(self, call: Callable[[], object]) -> float:
         from triton.testing import do_bench
 
+        if not self.repeat_ms:
+            call()
+            return float("nan")
         return do_bench(call, warmup=10, rep=self.repeat_ms, return_mode="median")
 
     def compare(
@@ -100,6 +104,8 @@ class Bench:
 
     def emit(self, row: dict) -> None:
         self.rows.append(row)
+        if self.device == "cuda" and not self.repeat_ms:
+            return
         line = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
         print(line, flush=True)
         if self.file is not None:
@@ -471,6 +477,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="every provider once, tiny, on this machine's CPU")
     parser.add_argument("--grid", action="store_true", help="the regime map on all shapes")
+    parser.add_argument("--once", action="store_true", help="everything compared and nothing timed")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -483,12 +490,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --check runs the providers without one")
     torch.set_float32_matmul_precision("high")  # tf32 for every provider alike
-    bench = Bench("cuda", given.out, 10 if given.grid else 20, "grid" if given.grid else "kernels")
+    out, repeat_ms = (None, 0) if given.once else (given.out, 10 if given.grid else 20)
+    bench = Bench("cuda", out, repeat_ms, "grid" if given.grid else "kernels")
     bench.emit({"goal": "machine", **stamp()})
     started = time.perf_counter()
     for part in grid(bench) if given.grid else core(bench):
         print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(table(bench.rows))
+    if not given.once:
+        print(table(bench.rows))
 
 
 if __name__ == "__main__":

@@ -66,21 +66,22 @@ def local_reparameterised_forward(
 _PROGRAMS = 256  # that keep a card busy: with fewer, several make the same moments and share the draws
 
 
-def config(batch: int, samples: int, dtype: torch.dtype) -> dict:
-    """samples: draws with inputs of their own; 1 where all share it. Narrow programs are enough for the memory of an
-    H100 at 4096 x 4096; where draws fill the tile it is the product that counts."""
-    tile = max(16, min(64, triton.next_power_of_2(batch)))
+def config(batch: int, samples: int, columns: int, dtype: torch.dtype) -> dict:
+    """Measured on an H100. samples: draws with inputs of their own, 1 where all share it. Where they fill a tile their
+    product counts, else that there are programs enough for the memory."""
     half = dtype != torch.float32
+    tile = min(64, triton.next_power_of_2(batch))
     if samples > 1:
-        tile = min(64, triton.next_power_of_2(batch))
-        draws = min(64 // tile, triton.next_power_of_2(samples))
-        tile = max(tile, 16 // draws)
-        return dict(OUT=64, DRAWS=draws, BATCH=tile, IN=64 if half else 32, num_warps=4, num_stages=3)
-    if not half:
-        return dict(OUT=32, DRAWS=1, BATCH=tile, IN=64, num_warps=4, num_stages=3)
+        few = samples * batch <= 512
+        draws = min((32 if few else 128) // tile, triton.next_power_of_2(samples)) or 1
+        shape = dict(OUT=32 if few else 64, DRAWS=draws, BATCH=max(tile, 16 // draws), IN=64 if half else 32)
+        return shape | dict(num_warps=4, num_stages=3)
+    shape = dict(OUT=32, DRAWS=1, BATCH=max(16, tile))
+    if not half or columns < 2048:
+        return shape | dict(IN=64, num_warps=2, num_stages=3)
     if batch > 64:
-        return dict(OUT=64, DRAWS=1, BATCH=tile, IN=64, num_warps=4, num_stages=4)
-    return dict(OUT=32, DRAWS=1, BATCH=tile, IN=128, num_warps=4, num_stages=4 if tile <= 32 else 3)
+        return shape | dict(OUT=64, IN=64, num_warps=4, num_stages=4)
+    return shape | dict(IN=128, num_warps=4, num_stages=4 if tile <= 32 else 3)
 
 
 def local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> Tensor:
@@ -90,7 +91,7 @@ def local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, 
         return y
     x, mean, std = last_contiguous(x), mean.contiguous(), std.contiguous()
     shared = x.ndim == 2 or samples == 1
-    tile = config(batch, 1 if shared else samples, x.dtype)
+    tile = config(batch, 1 if shared else samples, columns, x.dtype)
     tiles = triton.cdiv(rows, tile["OUT"]) * triton.cdiv(batch, tile["BATCH"])
     draws = triton.cdiv(samples, triton.cdiv(_PROGRAMS, tiles)) if shared else tile["DRAWS"]
     with on_device(x):

@@ -74,53 +74,69 @@ def finite(z, FAST: tl.constexpr):
 
 
 @triton.jit
-def load_logits(logits, start, column, in_classes, step, slot, samples, sample_stride,
-                DRAWS: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    if DRAWS == 1:
-        at = (tl.zeros((1,), tl.int64) + step) * sample_stride
-    else:
-        at = tl.minimum(step * DRAWS + slot, samples - 1).to(tl.int64) * sample_stride
-    at = logits + tl.multiple_of(start + at, ALIGN)[:, None] + column[None, :]
-    if COLUMNS > CLASSES:
-        return tl.load(at, mask=in_classes, other=float("-inf"))
-    else:
-        return tl.load(at)
+def offset_of(row, step, samples, batch, sample_stride, batch_stride,
+              DRAWS: tl.constexpr, BATCH: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Where the logits of a row of the tile begin. Past the last draw, and past the last example, the last is read
+    again, which takes no mask."""
+    example = tl.minimum(tl.program_id(0) * BATCH + row % BATCH, batch - 1)
+    sample = tl.minimum(step * DRAWS + row // BATCH, samples - 1)
+    offset = sample.to(tl.int64) * sample_stride + example.to(tl.int64) * batch_stride
+    return tl.multiple_of(offset, ALIGN)  # said here: said of a result it is lost under Triton 3.6
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit
+def load_logits(logits, step, samples, batch, sample_stride, batch_stride,
+                DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
+                ALIGN: tl.constexpr, ROW_IN_THREAD: tl.constexpr):  # fmt: skip
+    """(rows, COLUMNS) logits of a step."""
+    ROWS: tl.constexpr = DRAWS * BATCH
+    if ROW_IN_THREAD:  # neighbours in a range are in neighbouring threads, and here neighbours are rows
+        at = tl.arange(0, COLUMNS * ROWS)
+        start = offset_of(at % ROWS, step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, 1)
+        z = tl.load(logits + (start + at // ROWS), mask=at // ROWS < CLASSES, other=float("-inf"))
+        return tl.trans(tl.reshape(z, (COLUMNS, ROWS)))
+    else:
+        label = tl.arange(0, COLUMNS)
+        start = offset_of(tl.arange(0, ROWS), step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, ALIGN)
+        at = logits + start[:, None] + label[None, :]
+        if COLUMNS > CLASSES:
+            return tl.load(at, mask=(label < CLASSES)[None, :], other=float("-inf"))
+        else:
+            return tl.load(at)
+
+
+@triton.jit
 def predictive_statistics_forward(
     logits, mean_out, variance_out, total_out, aleatoric_out,
-    samples, batch, sample_stride, batch_stride, one,
+    samples, batch, sample_stride, batch_stride,
     DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, ROW_IN_THREAD: tl.constexpr, FAST: tl.constexpr, PREFETCH: tl.constexpr = True,
+    ALIGN: tl.constexpr, ROW_IN_THREAD: tl.constexpr, AHEAD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A row of the tile is one example in one of DRAWS slots, which share the draws and are merged at the end.
 
     COLUMNS: CLASSES, or the power of two after it. ALIGN: what the strides are multiples of, which Triton finds out by
-    itself only of 16. ROW_IN_THREAD: all classes of a row in one thread, whose sums are then no exchange between
-    threads; `one` is 1, and keeps the compiler from seeing that they are contiguous and spreading them.
+    itself only of 16. ROW_IN_THREAD: all classes of a row in one thread, which exchanges nothing for its sums.
     """
-    row = tl.arange(0, DRAWS * BATCH)
-    example = tl.program_id(0) * BATCH + row % BATCH
-    slot = row // BATCH
-    label = tl.arange(0, COLUMNS)
-    column = label * one if ROW_IN_THREAD else label
-    # past the last example the last one is read again, which takes no mask in the loop
-    start = tl.multiple_of(tl.minimum(example, batch - 1).to(tl.int64) * batch_stride, ALIGN)
-    in_classes = (label < CLASSES)[None, :]
     mean = tl.zeros((DRAWS * BATCH, COLUMNS), tl.float32)
     squares = mean
     entropies = tl.zeros((DRAWS * BATCH,), tl.float32)
+    slot = tl.arange(0, DRAWS * BATCH) // BATCH
     steps = tl.cdiv(samples, DRAWS)
-    if PREFETCH:
-        ahead = load_logits(logits, start, column, in_classes, 0, slot, samples, sample_stride, DRAWS, CLASSES, COLUMNS, ALIGN)
+    if AHEAD:
+        ahead = load_logits(
+            logits, 0, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, ROW_IN_THREAD
+        )  # fmt: skip
     for step in range(0, steps):
-        if PREFETCH:
+        coming = tl.minimum(step + 1, steps - 1) if AHEAD else step  # on its way while this step computes
+        loaded = load_logits(
+            logits, coming, samples, batch, sample_stride, batch_stride,
+            DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, ROW_IN_THREAD,
+        )  # fmt: skip
+        if AHEAD:
             z = ahead
-            ahead = load_logits(logits, start, column, in_classes, tl.minimum(step + 1, steps - 1), slot, samples, sample_stride, DRAWS, CLASSES, COLUMNS, ALIGN)
+            ahead = loaded
         else:
-            z = load_logits(logits, start, column, in_classes, step, slot, samples, sample_stride, DRAWS, CLASSES, COLUMNS, ALIGN)
-        sample = step * DRAWS + slot
+            z = loaded
         z = finite(z, FAST)
         # in powers of two, which is what the hardware has
         largest = tl.max(z, 1)
@@ -134,6 +150,7 @@ def predictive_statistics_forward(
         share = reciprocal(step + 1.0, FAST)
         delta = e * inverse[:, None] - mean
         if DRAWS > 1:  # past the last draw the last one is read again, and counts for nothing
+            sample = step * DRAWS + slot
             entropy = tl.where(sample < samples, entropy, 0.0)
             delta = tl.where((sample < samples)[:, None], delta, 0.0)
         entropies += entropy
@@ -147,10 +164,11 @@ def predictive_statistics_forward(
         apart = means - tl.expand_dims(mean, 0)
         squares = tl.sum(tl.reshape(squares, (DRAWS, BATCH, COLUMNS)) + counts * apart * apart, 0)
         entropies = tl.sum(tl.reshape(entropies, (DRAWS, BATCH)), 0)
-        example = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
+    example = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
+    label = tl.arange(0, COLUMNS)
     total = -tl.sum(mean * tl.log(tl.maximum(mean, 1e-38)), 1)
-    inside = (example < batch)[:, None] & in_classes
-    to = (example.to(tl.int64) * CLASSES)[:, None] + column[None, :]
+    inside = (example < batch)[:, None] & (label < CLASSES)[None, :]
+    to = (example.to(tl.int64) * CLASSES)[:, None] + label[None, :]
     tl.store(mean_out + to, mean, mask=inside)
     tl.store(variance_out + to, squares * (1.0 / samples), mask=inside)
     tl.store(total_out + example, total, mask=example < batch)
@@ -161,21 +179,22 @@ _PROGRAMS = 256  # that keep a card busy: with fewer examples, rows of the tile 
 
 
 def config(classes: int, align: int, batch: int, samples: int) -> dict:
-    """8 to 32 elements a thread. Few classes that do not come in vectors are one thread's; else a row of up to 1024
-    classes is one warp's, whose sums need no shared memory. align: what classes and strides are multiples of."""
+    """Measured on an H100. Few classes that do not come in vectors are one thread's; else a row of up to 1024 classes
+    is one warp's or two's, 4 to 16 elements a thread. align: what classes and strides are multiples of."""
     columns = triton.next_power_of_2(classes)
-    in_thread = columns <= 32 and align < min(columns // 2, 8)
+    in_thread = columns <= 32 and align < min(4, columns // 2)
     if in_thread:
-        rows, warps = 128, 4
+        rows, warps = 64, 2
     else:
-        rows, warps = max(1, (1024 if columns <= 64 else 256) // columns), 4 if columns <= 64 else -(-columns // 1024)
-        if batch < _PROGRAMS * rows:  # more warps, to have as many slots
-            more = min(8 // warps, triton.next_power_of_2(samples)) if warps <= 8 else 1
+        elements = 16 if columns >= 256 else 4 if columns <= 64 and align == 4 else 8
+        rows, warps = max(1, 64 * elements // columns), min(16, max(2, columns // 512))
+        if batch < _PROGRAMS * rows and warps < 8:  # more warps, to have as many slots
+            more = min(8 // warps, triton.next_power_of_2(samples))
             rows, warps = rows * more, warps * more
     examples = 2 ** (max(1, batch // _PROGRAMS).bit_length() - 1)
     draws = min(max(1, rows // examples), triton.next_power_of_2(samples))
-    tile = dict(DRAWS=draws, BATCH=rows // draws, CLASSES=classes, COLUMNS=columns)
-    return tile | dict(ALIGN=align, ROW_IN_THREAD=in_thread, num_warps=warps)
+    tile = dict(DRAWS=draws, BATCH=rows // draws, CLASSES=classes, COLUMNS=columns, ALIGN=align)
+    return tile | dict(ROW_IN_THREAD=in_thread, AHEAD=in_thread or columns >= 128, num_warps=warps)
 
 
 def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -192,7 +211,7 @@ def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     tile = config(classes, math.gcd(classes, *strides, 16 // logits.element_size()), batch, samples)
     with on_device(logits):
         predictive_statistics_forward[(triton.cdiv(batch, tile["BATCH"]),)](
-            logits, *found, samples, batch, *strides, 1,
+            logits, *found, samples, batch, *strides,
             FAST=fast_math(logits), enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return found

@@ -106,19 +106,19 @@ def _rows_columns(shape: torch.Size) -> tuple[int, int]:
     return rows, shape.numel() // rows if rows else 0
 
 
-def _config(rows: int, dtype: torch.dtype, tile: int) -> dict:
+def _config(rows: int) -> dict:
     """A vector is one row and a small matrix a few: their programs are narrow in rows and wide in columns."""
     if rows < 8:
         return dict(ROWS=1, GROUPS=128, num_warps=4)
-    return dict(ROWS=min(tile, triton.next_power_of_2(rows)), GROUPS=32, num_warps=4)
+    return dict(ROWS=min(16, triton.next_power_of_2(rows)), GROUPS=32, num_warps=2)
 
 
-def forward_config(rows: int, dtype: torch.dtype) -> dict:
-    return _config(rows, dtype, 32 if dtype == torch.float32 else 64) | dict(DRAWS=_DRAWS)
+def forward_config(rows: int) -> dict:
+    return _config(rows) | dict(DRAWS=_DRAWS)
 
 
-def gradient_config(rows: int, dtype: torch.dtype) -> dict:
-    return _config(rows, dtype, 16)
+def gradient_config(rows: int) -> dict:
+    return _config(rows) | dict(num_warps=4)
 
 
 def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: int) -> Tensor:
@@ -126,7 +126,7 @@ def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: i
     weights = mean.new_empty((samples, *mean.shape))
     if weights.numel() == 0:
         return weights
-    config = forward_config(rows, mean.dtype)
+    config = forward_config(rows)
     masked = rows % config["ROWS"] != 0 or columns % (4 * config["GROUPS"]) != 0
     tiles = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, 4 * config["GROUPS"])
     with on_device(mean):
@@ -144,7 +144,7 @@ def sample_weights_gradient(gradient: Tensor, key: Tensor, layer: int, stream: i
     d_std = torch.empty_like(d_mean)
     if gradient.numel() == 0:
         return d_mean.zero_(), d_std.zero_()
-    config = gradient_config(rows, gradient.dtype)
+    config = gradient_config(rows)
     masked = rows % config["ROWS"] != 0 or columns % (4 * config["GROUPS"]) != 0
     tiles = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(columns, 4 * config["GROUPS"])
     with on_device(gradient):

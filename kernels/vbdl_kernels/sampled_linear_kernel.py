@@ -1,8 +1,8 @@
 """Triton: weights drawn inside the matrix product.
 
 The drawn weight is the register operand of the tensor-core product (out on M), so it never touches shared or global
-memory as a weight. A program draws two samples of the mean and std it reads, which halves their traffic. Samples are
-the fastest axis of the grid: programs that read one tile of parameters run side by side and find it in L2.
+memory as a weight. Samples are the fastest axis of the grid: programs that read one tile of parameters run side by side
+and find it in L2. Two samples a program would halve that traffic, and were slower on an H100: fewer warps fit.
 """
 
 import torch
@@ -32,38 +32,25 @@ from vbdl_kernels.sample_weights_kernel import sample_weights
 def sampled_linear_forward(
     x, mean, std, bias_mean, bias_std, key, y,
     tag, bias_tag, samples, batch, columns, rows, x_sample, x_batch,
-    OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr, DRAWS: tl.constexpr, BIAS: tl.constexpr,
+    OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y[s, b, o] = sum_i x[s, b, i] w[s, o, i] + bias[s, o].  BIAS: 0 none, 1 fixed, 2 drawn.  x_sample 0: shared."""
-    pairs = tl.cdiv(samples, DRAWS)
-    program = tl.program_id(0)
-    first = program % pairs * DRAWS
-    second = tl.minimum(first + DRAWS - 1, samples - 1)  # of an odd number of samples, the last twice
-    row, example = tile_of(program // pairs, rows, OUT, BATCH)
-    lane = tl.arange(0, GROUPS)
+    sample = tl.program_id(0) % samples
+    row, example = tile_of(tl.program_id(0) // samples, rows, OUT, BATCH)
     in_rows = row < rows
     in_batch = example < batch
-
-    ka0, ka1, draw_a = load_key(key, first)
-    xa = x + first.to(tl.int64) * x_sample + example.to(tl.int64)[None, :] * x_batch
-    ya = tl.zeros((OUT, BATCH), tl.float32)
-    if DRAWS == 2:
-        kb0, kb1, draw_b = load_key(key, second)
-        xb = x + second.to(tl.int64) * x_sample + example.to(tl.int64)[None, :] * x_batch
-        yb = tl.zeros((OUT, BATCH), tl.float32)
-
+    k0, k1, draw = load_key(key, sample)
+    source = x + sample.to(tl.int64) * x_sample + example.to(tl.int64)[None, :] * x_batch
+    product = tl.zeros((OUT, BATCH), tl.float32)
     for start in range(0, tl.cdiv(columns, 128) * 32, GROUPS):
-        group = start + lane
+        group = start + tl.arange(0, GROUPS)
         base = columns_of(group)
         offset = row[:, None] * columns + base[None, :]
         m = load_tile(mean + offset, in_rows[:, None] & (base < columns)[None, :], MASKED)
         zero = zero_like(m, FAST)
-        a0, a1, a2, a3 = noise4(ka0, ka1, draw_a, tag, row[:, None] + zero, group[None, :] + zero, FAST)
-        a0, a1, a2, a3 = a0.to(m.dtype), a1.to(m.dtype), a2.to(m.dtype), a3.to(m.dtype)
-        if DRAWS == 2:
-            b0, b1, b2, b3 = noise4(kb0, kb1, draw_b, tag, row[:, None] + zero, group[None, :] + zero, FAST)
-            b0, b1, b2, b3 = b0.to(m.dtype), b1.to(m.dtype), b2.to(m.dtype), b3.to(m.dtype)
+        n0, n1, n2, n3 = noise4(k0, k1, draw, tag, row[:, None] + zero, group[None, :] + zero, FAST)
+        n0, n1, n2, n3 = n0.to(m.dtype), n1.to(m.dtype), n2.to(m.dtype), n3.to(m.dtype)
         for j in tl.static_range(4):
             column = base + 32 * j
             offset = row[:, None] * columns + column[None, :]
@@ -71,47 +58,32 @@ def sampled_linear_forward(
             if j > 0:
                 m = load_tile(mean + offset, in_weight, MASKED)
             s = load_tile(std + offset, in_weight, MASKED)
-            noise = a0 if j == 0 else (a1 if j == 1 else (a2 if j == 2 else a3))
-            value = load_inputs(xa, column, columns, in_batch, MASKED)
-            ya = matmul(weight(m, s, noise, FAST), value, ya, PRECISION, INTERPRET)
-            if DRAWS == 2:
-                noise = b0 if j == 0 else (b1 if j == 1 else (b2 if j == 2 else b3))
-                value = load_inputs(xb, column, columns, in_batch, MASKED)
-                yb = matmul(weight(m, s, noise, FAST), value, yb, PRECISION, INTERPRET)
-
-    inside = in_rows[:, None] & in_batch[None, :]
-    to = y + (example.to(tl.int64) * rows)[None, :] + row[:, None]
+            noise = n0 if j == 0 else (n1 if j == 1 else (n2 if j == 2 else n3))
+            value = load_inputs(source, column, columns, in_batch, MASKED)
+            product = matmul(weight(m, s, noise, FAST), value, product, PRECISION, INTERPRET)
     if BIAS > 0:
-        m = tl.load(bias_mean + row, mask=in_rows, other=0.0)
+        bias = tl.load(bias_mean + row, mask=in_rows, other=0.0)
         if BIAS == 2:
             s = tl.load(bias_std + row, mask=in_rows, other=0.0)
-            bias_a = weight(m, s, normal_at(ka0, ka1, draw_a, bias_tag, row * 0, row, FAST), FAST)
-            if DRAWS == 2:
-                bias_b = weight(m, s, normal_at(kb0, kb1, draw_b, bias_tag, row * 0, row, FAST), FAST)
-        else:
-            bias_a = m
-            if DRAWS == 2:
-                bias_b = m
-        ya += bias_a.to(tl.float32)[:, None]
-        if DRAWS == 2:
-            yb += bias_b.to(tl.float32)[:, None]
-    tl.store(to + first.to(tl.int64) * batch * rows, ya.to(y.dtype.element_ty), mask=inside)
-    if DRAWS == 2:
-        tl.store(to + second.to(tl.int64) * batch * rows, yb.to(y.dtype.element_ty), mask=inside)
+            bias = weight(bias, s, normal_at(k0, k1, draw, bias_tag, row * 0, row, FAST), FAST)
+        product += bias.to(tl.float32)[:, None]
+    to = y + sample.to(tl.int64) * batch * rows + (example.to(tl.int64) * rows)[None, :] + row[:, None]
+    tl.store(to, product.to(y.dtype.element_ty), mask=in_rows[:, None] & in_batch[None, :])
 
 
 def batch_tile(batch: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(batch)))
 
 
-def forward_config(batch: int, samples: int, dtype: torch.dtype, precision: str) -> dict:
-    """Tile sizes that tests/kernels/test_compiled.py holds to no spills and to the instruction budget."""
+def forward_config(batch: int, dtype: torch.dtype, precision: str) -> dict:
+    """Measured on an H100, and held to no spills and the instruction budget by tests/kernels/test_compiled.py. Few rows
+    are multiplied by warps that do not wait for each other; many by Hopper's warp groups."""
     half = dtype != torch.float32
     tile = batch_tile(batch, 128 if half else 64)
     if not half and precision == "ieee":  # scalar products: registers and instructions for each pair
-        return dict(OUT=64, BATCH=max(32, tile), GROUPS=16, DRAWS=1, num_warps=4, num_stages=2)
-    # one draw a program: a second halves the reading of mean and std and was slower by a sixth on an H100
-    return dict(OUT=64, BATCH=tile, GROUPS=32 if half else 16, DRAWS=1, num_warps=4, num_stages=2)
+        return dict(OUT=64, BATCH=max(32, tile), GROUPS=16, num_warps=4, num_stages=2)
+    narrow = dict(OUT=32, num_warps=2) if tile <= 32 else dict(OUT=64, num_warps=4)
+    return narrow | dict(BATCH=tile, GROUPS=32 if half else 16, num_stages=2)
 
 
 def precision_of(precision: str) -> str:
@@ -132,10 +104,8 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision, bia
         return _by_weights(y, x, mean, std, bias_mean, bias_std, key, layer, bias_layer, at_once)
     x = last_contiguous(x)
     precision = precision_of(precision)
-    config = forward_config(batch, samples, x.dtype, precision)
-    grid = (
-        triton.cdiv(samples, config["DRAWS"]) * triton.cdiv(rows, config["OUT"]) * triton.cdiv(batch, config["BATCH"]),
-    )
+    config = forward_config(batch, x.dtype, precision)
+    grid = (samples * triton.cdiv(rows, config["OUT"]) * triton.cdiv(batch, config["BATCH"]),)
     mean = mean.contiguous()
     with on_device(x):
         sampled_linear_forward[grid](
