@@ -96,6 +96,7 @@ def commands(out: Path, check: bool) -> dict[str, list[str]]:
     # the folders of GPU tests alone: others import what such a machine may not have
     tests = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "--durations=10", *options]
     if not check and importlib.util.find_spec("xdist"):  # most of it is compiling
+        tests += ["-p", "no:benchmark"]  # whose warning about xdist would be an error
         tests += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     if check:
         return {

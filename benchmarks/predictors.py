@@ -7,8 +7,8 @@
 Contenders: the loop one would have written (one eager forward pass a draw), the Predictor warmed up with its tile the
 batch, the same drawing weights (`joint`), and in bfloat16. Every call is given another of two batches. Before anything
 is timed each Predictor on the GPU is compared with the same on the CPU, whose draws are the same. Contenders in turn,
-medians of wall-clock time with the device waited for; compile time is its own column, and after `--prepare` the time
-with the compiler's caches filled.
+the second of two calls of each; medians of wall-clock time with the device waited for. Compile time is its own column,
+and after `--prepare` the time with the compiler's caches filled.
 """
 
 import argparse
@@ -84,6 +84,7 @@ def timed(runs: dict[str, Callable[[], object]], device: str, rounds: int = 15) 
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            run()  # after another contender caches are cold; what is timed is the second of two calls
             if device == "cuda":
                 torch.cuda.synchronize()
             begun = time.perf_counter()

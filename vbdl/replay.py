@@ -85,16 +85,15 @@ class Replayed:
             return self._unpacked([t.clone() for t in self._outputs])
 
     def _packed(self, *arguments: Tensor) -> list[Tensor]:
-        """The call, what it returns in one tensor for each dtype: to copy it out is then one operation, not one each."""
+        """The call, what it returns in one tensor a dtype: to copy it out is then one operation."""
         found = self._call(*arguments)
         self._shapes = [(t.shape, t.dtype) for t in found]
         dtypes = dict.fromkeys(t.dtype for t in found)
         return [torch.cat([t.reshape(-1) for t in found if t.dtype == dtype]) for dtype in dtypes]
 
     def _unpacked(self, packed: list[Tensor]) -> list[Tensor]:
-        rest = {
-            t.dtype: iter(t.split([shape.numel() for shape, dtype in self._shapes if dtype == t.dtype])) for t in packed
-        }
+        sizes = lambda dtype: [shape.numel() for shape, of in self._shapes if of == dtype]
+        rest = {t.dtype: iter(t.split(sizes(t.dtype))) for t in packed}
         return [next(rest[dtype]).view(shape) for shape, dtype in self._shapes]
 
     def _again(self, arguments: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 library = torch.library.Library("vbdl", "FRAGMENT")
@@ -124,16 +124,19 @@ def wants_derivative(*arguments) -> bool:
     functorch = torch._C._functorch
     if torch.compiler.is_exporting():
         return False
-    stack = functorch.get_interpreter_stack() or ()
-    if any(i.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for i in stack):
+    stack = functorch.get_interpreter_stack()
+    if stack and any(i.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for i in stack):
         return True
-    if torch.is_grad_enabled():
-        for tensor in tree_leaves(arguments):
-            while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
-                tensor = functorch.get_unwrapped(tensor)  # a mapped tensor does not say that its inside requires grad
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(_requires_grad(a) for a in arguments)
+
+
+def _requires_grad(argument: object) -> bool:
+    """Of a tensor, a mapped one too, which does not say that its inside does; or of any in a list."""
+    if isinstance(argument, Tensor):
+        while torch._C._functorch.is_functorch_wrapped_tensor(argument):
+            argument = torch._C._functorch.get_unwrapped(argument)
+        return argument.requires_grad
+    return isinstance(argument, list | tuple) and any(_requires_grad(a) for a in argument)
 
 
 def only_gradients() -> bool:

@@ -27,17 +27,26 @@ Timer = Callable[[str, Callable[[], object]], float]  # (name of the operation, 
 
 def device_name() -> str | None:
     """The current accelerator, or None on a CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return _name(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def path_of(name: str) -> Path:
+    return _path(name, os.environ.get("XDG_CACHE_HOME"))
+
+
+@functools.cache  # asked for in every call of an operator, and the version of a package takes 300 us to find
+def _path(name: str, root: str | None) -> Path:
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{name}-torch-{torch.__version__}-triton-{triton}".lower())
-    return Path(root) / "vbdl" / f"regime-{FORMAT}-{slug}.json"
+    return Path(root or Path.home() / ".cache") / "vbdl" / f"regime-{FORMAT}-{slug}.json"
 
 
 def constants(names: Sequence[str]) -> dict[str, float] | None:

@@ -53,13 +53,12 @@ def _reference_parameters(gradient, x, key, layer, precision):
     wide = wide_of(gradient.dtype)
     product = gradient.to(wide).mT @ x.to(wide)
     noise = philox.normal(key, layer, WEIGHT, gradient.shape[-1], x.shape[-1]).to(wide)
-    return product.sum(0), (product * noise).sum(0)
+    return product.sum(0).to(gradient.dtype), (product * noise).sum(0).to(gradient.dtype)  # rounded once, at the end
 
 
 def _parameters_shape(gradient, x, key, layer, precision):
     shape = (gradient.shape[-1], x.shape[-1])
-    wide = wide_of(gradient.dtype)
-    return gradient.new_empty(shape, dtype=wide), gradient.new_empty(shape, dtype=wide)
+    return gradient.new_empty(shape), gradient.new_empty(shape)
 
 
 dispatch.define(
@@ -120,7 +119,6 @@ class _SampledLinear(torch.autograd.Function):
                 d_x = d_x.sum(0, dtype=wide_of(d_x.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             d_mean, d_std = _ParameterGradient.apply(gradient, x, key, ctx.layer, ctx.precision)
-            d_mean, d_std = d_mean.to(mean.dtype), d_std.to(mean.dtype)
         if ctx.bias:
             by_sample = gradient.sum(1, dtype=wide_of(gradient.dtype))  # (samples, out)
             d_bias_mean = by_sample.sum(0).to(mean.dtype)
@@ -149,7 +147,7 @@ class _InputGradient(torch.autograd.Function):
         gradient, mean, std, key = ctx.saved_tensors
         d_gradient = _SampledLinear.apply(dd_x, mean, std, None, None, key, ctx.layer, ctx.precision, 0)
         d_mean, d_std = _ParameterGradient.apply(gradient, dd_x, key, ctx.layer, ctx.precision)
-        return d_gradient, d_mean.to(mean.dtype), d_std.to(mean.dtype), None, None, None
+        return d_gradient, d_mean, d_std, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, gradient, mean, std, key, layer, precision):
@@ -179,7 +177,6 @@ class _ParameterGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dd_mean, dd_std):
         gradient, x, key = ctx.saved_tensors
-        dd_mean, dd_std = dd_mean.to(x.dtype), dd_std.to(x.dtype)
         d_gradient = _SampledLinear.apply(x, dd_mean, dd_std, None, None, key, ctx.layer, ctx.precision, 0)
         d_x = _InputGradient.apply(gradient, dd_mean, dd_std, key, ctx.layer, ctx.precision)
         if x.ndim == 2:

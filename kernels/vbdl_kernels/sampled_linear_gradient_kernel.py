@@ -179,7 +179,7 @@ def sampled_linear_input(gradient, mean, std, key, layer, precision) -> Tensor:
 def sampled_linear_parameters(gradient, x, key, layer, precision) -> tuple[Tensor, Tensor]:
     samples, batch, rows = gradient.shape
     columns = x.shape[-1]
-    d_mean = gradient.new_empty((rows, columns), dtype=torch.float32)
+    d_mean = gradient.new_empty((rows, columns))
     d_std = torch.empty_like(d_mean)
     if d_mean.numel() == 0:
         return d_mean, d_std

@@ -125,7 +125,7 @@ def linear(stage, dtype, batch, precision="ieee", masked=False, architecture=90)
         arguments += pointers(dtype, "gradient", "mean", "std", "d_x")
     else:
         config = module.parameter_gradient_config(batch, dtype)
-        arguments += pointers(dtype, "gradient", "x") + pointers(FP32, "d_mean", "d_std")
+        arguments += pointers(dtype, "gradient", "x", "d_mean", "d_std")
     constants |= config
     name = f"sampled_linear_{stage}"
     file = module.__name__.rpartition(".")[2]

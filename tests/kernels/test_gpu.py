@@ -89,7 +89,7 @@ def test_linear_operators_match_their_references(shape, shared, dtype):
     for a, b in zip(
         torch.ops.vbdl.sampled_linear_parameters(*given), module._reference_parameters(*given), strict=True
     ):
-        close(a, b, torch.float32, samples * batch)
+        close(a, b, dtype, samples * batch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

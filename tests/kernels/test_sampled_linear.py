@@ -294,7 +294,7 @@ def test_kernels_match_the_reference(shape, shared, poisoned, dtype=torch.float3
     given = (gradient, x, key, LAYER, "ieee")
     found = torch.ops.vbdl.sampled_linear_parameters(*given)
     for a, b in zip(found, operator._reference_parameters(*given), strict=True):
-        assert_equal_to(a, b, torch.float32, samples * batch)
+        assert_equal_to(a, b, dtype, samples * batch)
 
 
 @pytest.mark.interpreter
