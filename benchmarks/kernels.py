@@ -104,7 +104,10 @@ class Bench:
             del result
             if self.device == "cuda":
                 times[name] = row["ms"] = self.median_ms(call, in_graph)
+                counted = same is None or name in same or name == first
                 for unit, count in amount.items():
+                    if not counted and unit in ("bytes", "flops"):
+                        continue  # another way moves and multiplies other amounts
                     row[f"{unit}_per_s"] = count / row["ms"] * 1e3
                     peak = self.peaks.get("tf32" if case.get("dtype") == "float32" else "bf16")
                     peak = self.peaks.get("bytes") if unit == "bytes" else peak if unit == "flops" else None

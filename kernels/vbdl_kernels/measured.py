@@ -99,12 +99,12 @@ def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int =
     from vbdl_kernels.regime import Card, always
     from vbdl_kernels.sampled_linear import sampled_linear
 
-    rows = 128
+    rows, many = 128, 1024  # a product of few rows is bound by reading its weights
     make = lambda *shape: torch.randn(shape, device=device)
     weights = make(samples, size, size)
     mean, std, key = weights[0], weights[1].abs(), make_key(0, range(samples), device=device)
     half_mean, half_std = mean.bfloat16(), std.bfloat16()
-    x = make(samples, rows, size)
+    x = make(samples, many, size)
     half, half_weights, one = x.bfloat16(), weights.bfloat16(), make(1)
     count = samples * size * size
     launch = timed("launch", lambda: one + 1)
@@ -121,7 +121,9 @@ def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int =
             drawing = _above(
                 timed("fused 16", lambda: sampled_linear(half[:, :16], half_mean, half_std, key, 0)), launch
             )
-            both = _above(timed("fused 128", lambda: sampled_linear(half, half_mean, half_std, key, 0)), launch)
+            both = _above(
+                timed("fused 128", lambda: sampled_linear(half[:, :rows], half_mean, half_std, key, 0)), launch
+            )
         crossings = {
             "half_rows": _crossing(timed, "bfloat16", half_mean, half_std, key),
             "float_rows": _crossing(timed, "tf32", mean, std, key),
@@ -131,15 +133,16 @@ def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int =
     narrow, bias = make(1, WIDEST, WIDEST).bfloat16(), make(1, WIDEST).bfloat16()
     few = make(16, WIDEST).bfloat16()
     network = _above(timed("network", lambda: ensemble_mlp(few, [narrow] * 4, [bias] * 4)), launch)
-    longer, shorter = max(drawing, product), min(drawing, product)
+    few_rows = product * rows / many
+    longer, shorter = max(drawing, few_rows), min(drawing, few_rows)
     programs = Card.programs
     if device == "cuda":
         programs = 2.0 * torch.cuda.get_device_properties(0).multi_processor_count
     return {
         "normals": count / drawing,
-        "half_flops": 2 * count * rows / product,
-        "float_flops": 2 * count * rows / single,
-        "exact_flops": 2 * count * rows / exact,
+        "half_flops": 2 * count * many / product,
+        "float_flops": 2 * count * many / single,
+        "exact_flops": 2 * count * many / exact,
         "bytes": copied,
         "launch": launch,
         "dispatch": (_host(lambda: one + 1) + _host(lambda: sampled_linear(few, narrow[0], narrow[0], key, 0))) / 2,

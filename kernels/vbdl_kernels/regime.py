@@ -1,7 +1,7 @@
 """Which way of executing drawn layers is cheapest on a GPU: a cost model, and measured constants where there are any.
 
-The constants below are those of a model of one card (H200; kernels/README.md says how they were derived), not
-measurements. `measured.py` measures a device's own, which are used from then on.
+The defaults below are of an H100 (`benchmarks/results/gpu-h100.md`). `measured.py` measures a device's own, which are
+used from then on.
 
     estimates, choose    one layer: local reparameterisation, fused, sampler and product, weights drawn before
     of_network           a small network: one launch for all of it, or layer by layer
@@ -21,17 +21,17 @@ from vbdl_kernels.measured import constants
 
 @dataclass(frozen=True)
 class Card:
-    """What a card does a second, and what a launch costs. Defaults: an H200 at 85 % of its limits."""
+    """What a card does a second, and what a launch costs. Defaults: an H100, products at 65 % of the data sheet."""
 
-    normals: float = 1.6e12  # drawn in registers: the special-function units are the limit
+    normals: float = 0.97e12  # drawn inside a product of few rows
     half_flops: float = 0.65 * 989e12  # tensor cores, bfloat16 and float16
     float_flops: float = 0.65 * 494e12  # tensor cores, tf32
-    exact_flops: float = 0.65 * 67e12  # float32 without tensor cores
-    bytes: float = 0.9 * 4.8e12  # of main memory
-    launch: float = 2e-6  # seconds between two kernels in a CUDA graph
-    dispatch: float = 20e-6  # seconds of the host to start a kernel outside of one
-    overlap: float = 0.35  # of noise and product, the part of the shorter that the longer does not hide
-    step: float = 1.5e-6  # seconds of one layer of a small network inside one program: latency, not work
+    exact_flops: float = 51e12  # float32 without tensor cores
+    bytes: float = 3.0e12  # of main memory, read and written
+    launch: float = 1.2e-6  # seconds between two kernels in a CUDA graph
+    dispatch: float = 20e-6  # seconds of the host to start a kernel outside of one; not measured on that card
+    overlap: float = 0.66  # of noise and product, the part of the shorter that the longer does not hide
+    step: float = 1.2e-6  # seconds of one layer of a small network inside one program: latency, not work
     programs: float = 264.0  # of such networks at once
     half_rows: float = 0.0  # rows up to which the fused kernel was measured to be the faster; 0: by the model
     float_rows: float = 0.0  # the same in float32
@@ -88,7 +88,8 @@ def estimates(
         + max(outputs / card.normals, written),
         # noise and product use different units but do not overlap entirely
         "fused": card.launch + max(repeated, product) + overlap * min(repeated, product) + parameters + written,
-        "sampler": 2 * card.launch + max(noise, stored) + max(product, stored) + parameters + written,
+        # it waits for nothing, and draws faster than a product does
+        "sampler": 2 * card.launch + max(0.75 * noise, stored) + max(product, stored) + parameters + written,
         "drawn": card.launch + max(product, stored) + written,
     }
 

@@ -45,7 +45,7 @@ def test_measured_constants_decide(card):
     count = 2 * 16 * 16
     assert found["normals"] == pytest.approx(count / (4e-2 - 1e-6))
     assert found["bytes"] == pytest.approx(8 * count / (2e-3 - 1e-6))
-    assert found["half_flops"] == pytest.approx(2 * count * 128 / (1e-4 - 1e-6))
+    assert found["half_flops"] == pytest.approx(2 * count * 1024 / (1e-4 - 1e-6))
     assert found["float_flops"] == pytest.approx(10 * found["exact_flops"], rel=0.01)
     assert (found["half_rows"], found["float_rows"]) == (32, 8)
     assert found["step"] == pytest.approx(2e-6)
