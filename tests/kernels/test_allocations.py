@@ -22,7 +22,8 @@ SAMPLES, BATCH, WIDTH = 8, 3, 64
 @contextlib.contextmanager
 def no_allocation_of(elements):
     """Fails on any single allocation of as many elements, were they of one byte each."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    # acc_events: torch 2.11 asks for it
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         yield
     sizes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     assert sizes, "the profiler saw no allocation"
