@@ -21,6 +21,7 @@ from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
 from vbdl.rewrite import rewrite
 from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
+from vbdl.rewrite.loops import transpose_last
 from vbdl.stacking import Inputs, State, call_each, call_stacked, map_inputs, state_of, tensors
 from vbdl.types import Likelihood, Posterior
 
@@ -335,7 +336,11 @@ class _Program:
         if self._call is None:
             with torch.no_grad(), _tracing():
                 self._graph = trace(self._whole, *arguments, aligned=self._aligned)
-                self._call = compile_graph(self._graph, arguments) if self._compile else self._graph
+                if self._compile:
+                    transpose_last(self._graph)
+                    self._call = compile_graph(self._graph, arguments)
+                else:
+                    self._call = self._graph
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
 
