@@ -21,7 +21,10 @@ _said = threading.Event()
 def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """The graph as one compiled call at the shapes of these inputs; the graph itself where nothing can compile it."""
     import torch._inductor.config
+    from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     made: list[Any] = []
 
@@ -32,7 +35,11 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
     try:
         # every call has the shapes it was compiled for: what calls it sees to that, once and not in every call
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
-            wrapped: Any = compile_fx(graph, list(inputs), inner_compile=inner)
+            # its cache of compiled graphs is passed by where no environment of shapes is there; theirs are all fixed
+            fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+            given = [fake.from_tensor(t, static_shapes=True) for t in inputs]
+            with tracing(TracingContext(fake)):
+                wrapped: Any = compile_fx(graph, given, inner_compile=inner)
             writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
