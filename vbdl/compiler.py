@@ -20,6 +20,7 @@ _said = threading.Event()
 
 def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """The graph as one compiled call at the shapes of these inputs; the graph itself where nothing can compile it."""
+    import torch._functorch.config
     import torch._inductor.config
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -38,7 +39,8 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
             # its cache of compiled graphs is passed by where no environment of shapes is there; theirs are all fixed
             fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
             given = [fake.from_tensor(t, static_shapes=True) for t in inputs]
-            with tracing(TracingContext(fake)):
+            # (and the cache around that one would give no inner call: see _without_wrappers)
+            with tracing(TracingContext(fake)), torch._functorch.config.patch(enable_autograd_cache=False):
                 wrapped: Any = compile_fx(graph, given, inner_compile=inner)
             writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
             if is_worth_replaying(graph, inputs):

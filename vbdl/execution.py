@@ -358,12 +358,19 @@ class Ready:
 
     def __call__(self, tile: Tensor) -> State | None:
         """Fields of the prediction; None where an input is not finite, or its sum overflows."""
-        arguments = self._arguments.copy()
-        arguments[self._place] = aligned(tile)
-        found = self._call(*arguments)
+        found = self._found(tile)
         if len(found) > len(self._names) and not math.isfinite(found[-1].item()):
             return None
         return dict(zip(self._names, found, strict=False))
+
+    def checked(self, tile: Tensor) -> State:
+        """The same for a tile that has been looked at."""
+        return dict(zip(self._names, self._found(tile), strict=False))
+
+    def _found(self, tile: Tensor) -> Any:
+        arguments = self._arguments.copy()
+        arguments[self._place] = aligned(tile)
+        return self._call(*arguments)
 
 
 _lock = threading.RLock()
