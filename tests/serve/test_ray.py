@@ -22,7 +22,7 @@ def test_a_replica_answers_as_the_predictor(arrays_model):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         made = deployment(arrays_model, limits=Limits(rows=50, queue_rows=500), token="t0ken", num_replicas=1)
