@@ -336,11 +336,9 @@ class _Program:
         if self._call is None:
             with torch.no_grad(), _tracing():
                 self._graph = trace(self._whole, *arguments, aligned=self._aligned)
-                if self._compile:
+                if self._compile and all(t.device.type == "cpu" for t in arguments):  # measured there alone
                     transpose_last(self._graph)
-                    self._call = compile_graph(self._graph, arguments)
-                else:
-                    self._call = self._graph
+                self._call = compile_graph(self._graph, arguments) if self._compile else self._graph
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
 
