@@ -1,9 +1,9 @@
 """Batch inference: rows a second of `vbdl.predict_table` and of the script that one would write, and their memory.
 
-    python benchmarks/batch.py [--rows 1000000] [--width 64] [--classes 10] [--repeats 3] [--memory]
-        [--out benchmarks/results]
+    python benchmarks/batch.py [--rows 1000000] [--width 64] [--layers 2] [--classes 10] [--repeats 3]
+        [--memory] [--out benchmarks/results]
 
-A table of random numbers, 32 columns, Parquet; a deep ensemble of 16 multilayer perceptrons with two hidden layers. The
+A table of random numbers, 32 columns, Parquet; a deep ensemble of 16 multilayer perceptrons (width, layers). The
 script (`script` below) is what a competent user has: pyarrow's batches of 65,536 rows, every member called in turn
 without gradients, the mean probabilities, their entropy and its two parts, a Parquet file out; predict_table
 writes a folder of parts, with the same columns. Torch's threads and
@@ -34,15 +34,15 @@ from typing import Any
 FEATURES, MEMBERS, SMALL = 32, 16, 10_000
 
 
-def network(width: int, classes: int):
+def network(width: int, layers: int, classes: int):
     from torch import nn
 
-    return nn.Sequential(
-        nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
-    )
+    sizes = [FEATURES, *[width] * layers]
+    hidden = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(*(module for pair in hidden for module in pair), nn.Linear(width, classes))
 
 
-def make(folder: Path, rows: int, width: int, classes: int) -> None:
+def make(folder: Path, rows: int, width: int, layers: int, classes: int) -> None:
     """The tables, and the ensemble: as an artefact and as the members' weights."""
     import numpy as np
     import pyarrow as pa
@@ -60,7 +60,7 @@ def make(folder: Path, rows: int, width: int, classes: int) -> None:
                 values = random.normal(size=(min(100_000, n - start), FEATURES)).astype(np.float32)
                 writer.write_table(pa.table({f"f{i}": values[:, i] for i in range(FEATURES)}))
     torch.manual_seed(0)
-    ensemble = vbdl.DeepEnsemble(network(width, classes), MEMBERS)
+    ensemble = vbdl.DeepEnsemble(network(width, layers, classes), MEMBERS)
     for m in range(MEMBERS):
         torch.save(ensemble.member(m), folder / f"member-{m}.pt")
     vbdl.Predictor(ensemble, vbdl.Categorical()).save(
@@ -68,7 +68,7 @@ def make(folder: Path, rows: int, width: int, classes: int) -> None:
     )
 
 
-def script(folder: Path, data: Path, out: Path, width: int, classes: int) -> dict[str, float]:
+def script(folder: Path, data: Path, out: Path, width: int, layers: int, classes: int) -> dict[str, float]:
     """The baseline."""
     import numpy as np
     import pyarrow as pa
@@ -78,7 +78,7 @@ def script(folder: Path, data: Path, out: Path, width: int, classes: int) -> dic
     begun = time.perf_counter()
     members = []
     for m in range(MEMBERS):
-        member = network(width, classes)
+        member = network(width, layers, classes)
         member.load_state_dict(torch.load(folder / f"member-{m}.pt", weights_only=True))
         members.append(member.eval())
     loaded, busy = time.perf_counter(), time.process_time()
@@ -103,7 +103,7 @@ def script(folder: Path, data: Path, out: Path, width: int, classes: int) -> dic
     return {"start": loaded - begun, "seconds": time.perf_counter() - loaded, "cpu": time.process_time() - busy}
 
 
-def ours(folder: Path, data: Path, out: Path, width: int, classes: int) -> dict[str, float]:
+def ours(folder: Path, data: Path, out: Path, width: int, layers: int, classes: int) -> dict[str, float]:
     import torch
 
     import vbdl
@@ -122,8 +122,8 @@ def ours(folder: Path, data: Path, out: Path, width: int, classes: int) -> dict[
 CONTENDERS = {"script": script, "vbdl": ours}
 
 
-def run(name: str, folder: Path, data: Path, out: Path, width: int, classes: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--contender", name, *map(str, (folder, data, out, width, classes))]
+def run(name: str, folder: Path, data: Path, out: Path, width: int, layers: int, classes: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--contender", name, *map(str, (folder, data, out, width, layers, classes))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
@@ -147,19 +147,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--contender", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", nargs=7, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.contender:
-        name, folder, data, out, width, classes = chosen.contender
-        found = CONTENDERS[name](Path(folder), Path(data), Path(out), int(width), int(classes))
+        name, folder, data, out, *size = chosen.contender
+        found = CONTENDERS[name](Path(folder), Path(data), Path(out), *map(int, size))
         found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(found))
         return
-    size = (chosen.width, chosen.classes)
+    size = (chosen.width, chosen.layers, chosen.classes)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make(folder, chosen.rows, *size)
@@ -178,9 +179,10 @@ def main() -> None:
         medians = {name: statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
         result = {
             "benchmark": "batch", "rows": chosen.rows, "features": FEATURES, "members": MEMBERS,
-            "width": chosen.width, "classes": chosen.classes,
+            "width": chosen.width, "layers": chosen.layers, "classes": chosen.classes,
             "ratio": medians["script"] / medians["vbdl"],
             "ratios": [a["seconds"] / b["seconds"] for a, b in zip(runs["script"], runs["vbdl"], strict=True)],
+            "cpu_ratios": [a["cpu"] / b["cpu"] for a, b in zip(runs["script"], runs["vbdl"], strict=True)],
             **{f"{n}_rows_per_second": chosen.rows / s for n, s in medians.items()},
             **{f"{n}_cpu_seconds": statistics.median(r["cpu"] for r in runs[n]) for n in runs},
             **{f"{n}_start_seconds": statistics.median(r["start"] for r in runs[n]) for n in runs},
@@ -195,7 +197,7 @@ def main() -> None:
 
     result |= {
         "torch": str(torch.__version__), "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -32,7 +32,9 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
     try:
         # every call has the shapes it was compiled for: what calls it sees to that, once and not in every call
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
-            wrapped: Any = compile_fx(graph, list(inputs), inner_compile=inner)
+            wrapped: Any = (
+                _from_cache(graph, inputs, inner) if _on_cpu(inputs) else compile_fx(graph, list(inputs), inner)
+            )
             writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
@@ -49,11 +51,30 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
         return graph
 
 
+def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) -> Callable:
+    """Compiled by way of Inductor's cache of graphs, which is passed by where no environment of shapes is there."""
+    import torch._functorch.config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fixed: list[Any] = [fake.from_tensor(t, static_shapes=True) for t in inputs]
+    # the other cache, of what is around the graph, makes no call of `inner`: see _without_wrappers
+    with tracing(TracingContext(fake)), torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(graph, fixed, inner)  # type: ignore[return-value]
+
+
+def _on_cpu(inputs: Sequence[Tensor]) -> bool:
+    return all(t.device.type == "cpu" for t in inputs)
+
+
 def _without_wrappers(wrapped: Callable, made: list[Any], inputs: list[Tensor]) -> Callable | None:
     """What Inductor wrote, without the layers around it that serve gradients and mutation and cost as much as a small
     network; None where they do something: on a GPU, or where the two do not return the same."""
     direct = getattr(made[0], "current_callable", None) if len(made) == 1 else None
-    if direct is None or any(t.device.type != "cpu" for t in inputs):
+    if direct is None or not _on_cpu(inputs):
         return None
     expected = wrapped(*inputs)
     try:

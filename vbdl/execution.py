@@ -21,6 +21,7 @@ from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
 from vbdl.rewrite import rewrite
 from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
+from vbdl.rewrite.loops import transpose_last
 from vbdl.stacking import Inputs, State, call_each, call_stacked, map_inputs, state_of, tensors
 from vbdl.types import Likelihood, Posterior
 
@@ -336,6 +337,8 @@ class _Program:
         if self._call is None:
             with torch.no_grad(), _tracing():
                 self._graph = trace(self._whole, *arguments, aligned=self._aligned)
+                if self._compile and all(t.device.type == "cpu" for t in arguments):  # measured there alone
+                    transpose_last(self._graph)
                 self._call = compile_graph(self._graph, arguments) if self._compile else self._graph
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
@@ -354,12 +357,19 @@ class Ready:
 
     def __call__(self, tile: Tensor) -> State | None:
         """Fields of the prediction; None where an input is not finite, or its sum overflows."""
-        arguments = self._arguments.copy()
-        arguments[self._place] = aligned(tile)
-        found = self._call(*arguments)
+        found = self._found(tile)
         if len(found) > len(self._names) and not math.isfinite(found[-1].item()):
             return None
         return dict(zip(self._names, found, strict=False))
+
+    def checked(self, tile: Tensor) -> State:
+        """The same for a tile that has been looked at."""
+        return dict(zip(self._names, self._found(tile), strict=False))
+
+    def _found(self, tile: Tensor) -> Any:
+        arguments = self._arguments.copy()
+        arguments[self._place] = aligned(tile)
+        return self._call(*arguments)
 
 
 _lock = threading.RLock()

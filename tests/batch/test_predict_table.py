@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import time
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import vbdl
+from vbdl.batch.folder import Folder
 from vbdl.batch.output import COLUMNS
 
 SMALL = {"chunk_rows": 300, "tile": 64, "compile": False, "progress": False}
@@ -312,25 +313,28 @@ def test_a_model_that_raises_on_every_row_is_an_error_and_no_quarantine(coded, n
     with pytest.raises(ValueError, match="cannot take rows"):
         vbdl.predict_table(predict, numbers[:, :4], **SMALL)
     # and one that breaks in the middle: no row is blamed for that
-    call, calls, journal = vbdl.Predictor.__call__, [], tmp_path / "out" / "_journal.jsonl"
+    call, calls = vbdl.Predictor.__call__, []
+    record, recorded = Folder.record, threading.Event()
 
-    def written() -> list[int]:
-        lines = journal.read_text().splitlines() if journal.exists() else []
-        return [found["chunk"] for found in map(json.loads, lines) if "chunk" in found]
+    def noted(self, entry):
+        record(self, entry)
+        if entry["chunk"] == 1:
+            recorded.set()
 
     def broken(self, x, **options):
         calls.append(x)
         if len(calls) > 2:
-            end = time.monotonic() + 10
-            while written()[-1:] != [1] and time.monotonic() < end:
-                time.sleep(0.01)  # the writer is behind by a chunk
+            recorded.wait(60)  # the writer is a chunk behind, and an error stops it where it is
             raise RuntimeError("the device is gone")
         return call(self, x, **options)
 
+    monkeypatch.setattr(Folder, "record", noted)
     monkeypatch.setattr(vbdl.Predictor, "__call__", broken)
     with pytest.raises(RuntimeError, match="the device is gone"):
         vbdl.predict_table(predict, numbers.clip(0, 1), tmp_path / "out", **{**SMALL, "chunk_rows": 100})
-    assert written()[-1] == 1
+    # what was written before it broke stays
+    written = [json.loads(line) for line in (tmp_path / "out" / "_journal.jsonl").read_text().splitlines()]
+    assert [line["chunk"] for line in written if "chunk" in line] == [0, 1]
 
 
 def test_a_wrong_number_of_columns_is_an_error(network, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def contents(out):
 
 
 def start(model, data, out, **options):
-    given = {**OPTIONS, "engine": "ray", "ray_options": {"num_cpus": 2}, **options}
+    given = {**OPTIONS, "engine": "ray", "ray_options": {"address": "local", "num_cpus": 2}, **options}
     code = f"import vbdl; print(vbdl.predict_table({str(model)!r}, {str(data)!r}, {str(out)!r}, **{given!r}))"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -91,7 +92,7 @@ def test_more_actors_than_cpus_share_them(model, data, expected, tmp_path):
 
 
 def test_a_busy_cluster_is_an_error_and_not_a_wait(model, data, tmp_path):
-    code, said = end(start(model, data, tmp_path / "out", ray_options={"num_cpus": 0}))
+    code, said = end(start(model, data, tmp_path / "out", ray_options={"address": "local", "num_cpus": 0}))
     assert code != 0 and "CPUs" in said
 
 
@@ -130,6 +131,7 @@ class Cluster:
     """
 
     def __init__(self, folder):
+        self.place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self.folder, self.mark = folder, f"VBDL_TEST_CLUSTER={os.getpid()}-{time.monotonic_ns()}"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -147,8 +149,11 @@ class Cluster:
 
     def start(self):
         port = self.address.rpartition(":")[2]
+        # a folder of its own, with a short path for the sockets in it: in Ray's, it would leave the address of a dead
+        # cluster, which every ray.init after it takes for a living one
         command = [Path(sys.executable).with_name("ray"), "start", "--head", f"--port={port}", "--num-cpus=2",
-                   "--include-dashboard=false", "--node-ip-address=127.0.0.1"]  # fmt: skip
+                   "--include-dashboard=false", "--node-ip-address=127.0.0.1",
+                   f"--temp-dir={self.place.name}"]  # fmt: skip
         without = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
         subprocess.run(command, env=without, check=True, stdout=subprocess.DEVNULL, timeout=300)
         self.forker = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -195,6 +200,7 @@ def cluster(tmp_path):
     finally:
         found.kill_all()
         found.errors.close()
+        found.place.cleanup()
 
 
 def test_thirty_kills_of_drivers_actors_and_whole_clusters(cluster, model, data, tmp_path):

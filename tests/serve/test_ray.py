@@ -1,5 +1,7 @@
 """The same artefact on Ray Serve answers the same numbers."""
 
+import contextlib
+import random
 import socket
 import time
 
@@ -10,19 +12,27 @@ import torch
 import vbdl
 
 
+def free_port():
+    """Of those that neither the system (32768 and up) nor Ray (10002 to 19999) gives to connections of its own."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_replica_answers_as_the_predictor(arrays_model):
+def test_a_replica_answers_as_the_predictor(arrays_model, monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # a busy machine is no dead one
     ray = pytest.importorskip("ray")
     from ray import serve
 
     from vbdl.serve import Limits
     from vbdl.serve.ray import deployment
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    port = free_port()
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         made = deployment(arrays_model, limits=Limits(rows=50, queue_rows=500), token="t0ken", num_replicas=1)

@@ -256,14 +256,15 @@ def _not_finite(x: Any) -> dict[int, str]:
 
 def _matrix(table: Any, names: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
     """(rows, columns) float32, zeros in rows that cannot be used."""
-    values = np.empty((table.num_rows, len(names)), np.float32)
+    columns = np.empty((len(names), table.num_rows), np.float32)
     rejected: dict[int, str] = {}
     for place, name in enumerate(names):
         column, _, bad = floats(table.column(name), name)
         for row, reason in bad.items():
             rejected.setdefault(row, reason)
         with np.errstate(over="ignore"):
-            values[:, place] = column
+            columns[place] = column
+    values = torch.from_numpy(columns).t().contiguous().numpy()  # in blocks, where a column at a time misses the cache
     finite = np.isfinite(values)
     if not finite.all():
         for row in np.flatnonzero(~finite.all(axis=1)).tolist():

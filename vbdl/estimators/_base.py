@@ -116,6 +116,11 @@ class Estimator(BaseEstimator):
         )
         self.n_iter_ = history.epochs
         self.posterior_, self.likelihood_ = posterior, likelihood
+        self._predictor = self._made()  # here, because predicting may change no attribute
+
+    def _made(self) -> Predictor:
+        samples = None if self.method == "ensemble" else self.n_samples
+        return Predictor(self.posterior_, self.likelihood_, samples, compile=self.compile)
 
     def _seed(self) -> int:
         from sklearn.utils import check_random_state
@@ -129,12 +134,9 @@ class Estimator(BaseEstimator):
     def predictor_(self) -> Predictor:
         """The predictor, on standardised rows: `vbdl.calibrate` and `with_decision` take it."""
         check_is_fitted(self, "posterior_")
-        found = self.__dict__.get("_predictor")
-        if found is None:
-            samples = None if self.method == "ensemble" else self.n_samples
-            found = Predictor(self.posterior_, self.likelihood_, samples, compile=self.compile)
-            self.__dict__["_predictor"] = found
-        return found
+        if "_predictor" not in self.__dict__:  # of a copy or a pickle
+            self._predictor = self._made()
+        return self._predictor
 
     def _predict(self, X: Any, samples: bool = False) -> Any:
         check_is_fitted(self, "posterior_")

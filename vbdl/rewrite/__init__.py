@@ -8,6 +8,7 @@ never a method.
     compact    dropped units are left out, masks are folded    the same numbers, to float rounding
     fused      on an accelerator, kernels that draw            the same draws, to float rounding
     linear     what is left becomes products                   the same numbers
+    loops      compiled, what is between them runs along memory   the same numbers
 """
 
 from collections.abc import Callable

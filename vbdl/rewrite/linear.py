@@ -63,7 +63,7 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
         y = y.mT.view(samples, out, rows).mT if rows >= _ACROSS else y.view(rows, samples, out).transpose(0, 1)
     else:
         if xs and x.ndim == 3 and rows >= _ACROSS:
-            # as the product before left them: what comes between is then one loop without a transposition
+            # as the product before left them, so that the transpositions between them vanish (vbdl/rewrite/loops.py)
             flat = flat.mT.contiguous().mT
         y = _product(flat if xs else flat.expand(samples, *flat.shape), weight)
     y = y.reshape(samples, *x.shape[1 if xs else 0 : -1], out)
