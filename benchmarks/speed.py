@@ -53,6 +53,7 @@ CHECKED_ROWS = 32
 REFERENCE_DRAWS = 300  # of the loop, where only statistics can be compared
 SAME = {"float32": 2e-5, "bfloat16": 1e-2}  # largest difference of a mean probability (or mean) of the same draws
 Z_BOUND = 2.5
+ROUND_SECONDS = 2e-2  # of each contender whose calls are shorter
 
 
 class NotAvailable(Exception):
@@ -228,8 +229,8 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float, rounds: int) 
         run()
         begun = time.perf_counter()
         run()
-        # short calls are repeated, so that a round measures at least some milliseconds of each
-        repeats[name] = max(1, min(2000, int(5e-3 / (time.perf_counter() - begun))))
+        # short calls are repeated, so that the first ones, whose weights the others drove out of the caches, count little
+        repeats[name] = max(1, min(2000, int(ROUND_SECONDS / (time.perf_counter() - begun))))
     walls: dict[str, list[float]] = {name: [] for name in runs}
     cpus: dict[str, list[float]] = {name: [] for name in runs}
     first = next(iter(runs))
@@ -302,7 +303,7 @@ class Bounds:
 
 
 def _best(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds of a call, the median of eleven measurements."""
+    """Seconds of a call, the least of eleven measurements: what else the machine does is no bound."""
     run()
     taken = []
     for _ in range(11):
@@ -310,7 +311,7 @@ def _best(run: Callable[[], Any], repeats: int = 3) -> float:
         for _ in range(repeats):
             run()
         taken.append((time.perf_counter() - begun) / repeats)
-    return statistics.median(taken)
+    return min(taken)
 
 
 # -- the run

@@ -13,6 +13,8 @@ SHAPES = {  # samples, rows, inputs, outputs
     "few rows, wide": (7, 3, 61, 83),
     "many rows, narrow": (7, 70, 61, 10),
     "many rows, more outputs than one product takes": (41, 70, 30, 130),
+    "many rows, many narrow layers": (70, 20, 30, 60),
+    "one row, weights that no cache holds": (4, 1, 510, 530),
 }
 
 
@@ -46,6 +48,21 @@ def test_more_axes_inside_a_row(stacked):
     expected = torch.einsum(f"{'s' * stacked[0]}abk,{'s' * stacked[1]}nk->sabn".replace("s", "s"), x, w)
     expected = expected + (b[:, None, None] if stacked[2] else b)
     torch.testing.assert_close(lower(x, w, b, stacked), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stacked", [[True, True, True], [False, True, False], [True, False, False]])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lowered_in_bfloat16(shape, stacked):
+    samples, rows, k, n = SHAPES[shape]
+    samples *= 4 if rows == 1 else 1  # as many bytes
+    lead = lambda flag: (samples,) if flag else ()
+    x, w = torch.randn(*lead(stacked[0]), rows, k), torch.randn(*lead(stacked[1]), n, k)
+    b = torch.randn(*lead(stacked[2]), n)
+    x, w, b = (t.bfloat16() for t in (x, w, b))
+    found = lower(x, w, b, stacked)
+    assert found.dtype == torch.bfloat16
+    expected = lower(x.double(), w.double(), b.double(), stacked)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02 * k**0.5)
 
 
 @pytest.mark.parametrize("rows", [64, 128, 256])
