@@ -5,10 +5,13 @@ Chosen from the traced graph alone: its sizes say what memory a draw takes, its 
 
 from dataclasses import dataclass
 
-from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut
+import torch
+
+from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region
 
 # Activations of a chunk: past a few MiB a larger chunk saves no more overhead and leaves every cache (`docs/speed.md`).
 _CHUNK_BYTES = 8 * 2**20
+_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, which have less to do again in every call
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,13 @@ def choose(
     elif strategy == "loop":
         chunk = 1
     else:
-        most = max(1, min(n_samples, min(half, max(_CHUNK_BYTES, activation_bytes)) // activation_bytes))
+        within = _chunk_bytes(cut.regions[BODY])
+        most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
         if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
             most = max(1, min(most, half // draw_bytes))
         chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, as even as can be
         if chunk < n_samples:
-            said.append(f"chunks keep the activations of a call within {_bytes(min(half, _CHUNK_BYTES))}")
+            said.append(f"chunks keep the activations of a call within {_bytes(min(half, within))}")
     if not keep:
         said.append(f"{_bytes(n_samples * draw_bytes)} of draws are more than half of memory_budget, so none is kept")
     if not cut.regions[PREFIX].empty and cut.regions[PREFIX].flops():
@@ -98,6 +102,15 @@ def choose(
         body_flops=cut.regions[BODY].flops() // traced_draws,
         reasons=tuple(said),
     )
+
+
+def _chunk_bytes(body: Region) -> int:
+    """Bytes that activations of a call may take. Few where a call costs little more than its operations; a convolution
+    lays its weights out anew in every call, and a GPU is to be filled."""
+    values = [n.meta.get("val") for n in body.nodes]
+    on_cpu = all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
+    convolves = any(n.target is torch.ops.aten.convolution.default for n in body.nodes)
+    return _PRODUCT_BYTES if on_cpu and not convolves else _CHUNK_BYTES
 
 
 def _bytes(n: int) -> str:
