@@ -229,7 +229,7 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float, rounds: int) 
         run()
         begun = time.perf_counter()
         run()
-        # short calls are repeated, so that the first ones, whose weights the others drove out of the caches, count little
+        # short calls are repeated, so that the first, whose weights the others drove out of the caches, count little
         repeats[name] = max(1, min(2000, int(ROUND_SECONDS / (time.perf_counter() - begun))))
     walls: dict[str, list[float]] = {name: [] for name in runs}
     cpus: dict[str, list[float]] = {name: [] for name in runs}

@@ -113,7 +113,6 @@ class Execution:
             memory_budget=self.settings.memory_budget,
             chunk_size=self.settings.chunk_size,
             reasons=(*reasons, *self.rewrites),
-            device=self.device.type,
         )
         size = self.plan.chunk
         self._chunks = [

@@ -5,11 +5,14 @@ Chosen from the traced graph alone: its sizes say what memory a draw takes, its 
 
 from dataclasses import dataclass
 
-from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut
+import torch
+
+from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region
 
 # Activations of a chunk. On a CPU past a few MiB a larger chunk saves no more overhead and leaves every cache
 # (`docs/speed.md`); an accelerator wants many rows in flight, and few launches.
 _CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 8 * 2**20, 256 * 2**20
+_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, which have less to do again in every call
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,6 @@ def choose(
     memory_budget: int,
     chunk_size: int | None,
     reasons: tuple[str, ...] = (),
-    device: str = "cpu",
 ) -> Plan:
     """The plan for a graph traced with `traced_draws` draws.
 
@@ -63,7 +65,6 @@ def choose(
     draw_bytes = cut.kept_bytes() // traced_draws
     activation_bytes = max(1, cut.regions[BODY].peak_bytes() // traced_draws)
     half = memory_budget // 2
-    chunk_bytes = _CHUNK_BYTES if device == "cpu" else _ACCELERATOR_CHUNK_BYTES
     if activation_bytes > half:
         raise ValueError(
             f"one draw of {tile} rows needs {_bytes(activation_bytes)} of activations, more than half of the "
@@ -77,12 +78,13 @@ def choose(
     elif strategy == "loop":
         chunk = 1
     else:
-        most = max(1, min(n_samples, min(half, max(chunk_bytes, activation_bytes)) // activation_bytes))
+        within = _chunk_bytes(cut.regions[BODY])
+        most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
         if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
             most = max(1, min(most, half // draw_bytes))
         chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, as even as can be
         if chunk < n_samples:
-            said.append(f"chunks keep the activations of a call within {_bytes(min(half, chunk_bytes))}")
+            said.append(f"chunks keep the activations of a call within {_bytes(min(half, within))}")
     if not keep:
         said.append(f"{_bytes(n_samples * draw_bytes)} of draws are more than half of memory_budget, so none is kept")
     if not cut.regions[PREFIX].empty and cut.regions[PREFIX].flops():
@@ -101,6 +103,16 @@ def choose(
         body_flops=cut.regions[BODY].flops() // traced_draws,
         reasons=tuple(said),
     )
+
+
+def _chunk_bytes(body: Region) -> int:
+    """Bytes that activations of a call may take. Few where a call costs little more than its operations; a convolution
+    lays its weights out anew in every call, and an accelerator is to be filled."""
+    values = [n.meta.get("val") for n in body.nodes]
+    if any(v.device.type != "cpu" for v in values if isinstance(v, torch.Tensor)):
+        return _ACCELERATOR_CHUNK_BYTES
+    convolves = any(n.target is torch.ops.aten.convolution.default for n in body.nodes)
+    return _CHUNK_BYTES if convolves else _PRODUCT_BYTES
 
 
 def _bytes(n: int) -> str:
