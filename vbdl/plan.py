@@ -11,7 +11,7 @@ from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region
 
 # Activations of a chunk: past a few MiB a larger chunk saves no more overhead and leaves every cache (`docs/speed.md`).
 _CHUNK_BYTES = 8 * 2**20
-_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, which have less to do again in every call
+_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, where one call would not do: they lose little by more calls
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def choose(
     elif strategy == "loop":
         chunk = 1
     else:
-        within = _chunk_bytes(cut.regions[BODY])
+        within = _chunk_bytes(cut.regions[BODY], n_samples * activation_bytes)
         most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
         if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
             most = max(1, min(most, half // draw_bytes))
@@ -104,13 +104,14 @@ def choose(
     )
 
 
-def _chunk_bytes(body: Region) -> int:
-    """Bytes that activations of a call may take. Few where a call costs little more than its operations; a convolution
-    lays its weights out anew in every call, and a GPU is to be filled."""
+def _chunk_bytes(body: Region, total: int) -> int:
+    """Bytes that activations of a call may take, those of all draws being `total`. One call where that fits; otherwise
+    what the cache next to a core holds, but not for a convolution, which lays its weights out anew in every call, nor
+    on a GPU, which is to be filled."""
     values = [n.meta.get("val") for n in body.nodes]
     on_cpu = all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
     convolves = any(n.target is torch.ops.aten.convolution.default for n in body.nodes)
-    return _PRODUCT_BYTES if on_cpu and not convolves else _CHUNK_BYTES
+    return _PRODUCT_BYTES if on_cpu and not convolves and total > _CHUNK_BYTES else _CHUNK_BYTES
 
 
 def _bytes(n: int) -> str:
