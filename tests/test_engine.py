@@ -51,6 +51,20 @@ def test_the_budget_picks_the_chunk():
         predict.replace(memory_budget=plan.activation_bytes)(x)
 
 
+@pytest.mark.parametrize(
+    "body, bytes", [(nn.Conv2d(3, 9, 3), 8 * 2**20), (nn.Sequential(nn.Flatten(), nn.Linear(108, 160)), 2 * 2**20)]
+)
+def test_a_chunk_stays_in_the_caches(body, bytes):
+    """Activations of a call; more where there is a convolution, whose weights are laid out anew in every call."""
+    q = MCDropout(nn.Sequential(nn.Dropout(0.5), body, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)))
+    x = torch.randn(64, 3, 6, 6)
+    q.module(x)
+    predict = predictor(q, n_samples=300)
+    predict.explain(x)
+    plan = next(iter(predict._executions.values()))[0].plan
+    assert bytes / 2 < plan.chunk * plan.activation_bytes <= bytes
+
+
 def test_draws_that_are_not_kept_are_the_same():
     """Few activations and many weights: no budget keeps them all."""
     q = MeanField(nn.Sequential(nn.Linear(3, 211), nn.ReLU(), nn.Linear(211, 5)), 101, initial_std=0.3)

@@ -12,7 +12,7 @@ from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region
 # Activations of a chunk. On a CPU past a few MiB a larger chunk saves no more overhead and leaves every cache
 # (`docs/speed.md`); an accelerator wants many rows in flight, and few launches.
 _CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 8 * 2**20, 256 * 2**20
-_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, which have less to do again in every call
+_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, where one call would not do: they lose little by more calls
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def choose(
     elif strategy == "loop":
         chunk = 1
     else:
-        within = _chunk_bytes(cut.regions[BODY])
+        within = _chunk_bytes(cut.regions[BODY], n_samples * activation_bytes)
         most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
         if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
             most = max(1, min(most, half // draw_bytes))
@@ -105,14 +105,15 @@ def choose(
     )
 
 
-def _chunk_bytes(body: Region) -> int:
-    """Bytes that activations of a call may take. Few where a call costs little more than its operations; a convolution
-    lays its weights out anew in every call, and an accelerator is to be filled."""
+def _chunk_bytes(body: Region, total: int) -> int:
+    """Bytes that activations of a call may take, those of all draws being `total`. One call where that fits; otherwise
+    what the cache next to a core holds, but not for a convolution, which lays its weights out anew in every call, nor
+    on an accelerator, which is to be filled."""
     values = [n.meta.get("val") for n in body.nodes]
     if any(v.device.type != "cpu" for v in values if isinstance(v, torch.Tensor)):
         return _ACCELERATOR_CHUNK_BYTES
     convolves = any(n.target is torch.ops.aten.convolution.default for n in body.nodes)
-    return _CHUNK_BYTES if convolves else _PRODUCT_BYTES
+    return _PRODUCT_BYTES if not convolves and total > _CHUNK_BYTES else _CHUNK_BYTES
 
 
 def _bytes(n: int) -> str:
