@@ -205,7 +205,7 @@ def _means(found: Rows) -> dict[str, float]:
 
 def _processor_seconds() -> float:
     """Of this process and of the compilers it waited for: what does not count the time of other programs."""
-    return sum(os.times()[:4])
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def _now() -> str:
