@@ -8,8 +8,8 @@
 Providers that make the same draws are compared before any of them is timed (kernels against their references:
 tests/kernels/test_gpu.py; and TRITON_INTERPRET=1 makes --check run the kernels). Times are medians in milliseconds with
 the L2 cache flushed in between, on random data (zeros draw less power and run faster); of whole small networks, of the
-replay of a CUDA graph. `share_of_...` is bytes or
-operations a second over this card's own measured peak; `compile_s` is apart. Goals: kernels/README.md.
+replay of a CUDA graph. `share_of_...` is bytes or operations a second over this card's own measured peak; `compile_s`
+is apart. Goals: kernels/README.md.
 """
 
 import argparse

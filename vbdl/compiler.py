@@ -33,7 +33,7 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
         # every call has the shapes it was compiled for: what calls it sees to that, once and not in every call
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
             wrapped: Any = (
-                _from_cache(graph, inputs, inner) if _on_cpu(inputs) else compile_fx(graph, list(inputs), inner)
+                _from_cache(graph, inputs, inner) if on_cpu(inputs) else compile_fx(graph, list(inputs), inner)
             )
             writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
             if is_worth_replaying(graph, inputs):
@@ -66,7 +66,7 @@ def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) ->
         return compile_fx(graph, fixed, inner)  # type: ignore[return-value]
 
 
-def _on_cpu(inputs: Sequence[Tensor]) -> bool:
+def on_cpu(inputs: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in inputs)
 
 
@@ -74,7 +74,7 @@ def _without_wrappers(wrapped: Callable, made: list[Any], inputs: list[Tensor]) 
     """What Inductor wrote, without the layers around it that serve gradients and mutation and cost as much as a small
     network; None where they do something: on a GPU, or where the two do not return the same."""
     direct = getattr(made[0], "current_callable", None) if len(made) == 1 else None
-    if direct is None or not _on_cpu(inputs):
+    if direct is None or not on_cpu(inputs):
         return None
     expected = wrapped(*inputs)
     try:

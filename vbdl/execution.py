@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vbdl.compiler import compile_graph
+from vbdl.compiler import compile_graph, on_cpu
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
@@ -336,7 +336,7 @@ class _Program:
         if self._call is None:
             with torch.no_grad(), _tracing():
                 self._graph = trace(self._whole, *arguments, aligned=self._aligned)
-                if self._compile and all(t.device.type == "cpu" for t in arguments):  # measured there alone
+                if self._compile and on_cpu(arguments):  # measured there alone
                     transpose_last(self._graph)
                 self._call = compile_graph(self._graph, arguments) if self._compile else self._graph
         with torch.no_grad():

@@ -140,6 +140,14 @@ def test_small_networks_in_one_kernel(kind, best):
         assert (f"({name})" in rewritten.explain()) == (kind != "wide")
 
 
+def test_a_network_that_no_kernel_takes_stays_in_layers_whatever_the_budget(forced, monkeypatch):
+    forced(True)
+    never = {"layers": 1.0, "whole": float("inf"), "whole drawn": float("inf")}
+    monkeypatch.setattr(networks.regime, "of_network", lambda *arguments, **options: never)
+    said = predictor("plain", joint=True, memory_budget=2**12).explain(X[:1])
+    assert "bayesian_mlp" not in said and "sampled_linear" in said
+
+
 def test_a_network_stays_in_layers_where_that_is_faster(forced):
     q = vbdl.DeepEnsemble([network("plain") for _ in range(3)])
     expected = vbdl.Predictor(q, vbdl.Categorical(), compile=False)(X)

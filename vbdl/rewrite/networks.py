@@ -5,6 +5,7 @@
 Each layer alone would be launched for less work than a launch costs.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def whole_network(graph: fx.Graph, first: fx.Node, n_samples: int, budget: int) 
     if drawn is not None and weights > budget:
         times = {"whole drawn": times["whole drawn"]}  # none of them can be kept
     best = min(times, key=times.__getitem__)
-    if best == "layers":
+    if best == "layers" or math.isinf(times[best]):  # layer by layer none need be kept either
         return None
     last = chain[-1]
     with graph.inserting_before(last):
