@@ -87,14 +87,16 @@ def offset_of(row, step, samples, batch, sample_stride, batch_stride,
 @triton.jit
 def load_logits(logits, step, samples, batch, sample_stride, batch_stride,
                 DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
-                ALIGN: tl.constexpr, ROW_IN_THREAD: tl.constexpr):  # fmt: skip
+                ALIGN: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """(rows, COLUMNS) logits of a step."""
     ROWS: tl.constexpr = DRAWS * BATCH
-    if ROW_IN_THREAD:  # neighbours in a range are in neighbouring threads, and here neighbours are rows
+    if LANES > 0:  # neighbours in a range are in neighbouring threads: here LANES classes of a row, then the next row
         at = tl.arange(0, COLUMNS * ROWS)
-        start = offset_of(at % ROWS, step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, 1)
-        z = tl.load(logits + (start + at // ROWS), mask=at // ROWS < CLASSES, other=float("-inf"))
-        return tl.trans(tl.reshape(z, (COLUMNS, ROWS)))
+        start = offset_of(at // LANES % ROWS, step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, 1)
+        label = at // (LANES * ROWS) * LANES + at % LANES
+        z = tl.load(logits + (start + label), mask=label < CLASSES, other=float("-inf"))
+        z = tl.reshape(z, (COLUMNS // LANES, ROWS, LANES))
+        return tl.reshape(tl.permute(z, (1, 0, 2)), (ROWS, COLUMNS))
     else:
         label = tl.arange(0, COLUMNS)
         start = offset_of(tl.arange(0, ROWS), step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, ALIGN)
@@ -110,12 +112,12 @@ def predictive_statistics_forward(
     logits, mean_out, variance_out, total_out, aleatoric_out,
     samples, batch, sample_stride, batch_stride,
     DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr, ROW_IN_THREAD: tl.constexpr, AHEAD: tl.constexpr, FAST: tl.constexpr,
+    ALIGN: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A row of the tile is one example in one of DRAWS slots, which share the draws and are merged at the end.
 
     COLUMNS: CLASSES, or the power of two after it. ALIGN: what the strides are multiples of, which Triton finds out by
-    itself only of 16. ROW_IN_THREAD: all classes of a row in one thread, which exchanges nothing for its sums.
+    itself only of 16. LANES: threads that share a row, which exchange what they have for its sums; 0: as Triton likes.
     """
     mean = tl.zeros((DRAWS * BATCH, COLUMNS), tl.float32)
     squares = mean
@@ -124,13 +126,13 @@ def predictive_statistics_forward(
     steps = tl.cdiv(samples, DRAWS)
     if AHEAD:
         ahead = load_logits(
-            logits, 0, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, ROW_IN_THREAD
+            logits, 0, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, LANES
         )  # fmt: skip
     for step in range(0, steps):
         coming = tl.minimum(step + 1, steps - 1) if AHEAD else step  # on its way while this step computes
         loaded = load_logits(
             logits, coming, samples, batch, sample_stride, batch_stride,
-            DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, ROW_IN_THREAD,
+            DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, LANES,
         )  # fmt: skip
         if AHEAD:
             z = ahead
@@ -178,23 +180,24 @@ def predictive_statistics_forward(
 _PROGRAMS = 256  # that keep a card busy: with fewer examples, rows of the tile are slots of draws
 
 
-def config(classes: int, align: int, batch: int, samples: int) -> dict:
-    """Measured on an H100. Few classes that do not come in vectors are one thread's; else a row of up to 1024 classes
-    is one warp's or two's, 4 to 16 elements a thread. align: what classes and strides are multiples of."""
+def config(classes: int, align: int, size: int, batch: int, samples: int) -> dict:
+    """align: what classes and strides are multiples of; size: bytes of a logit. Classes that do not come in whole
+    vectors of 16 bytes are spread 16 a thread over neighbouring threads, as counted in the machine code; of the others,
+    measured on an H100, a row of up to 1024 is one warp's or two's, 4 to 16 elements a thread."""
     columns = triton.next_power_of_2(classes)
-    in_thread = columns <= 32 and align < min(4, columns // 2)
-    if in_thread:
-        rows, warps = 64, 2
+    lanes = max(1, columns // 16) if align * size < 16 and 4 <= columns <= 512 else 0
+    if lanes:
+        rows, warps = 64 // lanes, 2
     else:
         elements = 16 if columns >= 256 else 4 if columns <= 64 and align == 4 else 8
         rows, warps = max(1, 64 * elements // columns), min(16, max(2, columns // 512))
-        if batch < _PROGRAMS * rows and warps < 8:  # more warps, to have as many slots
-            more = min(8 // warps, triton.next_power_of_2(samples))
-            rows, warps = rows * more, warps * more
+    if batch < _PROGRAMS * rows and warps < 8 and lanes != 1:  # more warps, to have as many slots
+        more = min(8 // warps, triton.next_power_of_2(samples))
+        rows, warps = rows * more, warps * more
     examples = 2 ** (max(1, batch // _PROGRAMS).bit_length() - 1)
     draws = min(max(1, rows // examples), triton.next_power_of_2(samples))
     tile = dict(DRAWS=draws, BATCH=rows // draws, CLASSES=classes, COLUMNS=columns, ALIGN=align)
-    return tile | dict(ROW_IN_THREAD=in_thread, AHEAD=in_thread or columns >= 128, num_warps=warps)
+    return tile | dict(LANES=lanes, AHEAD=lanes > 0 or columns >= 128, num_warps=warps)
 
 
 def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,7 +211,8 @@ def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     strides = logits.stride(0), logits.stride(1)
-    tile = config(classes, math.gcd(classes, *strides, 16 // logits.element_size()), batch, samples)
+    size = logits.element_size()
+    tile = config(classes, math.gcd(classes, *strides, 16 // size), size, batch, samples)
     with on_device(logits):
         predictive_statistics_forward[(triton.cdiv(batch, tile["BATCH"]),)](
             logits, *found, samples, batch, *strides,

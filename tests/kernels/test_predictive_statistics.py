@@ -65,7 +65,10 @@ def test_what_does_not_fit_is_refused(shape):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 5, 7), (3, 130, 10), (2, 3, 1000), (4, 0, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (9, 5, 7), (3, 130, 10), (100, 2, 20), (5, 9, 43), (2, 3, 100), (2, 3, 511), (2, 3, 1000), (4, 0, 3)],
+)
 def test_kernel_is_the_definition(shape, dtype, poisoned):
     logits = problem(*shape, dtype)
     check(torch.ops.vbdl.predictive_statistics(logits), logits)
