@@ -281,6 +281,87 @@ def test_outputs_that_are_no_tensor_are_refused():
         predictor(MCDropout(Pair()))(torch.randn(7, 3))
 
 
+class LastStep(nn.Module):
+    """Recurrent, the batch on the axis that torch puts it on unless told otherwise: the second."""
+
+    def __init__(self, batch_first: bool = False):
+        super().__init__()
+        self.layer, self.batch_first = nn.GRU(3, 8, batch_first=batch_first), batch_first
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        steps = self.layer(x)[0]
+        return self.head(steps[:, -1] if self.batch_first else steps[-1])
+
+
+class Attends(nn.Module):
+    """Attention over the rows of the batch, as it is without batch_first."""
+
+    def __init__(self, batch_first: bool = False):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[:, -1])
+
+
+class Centred(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def unstable_norm():
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    "net, x, message",
+    [
+        (LastStep, torch.randn(20, 5, 3), "returned 5 rows for a batch of 64: the batch is the first axis"),
+        (Attends, torch.randn(20, 5, 8), "depends on the other rows"),
+        (lambda: Centred(3, 2), torch.randn(20, 3), "depends on the other rows"),
+        (unstable_norm, torch.randn(20, 3), "track_running_stats"),
+        (unstable_norm, torch.randn(1, 3), "track_running_stats"),
+    ],
+)
+def test_rows_that_do_not_stay_apart_are_refused(net, x, message):
+    with pytest.raises(ValueError, match=message):
+        predictor(DeepEnsemble(net(), 2), n_samples=2)(x)
+
+
+@pytest.mark.parametrize("net, width", [(LastStep, 3), (Attends, 8)])
+def test_rows_first_are_taken(net, width):
+    members = [net(batch_first=True).eval() for _ in range(2)]
+    x = torch.randn(20, 5, width)
+    expected = torch.stack([m(x).softmax(-1) for m in members]).mean(0)
+    torch.testing.assert_close(predictor(DeepEnsemble(members), n_samples=2)(x).probs, expected, rtol=1e-5, atol=1e-6)
+
+
+class Branches(nn.Linear):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if float(out.sum()) > -1e9 else out * 2
+
+
+class Packs(LastStep):
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(self.layer(packed)[1][-1])
+
+
+@pytest.mark.parametrize(
+    "net, x",
+    [
+        (lambda: Branches(3, 2), torch.randn(7, 3)),
+        (lambda: Packs(batch_first=True), (torch.randn(7, 5, 3), torch.tensor([5, 4, 5, 1, 2, 3, 5]))),
+    ],
+)
+def test_what_depends_on_values_is_said_to_be_the_fault(net, x):
+    with pytest.raises(ValueError, match="runs, but cannot be traced.*not on their values"):
+        predictor(DeepEnsemble(net(), 2), n_samples=2)(x)
+
+
 @pytest.mark.parametrize(
     "likelihood, outputs, y, message",
     [

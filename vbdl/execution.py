@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbdl.compiler import compile_graph, on_cpu
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
@@ -22,8 +23,10 @@ from vbdl.plan import Plan, choose
 from vbdl.rewrite import rewrite
 from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
 from vbdl.rewrite.loops import transpose_last
-from vbdl.stacking import Inputs, State, call_each, call_stacked, map_inputs, state_of, tensors
+from vbdl.stacking import Inputs, State, call, call_each, call_stacked, map_inputs, select, state_of, tensors
 from vbdl.types import Likelihood, Posterior
+
+_APART = 1e-2  # of the largest output: beyond all rounding, far below what a neighbour's values make of a row
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Execution:
         probe = self._state(torch.arange(min(2, self.n_samples)))
         self._shared = {n: t.detach() for n, t in state_of(pair).items() if n not in probe}
         self._tile = tile
+        self._try(probe, tile)
         # rows that lie alike round alike: promised for tiles of multiples of 64 rows, and of no use to one row
         self._aligned = tensors(tile)[0].shape[0] % 64 == 0
         strategy, reasons = "stacked", ()
@@ -89,10 +93,15 @@ class Execution:
                 traced = self._trace(strategy, probe)
         except Exception as error:  # what vmap cannot take, it says in many ways
             strategy = "loop"
-            said = str(error).strip() or type(error).__name__
-            reasons = (f"the draws cannot be mapped together: {said.splitlines()[0]}",)
+            reasons = (f"the draws cannot be mapped together: {_first_line(error)}",)
             probe = self._state(torch.arange(1))
-            traced = self._trace(strategy, probe)
+            try:
+                traced = self._trace(strategy, probe)
+            except Exception as reason:  # it has just run, so tracing is what fails
+                raise ValueError(
+                    f"the module runs, but cannot be traced: {_first_line(reason)}. What it computes may depend on the "
+                    f"shapes of its inputs and not on their values: no `if` on a tensor, no .item(), no packed sequence"
+                ) from reason
         found = self._cut(traced, probe)
         if found.random:
             raise NotImplementedError(
@@ -125,6 +134,33 @@ class Execution:
         self._found = found
         self._measured.clear()
         self.parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
+
+    def _try(self, probe: State, tile: Inputs) -> None:
+        """One draw run plainly: what the module cannot take it says in torch's own words, and rows must stay apart."""
+        network = Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
+        buffers = {n for n, _ in network.named_buffers()}
+        state = {**self._shared, **select(probe, 0)}
+
+        def run(tile: Inputs) -> Tensor:
+            # copies of the buffers, which a forward may write to
+            return call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile)
+
+        rows = tensors(tile)[0].shape[0]
+        outputs = run(tile)
+        if outputs.shape[0] != rows:
+            raise ValueError(
+                f"the module returned {outputs.shape[0]} rows for a batch of {rows}: the batch is the first axis of "
+                f"every input and of the output (batch_first=True in recurrent layers and attention)"
+            )
+        alike = run(map_inputs(lambda t: t[:1].expand_as(t).contiguous(), tile))
+        scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
+        unstable = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules())
+        if unstable or not torch.allclose(outputs[:1], alike[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
+            raise ValueError(
+                "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
+                "batch is the first axis of every input (batch_first=True in recurrent layers and attention), and "
+                "batch normalisation needs track_running_stats=True"
+            )
 
     def _state(self, numbers: Tensor) -> State:
         """Entries of these draws: of the network, and of the likelihood where each member has its own."""
@@ -287,6 +323,10 @@ class Execution:
         """(samples, rows, ...) parameters of p(y | x), each draw's."""
         inputs = self._inputs(tile)
         return torch.cat([self._run(chunk, "parameters", inputs, {})["parameters"] for chunk in self._chunks])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class _Program:
