@@ -133,6 +133,19 @@ def test_samples_are_kept_when_asked_for():
     torch.testing.assert_close(p.samples.softmax(-1).mean(0), p.probs, **ROUNDING)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_autocast_around_a_call_changes_nothing(compile, chunk_size):
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 5))
+    make = lambda: predictor(MCDropout(net), compile=compile, chunk_size=chunk_size)
+    x, p = torch.randn(64, 64), make()
+    expected = make()(x).probs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, again = p(x).probs, p(x).probs
+    for found in (first, again, p(x).probs):
+        assert torch.equal(found, expected)
+
+
 def test_a_stream_is_its_batches():
     predict, x = predictor(), torch.randn(70, 3)
     whole = predict(x)

@@ -377,10 +377,11 @@ class Predictor:
                 own = slice(start, start + part.n_members)
                 members = {n: t[own] for n, t in self.likelihood.named_parameters()}
             try:
-                if self.estimator == "moments":
-                    executions.append(MomentExecution(part, self.likelihood, tile, self.settings, count))
-                else:
-                    executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
+                with _outside_autocast(self.device):
+                    if self.estimator == "moments":
+                        executions.append(MomentExecution(part, self.likelihood, tile, self.settings, count))
+                    else:
+                        executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
             except (RuntimeError, IndexError, AssertionError) as error:
                 shapes = [f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors(tile)]
                 raise ValueError(f"the module cannot take rows of {', '.join(shapes)}: {error}") from error
@@ -424,14 +425,15 @@ class Predictor:
         """Lets one thread at a time through a call that compiles; calls after it share nothing they write to."""
         warm = executions[0].warm
         if warm.issuperset(ends):
-            yield
+            with _outside_autocast(self.device):
+                yield
             return
         if self.sealed:
             raise RuntimeError(
                 "each draw's parameters were asked for, or steps of draws, which was not warmed up, and compiling "
                 "after warm_up is refused: warm_up(..., samples=True), or adaptive=True"
             )
-        with self._lock:
+        with self._lock, _outside_autocast(self.device):
             yield
         warm.update(ends)
 
@@ -446,6 +448,11 @@ class PredictiveModule(nn.Module):
     def forward(self, *args, **kwargs) -> Tensor:
         x = kwargs if kwargs else (args[0] if len(args) == 1 else args)
         return self.predictor(x).mean
+
+
+def _outside_autocast(device: torch.device) -> torch.autocast:
+    """A predictor has an autocast of its own: around a call it would be compiled in by whoever calls first."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
