@@ -169,6 +169,27 @@ def test_stacked_is_a_loop_over_samples(posterior, network):
     torch.testing.assert_close(kept.aleatoric, entropy(probs).mean(0).float(), **ROUNDING)
 
 
+@two_networks
+@each_posterior
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_the_gradient_is_that_of_the_loop(posterior, network, chunk_size):
+    x, q = inputs(network).requires_grad_(), build(posterior, network).eval().requires_grad_(False)
+    probs = []
+    for part in q.parts:
+        part.prepare(x.detach())
+        state = part.draws(torch.arange(part.n_draws or SAMPLES), 0)
+        count = next(iter(state.values())).shape[0]
+        rows = [functional_call(part.module, {n: t[s] for n, t in state.items()}, (x,)) for s in range(count)]
+        probs += [row.softmax(-1) for row in rows]
+    (expected,) = torch.autograd.grad(torch.stack(probs).mean(0)[:, 0].sum(), x)
+    predict = predictor(posterior, network, joint=True, chunk_size=chunk_size)
+    (found,) = torch.autograd.grad(predict(x).probs[:, 0].sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not predict(x.detach()).probs.requires_grad
+    with torch.no_grad():
+        assert not predict(x).probs.requires_grad
+
+
 # -- what it does not depend on
 
 
@@ -306,6 +327,14 @@ def test_compiling_changes_nothing(posterior, network):
         part = predict(x[rows])
         for name in ("probs", "total", "aleatoric", "epistemic", "standard_error"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), f"{name} of rows {rows}"
+
+
+def test_a_compiled_predictor_has_the_gradient_too():
+    x = inputs("mlp").requires_grad_()
+    gradient = lambda p: torch.autograd.grad(p(x).total.sum(), x)[0]
+    compiled = usual("dropout", "mlp", compile=True)
+    torch.testing.assert_close(gradient(compiled), gradient(usual("dropout", "mlp")), **ROUNDING)
+    assert_same(compiled(x), compiled(x.detach()))
 
 
 @pytest.mark.slow

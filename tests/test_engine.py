@@ -281,6 +281,15 @@ def test_a_plain_module_is_refused_with_a_way_out():
         Predictor(network(), Categorical())
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_transforms_of_torch_are_refused(transform):
+    p = predictor()
+    with pytest.raises(NotImplementedError, match="requires_grad"):
+        transform(lambda x: p(x).total.sum())(
+            torch.randn(2, 7, 3) if transform is torch.func.vmap else torch.randn(7, 3)
+        )
+
+
 def test_outputs_that_are_no_tensor_are_refused():
     class Pair(nn.Module):
         def __init__(self):

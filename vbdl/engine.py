@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vbdl import adaptive
 from vbdl.adaptive import Rule
@@ -126,6 +127,7 @@ class Predictor:
         deadline: seconds; the best answer in that time, of at least one step of draws.
         With either, `prediction.n_samples` says how many draws each row is based on, (batch,) where they differ, and
         the answer is that of a predictor of as many samples.
+        Inputs that require a gradient get it, from the same graph uncompiled; without a tolerance or a deadline.
         """
         torch.get_num_threads()  # asking makes `torch.set_num_threads` hold on this thread too: the same last bits
         if tolerance is not None or deadline is not None:
@@ -317,6 +319,11 @@ class Predictor:
             raise TypeError("inputs are tensors: one, a tuple of them, or a dict by argument name")
         if any(t.ndim < 1 for t in found):
             raise ValueError("inputs have a batch axis first, got a scalar")
+        if any(is_functorch_wrapped_tensor(t) for t in found):
+            raise NotImplementedError(
+                "a predictor cannot be called inside a transform of torch.func: give it all rows at once, and for a "
+                "gradient inputs with requires_grad"
+            )
         sizes = {t.shape[0] for t in found}
         if len(sizes) > 1:
             raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in found]}")
@@ -368,6 +375,7 @@ class Predictor:
         """An execution for each architecture in the posterior, with its share of the draws."""
         executions: list[Any] = []
         start = 0
+        tile = map_inputs(Tensor.detach, tile)
         for part in self.posterior.parts:
             count = min(part.n_draws or self.n_samples, self.n_samples - start)
             if count <= 0:

@@ -374,11 +374,14 @@ class _Program:
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
         arguments = [*(values[n] for n in self.inputs), *carried.values()]
         if self._call is None:
+            examples = [t.detach() for t in arguments]
             with torch.no_grad(), _tracing():
-                self._graph = trace(self._whole, *arguments, aligned=self._aligned)
-                if self._compile and on_cpu(arguments):  # measured there alone
+                self._graph = trace(self._whole, *examples, aligned=self._aligned)
+                if self._compile and on_cpu(examples):  # measured there alone
                     transpose_last(self._graph)
-                self._call = compile_graph(self._graph, arguments) if self._compile else self._graph
+                self._call = compile_graph(self._graph, examples) if self._compile else self._graph
+        if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
+            return dict(zip(self.outputs, self._graph(*arguments), strict=False))  # what is compiled has no gradient
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
 

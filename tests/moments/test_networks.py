@@ -207,3 +207,9 @@ def test_draws_are_refused():
         predict.replace(estimator="moment")
     with pytest.raises(ValueError, match="leave out autocast"):
         predict.replace(autocast=torch.bfloat16)(x)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    predict = Predictor(vbdl.MCDropout(mlp().double()), vbdl.Categorical(), compile=False, estimator="moments")
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: predict(x).probs, x, fast_mode=True, atol=1e-4)

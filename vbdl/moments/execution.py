@@ -67,6 +67,7 @@ class MomentExecution:
         self.warm: set[str] = set()
         self.plan = MomentPlan(self)
         self._call: Any = None
+        self._graph: Any = None
         with torch.no_grad(), _tracing():
             self._prepare()
 
@@ -129,9 +130,12 @@ class MomentExecution:
         """Fields of the prediction of a tile."""
         arguments = [*tensors(tile), *_tensors_of(self._kept), self._points]
         if self._call is None:
+            examples = [t.detach() for t in arguments]
             with torch.no_grad(), _tracing():
-                graph = trace(self._whole, *arguments)
-                self._call = compile_graph(graph, arguments) if self.settings.compile else graph
+                self._graph = trace(self._whole, *examples)
+                self._call = compile_graph(self._graph, examples) if self.settings.compile else self._graph
+        if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
+            return dict(zip(self._names, self._graph(*arguments), strict=True))
         with torch.no_grad():
             return dict(zip(self._names, self._call(*arguments), strict=True))
 
