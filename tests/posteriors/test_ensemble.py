@@ -58,6 +58,22 @@ def test_a_module_without_its_own_initialisation_is_refused_or_given_one():
     assert len(torch.unique(q.stacked()["scale"])) == 9
 
 
+def test_what_is_frozen_is_the_same_in_every_member():
+    class Backbone(nn.Sequential):
+        def reset_parameters(self):  # reaches into a layer that is frozen
+            self[3].reset_parameters()
+
+    net = Backbone(*trained_looking(network()))
+    for layer in (net[1], net[3]):
+        layer.requires_grad_(False)
+    stacked = DeepEnsemble(net, 3).stacked()
+    for name in ("1.weight", "1.running_mean", "1.running_var", "3.weight", "3.bias"):
+        assert all(torch.equal(t, net.state_dict()[name]) for t in stacked[name]), name
+    assert len(torch.unique(stacked["0.weight"])) == 3 * 33
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        DeepEnsemble(network().requires_grad_(False), 3)
+
+
 def test_trained_members_predict_as_they_do_themselves():
     members, x = [trained_looking(network()) for _ in range(3)], torch.randn(7, 3)
     p = predict(DeepEnsemble(members))(x, samples=True)

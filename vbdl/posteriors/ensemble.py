@@ -22,7 +22,8 @@ class DeepEnsemble(nn.Module):
     networks: a module, of which n_members fresh initialisations are made, or a list of (trained) modules. Either may
     be posteriors themselves: an ensemble of dropout or of mean-field networks. A list of different architectures is
     taken too, and run one architecture after the other.
-    initialize: what makes a fresh initialisation of a copy; unless given, every submodule's `reset_parameters`.
+    initialize: what makes a fresh initialisation of a copy; unless given, every submodule's `reset_parameters`, and
+        what is frozen (requires_grad=False), like a pretrained backbone, stays as it is.
     seed: of the initialisations and of dropout in training; member m uses seed + m.
     """
 
@@ -200,14 +201,34 @@ def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], objec
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Every submodule's own initialisation. Raises ValueError where parameters belong to one that has none."""
+    """Every submodule's own initialisation, but for what is frozen.
+
+    Raises ValueError where parameters belong to a submodule that has no initialisation, or all are frozen.
+    """
     target: Any = module.module.inner if is_posterior(module) else module
+    if any(True for _ in target.parameters()) and not any(p.requires_grad for p in target.parameters()):
+        raise ValueError(
+            "every parameter is frozen, so all members would be one network: thaw what is to be trained with "
+            "requires_grad_(True), or give DeepEnsemble a list of trained modules"
+        )
+    # a submodule's initialisation may reach into others, so that what is frozen is put back in the end
+    kept = {t: t.detach().clone() for m in target.modules() for t in _frozen(m)}
     for name, m in target.named_modules():
         reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)
         if callable(reset):
             reset()
-        elif any(True for _ in m.parameters(recurse=False)):
+        elif any(p.requires_grad for p in m.parameters(recurse=False)):
             raise ValueError(
                 f"module '{name}' ({type(m).__name__}) holds parameters and has no reset_parameters(): "
                 f"give DeepEnsemble(module, n_members, initialize=...), or a list of modules you have initialised"
             )
+    with torch.no_grad():
+        for t, value in kept.items():
+            t.copy_(value)
+
+
+def _frozen(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters that are not trained; with its buffers (running statistics) where none is."""
+    own = list(module.parameters(recurse=False))
+    frozen: list[Tensor] = [p for p in own if not p.requires_grad]
+    return [*frozen, *module.buffers(recurse=False)] if frozen and len(frozen) == len(own) else frozen
