@@ -291,6 +291,33 @@ def test_state_dict_round_trip(posterior, network):
     assert_same(Predictor(other, Categorical(), **settings)(x), usual(posterior, network)(x), exact=True)
 
 
+# -- networks that cannot be wrapped
+
+WRAPS = {"dropout": MCDropout, "mean-field": lambda m: MeanField(m, 7), "ensemble": lambda m: DeepEnsemble(m, 2)}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(
+    "network, error, message",
+    [
+        (lambda x: x, TypeError, "a network is an nn.Module, got function"),
+        (lambda: torch.compile(mlp()), ValueError, "the module is compiled already"),
+        (lambda: nn.Sequential(torch.compile(mlp())), ValueError, "module '0' is compiled already"),
+        (lambda: nn.Sequential(nn.LazyLinear(5), nn.Dropout(0.3)), ValueError, "call it on one batch first"),
+    ],
+)
+def test_what_is_no_plain_network_is_refused(wrap, network, error, message):
+    with pytest.raises(error, match=message):
+        WRAPS[wrap](network if error is TypeError else network())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("wrap", ["dropout", "mean-field"])
+def test_torchscript_is_refused_where_it_would_be_looked_into(wrap):
+    with pytest.raises(ValueError, match="TorchScript"):
+        WRAPS[wrap](nn.Sequential(torch.jit.script(mlp()), nn.Dropout(0.3)))
+
+
 # -- sizes at the edge
 
 

@@ -12,7 +12,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.stacking import arguments
+from vbdl.stacking import arguments, check_network
 from vbdl.types import Inputs
 
 _NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -70,8 +70,7 @@ def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
     see dropout called inside a forward, to count operations and to make a plan; without it layers are listed only.
     The module is left as it was.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"inspect takes an nn.Module, got {type(module).__name__}")
+    check_network(module)
     report = Report(
         type=type(module).__name__,
         parameters=sum(p.numel() for p in module.parameters()),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from vbdl.types import Inputs, State
@@ -46,6 +47,22 @@ def rebuild(like: Inputs, found: Sequence[Tensor]) -> Inputs:
     if isinstance(like, Mapping):
         return dict(zip(like, found, strict=True))
     return tuple(found)
+
+
+def check_network(module: Any, scripted: bool = False) -> None:
+    """TypeError or ValueError for what cannot be called with other weights: no module, compiled, lazy, or scripted
+    where the method has to look inside.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"a network is an nn.Module, got {type(module).__name__}")
+    for name, m in module.named_modules():
+        where = f"module '{name}'" if name else "the module"
+        if hasattr(m, "_orig_mod"):
+            raise ValueError(f"{where} is compiled already, and vbdl compiles by itself: give it what was compiled")
+        if isinstance(m, torch.jit.ScriptModule) and not scripted:
+            raise ValueError(f"{where} is a TorchScript module, which cannot be looked into: give the Python module")
+    if any(is_lazy(t) for t in state_of(module).values()):
+        raise ValueError("the module has lazy layers without weights yet: call it on one batch first")
 
 
 def state_of(module: nn.Module) -> State:

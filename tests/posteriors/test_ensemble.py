@@ -157,6 +157,8 @@ def test_an_ensemble_needs_members():
             DeepEnsemble(network(), n)
     with pytest.raises(ValueError, match="n_members is 2 but 3"):
         DeepEnsemble([network() for _ in range(3)], 2)
+    with pytest.raises(ValueError, match="members cannot differ"):
+        DeepEnsemble(nn.ReLU(), 2)
 
 
 def test_tied_weights_stay_tied():

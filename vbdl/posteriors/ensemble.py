@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import architecture, blueprint, call_each, call_stacked, can_map, holding, stack
+from vbdl.stacking import (
+    architecture,
+    blueprint,
+    call_each,
+    call_stacked,
+    can_map,
+    check_network,
+    holding,
+    stack,
+    state_of,
+)
 from vbdl.types import Inputs, State, is_posterior
 
 
@@ -37,6 +47,10 @@ class DeepEnsemble(nn.Module):
         initialize: Callable[[nn.Module], object] | None = None,
     ):
         super().__init__()
+        for network in networks if isinstance(networks, Sequence) else [networks]:
+            check_network(network, scripted=True)
+            if not state_of(network):
+                raise ValueError("the network has no parameter or buffer, so that members cannot differ")
         if isinstance(networks, nn.Module):
             if n_members is None or n_members < 1:
                 raise ValueError(f"DeepEnsemble of one module needs n_members of at least 1, got {n_members}")
@@ -206,7 +220,7 @@ def reset_parameters(module: nn.Module) -> None:
     Raises ValueError where parameters belong to a submodule that has no initialisation, or all are frozen.
     """
     target: Any = module.module.inner if is_posterior(module) else module
-    if any(True for _ in target.parameters()) and not any(p.requires_grad for p in target.parameters()):
+    if not any(p.requires_grad for p in target.parameters()):
         raise ValueError(
             "every parameter is frozen, so all members would be one network: thaw what is to be trained with "
             "requires_grad_(True), or give DeepEnsemble a list of trained modules"

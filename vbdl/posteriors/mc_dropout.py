@@ -13,6 +13,7 @@ from vbdl_kernels import make_key
 
 from vbdl.nn.dropout import DropoutNetwork, may_drop
 from vbdl.nn.objective import Objective, training_keys
+from vbdl.stacking import check_network
 from vbdl.types import Inputs, State
 
 
@@ -41,6 +42,7 @@ class MCDropout(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        check_network(module)
         for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"a dropout rate lies in [0, 1), got {rate}")
