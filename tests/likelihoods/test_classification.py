@@ -181,3 +181,29 @@ def test_wrong_outputs_are_refused_with_the_reason():
         Categorical()(torch.randn(5))
     with pytest.raises(ValueError, match="scalar"):
         Bernoulli()(torch.tensor(1.0))
+
+
+def predicted(likelihood, parameters):
+    return likelihood.prediction(likelihood.finish(likelihood.summarize(parameters)), len(parameters))
+
+
+def test_the_log_probability_is_that_of_the_target():
+    p = predicted(Categorical(), torch.randn(4, 3, 2))
+    y = torch.tensor([0, 1, 1])
+    expected = p.probs[torch.arange(3), y].log()
+    for same in (y, y.to(torch.int32), y.numpy()):
+        torch.testing.assert_close(p.log_prob(same), expected)
+    p = predicted(Bernoulli(), torch.randn(4, 3))
+    expected = torch.distributions.Bernoulli(p.probs).log_prob(y.float())
+    for same in (y, y.bool(), y.float(), y.unsqueeze(1), y.numpy()):
+        torch.testing.assert_close(p.log_prob(same), expected)
+
+
+@pytest.mark.parametrize(
+    "y, message",
+    [([0, 1], "do not fit"), ([1], "do not fit"), ([0, 1, 2], "0 or 1|run from 0 to 2"), ([[0, 1]], "do not fit")],
+)
+def test_the_log_probability_of_targets_that_do_not_fit_is_refused(y, message):
+    for p in (predicted(Categorical(), torch.randn(4, 3, 2)), predicted(Bernoulli(), torch.randn(4, 3))):
+        with pytest.raises(ValueError, match=message):
+            p.log_prob(torch.tensor(y))

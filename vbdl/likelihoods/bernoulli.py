@@ -39,9 +39,22 @@ class BernoulliPrediction:
         return torch.maximum(self.probs, 1 - self.probs)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """(batch, ...) log p(y | x) in nats of the mean probability."""
+        """(batch, ...) log p(y | x) in nats of the mean probability. ValueError for targets that do not fit it."""
+        y = check_yes_or_no(torch.as_tensor(y, device=self.probs.device), self.probs.shape)
         picked = torch.where(y.to(torch.bool), self.probs, 1 - self.probs)
         return picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
+
+
+def check_yes_or_no(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+    """y as 0.0 and 1.0 in the shape of the logits, or ValueError."""
+    shape = list(parameters_shape)
+    if y.ndim == len(shape) + 1 and y.shape[-1] == 1:
+        y = y.squeeze(-1)
+    if list(y.shape) != shape:
+        raise ValueError(f"targets {tuple(y.shape)} do not fit {tuple(shape)} logits")
+    if y.numel() and not bool(((y == 0) | (y == 1)).all()):
+        raise ValueError("Bernoulli targets are 0 or 1; for more classes use vbdl.Categorical()")
+    return y.to(torch.float32)
 
 
 class Bernoulli(nn.Module):
@@ -54,14 +67,7 @@ class Bernoulli(nn.Module):
         return outputs.squeeze(-1) if outputs.ndim == 2 and outputs.shape[-1] == 1 else outputs
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-        shape = list(parameters_shape)
-        if y.ndim == len(shape) + 1 and y.shape[-1] == 1:
-            y = y.squeeze(-1)
-        if list(y.shape) != shape:
-            raise ValueError(f"targets {tuple(y.shape)} do not fit {tuple(shape)} logits")
-        if y.numel() and not bool(((y == 0) | (y == 1)).all()):
-            raise ValueError("Bernoulli targets are 0 or 1; for more classes use vbdl.Categorical()")
-        return y.to(torch.float32)
+        return check_yes_or_no(y, parameters_shape)
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, ...) logits, (batch, ...) -> (batch,) nats, summed over the questions."""

@@ -44,9 +44,25 @@ class CategoricalPrediction:
         return self.probs.amax(-1)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """(batch, ...) log p(y | x) in nats of the mean probabilities."""
+        """(batch, ...) log p(y | x) in nats of the mean probabilities. ValueError for targets that do not fit them."""
+        y = check_classes(torch.as_tensor(y, device=self.probs.device), self.probs.shape)
         picked = self.probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         return picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
+
+
+def check_classes(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+    """y as int64 class numbers (batch, ...) for (batch, ..., classes), or ValueError."""
+    *shape, classes = parameters_shape
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"Categorical targets are class numbers (an integer dtype), got {y.dtype}")
+    if list(y.shape) != list(shape):
+        raise ValueError(f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes")
+    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+        raise ValueError(
+            f"targets run from {int(y.min())} to {int(y.max())}, the module returns {classes} classes "
+            f"(0 to {classes - 1})"
+        )
+    return y.to(torch.int64)
 
 
 class Categorical(nn.Module):
@@ -73,17 +89,7 @@ class Categorical(nn.Module):
         return outputs if self.class_axis == -1 else outputs.movedim(self.class_axis, -1)
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-        *shape, classes = parameters_shape
-        if y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(f"Categorical targets are class numbers (an integer dtype), got {y.dtype}")
-        if list(y.shape) != list(shape):
-            raise ValueError(f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes")
-        if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
-            raise ValueError(
-                f"targets run from {int(y.min())} to {int(y.max())}, the module returns {classes} classes "
-                f"(0 to {classes - 1})"
-            )
-        return y.to(torch.int64)
+        return check_classes(y, parameters_shape)
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, ..., classes) logits, (batch, ...) -> (batch,) nats, summed over the axes between."""

@@ -38,7 +38,7 @@ class RegressionPrediction:
     def log_prob(self, y: Tensor) -> Tensor:
         """(batch,) log density of the mixture in nats; y: (batch, outputs), or (batch,) for one output."""
         components = self._components()
-        y = as_columns(y, components.shape[1:-1])
+        y = as_columns(torch.as_tensor(y, device=components.device), components.shape[1:-1])
         each = normal_nll(components, y).flatten(2).sum(2)
         return torch.logsumexp(-each, dim=0) - math.log(components.shape[0])
 
