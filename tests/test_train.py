@@ -330,6 +330,28 @@ def test_a_loss_that_stops_being_finite_is_named(data):
         vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=3, compile=False)
 
 
+@pytest.mark.parametrize("wrap", [lambda q: q, lambda q: vbdl.DeepEnsemble(q, 2)])
+def test_an_interrupted_training_knows_its_rows_and_leaves_the_posterior_usable(data, wrap):
+    q, likelihood = wrap(vbdl.MeanField(plain(), N)), vbdl.Gaussian(OUTPUTS)
+
+    def interrupted():
+        yield from TensorDataset(*data)
+        raise KeyboardInterrupt
+
+    class Once(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return interrupted()
+
+        def __len__(self):
+            return N
+
+    with pytest.raises(KeyboardInterrupt):
+        vbdl.fit(q, DataLoader(Once(), batch_size=16), likelihood, epochs=3, kl_warmup=5, compile=False)
+    assert q.kl_weight == 1.0 and not q.training and all(p.grad is None for p in q.parameters())
+    with pytest.raises(ValueError, match=r"64 of 71 calibration rows were trained on"):
+        vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), *data, vbdl.StdScaling())
+
+
 @pytest.mark.parametrize(
     "make", [lambda net: vbdl.DeepEnsemble(net, 2), lambda net: vbdl.DeepEnsemble(vbdl.MCDropout(net), 2)]
 )

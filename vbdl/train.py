@@ -288,6 +288,20 @@ class _Run:
         o, history = self.o, self.history
         self._resume()
         self.posterior.train()
+        try:
+            self._epochs()
+        finally:  # a training that was interrupted has trained all the same
+            self._leave()
+        if o["checkpoint"] is not None:
+            self._save(history.epochs)
+        self.best.restore(state_of(self.losses))
+        history.best_epoch = self.best.epoch.tolist()
+        history.compile_seconds += self.step.compile_seconds
+        history.seconds += time.perf_counter() - begun
+        return history
+
+    def _epochs(self) -> None:
+        o, history = self.o, self.history
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), Progress("training", o["epochs"], o["progress"]) as bar:
             bar.done = self.start
@@ -310,13 +324,11 @@ class _Run:
                     self._save(epoch + 1)
                 if self.best.done:
                     break
-        if self.kl_weight is not None and o["kl_warmup"]:
+
+    def _leave(self) -> None:
+        """The posterior as it is used after training, which knows its rows."""
+        if self.kl_weight is not None and self.o["kl_warmup"]:
             self.posterior.kl_weight = self.kl_weight
-        if o["checkpoint"] is not None:
-            self._save(history.epochs)
-        self.best.restore(state_of(self.losses))
-        history.best_epoch = self.best.epoch.tolist()
-        history.compile_seconds += self.step.compile_seconds
         self.posterior.eval()
         # what vbdl.calibrate refuses to calibrate on; a plain attribute, no buffer that the network would carry
         before = getattr(self.posterior, "training_rows", None)
@@ -325,8 +337,6 @@ class _Run:
             self.posterior.training_rows = torch.cat(seen).unique()
         for p in self.trained.values():
             p.grad = None
-        history.seconds += time.perf_counter() - begun
-        return history
 
     def _epoch(self, epoch: int) -> None:
         total = torch.zeros(self.members, device=self.device)
