@@ -322,6 +322,16 @@ def test_bad_data_is_named(data):
         vbdl.fit(plain(), data, likelihood)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda n: vbdl.DeepEnsemble(n, 2), lambda n: vbdl.MeanField(n, N), lambda n: vbdl.DeepEnsemble([n, n])]
+)
+def test_a_last_batch_of_one_row_is_named_where_it_cannot_be_normalised(make, data):
+    q, likelihood = make(plain(norm=True)), vbdl.Gaussian(OUTPUTS)
+    with pytest.raises(ValueError, match="module '1' got one row to train on.*batch_size"):
+        vbdl.fit(q, data, likelihood, batch_size=N - 1, epochs=1, compile=False)
+    vbdl.fit(q, data, likelihood, batch_size=N - 2, epochs=1, compile=False)
+
+
 def test_a_loss_that_stops_being_finite_is_named(data):
     q = vbdl.DeepEnsemble(plain(), 2)
     with torch.no_grad():

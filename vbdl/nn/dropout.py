@@ -212,6 +212,11 @@ def _batch_norm(
 ):
     """Always with the statistics of training: those of the batch would tie a row's prediction to its neighbours."""
     if mode.per_row:
+        if training and input.ndim > 1 and input.numel() == input.shape[1]:
+            raise ValueError(
+                f"batch normalisation in {mode._describe(mode.place())} got one row to train on, and needs two: choose "
+                f"a batch_size that does not leave one row for the last batch, or drop_last=True in a DataLoader"
+            )
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is None:
         raise ValueError(
