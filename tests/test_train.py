@@ -320,6 +320,13 @@ def test_bad_data_is_named(data):
             vbdl.fit(q, data, likelihood, **{"epochs": 1, **options})
     with pytest.raises(TypeError, match="wrap the network"):
         vbdl.fit(plain(), data, likelihood)
+    for wrong, words in ((vbdl.Gaussian, "got the class Gaussian"), (nn.MSELoss(), "got MSELoss")):
+        with pytest.raises(TypeError, match=words):
+            vbdl.fit(q, data, wrong)
+        with pytest.raises(TypeError, match=words):
+            vbdl.Predictor(q, wrong)
+    with pytest.raises(TypeError, match="made already, SGD"):
+        vbdl.fit(q, data, likelihood, optimizer=torch.optim.SGD(q.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from vbdl.execution import Execution, Ready, Settings, pad
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
 from vbdl.stacking import map_inputs, tensors
-from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
+from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
 
 DEFAULT_SAMPLES = 32
 
@@ -73,6 +73,7 @@ class Predictor:
                 f"Predictor needs a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
                 f"vbdl.MeanField or vbdl.DeepEnsemble"
             )
+        check_likelihood(likelihood)
         assert isinstance(posterior, nn.Module) and isinstance(likelihood, nn.Module)
         available = posterior.n_draws
         if n_samples is None:

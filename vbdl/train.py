@@ -26,7 +26,7 @@ from vbdl.nn.observed import Observed
 from vbdl.progress import Progress
 from vbdl.stacking import Inputs, State, call, call_each, call_stacked, can_map, map_inputs, replicate, select, state_of
 from vbdl.step import Losses, Step
-from vbdl.types import Likelihood, Posterior, is_posterior
+from vbdl.types import Likelihood, Posterior, check_likelihood, is_posterior
 
 # below this many steps, compiling (some seconds a batch shape) costs more than it saves
 _STEPS_WORTH_COMPILING = 4000
@@ -99,6 +99,12 @@ def fit(
         raise TypeError(
             f"fit trains a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
             f"vbdl.MeanField or vbdl.DeepEnsemble"
+        )
+    check_likelihood(likelihood)
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(
+            f"optimizer makes one of the parameters, like lambda ps: torch.optim.SGD(ps, lr=0.1); got one that is made "
+            f"already, {type(optimizer).__name__}"
         )
     options = {name: value for name, value in locals().items() if name not in ("posterior", "data", "likelihood")}
     if len(posterior.parts) > 1:

@@ -108,3 +108,13 @@ class Likelihood(Protocol):
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
         """The prediction of these fields; samples: (samples, batch, ...) parameters, where asked for."""
         ...
+
+
+def check_likelihood(found: object) -> None:
+    """TypeError for anything without the members of `Likelihood`, like its class, or a loss of torch."""
+    needed = [n for n in vars(Likelihood) if not n.startswith("_")]
+    if not isinstance(found, nn.Module) or not all(hasattr(found, n) for n in needed):
+        what = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+        raise TypeError(
+            f"a likelihood is vbdl.Categorical(), Bernoulli(), Gaussian() or another with their methods, got {what}"
+        )
