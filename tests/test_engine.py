@@ -56,10 +56,10 @@ def test_the_budget_picks_the_chunk():
 )
 def test_a_chunk_stays_in_the_caches(body, bytes):
     """Activations of a call; more where there is a convolution, whose weights are laid out anew in every call."""
-    q = MCDropout(nn.Sequential(nn.Dropout(0.5), body, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)))
     x = torch.randn(64, 3, 6, 6)
-    q.module(x)
-    predict = predictor(q, n_samples=300)
+    net = nn.Sequential(nn.Dropout(0.5), body, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    net(x)
+    predict = predictor(MCDropout(net), n_samples=300)
     predict.explain(x)
     plan = next(iter(predict._executions.values()))[0].plan
     assert bytes / 2 < plan.chunk * plan.activation_bytes <= bytes
