@@ -6,13 +6,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import vbdl
 from vbdl import train
 from vbdl.data import holdout
 
 N, FEATURES, OUTPUTS = 71, 5, 2
+
+
+class Stream(IterableDataset):
+    """Rows one after the other, nobody knows how many."""
+
+    def __init__(self, *columns):
+        self.columns = columns
+
+    def __iter__(self):
+        yield from zip(*self.columns, strict=True)
 
 
 def plain(norm: bool = False) -> nn.Sequential:
@@ -242,13 +252,14 @@ def test_a_loop_of_ones_own_trains_as_fit_does(make, data):
     assert_same(state(q), state(own), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", ["arrays", "dataset", "loader", "float64 targets", "one column"])
+@pytest.mark.parametrize("form", ["arrays", "dataset", "loader", "loader of a stream", "float64 targets", "one column"])
 def test_data_in_the_forms_people_have_it(form, data):
     x, y = data
     given, outputs = {
         "arrays": ((x.numpy(), y.numpy()), OUTPUTS),
         "dataset": (TensorDataset(x, y), OUTPUTS),
         "loader": (DataLoader(TensorDataset(x, y), batch_size=17), OUTPUTS),
+        "loader of a stream": (DataLoader(Stream(x, y), batch_size=17), OUTPUTS),
         "float64 targets": ((x, y.double()), OUTPUTS),
         "one column": ((x, y[:, 0]), 1),
     }[form]
@@ -305,6 +316,12 @@ def test_bad_data_is_named(data):
         ((x[:0], y[:0]), "no rows"),
         ((x, y[:, :1]), "do not fit outputs"),
         ("data.csv", "inputs, targets"),
+        (DataLoader(TensorDataset(holed, y), batch_size=16), "1 input rows are not finite"),
+        (DataLoader(TensorDataset(x, x, y)), "yields .inputs, targets., got 3 of them: several inputs are"),
+        ([{"x": x, "y": y}, 1, 2], "inputs, targets"),
+        (DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)]), "got a dict of .'x', 'y'"),
+        (Subset([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], [0, 1]), "a Dataset has .*got a dict of"),
+        (Stream(x, y), "a DataLoader of it"),
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             vbdl.fit(q, given, likelihood, epochs=1)
@@ -314,9 +331,10 @@ def test_bad_data_is_named(data):
         ({"validation": 1.5}, "between 0 and 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"schedule": "linear"}, "cosine"),
+        ({"validation": DataLoader(TensorDataset(x, y))}, "as for validation"),
         ({"member_rows": torch.zeros(3, 2, dtype=torch.int64)}, "member_rows"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, TypeError), match=words):
             vbdl.fit(q, data, likelihood, **{"epochs": 1, **options})
     with pytest.raises(TypeError, match="wrap the network"):
         vbdl.fit(plain(), data, likelihood)

@@ -1,12 +1,12 @@
 """Training data in the forms people have it in, and the order each member sees it in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from vbdl.stacking import map_inputs, tensors
 from vbdl.types import Inputs
@@ -28,16 +28,32 @@ def whole(data: Any) -> tuple[Inputs, Tensor]:
     if isinstance(data, TensorDataset):
         *x, y = data.tensors
         return (x[0] if len(x) == 1 else tuple(x)), y
+    if isinstance(data, IterableDataset):
+        raise TypeError("an IterableDataset is a stream: give fit a DataLoader of it, or its rows as tensors")
     if isinstance(data, Dataset):
         rows = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
-        x, y = torch.utils.data.default_collate(rows)
-        return x, y
+        return _pair(torch.utils.data.default_collate(rows), "a Dataset has")
+    if isinstance(data, DataLoader):
+        raise TypeError("rows that are needed as a whole, as for validation, come as tensors or a Dataset, not batches")
     if isinstance(data, Sequence) and len(data) == 2:
         x, y = as_tensor(data[0]), torch.as_tensor(as_tensor(data[1]))
         check_rows(x, y)
         return x, y
     raise TypeError(
         f"data is (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
+    )
+
+
+def _pair(found: Any, whose: str) -> tuple[Any, Any]:
+    """(inputs, targets), or TypeError that says what there is instead."""
+    if isinstance(found, Sequence) and len(found) == 2:
+        return found[0], found[1]
+    what = f"a dict of {list(found)}" if isinstance(found, Mapping) else type(found).__name__
+    if isinstance(found, Sequence):
+        what = f"{len(found)} of them"
+    raise TypeError(
+        f"{whose} (inputs, targets), got {what}: several inputs are a tuple, or a dict by argument name, in the first "
+        f"place"
     )
 
 
@@ -108,13 +124,15 @@ class Batches:
         self.loader = loader
 
     def __len__(self) -> int:
-        return len(self.loader)
+        try:
+            return len(self.loader)
+        except TypeError:  # of a stream, whose length nobody knows: it has one batch at least
+            return 1
 
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
         for batch in self.loader:
-            if not (isinstance(batch, Sequence) and len(batch) == 2):
-                raise TypeError(f"a DataLoader for fit yields (inputs, targets), got {type(batch).__name__}")
-            x, y = batch
+            x, y = _pair(batch, "a DataLoader yields")
+            check_rows(x, y)
             yield x, y
 
 
