@@ -206,6 +206,9 @@ def test_binary_questions(rows):
         assert a < b
     with pytest.raises(ValueError, match="Temperature or Platt"):
         calibrate(predict, x[CALIBRATION], yes[CALIBRATION], VectorScaling())
+    for targets in (yes, yes.long(), yes.bool()):
+        sets = calibrate(predict, x[CALIBRATION], targets[CALIBRATION], ConformalSets(0.1))(x[TEST]).sets
+        assert sets.shape == (600, 2) and float(set_coverage(sets, yes[TEST].long()).mean()) > 0.86
     actions = with_decision(predict, Referral("confidence", 0.2))(x[TEST])
     kept = actions.action != REFER
     assert torch.equal(actions.action[kept], (actions.probs[kept] >= 0.5).long())
@@ -306,7 +309,7 @@ def test_a_row_does_not_depend_on_its_batch(classifier, rows):
     assert torch.equal(alone.probs[0], together.probs[50]) and alone.action[0] == together.action[50]
 
 
-def test_refusals(classifier, rows):
+def test_refusals(classifier, regressor, rows):
     x, y = rows
     with pytest.raises(TypeError, match="Predictor"):
         calibrate(_mlp(3), x, y, Temperature())
@@ -320,6 +323,12 @@ def test_refusals(classifier, rows):
         keep = (y != 2).nonzero().squeeze(1)
         keep = keep[keep >= 300]
         calibrate(classifier, x[keep], y[keep], Isotonic())
+    for method in (StdScaling(), CDFRecalibration(), AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)):
+        with pytest.raises(ValueError, match=f"{type(method).__name__} is for regressions"):
+            calibrate(classifier, x[CALIBRATION], y[CALIBRATION], method)
+    predict, x_of, y_of = regressor
+    with pytest.raises(ValueError, match="ConformalSets is for classes"):
+        calibrate(predict, x_of[CALIBRATION], y_of[CALIBRATION], ConformalSets(0.1))
     with pytest.raises(ValueError, match="not finite"):
         calibrate(classifier, x[CALIBRATION] * float("nan"), y[CALIBRATION], Temperature())
 

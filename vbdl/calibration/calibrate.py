@@ -72,6 +72,7 @@ def calibrate(
     elif acts_on == "probs":
         _fit_probs(fitted, prediction, target)
     else:
+        _check_kind(fitted, prediction)
         fitted.fit_prediction(prediction, target)
     fitted = fitted.to(predictor.device)
     likelihood: Any = CalibratedLikelihood(copy.deepcopy(predictor.likelihood), fitted, n_rows, n_overlap)
@@ -91,6 +92,15 @@ def _parameter_shape(prediction: Any) -> tuple[int, ...]:
     """Shape of one sample's parameters, which likelihoods check targets against."""
     probs = getattr(prediction, "probs", None)
     return tuple(probs.shape) if probs is not None else (*prediction.mean.shape, 2)
+
+
+def _check_kind(method: Any, prediction: Any) -> None:
+    """ValueError where a method for classes meets a regression, or the other way round."""
+    name, of_classes = type(method).__name__, getattr(method, "of_classes", False)
+    if of_classes and not hasattr(prediction, "probs"):
+        raise ValueError(f"{name} is for classes, and this is a regression: use AbsoluteIntervals, CQR or StdScaling")
+    if not of_classes and hasattr(prediction, "probs"):
+        raise ValueError(f"{name} is for regressions, and this predicts classes: use Temperature or ConformalSets")
 
 
 def _fit_logits(method: Any, prediction: Any, y: Tensor) -> None:

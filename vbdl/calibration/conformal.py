@@ -98,6 +98,7 @@ class ConformalSets(nn.Module):
     """
 
     acts_on = "prediction"
+    of_classes = True
     thresholds: Tensor | None
 
     def __init__(
@@ -143,7 +144,7 @@ class ConformalSets(nn.Module):
         return chosen
 
     def fit_prediction(self, prediction, y: Tensor) -> "ConformalSets":
-        return self.fit(prediction.probs, y)
+        return self.fit(prediction.probs, y.long())  # yes or no comes as 0.0 and 1.0
 
     def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         """The prediction's fields, and `sets`, (batch, classes) bool."""
