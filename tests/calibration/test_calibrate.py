@@ -1,6 +1,8 @@
 """Calibration of whole predictors: the same draws, rows that training never saw, fields that stay meaningful."""
 
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -297,6 +299,15 @@ def test_the_action_travels_with_the_predictor(classifier, rows):
         with_decision(deciding, rule)
     with pytest.raises(ValueError, match="calibrate first"):
         calibrate(deciding, x[CALIBRATION], y[CALIBRATION], Temperature())
+
+
+def test_predictions_with_further_fields_are_pickled(classifier, rows):
+    x, y = rows
+    conformal = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1))
+    p = with_decision(conformal, Referral("confidence", 0.2))(x[TEST])
+    for found in (pickle.loads(pickle.dumps(p)), copy.deepcopy(p)):
+        assert type(found) is type(p) and torch.equal(found.sets, p.sets) and torch.equal(found.action, p.action)
+        assert torch.equal(found.label, p.label)
 
 
 def test_a_row_does_not_depend_on_its_batch(classifier, rows):

@@ -113,6 +113,23 @@ def extend(make: Any, fields: State, n_samples: int, samples: Tensor | None, nam
 def _extended(base: type, names: tuple[str, ...]) -> type:
     """A subclass of a prediction with more tensors: isinstance, properties and methods stay."""
     new = [(n, Tensor | None, dataclasses.field(default=None)) for n in names]
-    made = dataclasses.make_dataclass(base.__name__, new, bases=(base,), frozen=True)
+    made: Any = dataclasses.make_dataclass(base.__name__, new, bases=(base,), frozen=True)
     made.__module__ = base.__module__
+    made._extends, made.__reduce__ = (base, names), _reduce
     return made
+
+
+def _reduce(prediction: Any) -> tuple[Any, ...]:
+    """For pickle, which finds no class that was made at run time: what to make it of."""
+    base, added = type(prediction), []
+    while (extends := vars(base).get("_extends")) is not None:
+        base, names = extends
+        added.insert(0, names)
+    values = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
+    return _restored, (base, added, values)
+
+
+def _restored(base: type, added: list[tuple[str, ...]], values: dict[str, Any]) -> Any:
+    for names in added:
+        base = _extended(base, names)
+    return base(**values)
