@@ -7,6 +7,7 @@ with `torch.equal`.
 
 import copy
 import functools
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -289,6 +290,16 @@ def test_state_dict_round_trip(posterior, network):
     settings = dict(n_samples=q.n_draws or SAMPLES, tiles=(TILE,), compile=False)
     other.load_state_dict(copy.deepcopy(q.state_dict()))
     assert_same(Predictor(other, Categorical(), **settings)(x), usual(posterior, network)(x), exact=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+@each_posterior
+def test_a_copy_and_a_pickle_predict_the_same(posterior, copied):
+    x, predict = inputs("mlp"), predictor(posterior, "mlp")
+    predict.warm_up(example=x)
+    assert_same(copied(predict)(x), predict(x), exact=True)
+    assert_same(copied(predict(x)), predict(x), exact=True)
+    assert torch.equal(copied(predict.as_module())(x), predict(x).mean)
 
 
 # -- networks that cannot be wrapped

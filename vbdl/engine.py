@@ -239,6 +239,13 @@ class Predictor:
         }
         return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle: without locks and compiled calls, which are made again, also where it was sealed."""
+        return {**vars(self), "_executions": {}, "_ready": {}, "_small": None, "_lock": None, "sealed": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_lock": threading.RLock()})
+
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write an artefact: safetensors, a manifest in JSON, a model card. `vbdl.load(folder)` predicts the same.
 
