@@ -180,7 +180,10 @@ def test_inputs_may_be_several_by_position_or_name():
 
 def test_arrays_are_taken():
     predict, x = predictor(), np.random.default_rng(0).normal(size=(13, 3)).astype(np.float32)
-    assert torch.equal(predict(x).probs, predict(torch.from_numpy(x)).probs)
+    expected = predict(torch.from_numpy(x)).probs
+    assert torch.equal(predict(x).probs, expected)
+    assert torch.equal(predict((x,)).probs, expected) and torch.equal(predict({"input": x}).probs, expected)
+    assert torch.equal(predict(x[::-1]).probs, expected.flip(0))
 
 
 def test_a_buffer_that_counts_calls_changes_nothing():
@@ -244,9 +247,9 @@ def bad_rows():
         (torch.randn(7, 5), ValueError, r"cannot take rows of \(5,\)"),
         (torch.tensor(1.0), ValueError, "batch axis"),
         (bad_rows(), ValueError, "2 of 70 rows are not finite, the first is row 66"),
-        ([1.0, 2.0], TypeError, "inputs are tensors"),
-        ("text", TypeError, "inputs are tensors"),
-        (None, TypeError, "inputs are tensors"),
+        ([1.0, 2.0], TypeError, "inputs are tensors or arrays"),
+        ("text", TypeError, "inputs are tensors or arrays"),
+        (None, TypeError, "inputs are tensors or arrays"),
         ((torch.randn(7, 3), torch.randn(5, 3)), ValueError, "disagree on the number of rows"),
         ((torch.randn(7, 3), torch.randn(7, 3)), (ValueError, TypeError), "argument"),
     ],

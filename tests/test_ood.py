@@ -229,6 +229,9 @@ def test_features_are_the_inputs_of_a_layer():
             ood.features(network, layer, [x])
     with pytest.raises(ValueError, match="no batches"):
         ood.features(network, "3", [])
+    assert torch.equal(ood.features(network, "3", [x.numpy()]), ood.features(network, "3", [x]))
+    with pytest.raises(TypeError, match=r"\[x\] for one"):
+        ood.features(network, "3", x)
     shared = torch.nn.Sequential(layer := torch.nn.Linear(3, 3), layer)
     with pytest.raises(ValueError, match="called 2 times"):
         ood.features(shared, "0", [x])

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vbdl import adaptive
 from vbdl.adaptive import Rule
+from vbdl.data import as_tensor
 from vbdl.execution import Execution, Ready, Settings, pad
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
@@ -321,10 +321,10 @@ class Predictor:
 
     def _check(self, x: Any) -> tuple[Inputs, int]:
         """The inputs as tensors on the device, and how many rows they have."""
-        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        x = as_tensor(x)
         found = tensors(x) if isinstance(x, Tensor | Sequence | Mapping) else []
         if not found or not all(isinstance(t, Tensor) for t in found):
-            raise TypeError("inputs are tensors: one, a tuple of them, or a dict by argument name")
+            raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name")
         if any(t.ndim < 1 for t in found):
             raise ValueError("inputs have a batch axis first, got a scalar")
         if any(is_functorch_wrapped_tensor(t) for t in found):

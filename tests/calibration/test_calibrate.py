@@ -137,6 +137,8 @@ def test_training_rows_are_refused_and_counted(classifier, ensemble, rows):
     for predict in (classifier, ensemble):
         with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
             calibrate(predict, x[290:350], y[290:350], Temperature())
+        with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
+            calibrate(predict, x[290:350].numpy(), y[290:350].numpy(), Temperature())
         with pytest.raises(ValueError, match="300 of 300"):
             calibrate(predict, x[TRAIN], y[TRAIN], ConformalSets(0.1))
         allowed = calibrate(predict, x[290:350], y[290:350], Temperature(), allow_overlap=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calibration.calibrated import CalibratedLikelihood
+from vbdl.data import as_tensor
 from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
 from vbdl.types import Inputs
@@ -50,7 +51,7 @@ def calibrate(
                 "fitted behind: calibrate logits first, the finished prediction after"
             )
         inner = inner.likelihood
-    y = torch.as_tensor(y, device=predictor.device)
+    x, y = as_tensor(x), torch.as_tensor(y, device=predictor.device)
     n_rows = y.shape[0] if y.ndim else 0
     if n_rows == 0:
         raise ValueError("there are no rows to calibrate on")

@@ -1,10 +1,12 @@
 """What a network makes of its inputs on the way to its outputs: what Mahalanobis and KNN measure distances in."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdl.data import as_tensor
 from vbdl.stacking import arguments
 from vbdl.types import Inputs
 
@@ -14,8 +16,11 @@ def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor
     features.
 
     The module is run as it is, in evaluation mode and without gradients, and left in the mode it was in. Everything
-    but the rows is flattened. ValueError for a layer that is not there, or was not called exactly once.
+    but the rows is flattened. batches: a list of them, [x] for one, or what yields them. ValueError for a layer that
+    is not there, or was not called exactly once.
     """
+    if isinstance(batches, Tensor | np.ndarray | Mapping):
+        raise TypeError("features takes batches, one after the other: [x] for one")
     found = dict(module.named_modules()).get(layer)
     if found is None or layer == "":
         raise ValueError(f"there is no layer {layer!r}; named layers: {[n for n, _ in module.named_modules() if n]}")
@@ -27,7 +32,7 @@ def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor
         module.eval()
         for x in batches:
             seen.clear()
-            args, kwargs = arguments(x)
+            args, kwargs = arguments(as_tensor(x))
             with torch.no_grad():
                 module(*args, **kwargs)
             if len(seen) != 1:
