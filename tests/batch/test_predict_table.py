@@ -125,7 +125,7 @@ def test_columns_are_chosen_and_carried_over(model, rows):
     "options, said",
     [
         ({"columns": ("mean",)}, "have no 'mean'"),
-        ({"columns": ("nothing",)}, "no column 'nothing'"),
+        ({"columns": ("nothing",)}, "no output column 'nothing'"),
         ({"keep": ("absent",)}, "absent"),
         ({"interval": 0.9}, "of a regression"),
         ({"interval": 1.0}, "interval"),
@@ -379,6 +379,7 @@ def test_nothing_is_written_over(model, rows, tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     with pytest.raises(ValueError, match="mine.txt"):
         vbdl.predict_table(model, source, tmp_path / "full", **SMALL)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     with pytest.raises(ValueError, match="is the input or lies in it"):
         vbdl.predict_table(model, tmp_path / "in", tmp_path / "in" / "out", **SMALL)
     (tmp_path / "o.csv").write_text("mine")
@@ -392,3 +393,16 @@ def test_an_empty_table_is_said(model, rows, tmp_path):
         vbdl.predict_table(model, rows.slice(0, 0), **SMALL)
     with pytest.raises(ValueError, match="no row"):
         vbdl.predict_table(model, write(rows.slice(0, 0), tmp_path / "t.csv"), tmp_path / "o.parquet", **SMALL)
+
+
+def test_the_output_is_free_again_after_a_mistake(model, rows, tmp_path):
+    without = write(rows.drop_columns(["word"]), tmp_path / "without.csv")
+    source, out = write(rows, tmp_path / "t.csv"), tmp_path / "o.parquet"
+    for data, options, said in [
+        (without, {}, "nothing to write: without.csv: .*word"),
+        (source, {"interval": 0.9}, "of a regression"),
+        (source, {"keep": ("absent",)}, "nothing to write: t.csv: .*absent"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            vbdl.predict_table(model, data, out, **SMALL, **options)
+    assert vbdl.predict_table(model, source, out, **SMALL).rows == 2_000

@@ -106,6 +106,7 @@ class Folder:
         self.done: dict[tuple[str, int], dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         path.mkdir(parents=True, exist_ok=True)
+        self._refuse_foreign()
         self._lock = open(path / LOCK, "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,12 +114,23 @@ class Folder:
             self._lock.close()
             raise ValueError(f"another job is writing to {path}") from None
         try:
-            if restart:
+            if restart or self._has_no_part():
                 self._clear()
             self._open()
         except BaseException:
             self.close()
             raise
+
+    def _refuse_foreign(self) -> None:
+        """ValueError, before anything is written, where the folder is somebody else's: a model, a folder of data."""
+        if (self.path / MANIFEST).exists() or (self.path / JOURNAL).exists():
+            return
+        if others := [p.name for p in sorted(self.path.iterdir()) if p.name != LOCK and not _leftover(p)]:
+            raise ValueError(f"{self.path} holds {others[0]!r} and no journal of a job: choose an empty folder")
+
+    def _has_no_part(self) -> bool:
+        """Whether a job that began here ended before its first part: there is nothing to go on with, or to protect."""
+        return {p.name for p in self.path.iterdir() if not _leftover(p)} <= {LOCK, JOURNAL, MANIFEST}
 
     def _open(self) -> None:
         self.finished: dict[str, Any] | None = None
@@ -132,8 +144,6 @@ class Folder:
         if journal.exists():
             self._read(journal)
         else:
-            if others := [p.name for p in sorted(self.path.iterdir()) if p.name != LOCK and not _leftover(p)]:
-                raise ValueError(f"{self.path} holds {others[0]!r} and no journal of a job: choose an empty folder")
             write_atomic(journal, lambda p: p.write_text(json.dumps({"settings": self.settings}) + "\n"))
         self._journal = open(journal, "a")  # noqa: SIM115
         for stale in _temporary(self.path):

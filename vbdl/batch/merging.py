@@ -15,6 +15,9 @@ from vbdl.tabular.reading import arrow
 def merge_parts(folder: Path, out: Path, manifest: dict[str, Any], kind: str) -> Path | None:
     """One part after the other into `out`, whole or not there; its manifest and quarantine beside it. Returns the
     quarantine."""
+    if not manifest["parts"]:
+        reasons = "; ".join(f"{name}: {why}" for name, why in manifest["failed"].items())
+        raise ValueError(f"there is nothing to write: {reasons or 'there is no row in the input'}")
     quarantine = out.with_name(f"{out.name}.quarantine.jsonl")
     if manifest["rejected"]:
         data = (folder / QUARANTINE).read_bytes()
@@ -34,8 +37,6 @@ def _write(path: Path, data: bytes) -> None:
 
 def _merge(out: Path, parts: Sequence[Path], kind: str) -> None:
     pa = arrow()
-    if not parts:
-        raise ValueError("there is no row in the input, and nothing to write")
     if kind == "csv":
         with open(out, "wb") as sink:
             for number, path in enumerate(parts):

@@ -34,12 +34,10 @@ def fields(prediction: Any, labels: Sequence[Any] | None, wanted: Sequence[str] 
 
     labels: values of the classes, as files have them. wanted: names of COLUMNS, everything there is but EXTRA unless
     given. interval: level of the central interval in `lower` and `upper`, from a prediction that kept its samples; 0
-    for those of the calibration. ValueError where a column is asked for that there is not.
+    for those of the calibration. ValueError where a column is asked for that this prediction has not.
     """
     found: dict[str, Any] = {}
     for name in wanted if wanted is not None else [n for n in COLUMNS if n not in EXTRA]:
-        if name not in COLUMNS:
-            raise ValueError(f"there is no column {name!r}; there are {', '.join(COLUMNS)}")
         made = _column(name, prediction, labels, interval)
         if not made and wanted is not None:
             raise ValueError(f"this model's predictions have no {name!r}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vbdl.artefact.loading import load
-from vbdl.batch.output import fields
+from vbdl.batch.output import COLUMNS, fields
 from vbdl.batch.sources import Chunk
 from vbdl.engine import Predictor
 from vbdl.stacking import map_inputs, tensors
@@ -46,6 +46,8 @@ class Options:
             raise ValueError(
                 f"tile is 1 or a multiple of 64, so that no row depends on its neighbours; got {self.tile}"
             )
+        if unknown := [name for name in self.columns or () if name not in COLUMNS]:
+            raise ValueError(f"there is no output column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
         if self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is at least 1, got {self.chunk_rows}")
         if not 0.0 <= self.interval < 1.0:
