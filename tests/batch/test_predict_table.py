@@ -207,6 +207,18 @@ def test_a_missing_column_is_named(model, rows, tmp_path):
         vbdl.predict_table(model, source, tmp_path / "o.parquet", on_error="stop", **SMALL)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.arrow"])
+def test_columns_of_a_file_that_are_not_there_or_twice_are_named(model, rows, tmp_path, name):
+    source = write(rows.drop_columns(["word"]), tmp_path / "less" / name)
+    with pytest.raises(ValueError, match="no column 'word'; it has \\['id'"):
+        vbdl.predict_table(model, source, **SMALL)
+    twice = rows.append_column("word", rows["word"])
+    with pytest.raises(ValueError, match="two columns called 'word'"):
+        vbdl.predict_table(model, write(twice, tmp_path / "more" / name), **SMALL)
+    unused = rows.append_column("id", rows["id"])
+    assert vbdl.predict_table(model, write(unused, tmp_path / "unused" / name), **SMALL).num_rows == 2_000
+
+
 # -- networks that were not made from a table
 
 

@@ -56,6 +56,13 @@ def test_tables_in_memory(data):
     assert as_table(data).select(["a", "c"]).to_pylist() == DATA.select(["a", "c"]).to_pylist()
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n")
+    for data in (tmp_path / "t.csv", pa.table([[1], [2], [3]], names=["a", "b", "a"])):
+        with pytest.raises(ValueError, match="two columns are called 'a'"):
+            as_table(data)
+
+
 def test_pandas_categories_are_text():
     from vbdl.tabular import infer
 

@@ -71,12 +71,12 @@ class TableFile:
                 yield Chunk(number, np.arange(start, start + table.num_rows), table)
 
     def _check(self, names: Sequence[str]) -> list[str] | None:
-        if self.columns is None:
-            return None
-        absent = [c for c in self.columns if c not in names]
-        if absent:
-            raise ValueError(f"{self.path} has no column {absent[0]!r}; it has {list(names)}")
-        return list(self.columns)
+        for column in names if self.columns is None else self.columns:
+            if column not in names:
+                raise ValueError(f"{self.path} has no column {column!r}; it has {list(names)}")
+            if names.count(column) > 1:
+                raise ValueError(f"{self.path} has two columns called {column!r}")
+        return None if self.columns is None else list(self.columns)
 
     def _parquet(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
         import pyarrow.parquet
@@ -131,12 +131,11 @@ class TableFile:
         types |= {name: pa.string() for name in (*self.text, *([] if numeric else self.numeric))}
         options = csv_options(self.path, types)
         options["parse_options"].invalid_row_handler = invalid
-        if self.columns is not None:
-            options["convert_options"].include_columns = list(self.columns)
-        try:
-            reader = csv.open_csv(self.path, csv.ReadOptions(use_threads=False), **options)
-        except KeyError as error:
-            raise ValueError(f"{self.path}: {error.args[0]}") from error
+        with csv.open_csv(self.path, csv.ReadOptions(use_threads=False), **options) as header:
+            columns = self._check(header.schema.names)
+        bad.clear()
+        options["convert_options"].include_columns = columns or []
+        reader = csv.open_csv(self.path, csv.ReadOptions(use_threads=False), **options)
         next_row, number = 0, 0
         held: list[Any] = []
         places: list[int] = []

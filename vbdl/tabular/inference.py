@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric, booleans, combined, days, floats, texts
-from vbdl.tabular.reading import compute
+from vbdl.tabular.reading import as_table, compute
 from vbdl.tabular.schema import Schema
 from vbdl.tabular.target import fit_target
 
@@ -32,13 +32,11 @@ def infer(
     Numbers are numeric, text and dictionaries categorical. ValueError for dates, lists and other types that no kind is
     chosen for: what they mean to the target is not for a program to guess.
     """
-    names = table.column_names
+    names = as_table(table).column_names
     kinds = {**(kinds or {}), **{name: "ignore" for name in ignore}}
     for name in [target, *kinds]:
         if name not in names:
             raise ValueError(f"there is no column {name!r}; there are {names}")
-    if twice := [n for n in names if names.count(n) > 1]:
-        raise ValueError(f"two columns are called {twice[0]!r}")
     for name, kind in kinds.items():
         if kind not in KINDS:
             raise ValueError(f"column {name!r}: kind {kind!r} is none of {', '.join(KINDS)}")

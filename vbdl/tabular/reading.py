@@ -117,7 +117,17 @@ def _read_file(path: Path) -> Any:
 
 
 def as_table(data: Any) -> Any:
-    """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name."""
+    """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name. ValueError
+    where two columns have one name: which of them is meant is not for a program to guess."""
+    table = _converted(data)
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two columns are called {twice!r}: rename one of them, or leave it out")
+    return table
+
+
+def _converted(data: Any) -> Any:
     pa = arrow()
     if isinstance(data, str | Path):
         return read_table(data)
