@@ -56,6 +56,23 @@ def test_tables_in_memory(data):
     assert as_table(data).select(["a", "c"]).to_pylist() == DATA.select(["a", "c"]).to_pylist()
 
 
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("t.csv", "a;b\n1,5;x\n2,5;y\n", "separates its columns by ';'"),
+        ("t.csv", "a;b\n1;x\n2;y\n", "separates its columns by ';'"),
+        ("t.csv", "a\tb\n1\tx\n", "separates its columns by '\\\\t'"),
+        ("t.tsv", "a,b\n1,x\n", "separates its columns by ','"),
+        ("t.csv", "a,b\n1,\xc9vora\n2,y\n", "column 'b' is not text in UTF-8"),
+        ("t.csv", "\xc9vora,b\n1,2\n", "the first line is not text in UTF-8"),
+    ],
+)
+def test_what_a_spreadsheet_wrote_otherwise_is_said(tmp_path, name, text, said):
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said):
+        read_table(tmp_path / name)
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n")
     for data in (tmp_path / "t.csv", pa.table([[1], [2], [3]], names=["a", "b", "a"])):

@@ -16,7 +16,7 @@ def merge_parts(folder: Path, out: Path, manifest: dict[str, Any], kind: str) ->
     """One part after the other into `out`, whole or not there; its manifest and quarantine beside it. Returns the
     quarantine."""
     if not manifest["parts"]:
-        reasons = "; ".join(f"{name}: {why}" for name, why in manifest["failed"].items())
+        reasons = "; ".join(manifest["failed"].values())
         raise ValueError(f"there is nothing to write: {reasons or 'there is no row in the input'}")
     quarantine = out.with_name(f"{out.name}.quarantine.jsonl")
     if manifest["rejected"]:

@@ -1,5 +1,6 @@
 """Tables from files and from memory, always as a `pyarrow.Table`: CSV (also .gz), Parquet, Arrow IPC."""
 
+import gzip
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,17 +65,30 @@ def files_of(path: str | Path, suffixes: Sequence[str] = tuple(SUFFIXES)) -> lis
 
 
 def csv_options(path: Path, column_types: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `pyarrow.csv.read_csv` and `open_csv` are called with, so that both read a cell the same way."""
+    """What `pyarrow.csv.read_csv` and `open_csv` are called with, so that both read a cell the same way. ValueError
+    where the first line is separated by something else, as spreadsheets of some languages do."""
     from pyarrow import csv
 
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    header = _first_line(path)
+    other = next((mark for mark in (";", "\t", ",") if mark in header), None)
+    if other is not None and delimiter not in header:
+        raise ValueError(f"{path} separates its columns by {other!r}: a .csv file has commas, a .tsv file tabs")
     return {
-        "parse_options": csv.ParseOptions(
-            delimiter="\t" if ".tsv" in path.name.lower() else ",", newlines_in_values=True
-        ),
+        "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         "convert_options": csv.ConvertOptions(
             null_values=NULLS, strings_can_be_null=True, column_types=dict(column_types or {})
         ),
     }
+
+
+def _first_line(path: Path) -> str:
+    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: the first line is not text in UTF-8: save the file as UTF-8") from error
 
 
 def read_table(path: str | Path) -> Any:
@@ -104,7 +118,10 @@ def _read_file(path: Path) -> Any:
 
             # types are inferred from the first block: one block, so that a late decimal point is seen
             block = min(max(path.stat().st_size * (12 if path.name.endswith(".gz") else 1) + 1, 1 << 20), 2**31 - 1)
-            return csv.read_csv(path, csv.ReadOptions(block_size=block), **csv_options(path))
+            table = csv.read_csv(path, csv.ReadOptions(block_size=block), **csv_options(path))
+            if bytes_in := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+                raise ValueError(f"{path}: column {bytes_in[0]!r} is not text in UTF-8: save the file as UTF-8")
+            return table
         if kind == "ipc":
             with pa.memory_map(str(path)) as source:
                 if source.read(6) == b"ARROW1":
