@@ -259,6 +259,13 @@ def test_wrong_inputs_are_refused_with_the_reason(x, error, message):
         predictor()(x)
 
 
+def test_rows_that_do_not_fit_are_refused_in_one_error_and_no_log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handlers", [caplog.handler])
+    with pytest.raises(ValueError, match=r"cannot take rows of \(5,\)"):
+        Predictor(DeepEnsemble(nn.Linear(3, 2), 3), Categorical(), compile=False)(torch.randn(7, 5))
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]  # torch logs the traceback of what it raises
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

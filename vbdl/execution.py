@@ -4,6 +4,7 @@ An execution is made once and never changes; calls share nothing that they write
 """
 
 import contextlib
+import logging
 import math
 import threading
 import warnings
@@ -424,9 +425,14 @@ def _tracing() -> Iterator[None]:
     with _lock, sdpa_kernel(SDPBackend.MATH):
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
+        # torch 2.13 logs the whole traceback of an operation that does not fit; it is raised as well, and said once
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
+            log.setLevel(level)
             torch.backends.mha.set_fastpath_enabled(before)
 
 
