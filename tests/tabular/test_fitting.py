@@ -123,6 +123,9 @@ def test_a_split_by_time_and_by_group():
         ({"members": 0}, "at least 1"),
         ({"shares": {"train": 1.0}}, "shares"),
         ({"method": "dropout", "dropout": 0.0}, "above 0"),
+        ({"dropout": 1.0}, "dropout lies in"),
+        ({"dropout": -0.5}, "dropout lies in"),
+        ({"batch_size": 0}, "batch_size is at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(options, said):

@@ -59,6 +59,10 @@ class Settings:
             raise ValueError(f"shares are of {', '.join(DEFAULT_SHARES)}, got {sorted(self.shares)}")
         if min(self.members, self.draws, self.epochs) < 1:
             raise ValueError("members, draws and epochs are at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, got {self.batch_size}")
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout lies in [0, 1), got {self.dropout}")
 
     def network_arguments(self, schema: Schema, n_train: int) -> dict[str, Any]:
         """Arguments of the `TabularNetwork`."""
