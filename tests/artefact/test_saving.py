@@ -266,6 +266,14 @@ def test_what_rows_look_like(tmp_path):
     assert read(two.save(tmp_path / "by place", example=(code, rows(5)))).inputs.layout == "positional"
 
 
+def test_metrics_in_groups_are_a_line_each(tmp_path):
+    scores = {"accuracy": {"unit": "share of rows", "value": 0.65, "lower": 0.48, "upper": 0.79}, "loss": None}
+    folder = predictor().save(tmp_path / "model", metrics={"rows": 40, "test": scores})
+    text = (folder / "README.md").read_text()
+    for line in ("| rows | 40 |", "| test accuracy | 0.65 [0.48, 0.79] share of rows |", "| test loss | None |"):
+        assert line in text
+
+
 def test_extras_and_metrics(tmp_path):
     extras = {"columns": {"age": {"mean": 31.5, "kinds": ["a", "b|`c`"]}}, "target": "y\nz"}
     folder = predictor().save(tmp_path / "model", extras=extras, metrics={"accuracy": 0.912345678, "n": 5})

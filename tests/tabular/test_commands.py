@@ -63,6 +63,9 @@ def test_fit_says_what_it_did(place, classes, capsys):
     said = capsys.readouterr().out
     for part in ("word", "categorical", "classification", "420 train", "accuracy", "saved to"):
         assert part in said
+    assert main(["inspect", str(classes)]) == 0
+    said = capsys.readouterr().out
+    assert "trusted" not in said and "metric scores accuracy" in said and "{" not in said
 
 
 def test_predict_writes_what_the_model_says(place, number):

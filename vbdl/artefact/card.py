@@ -17,7 +17,7 @@ def card(manifest: Manifest) -> str:
         _table(("", ""), facts(manifest)),
     ]
     if manifest.metrics:
-        parts += ["## Metrics\n", _table(("metric", "value"), [(k, _number(v)) for k, v in manifest.metrics.items()])]
+        parts += ["## Metrics\n", _table(("metric", "value"), figures(manifest.metrics))]
     if manifest.extras:
         parts += ["Also stored: " + ", ".join(f"`{_plain(k)}`" for k in manifest.extras) + ".\n"]
     return "\n".join(parts)
@@ -48,6 +48,20 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
     return rows
 
 
+def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Metrics as text, a line each: those in a group after its name, one with an interval as value [lower, upper]."""
+    rows: list[tuple[str, str]] = []
+    for name, value in metrics.items():
+        if not isinstance(value, dict):
+            rows.append((name, _number(value)))
+        elif {"value", "lower", "upper"} <= value.keys():
+            number, lower, upper = (_number(value[key]) for key in ("value", "lower", "upper"))
+            rows.append((name, f"{number} [{lower}, {upper}] {_plain(str(value.get('unit', '')))}".strip()))
+        else:
+            rows += [(f"{name} {inner}", text) for inner, text in figures(value)]
+    return rows
+
+
 def method(manifest: Manifest) -> str:
     q = manifest.posterior
     if isinstance(q, Ensemble):
@@ -75,7 +89,8 @@ def _architecture(a: Any) -> str:
         inside = [child.name for child in a.root.children.values()]
         return f"{a.root.name}({', '.join(inside)})" if inside else a.root.name
     if isinstance(a, Reference):
-        return f"made by `{_plain(a.target)}`, to be trusted by the caller of load"
+        made = f"made by `{_plain(a.target)}`"
+        return made if a.target.startswith("vbdl.") else f"{made}, to be trusted by the caller of load"
     return f"`{_plain(a.name)}`, to be given to load(module=...)"
 
 

@@ -17,7 +17,7 @@ class Inspect:
     """Print the whole manifest as JSON."""
 
     def __call__(self) -> None:
-        from vbdl.artefact.card import facts
+        from vbdl.artefact.card import facts, figures
         from vbdl.artefact.manifest import encode, read
 
         manifest = read(self.model)
@@ -25,9 +25,7 @@ class Inspect:
             print(encode(manifest).decode(), end="")
             return
         rows = facts(manifest)
-        rows += [
-            (f"metric {name}", f"{v:.6g}" if isinstance(v, float) else str(v)) for name, v in manifest.metrics.items()
-        ]
+        rows += [(f"metric {name}", value) for name, value in figures(manifest.metrics)]
         if manifest.extras:
             rows.append(("also stored", ", ".join(manifest.extras)))
         width = max(len(name) for name, _ in rows)
