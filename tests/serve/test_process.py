@@ -261,3 +261,10 @@ def test_what_cannot_be_served_is_one_line(arrays_model, options, said):
     options = [str(arrays_model) if o == "MODEL" else o for o in options]
     found = subprocess.run([sys.executable, "-m", "vbdl.cli", "serve", *options], capture_output=True, text=True)
     assert found.returncode == 1 and said in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_port_that_is_taken_is_exit_code_1(arrays_model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = [str(arrays_model), "--no-compile", "--port", str(taken.getsockname()[1])]
+        found = subprocess.run([sys.executable, "-m", "vbdl.cli", "serve", *options], capture_output=True, text=True)
+    assert found.returncode == 1 and "already in use" in found.stderr and "Traceback" not in found.stderr

@@ -71,7 +71,10 @@ def run(server: Server) -> None:
         "lifespan": "on",
     }
     if server.workers == 1:
-        uvicorn.run(_made(server), **options)
+        try:
+            uvicorn.run(_made(server), **options)
+        except SystemExit as error:  # with 3, which means something else here
+            raise OSError(f"nothing is served on {server.host}:{server.port}, for the reason above") from error
         return
     from vbdl.artefact.manifest import read
 
