@@ -71,8 +71,11 @@ def test_export_from_the_command_line(model, tmp_path, capsys, monkeypatch):
     expected = vbdl.load(model)(torch.from_numpy(rows))
     torch.testing.assert_close(load_package(out)(torch.from_numpy(rows))["probs"], expected.probs, rtol=0, atol=1e-5)
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert main([*command[:-1], str(tmp_path / "objects.npy")]) == 1
-    assert "allow_pickle" in capsys.readouterr().err
+    np.savez(tmp_path / "several.npz", rows=rows)
+    (tmp_path / "rows.csv").write_text("a,b,c,d\n1,2,3,4\n")
+    for name in ("objects.npy", "several.npz", "rows.csv"):
+        assert main([*command[:-1], str(tmp_path / name)]) == 1
+        assert f"{name} is not a .npy file of numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
@@ -83,4 +86,4 @@ def test_help_waits_for_no_torch(command):
         "except SystemExit: print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "PATH" in done.stdout and done.stdout.splitlines()[-1] == "False"
+    assert "MODEL" in done.stdout and done.stdout.splitlines()[-1] == "False"

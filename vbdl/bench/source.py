@@ -76,9 +76,11 @@ class Source:
 
     def missing(self, name: str, path: str, said: str = "") -> "DataMissingError":
         """The error for a set that nothing has; path: of the file that would have been read."""
-        where = f"the folder {self.folder}" if self.folder else "no folder (--data FOLDER or VBDL_DATA)"
+        where = (
+            f"{path} is not in the folder {self.folder}" if self.folder else f"no folder was given to find {path} in"
+        )
         return DataMissingError(
-            f"{name}: {path} is not in {where}{said}. Put it into a folder and give that with --data, or run "
+            f"{name}: {where}{said}. Put it into a folder and give that with --data (or VBDL_DATA), or run "
             f"`vbdl bench --suite bundled`, which needs no download"
         )
 

@@ -14,9 +14,9 @@ class Export:
     The result is compared with the model before it is written; one that lost its epistemic spread, or whose numbers
     differ by more than 1e-5, is refused."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder that Predictor.save or `vbdl fit` wrote."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write."""
     backend: Literal["aoti", "onnx"] = "aoti"
     """aoti: native code for this machine. onnx: for ONNX Runtime anywhere."""
@@ -40,7 +40,10 @@ class Export:
         predictor = load(self.model, trust=self.trust, **settings)
         example = None
         if self.example is not None:
-            example = torch.from_numpy(np.load(self.example, allow_pickle=False))
+            try:
+                example = torch.from_numpy(np.load(self.example, allow_pickle=False))
+            except (ValueError, TypeError) as error:  # text, pickles, an archive of arrays
+                raise ValueError(f"{self.example} is not a .npy file of numbers") from error
         package = export(predictor, self.out, backend=self.backend, example=example, rebuild=self.rebuild)
         about = package.description
         print(f"{self.out}: tiles of {', '.join(map(str, package.tiles))} rows, fields {', '.join(about.fields)}")

@@ -11,7 +11,7 @@ import tyro
 class Inspect:
     """Say what a saved model is: method, network, inputs, calibration, draws, metrics. Nothing of it is run."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder that Predictor.save or `vbdl fit` wrote."""
     json: bool = False
     """Print the whole manifest as JSON."""

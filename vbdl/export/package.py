@@ -131,6 +131,8 @@ def export(
     if backend not in ("aoti", "onnx"):
         raise ValueError(f'backend is "aoti" or "onnx", not {backend!r}')
     folder, model = Path(folder), identity(predictor)
+    if folder.is_dir():
+        _locate(folder)  # before anything is compiled
     probe, inputs = _probe(predictor, example)
     if folder.exists() and not rebuild:
         try:
