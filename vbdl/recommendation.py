@@ -51,7 +51,7 @@ class Recommendation:
     n_test: int
 
     def __str__(self) -> str:
-        columns = f"{'NLL a row (95 %)':>26s} {'worse by (95 %)':>26s} {'one row':>9s} {'training':>9s} {'epochs':>6s}"
+        columns = f"{'NLL a row (95 %)':>32s} {'worse by (95 %)':>32s} {'one row':>9s} {'training':>9s} {'epochs':>6s}"
         lines = [f"{'method':12s} {columns}"]
         for m in self.table:
             if m.nll is None:
@@ -59,7 +59,7 @@ class Recommendation:
                 continue
             worse = "-" if m.worse_by is None else str(m.worse_by)
             lines.append(
-                f"{m.method:12s} {str(m.nll):>26s} {worse:>26s} {1000 * m.latency:7.2f}ms {m.training:8.1f}s "
+                f"{m.method:12s} {str(m.nll):>32s} {worse:>32s} {1000 * m.latency:7.2f}ms {m.training:8.1f}s "
                 f"{m.epochs:6d}"
             )
         lines.append(f"trained on {self.n_train} rows, scored on {self.n_test}")

@@ -76,6 +76,7 @@ class Fit:
         import torch
 
         from vbdl.tabular import Settings, fit_table
+        from vbdl.tabular.inference import kinds_of
 
         if self.threads < 0:
             raise ValueError(f"threads is 0 or more, got {self.threads}")
@@ -90,15 +91,9 @@ class Fit:
             self.method, self.members, self.draws, self.width, self.depth, self.dropout, self.noise, self.epochs,
             self.batch_size, self.lr, self.weight_decay, self.patience, self.coverage, self.seed, shares,
         )  # fmt: skip
-        kinds = {}
-        for kind in ("numeric", "categorical", "date"):
-            for name in getattr(self, kind):
-                if name in kinds:
-                    raise ValueError(f"column {name!r} is said to be {kinds[name]} and {kind}")
-                kinds[name] = kind
         found = fit_table(
             self.data, self.target, settings,
-            kinds=kinds, ignore=self.ignore, group=self.group, time=self.time, task=self.task,
+            kinds=kinds_of(self.numeric, self.categorical, self.date), ignore=self.ignore, group=self.group, time=self.time, task=self.task,
         )  # fmt: skip
         print(found.schema)
         for name, reason in found.left_out.items():

@@ -21,6 +21,12 @@ class Recommend:
     """In place of what the target's cells say."""
     ignore: tuple[str, ...] = ()
     """Columns to leave out."""
+    numeric: tuple[str, ...] = ()
+    """Columns to read as numbers."""
+    categorical: tuple[str, ...] = ()
+    """Columns to read as categories, codes made of digits for instance."""
+    date: tuple[str, ...] = ()
+    """Columns of dates to read as days since 1970."""
     width: int = 128
     """Units of a hidden layer."""
     depth: int = 2
@@ -31,11 +37,13 @@ class Recommend:
     def __call__(self) -> None:
         import torch
 
+        from vbdl.tabular.inference import kinds_of
         from vbdl.tabular.recommending import recommend_table
 
         torch.set_num_threads(1)
+        kinds = kinds_of(self.numeric, self.categorical, self.date)
         print(
             recommend_table(
-                self.data, self.target, self.budget, self.task, self.ignore, self.width, self.depth, self.seed
+                self.data, self.target, self.budget, self.task, self.ignore, self.width, self.depth, self.seed, kinds
             )
         )

@@ -15,6 +15,17 @@ MAX_CATEGORIES = 64  # the most frequent ones; the rest is `other`
 MIN_ROWS = 5  # of a category with a number of its own
 
 
+def kinds_of(numeric: Sequence[str] = (), categorical: Sequence[str] = (), date: Sequence[str] = ()) -> dict[str, str]:
+    """{column: kind} for `infer`. ValueError where a column is in two of the lists."""
+    kinds: dict[str, str] = {}
+    for kind, names in (("numeric", numeric), ("categorical", categorical), ("date", date)):
+        for name in names:
+            if name in kinds:
+                raise ValueError(f"column {name!r} is said to be {kinds[name]} and {kind}")
+            kinds[name] = kind
+    return kinds
+
+
 def infer(
     table: Any,
     target: str,

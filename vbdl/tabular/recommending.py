@@ -1,6 +1,6 @@
 """Which method for a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ def recommend_table(
     width: int = 128,
     depth: int = 2,
     seed: int = 0,
+    kinds: Mapping[str, str] | None = None,
 ) -> Recommendation:
     """`vbdl.recommend` with the network that `fit_table` would train. Columns are scaled by all rows: means and stds of
     inputs, which say nothing of the target."""
@@ -30,7 +31,7 @@ def recommend_table(
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
     known = table.column(target).is_valid().to_numpy(zero_copy_only=False)
     table = table.take(np.flatnonzero(known))
-    schema, _ = infer(table, target, task=task, ignore=ignore)
+    schema, _ = infer(table, target, kinds=kinds, task=task, ignore=ignore)
     encoded = schema.encode(table)
     y, has_target = schema.target.encode(table.column(target))
     rows = encoded.kept & has_target
