@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from vbdl_kernels.dispatch import with_derivative
 
 from vbdl.compiler import compile_graph, on_cpu
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
@@ -382,7 +383,8 @@ class _Program:
                     transpose_last(self._graph)
                 self._call = compile_graph(self._graph, examples) if self._compile else self._graph
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
-            return dict(zip(self.outputs, self._graph(*arguments), strict=False))  # what is compiled has no gradient
+            found = _Differentiable(self._graph).run(*arguments)  # what is compiled has no gradient
+            return dict(zip(self.outputs, found, strict=False))
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
 
@@ -390,6 +392,13 @@ class _Program:
         if tile not in self.inputs or self._call is None or self._call is self._graph:
             return None
         return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
+
+
+class _Differentiable(fx.Interpreter):
+    """A graph operation by operation, kernels with their derivatives."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(with_derivative(target), args, kwargs)
 
 
 class Ready:

@@ -102,13 +102,27 @@ def autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters))
 
 
-def kept_whole(function: Callable) -> Callable:
-    """A function whose call the compiler writes into the graph without tracing into it.
+_WITH_DERIVATIVE: dict[Callable, Callable] = {}  # bare operator -> the function that takes its arguments
+
+
+def kept_whole(name: str) -> Callable[[Callable], Callable]:
+    """Decorates what calls operator `name`, with a derivative where one is asked for: the compiler writes the call
+    into the graph without tracing into it.
 
     Traced into, an `autograd.Function` is refused or loses its vmap rule (pytorch#129845). This imports the compiler,
     a second and a half, which torch itself does for the first optimiser made and the first graph traced.
     """
-    return torch.compiler.allow_in_graph(function)
+
+    def decorate(function: Callable) -> Callable:
+        _WITH_DERIVATIVE[getattr(torch.ops.vbdl, name).default] = function
+        return torch.compiler.allow_in_graph(function)
+
+    return decorate
+
+
+def with_derivative(operator: Callable) -> Callable:
+    """For graphs, which hold bare operators: the function in the operator's place that has its derivative."""
+    return _WITH_DERIVATIVE.get(operator, operator)
 
 
 def call_of(function: type[torch.autograd.Function], name: str, *arguments) -> Callable:

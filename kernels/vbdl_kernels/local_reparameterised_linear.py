@@ -98,7 +98,7 @@ class _LocalReparameterisedLinear(torch.autograd.Function):
         return map_linear(_LocalReparameterisedLinear.apply, info, in_dims, *arguments)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("local_reparameterised_linear")
 def _local_reparameterised_linear(*arguments):
     return dispatch.call_of(_LocalReparameterisedLinear, "local_reparameterised_linear", *arguments)(*arguments)
 

@@ -93,7 +93,7 @@ class _MaskedLinear(torch.autograd.Function):
         return _mapped(_MaskedLinear.apply, info, in_dims, *arguments)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("masked_linear")
 def _masked_linear(*arguments):
     return dispatch.call_of(_MaskedLinear, "masked_linear", *arguments)(*arguments)
 

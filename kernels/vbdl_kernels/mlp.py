@@ -92,14 +92,14 @@ dispatch.batching("ensemble_mlp", _mapped_ensemble)
 dispatch.batching("bayesian_mlp", _mapped_bayesian)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("ensemble_mlp")
 def _ensemble_mlp(x, weights, biases, activation):
     if dispatch.wants_derivative(x, weights, biases):
         return reference_ensemble_mlp(x, weights, biases, activation)
     return torch.ops.vbdl.ensemble_mlp(x, weights, biases, activation)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("bayesian_mlp")
 def _bayesian_mlp(x, means, stds, bias_means, bias_stds, key, *rest):
     if dispatch.wants_derivative(x, means, stds, bias_means, bias_stds):
         return reference_bayesian_mlp(x, means, stds, bias_means, bias_stds, key, *rest)

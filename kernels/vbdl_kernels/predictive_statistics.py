@@ -55,7 +55,7 @@ def _mapped(call, info, in_dims, logits):
 dispatch.batching("predictive_statistics", _mapped)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("predictive_statistics")
 def _predictive_statistics(logits):
     if dispatch.wants_derivative(logits):
         return reference_predictive_statistics(logits)

@@ -113,7 +113,7 @@ class _SampleWeightsGradient(torch.autograd.Function):
         return dispatch.one_by_one(_SampleWeightsGradient.apply, info, in_dims, gradient, key, layer, stream)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("sample_weights")
 def _sample_weights(*arguments):
     return dispatch.call_of(_SampleWeights, "sample_weights", *arguments)(*arguments)
 

@@ -188,7 +188,7 @@ class _ParameterGradient(torch.autograd.Function):
         return dispatch.one_by_one(_ParameterGradient.apply, info, in_dims, gradient, x, key, layer, precision)
 
 
-@dispatch.kept_whole
+@dispatch.kept_whole("sampled_linear")
 def _sampled_linear(*arguments):
     return dispatch.call_of(_SampledLinear, "sampled_linear", *arguments)(*arguments)
 

@@ -206,6 +206,10 @@ def test_a_predictor_uses_the_kernels(joint):
     for name in ("probs", "total", "aleatoric", "standard_error"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=2e-3, atol=1e-4)
     assert ("sampled_linear" if joint else "local_reparameterised_linear") in predict.explain()
+    gradient = lambda predict, x: torch.autograd.grad(predict(x).total.sum(), x)[0].cpu()
+    expected = gradient(vbdl.Predictor(q, vbdl.Categorical(), compile=False, **settings), x.requires_grad_())
+    found = gradient(predict, x.detach().cuda().requires_grad_())
+    assert float((found - expected).abs().max()) <= 5e-3 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -173,6 +173,34 @@ def test_masks_of_the_data_are_made_in_the_product(bias, forced, monkeypatch):
         assert ("1 linear layers make the masks" in rewritten.explain()) == bool(count)  # the other has one a draw
 
 
+@pytest.mark.parametrize(
+    "kernel", ["sampled_linear", "local_reparameterised_linear", "masks", "ensemble_mlp", "bayesian_mlp"]
+)
+def test_gradients_by_the_inputs_pass_through_kernels(kernel, forced, monkeypatch):
+    """The bare operators in a graph have no derivative, and say so in a warning only, which is an error here."""
+
+    def made():
+        q = vbdl.MeanField(network("plain"), n_data=100, initial_std=0.3)
+        if kernel == "masks":
+            q = vbdl.MCDropout(nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4)))
+        joint = kernel != "local_reparameterised_linear"
+        return vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False, joint=joint)
+
+    gradient = lambda predict, x: torch.autograd.grad(predict(x).total.sum(), x)[0]
+    x = X.clone().requires_grad_()
+    expected = gradient(made(), x)
+    forced(kernel == "sampled_linear")
+    statistics = importlib.import_module("vbdl.likelihoods.categorical")
+    monkeypatch.setattr(statistics, "_in_one_pass", lambda parameters: parameters.ndim == 3)
+    monkeypatch.setattr(importlib.import_module("vbdl.rewrite"), "compact", lambda *arguments: [])
+    monkeypatch.setattr(fused.regime, "of_masks", lambda *arguments, **options: {"masked": 1, "activations": 2})
+    whole = {"ensemble_mlp": "whole", "bayesian_mlp": "whole drawn"}.get(kernel, "layers")
+    monkeypatch.setattr(networks.regime, "of_network", lambda *arguments, **options: {whole: 1.0})
+    predict = made()
+    torch.testing.assert_close(gradient(predict, x), expected, rtol=1e-4, atol=1e-6)
+    assert kernel in predict.explain()
+
+
 def test_nothing_changes_without_an_accelerator():
     assert "sampled_linear" not in (p := predictor("plain", joint=True)).explain(X)
     assert p.device.type == "cpu"

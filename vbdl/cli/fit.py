@@ -93,7 +93,8 @@ class Fit:
         )  # fmt: skip
         found = fit_table(
             self.data, self.target, settings,
-            kinds=kinds_of(self.numeric, self.categorical, self.date), ignore=self.ignore, group=self.group, time=self.time, task=self.task,
+            kinds=kinds_of(self.numeric, self.categorical, self.date), ignore=self.ignore,
+            group=self.group, time=self.time, task=self.task,
         )  # fmt: skip
         print(found.schema)
         for name, reason in found.left_out.items():
