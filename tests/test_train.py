@@ -408,6 +408,21 @@ def test_recurrent_networks_train_one_after_the_other(make):
     assert vbdl.Predictor(q, likelihood, compile=False)(x).mean.shape == (31, OUTPUTS)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_spectral_norms_train_one_after_the_other(compile, data):
+    spectral_norm = torch.nn.utils.parametrizations.spectral_norm
+    members = [nn.Sequential(spectral_norm(nn.Linear(FEATURES, 7)), nn.Linear(7, OUTPUTS)) for _ in range(2)]
+    together = vbdl.DeepEnsemble(members)
+    vbdl.fit(together, data, vbdl.Gaussian(OUTPUTS), epochs=5, compile=compile)
+    for index, member in enumerate(members):
+        alone = vbdl.DeepEnsemble([member])
+        vbdl.fit(alone, data, vbdl.Gaussian(OUTPUTS), epochs=5, seed=index, compile=False)
+        assert_same(together.member(index), alone.member(0), **ROUNDING)
+        assert not torch.equal(
+            together.member(index)["0.parametrizations.weight.0._u"], member[0].parametrizations.weight[0]._u
+        )
+
+
 def test_a_finished_run_goes_on_to_nothing(data, tmp_path):
     options = {"epochs": 3, "validation": 0.2, "checkpoint": tmp_path / "run.safetensors", "compile": False}
     q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_map
 
 from vbdl.types import Inputs, State
@@ -110,8 +111,10 @@ def call_each(
 
 
 def can_map(module: nn.Module) -> bool:
-    """Whether vmap has a rule for every layer, as far as is known of torch's own: it has none for recurrent ones."""
-    return not any(isinstance(m, nn.RNNBase) for m in module.modules())
+    """Whether vmap has a rule for every layer, as far as is known of torch's own: it has none for recurrent ones and
+    for the power iterations of a spectral norm.
+    """
+    return not any(isinstance(m, nn.RNNBase | _SpectralNorm) for m in module.modules())
 
 
 def select(stacked: State, index: int) -> State:
