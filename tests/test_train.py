@@ -423,6 +423,40 @@ def test_spectral_norms_train_one_after_the_other(compile, data):
         )
 
 
+class Centring(nn.Linear):
+    """Takes off a running mean, which its forward writes to or assigns."""
+
+    mean: torch.Tensor
+
+    def __init__(self, assigns: bool):
+        super().__init__(FEATURES, OUTPUTS)
+        self.assigns = assigns
+        self.register_buffer("mean", torch.zeros(FEATURES))
+
+    def forward(self, x):
+        if self.training:
+            new = 0.9 * self.mean + 0.1 * x.mean(0)
+            if self.assigns:
+                self.mean = new
+            else:
+                self.mean.copy_(new)
+        return super().forward(x - self.mean)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("wrap", [lambda n: vbdl.MeanField(n, N), lambda n: vbdl.DeepEnsemble(n, 2)])
+def test_a_buffer_that_is_assigned_is_kept_as_one_that_is_written_to(wrap, compile, data):
+    x, y = data
+    states = []
+    for assigns in (True, False):
+        torch.manual_seed(1)
+        q = wrap(Centring(assigns))
+        vbdl.fit(q, (x + 3, y), vbdl.Gaussian(OUTPUTS), epochs=5, compile=compile)
+        states.append(state(q))
+    assert_same(*states, rtol=1e-6, atol=1e-6)
+    assert any("mean" in n and "log" not in n and float(t.mean()) > 1 for n, t in states[0].items())
+
+
 def test_a_finished_run_goes_on_to_nothing(data, tmp_path):
     options = {"epochs": 3, "validation": 0.2, "checkpoint": tmp_path / "run.safetensors", "compile": False}
     q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)

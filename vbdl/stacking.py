@@ -72,9 +72,20 @@ def state_of(module: nn.Module) -> State:
 
 
 def call(module: nn.Module, state: State, inputs: Any) -> Any:
-    """The module's output with these entries in place of its own, which stay untouched."""
+    """The module's output with these entries in place of its own, which stay untouched.
+
+    In training an entry that the forward assigns (`self.mean = 0.9 * self.mean + ...`) is changed as one that it
+    writes to would be.
+    """
     args, kwargs = arguments(inputs)
-    return functional_call(module, state, args, kwargs, strict=False)
+    used = dict(state)  # functional_call leaves in it what the entries have become
+    output = functional_call(module, used, args, kwargs, strict=False)
+    if torch.is_grad_enabled():
+        for name, t in used.items():
+            if t is not state[name] and t.shape == state[name].shape:
+                with torch.no_grad():
+                    state[name].copy_(t)
+    return output
 
 
 def call_stacked(
