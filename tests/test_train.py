@@ -464,3 +464,12 @@ def test_a_finished_run_goes_on_to_nothing(data, tmp_path):
     again, noise = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
     assert vbdl.fit(again, data, noise, **options).train_loss == history.train_loss
     assert_same(state(q), state(again), rtol=0, atol=0)
+
+
+def test_a_finished_run_still_knows_the_rows_of_its_loader(data, tmp_path):
+    options = {"epochs": 2, "checkpoint": tmp_path / "run.safetensors", "compile": False}
+    for _ in range(2):
+        q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
+        vbdl.fit(q, DataLoader(TensorDataset(*data), batch_size=16), likelihood, **options)
+    with pytest.raises(ValueError, match="71 of 71 calibration rows were trained on"):
+        vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), *data, vbdl.StdScaling())

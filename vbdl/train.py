@@ -373,6 +373,8 @@ class _Run:
 
     def _save(self, epoch: int) -> None:
         found = {f"model.{n}": t for n, t in state_of(self.losses).items()} | self.best.tensors()
+        if self.seen:
+            found["rows"] = torch.cat(self.seen).unique()
         save_checkpoint(self.o["checkpoint"], found, self.optimizer, self.schedule, self.history, epoch)
 
     def _resume(self) -> None:
@@ -380,6 +382,8 @@ class _Run:
         if path is None or not Path(path).exists():
             return
         found, epoch, history = load_checkpoint(path, self.optimizer, self.schedule)
+        if (rows := found.pop("rows", None)) is not None:  # a run that is finished looks at no row again
+            self.seen.append(rows)
         own = state_of(self.losses)
         saved = {n.removeprefix("model."): t for n, t in found.items() if n.startswith("model.")}
         if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
