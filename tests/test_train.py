@@ -159,6 +159,17 @@ def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
         vbdl.fit(vbdl.DeepEnsemble(plain(), 3), data, vbdl.Gaussian(OUTPUTS), epochs=2, checkpoint=path)
 
 
+def test_a_checkpoint_of_another_optimizer_and_another_file_are_refused(data, tmp_path):
+    options = {"epochs": 1, "compile": False, "checkpoint": tmp_path / "run.safetensors"}
+    make = lambda: (vbdl.DeepEnsemble(plain(), 2), data, vbdl.Gaussian(OUTPUTS))
+    vbdl.fit(*make(), **options)
+    with pytest.raises(ValueError, match="another optimizer"):
+        vbdl.fit(*make(), **options, optimizer=lambda ps: torch.optim.SGD(ps, lr=0.1))
+    options["checkpoint"].write_text("epoch,loss")
+    with pytest.raises(ValueError, match="not a checkpoint of vbdl"):
+        vbdl.fit(*make(), **options)
+
+
 def test_members_have_orders_of_their_own(data):
     q = vbdl.DeepEnsemble([net := plain(), copy.deepcopy(net)])  # one start: only the order can part them
     vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=1, batch_size=17, compile=False)

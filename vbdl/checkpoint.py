@@ -6,7 +6,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,11 +41,14 @@ def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, histo
 
 def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     """The tensors, the epoch to go on with and the history; optimizer and schedule are brought up to date."""
-    with safe_open(path, framework="pt") as file:
-        about = (file.metadata() or {}).get("vbdl")
-        if about is None:
-            raise ValueError(f"{path} is not a checkpoint of vbdl")
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get("vbdl")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a checkpoint of vbdl: {error}") from error
+    if about is None:
+        raise ValueError(f"{path} is not a checkpoint of vbdl")
     about = json.loads(about)
     if about["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {about['format']}, this vbdl reads {FORMAT}")
@@ -55,7 +58,13 @@ def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, 
         state.setdefault(int(index), {})[entry] = found.pop(name)
     for index, entries in about["optimizer"]["plain"].items():
         state.setdefault(int(index), {}).update(entries)
-    optimizer.load_state_dict({"state": state, "param_groups": about["optimizer"]["param_groups"]})
+    groups = about["optimizer"]["param_groups"]
+    # "initial_lr" is a schedule's
+    if [set(g) - {"initial_lr"} for g in groups] != [
+        set(g) - {"initial_lr"} for g in optimizer.state_dict()["param_groups"]
+    ]:
+        raise ValueError(f"the checkpoint {path} is of another optimizer: remove it, or give another path")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and about["schedule"] is not None:
         schedule.load_state_dict(about["schedule"])
     return found, about["epoch"], about["history"]
