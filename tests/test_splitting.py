@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,6 +81,28 @@ def test_by_time_needs_no_sorted_rows():
     time = torch.tensor([5.0, 1.0, 3.0, 2.0, 4.0])
     parts = split(5, {"past": 0.6, "future": 0.4}, time=time)
     assert parts["past"].tolist() == [1, 2, 3] and parts["future"].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas index", "pandas series", "python", "numbers"])
+def test_by_time_takes_dates(form):
+    dates = np.datetime64("2020-01-01") + np.random.default_rng(0).permutation(100)
+    given = {
+        "numpy": dates,
+        "pandas index": pd.DatetimeIndex(dates),
+        "pandas series": pd.Series(dates, index=np.arange(100)[::-1]),
+        "python": dates.astype(object).tolist(),
+        "numbers": dates.astype(np.int64).tolist(),
+    }[form]
+    parts = list(split(np.int64(100), time=given).values())
+    for earlier, later in zip(parts, parts[1:], strict=False):
+        assert dates[earlier].max() < dates[later].min()
+
+
+def test_a_missing_date_is_named():
+    with pytest.raises(ValueError, match="time has no date in row 3"):
+        split(
+            4, {"a": 0.5, "b": 0.5}, time=np.array(["2020-01-01", "2020-01-02", "2020-01-03", "NaT"], "datetime64[D]")
+        )
 
 
 def test_what_is_refused():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,9 +14,9 @@ def split(
     n: int,
     shares: Mapping[str, float] | None = None,
     *,
-    stratify: Tensor | Sequence | None = None,
-    groups: Tensor | Sequence | None = None,
-    time: Tensor | None = None,
+    stratify: Tensor | Sequence | np.ndarray | None = None,
+    groups: Tensor | Sequence | np.ndarray | None = None,
+    time: Tensor | Sequence | np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Row numbers of each part, by its name: int64, ascending, disjoint, together all n rows.
@@ -27,14 +28,14 @@ def split(
         stratify: (n,) class of each row; every part gets each class in the same share, as near as whole rows allow.
         groups: (n,) patient, track or customer of each row; no group is in two parts. Groups are dealt out whole,
             largest first, so that the shares of rows come as near as they can.
-        time: (n,) when each row was; the parts follow each other in time, in the order of `shares`, and rows of one
-            instant stay together, so that no part holds a row later than the next part's.
+        time: (n,) when each row was, numbers or dates; the parts follow each other in time, in the order of `shares`,
+            and rows of one instant stay together, so that no part holds a row later than the next part's.
         seed: of the random choices; a split by time has none.
 
     Returns: a dict in the order of shares. Only one of stratify, groups and time can be given.
     Raises ValueError when a part would be empty.
     """
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f"n must be a whole number of rows, at least 1, not {n}")
     shares = dict(DEFAULT_SHARES if shares is None else shares)
     if not shares or any(not (math.isfinite(s) and s > 0) for s in shares.values()):
@@ -64,7 +65,14 @@ def split(
     return found
 
 
-def _column(values: Tensor | Sequence, n: int, name: str) -> Tensor:
+def _column(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
+    if not isinstance(values, Tensor):
+        values = np.asarray(values)
+        if name == "time" and values.dtype.kind in "MO":  # dates, of numpy, pandas or Python
+            dates = values.astype("datetime64[ns]")
+            if bool(np.isnat(dates).any()):
+                raise ValueError(f"{name} has no date in row {int(np.isnat(dates).argmax())}")
+            values = dates.astype(np.int64)
     column = torch.as_tensor(values).detach().cpu()
     if column.shape != (n,):
         raise ValueError(f"{name} must be ({n},), one value a row, not {tuple(column.shape)}")
@@ -73,7 +81,7 @@ def _column(values: Tensor | Sequence, n: int, name: str) -> Tensor:
     return column
 
 
-def _codes(values: Tensor | Sequence, n: int, name: str) -> Tensor:
+def _codes(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
     """Whole numbers 0, 1, ... for the distinct values, which may be strings."""
     if not isinstance(values, Tensor):
         values = list(values)
