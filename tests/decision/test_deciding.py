@@ -225,3 +225,9 @@ def test_saved_and_loaded_it_acts_the_same(paths, x, decision, tmp_path):
     for name in ("action", "risk", "var", "es"):
         if getattr(expected, name, None) is not None:
             assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_a_decision_for_another_kind_of_prediction_is_said_to_be_that(x):
+    predict = _predictor(2, Categorical())
+    with pytest.raises(AttributeError, match="asks for 'mean' of a prediction that has probs.*Risk on a regression"):
+        with_decision(predict, Risk())(x)

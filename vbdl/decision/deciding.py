@@ -14,6 +14,16 @@ from vbdl.likelihoods.moments import merge_mean
 from vbdl.types import State
 
 
+class _Seen(SimpleNamespace):
+    """What a decision sees of a prediction."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the decision asks for {name!r} of a prediction that has {', '.join(vars(self))}: Referral and "
+            "ExpectedCost decide on classes, Risk on a regression"
+        )
+
+
 class DecidingLikelihood(nn.Module):
     """A likelihood whose predictions have `action`, made by a decision module in the same compiled call.
 
@@ -58,7 +68,7 @@ class DecidingLikelihood(nn.Module):
 
     def finish(self, summary: State) -> State:
         fields = self.likelihood.finish(summary)
-        seen = SimpleNamespace(**fields)
+        seen = _Seen(**fields)
         if "probs" in fields:
             probs = fields["probs"]
             binary = probs.ndim == fields["total"].ndim
