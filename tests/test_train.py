@@ -484,3 +484,15 @@ def test_a_finished_run_still_knows_the_rows_of_its_loader(data, tmp_path):
         vbdl.fit(q, DataLoader(TensorDataset(*data), batch_size=16), likelihood, **options)
     with pytest.raises(ValueError, match="71 of 71 calibration rows were trained on"):
         vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), *data, vbdl.StdScaling())
+
+
+@pytest.mark.parametrize("turned_off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_the_trainings_own(turned_off, data):
+    """On where the caller has turned them off, and not those of the inputs."""
+    x, y = data
+    usual, other = vbdl.DeepEnsemble(plain(), 2), vbdl.DeepEnsemble(plain(), 2)
+    vbdl.fit(usual, data, vbdl.Gaussian(OUTPUTS), epochs=3, compile=False)
+    features = x.clone().requires_grad_() * 1.0
+    with turned_off():
+        vbdl.fit(other, (features, y), vbdl.Gaussian(OUTPUTS), epochs=3, compile=False)
+    assert_same(state(usual), state(other), rtol=0, atol=0)

@@ -207,7 +207,8 @@ class _Run:
 
     def _checked(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
         """On the device, the targets as the likelihood needs them; one row is run to see what comes out."""
-        x, y = map_inputs(lambda t: t.to(self.device), x), y.to(self.device)
+        # detached from what made them, like a network whose features they are
+        x, y = map_inputs(lambda t: t.detach().to(self.device), x), y.detach().to(self.device)
         return x, self.likelihood.check_targets(y, (len(y), *self._output_shape(take(x, torch.arange(1)))))
 
     @torch.no_grad()
@@ -295,7 +296,8 @@ class _Run:
         self._resume()
         self.posterior.train()
         try:
-            self._epochs()
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has turned off
+                self._epochs()
         finally:  # a training that was interrupted has trained all the same
             self._leave()
         if o["checkpoint"] is not None:
