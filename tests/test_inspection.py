@@ -78,6 +78,11 @@ def test_the_module_is_left_as_it_was():
     assert net.training and all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+def test_an_example_may_be_an_array():
+    net, x = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5)), torch.randn(4, 3)
+    assert str(vbdl.inspect(net, x.numpy())) == str(vbdl.inspect(net, x))
+
+
 def test_only_modules_are_inspected():
     with pytest.raises(TypeError, match="nn.Module"):
         vbdl.inspect("net")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vbdl.data import as_tensor
 from vbdl.engine import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
@@ -83,7 +84,7 @@ def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
     if example is None:
         _without_running(module, report)
     else:
-        _by_running(module, example, report)
+        _by_running(module, as_tensor(example), report)
     return report
 
 
