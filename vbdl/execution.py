@@ -85,7 +85,7 @@ class Execution:
         probe = self._state(torch.arange(min(2, self.n_samples)))
         self._shared = {n: t.detach() for n, t in state_of(pair).items() if n not in probe}
         self._tile = tile
-        self._try(probe, tile)
+        first, outputs = probe, self._plainly(probe, tile)
         # rows that lie alike round alike: promised for tiles of multiples of 64 rows, and of no use to one row
         self._aligned = tensors(tile)[0].shape[0] % 64 == 0
         strategy, reasons = "stacked", ()
@@ -110,6 +110,7 @@ class Execution:
                 f"the module calls {found.random} in prediction, which draws from torch's generator: no seed of a "
                 f"predictor reaches it. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
             )
+        self._check_apart(outputs, first, tile)
         if not found.output_depends_on_draw:
             raise ValueError(
                 f"nothing random reaches the output of this {type(self.posterior).__name__}: every sample would be "
@@ -137,26 +138,26 @@ class Execution:
         self._measured.clear()
         self.parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
 
-    def _try(self, probe: State, tile: Inputs) -> None:
-        """One draw run plainly: what the module cannot take it says in torch's own words, and rows must stay apart."""
+    def _plainly(self, probe: State, tile: Inputs) -> Tensor:
+        """One draw run as it is, (rows, ...): what the module cannot take it says in torch's own words."""
         network = Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
-        buffers = {n for n, _ in network.named_buffers()}
+        buffers = {n for n, _ in network.named_buffers()}  # which a forward may write to
         state = {**self._shared, **select(probe, 0)}
-
-        def run(tile: Inputs) -> Tensor:
-            # copies of the buffers, which a forward may write to
-            return call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile)
-
+        outputs = call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile)
         rows = tensors(tile)[0].shape[0]
-        outputs = run(tile)
         if outputs.shape[0] != rows:
             raise ValueError(
                 f"the module returned {outputs.shape[0]} rows for a batch of {rows}: the batch is the first axis of "
                 f"every input and of the output (batch_first=True in recurrent layers and attention)"
             )
-        alike = run(map_inputs(lambda t: t[:1].expand_as(t).contiguous(), tile))
+        return outputs
+
+    def _check_apart(self, outputs: Tensor, probe: State, tile: Inputs) -> None:
+        """ValueError where a row's output is another one with other rows beside it."""
+        alike = self._plainly(probe, map_inputs(lambda t: t[:1].expand_as(t).contiguous(), tile))
         scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
-        unstable = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules())
+        modules = self.posterior.module.modules()
+        unstable = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in modules)
         if unstable or not torch.allclose(outputs[:1], alike[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
             raise ValueError(
                 "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
