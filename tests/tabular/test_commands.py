@@ -115,6 +115,10 @@ def test_calibrate_makes_another_model(place, classes, tmp_path, capsys, method)
     assert main(["predict", str(tmp_path / "c"), str(place / "new.csv"), str(tmp_path / "o.parquet")]) == 0
     assert ("set" in pa.parquet.read_schema(tmp_path / "o.parquet").names) == (method == "sets")
     assert main(["calibrate", str(classes), str(place / "new.csv"), str(classes)]) == 1
+    assert main(["calibrate", str(classes), str(place / "new.csv"), str(tmp_path / "c"), "--method", method]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["predict", str(classes), str(place / "new.csv"), str(tmp_path / "o.parquet")]) == 1
+    assert "--restart" in capsys.readouterr().err
 
 
 def test_calibrate_a_regression(place, number, tmp_path):

@@ -80,7 +80,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     taken = folder.exists() and any(folder.iterdir())
     if taken:
         if replace is None:
-            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True")
+            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True (--overwrite)")
         replace(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, before = folder.with_name(f".{folder.name}.{os.getpid()}.partial"), _before(folder)

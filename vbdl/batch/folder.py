@@ -155,7 +155,7 @@ class Folder:
         whole = data[: data.rfind(b"\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
-            raise ValueError(f"{journal} is damaged: start again with restart")
+            raise ValueError(f"{journal} is damaged: start again with restart=True (--restart)")
         self._compare(lines[0]["settings"])
         for entry in lines[1:]:
             path = self.path / entry["part"]
@@ -172,7 +172,7 @@ class Folder:
         changed = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
         raise ValueError(
             f"{self.path} holds the output of another job: {', '.join(sorted(changed))} changed since. Choose another "
-            f"folder, or restart to write it again"
+            f"folder, or write it again with restart=True (--restart)"
         )
 
     def _clear(self) -> None:

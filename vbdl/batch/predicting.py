@@ -268,10 +268,14 @@ def _merged(out: Path, settings: dict[str, Any]) -> Report | None:
     if not out.exists():
         return None
     if not about.exists():
-        raise ValueError(f"{out} is there already, and not of a job that could be gone on with: restart to replace it")
+        raise ValueError(
+            f"{out} is there already, and not of a job that could be gone on with: restart=True (--restart) replaces it"
+        )
     manifest = json.loads(about.read_text())
     if manifest["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"{out} is the output of another job: choose another name, or restart to replace it")
+        raise ValueError(
+            f"{out} is the output of another job: choose another name, or restart=True (--restart) to replace it"
+        )
     parts = len(manifest["parts"])
     return Report(manifest["rows"], manifest["rejected"], 0.0, parts, parts, manifest["failed"], out=out)
 
