@@ -144,6 +144,13 @@ def test_calibrate_a_regression(place, number, tmp_path):
     assert 0.45 < inside.mean() < 0.55  # these are the rows it was fitted to
 
 
+def test_a_score_of_the_distribution_before_is_not_given_for_the_one_after(place, number, tmp_path, capsys):
+    command = ["calibrate", str(number), str(place / "new.csv"), str(tmp_path / "c"), "--method", "cdf"]
+    assert main(command) == 0
+    crps = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("CRPS"))
+    assert float(crps[1]) > 0 and crps[2] == "-"
+
+
 def test_recommend_says_why(place, capsys):
     assert main(["recommend", str(place / "train.parquet"), "--target", "kind", "--budget", "1", "--width", "16"]) == 0
     said = capsys.readouterr().out

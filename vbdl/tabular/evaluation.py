@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vbdl import metrics
+from vbdl.calibration.cdf import RecalibratedPrediction
 from vbdl.metrics.estimate import Interval
 from vbdl.tabular.target import Target
 
@@ -112,8 +113,6 @@ def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) 
             "CRPS": float(metrics.crps_gaussian(centre, spread, truth).mean()),
         }
     unit = f"of {target.name}"
-    components = p.samples.double()
-    crps = metrics.crps_mixture(components[..., 0, 0], (0.5 * components[..., 0, 1]).exp(), truth)
     low, high = p.interval(0.9)
     hit = metrics.covered(low.double().flatten(), high.double().flatten(), truth)
     found = [
@@ -121,9 +120,13 @@ def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) 
             "RMSE", unit, metrics.bootstrap(metrics.rmse, mean, truth, n_resamples=_RESAMPLES), simplest.get("RMSE")
         ),
         _score("NLL", "nats a row", metrics.mean_estimate(nll).interval(), simplest.get("NLL")),
-        _score("CRPS", unit, metrics.mean_estimate(crps).interval(), simplest.get("CRPS")),
         _score("90 % coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(truth))),
     ]
+    # a recalibrated prediction keeps the samples of the one before, whose CRPS is not its own
+    if not isinstance(p, RecalibratedPrediction):
+        components = p.samples.double()
+        crps = metrics.crps_mixture(components[..., 0, 0], (0.5 * components[..., 0, 1]).exp(), truth)
+        found.insert(2, _score("CRPS", unit, metrics.mean_estimate(crps).interval(), simplest.get("CRPS")))
     lower, upper = getattr(p, "lower", None), getattr(p, "upper", None)
     if lower is not None and upper is not None:
         hit = metrics.covered(lower.double().flatten(), upper.double().flatten(), truth)
