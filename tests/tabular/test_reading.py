@@ -80,6 +80,19 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
             as_table(data)
 
 
+def test_text_in_views_is_text():
+    """What a polars frame gives, words and categories."""
+    if not hasattr(pa, "string_view"):
+        pytest.skip("this pyarrow has no views")
+    from vbdl.tabular import infer
+
+    views = pa.array(["p", "q"] * 20, pa.string_view())
+    codes = pa.array([0, 1] * 20, pa.uint32())
+    frame = pa.table({"word": views, "code": pa.DictionaryArray.from_arrays(codes, views[:2]), "y": [1.5, 2.5] * 20})
+    schema, _ = infer(as_table(frame), "y")
+    assert schema.encode(frame).x[:2].tolist() == [[1, 0, 0, 1, 0, 0], [0, 1, 0, 0, 1, 0]]
+
+
 def test_pandas_categories_are_text():
     from vbdl.tabular import infer
 

@@ -136,11 +136,25 @@ def _read_file(path: Path) -> Any:
 def as_table(data: Any) -> Any:
     """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name. ValueError
     where two columns have one name: which of them is meant is not for a program to guess."""
-    table = _converted(data)
+    table = _without_views(_converted(data))
     names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two columns are called {twice!r}: rename one of them, or leave it out")
+    return table
+
+
+def _without_views(table: Any) -> Any:
+    """Text as strings, where it comes as views, as from polars: Arrow's own functions do not take them all."""
+    pa = arrow()
+    for place, field in enumerate(table.schema):
+        kind: Any = None
+        if str(field.type) == "string_view":
+            kind = pa.large_string()
+        elif pa.types.is_dictionary(field.type) and str(field.type.value_type) == "string_view":
+            kind = pa.dictionary(field.type.index_type, pa.large_string())
+        if kind is not None:
+            table = table.set_column(place, field.name, table.column(place).cast(kind))
     return table
 
 
