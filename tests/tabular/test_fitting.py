@@ -92,6 +92,12 @@ def test_rows_without_a_target_are_left_out_and_said():
     found = fit_table(data.set_column(3, "y", pa.array(y)), "y", Settings(**{**SMALL, "epochs": 1}), progress=False)
     assert int(torch.cat(list(found.rows.values())).min()) == 10
     assert any("10 of 200 rows have no y" in note for note in found.notes)
+    data = numbers_table(200)
+    y = np.where(np.arange(200) < 50, np.nan, data["y"].to_numpy())  # as Parquet files of pandas have it, and not null
+    data = data.set_column(data.column_names.index("y"), "y", pa.array(y))
+    found = fit_table(data, "y", Settings(**{**SMALL, "epochs": 1}), progress=False)
+    assert any("50 of 200 rows have no y" in note for note in found.notes)
+    assert [len(rows) for rows in found.rows.values()] == [105, 15, 15, 15]
 
 
 def test_repeated_rows_are_calibrated_on_new_ones_all_the_same():

@@ -21,7 +21,7 @@ from vbdl.tabular.parts import divide
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.schema import KEY, Schema
 from vbdl.tabular.settings import Settings
-from vbdl.tabular.target import decide, fit_target
+from vbdl.tabular.target import decide, fit_target, has_target
 from vbdl.train import History, fit
 
 ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
@@ -101,10 +101,10 @@ def fit_table(
     if target not in table.column_names:
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
     notes: list[str] = []
-    known = table.column(target).is_valid().to_numpy(zero_copy_only=False)
+    known = has_target(table.column(target))
     if table.num_rows and not known.all():
         notes.append(f"{int((~known).sum())} of {len(known)} rows have no {target} and were left out")
-    keep = torch.from_numpy(known.copy()).nonzero().flatten()
+    keep = torch.from_numpy(known).nonzero().flatten()
     table = table.take(keep.numpy())
     if table.num_rows < _MIN_ROWS:
         raise ValueError(
@@ -125,8 +125,8 @@ def fit_table(
         notes.append(
             f"{len(encoded.rejected)} rows could not be read and were left out, row {int(keep[row])}: {reason}"
         )
-    y, has_target = schema.target.encode(table.column(target))
-    usable = encoded.kept & has_target
+    y, given = schema.target.encode(table.column(target))
+    usable = encoded.kept & given
     rows = {name: r[usable[r]] for name, r in parts.rows.items()}
     x = {name: encoded.x[r] for name, r in rows.items()}
     targets = {name: y[r] for name, r in rows.items()}

@@ -11,6 +11,7 @@ from vbdl.tabular.inference import infer
 from vbdl.tabular.network import TabularNetwork
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.settings import Settings
+from vbdl.tabular.target import has_target
 
 
 def recommend_table(
@@ -29,12 +30,11 @@ def recommend_table(
     table = as_table(data)
     if target not in table.column_names:
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
-    known = table.column(target).is_valid().to_numpy(zero_copy_only=False)
-    table = table.take(np.flatnonzero(known))
+    table = table.take(np.flatnonzero(has_target(table.column(target))))
     schema, _ = infer(table, target, kinds=kinds, task=task, ignore=ignore)
     encoded = schema.encode(table)
-    y, has_target = schema.target.encode(table.column(target))
-    rows = encoded.kept & has_target
+    y, given = schema.target.encode(table.column(target))
+    rows = encoded.kept & given
     settings = Settings(method="dropout", width=width, depth=depth, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -75,6 +75,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return numbers.clamp_min(0), known
 
 
+def has_target(column: Any) -> np.ndarray:
+    """(rows,) bool, whether a cell is neither null nor NaN."""
+    return ~combined(compute().is_null(column, nan_is_null=True)).to_numpy(zero_copy_only=False)
+
+
 def decide(column: Any, name: str, task: str | None = None) -> tuple[str, str]:
     """("classification" or "regression", why). ValueError where the column cannot be a target."""
     import pyarrow as pa
