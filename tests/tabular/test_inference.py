@@ -46,6 +46,11 @@ def test_dates_are_refused_with_what_to_do(column):
         one(pa.array(column))
 
 
+def test_a_number_too_large_to_scale_by_is_named():
+    with pytest.raises(ValueError, match="column 'x' has 1.79.*e\\+308 in it, too large to scale by"):
+        one(np.where(np.arange(N) == 3, np.finfo(np.float64).max, np.arange(N)))
+
+
 def test_lists_are_refused():
     with pytest.raises(ValueError, match="no kind of input"):
         one(pa.array([[1.0, 2.0]] * N))

@@ -90,13 +90,20 @@ def _column(name: str, column: Any, rows: np.ndarray, kind: str | None) -> Colum
     known = values[~missing & np.isfinite(values)]
     if len(known) == 0:
         return "it has no value in any training row"
-    if not float(known.std()) > 0 and not missing.any():
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = float(known.std())
+    if not np.isfinite(spread):
+        largest = float(np.abs(known).max())
+        raise ValueError(
+            f"column {name!r} has {largest:g} in it, too large to scale by: is it a code for a missing cell?"
+        )
+    if not spread > 0 and not missing.any():
         return f"it is {known[0]:g} in every training row"
     make: Any = {"numeric": Numeric, "boolean": Boolean, "date": Date}[kind]
     return make(
         name=name,
         mean=float(known.mean()),
-        std=float(known.std()) or 1.0,
+        std=spread or 1.0,
         fill=float(np.median(known)),
         indicator=bool(missing.any()),
     )
