@@ -88,7 +88,9 @@ def test_rows_that_cannot_be_used_are_exit_code_3(place, classes, tmp_path, caps
     (tmp_path / "bad.csv").write_text("\n".join(text) + "\n")
     assert main(["predict", str(classes), str(tmp_path / "bad.csv"), str(tmp_path / "o.parquet")]) == 3
     said = capsys.readouterr().out
-    assert "1 rows could not be used" in said and "bad.csv, row 4" in said
+    assert (
+        "299 rows in" in said and "1 part\n" in said and "1 row could not be used" in said and "bad.csv, row 4" in said
+    )
     assert (
         main(["predict", str(classes), str(tmp_path / "bad.csv"), str(tmp_path / "p.parquet"), "--on-error", "stop"])
         == 1

@@ -51,21 +51,25 @@ class Report:
     def __str__(self) -> str:
         rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.seconds > 0 and not self.resumed else ""
         lines = [
-            f"{self.rows:,} rows in {self.seconds:.1f} s{rate}, {self.parts} parts"
+            f"{_counted(self.rows, 'row')} in {self.seconds:.1f} s{rate}, {_counted(self.parts, 'part')}"
             + (f", {self.resumed} of them from before" if self.resumed else "")
         ]
         if self.out is not None:
             lines.append(f"written to {self.out}")
         if self.rejected:
             where = "" if self.quarantine is None else f", see {self.quarantine}"
-            lines.append(f"{self.rejected:,} rows could not be used{where}")
+            lines.append(f"{_counted(self.rejected, 'row')} could not be used{where}")
             lines += [f"  {reason}" for reason in self.reasons[:3]]
         lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
         lines += [
-            f"column {n!r}: {count:,} cells with a category that training did not have"
+            f"column {n!r}: {_counted(count, 'cell')} with a category that training did not have"
             for n, count in self.unseen.items()
         ]
         return "\n".join(lines)
+
+
+def _counted(n: int, word: str) -> str:
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def predict_table(
