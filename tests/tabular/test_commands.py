@@ -68,6 +68,24 @@ def test_fit_says_what_it_did(place, classes, capsys):
     assert "trusted" not in said and "metric scores accuracy" in said and "{" not in said
 
 
+def test_fit_says_before_the_training_where_it_cannot_write(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vbdl.tabular.fit_table", lambda *a, **k: pytest.fail("trained for nothing"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    (tmp_path / "file").write_text("keep me")
+    for out, said in (
+        ("mine", "is there already"),
+        ("mine --overwrite", "holds 'notes.txt'"),
+        ("file --overwrite", "is not a folder"),
+        ("file/model.vbdl", "cannot be written"),
+    ):
+        name, *options = out.split()
+        command = ["fit", str(place / "train.parquet"), "--target", "kind", "--out", str(tmp_path / name), *options]
+        assert main([*command, *QUICK]) == 1
+        assert said in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]
+
+
 def test_predict_writes_what_the_model_says(place, number):
     out = place / "o.csv"
     assert main(["predict", str(number), str(place / "new.csv"), str(out), "--keep", "price"]) == 0

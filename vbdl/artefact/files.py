@@ -66,6 +66,28 @@ def read_whole(path: Path, limit: int) -> bytes:
     return data
 
 
+def check_place(folder: Path, replace: Callable[[Path], object] | None) -> bool:
+    """Whether a folder is there already that may be replaced. Raises OSError where it may not, as for `write_folder`,
+    or where nothing can be written beside it: before hours of work, rather than after."""
+    folder = Path(os.path.abspath(folder))
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"{folder} is there and is not a folder")
+    taken = folder.exists() and any(folder.iterdir())
+    if taken:
+        if replace is None:
+            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True (--overwrite)")
+        replace(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        partial.rmdir()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error.strerror}") from error
+    return taken
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Path], object] | None) -> None:
     """The folder with these files, written beside it, on the disk, then renamed into place.
 
@@ -74,17 +96,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     where the process is killed. A file system that cannot do that gets two renames; whoever reads between them, or
     after a kill between them, is given the old one (`locate`).
     """
+    taken = check_place(folder, replace)
     folder = Path(os.path.abspath(folder))  # a name to rename to, not what a link at its end points to
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FileExistsError(f"{folder} is there and is not a folder")
-    taken = folder.exists() and any(folder.iterdir())
-    if taken:
-        if replace is None:
-            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True (--overwrite)")
-        replace(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, before = folder.with_name(f".{folder.name}.{os.getpid()}.partial"), _before(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, before = _partial(folder), _before(folder)
     try:
         partial.mkdir()
         write_files(partial, files)
@@ -102,6 +116,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is not finished, or what was replaced
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
 
 
 def _before(folder: Path) -> Path:

@@ -75,6 +75,7 @@ class Fit:
     def __call__(self) -> None:
         import torch
 
+        from vbdl.artefact.files import check_place, locate
         from vbdl.tabular import Settings, fit_table
         from vbdl.tabular.inference import kinds_of
 
@@ -84,8 +85,7 @@ class Fit:
             raise ValueError(f"test lies between 0 and 0.3, got {self.test}")
         if self.threads:
             torch.set_num_threads(self.threads)
-        if self.out.exists() and not self.overwrite and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} is there already: --overwrite replaces it")
+        check_place(self.out, locate if self.overwrite else None)
         shares = {"train": 1 - 3 * self.test, "validation": self.test, "calibration": self.test, "test": self.test}
         settings = Settings(
             self.method, self.members, self.draws, self.width, self.depth, self.dropout, self.noise, self.epochs,

@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from vbdl.artefact.files import write_folder
+from vbdl.artefact.files import check_place, write_folder
 from vbdl.artefact.manifest import Inputs
 from vbdl.artefact.saving import inputs_of
 from vbdl.artefact.tensors import CODES, DTYPES
@@ -131,8 +131,7 @@ def export(
     if backend not in ("aoti", "onnx"):
         raise ValueError(f'backend is "aoti" or "onnx", not {backend!r}')
     folder, model = Path(folder), identity(predictor)
-    if folder.is_dir():
-        _locate(folder)  # before anything is compiled
+    check_place(folder, _locate)
     probe, inputs = _probe(predictor, example)
     if folder.exists() and not rebuild:
         try:
