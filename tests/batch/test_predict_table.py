@@ -385,6 +385,13 @@ def test_many_classes_are_a_list(numbers):
 # -- places
 
 
+@pytest.mark.parametrize("name", ["o.csv.gz", "o.tsv", "o.json", "o.XLSX"])
+def test_a_file_of_a_kind_that_is_not_written_does_not_become_a_folder(model, rows, tmp_path, name):
+    with pytest.raises(ValueError, match="file of another kind"):
+        vbdl.predict_table(model, rows, tmp_path / name, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_over(model, rows, tmp_path):
     source = write(rows, tmp_path / "in" / "t.csv")
     (tmp_path / "full").mkdir()

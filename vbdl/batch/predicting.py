@@ -27,6 +27,7 @@ logger = logging.getLogger("vbdl")
 
 _ROWS_WORTH_COMPILING = 200_000
 _BYTES_WORTH_COMPILING = 50_000_000
+_NOT_WRITTEN = (".gz", ".tsv", ".ipc", ".json", ".jsonl", ".txt", ".xlsx", ".zip")  # nobody calls a folder so
 
 
 class QuarantineError(ValueError):
@@ -255,6 +256,10 @@ def _layout(out: Path, kind: str | None) -> tuple[str, Path]:
         return suffix, out.with_name(f".{out.name}.parts")
     if out.is_file():
         raise ValueError(f"{out} is a file whose name ends in none of {', '.join(by_name)}")
+    if out.suffix.lower() in _NOT_WRITTEN and not out.is_dir():
+        raise ValueError(
+            f"{out} is named after a file of another kind: a file ends in {', '.join(by_name)}, a folder in none"
+        )
     return kind or "parquet", out
 
 
