@@ -119,6 +119,10 @@ def test_columns_are_chosen_and_carried_over(model, rows):
     found = vbdl.predict_table(model, rows, columns=("prediction", "confidence"), keep=("id", "y"), **SMALL)
     assert found.column_names == ["row_id", "id", "y", "prediction", "confidence"]
     assert found["id"].to_pylist() == rows["id"].to_pylist()
+    found = vbdl.predict_table(model, rows, columns=("probabilities", "standard_error"), **SMALL)
+    classes = [name.removeprefix("probability_") for name in found.column_names if name.startswith("probability_")]
+    assert len(classes) > 1
+    assert [n for n in found.column_names if n.startswith("standard")] == [f"standard_error_{c}" for c in classes]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@
 | `lower`, `upper` | float32 | the calibrated interval, or the central interval that was asked for |
 | `set` | list of labels | the classes of a conformal set |
 | `action` | int64, float for a position | the decision |
-| `confidence`, `standard_error...` | float32 | where asked for by name |
+| `confidence`, `standard_error_<class>` | float32 | where asked for by name |
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,8 @@ def _column(name: str, p: Any, labels: Sequence[Any] | None, interval: float) ->
     value = getattr(p, name, None)
     if value is None:
         return {}
+    if name == "standard_error" and probs is not None:  # of each class, as the probabilities
+        return _spread(name, value, labels if value.ndim == p.total.ndim + 1 else None)
     return _spread(name, value.to(torch.int64) if name == "action" and not value.is_floating_point() else value)
 
 
