@@ -339,6 +339,7 @@ def test_bad_data_is_named(data):
     for options, words in (
         ({"epochs": 0}, "epochs"),
         ({"patience": 3}, "validation"),
+        ({"patience": 0, "validation": 0.2}, "patience is at least 1"),
         ({"validation": 1.5}, "between 0 and 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"schedule": "linear"}, "cosine"),

@@ -93,6 +93,8 @@ def fit(
     """
     if epochs < 1:
         raise ValueError(f"epochs is at least 1, got {epochs}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience is at least 1 epoch without a gain, got {patience}")
     if patience is not None and validation is None:
         raise ValueError("patience needs validation= to judge by")
     if not is_posterior(posterior):

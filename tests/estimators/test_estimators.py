@@ -100,7 +100,15 @@ def test_the_predictor_can_be_calibrated(cancer):
     assert calibrated(rows[80:]).sets.shape == (len(y_test) - 80, 2)
 
 
-@pytest.mark.parametrize("options, said", [({"method": "magic"}, "magic"), ({"hidden": (8, 9)}, "all the same")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"method": "magic"}, "magic"),
+        ({"hidden": (8, 9)}, "all the same"),
+        ({"validation_fraction": 1.5}, "validation_fraction"),
+        ({"patience": 0}, "patience"),
+    ],
+)
 def test_parameters_that_make_no_sense(cancer, options, said):
     x, _, y, _ = cancer
     with pytest.raises(ValueError, match=said):

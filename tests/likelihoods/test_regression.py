@@ -126,6 +126,12 @@ def test_a_central_interval_holds_its_share():
     torch.testing.assert_close(p.cdf(low), torch.full((5, 3), 0.1, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("level", [90, 1.0, -0.1])
+def test_a_level_in_per_cent_is_refused(level):
+    with pytest.raises(ValueError, match="0.9 for 90 %"):
+        predict(components()).interval(level)
+
+
 @pytest.mark.parametrize("q", [0.0, 1.0, -0.5, [0.5, 1.5]])
 def test_a_level_outside_zero_and_one_is_refused(q):
     with pytest.raises(ValueError, match="strictly between 0 and 1"):

@@ -76,6 +76,8 @@ class Estimator(BaseEstimator):
         self.scale_ = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(self.mean_)), scale, 1.0)
         rows = self._tensor(x)
         n = len(y)
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction lies in [0, 1), got {self.validation_fraction}")
         held = round(n * self.validation_fraction)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         validation = None

@@ -69,6 +69,8 @@ class RegressionPrediction:
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """(batch, outputs) bounds of the central interval that holds y with this probability."""
+        if not 0 <= level < 1:
+            raise ValueError(f"the level of an interval is a probability below 1, got {level}: 0.9 for 90 %")
         low, high = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
         return low, high
 
