@@ -53,6 +53,16 @@ def test_every_test_named_is_there(text):
         assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
 
 
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_names_in_the_code_of_a_document_need_no_more_than_import_vbdl(document):
+    import vbdl
+
+    code = "\n".join(re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL))
+    lines = [line for line in code.splitlines() if not line.startswith(("from ", "import "))]
+    used = set(re.findall(r"(?<![\w.\"])vbdl\.(\w+)", "\n".join(lines)))
+    assert used <= set(vbdl.__all__), f"not to be had from vbdl: {used - set(vbdl.__all__)}"
+
+
 def test_every_public_name_used_is_there():
     import vbdl
 

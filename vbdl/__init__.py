@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vbdl import adaptive as adaptive
+    from vbdl import artefact as artefact
     from vbdl import calibration as calibration
     from vbdl import decision as decision
+    from vbdl import export as export
     from vbdl import metrics as metrics
     from vbdl import ood as ood
     from vbdl.artefact.loading import load as load
@@ -72,7 +74,7 @@ _HOME = {
     "with_decision": "decision.deciding",
 }
 
-_MODULES = ("adaptive", "calibration", "decision", "metrics", "ood")
+_MODULES = ("adaptive", "artefact", "calibration", "decision", "export", "metrics", "ood")
 
 __all__ = sorted([*_HOME, *_MODULES])
 
