@@ -105,6 +105,7 @@ def test_drive_remembers_and_fails_safe(x):
     middle = (low + high) / 2
     machine = HandOver((middle, middle), (high * 2, high), dwell=3, deadline=0.5, latched=False)
     deciding = with_decision(predictor, machine)
+    deciding(calm)  # traced before the clock runs
     with Drive(deciding) as drive:
         modes = [drive(frame).mode for frame in (calm, wild, calm, calm, calm)]
         assert modes == [Mode.DRIVE, Mode.WARN, Mode.WARN, Mode.WARN, Mode.DRIVE]
