@@ -138,16 +138,16 @@ def test_nothing_is_compiled_after_an_adaptive_warm_up():
     predict = Predictor(q, vbdl.Categorical(), 20, tiles=(4,))
     predict.warm_up((9,), example=x, adaptive=True)
     seen = []
-    import vbdl.execution as execution
+    import vbdl.program as program
 
-    original = execution.compile_graph
+    original = program.compile_graph
     try:
-        execution.compile_graph = lambda *args, **kwargs: seen.append(args) or original(*args, **kwargs)
+        program.compile_graph = lambda *args, **kwargs: seen.append(args) or original(*args, **kwargs)
         for rule in (0.05, LabelDecided(0.9)):
             predict(x, tolerance=rule)
         predict(x, deadline=10.0)
     finally:
-        execution.compile_graph = original
+        program.compile_graph = original
     assert not seen
 
 

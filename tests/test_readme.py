@@ -26,7 +26,7 @@ def run_blocks(folder, monkeypatch) -> dict:
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     """Uncompiled, as the same graph; the slow test compiles."""
-    monkeypatch.setattr("vbdl.execution.compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr("vbdl.program.compile_graph", lambda graph, inputs: graph)
     assert blocks()
     names = run_blocks(tmp_path, monkeypatch)
     p = names["p"]

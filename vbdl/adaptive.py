@@ -27,8 +27,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vbdl.execution import Execution, pad
+from vbdl.execution import Execution
 from vbdl.stacking import map_inputs
+from vbdl.tiles import pad
 from vbdl.types import Inputs, Likelihood, State
 
 LEAST_DRAWS = 16  # before a standard error is believed

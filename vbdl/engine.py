@@ -9,21 +9,21 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from vbdl import adaptive
 from vbdl.adaptive import Rule
-from vbdl.data import as_tensor
-from vbdl.execution import Execution, Ready, Settings, pad
+from vbdl.execution import Execution, Settings
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
+from vbdl.program import Ready
 from vbdl.stacking import map_inputs, tensors
+from vbdl.tiles import check_inputs, pad
 from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
 
 DEFAULT_SAMPLES = 32
@@ -320,38 +320,7 @@ class Predictor:
     # -- tiles
 
     def _check(self, x: Any) -> tuple[Inputs, int]:
-        """The inputs as tensors on the device, and how many rows they have."""
-        x = as_tensor(x)
-        found = tensors(x) if isinstance(x, Tensor | Sequence | Mapping) else []
-        if not found or not all(isinstance(t, Tensor) for t in found):
-            raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name")
-        if any(t.ndim < 1 for t in found):
-            raise ValueError("inputs have a batch axis first, got a scalar")
-        if any(is_functorch_wrapped_tensor(t) for t in found):
-            raise NotImplementedError(
-                "a predictor cannot be called inside a transform of torch.func: give it all rows at once, and for a "
-                "gradient inputs with requires_grad"
-            )
-        sizes = {t.shape[0] for t in found}
-        if len(sizes) > 1:
-            raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in found]}")
-        for t in found:
-            if not t.is_floating_point():
-                continue
-            if self._floating is not None and t.dtype != self._floating:
-                raise ValueError(
-                    f"inputs are {t.dtype} and the module's parameters {self._floating}: convert with "
-                    f"x.to({self._floating})"
-                )
-            # one reduction in the usual case; a sum that overflows is looked at again
-            if not math.isfinite(float(t.detach().sum())) and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
-                bad = (~ok).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"{len(bad)} of {len(ok)} rows are not finite, the first is row {bad[0]}: remove or impute them"
-                )
-        if found[0].device != self.device:
-            x = map_inputs(lambda t: t.to(self.device), x)
-        return x, sizes.pop()
+        return check_inputs(x, self.device, self._floating)
 
     def _size(self, rows: int) -> int:
         return next((size for size in self.tiles if size >= rows), self.tiles[-1])

@@ -17,8 +17,9 @@ from vbdl_kernels import make_key
 from vbdl_kernels.philox import reference_normal, reference_words
 
 from vbdl.engine import Predictor
-from vbdl.execution import Execution, _tracing
+from vbdl.execution import Execution
 from vbdl.graph import DRAWN, ONCE, PREFIX, trace
+from vbdl.program import tracing
 from vbdl.rewrite import rewrite
 from vbdl.rewrite.linear import DECOMPOSITIONS
 from vbdl.stacking import Inputs, State, rebuild, tensors
@@ -57,7 +58,7 @@ def tile_call(predictor: Predictor, tile: Inputs) -> TileCall:
 
     constants = [t for part in parts for t in part.constants]
     seed = torch.tensor(predictor.seed, device=predictor.device)
-    with torch.no_grad(), _tracing():
+    with torch.no_grad(), tracing():
         graph = trace(
             whole, constants, seed, tensors(tile), aligned=parts[0].aligned, decompositions={**DECOMPOSITIONS, **_NOISE}
         )
@@ -115,7 +116,7 @@ class _Part:
         self._numbers = numbers.to(execution.device)
         self._keys = _keys(execution, numbers, state, predictor.seed)
         self._names, shared = list(state), list(execution._shared.values())
-        with torch.no_grad(), _tracing():
+        with torch.no_grad(), tracing():
             traced = execution._trace(execution.plan.strategy, state)
         kinds = [DRAWN] * len(state) + [ONCE] * len(shared) + [PREFIX] * len(tensors(execution._tile))
         # no budget for what is kept of the draws: nothing may depend on the masks or weights of one seed

@@ -25,11 +25,11 @@ from vbdl.artefact.manifest import Inputs
 from vbdl.artefact.saving import inputs_of
 from vbdl.artefact.tensors import CODES, DTYPES
 from vbdl.engine import Predictor
-from vbdl.execution import pad
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check
 from vbdl.export.graph import TileCall, tile_call
 from vbdl.stacking import State, map_inputs, tensors
+from vbdl.tiles import pad
 from vbdl.types import Inputs as Rows
 
 FORMAT = 1

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from vbdl.compiler import compile_graph
-from vbdl.execution import Execution, Settings, _tracing
+from vbdl.execution import Execution, Settings
 from vbdl.graph import trace
 from vbdl.moments.interpret import dependent, run
 from vbdl.moments.value import Moments
 from vbdl.nn.observed import Observed
+from vbdl.program import tracing
 from vbdl.stacking import Inputs, State, call, select, state_of, tensors
 from vbdl.types import Likelihood, Posterior
 
@@ -68,7 +69,7 @@ class MomentExecution:
         self.plan = MomentPlan(self)
         self._call: Any = None
         self._graph: Any = None
-        with torch.no_grad(), _tracing():
+        with torch.no_grad(), tracing():
             self._prepare()
 
     def _prepare(self) -> None:
@@ -131,7 +132,7 @@ class MomentExecution:
         arguments = [*tensors(tile), *_tensors_of(self._kept), self._points]
         if self._call is None:
             examples = [t.detach() for t in arguments]
-            with torch.no_grad(), _tracing():
+            with torch.no_grad(), tracing():
                 self._graph = trace(self._whole, *examples)
                 self._call = compile_graph(self._graph, examples) if self.settings.compile else self._graph
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):

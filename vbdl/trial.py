@@ -1,0 +1,36 @@
+"""One draw of a network run as it is, before anything is traced: what it cannot take it says in torch's own words."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vbdl.stacking import call, map_inputs, tensors
+from vbdl.types import Inputs, State
+
+_APART = 1e-2  # of the largest output: beyond all rounding, far below what a neighbour's values make of a row
+
+
+def run_plainly(network: nn.Module, state: State, tile: Inputs) -> Tensor:
+    """(rows, ...) outputs with these entries. ValueError where there are not as many rows as in the tile."""
+    buffers = {n for n, _ in network.named_buffers()}  # which a forward may write to
+    outputs = call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile)
+    rows = tensors(tile)[0].shape[0]
+    if outputs.shape[0] != rows:
+        raise ValueError(
+            f"the module returned {outputs.shape[0]} rows for a batch of {rows}: the batch is the first axis of "
+            f"every input and of the output (batch_first=True in recurrent layers and attention)"
+        )
+    return outputs
+
+
+def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Inputs) -> None:
+    """ValueError where a row's output is another one with other rows beside it. outputs: of the tile."""
+    alike = run_plainly(network, state, map_inputs(lambda t: t[:1].expand_as(t).contiguous(), tile))
+    scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
+    unstable = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules())
+    if unstable or not torch.allclose(outputs[:1], alike[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
+        raise ValueError(
+            "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
+            "batch is the first axis of every input (batch_first=True in recurrent layers and attention), and "
+            "batch normalisation needs track_running_stats=True"
+        )
