@@ -195,6 +195,18 @@ def test_a_damaged_file_is_said_and_the_others_finish(model, rows, tmp_path):
     assert found.num_rows == 2_000 and report.rows >= 2_000
 
 
+@pytest.mark.parametrize("column", ["a", "word"])
+def test_a_file_of_another_type_is_said_and_the_others_finish(model, rows, tmp_path, column):
+    other = {"a": pa.array(range(2_000), pa.timestamp("s")), "word": pa.array([{"x": 1}] * 2_000)}[column]
+    write(rows.set_column(rows.column_names.index(column), column, other), tmp_path / "in" / "a.parquet")
+    write(rows, tmp_path / "in" / "b.parquet")
+    report = vbdl.predict_table(model, tmp_path / "in", tmp_path / "out", **SMALL)
+    assert list(report.failed) == ["a.parquet"] and f"column {column!r} holds" in report.failed["a.parquet"]
+    assert report.rows == 2_000 and {p.name[0] for p in (tmp_path / "out").glob("*.parquet")} == {"b"}
+    with pytest.raises(ValueError, match=f"a.parquet.*column {column!r} holds"):
+        vbdl.predict_table(model, tmp_path / "in", tmp_path / "stopped", on_error="stop", **SMALL)
+
+
 def test_unseen_categories_are_counted(model, rows, tmp_path):
     place = rows.column_names.index("word")
     words = ["new" if i % 100 == 0 else w for i, w in enumerate(rows["word"].to_pylist())]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vbdl.batch.sources import Chunk, Source
-from vbdl.batch.worker import Result, Worker
+from vbdl.batch.worker import Misfit, Result, Worker
 
 _DONE = object()
 
@@ -26,17 +26,21 @@ def run(
     """Every chunk that is not done: read in one thread, computed in this one, written in a third.
 
     At most one chunk waits between two stages, so that memory holds a few chunks, however many rows there are.
-    An error of a source is given to `failed`, and the next source is read; any other ends the run.
+    An error of a source, or that it does not fit the model, is given to `failed`, and the next source is read; any
+    other ends the run.
     """
     read: queue.Queue[Any] = queue.Queue(maxsize=1)
     written: queue.Queue[Any] = queue.Queue(maxsize=1)
     stop = threading.Event()
     errors: list[BaseException] = []
+    unfit: set[str] = set()
 
     def reading() -> None:
         for source in sources:
             try:
                 for chunk in source.chunks(size, lambda number, s=source: done(s.name, number)):
+                    if source.name in unfit:
+                        break
                     _put(read, (source, chunk), stop)
             except (ValueError, OSError) as error:
                 _put(read, (source, error), stop)
@@ -63,10 +67,17 @@ def run(
             if isinstance(found, Exception):
                 failed(source, found)
                 continue
+            if source.name in unfit:
+                continue
             try:
                 result = worker.compute(found)
             except ValueError as error:
-                raise ValueError(f"{source.name}, rows {found.number * size} and after: {error}") from error
+                said = ValueError(f"{source.name}, rows {found.number * size} and after: {error}")
+                if not isinstance(error, Misfit):
+                    raise said from error
+                unfit.add(source.name)
+                failed(source, said)
+                continue
             _put(written, (source, found, result), stop)
         _put(written, _DONE, stop)
         threads[1].join()

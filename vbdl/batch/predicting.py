@@ -304,11 +304,12 @@ def stop_at(source: Source, rejected: list[tuple[int, str]], on_error: str) -> N
 
 
 def fail(job: Folder, source: Source, error: Exception, on_error: str) -> None:
-    """A source that cannot be read to its end: the others are, unless told to stop."""
+    """A source that cannot be read to its end, or does not fit: the others are, unless told to stop."""
     if on_error == "stop":
         raise error
-    logger.warning("%s: %s", source.name, error)
-    job.failed[source.name] = str(error)
+    if source.name not in job.failed:  # once, where its chunks fail each by itself
+        logger.warning("%s: %s", source.name, error)
+        job.failed[source.name] = str(error)
 
 
 def add(total: dict[str, int], more: Mapping[str, int]) -> None:

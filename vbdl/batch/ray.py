@@ -19,7 +19,7 @@ from typing import Any
 from vbdl.batch.folder import Folder, part_name, write_part
 from vbdl.batch.sources import Source
 from vbdl.batch.table_file import TableFile
-from vbdl.batch.worker import Options, Worker
+from vbdl.batch.worker import Misfit, Options, Worker
 from vbdl.engine import Predictor
 from vbdl.tabular import Schema
 from vbdl.tabular.reading import format_of
@@ -194,7 +194,11 @@ class _Actor:
                 try:
                     found.append(self._part(name, chunk))
                 except ValueError as error:
-                    return [{"error": f"{name}, rows {chunk.number * size} and after: {error}"}]
+                    said = f"{name}, rows {chunk.number * size} and after: {error}"
+                    if not isinstance(error, Misfit):
+                        return [{"error": said}]
+                    found.append({"source": name, "failed": said})
+                    break
                 if wanted is not None:
                     break
         except (ValueError, OSError) as error:

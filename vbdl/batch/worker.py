@@ -54,6 +54,10 @@ class Options:
             raise ValueError(f"interval is a level in (0, 1), or 0 for none; got {self.interval}")
 
 
+class Misfit(ValueError):
+    """Why a source is nothing for the model: its columns, or what they hold."""
+
+
 @dataclass
 class Result:
     """A chunk's output, in the order of its rows, and the rows that are not in it."""
@@ -93,8 +97,12 @@ class Worker:
         return None
 
     def compute(self, chunk: Chunk) -> Result:
+        """Misfit where the chunk's source is not of the model's kind, ValueError for what all sources would meet."""
         pa = arrow()
-        x, bad, unseen = self.encode(chunk.data)
+        try:
+            x, bad, unseen = self.encode(chunk.data)
+        except (ValueError, pa.ArrowException) as error:
+            raise Misfit(str(error)) from error
         rejected = [*chunk.rejected, *((int(chunk.rows[row]), reason) for row, reason in bad.items())]
         keep = np.ones(len(chunk.rows), dtype=bool)
         keep[list(bad)] = False

@@ -126,7 +126,10 @@ class Categorical(msgspec.Struct, frozen=True, tag="categorical", forbid_unknown
 
         pc = compute()
 
-        words = texts(column)
+        try:
+            words = texts(column)
+        except pa.ArrowNotImplementedError as error:
+            raise ValueError(f"column {self.name!r} holds {column.type}, not words or codes") from error
         missing = pc.is_null(words).to_numpy(zero_copy_only=False)
         # -1 where it is not among them
         found = pc.index_in(words, value_set=pa.array(self.categories, pa.string()))
