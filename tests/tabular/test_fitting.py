@@ -148,6 +148,13 @@ def test_tables_that_cannot_be_used():
         fit_table({"a": list(range(60)), "y": ["same"] * 60}, "y")
 
 
+@pytest.mark.parametrize("factor", [1e-200, 1e-30, 1e-20, 1e10, 1e200])
+def test_a_target_whose_noise_cannot_be_modelled_is_refused_before_training(factor, monkeypatch):
+    monkeypatch.setattr("vbdl.tabular.fitting.fit", lambda *a, **k: pytest.fail("trained for nothing"))
+    with pytest.raises(ValueError, match="target 'y' has a standard deviation of .*: rescale it"):
+        fit_table({"a": np.arange(600.0), "y": factor * np.sin(np.arange(600))}, "y")
+
+
 def test_an_evaluation_is_json():
     import json
 
