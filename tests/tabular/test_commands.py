@@ -181,7 +181,9 @@ def test_recommend_reads_columns_as_fit_does(tmp_path, capsys):
     days = pa.array(np.arange("2020-01-01", "2020-04-10", dtype="datetime64[D]"))
     pa.parquet.write_table(pa.table({"day": days, "y": ["a", "b"] * 50}), tmp_path / "t.parquet")
     command = ["recommend", str(tmp_path / "t.parquet"), "--target", "y", "--budget", "0.5", "--width", "8"]
-    assert main(command) == 1 and "--date day" in capsys.readouterr().err
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "--date day" in said and "in vbdl fit, split by it (--time day)" in said
     assert main([*command, "--date", "day"]) == 0
     assert main([*command, "--date", "day", "--numeric", "day"]) == 1
     assert "numeric and date" in capsys.readouterr().err

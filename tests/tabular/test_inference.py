@@ -42,7 +42,7 @@ def test_a_constant_with_gaps_is_kept_for_its_gaps():
 
 @pytest.mark.parametrize("column", [[datetime.date(2020, 1, 1)] * N, [datetime.datetime(2020, 1, 1)] * N])
 def test_dates_are_refused_with_what_to_do(column):
-    with pytest.raises(ValueError, match="--time x.*--ignore x.*--date x"):
+    with pytest.raises(ValueError, match="--ignore x.*--date x.*in vbdl fit, split by it .--time x"):
         one(pa.array(column))
 
 

@@ -121,8 +121,8 @@ def _kind(name: str, column: Any) -> str:
         return "categorical"
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         raise ValueError(
-            f"column {name!r} holds dates, and what a date means to the target is not known: split by it (--time "
-            f"{name}), leave it out (--ignore {name}), or read it as days since 1970 (--date {name})"
+            f"column {name!r} holds dates, and what a date means to the target is not known: leave it out (--ignore "
+            f"{name}), read it as days since 1970 (--date {name}), or, in vbdl fit, split by it (--time {name})"
         )
     raise ValueError(f"column {name!r} holds {kind}, which is no kind of input: leave it out (--ignore {name})")
 
