@@ -73,6 +73,13 @@ def test_what_a_spreadsheet_wrote_otherwise_is_said(tmp_path, name, text, said):
         read_table(tmp_path / name)
 
 
+@pytest.mark.parametrize("name, header", [("t.tsv", "price, EUR"), ("t.csv", "price; EUR"), ("t.tsv.gz", "a,b;c")])
+def test_the_name_of_a_single_column_may_have_a_separator_in_it(tmp_path, name, header):
+    text = f'"{header}"\n1.5\n2.5\n'.encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert read_table(tmp_path / name).to_pydict() == {header: [1.5, 2.5]}
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n")
     for data in (tmp_path / "t.csv", pa.table([[1], [2], [3]], names=["a", "b", "a"])):

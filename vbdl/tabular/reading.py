@@ -70,8 +70,9 @@ def csv_options(path: Path, column_types: Mapping[str, Any] | None = None) -> di
     from pyarrow import csv
 
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    header = _first_line(path)
-    other = next((mark for mark in (";", "\t", ",") if mark in header), None)
+    header, row = _first_lines(path)
+    # the name of a single column may have such a mark in it, and then its cells have not
+    other = next((m for m in (";", "\t", ",") if m in header and (not row or row.count(m) >= header.count(m))), None)
     if other is not None and delimiter not in header:
         raise ValueError(f"{path} separates its columns by {other!r}: a .csv file has commas, a .tsv file tabs")
     return {
@@ -82,11 +83,12 @@ def csv_options(path: Path, column_types: Mapping[str, Any] | None = None) -> di
     }
 
 
-def _first_line(path: Path) -> str:
+def _first_lines(path: Path) -> tuple[str, str]:
+    """The line of names, and the one after it, empty where there is none."""
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-        line = file.readline(1 << 20)
+        header, row = file.readline(1 << 20), file.readline(1 << 20)
     try:
-        return line.decode()
+        return header.decode(), row.decode(errors="replace")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: the first line is not text in UTF-8: save the file as UTF-8") from error
 
