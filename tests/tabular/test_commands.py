@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import torch
 
 import vbdl
 from vbdl.cli import main
@@ -139,6 +140,24 @@ def test_calibrate_makes_another_model(place, classes, tmp_path, capsys, method)
     assert "--overwrite" in capsys.readouterr().err
     assert main(["predict", str(classes), str(place / "new.csv"), str(tmp_path / "o.parquet")]) == 1
     assert "--restart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["intervals"], ["replaced: std-scaling, intervals (--add keeps what the model has)"]),
+        (["intervals", "--add"], ["kept: std-scaling", "replaced: intervals"]),
+        (["std-scaling"], ["replaced: std-scaling, intervals (--add keeps what the model has)"]),
+    ],
+)
+def test_calibrate_says_what_is_kept_and_what_is_replaced(place, number, tmp_path, capsys, options, said):
+    before, x = vbdl.load(number, compile=False), torch.zeros(1, 5)
+    command = ["calibrate", str(number), str(place / "new.csv"), str(tmp_path / "c"), "--method", *options]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-len(said) - 2 : -1] == [f"fitted: {options[0]}", *said]
+    after = vbdl.load(tmp_path / "c", compile=False)
+    assert (after(x).total == before(x).total).all() == ("--add" in options)
 
 
 def test_calibrate_a_regression(place, number, tmp_path):

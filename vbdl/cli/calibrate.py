@@ -13,6 +13,9 @@ class Calibrate:
 
     temperature, platt, isotonic, histogram and beta change class probabilities; std-scaling and cdf change a
     regression; sets and intervals add prediction sets or intervals of a coverage. Training rows are refused.
+
+    Every calibration that the model has is replaced: after --method sets or intervals without --add, the temperature or
+    std-scaling of `vbdl fit` is gone too, and probabilities and variances are those of the network again.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -28,7 +31,7 @@ class Calibrate:
     coverage: float = 0.9
     """Of sets and intervals."""
     add: bool = False
-    """Fit behind the calibration that the model has, in place of replacing it."""
+    """Keep the calibration that the model has, and fit behind it; sets and intervals take the place of earlier ones."""
     overwrite: bool = False
     """Replace a model that is there."""
 

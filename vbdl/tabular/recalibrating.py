@@ -55,7 +55,23 @@ def recalibrate(
     for name in names:
         values = [next((f"{s.value:.4g}" for s in e.scores if s.name == name), "-") for e in (before, after)]
         lines.append(f"{name:24s} {values[0]:>10s} {values[1]:>10s}")
+    had = _methods(predictor.likelihood)
+    gone = [name for name in had if not add or name == method in ("sets", "intervals")]
+    kept = [name for name in had if name not in gone]
+    lines += [f"fitted: {method}"]
+    lines += [f"kept: {', '.join(kept)}"] if kept else []
+    lines += [f"replaced: {', '.join(gone)}{'' if add else ' (--add keeps what the model has)'}"] if gone else []
     return "\n".join([*(f"note: {n}" for n in rows.notes), *lines, f"saved to {out}"])
+
+
+def _methods(likelihood: Any) -> list[str]:
+    """What a likelihood is calibrated by, innermost first, as --method calls it."""
+    names = {type(make(0.1)): name for name, make in METHODS.items()}
+    found: list[str] = []
+    while isinstance(likelihood, CalibratedLikelihood):
+        found.insert(0, names.get(type(likelihood.method), type(likelihood.method).__name__))
+        likelihood = likelihood.likelihood
+    return found
 
 
 def _network(description: Any) -> Any:
