@@ -108,7 +108,8 @@ def test_what_a_package_does_not_take(onnx_packages):
         (x.to("meta"), "is on meta"),
         ((x, x), "takes 1 tensor"),
         ({"x": [1.0]}, "takes 1 tensor"),
-        ("text", "takes 1 tensor"),
+        ("text", "takes 1 tensor.* got str"),
+        (x.double().numpy(), "is torch.float64, this package takes torch.float32"),
         (
             torch.where(torch.arange(9).unsqueeze(1) == 3, torch.nan, x),
             "1 of 9 rows are not finite, the first is row 3",
@@ -117,7 +118,9 @@ def test_what_a_package_does_not_take(onnx_packages):
     ):
         with pytest.raises(ValueError, match=reason):
             package(bad)
-    # other strides are other memory, and the same rows
+    # arrays are taken as the predictor takes them; other strides are other memory, and the same rows
+    assert_same(package(x.numpy()), Fields(package(x)), exact=True)
+    assert_same(package(x.T.contiguous().T.numpy()), Fields(package(x)), exact=True)
     assert_same(package(x.T.contiguous().T), Fields(package(x)), exact=True)
     assert_same(package(torch.cat((x, x), dim=1)[:, ::1][:, :5]), Fields(package(x)), exact=True)
 

@@ -24,6 +24,7 @@ from vbdl.artefact.files import check_place, write_folder
 from vbdl.artefact.manifest import Inputs
 from vbdl.artefact.saving import inputs_of
 from vbdl.artefact.tensors import CODES, DTYPES
+from vbdl.data import as_tensor
 from vbdl.engine import Predictor
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check
@@ -57,7 +58,8 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Package:
     """package(x, seed=None) -> the fields of the prediction by name, (batch, ...) each.
 
-    Any number of rows. Raises ValueError for rows of another dtype, shape or device, and for rows that are not finite.
+    Any number of rows, as tensors or arrays. Raises ValueError for rows of another dtype, shape or device, and for rows
+    that are not finite.
     """
 
     def __init__(self, description: Description, runners: Mapping[int, Any]):
@@ -81,7 +83,8 @@ class Package:
         return {n: torch.cat(column)[:rows] for n, column in zip(self.description.fields, columns, strict=True)}
 
     def _check(self, x: Any) -> tuple[Rows, int]:
-        given = tensors(x) if isinstance(x, Tensor | tuple | list | dict) else []
+        x = as_tensor(x)
+        given = tensors(x) if isinstance(x, Tensor | tuple | dict) else []
         expected = self._inputs.tensors
         if self._inputs.layout == "keyword":
             names = [e.name for e in expected]
@@ -89,8 +92,10 @@ class Package:
                 raise ValueError(f"this package takes a dict of {names}")
             x = {str(n): x[str(n)] for n in names}
             given = tensors(x)
-        if len(given) != len(expected) or not all(isinstance(t, Tensor) for t in given):
-            raise ValueError(f"this package takes {len(expected)} tensor(s), got {len(given)}")
+        sound = bool(given) and all(isinstance(t, Tensor) for t in given)
+        if len(given) != len(expected) or not sound:
+            got = len(given) if sound else type(x).__name__
+            raise ValueError(f"this package takes {len(expected)} tensor(s) or array(s), got {got}")
         for t, e in zip(given, expected, strict=True):
             who = e.name or "the input"
             if t.dtype != DTYPES[e.dtype]:
