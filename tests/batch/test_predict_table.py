@@ -215,6 +215,16 @@ def test_unseen_categories_are_counted(model, rows, tmp_path):
     assert report.unseen == {"word": 20} and "20 cells with a category" in str(report)
 
 
+def test_missing_cells_of_columns_that_were_complete_in_training_are_counted(model, rows, tmp_path):
+    gaps = {name: [None if i % 100 < 2 else v for i, v in enumerate(rows[name].to_pylist())] for name in ("a", "word")}
+    table = rows
+    for name, cells in gaps.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(cells))
+    report = vbdl.predict_table(model, write(table, tmp_path / "t.parquet"), tmp_path / "o.parquet", **SMALL)
+    assert report.rows == 2_000 and report.filled == {"a": 40, "word": 40}  # and not b, which had gaps in training
+    assert "column 'a': 40 missing cells filled, where training had none" in str(report)
+
+
 def test_a_missing_column_is_named(model, rows, tmp_path):
     with pytest.raises(ValueError, match="no column 'word'"):
         vbdl.predict_table(model, rows.drop_columns(["word"]), **SMALL)

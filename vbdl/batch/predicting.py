@@ -48,6 +48,7 @@ class Report:
     out: Path | None = None
     quarantine: Path | None = None
     reasons: list[str] = field(default_factory=list)  # of the first rows in quarantine
+    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, where training had none
 
     def __str__(self) -> str:
         rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.seconds > 0 and not self.resumed else ""
@@ -65,6 +66,10 @@ class Report:
         lines += [
             f"column {n!r}: {_counted(count, 'cell')} with a category that training did not have"
             for n, count in self.unseen.items()
+        ]
+        lines += [
+            f"column {n!r}: {_counted(count, 'missing cell')} filled, where training had none"
+            for n, count in self.filled.items()
         ]
         return "\n".join(lines)
 
@@ -150,13 +155,16 @@ def predict_table(
     try:
         resumed = len(job.done) if job.finished is None else len(job.finished["parts"])
         unseen: dict[str, int] = {}
+        filled: dict[str, int] = {}
         if job.finished is None:
             if engine == "ray":
                 from vbdl.batch.ray import run_ray
 
-                run_ray(model, schema, sources, options, job, workers, on_error, unseen, progress, ray_options or {})
+                run_ray(
+                    model, schema, sources, options, job, workers, on_error, unseen, filled, progress, ray_options or {}
+                )
             else:
-                _run_local(model, schema, sources, options, job, workers, on_error, unseen, progress)
+                _run_local(model, schema, sources, options, job, workers, on_error, unseen, filled, progress)
         manifest = job.finished or job.finish([s.name for s in sources])
         quarantine = folder / QUARANTINE if manifest["rejected"] else None
         reasons = _first_lines(quarantine)
@@ -177,10 +185,11 @@ def predict_table(
         out,
         quarantine,
         reasons,
+        filled,
     )
 
 
-def _run_local(model, schema, sources, options, job: Folder, workers, on_error, unseen, progress) -> None:
+def _run_local(model, schema, sources, options, job: Folder, workers, on_error, unseen, filled, progress) -> None:
     with _threads(workers) as count:
         worker = Worker(model, options, schema, count)
         _settle(worker, sources)
@@ -192,6 +201,7 @@ def _run_local(model, schema, sources, options, job: Folder, workers, on_error, 
                 stop_at(source, result.rejected, on_error)
                 job.record(job.write(source.name, chunk.number, result.table, result.rejected))
                 add(unseen, result.unseen)
+                add(filled, result.filled)
                 bar.add(result.table.num_rows + len(result.rejected))
 
             local.run(

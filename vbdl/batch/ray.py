@@ -40,6 +40,7 @@ def run_ray(
     workers: int | None,
     on_error: str,
     unseen: dict[str, int],
+    filled: dict[str, int],
     progress: bool | None,
     ray_options: Mapping[str, Any],
 ) -> None:
@@ -79,12 +80,12 @@ def run_ray(
         for row in made.iter_rows():
             for found in json.loads(row["entries"]):
                 last = time.monotonic()
-                _settle(found, named, job, on_error, unseen, bar, add, fail, stop_at)
+                _settle(found, named, job, on_error, unseen, filled, bar, add, fail, stop_at)
             if time.monotonic() - last > _STALLED:
                 raise RuntimeError(f"no part was finished in {_STALLED:.0f} s: the job can be gone on with")
 
 
-def _settle(found, named, job, on_error, unseen, bar, add, fail, stop_at) -> None:
+def _settle(found, named, job, on_error, unseen, filled, bar, add, fail, stop_at) -> None:
     if "error" in found:
         raise ValueError(found["error"])
     source = named[found["source"]]
@@ -94,6 +95,7 @@ def _settle(found, named, job, on_error, unseen, bar, add, fail, stop_at) -> Non
     stop_at(source, [tuple(r) for r in found["first"]], on_error)
     job.record(found["entry"])
     add(unseen, found["unseen"])
+    add(filled, found["filled"])
     bar.add(found["entry"]["rows"] + found["entry"]["rejected"])
 
 
@@ -208,7 +210,7 @@ class _Actor:
     def _part(self, name: str, chunk: Any) -> dict[str, Any]:
         result = self.worker.compute(chunk)
         if self.a["on_error"] == "stop" and result.rejected:
-            return {"source": name, "first": result.rejected[:1], "entry": None, "unseen": {}}
+            return {"source": name, "first": result.rejected[:1], "entry": None, "unseen": {}, "filled": {}}
         part = part_name(name, chunk.number, self.a["kind"])
         folder, kind = Path(self.a["folder"]), self.a["kind"]
         table = result.table
@@ -217,4 +219,5 @@ class _Actor:
 
             table = with_source(table, name)
         entry = write_part(folder, part, kind, name, chunk.number, table, result.rejected)
-        return {"source": name, "first": result.rejected[:1], "entry": entry, "unseen": result.unseen}
+        counts = {"unseen": result.unseen, "filled": result.filled}
+        return {"source": name, "first": result.rejected[:1], "entry": entry, **counts}

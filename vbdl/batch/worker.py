@@ -65,6 +65,7 @@ class Result:
     table: Any  # pyarrow.Table
     rejected: list[tuple[int, str]]  # (row number, reason), ascending
     unseen: dict[str, int]
+    filled: dict[str, int]
 
 
 class Worker:
@@ -100,7 +101,7 @@ class Worker:
         """Misfit where the chunk's source is not of the model's kind, ValueError for what all sources would meet."""
         pa = arrow()
         try:
-            x, bad, unseen = self.encode(chunk.data)
+            x, bad, unseen, filled = self.encode(chunk.data)
         except (ValueError, pa.ArrowException) as error:
             raise Misfit(str(error)) from error
         rejected = [*chunk.rejected, *((int(chunk.rows[row]), reason) for row, reason in bad.items())]
@@ -120,15 +121,16 @@ class Worker:
                 if name in found or name in columns:
                     raise ValueError(f"column {name!r} would stand in the output twice: rename it in the input")
                 found[name] = combined(kept.column(name))
-        return Result(pa.table({**found, **columns}), sorted(rejected), unseen)
+        return Result(pa.table({**found, **columns}), sorted(rejected), unseen, filled)
 
-    def encode(self, data: Any) -> tuple[Any, dict[int, str], dict[str, int]]:
-        """Rows as the network takes them, {row: reason} of those it cannot take, and categories never seen."""
+    def encode(self, data: Any) -> tuple[Any, dict[int, str], dict[str, int], dict[str, int]]:
+        """Rows as the network takes them, {row: reason} of those it cannot take, and by column how many cells hold
+        categories never seen, and how many were missing where training had none missing."""
         if not hasattr(data, "column_names"):
-            return data, _not_finite(data), {}
+            return data, _not_finite(data), {}, {}
         if self.schema is not None:
             encoded = self.schema.encode(data)
-            return encoded.x, encoded.rejected, encoded.unseen
+            return encoded.x, encoded.rejected, encoded.unseen, encoded.filled
         names = self._inputs(data)
         if len(names) == 1 and arrow().types.is_fixed_size_list(data.schema.field(names[0]).type):
             values, rejected = _vectors(data.column(names[0]), names[0])
@@ -139,7 +141,7 @@ class Worker:
                 f"the model takes rows of {self._shape[0]} numbers, and there are {values.shape[1]} columns of numbers "
                 f"({', '.join(names[:6])}{', ...' if len(names) > 6 else ''}): name them with inputs"
             )
-        return torch.from_numpy(values), rejected, {}
+        return torch.from_numpy(values), rejected, {}, {}
 
     def _inputs(self, table: Any) -> list[str]:
         if self.options.inputs is not None:

@@ -42,6 +42,7 @@ def labelled(predictor: Any, data: Any, allow_training_rows: bool = False) -> La
     if not bool(known.all()):
         notes.append(f"{int((~known).sum())} rows have no {schema.target.name} and were left out")
     notes += [f"{n} cells of {name!r} are categories that training did not have" for name, n in encoded.unseen.items()]
+    notes += [f"{n} cells of {name!r} were missing and filled: training had none" for name, n in encoded.filled.items()]
     x, y = encoded.x[usable], y[usable]
     if not len(y):
         raise ValueError("there are no rows with a target")

@@ -36,6 +36,7 @@ class Encoded:
     rejected: dict[int, str] = field(default_factory=dict)  # row -> reason; its numbers are zeros
     unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
     imputed: dict[str, int] = field(default_factory=dict)  # column -> missing cells
+    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, where training had none
 
     @property
     def kept(self) -> Tensor:
@@ -147,7 +148,8 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def _note(self, found: Encoded, column: Column, missing: int, unseen: int) -> None:
         if missing:
-            found.imputed[column.name] = found.imputed.get(column.name, 0) + missing
+            for counts in (found.imputed,) if column.indicator else (found.imputed, found.filled):
+                counts[column.name] = counts.get(column.name, 0) + missing
         if unseen:
             found.unseen[column.name] = found.unseen.get(column.name, 0) + unseen
 
