@@ -497,3 +497,13 @@ def test_gradients_are_the_trainings_own(turned_off, data):
     with turned_off():
         vbdl.fit(other, (features, y), vbdl.Gaussian(OUTPUTS), epochs=3, compile=False)
     assert_same(state(usual), state(other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrap", [vbdl.MCDropout, lambda n: vbdl.MeanField(n, N), lambda n: vbdl.DeepEnsemble(n, 2)])
+def test_an_embedding_with_sparse_gradients_is_refused_unless_it_is_frozen(wrap):
+    net = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4, 2))
+    x, y = torch.randint(10, (N, 1)), torch.randint(2, (N,))
+    with pytest.raises(ValueError, match="0' .*has sparse gradients.*sparse=False"):
+        vbdl.fit(wrap(net), (x, y), vbdl.Categorical(), epochs=1, compile=False)
+    net[0].weight.requires_grad_(False)
+    vbdl.fit(wrap(net), (x, y), vbdl.Categorical(), epochs=1, compile=False)

@@ -109,9 +109,21 @@ def fit(
             f"already, {type(optimizer).__name__}"
         )
     options = {name: value for name, value in locals().items() if name not in ("posterior", "data", "likelihood")}
+    _check_gradients(posterior)
     if len(posterior.parts) > 1:
         return _fit_parts(posterior, data, likelihood, options)
     return _Run(posterior, data, likelihood, options).run()
+
+
+def _check_gradients(posterior: Posterior) -> None:
+    """ValueError for an embedding whose gradients are sparse, which neither Adam, a KL term nor clipping can take."""
+    for part in posterior.parts:
+        for name, m in part.module.named_modules():
+            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse and m.weight.requires_grad:
+                raise ValueError(
+                    f"module '{name}' ({type(m).__name__}) has sparse gradients, which fit cannot train with: make it "
+                    f"with sparse=False"
+                )
 
 
 def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options: dict[str, Any]) -> History:
