@@ -343,6 +343,10 @@ def test_bad_data_is_named(data):
         ({"validation": 1.5}, "between 0 and 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"schedule": "linear"}, "cosine"),
+        ({"schedule": 3}, "cosine"),
+        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau waits.*StepLR"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates.*AdamW or SGD"),
+        ({"optimizer": lambda ps: None}, "returns a torch.optim.Optimizer, got NoneType"),
         ({"validation": DataLoader(TensorDataset(x, y))}, "as for validation"),
         ({"member_rows": torch.zeros(3, 2, dtype=torch.int64)}, "member_rows"),
     ):

@@ -115,6 +115,18 @@ def fit(
     return _Run(posterior, data, likelihood, options).run()
 
 
+def _checked_optimizer(made: Any) -> torch.optim.Optimizer:
+    """What the caller's function has made, if fit can step it."""
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer returns a torch.optim.Optimizer, got {type(made).__name__} from it")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times a step, which fit does not: use an optimizer with one gradient a "
+            "step, like AdamW or SGD"
+        )
+    return made
+
+
 def _check_gradients(posterior: Posterior) -> None:
     """ValueError for an embedding whose gradients are sparse, which neither Adam, a KL term nor clipping can take."""
     for part in posterior.parts:
@@ -176,7 +188,7 @@ class _Run:
         make = options["optimizer"]
         if make is None:
             make = lambda ps: torch.optim.AdamW(ps, lr=options["lr"], weight_decay=options["weight_decay"], fused=True)
-        self.optimizer = make(list(self.trained.values()))
+        self.optimizer = _checked_optimizer(make(list(self.trained.values())))
         self.schedule = self._schedule()
         self.history = History()
         self.best = BestEpochs(self.members, options["patience"], self._by_member())
@@ -268,9 +280,15 @@ class _Run:
             return None
         if wanted == "cosine":
             return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.o["epochs"])
-        if isinstance(wanted, str):
+        if not callable(wanted):
             raise ValueError(f"schedule is 'cosine' or a function of the optimizer, got {wanted!r}")
-        return wanted(self.optimizer)
+        schedule: Any = wanted(self.optimizer)
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError(
+                "ReduceLROnPlateau waits for a number that fit does not give a schedule: use schedule='cosine' or one "
+                "of the epoch alone, like StepLR, and validation= with patience= to stop in time"
+            )
+        return schedule
 
     def _validate(self) -> Tensor:
         """(members,) mean -log p(y | x) of each member on the validation rows, nats."""
