@@ -326,6 +326,10 @@ def test_bad_data_is_named(data):
         ((x, y[:-1]), "disagree on the number of rows"),
         ((x[:0], y[:0]), "no rows"),
         ((x, y[:, :1]), "do not fit outputs"),
+        ((x.double(), y), "float64 and the module's parameters torch.float32: convert"),
+        (((x * 9).long(), y), r"cannot take rows of .5,. torch.int64.*converted with x.to.torch.float32"),
+        ((x[:, :3], y), r"cannot take rows of .3,. torch.float32: "),
+        (DataLoader(TensorDataset(x.double(), y)), "float64 and the module's parameters torch.float32: convert"),
         ("data.csv", "inputs, targets"),
         (DataLoader(TensorDataset(holed, y), batch_size=16), "1 input rows are not finite"),
         (DataLoader(TensorDataset(x, x, y)), "yields .inputs, targets., got 3 of them: several inputs are"),
@@ -347,6 +351,7 @@ def test_bad_data_is_named(data):
         ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau waits.*StepLR"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates.*AdamW or SGD"),
         ({"optimizer": lambda ps: None}, "returns a torch.optim.Optimizer, got NoneType"),
+        ({"validation": (x.double(), y)}, "float64 and the module's parameters torch.float32: convert"),
         ({"validation": DataLoader(TensorDataset(x, y))}, "as for validation"),
         ({"member_rows": torch.zeros(3, 2, dtype=torch.int64)}, "member_rows"),
     ):

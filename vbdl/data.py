@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from vbdl.stacking import map_inputs, tensors
@@ -70,6 +70,30 @@ def check_rows(x: Inputs, y: Tensor) -> None:
         if t.is_floating_point() and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
             bad = (~ok).nonzero().flatten()
             raise ValueError(f"{len(bad)} input rows are not finite, the first is row {int(bad[0])}: remove or impute")
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """Of its parameters; None where none is floating."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
+    """ValueError where inputs are of another floating dtype than the module's parameters, which are of this one."""
+    for t in tensors(x):
+        if floating is not None and t.is_floating_point() and t.dtype != floating:
+            raise ValueError(
+                f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating})"
+            )
+
+
+def cannot_take(x: Inputs, error: Exception) -> ValueError:
+    """The error for rows that the module raised this one for."""
+    found = tensors(x)
+    shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in found)
+    hint = ""
+    if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in found):
+        hint = "; integers that are no indices are converted with x.to(torch.float32)"
+    return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
 
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vbdl import adaptive
 from vbdl.adaptive import Rule
+from vbdl.data import cannot_take, floating_dtype
 from vbdl.execution import Execution, Settings
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
@@ -99,7 +100,7 @@ class Predictor:
         self._counted = n_samples if estimator == "sampling" else 0
         self.tiles = tuple(sorted(set(tiles)))
         self.settings = Settings(seed, memory_budget, chunk_size, compile, autocast, joint, self.tiles[-1])
-        self._floating = next((t.dtype for t in self.posterior.parameters() if t.is_floating_point()), None)
+        self._floating = floating_dtype(self.posterior)
         self._executions: dict[Any, list[Execution]] = {}
         self._ready: dict[Any, Ready] = {}  # whole tiles by shape: the compiled call and nothing else
         self._small: Predictor | None = None  # the same in small chunks, for tolerances and deadlines
@@ -368,8 +369,7 @@ class Predictor:
                     else:
                         executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
             except (RuntimeError, IndexError, AssertionError) as error:
-                shapes = [f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors(tile)]
-                raise ValueError(f"the module cannot take rows of {', '.join(shapes)}: {error}") from error
+                raise cannot_take(tile, error) from error
             start += count
         if len(shapes := {e.parameter_shape for e in executions}) > 1:
             raise ValueError(f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from vbdl.data import as_tensor
+from vbdl.data import as_tensor, check_dtype
 from vbdl.stacking import map_inputs, tensors
 from vbdl.types import Inputs
 
@@ -33,13 +33,10 @@ def check_inputs(x: Any, device: torch.device, floating: torch.dtype | None) -> 
     sizes = {t.shape[0] for t in found}
     if len(sizes) > 1:
         raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in found]}")
+    check_dtype(x, floating)
     for t in found:
         if not t.is_floating_point():
             continue
-        if floating is not None and t.dtype != floating:
-            raise ValueError(
-                f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating})"
-            )
         # one reduction in the usual case; a sum that overflows is looked at again
         if not math.isfinite(float(t.detach().sum())) and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
             bad = (~ok).nonzero().flatten().tolist()

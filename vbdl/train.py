@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from vbdl.checkpoint import load_checkpoint, save_checkpoint
 from vbdl.compiler import can_compile
-from vbdl.data import Batches, Rows, check_rows, holdout, take, whole
+from vbdl.data import Batches, Rows, cannot_take, check_dtype, check_rows, floating_dtype, holdout, take, whole
 from vbdl.data import bootstrap as bootstrap_rows
 from vbdl.early_stopping import BestEpochs
 from vbdl.fingerprint import fingerprints
@@ -235,6 +235,7 @@ class _Run:
         """On the device, the targets as the likelihood needs them; one row is run to see what comes out."""
         # detached from what made them, like a network whose features they are
         x, y = map_inputs(lambda t: t.detach().to(self.device), x), y.detach().to(self.device)
+        check_dtype(x, floating_dtype(self.posterior))
         return x, self.likelihood.check_targets(y, (len(y), *self._output_shape(take(x, torch.arange(1)))))
 
     @torch.no_grad()
@@ -247,6 +248,8 @@ class _Run:
             return tuple(
                 call(Observed(self.posterior.module, self.likelihood), select(self._draws(1), 0), one).shape[1:]
             )
+        except (RuntimeError, IndexError, AssertionError) as error:
+            raise cannot_take(one, error) from error
         finally:
             self.posterior.train(was)
 
