@@ -89,6 +89,14 @@ class Categorical(nn.Module):
         return outputs if self.class_axis == -1 else outputs.movedim(self.class_axis, -1)
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        shape = list(parameters_shape)
+        if self.class_axis == -1 and list(y.shape) != shape[:-1]:
+            for axis in range(1, len(shape) - 1):
+                if list(y.shape) == shape[:axis] + shape[axis + 1 :]:
+                    raise ValueError(
+                        f"targets {tuple(y.shape)} do not fit logits {tuple(shape)} with the classes last: they fit "
+                        f"with the classes on axis {axis}, vbdl.Categorical(class_axis={axis})"
+                    )
         return check_classes(y, parameters_shape)
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
