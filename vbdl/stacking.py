@@ -66,6 +66,13 @@ def check_network(module: Any, scripted: bool = False) -> None:
         raise ValueError("the module has lazy layers without weights yet: call it on one batch first")
 
 
+def check_chosen(argument: str, chosen: Any) -> None:
+    """TypeError for one name or type of modules where a list of them is wanted: a name would be read by letters."""
+    if isinstance(chosen, str | type):
+        one = repr(chosen) if isinstance(chosen, str) else chosen.__name__
+        raise TypeError(f"{argument} is a list of module names or types, got {one}: write [{one}]")
+
+
 def state_of(module: nn.Module) -> State:
     """Parameters and buffers by name; a tied one once, under its first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -11,6 +11,7 @@ from vbdl.engine import Predictor
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.nn.dropout import may_drop
 from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
 from vbdl.stacking import call, call_stacked, select
 
 P = 0.3
@@ -432,6 +433,16 @@ def test_a_rate_that_is_none_is_refused(p):
 def test_a_name_that_fits_nothing_is_refused(settings):
     with pytest.raises(ValueError, match="no module 'head'; there are \\['0'\\]"):
         MCDropout(nn.Sequential(nn.Dropout(P)), **settings)
+
+
+@pytest.mark.parametrize("chosen, words", [("0", r"got '0': write \['0'\]"), (nn.Dropout, r"write \[Dropout\]")])
+def test_one_name_or_type_in_place_of_a_list_is_refused(chosen, words):
+    """A name that was read by its letters could fit other modules."""
+    net = nn.Sequential(nn.Dropout(P), nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=f"deterministic is a list.*{words}"):
+        MCDropout(net, deterministic=chosen)
+    with pytest.raises(TypeError, match=f"parameters is a list.*{words}"):
+        MeanField(net, 10, parameters=chosen)
 
 
 def test_masks_that_cannot_be_told_apart_by_row_are_refused():

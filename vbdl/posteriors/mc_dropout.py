@@ -13,7 +13,7 @@ from vbdl_kernels import make_key
 
 from vbdl.nn.dropout import DropoutNetwork, may_drop
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import check_network
+from vbdl.stacking import check_chosen, check_network
 from vbdl.types import Inputs, State
 
 
@@ -46,6 +46,7 @@ class MCDropout(nn.Module):
         for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"a dropout rate lies in [0, 1), got {rate}")
+        check_chosen("deterministic", deterministic)
         names = {name for name, _ in module.named_modules()}
         for name in [*(p if isinstance(p, Mapping) else ()), *(d for d in deterministic if isinstance(d, str))]:
             if name not in names:

@@ -17,7 +17,7 @@ from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
-from vbdl.stacking import check_network
+from vbdl.stacking import check_chosen, check_network
 from vbdl.types import Inputs, State
 
 
@@ -50,6 +50,7 @@ class MeanField(nn.Module):
     ):
         super().__init__()
         check_network(module)
+        check_chosen("parameters", parameters)
         if n_data < 1:
             raise ValueError(f"n_data is the number of training rows, at least 1, got {n_data}")
         if not (initial_std > 0 and math.isfinite(initial_std)):
