@@ -274,11 +274,28 @@ def test_rows_that_do_not_fit_are_refused_in_one_error_and_no_log(caplog, monkey
         (dict(tiles=()), "tiles"),
         (dict(tiles=(0, 8)), "tiles"),
         (dict(chunk_size=0), "chunk_size"),
+        (dict(n_samples=8.0), "n_samples is a whole number, got 8.0"),
+        (dict(n_samples="8"), "n_samples is a whole number, got '8'"),
+        (dict(n_samples=True), "n_samples is a whole number, got True"),
+        (dict(seed=1.5), "seed is a whole number, got 1.5"),
+        (dict(tiles="64"), "each size in tiles is a whole number, got '64'"),
+        (dict(tiles=(64.0,)), "each size in tiles is a whole number, got 64.0"),
+        (dict(chunk_size=2.0), "chunk_size is a whole number"),
+        (dict(memory_budget="1GB"), "memory_budget is a whole number"),
+        (dict(autocast=True), "autocast is torch.bfloat16, torch.float16 or None, got True"),
+        (dict(autocast="bfloat16"), "autocast is torch.bfloat16"),
+        (dict(autocast=torch.int8), "autocast is torch.bfloat16"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_reason(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         predictor(**settings)
+
+
+def test_whole_numbers_of_any_kind_are_taken():
+    p = predictor(n_samples=np.int64(4), seed=torch.tensor(3), tiles=8)
+    assert (p.n_samples, p.seed, p.tiles) == (4, 3, (8,))
+    assert all(type(n) is int for n in (p.n_samples, p.seed, *p.tiles))
 
 
 def test_more_samples_than_members_are_refused():

@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -168,6 +169,17 @@ class NeverSettled:
 
     def settled(self, fields: State, count: int, state: State) -> Tensor:
         return torch.zeros(next(iter(fields.values())).shape[0], dtype=torch.bool)
+
+
+def as_rule(tolerance: Any) -> Rule:
+    """A number as the standard error it is, a rule as it is; TypeError for anything else."""
+    if isinstance(tolerance, Real) and not isinstance(tolerance, bool):
+        return StandardError(float(tolerance))
+    if isinstance(tolerance, type) or not all(hasattr(tolerance, n) for n in ("bets", "update", "settled")):
+        raise TypeError(
+            f"a tolerance is a standard error or a rule of vbdl.adaptive, like LabelDecided(0.95), got {tolerance!r}"
+        )
+    return tolerance
 
 
 def _check_confidence(confidence: float) -> None:

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Predictor:
         n_samples: int | None = None,
         seed: int = 0,
         *,
-        tiles: Sequence[int] = (64,),
+        tiles: int | Sequence[int] = (64,),
         compile: bool = True,
         memory_budget: int = 2**30,
         chunk_size: int | None = None,
@@ -79,14 +80,18 @@ class Predictor:
         available = posterior.n_draws
         if n_samples is None:
             n_samples = DEFAULT_SAMPLES if available is None else available
-        if n_samples < 1:
-            raise ValueError(f"n_samples is at least 1, got {n_samples}")
+        n_samples, seed = _whole("n_samples", n_samples, 1), _whole("seed", seed)
         if available is not None and n_samples > available:
             raise ValueError(f"n_samples is {n_samples}, but this posterior has only {available} different draws")
-        if not tiles or min(tiles) < 1:
-            raise ValueError(f"tiles are batch sizes of at least 1, got {tuple(tiles)}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is at least 1, got {chunk_size}")
+        sizes = tiles if isinstance(tiles, Iterable) and not isinstance(tiles, str) else [tiles]
+        tiles = tuple(_whole("each size in tiles", size, 1) for size in sizes)
+        if not tiles:
+            raise ValueError("tiles are batch sizes of at least 1, got none")
+        memory_budget = _whole("memory_budget", memory_budget)
+        if chunk_size is not None:
+            chunk_size = _whole("chunk_size", chunk_size, 1)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, got {autocast!r}")
         if estimator not in ("sampling", "moments"):
             raise ValueError(f"estimator is 'sampling' or 'moments', got {estimator!r}")
         own = getattr(likelihood, "n_members", None)
@@ -276,9 +281,9 @@ class Predictor:
         """A prediction with a tolerance or a deadline."""
         if samples or self.estimator != "sampling":
             raise ValueError("a tolerance or a deadline is for statistics of draws: no samples=True, no moments")
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"a deadline is a positive number of seconds, got {deadline}")
-        rule = adaptive.StandardError(float(tolerance)) if isinstance(tolerance, int | float) else tolerance
+        if deadline is not None and not (isinstance(deadline, Real) and deadline > 0):
+            raise ValueError(f"a deadline is a positive number of seconds, got {deadline!r}")
+        rule = None if tolerance is None else adaptive.as_rule(tolerance)
         x, rows = self._check(x)
         small = self._stepwise()
         if self.sealed and not small.sealed:
@@ -440,6 +445,15 @@ def _outside_autocast(device: torch.device) -> contextlib.AbstractContextManager
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()  # entering one takes 10 us
     return torch.autocast(device.type, enabled=False)
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    """This setting as an int; TypeError for what is no whole number, ValueError for one below the least."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is at least {least}, got {value}")
+    return int(value)
 
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
