@@ -122,6 +122,17 @@ def test_knn_is_sklearns(normalise):
         ood.KNN(7).fit(x[:3])
 
 
+@pytest.mark.parametrize("score", [ood.KNN(3), ood.Mahalanobis(), ood.Mahalanobis(relative=True)])
+def test_features_of_another_width_are_refused(score):
+    x = _blobs(50, 0)[0]
+    score.fit(x)
+    for wrong in (x[:, :1], x[0], x[None]):
+        with pytest.raises(ValueError, match=r"must be \(batch, \d+\), as in fit, not \("):
+            score(wrong)
+    with pytest.raises(TypeError, match="not ndarray"):
+        score(x.numpy())
+
+
 def test_a_row_of_the_fit_has_distance_zero_to_itself():
     x = _blobs(50, 0)[0] + 1e5
     assert float(ood.KNN(1, normalise=False).fit(x)(x).max()) == 0.0

@@ -11,6 +11,15 @@ from vbdl.stacking import arguments
 from vbdl.types import Inputs
 
 
+def check_features(features: Tensor, width: int) -> Tensor:
+    """Rows to score, as float64; ValueError where they are not (batch, features), as many features as were fitted."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a torch.Tensor, not {type(features).__name__}")
+    if features.ndim != 2 or features.shape[1] != width:
+        raise ValueError(f"features must be (batch, {width}), as in fit, not {tuple(features.shape)}")
+    return features.to(torch.float64)
+
+
 def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor:
     """Input of the layer of that name, (rows, features) float32, over batches: of the last layer, the penultimate
     features.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.metrics._checks import check_finite
+from vbdl.ood.features import check_features
 
 _PAIRS = 4_000_000  # distances held at a time: 32 MiB
 
@@ -44,7 +45,7 @@ class KNN(nn.Module):
         """(batch, features) -> (batch,) float64"""
         if self.rows is None:
             raise RuntimeError("KNN has not been fitted: call fit first")
-        asked = self._features(features)
+        asked = self._features(check_features(features, self.rows.shape[1]))
         if asked.shape[0] == 0:
             return asked.new_zeros(0)
         block = max(1, _PAIRS // self.rows.shape[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.metrics._checks import check_finite, check_labels
+from vbdl.ood.features import check_features
 
 
 class Mahalanobis(nn.Module):
@@ -69,7 +70,7 @@ class Mahalanobis(nn.Module):
         """(batch, features) -> (batch,) squared distances, float64"""
         if self.means is None:
             raise RuntimeError("Mahalanobis has not been fitted: call fit first")
-        f = features.to(torch.float64)
+        f = check_features(features, self.means.shape[1])
         distance = _squared_distances(f @ self.whiten.T, self.means @ self.whiten.T).amin(dim=1)
         if self.relative:
             distance = distance - ((f - self.mean) @ self.whiten_all.T).square().sum(dim=1)
