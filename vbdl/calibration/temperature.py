@@ -49,8 +49,8 @@ class Temperature(nn.Module):
         outputs: for "logits" (batch, classes) or (samples, batch, classes); for "probs" (batch, classes), or (batch,)
         of class 1;  y: (batch,).  Returns self.
 
-        A class without rows is no hindrance. Rows that are all predicted right have no best T: it ends at a limit, with
-        a warning.
+        A class without rows is no hindrance. Rows that are all predicted right, or no better than by chance, have no
+        best T: it ends at a limit, with a warning.
         """
         if self.acts_on == "probs":
             probs, y = check_probs_and_labels(outputs, y)
@@ -71,14 +71,17 @@ class Temperature(nn.Module):
             start = starts[int(torch.stack([loss(s) for s in starts]).argmin())]
         best = minimize(lambda v: loss(v[0]), start.reshape(1), [(-_LOG_LIMIT, _LOG_LIMIT)])[0]
         # towards a limit the loss goes flat before the search arrives there
-        for limit in (best.new_tensor(-_LOG_LIMIT), best.new_tensor(_LOG_LIMIT)):
-            if loss(limit) <= loss(best):
-                best = limit
-                warnings.warn(
-                    f"the temperature ended at its limit {math.exp(float(limit)):.3g}: these rows "
-                    "are all predicted right, or no better than chance; calibrate on more rows",
-                    stacklevel=2,
-                )
+        for limit, reason in (
+            (-_LOG_LIMIT, "these rows are all predicted right; calibrate on more rows"),
+            (
+                _LOG_LIMIT,
+                "these rows are predicted no better than by chance, and every probability becomes 1/classes, or nearly "
+                "so; look whether y belongs to these rows, or calibrate on more of them",
+            ),
+        ):
+            if loss(at := best.new_tensor(limit)) <= loss(best):
+                best = at
+                warnings.warn(f"the temperature ended at its limit {math.exp(limit):.3g}: {reason}", stacklevel=2)
         self.log_temperature = best.to(self.log_temperature.device)
         return self
 
