@@ -304,9 +304,14 @@ def test_a_copy_and_a_pickle_predict_the_same(posterior, copied):
 
 # -- networks that cannot be wrapped
 
+def old_weight_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 5)), nn.Dropout(0.3))
+
+
 WRAPS = {"dropout": MCDropout, "mean-field": lambda m: MeanField(m, 7), "ensemble": lambda m: DeepEnsemble(m, 2)}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(
     "network, error, message",
@@ -314,6 +319,7 @@ WRAPS = {"dropout": MCDropout, "mean-field": lambda m: MeanField(m, 7), "ensembl
         (lambda x: x, TypeError, "a network is an nn.Module, got function"),
         (lambda: torch.compile(mlp()), ValueError, "the module is compiled already"),
         (lambda: nn.Sequential(torch.compile(mlp())), ValueError, "module '0' is compiled already"),
+        (old_weight_norm, ValueError, "module '0' has torch.nn.utils.weight_norm.*use torch.nn.utils.parametrizations"),
         (lambda: nn.Sequential(nn.LazyLinear(5), nn.Dropout(0.3)), ValueError, "call it on one batch first"),
     ],
 )

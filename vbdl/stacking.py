@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
 from vbdl.types import Inputs, State
@@ -62,6 +63,11 @@ def check_network(module: Any, scripted: bool = False) -> None:
             raise ValueError(f"{where} is compiled already, and vbdl compiles by itself: give it what was compiled")
         if isinstance(m, torch.jit.ScriptModule) and not scripted:
             raise ValueError(f"{where} is a TorchScript module, which cannot be looked into: give the Python module")
+        if any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{where} has torch.nn.utils.weight_norm, which torch cannot copy: use "
+                f"torch.nn.utils.parametrizations.weight_norm, which is the same"
+            )
     if any(is_lazy(t) for t in state_of(module).values()):
         raise ValueError("the module has lazy layers without weights yet: call it on one batch first")
 
