@@ -304,6 +304,7 @@ def test_a_copy_and_a_pickle_predict_the_same(posterior, copied):
 
 # -- networks that cannot be wrapped
 
+
 def old_weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 5)), nn.Dropout(0.3))
 

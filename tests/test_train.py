@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, data, tmp_path):
     class Stop(Exception):
         pass
 
-    count, original = 0, train._Run._epoch
+    count, original = 0, train.TrainingRun._epoch
 
     def interrupted(run, epoch):
         nonlocal count
@@ -138,12 +138,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, data, tmp_path):
             raise Stop
         original(run, epoch)
 
-    train._Run._epoch = interrupted
+    train.TrainingRun._epoch = interrupted
     try:
         with pytest.raises(Stop):
             vbdl.fit(first, data, own, epochs=7, checkpoint=path, **options)
     finally:
-        train._Run._epoch = original
+        train.TrainingRun._epoch = original
     second, again = vbdl.DeepEnsemble(BASES[name](0), 2), vbdl.Gaussian(OUTPUTS)
     resumed = vbdl.fit(second, data, again, epochs=7, checkpoint=path, **options)
     assert_same(state(whole), state(second), rtol=0, atol=0)
@@ -187,10 +187,10 @@ def test_bootstrap_and_member_rows_choose_the_rows(data):
     rows = torch.tensor([[0, 1, 2], [3, 4, 4]])
     marked = torch.arange(N, dtype=torch.float32).unsqueeze(1)
     q = vbdl.DeepEnsemble(Spy(1, OUTPUTS), 2)
-    run = train._Run(q, (marked, data[1]), vbdl.Gaussian(OUTPUTS), _options(member_rows=rows, batch_size=3))
+    run = train.TrainingRun(q, (marked, data[1]), vbdl.Gaussian(OUTPUTS), _options(member_rows=rows, batch_size=3))
     x, _ = next(iter(run.data.epoch(0)))
     assert [sorted(m.flatten().tolist()) for m in x] == [[0, 1, 2], [3, 4, 4]]
-    run = train._Run(q, (marked, data[1]), vbdl.Gaussian(OUTPUTS), _options(bootstrap=True, batch_size=N))
+    run = train.TrainingRun(q, (marked, data[1]), vbdl.Gaussian(OUTPUTS), _options(bootstrap=True, batch_size=N))
     x, _ = next(iter(run.data.epoch(0)))
     drawn = [set(m.flatten().tolist()) for m in x]
     assert drawn[0] != drawn[1] and all(0.5 * N < len(d) < 0.75 * N for d in drawn)  # 1 - 1/e of the rows
@@ -208,7 +208,7 @@ def _options(**given):
 def test_validation_rows_are_not_trained_on(data):
     kept, held = holdout(N, 0.25, seed=3)
     assert not set(kept.tolist()) & set(held.tolist()) and len(kept) + len(held) == N
-    run = train._Run(
+    run = train.TrainingRun(
         vbdl.DeepEnsemble(nn.Linear(1, OUTPUTS), 2),
         (torch.arange(N, dtype=torch.float32).unsqueeze(1), data[1]),
         vbdl.Gaussian(OUTPUTS),
