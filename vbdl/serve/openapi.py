@@ -3,6 +3,7 @@
 from typing import Any
 
 import vbdl
+from vbdl.serve import json_schema
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
 
@@ -41,10 +42,12 @@ def document(model: Model, limits: Limits, token: bool) -> dict[str, Any]:
         **(extra or {}),
     }
     probe = {"503": {"description": "not now", "content": {"application/json": {}}}}
-    body: dict[str, Any] = {"application/json": {"schema": model.body_schema(limits.rows)}}
+    body: dict[str, Any] = {
+        "application/json": {"schema": json_schema.body(model.schema, model.manifest.inputs, limits.rows)}
+    }
     binary = {"schema": {"type": "string", "format": "binary"}}
     body["application/vnd.apache.arrow.stream"] = binary
-    if model.schema is None and len(model.entries) == 1:
+    if model.schema is None and len(model.bodies.entries) == 1:
         body["application/x-npy"] = binary
     found: dict[str, Any] = {
         "openapi": "3.1.0",

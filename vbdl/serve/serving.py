@@ -82,7 +82,7 @@ class Serving:
         held = [0]
         try:
             body = await self._body(headers, receive, held)
-            read = partial(self.model.read, media, body, self.limits.rows)
+            read = partial(self.model.bodies.read, media, body, self.limits.rows)
             inputs, rows, notes = await _beside(read) if len(body) > _LARGE else read()
             prediction = await self.batcher.predict(inputs, rows, arrived + seconds, asked is not None, receive)
         finally:

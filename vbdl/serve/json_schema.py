@@ -1,0 +1,79 @@
+"""What a model takes, as JSON Schema: a row of a table, an array, the body of a request."""
+
+from typing import Any
+
+import torch
+
+from vbdl.artefact.manifest import InputEntry
+from vbdl.artefact.manifest import Inputs as Signature
+from vbdl.artefact.tensors import DTYPES
+from vbdl.tabular import Schema
+from vbdl.tabular.columns import Boolean, Categorical, Column, Date
+
+LARGEST = 1e30  # of a number in a request: what float32 holds with room for a network
+
+
+def cell(column: Column) -> dict[str, Any]:
+    """JSON Schema of a cell."""
+    if isinstance(column, Boolean):
+        return {"type": ["boolean", "null"]}
+    if isinstance(column, Categorical):
+        said = "the model knows: " + ", ".join(column.categories[:50])
+        span = {"minimum": -LARGEST, "maximum": LARGEST}
+        return {"type": ["string", "integer", "null"], **span, "examples": list(column.categories), "description": said}
+    if isinstance(column, Date):
+        return {"type": ["string", "null"], "format": "date", "examples": ["2026-01-31"]}
+    return {"type": ["number", "null"], "minimum": -LARGEST, "maximum": LARGEST, "examples": [round(column.mean, 4)]}
+
+
+def array(entry: InputEntry, name: str | None = None) -> dict[str, Any]:
+    """JSON Schema of a row of a tensor."""
+    dtype = DTYPES[entry.dtype]
+    found: dict[str, Any]
+    if dtype.is_floating_point:
+        found = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
+    elif dtype == torch.bool:
+        found = {"type": "boolean"}
+    else:
+        found = {"type": "integer", "minimum": torch.iinfo(dtype).min, "maximum": torch.iinfo(dtype).max}
+    for size in reversed(entry.shape):
+        found = {"type": "array", "items": found, "minItems": size, "maxItems": size}
+    return found if name is None else {"title": name, **found}
+
+
+def key_of(index: int, entry: InputEntry) -> str:
+    """What an input is called in a body, and in what is said of it: its keyword, or its position."""
+    return str(index) if entry.name is None else entry.name
+
+
+def row(schema: Schema) -> dict[str, Any]:
+    """JSON Schema of a row of a table."""
+    return {
+        "type": "object",
+        "properties": {column.name: cell(column) for column in schema.columns},
+        "required": schema.names,
+        "additionalProperties": False,
+    }
+
+
+def body(schema: Schema | None, inputs: Signature | None, max_rows: int) -> dict[str, Any]:
+    """JSON Schema of the body of a request."""
+    if schema is not None:
+        rows = {"type": "array", "items": row(schema), "minItems": 1, "maxItems": max_rows}
+        name, value = "rows", rows
+    else:
+        assert inputs is not None
+        arrays = {
+            key_of(i, e): {"type": "array", "items": array(e), "minItems": 1, "maxItems": max_rows}
+            for i, e in enumerate(inputs.tensors)
+        }
+        name, value = "inputs", next(iter(arrays.values()))
+        if inputs.layout != "tensor":
+            value = {
+                "type": "object",
+                "properties": arrays,
+                "required": list(arrays),
+                "additionalProperties": False,
+                "description": "arrays of the same number of rows",
+            }
+    return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
