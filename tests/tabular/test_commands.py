@@ -16,6 +16,7 @@ from vbdl.cli import main
 from vbdl.cli.config import configured
 from vbdl.cli.fit import Fit
 from vbdl.tabular import schema_of
+from vbdl.tabular.fitting import ARCHITECTURE
 
 QUICK = ["--members", "2", "--width", "16", "--depth", "1", "--epochs", "6", "--lr", "0.01"]
 
@@ -124,6 +125,36 @@ def test_evaluate_refuses_training_rows(place, classes, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 300 and found["scores"]["accuracy"]["value"] > 0.9
     assert found["scores"]["NLL"]["simplest"] > found["scores"]["NLL"]["value"]
+
+
+def test_evaluate_refuses_calibration_rows(place, classes, tmp_path, capsys):
+    new, later = str(place / "new.csv"), tmp_path / "later.csv"
+    pa.csv.write_csv(table(100, 2), later)
+    assert main(["calibrate", str(classes), new, str(tmp_path / "a"), "--method", "isotonic"]) == 0
+    assert main(["calibrate", str(tmp_path / "a"), str(later), str(tmp_path / "b"), "--method", "sets", "--add"]) == 0
+    capsys.readouterr()
+    for model, data, said in (("a", new, "300 of 300"), ("b", new, "300 of 300"), ("b", str(later), "100 of 100")):
+        assert main(["evaluate", str(tmp_path / model), data]) == 1
+        assert f"{said} rows were calibrated on" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "a"), new, "--allow-training-rows"]) == 0
+    assert "300 of 300 rows were calibrated on: the scores are too good" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "a"), str(later)]) == 0
+    assert "calibrated on" not in capsys.readouterr().out
+
+
+def test_evaluate_says_where_calibration_rows_were_not_recorded(place, classes, tmp_path, capsys):
+    predictor = vbdl.load(classes, compile=False)
+    for module in predictor.likelihood.modules():
+        if hasattr(module, "calibration_rows"):
+            module.calibration_rows = None  # as in what was saved before they were recorded
+    network = {
+        "architecture": ARCHITECTURE,
+        "arguments": predictor.manifest.posterior.members[0].member.network.arguments,
+    }
+    predictor.save(tmp_path / "old", extras=predictor.manifest.extras, example=torch.zeros(1, 5), **network)
+    assert "calibration_rows" not in (tmp_path / "old" / "manifest.json").read_text()
+    assert main(["evaluate", str(tmp_path / "old"), str(place / "new.csv")]) == 0
+    assert "which rows the model was calibrated on is not recorded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic", "sets"])

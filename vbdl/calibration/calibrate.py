@@ -31,7 +31,7 @@ def calibrate(
             quantiles and densities (of a prediction with samples=True); ConformalSets adds `sets` to predictions, and
             AbsoluteIntervals, NormalisedIntervals and CQR add `lower` and `upper`.
         allow_overlap: calibrate on training rows in spite of all. How many they were is recorded in the
-            likelihood (n_overlap), and saved with it.
+            likelihood (n_overlap), and saved with it, as are the fingerprints of all of them (calibration_rows).
 
     Raises ValueError when rows were trained on (vbdl.fit records a fingerprint of each; a posterior that was
     trained in another way has none, and cannot be checked), and for data the method cannot be fitted to.
@@ -76,7 +76,8 @@ def calibrate(
         _check_kind(fitted, prediction)
         fitted.fit_prediction(prediction, target)
     fitted = fitted.to(predictor.device)
-    likelihood: Any = CalibratedLikelihood(copy.deepcopy(predictor.likelihood), fitted, n_rows, n_overlap)
+    used = fingerprints(x).unique()
+    likelihood: Any = CalibratedLikelihood(copy.deepcopy(predictor.likelihood), fitted, n_rows, n_overlap, used)
     return predictor.replace(likelihood=likelihood)
 
 

@@ -32,12 +32,23 @@ class CalibratedLikelihood(nn.Module):
     likelihood: Any
     method: Any
 
-    def __init__(self, likelihood: nn.Module, method: nn.Module, n_rows: int, n_overlap: int):
+    def __init__(
+        self,
+        likelihood: nn.Module,
+        method: nn.Module,
+        n_rows: int,
+        n_overlap: int,
+        calibration_rows: Tensor | None = None,
+    ):
         super().__init__()
+        if calibration_rows is not None and (calibration_rows.dtype != torch.int64 or calibration_rows.ndim != 1):
+            raise ValueError("the fingerprints of the calibration rows are not one int64 a row")
         self.likelihood, self.method = likelihood, method
         # buffers, so that a saved predictor says what it was calibrated on
         self.register_buffer("n_rows", torch.tensor(n_rows))
         self.register_buffer("n_overlap", torch.tensor(n_overlap))
+        # fingerprints, (rows,) int64 sorted; None in what was saved before they were recorded
+        self.register_buffer("calibration_rows", calibration_rows)
 
     @property
     def n_members(self) -> int:
@@ -83,6 +94,18 @@ class CalibratedLikelihood(nn.Module):
             samples = self.method.samples(samples)
         made = extend(self.likelihood.prediction, fields, n_samples, samples, ("sets", "lower", "upper"))
         return self.method.wrap(made) if hasattr(self.method, "wrap") else made
+
+
+def calibration_rows(likelihood: Any) -> tuple[Tensor, bool]:
+    """Fingerprints of the rows that a likelihood was calibrated on, (rows,) int64, and whether all were recorded."""
+    found, complete = [], True
+    while likelihood is not None:
+        if isinstance(likelihood, CalibratedLikelihood):
+            known: Any = likelihood.calibration_rows
+            complete = complete and known is not None
+            found += [] if known is None else [known.cpu()]
+        likelihood = getattr(likelihood, "likelihood", None)
+    return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.int64), complete
 
 
 def _with_probs(fields: State, calibrator: nn.Module) -> State:

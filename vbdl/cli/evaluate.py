@@ -11,7 +11,7 @@ import tyro
 class Evaluate:
     """Score a model of a table on rows with known targets, with 95 % intervals.
 
-    Rows that the model was trained on are refused, because they would make it look better than it is.
+    Rows that the model was trained or calibrated on are refused, because they would make it look better than it is.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -19,7 +19,7 @@ class Evaluate:
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """File, or folder of files, with the target's column."""
     allow_training_rows: bool = False
-    """Score them in spite of all."""
+    """Score them in spite of all, rows calibrated on among them."""
     json: bool = False
     """Print JSON."""
 
@@ -31,7 +31,8 @@ class Evaluate:
         from vbdl.tabular.labelled import labelled
 
         predictor = vbdl.load(self.model, compile=False)
-        rows = labelled(predictor, self.data, allow_training_rows=self.allow_training_rows)
+        allowed = self.allow_training_rows
+        rows = labelled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
         base = predictor.manifest.extras.get("training", {}).get("base")
         found = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
         if self.json:

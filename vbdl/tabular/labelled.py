@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vbdl.artefact.saving import training_rows
+from vbdl.calibration.calibrated import calibration_rows
 from vbdl.fingerprint import fingerprints
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.schema import KEY, Schema
@@ -22,9 +23,11 @@ class Labelled:
     notes: list[str]
 
 
-def labelled(predictor: Any, data: Any, allow_training_rows: bool = False) -> Labelled:
+def labelled(
+    predictor: Any, data: Any, allow_training_rows: bool = False, allow_calibration_rows: bool = False
+) -> Labelled:
     """Rows of a table, as the model of a saved predictor takes them. ValueError where it was not made from a table, the
-    target's column is not there, or rows were trained on."""
+    target's column is not there, or rows were trained or calibrated on."""
     described = None if predictor.manifest is None else predictor.manifest.extras.get(KEY)
     if described is None:
         raise ValueError("this model was not made by vbdl fit: it has no columns. Use vbdl.metrics on its predictions")
@@ -46,10 +49,16 @@ def labelled(predictor: Any, data: Any, allow_training_rows: bool = False) -> La
     x, y = encoded.x[usable], y[usable]
     if not len(y):
         raise ValueError("there are no rows with a target")
-    seen = training_rows(predictor.posterior)
-    n_seen = 0 if seen is None else int(torch.isin(fingerprints(x), seen).sum())
-    if n_seen and not allow_training_rows:
-        raise ValueError(f"{n_seen} of {len(y)} rows were trained on: give rows that the model has not seen")
-    if n_seen:
-        notes.append(f"{n_seen} of {len(y)} rows were trained on: the scores are too good")
+    seen, (used, complete) = training_rows(predictor.posterior), calibration_rows(predictor.likelihood)
+    for rows, done, allowed in (
+        (seen, "trained", allow_training_rows),
+        (used, "calibrated", allow_calibration_rows),
+    ):
+        n_seen = 0 if rows is None else int(torch.isin(fingerprints(x), rows).sum())
+        if n_seen and not allowed:
+            raise ValueError(f"{n_seen} of {len(y)} rows were {done} on: give rows that the model has not seen")
+        if n_seen:
+            notes.append(f"{n_seen} of {len(y)} rows were {done} on: the scores are too good")
+    if not complete and not allow_calibration_rows:
+        notes.append("which rows the model was calibrated on is not recorded: scores on these would be too good")
     return Labelled(x, y, schema, notes)

@@ -36,7 +36,7 @@ def recalibrate(
     if Path(out).resolve() == Path(model).resolve():
         raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
     predictor = load(model, compile=False)
-    rows = labelled(predictor, data)
+    rows = labelled(predictor, data, allow_calibration_rows=True)
     start: Any = predictor
     while not add and isinstance(start.likelihood, CalibratedLikelihood):
         start = start.replace(likelihood=start.likelihood.likelihood)
