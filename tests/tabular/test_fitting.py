@@ -5,7 +5,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from vbdl.calibration import Isotonic, calibrate
+from vbdl.likelihoods.categorical import Categorical
 from vbdl.tabular import Settings, fit_table
+from vbdl.tabular.evaluation import evaluate
 
 SMALL = {"width": 16, "depth": 1, "members": 2, "draws": 8, "epochs": 15, "lr": 1e-2, "batch_size": 64}
 
@@ -163,6 +166,17 @@ def test_an_evaluation_is_json():
     assert "RMSE" in str(found)
     with pytest.raises(KeyError, match="no score"):
         found["accuracy"]
+
+
+def test_an_outcome_of_no_probability_is_an_infinite_nll_and_no_error():
+    found = fit_table(classes_table(), "y", Settings(**{**SMALL, "epochs": 3}), progress=False)
+    table = classes_table(400, 1)
+    x, y = found.schema.encode(table).x, found.schema.target.encode(table.column("y"))[0]
+    plain = found.predictor.replace(likelihood=Categorical())
+    # fitted to so few rows the curve reaches 0 and 1, and other rows disagree
+    scores = evaluate(calibrate(plain, x[:30], y[:30], Isotonic()), x[30:], y[30:], found.schema.target)
+    assert scores["NLL"].value == np.inf and 0.5 < scores["accuracy"].value < 1 and "inf" in str(scores)
+    assert scores.to_dict()["scores"]["NLL"]["value"] is None
 
 
 def test_a_temperature_without_an_end_is_not_taken():

@@ -1,5 +1,6 @@
 """How good a predictor is on rows it has not seen: every score with an interval, beside the simplest of predictors."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ def _classification(p: Any, y: Tensor, target: Target, base: dict[str, Any] | No
     nll, brier = metrics.categorical_nll(probs, y), metrics.brier_score(probs, y)
     found = [
         _score("accuracy", "share of rows", metrics.accuracy_interval(probs, y), simplest.get("accuracy")),
-        _score("NLL", "nats a row", metrics.mean_estimate(nll).interval(), simplest.get("NLL")),
+        _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
         _score("Brier", "0 to 2", metrics.mean_estimate(brier).interval(), simplest.get("Brier")),
         _score("ECE", "15 bins", metrics.bootstrap(metrics.ece, probs, y, n_resamples=_RESAMPLES)),
     ]
@@ -119,7 +120,7 @@ def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) 
         _score(
             "RMSE", unit, metrics.bootstrap(metrics.rmse, mean, truth, n_resamples=_RESAMPLES), simplest.get("RMSE")
         ),
-        _score("NLL", "nats a row", metrics.mean_estimate(nll).interval(), simplest.get("NLL")),
+        _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
         _score("90 % coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(truth))),
     ]
     # a recalibrated prediction keeps the samples of the one before, whose CRPS is not its own
@@ -135,6 +136,13 @@ def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) 
         if bool(width.isfinite().all()):
             found.append(_score("interval width", unit, metrics.mean_estimate(width).interval()))
     return found
+
+
+def _nll_interval(nll: Tensor) -> Interval:
+    """Infinite where a calibrated curve gives no probability to what was the case, as isotonic ones may."""
+    if bool(nll.isposinf().any()):
+        return Interval(math.inf, math.inf, math.inf, 0.95)
+    return metrics.mean_estimate(nll).interval()
 
 
 def _score(name: str, unit: str, interval: Interval, simplest: float | None = None) -> Score:
