@@ -90,6 +90,7 @@ def test_calibration_and_decision_travel(method, tmp_path):
         (vbdl.Gaussian(2, std=0.3, covariance=True), 2),
         (vbdl.Gaussian(1, std=0.3, learned=False), 1),
         (vbdl.HeteroscedasticGaussian(beta=0.5), 4),
+        (vbdl.HeteroscedasticGaussian(beta=0.5, unit=250.0), 4),
     ],
     ids=lambda v: str(v),
 )

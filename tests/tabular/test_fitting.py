@@ -69,15 +69,18 @@ def test_a_number_is_predicted_in_its_own_unit(regressed):
     assert bool((p.lower < p.mean).all()) and 0.7 < regressed.evaluation["interval coverage"].value <= 1
 
 
-def test_training_in_the_unit_of_the_target_is_training_on_standardised_targets():
+@pytest.mark.parametrize("noise", ["constant", "per-row"])
+@pytest.mark.parametrize("shift, unit", [(5_000, 250), (5_000, 250 * 2.0**20), (0, 2.0**-20)])
+def test_training_in_the_unit_of_the_target_is_training_on_standardised_targets(shift, unit, noise):
+    """Prices in yen and currents in amperes too: noise of any such size can be said."""
     data = numbers_table()
     y = np.array(data["y"])
-    other = data.set_column(2, "y", pa.array((y - 5_000) / 250))
-    settings = Settings(noise="constant", **{**SMALL, "epochs": 3})
+    other = data.set_column(2, "y", pa.array((y - shift) / unit))
+    settings = Settings(noise=noise, **{**SMALL, "epochs": 3})
     a = fit_table(data, "y", settings, progress=False)
     b = fit_table(other, "y", settings, progress=False)
-    assert a.evaluation["RMSE"].value == pytest.approx(250 * b.evaluation["RMSE"].value, rel=1e-3)
-    assert a.evaluation["NLL"].value == pytest.approx(b.evaluation["NLL"].value + np.log(250), abs=1e-3)
+    assert a.evaluation["RMSE"].value == pytest.approx(unit * b.evaluation["RMSE"].value, rel=1e-3)
+    assert a.evaluation["NLL"].value == pytest.approx(b.evaluation["NLL"].value + np.log(unit), abs=1e-3)
 
 
 def test_the_same_seed_is_the_same_model_and_torchs_generator_is_left_alone():

@@ -56,7 +56,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
         self.noise = noise
 
     def _likelihood(self, n_train: int) -> Any:
-        return HeteroscedasticGaussian(beta=0.5) if self._per_row else Gaussian(std=self._std)
+        return HeteroscedasticGaussian(beta=0.5, unit=self._std) if self._per_row else Gaussian(std=self._std)
 
     def fit(self, X: Any, y: Any) -> "VBDLRegressor":
         """X: (rows, features) finite numbers;  y: (rows,) finite numbers"""

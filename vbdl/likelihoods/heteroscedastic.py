@@ -1,5 +1,7 @@
 """Real targets whose noise the network predicts, row by row."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,20 @@ class HeteroscedasticGaussian(NormalLikelihood):
     beta: training weighs each term by variance^beta, held constant, so that rows fitted badly at the start are not
     given up to noise (Seitzer et al., On the Pitfalls of Heteroscedastic Uncertainty Estimation, ICLR 2022,
     https://arxiv.org/abs/2203.09168); 0 is the plain likelihood, 0.5 the paper's choice.
+    unit: of the variances that beta weighs by. With the targets' standard deviation, steps, clipped gradients and the
+    balance with a KL term are the same whatever the targets are measured in.
     """
 
-    def __init__(self, beta: float = 0.0, covariance: bool = False):
+    def __init__(self, beta: float = 0.0, covariance: bool = False, unit: float | None = None):
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta lies between 0 (likelihood) and 1 (squared error), got {beta}")
+        if unit is not None and not (unit > 0 and math.isfinite(unit)):
+            raise ValueError(f"unit is positive and finite, got {unit}")
         super().__init__(covariance)
-        self.beta = beta
+        self.beta, self.unit = beta, unit
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}"
+        return f"beta={self.beta}" + ("" if self.unit is None else f", unit={self.unit:g}")
 
     def forward(self, outputs: Tensor) -> Tensor:
         """(batch, 2 * outputs) -> (batch, outputs, 2) mean and log-variance"""
@@ -39,5 +45,6 @@ class HeteroscedasticGaussian(NormalLikelihood):
         """The negative log-likelihood, each output weighed by its variance^beta."""
         if self.beta == 0.0:
             return self.nll(parameters, y)
-        weight = (self.beta * parameters[..., 1].detach()).exp()
+        log_variance = parameters[..., 1].detach() - 2 * math.log(self.unit or 1.0)
+        weight = (self.beta * log_variance).exp()
         return per_row(weight * normal_nll(parameters, y))

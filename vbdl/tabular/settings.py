@@ -88,7 +88,7 @@ class Settings:
         if schema.target.classes is not None:
             return Categorical()
         if self.noise_of(n_train) == "per-row":
-            return HeteroscedasticGaussian(beta=0.5)
+            return HeteroscedasticGaussian(beta=0.5, unit=schema.target.std)
         return Gaussian(std=schema.target.std)
 
     def posterior(self, network: TabularNetwork, n_train: int) -> Any:
