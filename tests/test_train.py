@@ -1,6 +1,7 @@
 """Training: stacked equals separate, compiled equals eager, resumed equals uninterrupted, bad data is named."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -516,3 +517,40 @@ def test_an_embedding_with_sparse_gradients_is_refused_unless_it_is_frozen(wrap)
         vbdl.fit(wrap(net), (x, y), vbdl.Categorical(), epochs=1, compile=False)
     net[0].weight.requires_grad_(False)
     vbdl.fit(wrap(net), (x, y), vbdl.Categorical(), epochs=1, compile=False)
+
+
+class Keeping(nn.Module):
+    """A network that keeps what it computes on the way, as attention maps and features are kept to be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(FEATURES, 7), nn.Dropout(0.2), nn.Linear(7, OUTPUTS)
+        self.hidden, self.all = None, {}
+
+    def forward(self, x):
+        self.hidden = self.first(x).tanh()
+        self.all["hidden"] = self.hidden
+        return self.last(self.drop(self.hidden))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        vbdl.MCDropout,
+        lambda n: vbdl.MeanField(n, N),
+        lambda n: vbdl.DeepEnsemble(n, 2),
+        lambda n: vbdl.DeepEnsemble(vbdl.MCDropout(n), 2),
+        lambda n: vbdl.DeepEnsemble([n, plain()]),
+    ],
+)
+def test_a_network_that_keeps_activations_is_copied_before_and_after_training(wrap, compile, data):
+    net, likelihood = Keeping(), vbdl.Gaussian(OUTPUTS)
+    net(data[0])
+    q = wrap(net)
+    vbdl.fit(q, data, likelihood, epochs=1, batch_size=N, compile=compile)
+    predict = vbdl.Predictor(copy.deepcopy(q), likelihood, compile=False)
+    expected = predict(data[0]).mean
+    for one in (predict.replace(), copy.deepcopy(predict), pickle.loads(pickle.dumps(predict))):
+        assert torch.equal(one(data[0]).mean, expected)
+    assert net.hidden.grad_fn is not None  # the caller's own is left as it is

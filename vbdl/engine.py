@@ -24,7 +24,7 @@ from vbdl.execution import Execution, Settings
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
 from vbdl.program import Ready
-from vbdl.stacking import map_inputs, tensors
+from vbdl.stacking import forget, map_inputs, tensors
 from vbdl.tiles import check_inputs, pad
 from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
 
@@ -376,6 +376,7 @@ class Predictor:
             except (RuntimeError, IndexError, AssertionError) as error:
                 raise cannot_take(tile, error) from error
             start += count
+            forget(part.module)
         if len(shapes := {e.parameter_shape for e in executions}) > 1:
             raise ValueError(f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}")
         return executions

@@ -1,6 +1,5 @@
 """What is random in a module, what is not and why, what it costs, and how vbdl would run it."""
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.stacking import arguments, check_network
+from vbdl.stacking import arguments, check_network, copied
 from vbdl.types import Inputs
 
 _NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -135,7 +134,7 @@ def _without_running(module: nn.Module, report: Report) -> None:
 
 
 def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
-    network = DropoutNetwork(copy.deepcopy(module)).eval()
+    network = DropoutNetwork(copied(module)).eval()
     try:
         sites = network.locate(example)
     except NotImplementedError as error:
@@ -150,7 +149,7 @@ def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
         elif isinstance(m, nn.RNNBase) and m.dropout > 0 and m.num_layers == 1:
             report.deterministic.append(f"{name} ({type(m).__name__}): p={m.dropout} acts between layers, it has one")
     args, kwargs = arguments(example)
-    plain = copy.deepcopy(module).eval()
+    plain = copied(module).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = plain(*args, **kwargs)
     rows = [*args, *kwargs.values()][0].shape[0]

@@ -19,7 +19,7 @@ from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.splitting import split
-from vbdl.stacking import map_inputs, tensors
+from vbdl.stacking import copied, map_inputs, tensors
 from vbdl.train import fit
 
 _MAX_EPOCHS = 300
@@ -108,10 +108,10 @@ def recommend(
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
     rule = _rule(n_train, n_weights, budget, trained)
-    candidates: dict[str, Callable[[], Any]] = {"MCDropout": lambda: MCDropout(copy.deepcopy(module), seed=seed)}
+    candidates: dict[str, Callable[[], Any]] = {"MCDropout": lambda: MCDropout(copied(module), seed=seed)}
     if not trained:
-        candidates["MeanField"] = lambda: MeanField(copy.deepcopy(module), n_data=n_train, seed=seed)
-        candidates["DeepEnsemble"] = lambda: DeepEnsemble(copy.deepcopy(module), n_members=3, seed=seed)
+        candidates["MeanField"] = lambda: MeanField(copied(module), n_data=n_train, seed=seed)
+        candidates["DeepEnsemble"] = lambda: DeepEnsemble(copied(module), n_members=3, seed=seed)
     found, scores = {}, {}
     for name, make in candidates.items():
         try:

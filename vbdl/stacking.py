@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 from torch.func import functional_call, vmap
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.types import Inputs, State
 
@@ -146,9 +148,37 @@ def select(stacked: State, index: int) -> State:
     return {name: t[index] for name, t in stacked.items()}
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A copy; what a forward has kept in an attribute, which torch does not copy, is detached."""
+    return holding(module, {})
+
+
+def forget(module: nn.Module) -> None:
+    """Detach what forwards have kept in attributes, like an attention map: it holds the graph of a step of training,
+    or is a tensor of a trace that is over, which becomes None. Either would be in the way of a copy.
+    """
+    for m in module.modules():
+        for name, value in list(vars(m).items()):
+            if any(map(_computed, tree_leaves(value))):
+                vars(m)[name] = tree_map(lambda t: _detached(t) if _computed(t) else t, value)
+
+
+def _computed(found: Any) -> bool:
+    return isinstance(found, Tensor) and (not found.is_leaf or _of_a_trace(found))
+
+
+def _of_a_trace(t: Tensor) -> bool:
+    return isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t)
+
+
+def _detached(t: Tensor) -> Tensor | None:
+    return None if _of_a_trace(t) else t.detach()
+
+
 def holding(module: nn.Module, state: State) -> nn.Module:
     """A copy with these tensors in place of its own of those names; tied ones stay tied."""
-    memo: dict[int, Any] = {}
+    kept = [t for m in module.modules() for t in tree_leaves(vars(m)) if _computed(t)]
+    memo: dict[int, Any] = {id(t): _detached(t) for t in kept}
     for name, own in state_of(module).items():
         if name in state:
             is_parameter = isinstance(own, nn.Parameter)

@@ -18,7 +18,19 @@ from vbdl.early_stopping import BestEpochs
 from vbdl.fingerprint import fingerprints
 from vbdl.nn.observed import Observed
 from vbdl.progress import Progress
-from vbdl.stacking import Inputs, State, call, call_each, call_stacked, can_map, map_inputs, replicate, select, state_of
+from vbdl.stacking import (
+    Inputs,
+    State,
+    call,
+    call_each,
+    call_stacked,
+    can_map,
+    forget,
+    map_inputs,
+    replicate,
+    select,
+    state_of,
+)
 from vbdl.step import Losses, Step
 
 # below this many steps, compiling (some seconds a batch shape) costs more than it saves
@@ -245,6 +257,8 @@ class TrainingRun:
         if self.kl_weight is not None and self.o["kl_warmup"]:
             self.posterior.kl_weight = self.kl_weight
         self.posterior.eval()
+        forget(self.posterior.module)
+        forget(self.likelihood)
         # what vbdl.calibrate refuses to calibrate on; a plain attribute, no buffer that the network would carry
         before = getattr(self.posterior, "training_rows", None)
         seen = [*self.seen, *([] if before is None else [before])]

@@ -4,7 +4,6 @@ Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertain
 NeurIPS 2017, https://arxiv.org/abs/1612.01474
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from vbdl.stacking import (
     call_stacked,
     can_map,
     check_network,
+    copied,
     holding,
     stack,
     state_of,
@@ -207,7 +207,7 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
 
 def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
     """A copy initialised under this seed, whatever the state of torch's generator, which is left as it was."""
-    fresh = copy.deepcopy(module)
+    fresh = copied(module)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         initialize(fresh)

@@ -4,7 +4,6 @@ Gal and Ghahramani, Dropout as a Bayesian Approximation: Representing Model Unce
 https://arxiv.org/abs/1506.02142
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from vbdl_kernels import make_key
 
 from vbdl.nn.dropout import DropoutNetwork, may_drop
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import check_chosen, check_network
+from vbdl.stacking import check_chosen, check_network, copied
 from vbdl.types import Inputs, State
 
 
@@ -56,7 +55,7 @@ class MCDropout(nn.Module):
                 "MCDropout needs a module with dropout and this one has none: add nn.Dropout layers before training, "
                 "or use vbdl.DeepEnsemble or vbdl.MeanField"
             )
-        self.module = DropoutNetwork(copy.deepcopy(module), p, tuple(deterministic))
+        self.module = DropoutNetwork(copied(module), p, tuple(deterministic))
         self.seed = seed
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))

@@ -4,7 +4,6 @@ Graves, Practical Variational Inference for Neural Networks, NeurIPS 2011; Blund
 Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
-from vbdl.stacking import check_chosen, check_network
+from vbdl.stacking import check_chosen, check_network, copied
 from vbdl.types import Inputs, State
 
 
@@ -61,10 +60,10 @@ class MeanField(nn.Module):
         if has_bayesian_layers(module):
             if parameters is not None or prior_std != 1.0 or initial_std != 0.05:
                 raise ValueError("a network with Bayesian layers has its priors and initial_std in those layers")
-            self.module = LayeredNetwork(copy.deepcopy(module), n_data)
+            self.module = LayeredNetwork(copied(module), n_data)
         else:
             chosen = choose(module, None if parameters is None else tuple(parameters), prior_std)
-            self.module = SampledNetwork(copy.deepcopy(module), chosen, initial_std, n_data)
+            self.module = SampledNetwork(copied(module), chosen, initial_std, n_data)
         self.n_samples, self.seed = n_samples, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
