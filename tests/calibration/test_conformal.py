@@ -58,6 +58,14 @@ def test_set_coverage_has_its_exact_law(n, score):
     _covered_counts_are_beta_binomial(counts, n, 0.1)
 
 
+def test_the_least_likely_class_has_a_score_of_exactly_one():
+    """Where a threshold is 1 the class is in every set, and not in some by the rounding of their sums."""
+    probs = (3 * torch.randn(500, 7)).softmax(1)
+    assert bool((APS()(probs.double()).amax(1) == 1).all())
+    y = probs.argmin(1)
+    assert bool(ConformalSets(0.1, APS()).fit(probs, y)(probs).all())
+
+
 @pytest.mark.parametrize("score", [APS(), RAPS(0.05, 2)])
 def test_without_randomisation_coverage_is_at_least_that(score):
     for n in (20, 100):

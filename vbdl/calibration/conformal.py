@@ -35,6 +35,8 @@ def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = probs.argsort(dim=1, descending=True, stable=True)
     mass = probs.gather(1, order).cumsum(1)
+    # the least likely class has exactly 1: a threshold of 1 must not be a matter of rounding, row by row
+    mass = mass / mass[:, -1:]
     rank = torch.arange(1, probs.shape[1] + 1, dtype=probs.dtype, device=probs.device).expand_as(order)
     back = order.argsort(dim=1)
     return mass.gather(1, back), rank.gather(1, back)
