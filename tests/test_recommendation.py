@@ -47,6 +47,16 @@ def test_a_network_without_dropout_leaves_the_others(data):
     assert found.method != "MCDropout"
 
 
+def test_a_method_that_fails_in_training_leaves_the_others(data, monkeypatch):
+    def losses(self, x, y, likelihood):
+        return torch.full((1,), torch.inf, requires_grad=True) + 0 * sum(p.sum() for p in self.parameters())
+
+    monkeypatch.setattr("vbdl.posteriors.mean_field.MeanField.losses", losses)
+    found = recommend(_network(), data, budget=1.5)
+    assert [m.method for m in found.table if m.nll is None] == ["MeanField"]
+    assert "not tried: the loss of member 0 became inf" in str(found)
+
+
 def test_a_trained_network_is_used_as_it_is(data):
     found = recommend(_network(), data, trained=True)
     assert found.method == "MCDropout" and found.table[0].epochs == 0 and len(found.table) == 1

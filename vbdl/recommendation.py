@@ -118,8 +118,8 @@ def recommend(
             found[name], scores[name] = _measure(
                 name, make(), likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
             )
-        except (ValueError, TypeError) as error:
-            # a network without dropout, say: the others can still be compared
+        except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
+            # a network without dropout, say, or a loss that diverges: the others can still be compared
             found[name] = Measured(name, None, None, math.nan, 0.0, 0, str(error).splitlines()[0])
     if not scores:
         notes = "; ".join(f"{m.method}: {m.note}" for m in found.values())
