@@ -152,6 +152,8 @@ def test_a_network_of_ones_own_by_reference(tmp_path):
         predict.save(tmp_path / "other", architecture=target, arguments={"width": 7})
     with pytest.raises(ValueError, match="cannot be imported"):
         predict.save(tmp_path / "other", architecture=f"{__name__}:nothing")
+    with pytest.raises(TypeError, match='"module:name" of what makes the network, got <class'):
+        predict.save(tmp_path / "other", architecture=Own)
     assert not (tmp_path / "other").exists()
 
 

@@ -112,6 +112,8 @@ def contents(
 
 
 def _describe(posterior: Any, architecture: Any, arguments: Any) -> Any:
+    if not (architecture is None or isinstance(architecture, Sequence)):
+        raise TypeError(f'architecture is the "module:name" of what makes the network, got {architecture!r}')
     targets = [architecture] if architecture is None or isinstance(architecture, str) else list(architecture)
     given = [arguments or {}] if arguments is None or isinstance(arguments, Mapping) else list(arguments)
     parts = len(posterior.parts)
