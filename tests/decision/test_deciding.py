@@ -12,9 +12,21 @@ from torch import nn
 
 import vbdl
 from vbdl.calibration import NormalisedIntervals, StdScaling, calibrate
-from vbdl.decision import AnomalyFlags, Drive, HandOver, Mode, PathBounds, Risk, mixture_tail, path_risk, with_decision
+from vbdl.decision import (
+    AnomalyFlags,
+    Drive,
+    ExpectedCost,
+    HandOver,
+    Mode,
+    PathBounds,
+    Risk,
+    mixture_tail,
+    path_risk,
+    with_decision,
+)
 from vbdl.decision.stored import describe, rebuild
 from vbdl.engine import Predictor
+from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -232,3 +244,23 @@ def test_a_decision_for_another_kind_of_prediction_is_said_to_be_that(x):
     predict = _predictor(2, Categorical())
     with pytest.raises(AttributeError, match="asks for 'mean' of a prediction that has probs.*Risk on a regression"):
         with_decision(predict, Risk())(x)
+
+
+def test_a_cost_of_classes_is_not_read_from_questions_of_yes_or_no(x):
+    """Two probabilities that do not sum to one are no distribution of two classes."""
+    predict = _predictor(2, Bernoulli())
+    cost = ExpectedCost(torch.tensor([[0.0, 1.0], [5.0, 0.0]]))
+    with pytest.raises(ValueError, match="answers 2 questions of yes or no"):
+        with_decision(predict, cost)(x)
+    with pytest.raises(ValueError, match="answers 2 questions of yes or no"):
+        cost(predict(x))
+    assert cost(predict(x).probs[:, 1]).shape == (300,)
+    assert with_decision(_predictor(1, Bernoulli()), cost)(x).action.shape == (300,)
+
+
+def test_a_path_risk_of_no_path_is_named(paths, x):
+    machine = HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(-1.0))
+    with pytest.raises(ValueError, match="a path risk needs a regression"):
+        with_decision(_predictor(2, Categorical()), machine)(x)
+    with pytest.raises(ValueError, match=f"upper has 2 steps, and the path {HORIZON}"):
+        with_decision(paths, HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(-1.0, torch.ones(2))))(x)

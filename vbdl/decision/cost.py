@@ -52,7 +52,14 @@ class ExpectedCost(nn.Module):
 
         A row whose probabilities are not finite is referred, refer_cost or not: the safe reading.
         """
-        expected = self.expected(prediction if isinstance(prediction, Tensor) else prediction.probs)
+        probs = prediction if isinstance(prediction, Tensor) else prediction.probs
+        total = getattr(prediction, "total", None)
+        if total is not None and probs.ndim > 1 and total.shape == probs.shape:
+            raise ValueError(
+                f"a cost is of one class a row, and this prediction answers {probs.shape[-1]} questions of yes or no: "
+                f"decide on probs[:, i], one question after the other"
+            )
+        expected = self.expected(probs)
         least, action = expected.min(dim=1)
         refer = ~expected.isfinite().all(dim=1)
         if self.refer_cost is not None:

@@ -88,6 +88,14 @@ class PathBounds(nn.Module):
 
     def forward(self, parameters: Tensor) -> Tensor:
         """(samples, batch, horizon, 2) mean and log-variance -> (samples, batch)"""
+        if parameters.ndim != 4 or parameters.shape[-1] != 2:
+            raise ValueError(
+                "a path risk needs a regression whose outputs are the steps of the path, (samples, batch, horizon, 2), "
+                f"not {tuple(parameters.shape)}"
+            )
+        for name, bound in (("lower", self.lower), ("upper", self.upper)):
+            if bound is not None and bound.ndim and bound.shape[0] != parameters.shape[2]:
+                raise ValueError(f"{name} has {bound.shape[0]} steps, and the path {parameters.shape[2]}")
         mean, log_variance = parameters.to(torch.float64).unbind(-1)
         std = (0.5 * log_variance).exp()
         # the smaller tails are added, so that a small risk is not lost beside a probability next to one
