@@ -19,7 +19,7 @@ from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.splitting import split
-from vbdl.stacking import copied, map_inputs, tensors
+from vbdl.stacking import check_network, copied, map_inputs, tensors
 from vbdl.train import fit
 
 _MAX_EPOCHS = 300
@@ -96,6 +96,7 @@ def recommend(
     """
     if not budget > 0:
         raise ValueError(f"budget is in seconds and positive, got {budget}")
+    check_network(module)
     x, y = whole(data)
     n = len(y)
     if n < 20:
