@@ -67,6 +67,12 @@ def fit(
         raise ValueError(f"patience is at least 1 epoch without a gain, got {patience}")
     if patience is not None and validation is None:
         raise ValueError("patience needs validation= to judge by")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm is a positive length of the gradient, got {clip_norm}")
+    if kl_warmup < 0:
+        raise ValueError(f"kl_warmup is a number of epochs, 0 for none, got {kl_warmup}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is at least 1 epoch, got {checkpoint_every}")
     if not is_posterior(posterior):
         raise TypeError(
             f"fit trains a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ class TrainingRun:
     def _load(self, data: Any) -> None:
         o, seeds = self.o, [self.o["seed"] + m for m in range(self.members)]
         self.validation: tuple[Inputs, Tensor] | None = None
-        if o["validation"] is not None and not isinstance(o["validation"], float):
+        if o["validation"] is not None and not isinstance(o["validation"], Real):
             self.validation = self._checked(*whole(o["validation"]))
         if isinstance(data, DataLoader):
-            if o["bootstrap"] or o["member_rows"] is not None or isinstance(o["validation"], float):
+            if o["bootstrap"] or o["member_rows"] is not None or isinstance(o["validation"], Real):
                 raise ValueError(
                     "bootstrap, member_rows and a share for validation pick rows, which a DataLoader does not let us: "
                     "give fit the tensors or the Dataset"
@@ -98,8 +99,8 @@ class TrainingRun:
         check_rows(x, y)
         x, y = self._checked(x, y)
         rows = torch.arange(len(y))
-        if isinstance(o["validation"], float):
-            rows, held = holdout(len(y), o["validation"], o["seed"])
+        if isinstance(o["validation"], Real):
+            rows, held = holdout(len(y), float(o["validation"]), o["seed"])
             self.validation = take(x, held), y[held]
         if o["member_rows"] is not None:
             chosen = torch.as_tensor(o["member_rows"])
