@@ -307,6 +307,12 @@ def test_members_of_different_architectures_are_trained(data):
     assert vbdl.Predictor(q, likelihood, compile=False)(data[0]).mean.shape == (N, OUTPUTS)
 
 
+def test_members_of_different_architectures_hold_out_the_same_rows(data):
+    q = vbdl.DeepEnsemble([plain(), nn.Linear(FEATURES, OUTPUTS)])
+    vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=1, validation=0.2, compile=False)
+    assert len(torch.cat([part.training_rows for part in q.parts]).unique()) == N - round(0.2 * N)
+
+
 def test_torchs_generator_is_left_as_it_was(data):
     net = dropping()
     before = torch.get_rng_state()

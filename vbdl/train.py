@@ -112,7 +112,8 @@ def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options:
     total, trained, start = History(), [], 0
     for part in posterior.parts:
         own = copy.deepcopy(likelihood)
-        one = TrainingRun(part, data, own, {**options, "seed": options["seed"] + start}).run()
+        ours = {**options, "seed": options["seed"] + start, "held_by": options["seed"]}
+        one = TrainingRun(part, data, own, ours).run()
         trained.append(own)
         start += part.n_members
         total.best_epoch += one.best_epoch

@@ -100,7 +100,7 @@ class TrainingRun:
         x, y = self._checked(x, y)
         rows = torch.arange(len(y))
         if isinstance(o["validation"], Real):
-            rows, held = holdout(len(y), float(o["validation"]), o["seed"])
+            rows, held = holdout(len(y), float(o["validation"]), o.get("held_by", o["seed"]))
             self.validation = take(x, held), y[held]
         if o["member_rows"] is not None:
             chosen = torch.as_tensor(o["member_rows"])
