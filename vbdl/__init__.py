@@ -76,7 +76,7 @@ _HOME = {
 
 _MODULES = ("adaptive", "artefact", "calibration", "decision", "export", "metrics", "ood")
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
