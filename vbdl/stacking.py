@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.func import functional_call, vmap
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -140,7 +141,8 @@ def can_map(module: nn.Module) -> bool:
     """Whether vmap has a rule for every layer, as far as is known of torch's own: it has none for recurrent ones and
     for the power iterations of a spectral norm.
     """
-    return not any(isinstance(m, nn.RNNBase | _SpectralNorm) for m in module.modules())
+    layers = (nn.RNNBase, _SpectralNorm, SpectralNorm)
+    return not any(isinstance(m, layers) for own in module.modules() for m in (own, *own._forward_pre_hooks.values()))
 
 
 def select(stacked: State, index: int) -> State:

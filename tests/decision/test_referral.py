@@ -134,8 +134,9 @@ def test_actions_of_a_prediction():
     assert uncertainty_of(SimpleNamespace(total=torch.ones(3, 1))).shape == (3,)
     with pytest.raises(ValueError, match="one number a row"):
         uncertainty_of(SimpleNamespace(total=torch.ones(3, 2)))
-    with pytest.raises(ValueError, match="kind"):
-        uncertainty_of(p, "other")
+    for refused in (lambda: uncertainty_of(p, "other"), lambda: Referral("other")):
+        with pytest.raises(ValueError, match="kind"):
+            refused()
 
 
 def test_nan_is_always_referred():

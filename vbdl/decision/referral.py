@@ -19,6 +19,12 @@ from vbdl.metrics._checks import check_rate, check_scores
 from vbdl.metrics.estimate import Interval, proportion_interval
 
 
+def check_kind(kind: str) -> None:
+    """ValueError for a kind of uncertainty that there is not."""
+    if kind not in ("total", "aleatoric", "epistemic", "confidence"):
+        raise ValueError(f"kind must be 'total', 'aleatoric', 'epistemic' or 'confidence', not {kind!r}")
+
+
 def uncertainty_of(prediction, kind: str = "total") -> Tensor:
     """One number a row, (batch,), high for uncertain.
 
@@ -26,16 +32,15 @@ def uncertainty_of(prediction, kind: str = "total") -> Tensor:
     "aleatoric", "epistemic": nats or squared target units), or probs for "confidence", which is 1 - the largest
     probability. A regression of several outputs has no one number: pass a tensor.
     """
+    check_kind(kind)
     if isinstance(prediction, Tensor):
         values = prediction
     elif kind == "confidence":
         probs = prediction.probs
         top = torch.maximum(probs, 1 - probs) if probs.ndim == 1 else probs.amax(dim=-1)
         values = 1 - top
-    elif kind in ("total", "aleatoric", "epistemic"):
-        values = getattr(prediction, kind)
     else:
-        raise ValueError(f"kind must be 'total', 'aleatoric', 'epistemic' or 'confidence', not {kind!r}")
+        values = getattr(prediction, kind)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.ndim != 1:
@@ -71,6 +76,7 @@ class Referral(nn.Module):
         super().__init__()
         if math.isnan(threshold):
             raise ValueError("threshold must be a number, and is NaN")
+        check_kind(kind)
         self.kind = kind
         self.certificate: Certificate | None = None
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
