@@ -115,3 +115,5 @@ def test_parameters_that_make_no_sense(cancer, options, said):
         vbdl.VBDLClassifier(**options).fit(x, y)
     with pytest.raises(ValueError, match="noise"):
         vbdl.VBDLRegressor(noise="loud").fit(x, np.arange(len(x)))
+    with pytest.raises(ValueError, match="the target y has a standard deviation of .*: rescale it"):
+        vbdl.VBDLRegressor().fit(x, 1e10 * np.arange(len(x)))

@@ -9,6 +9,7 @@ from sklearn.base import RegressorMixin
 from vbdl.estimators._base import Estimator
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from vbdl.likelihoods.normal_mixture import check_spread
 
 
 class VBDLRegressor(RegressorMixin, Estimator):
@@ -65,6 +66,8 @@ class VBDLRegressor(RegressorMixin, Estimator):
         if self.noise not in (None, "constant", "per-row"):
             raise ValueError(f"noise {self.noise!r} is neither 'constant' nor 'per-row'")
         self._per_row = self.noise == "per-row" or (self.noise is None and len(y) >= 400)
+        if y.min() < y.max():
+            check_spread(float(y.std()), "the target y")
         self._std = float(y.std()) or 1.0
         self.__dict__.pop("_predictor", None)
         head = {"log_variance": self._per_row, "target_mean": float(y.mean()), "target_std": self._std}

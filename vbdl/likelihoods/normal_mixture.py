@@ -17,6 +17,16 @@ from vbdl.types import State
 LOG_VARIANCE_BOUND = 40.0  # exp(+-40), stds of 2e-9 to 5e8, and its square are normal numbers of float32
 
 
+def check_spread(std: float, what: str) -> None:
+    """ValueError where noise as large as these targets' standard deviation cannot be said."""
+    low, high = math.exp(-LOG_VARIANCE_BOUND / 2), math.exp(LOG_VARIANCE_BOUND / 2)
+    if not low < std < high:
+        raise ValueError(
+            f"{what} has a standard deviation of {std:.3g}, and noise is modelled between {low:.0e} and {high:.0e}: "
+            f"rescale it, to another unit or by a power of ten, so that this is about 1"
+        )
+
+
 @dataclass(frozen=True)
 class RegressionPrediction:
     """p(y | x), an equal mixture of normals. Variances are in squared target units."""

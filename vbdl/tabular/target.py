@@ -1,6 +1,5 @@
 """The target of a table: classes or a number, decided from its cells and said."""
 
-import math
 from typing import Any, Literal
 
 import msgspec
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND
+from vbdl.likelihoods.normal_mixture import check_spread
 from vbdl.tabular.columns import combined, floats, text, texts
 from vbdl.tabular.reading import compute
 
@@ -125,12 +124,7 @@ def fit_target(column: Any, name: str, training: np.ndarray, task: str | None = 
             raise ValueError(f"the target {name!r} has one value in all training rows: there is nothing to learn")
         with np.errstate(over="ignore"):
             std = float(values.std())
-        low, high = math.exp(-LOG_VARIANCE_BOUND / 2), math.exp(LOG_VARIANCE_BOUND / 2)
-        if not low < std < high:
-            raise ValueError(
-                f"the target {name!r} has a standard deviation of {std:.3g}, and noise is modelled between {low:.0e} "
-                f"and {high:.0e}: rescale it, to another unit or by a power of ten, so that this is about 1"
-            )
+        check_spread(std, f"the target {name!r}")
         return Target(name=name, mean=float(values.mean()), std=std, reason=reason)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     words = texts(column)
