@@ -564,3 +564,10 @@ def test_a_network_that_keeps_activations_is_copied_before_and_after_training(wr
     for one in (predict.replace(), copy.deepcopy(predict), pickle.loads(pickle.dumps(predict))):
         assert torch.equal(one(data[0]).mean, expected)
     assert net.hidden.grad_fn is not None  # the caller's own is left as it is
+
+
+@pytest.mark.parametrize("wrap", [vbdl.MCDropout, lambda n: vbdl.MeanField(n, N)])
+def test_a_network_that_keeps_activations_predicts_after_a_loop_of_ones_own(wrap, data):
+    q, likelihood = wrap(Keeping()), vbdl.Gaussian(OUTPUTS)
+    q.loss(*data, likelihood).backward()
+    assert vbdl.Predictor(q, likelihood, compile=False)(data[0]).mean.isfinite().all()

@@ -5,7 +5,6 @@ compiled for a new batch size and, on a CPU, a row's result is the same bit for 
 """
 
 import contextlib
-import copy
 import math
 import threading
 import time
@@ -24,7 +23,7 @@ from vbdl.execution import Execution, Settings
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
 from vbdl.program import Ready
-from vbdl.stacking import forget, map_inputs, tensors
+from vbdl.stacking import copied, forget, map_inputs, tensors
 from vbdl.tiles import check_inputs, pad
 from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
 
@@ -459,4 +458,4 @@ def _whole(name: str, value: Any, least: int | None = None) -> int:
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
     """A copy on the device, in evaluation mode, that no optimiser reaches."""
-    return copy.deepcopy(module).to(device).eval().requires_grad_(False)
+    return copied(module).to(device).eval().requires_grad_(False)
