@@ -55,7 +55,8 @@ def calibrate(
     n_rows = y.shape[0] if y.ndim else 0
     if n_rows == 0:
         raise ValueError("there are no rows to calibrate on")
-    n_overlap = _overlap(predictor, x)
+    rows = fingerprints(x)
+    n_overlap = _overlap(predictor, rows)
     if n_overlap and not allow_overlap:
         raise ValueError(
             f"{n_overlap} of {n_rows} calibration rows were trained on, and would make the model look better than "
@@ -76,18 +77,18 @@ def calibrate(
         _check_kind(fitted, prediction)
         fitted.fit_prediction(prediction, target)
     fitted = fitted.to(predictor.device)
-    used = fingerprints(x).unique()
-    likelihood: Any = CalibratedLikelihood(copy.deepcopy(predictor.likelihood), fitted, n_rows, n_overlap, used)
+    before = copy.deepcopy(predictor.likelihood)
+    likelihood: Any = CalibratedLikelihood(before, fitted, n_rows, n_overlap, rows.unique())
     return predictor.replace(likelihood=likelihood)
 
 
-def _overlap(predictor: Predictor, x: Inputs) -> int:
-    """How many rows of x were trained on, by their fingerprints."""
+def _overlap(predictor: Predictor, rows: Tensor) -> int:
+    """How many rows, given by their fingerprints, were trained on."""
     # an ensemble of several architectures is trained as a whole, or part by part
     posterior = predictor.posterior
     seen = [getattr(trained, "training_rows", None) for trained in (posterior, *posterior.parts)]
-    known = [rows for rows in seen if rows is not None]
-    return int(torch.isin(fingerprints(x), torch.cat(known)).sum()) if known else 0
+    known = [trained for trained in seen if trained is not None]
+    return int(torch.isin(rows, torch.cat(known)).sum()) if known else 0
 
 
 def _parameter_shape(prediction: Any) -> tuple[int, ...]:

@@ -49,12 +49,13 @@ def labelled(
     x, y = encoded.x[usable], y[usable]
     if not len(y):
         raise ValueError("there are no rows with a target")
+    own = fingerprints(x)
     seen, (used, complete) = training_rows(predictor.posterior), calibration_rows(predictor.likelihood)
     for rows, done, allowed in (
         (seen, "trained", allow_training_rows),
         (used, "calibrated", allow_calibration_rows),
     ):
-        n_seen = 0 if rows is None else int(torch.isin(fingerprints(x), rows).sum())
+        n_seen = 0 if rows is None else int(torch.isin(own, rows).sum())
         if n_seen and not allowed:
             raise ValueError(f"{n_seen} of {len(y)} rows were {done} on: give rows that the model has not seen")
         if n_seen:
