@@ -334,7 +334,7 @@ def replacing(request, monkeypatch):
     if request.param == "by two renames":
         monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
     elif not hasattr(ctypes.CDLL(None), "renameat2"):
-        pytest.skip("this system cannot exchange folders")
+        pytest.skip("needs a file system that can exchange two folders in one step")
     return request.param
 
 

@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_the_old_file(card, monkeypatch):
 
 def test_without_an_accelerator_there_is_nothing_to_read():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without an accelerator; the GPU tests measure this one")
     assert measured.device_name() is None and regime.device_card() == regime.Card()
     with pytest.raises(SystemExit, match="no accelerator"):
         measured.main()

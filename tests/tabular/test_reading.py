@@ -90,7 +90,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 def test_text_in_views_is_text():
     """What a polars frame gives, words and categories."""
     if not hasattr(pa, "string_view"):
-        pytest.skip("this pyarrow has no views")
+        pytest.skip("needs a pyarrow with views of text, 16 or later")
     from vbdl.tabular import infer
 
     views = pa.array(["p", "q"] * 20, pa.string_view())
