@@ -17,7 +17,7 @@ from vbdl.batch.finding import sources_of
 from vbdl.batch.folder import FORMATS, QUARANTINE, Folder
 from vbdl.batch.merging import merge_parts
 from vbdl.batch.sources import Chunk, Source
-from vbdl.batch.worker import Options, Result, Worker, available, digest, plain, schema_at
+from vbdl.batch.worker import Cells, Options, Result, Worker, available, digest, plain, schema_at
 from vbdl.compiler import can_compile
 from vbdl.progress import Progress
 from vbdl.tabular import Schema
@@ -154,17 +154,14 @@ def predict_table(
     job = Folder(folder, settings, kind, restart, named=folder != out and len(sources) > 1)
     try:
         resumed = len(job.done) if job.finished is None else len(job.finished["parts"])
-        unseen: dict[str, int] = {}
-        filled: dict[str, int] = {}
+        cells = Cells()
         if job.finished is None:
             if engine == "ray":
                 from vbdl.batch.ray import run_ray
 
-                run_ray(
-                    model, schema, sources, options, job, workers, on_error, unseen, filled, progress, ray_options or {}
-                )
+                run_ray(model, schema, sources, options, job, workers, on_error, cells, progress, ray_options or {})
             else:
-                _run_local(model, schema, sources, options, job, workers, on_error, unseen, filled, progress)
+                _run_local(model, schema, sources, options, job, workers, on_error, cells, progress)
         manifest = job.finished or job.finish([s.name for s in sources])
         quarantine = folder / QUARANTINE if manifest["rejected"] else None
         reasons = _first_lines(quarantine)
@@ -181,15 +178,15 @@ def predict_table(
         len(manifest["parts"]),
         resumed,
         manifest["failed"],
-        unseen,
+        cells.unseen,
         out,
         quarantine,
         reasons,
-        filled,
+        cells.filled,
     )
 
 
-def _run_local(model, schema, sources, options, job: Folder, workers, on_error, unseen, filled, progress) -> None:
+def _run_local(model, schema, sources, options, job: Folder, workers, on_error, cells, progress) -> None:
     with _threads(workers) as count:
         worker = Worker(model, options, schema, count)
         _settle(worker, sources)
@@ -200,8 +197,7 @@ def _run_local(model, schema, sources, options, job: Folder, workers, on_error, 
             def write(source: Source, chunk: Chunk, result: Result) -> None:
                 stop_at(source, result.rejected, on_error)
                 job.record(job.write(source.name, chunk.number, result.table, result.rejected))
-                add(unseen, result.unseen)
-                add(filled, result.filled)
+                cells.add(result.cells)
                 bar.add(result.table.num_rows + len(result.rejected))
 
             local.run(
@@ -320,11 +316,6 @@ def fail(job: Folder, source: Source, error: Exception, on_error: str) -> None:
     if source.name not in job.failed:  # once, where its chunks fail each by itself
         logger.warning("%s: %s", source.name, error)
         job.failed[source.name] = str(error)
-
-
-def add(total: dict[str, int], more: Mapping[str, int]) -> None:
-    for name, count in more.items():
-        total[name] = total.get(name, 0) + count
 
 
 class _Rows(Progress):

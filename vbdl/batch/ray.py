@@ -13,13 +13,14 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vbdl.batch.folder import Folder, part_name, write_part
 from vbdl.batch.sources import Source
 from vbdl.batch.table_file import TableFile
-from vbdl.batch.worker import Misfit, Options, Worker
+from vbdl.batch.worker import Cells, Misfit, Options, Worker
 from vbdl.engine import Predictor
 from vbdl.tabular import Schema
 from vbdl.tabular.reading import format_of
@@ -39,8 +40,7 @@ def run_ray(
     job: Folder,
     workers: int | None,
     on_error: str,
-    unseen: dict[str, int],
-    filled: dict[str, int],
+    cells: Cells,
     progress: bool | None,
     ray_options: Mapping[str, Any],
 ) -> None:
@@ -48,7 +48,7 @@ def run_ray(
 
     ray_options: for `ray.init`, where Ray is not running yet. ValueError where the actors could never start.
     """
-    from vbdl.batch.predicting import _Rows, add, fail, stop_at
+    from vbdl.batch.predicting import _Rows, fail, stop_at
 
     ray = _start(ray_options)
     workers, share, gpus = _resources(ray, workers)
@@ -80,12 +80,12 @@ def run_ray(
         for row in made.iter_rows():
             for found in json.loads(row["entries"]):
                 last = time.monotonic()
-                _settle(found, named, job, on_error, unseen, filled, bar, add, fail, stop_at)
+                _settle(found, named, job, on_error, cells, bar, fail, stop_at)
             if time.monotonic() - last > _STALLED:
                 raise RuntimeError(f"no part was finished in {_STALLED:.0f} s: the job can be gone on with")
 
 
-def _settle(found, named, job, on_error, unseen, filled, bar, add, fail, stop_at) -> None:
+def _settle(found, named, job, on_error, cells, bar, fail, stop_at) -> None:
     if "error" in found:
         raise ValueError(found["error"])
     source = named[found["source"]]
@@ -94,8 +94,7 @@ def _settle(found, named, job, on_error, unseen, filled, bar, add, fail, stop_at
         return
     stop_at(source, [tuple(r) for r in found["first"]], on_error)
     job.record(found["entry"])
-    add(unseen, found["unseen"])
-    add(filled, found["filled"])
+    cells.add(Cells(**found["cells"]))
     bar.add(found["entry"]["rows"] + found["entry"]["rejected"])
 
 
@@ -210,7 +209,7 @@ class _Actor:
     def _part(self, name: str, chunk: Any) -> dict[str, Any]:
         result = self.worker.compute(chunk)
         if self.a["on_error"] == "stop" and result.rejected:
-            return {"source": name, "first": result.rejected[:1], "entry": None, "unseen": {}, "filled": {}}
+            return {"source": name, "first": result.rejected[:1], "entry": None}
         part = part_name(name, chunk.number, self.a["kind"])
         folder, kind = Path(self.a["folder"]), self.a["kind"]
         table = result.table
@@ -219,5 +218,4 @@ class _Actor:
 
             table = with_source(table, name)
         entry = write_part(folder, part, kind, name, chunk.number, table, result.rejected)
-        counts = {"unseen": result.unseen, "filled": result.filled}
-        return {"source": name, "first": result.rejected[:1], "entry": entry, **counts}
+        return {"source": name, "first": result.rejected[:1], "entry": entry, "cells": asdict(result.cells)}

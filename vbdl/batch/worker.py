@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,25 @@ class Misfit(ValueError):
 
 
 @dataclass
+class Cells:
+    """How many cells of a column, by its name, are not what training had."""
+
+    unseen: dict[str, int] = field(default_factory=dict)  # a category that training did not have
+    filled: dict[str, int] = field(default_factory=dict)  # missing, where training had none missing
+
+    def add(self, more: "Cells") -> None:
+        for total, counts in ((self.unseen, more.unseen), (self.filled, more.filled)):
+            for name, count in counts.items():
+                total[name] = total.get(name, 0) + count
+
+
+@dataclass
 class Result:
     """A chunk's output, in the order of its rows, and the rows that are not in it."""
 
     table: Any  # pyarrow.Table
     rejected: list[tuple[int, str]]  # (row number, reason), ascending
-    unseen: dict[str, int]
-    filled: dict[str, int]
+    cells: Cells
 
 
 class Worker:
@@ -101,7 +113,7 @@ class Worker:
         """Misfit where the chunk's source is not of the model's kind, ValueError for what all sources would meet."""
         pa = arrow()
         try:
-            x, bad, unseen, filled = self.encode(chunk.data)
+            x, bad, cells = self.encode(chunk.data)
         except (ValueError, pa.ArrowException) as error:
             raise Misfit(str(error)) from error
         rejected = [*chunk.rejected, *((int(chunk.rows[row]), reason) for row, reason in bad.items())]
@@ -121,16 +133,15 @@ class Worker:
                 if name in found or name in columns:
                     raise ValueError(f"column {name!r} would stand in the output twice: rename it in the input")
                 found[name] = combined(kept.column(name))
-        return Result(pa.table({**found, **columns}), sorted(rejected), unseen, filled)
+        return Result(pa.table({**found, **columns}), sorted(rejected), cells)
 
-    def encode(self, data: Any) -> tuple[Any, dict[int, str], dict[str, int], dict[str, int]]:
-        """Rows as the network takes them, {row: reason} of those it cannot take, and by column how many cells hold
-        categories never seen, and how many were missing where training had none missing."""
+    def encode(self, data: Any) -> tuple[Any, dict[int, str], Cells]:
+        """Rows as the network takes them, {row: reason} of those it cannot take, and cells that training had not."""
         if not hasattr(data, "column_names"):
-            return data, _not_finite(data), {}, {}
+            return data, _not_finite(data), Cells()
         if self.schema is not None:
             encoded = self.schema.encode(data)
-            return encoded.x, encoded.rejected, encoded.unseen, encoded.filled
+            return encoded.x, encoded.rejected, Cells(encoded.unseen, encoded.filled)
         names = self._inputs(data)
         if len(names) == 1 and arrow().types.is_fixed_size_list(data.schema.field(names[0]).type):
             values, rejected = _vectors(data.column(names[0]), names[0])
@@ -141,7 +152,7 @@ class Worker:
                 f"the model takes rows of {self._shape[0]} numbers, and there are {values.shape[1]} columns of numbers "
                 f"({', '.join(names[:6])}{', ...' if len(names) > 6 else ''}): name them with inputs"
             )
-        return torch.from_numpy(values), rejected, {}, {}
+        return torch.from_numpy(values), rejected, Cells()
 
     def _inputs(self, table: Any) -> list[str]:
         if self.options.inputs is not None:
