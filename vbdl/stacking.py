@@ -94,14 +94,32 @@ def call(module: nn.Module, state: State, inputs: Any) -> Any:
     writes to would be.
     """
     args, kwargs = arguments(inputs)
-    used = dict(state)  # functional_call leaves in it what the entries have become
-    output = functional_call(module, used, args, kwargs, strict=False)
-    if torch.is_grad_enabled():
-        for name, t in used.items():
-            if t is not state[name] and t.shape == state[name].shape:
-                with torch.no_grad():
-                    state[name].copy_(t)
+    # functional_call would put a tensor in place once for every name of it. A module that has two names is one place:
+    # the second time the drawn tensor would be taken for the module's own, and be left there.
+    places = _places(module)
+    used = {place: t for name, t in state.items() for place in places.get(name, ())}
+    output = functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
+    if torch.is_grad_enabled():  # functional_call leaves in `used` what the entries have become
+        for name, t in state.items():
+            for place in places.get(name, ()):
+                if used[place] is not t and used[place].shape == t.shape:
+                    with torch.no_grad():
+                        t.copy_(used[place])
+                    break
     return output
+
+
+def _places(module: nn.Module) -> dict[str, list[str]]:
+    """Where each parameter and buffer is registered, by its first name: once for every module that holds it."""
+    first: dict[int, str] = {}
+    places: dict[str, list[str]] = {}
+    for kind in ("_parameters", "_buffers"):
+        for prefix, owner in module.named_modules():  # a module that has two names comes once
+            for leaf, t in vars(owner)[kind].items():
+                if t is not None:
+                    name = f"{prefix}.{leaf}" if prefix else leaf
+                    places.setdefault(first.setdefault(id(t), name), []).append(name)
+    return places
 
 
 def call_stacked(

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from vbdl_kernels import keep_mask
 
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
+from vbdl.nn.embedding import embedding
 from vbdl.nn.recurrent import recurrent
 from vbdl.stacking import arguments, map_inputs
 
@@ -243,6 +244,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "feature_alpha_dropout": _alpha,
     "feature_alpha_dropout_": _alpha,
     "batch_norm": _batch_norm,
+    "embedding": embedding,
     "rrelu": _rrelu,
     "rrelu_": _rrelu,
     "scaled_dot_product_attention": scaled_dot_product_attention,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.nn.drawn import drawn, noise, once
+from vbdl.nn.embedding import padding_rows
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
 from vbdl.stacking import State, call
 
@@ -40,6 +41,7 @@ class LogStd(nn.Module):
 class SampledNetwork(nn.Module):
     """w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters; the others stay as they are.
 
+    The padding row of an embedding is no weight: it stays as it is too, and is no part of the KL.
     n_data: rows of the training set; the KL term of a row is kl_weight * KL / n_data.
     """
 
@@ -59,6 +61,7 @@ class SampledNetwork(nn.Module):
         self.first_layer = 0  # of the layer numbers its noise is drawn for
         parameters = dict(inner.named_parameters())
         self.chosen = tuple(chosen)
+        self.padding = {name: row for name, row in padding_rows(inner).items() if name in chosen}
         self.log_std = LogStd({n: parameters[n].detach() for n in self.chosen}, initial_std)
         self.mixtures = tuple(isinstance(chosen[n], ScaleMixture) for n in self.chosen)
         for index, name in enumerate(self.chosen):
@@ -81,9 +84,21 @@ class SampledNetwork(nn.Module):
         """The weights of the draw in `key`."""
         found = {}
         for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer):
-            std = once("std", self.log_std[name], log_std.exp)
+            std = once("std", self.log_std[name], functools.partial(self._std, name, log_std))
             found[name] = drawn(mean, std, self.key, layer)
         return found
+
+    def _std(self, name: str, log_std: Tensor) -> Tensor:
+        """The std of every weight, 0 for a row that pads."""
+        if name not in self.padding:
+            return log_std.exp()
+        is_drawn = torch.arange(log_std.shape[0], device=log_std.device) != self.padding[name]
+        return log_std.exp() * is_drawn.to(log_std.dtype).unsqueeze(-1)
+
+    def _without_padding(self, name: str, t: Tensor) -> Tensor:
+        """The rows of a parameter that are weights."""
+        row = self.padding.get(name)
+        return t if row is None else torch.cat([t[:row], t[row + 1 :]])
 
     def forward(self, *args, **kwargs):
         return call(self.inner, self.weights(), kwargs if kwargs else args)
@@ -94,11 +109,12 @@ class SampledNetwork(nn.Module):
         total = self.kl_weight.new_zeros(())
         for layer, (name, mean, log_std) in enumerate(self.normals()):
             prior = getattr(self, f"prior_{layer}")
+            weights = functools.partial(self._without_padding, name)
             if self.mixtures[layer]:
                 weight = mean + log_std.exp() * noise(key, self.first_layer + layer, mean)
-                total = total + kl_scale_mixture(weight, mean, log_std, prior)
+                total = total + kl_scale_mixture(weights(weight), weights(mean), weights(log_std), prior)
             else:
-                of_layer = functools.partial(kl_normal, mean, log_std, prior)
+                of_layer = functools.partial(kl_normal, weights(mean), weights(log_std), prior)
                 total = total + once("kl", self.log_std[name], of_layer)
         return total
 
