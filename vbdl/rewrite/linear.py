@@ -156,17 +156,27 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.Node, stacked: bool, axes: in
 
 
 def free_layout(traced: fx.GraphModule) -> None:
-    """Let every value lie in memory as it comes, in place: a trace has views of layouts that lowering may change."""
+    """Let every value lie in memory as it comes, in place: a trace has views of layouts that lowering may change.
+
+    What cannot take a value as it comes gets a contiguous copy of it.
+    """
     for node in traced.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             node.target = torch.reshape
-        elif node.target is torch.ops.aten.as_strided.default and node.args[0].op != "placeholder":
+        elif node.target in _DENSE_ONLY and node.args[0].op != "placeholder":
             with traced.graph.inserting_before(node):
                 node.update_arg(0, traced.graph.call_function(torch.clone, (node.args[0],), {"memory_format": _DENSE}))
     traced.recompile()
 
 
 _DENSE = torch.contiguous_format
+# operations that read memory and not elements; `tests/rewrite/test_linear.py` tries the layers of torch for others
+_DENSE_ONLY = {
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.native_group_norm.default,
+    torch.ops.aten.view_as_complex.default,
+    torch.ops.aten.view.dtype,
+}
 DECOMPOSITIONS = {LINEAR: lower}
