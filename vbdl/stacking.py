@@ -179,11 +179,12 @@ def forget(module: nn.Module) -> None:
     """
     for m in module.modules():
         for name, value in list(vars(m).items()):
-            if any(map(_computed, tree_leaves(value))):
-                vars(m)[name] = tree_map(lambda t: _detached(t) if _computed(t) else t, value)
+            if any(map(is_computed, tree_leaves(value))):
+                vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
 
 
-def _computed(found: Any) -> bool:
+def is_computed(found: Any) -> bool:
+    """Whether a forward has made this tensor and left it in an attribute."""
     return isinstance(found, Tensor) and (not found.is_leaf or _of_a_trace(found))
 
 
@@ -197,7 +198,7 @@ def _detached(t: Tensor) -> Tensor | None:
 
 def holding(module: nn.Module, state: State) -> nn.Module:
     """A copy with these tensors in place of its own of those names; tied ones stay tied."""
-    kept = [t for m in module.modules() for t in tree_leaves(vars(m)) if _computed(t)]
+    kept = [t for m in module.modules() for t in tree_leaves(vars(m)) if is_computed(t)]
     memo: dict[int, Any] = {id(t): _detached(t) for t in kept}
     for name, own in state_of(module).items():
         if name in state:
@@ -209,21 +210,6 @@ def holding(module: nn.Module, state: State) -> nn.Module:
 def blueprint(module: nn.Module) -> nn.Module:
     """A copy that holds structure only: its parameters and buffers are on the meta device."""
     return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
-
-
-def stack(modules: Sequence[nn.Module]) -> State:
-    """Parameters and buffers of modules of one architecture, stacked: (members, ...) each, detached copies.
-
-    Raises ValueError where they differ in names, shapes, dtypes or structure.
-    """
-    if not modules:
-        raise ValueError("an ensemble needs at least one member, got an empty list")
-    reference = architecture(modules[0])
-    for index, module in enumerate(modules[1:], start=1):
-        if (other := architecture(module)) != reference:
-            raise ValueError(f"member {index} differs from member 0: {_difference(reference, other)}")
-    states = [state_of(module) for module in modules]
-    return {name: torch.stack([s[name].detach() for s in states]) for name in states[0]}
 
 
 def replicate(module: nn.Module, n_members: int) -> None:
@@ -241,28 +227,3 @@ def replicate(module: nn.Module, n_members: int) -> None:
             copies = p.detach().unsqueeze(0).repeat(n_members, *[1] * p.ndim)
             setattr(owner, name, nn.Parameter(copies, requires_grad=p.requires_grad))
     module.n_members = n_members  # type: ignore[assignment]
-
-
-def architecture(module: nn.Module) -> list[str]:
-    """What has to be equal for two modules to be stacked, a line each."""
-    lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
-    # numbers of heads, rates and the like, which no tensor and not every extra_repr shows
-    for name, m in module.named_modules():
-        settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
-        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if _is_plain(value)]
-    lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
-    return lines
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list | dict):
-        return all(_is_plain(v) for v in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, bool | int | float | str | type)
-
-
-def _difference(a: list[str], b: list[str]) -> str:
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            return f"'{right}' where member 0 has '{left}'"
-    longer, who = (a, "member 0 has") if len(a) > len(b) else (b, "it has")
-    return f"{who} '{longer[min(len(a), len(b))]}' in addition"

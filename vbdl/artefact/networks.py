@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.architecture import architecture as described_lines
+from vbdl.architecture import constants
 from vbdl.artefact import layers
 from vbdl.artefact.manifest import Architecture, ArtefactError, Layers, Reference, Supplied, check_json
-from vbdl.stacking import architecture as described_lines
 from vbdl.stacking import state_of
 
 _NUMBERED = "first_layer"  # of a Bayesian layer, which the posterior around it numbers
@@ -140,7 +141,7 @@ def _import(target: str) -> Any:
 
 
 def settings(network: nn.Module) -> dict[str, str]:
-    """The class of every module and, after a colon, its plain settings: what equal tensors do not show."""
+    """The class of every module and, after a colon, its settings and constants: what equal tensors do not show."""
     found = {}
     for name, m in network.named_modules():
         found[name] = type(m).__qualname__
@@ -151,7 +152,7 @@ def settings(network: nn.Module) -> dict[str, str]:
                 value = getattr(value, "__qualname__", None)
             if value is None or _is_plain(value):
                 found[f"{name}:{key}"] = repr(value)
-    return found
+    return found | {f":{path}": value for path, value in constants(network, code=False).items()}
 
 
 def check_same(network: nn.Module, expected: Mapping[str, str], who: str, error: type[ValueError]) -> None:
@@ -162,9 +163,9 @@ def check_same(network: nn.Module, expected: Mapping[str, str], who: str, error:
     for key in [*expected, *own]:
         everywhere = key in own and key in expected
         if own.get(key) != expected.get(key) and (everywhere or ":" not in key):
+            what = key.lstrip(":") or "the network"
             raise error(
-                f"{who} another network: {key or 'the network'} is {own.get(key)}, and was {expected.get(key)} "
-                f"when it was saved"
+                f"{who} another network: {what} is {own.get(key)}, and was {expected.get(key)} when it was saved"
             )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.architecture import architecture, difference, stack
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.stacking import (
-    architecture,
     blueprint,
     call_each,
     call_stacked,
@@ -20,7 +20,6 @@ from vbdl.stacking import (
     check_network,
     copied,
     holding,
-    stack,
     state_of,
 )
 from vbdl.types import Inputs, State, is_posterior
@@ -68,7 +67,11 @@ class DeepEnsemble(nn.Module):
         if len(groups) > 1:
             self._parts = nn.ModuleList(DeepEnsemble(group) for group in groups)
             if any(part.n_draws is None for part in self._parts):
-                raise ValueError("members of different architectures must be plain networks, not posteriors")
+                first, other = (architecture(group[0].module) for group in groups[:2])
+                raise ValueError(
+                    f"members of different architectures must be plain networks, not posteriors; member "
+                    f"{len(groups[0])} has {difference(first, other)}"
+                )
             return
 
         base: Any = members[0] if is_posterior(members[0]) else None
