@@ -4,7 +4,8 @@ outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +162,51 @@ def can_map(module: nn.Module) -> bool:
     """
     layers = (nn.RNNBase, _SpectralNorm, SpectralNorm)
     return not any(isinstance(m, layers) for own in module.modules() for m in (own, *own._forward_pre_hooks.values()))
+
+
+def why_not_mapped(
+    module: nn.Module, stacked: State, shared: State, inputs: Any, inputs_stacked: bool = False
+) -> str | None:
+    """None where `call_stacked` gives what `call_each` gives, in value and gradient, on these inputs; else the reason.
+
+    `vmap` has no rule for some operations, and rules that leave out part of what the operation does for others. Nothing
+    that is passed is changed, and neither is torch's generator. A module with noise of its own is taken at its word.
+    """
+    if not can_map(module):
+        return "recurrent layers and power iterations have no batching rule"
+
+    def run(execute: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        own = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in stacked.items()}
+        rest = {n: t.detach().clone() for n, t in shared.items()}
+        extra = {"randomness": "different"} if execute is call_stacked else {}
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
+            # what a step writes to must not be what is differentiated
+            outputs = execute(module, dict(own), rest, inputs, inputs_stacked=inputs_stacked, **extra)
+            trained = [t for t in own.values() if t.requires_grad]
+            gradients = ()
+            if outputs.requires_grad:
+                gradients = torch.autograd.grad(outputs.sum(), trained, allow_unused=True, materialize_grads=True)
+        written = [t.detach() for t in own.values() if not t.requires_grad and t.is_floating_point()]
+        return (outputs.detach(), *gradients, *written)
+
+    device = next(iter(stacked.values())).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        before = torch.get_rng_state()
+        try:
+            together = run(call_stacked)
+        except Exception as error:  # what vmap cannot take, it says in many ways
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not torch.equal(before, torch.get_rng_state()):
+            return None
+        for a, b in zip(together, run(call_each), strict=True):
+            scale = float(b.abs().nan_to_num(posinf=0.0).max()) if b.numel() else 0.0
+            if not torch.allclose(a, b, rtol=_APART, atol=_APART * scale, equal_nan=True):
+                return "mapped together they compute other numbers than one after the other"
+    return None
+
+
+_APART = 1e-3  # of the largest number: far beyond rounding, far below what a wrong rule does
 
 
 def select(stacked: State, index: int) -> State:

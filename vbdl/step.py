@@ -1,5 +1,6 @@
 """One step of training: forward, backward and what they change, traced once a batch shape and compiled."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ from vbdl.compiler import compile_graph
 from vbdl.graph import trace
 from vbdl.nn import drawn
 from vbdl.stacking import Inputs, call, rebuild, state_of, tensors
+
+logger = logging.getLogger("vbdl")
 
 
 class Losses(nn.Module):
@@ -41,15 +44,17 @@ class Step:
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
         """(members,) nats a row, before the step is taken"""
         if not self.compiled:
-            losses = self.losses(x, y)
-            losses.sum().backward()
-            return losses.detach()
+            return self._plain(x, y)
         fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
         flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y]
         key = tuple((tuple(t.shape), t.dtype) for t in flat[len(self.trained) + len(fixed) :])
         if key not in self._calls:
             begun = time.perf_counter()
-            self._calls[key] = compile_graph(self._trace(self._whole(list(fixed), x), flat), flat)
+            traced = self._traced(self._whole(list(fixed), x), flat)
+            if traced is None:
+                self.compiled = False
+                return self._plain(x, y)
+            self._calls[key] = compile_graph(traced, flat)
             self.compile_seconds += time.perf_counter() - begun
         with torch.no_grad():
             losses, *gradients = self._calls[key](*flat)
@@ -57,6 +62,20 @@ class Step:
             # a fused optimiser reads memory in order and takes the parameter's layout for granted
             p.grad = gradient.contiguous()
         return losses
+
+    def _plain(self, x: Inputs, y: Tensor) -> Tensor:
+        losses = self.losses(x, y)
+        losses.sum().backward()
+        return losses.detach()
+
+    def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
+        """The step as a graph, or None for a network that runs and cannot be traced, which is said once."""
+        try:
+            return self._trace(whole, flat)
+        except Exception as error:  # what the network computes may depend on values: torch says so in many ways
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", said)
+            return None
 
     def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
         if any(p.device.type in drawn.DEVICES for p in self.trained.values()):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -25,12 +26,12 @@ from vbdl.stacking import (
     call,
     call_each,
     call_stacked,
-    can_map,
     forget,
     map_inputs,
     replicate,
     select,
     state_of,
+    why_not_mapped,
 )
 from vbdl.step import Losses, Step
 
@@ -39,6 +40,7 @@ _STEPS_WORTH_COMPILING = 4000
 
 # draws a member is judged by in validation, where it has draws: their mixture's likelihood, not one draw's
 _VALIDATION_DRAWS = 8
+_ROWS_COMPARED = 32  # on which mapped draws are compared with draws one after the other, before validation
 
 
 @dataclass
@@ -62,6 +64,8 @@ class TrainingRun:
         self.stacked = hasattr(posterior, "stacked")
         if self.stacked:
             replicate(likelihood, self.members)
+            posterior.one_by_one = None  # found out again, with these data
+        self._evaluate: Callable[..., Tensor] | None = None  # of all draws, in validation
         self.device = next(posterior.parameters()).device
         self.seen: list[Tensor] = []  # fingerprints of the rows trained on
         self._load(data)
@@ -191,7 +195,10 @@ class TrainingRun:
             shared = {n: t for n, t in state_of(pair).items() if n not in state}
             for start in range(0, len(y), 1024):
                 rows = torch.arange(start, min(start + 1024, len(y)))
-                parameters = (call_stacked if can_map(pair) else call_each)(pair, state, shared, take(x, rows))
+                if self._evaluate is None:
+                    some = take(x, rows[:_ROWS_COMPARED])
+                    self._evaluate = call_each if why_not_mapped(pair, state, shared, some) else call_stacked
+                parameters = self._evaluate(pair, state, shared, take(x, rows))
                 each = torch.stack([-self.likelihood.nll(p, y[rows]) for p in parameters])
                 each = torch.logsumexp(each.view(draws, self.members, -1), dim=0) - math.log(draws)
                 total -= each.sum(1).cpu()
@@ -277,6 +284,8 @@ class TrainingRun:
                 if epoch == self.start:
                     self.seen.append(fingerprints(x))
             self.optimizer.zero_grad()
+            if self.stacked and self.posterior.one_by_one is None:
+                self.posterior.settle(x, y, self.likelihood, self.data.own)
             losses = self.step(x, y)
             self._clip()
             self.optimizer.step()

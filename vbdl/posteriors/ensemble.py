@@ -21,6 +21,7 @@ from vbdl.stacking import (
     copied,
     holding,
     state_of,
+    why_not_mapped,
 )
 from vbdl.types import Inputs, State, is_posterior
 
@@ -37,6 +38,7 @@ class DeepEnsemble(nn.Module):
     """
 
     steps: Tensor
+    one_by_one: str | None = None  # why members are not trained together; None before that is known
 
     def __init__(
         self,
@@ -172,18 +174,30 @@ class DeepEnsemble(nn.Module):
             if own_rows:
                 raise ValueError("members of different architectures share their batches")
             return torch.cat([part.losses(x, y, likelihood) for part in self.parts])
+        objective, state, shared = self._objective(likelihood)
+        self.steps += 1
+        if self.one_by_one is None and not can_map(objective) or self.one_by_one:
+            return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
+        return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
+
+    def _objective(self, likelihood: nn.Module) -> tuple[Objective, State, State]:
+        """What the members minimize, its entries (members, ...) of the next step, and those that they share."""
         state = {f"network.{name}": t for name, t in self.stacked().items()}
         n_samples = getattr(self.base, "n_samples", 1)
         state["key"] = training_keys(self.seed, self.n_members, self.steps * n_samples)
-        self.steps += 1
         shared = {}
         for name, t in [*likelihood.named_parameters(), *likelihood.named_buffers()]:
             target = state if getattr(likelihood, "n_members", None) == self.n_members else shared
             target[f"likelihood.{name}"] = t
-        objective = Objective(self.module, likelihood, n_samples)
-        if not can_map(objective):
-            return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
-        return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
+        return Objective(self.module, likelihood, n_samples), state, shared
+
+    def settle(self, x: Inputs, y: Tensor, likelihood: nn.Module, own_rows: bool = False) -> None:
+        """Find out on a first batch whether members can be trained together; what cannot is trained one by one.
+
+        `one_by_one` then holds the reason, or is "" where they are trained together.
+        """
+        objective, state, shared = self._objective(likelihood)
+        self.one_by_one = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows) or ""
 
     def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
         """Summed over members, so that the gradient of each is its own: nats a row."""
