@@ -9,7 +9,7 @@ import functools
 import hashlib
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,10 @@ _MANY = 1000  # numbers in a list: past this they are compared as one
 _DEEP = 40  # objects within objects; what lies deeper is not what a forward computes with
 
 
-def stack(modules: Sequence[nn.Module]) -> State:
-    """Parameters and buffers of modules of one architecture, stacked: (members, ...) each, detached copies.
-
-    Raises ValueError where they differ in names, shapes, dtypes or structure.
-    """
-    check_alike(modules)
+def stack(modules: Sequence[nn.Module], without: Collection[str] = ()) -> State:
+    """Parameters and buffers of modules of one architecture, stacked: (members, ...) each, detached copies."""
     states = [state_of(module) for module in modules]
-    return {name: torch.stack([s[name].detach() for s in states]) for name in states[0]}
+    return {name: torch.stack([s[name].detach() for s in states]) for name in states[0] if name not in without}
 
 
 def check_alike(modules: Sequence[nn.Module]) -> None:

@@ -97,7 +97,7 @@ def call(module: nn.Module, state: State, inputs: Any) -> Any:
     args, kwargs = arguments(inputs)
     # functional_call would put a tensor in place once for every name of it. A module that has two names is one place:
     # the second time the drawn tensor would be taken for the module's own, and be left there.
-    places = _places(module)
+    places = places_of(module)
     used = {place: t for name, t in state.items() for place in places.get(name, ())}
     output = functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
     if torch.is_grad_enabled():  # functional_call leaves in `used` what the entries have become
@@ -110,7 +110,7 @@ def call(module: nn.Module, state: State, inputs: Any) -> Any:
     return output
 
 
-def _places(module: nn.Module) -> dict[str, list[str]]:
+def places_of(module: nn.Module) -> dict[str, list[str]]:
     """Where each parameter and buffer is registered, by its first name: once for every module that holds it."""
     first: dict[int, str] = {}
     places: dict[str, list[str]] = {}

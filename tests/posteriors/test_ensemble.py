@@ -1,15 +1,20 @@
 """Deep ensembles: fresh members, given members, stacked parameters and buffers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from vbdl.engine import Predictor
+from vbdl.graph import BODY, PREFIX
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
+from vbdl.train import fit
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}  # float32 sums of a few dozen terms of order 1
 
@@ -66,10 +71,11 @@ def test_what_is_frozen_is_the_same_in_every_member():
     net = Backbone(*trained_looking(network()))
     for layer in (net[1], net[3]):
         layer.requires_grad_(False)
-    stacked = DeepEnsemble(net, 3).stacked()
+    q = DeepEnsemble(net, 3)
     for name in ("1.weight", "1.running_mean", "1.running_var", "3.weight", "3.bias"):
-        assert all(torch.equal(t, net.state_dict()[name]) for t in stacked[name]), name
-    assert len(torch.unique(stacked["0.weight"])) == 3 * 33
+        assert all(torch.equal(q.member(m)[name], net.state_dict()[name]) for m in range(3)), name
+    assert set(q.shared()) == {n for n in net.state_dict() if n[0] in "13"}
+    assert len(torch.unique(q.stacked()["0.weight"])) == 3 * 33
     with pytest.raises(ValueError, match="every parameter is frozen"):
         DeepEnsemble(network().requires_grad_(False), 3)
 
@@ -229,3 +235,51 @@ def test_buffers_that_no_state_dict_has_are_kept():
     members = [MCDropout(Positions()) for _ in range(3)]
     p = predict(DeepEnsemble(members), Gaussian(5), n_samples=11)(torch.randn(2, 5))
     assert bool((p.epistemic > 0).any())
+
+
+def frozen_backbone() -> nn.Module:
+    backbone = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.Dropout(0.1))
+    net = nn.Sequential(trained_looking(backbone).requires_grad_(False), nn.Linear(64, 2))
+    return net
+
+
+def test_a_frozen_backbone_is_held_once_and_computed_once():
+    q = DeepEnsemble(frozen_backbone(), 10)
+    held = sum(t.numel() for t in q.state_dict().values())
+    one = sum(t.numel() for t in frozen_backbone().state_dict().values())
+    assert held < 1.3 * one, (held, one)
+    p, x = predict(q), torch.randn(6, 8)
+    right = []
+    for m in range(10):
+        member = frozen_backbone().eval()
+        member.load_state_dict(q.member(m))
+        right.append(member(x))
+    torch.testing.assert_close(p(x, samples=True).samples, torch.stack(right).detach(), **ROUNDING)
+    (execution,) = p._execution(next(p._tiles(x, 6)))
+    assert execution._found.regions[PREFIX].flops() > 5 * execution._found.regions[BODY].flops() / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_held_once_follows_a_change_of_dtype_a_copy_and_a_pickle(dtype):
+    q = DeepEnsemble(frozen_backbone(), 3).to(dtype)
+    x = torch.randn(6, 8, dtype=dtype)
+    right = predict(q)(x).mean
+    assert right.dtype == dtype
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        with torch.no_grad():  # what the copy is called with is what it holds
+            for t in other.shared().values():
+                t.zero_()
+        assert not torch.allclose(predict(other)(x).mean, right)
+        torch.testing.assert_close(predict(q)(x).mean, right)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_training_leaves_a_frozen_backbone_as_it_is(compile):
+    net = frozen_backbone()
+    before = {n: t.clone() for n, t in net.state_dict().items() if n.startswith("0.")}
+    data = torch.randn(64, 8) * 3 + 1, torch.arange(64) % 2
+    for q in (DeepEnsemble(net, 3), MCDropout(net), MeanField(net, 64), DeepEnsemble(MCDropout(net), 2)):
+        fit(q, data, Categorical(), epochs=2, compile=compile, progress=False)
+        state = q.member(1) if isinstance(q, DeepEnsemble) else q.module.state_dict()
+        for name, t in before.items():
+            assert torch.equal(state.get(name, state.get(f"inner.{name}")), t), (type(q).__name__, name)

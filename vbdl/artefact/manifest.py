@@ -92,11 +92,12 @@ class Plain(Struct, frozen=True, forbid_unknown_fields=True, tag="network"):
     network: Architecture
 
 
-class Members(Struct, frozen=True, forbid_unknown_fields=True):
-    """Members of an ensemble of one architecture."""
+class Members(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Members of an ensemble of one architecture; shared: names of the entries that they hold together."""
 
     count: Annotated[int, Meta(ge=1, le=MAX_MEMBERS)]
     member: Plain | Dropout | MeanField
+    shared: list[str] = []
 
 
 class Ensemble(Struct, frozen=True, forbid_unknown_fields=True, tag="DeepEnsemble"):

@@ -23,7 +23,7 @@ _TYPE = "type:"  # before the name of a class, where a choice of modules is not 
 def describe(posterior: Any, network: Describe) -> Dropout | MeanField | Ensemble:
     """The posterior without its tensors; `network` describes a network. ValueError for an unknown method."""
     if isinstance(posterior, DeepEnsemble):
-        members = [Members(part.n_members, _member(part, network)) for part in posterior.parts]
+        members = [Members(part.n_members, _member(part, network), list(part.shared())) for part in posterior.parts]
         return Ensemble(members, getattr(posterior, "seed", 0))
     return _single(posterior, state_of(posterior.module), network)
 
@@ -60,11 +60,11 @@ def build(description: Dropout | MeanField | Ensemble, make: Make) -> Any:
     """A posterior of this description whose tensors are of no importance; `make` makes a network."""
     if not isinstance(description, Ensemble):
         return _build_single(description, make)
-    members: list[nn.Module] = []
+    parts = []
     for group in description.members:
         one = _build_single(group.member, make) if not isinstance(group.member, Plain) else make(group.member.network)
-        members += [one] * group.count
-    return DeepEnsemble(members, seed=description.seed)
+        parts.append(DeepEnsemble([one] * group.count, seed=description.seed, shared=group.shared))
+    return parts[0] if len(parts) == 1 else DeepEnsemble.joined(parts)
 
 
 def _build_single(description: Dropout | MeanField, make: Make) -> Any:

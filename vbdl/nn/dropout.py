@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from vbdl_kernels import keep_mask
 
+from vbdl.frozen import hold_frozen
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
 from vbdl.nn.embedding import embedding
 from vbdl.nn.recurrent import recurrent
@@ -307,6 +308,8 @@ class DropoutNetwork(nn.Module):
         if not mode:
             for name, module in self.inner.named_modules():
                 module.training = not self._stays_deterministic(name, module)
+        else:
+            hold_frozen(self.inner)
         return self
 
     def _stays_deterministic(self, name: str, module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.frozen import hold_frozen
 from vbdl.nn.priors import Normal, Prior
 from vbdl.nn.sampled import SampledNetwork
 from vbdl.stacking import call
@@ -90,6 +91,12 @@ class LayeredNetwork(nn.Module):
         device = next(inner.parameters()).device
         self.register_buffer("kl_weight", torch.ones((), device=device))
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    def train(self, mode: bool = True) -> "LayeredNetwork":
+        super().train(mode)
+        if mode:
+            hold_frozen(self.inner)
+        return self
 
     def forward(self, *args, **kwargs):
         draw = {f"{path}.key" if path else "key": self.key for path in self.paths}

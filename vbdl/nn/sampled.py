@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vbdl.frozen import hold_frozen
 from vbdl.nn.drawn import drawn, noise, once
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
@@ -71,6 +72,12 @@ class SampledNetwork(nn.Module):
         device = next(iter(parameters.values())).device
         self.register_buffer("kl_weight", torch.ones((), device=device))
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    def train(self, mode: bool = True) -> "SampledNetwork":
+        super().train(mode)
+        if mode:
+            hold_frozen(self.inner)
+        return self
 
     def _mean(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")

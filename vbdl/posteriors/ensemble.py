@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.architecture import architecture, difference, stack
+from vbdl.architecture import architecture, check_alike, difference, stack
+from vbdl.frozen import frozen_modules, hold_frozen
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.stacking import (
     blueprint,
@@ -20,6 +21,7 @@ from vbdl.stacking import (
     check_network,
     copied,
     holding,
+    places_of,
     state_of,
     why_not_mapped,
 )
@@ -35,6 +37,8 @@ class DeepEnsemble(nn.Module):
     initialize: what makes a fresh initialisation of a copy; unless given, every submodule's `reset_parameters`, and
         what is frozen (requires_grad=False), like a pretrained backbone, stays as it is.
     seed: of the initialisations and of dropout in training; member m uses seed + m.
+    shared: names of the entries that members hold together, once; unless given, the frozen parameters (with the
+        buffers of frozen layers) that are equal in all members. They are computed once a batch, and not trained.
     """
 
     steps: Tensor
@@ -46,6 +50,8 @@ class DeepEnsemble(nn.Module):
         n_members: int | None = None,
         seed: int = 0,
         initialize: Callable[[nn.Module], object] | None = None,
+        *,
+        shared: Sequence[str] | None = None,
     ):
         super().__init__()
         for network in networks if isinstance(networks, Sequence) else [networks]:
@@ -63,18 +69,18 @@ class DeepEnsemble(nn.Module):
             if n_members not in (None, len(members)):
                 raise ValueError(f"n_members is {n_members} but {len(members)} networks were given")
         groups = _consecutive(members)
-        self._parts = nn.ModuleList()
-        self.n_members = len(members)
-        self.n_draws = len(members)
         if len(groups) > 1:
-            self._parts = nn.ModuleList(DeepEnsemble(group) for group in groups)
-            if any(part.n_draws is None for part in self._parts):
-                first, other = (architecture(group[0].module) for group in groups[:2])
+            if any(is_posterior(member) for member in members):
+                first, other = (architecture(_network_of(group[0])) for group in groups[:2])
                 raise ValueError(
                     f"members of different architectures must be plain networks, not posteriors; member "
                     f"{len(groups[0])} has {difference(first, other)}"
                 )
+            self._join([DeepEnsemble(group) for group in groups])
             return
+        self._parts = nn.ModuleList()
+        self.n_members = len(members)
+        self.n_draws = len(members)
 
         base: Any = members[0] if is_posterior(members[0]) else None
         modules: list[Any] = [m.module for m in members] if base is not None else members
@@ -85,16 +91,38 @@ class DeepEnsemble(nn.Module):
         trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
         self.stacked_parameters = nn.Module()  # a ParameterDict has no place for one named "values"
         self.stacked_buffers = nn.Module()
-        for name, tensor in stack(modules).items():
+        self.held_once = nn.Module()
+        check_alike(modules)
+        own = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
+        for name, tensor in own.items():
+            if name in trainable:
+                self.held_once.register_parameter(_key(name), nn.Parameter(tensor.detach().clone(), False))
+            else:
+                self.held_once.register_buffer(_key(name), tensor.detach().clone())
+        self._shared_names = tuple(own)
+        for name, tensor in stack(modules, own).items():
             if name in trainable:
                 self.stacked_parameters.register_parameter(_key(name), nn.Parameter(tensor, trainable[name]))
             else:
                 self.stacked_buffers.register_buffer(_key(name), tensor)
-        self._parameter_names = tuple(trainable)
-        self._buffer_names = tuple(n for n, _ in modules[0].named_buffers())
+        self._parameter_names = tuple(n for n in trainable if n not in own)
+        self._buffer_names = tuple(n for n, _ in modules[0].named_buffers() if n not in own)
+        self._link()
         self.seed = seed
         device = next(iter(self.stacked().values())).device
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[DeepEnsemble]") -> "DeepEnsemble":
+        """One ensemble of the members of several, each of one architecture."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._join(parts)
+        return self
+
+    def _join(self, parts: "Sequence[DeepEnsemble]") -> None:
+        self._parts = nn.ModuleList(parts)
+        self.n_members = self.n_draws = sum(part.n_members for part in parts)
 
     @property
     def module(self) -> nn.Module:
@@ -114,10 +142,31 @@ class DeepEnsemble(nn.Module):
         super().train(mode)
         if not len(self._parts):
             self._hidden[0].train(mode)
+            if mode:
+                hold_frozen(self._hidden[0])
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "DeepEnsemble":
+        super()._apply(fn, recurse)
+        if not len(self._parts):
+            self._link()
+        return self
+
+    def _link(self) -> None:
+        """Put what members hold together in its places in the module that is called."""
+        places = places_of(self._hidden[0])
+        for name, t in self.shared().items():
+            for place in places[name]:
+                prefix, _, leaf = place.rpartition(".")
+                owner = self._hidden[0].get_submodule(prefix)
+                (owner._parameters if isinstance(t, nn.Parameter) else owner._buffers)[leaf] = t
+
+    def shared(self) -> State:
+        """Parameters and buffers that members hold together, without a members axis; none of them is trained."""
+        return {name: getattr(self.held_once, _key(name)) for name in self._shared_names}
+
     def stacked(self) -> State:
-        """Parameters and buffers of every member: (members, ...) each, the tensors that are trained."""
+        """Parameters and buffers that each member has of its own: (members, ...) each, the tensors that are trained."""
         parameters = {name: getattr(self.stacked_parameters, _key(name)) for name in self._parameter_names}
         return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
 
@@ -137,7 +186,8 @@ class DeepEnsemble(nn.Module):
             raise IndexError(f"member {index} of {self.n_members}")
         for part in self.parts:
             if index < part.n_members:
-                return {name: t[index].detach().clone() for name, t in part.stacked().items()}
+                own = {name: t[index] for name, t in part.stacked().items()}
+                return {name: t.detach().clone() for name, t in {**part.shared(), **own}.items()}
             index -= part.n_members
         raise AssertionError("unreachable")
 
@@ -185,7 +235,7 @@ class DeepEnsemble(nn.Module):
         state = {f"network.{name}": t for name, t in self.stacked().items()}
         n_samples = getattr(self.base, "n_samples", 1)
         state["key"] = training_keys(self.seed, self.n_members, self.steps * n_samples)
-        shared = {}
+        shared = {f"network.{name}": t for name, t in self.shared().items()}
         for name, t in [*likelihood.named_parameters(), *likelihood.named_buffers()]:
             target = state if getattr(likelihood, "n_members", None) == self.n_members else shared
             target[f"likelihood.{name}"] = t
@@ -208,13 +258,42 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # registered names take no dots
 
 
+def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:
+    """Names of the entries that members can hold once: frozen, and equal in all of them. chosen: those to take.
+
+    Of a posterior those of the network inside; what the posterior keeps beside it is each member's.
+    """
+    states = [state_of(module) for module in modules]
+    if chosen is not None:
+        if missing := [name for name in chosen if name not in states[0]]:
+            raise ValueError(f"shared names {missing[0]!r}, which is no parameter or buffer of the network")
+        return list(chosen)
+    if len(modules) < 2:
+        return []
+    frozen = [_frozen_names(module) for module in modules]
+    names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
+    equal = [n for n in names if all(torch.equal(states[0][n], s[n]) for s in states[1:])]
+    return equal if len(equal) < len(states[0]) else []  # members that are all one have to be something
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    """Parameters that are not trained, and buffers of layers of which none is."""
+    found = {name for name, p in module.named_parameters() if not p.requires_grad}
+    for path, m in frozen_modules(module):
+        found |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
+    return found
+
+
+def _network_of(member: Any) -> nn.Module:
+    return member.module if is_posterior(member) else member
+
+
 def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
     """Runs of members of one architecture, in the order given."""
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
-        found: Any = member
-        this = architecture(found.module if is_posterior(found) else found)
+        this = architecture(_network_of(member))
         if this != last:
             groups.append([])
         groups[-1].append(member)
