@@ -140,6 +140,7 @@ def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
     except NotImplementedError as error:
         report.notes.append(str(error))
         return
+    report.deterministic += [f"{where}: on in training only, off in prediction" for where in network.off or ()]
     for site in sites:
         (report.stochastic if site.p > 0 else report.deterministic).append(_describe(site))
     called = {site.path for site in sites}

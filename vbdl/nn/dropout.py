@@ -7,6 +7,7 @@ other random operation raises and names its place, so that nothing random is mis
 Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxiv.org/abs/1506.02142
 """
 
+import contextlib
 import inspect
 import math
 import sys
@@ -24,7 +25,8 @@ from vbdl.frozen import hold_frozen
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
 from vbdl.nn.embedding import embedding
 from vbdl.nn.recurrent import recurrent
-from vbdl.stacking import arguments, map_inputs
+from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
+from vbdl.stacking import arguments, call, map_inputs
 
 _ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what alpha dropout sets dropped units to
 
@@ -54,6 +56,7 @@ class CounterDropout(TorchFunctionMode):
     key: (2,) int64, (seed, draw).  rate: overrides rates, for all sites or by module name.  sites: what a probe found
     (`locate`), in the order of the calls; without it the batch is taken to be axis 0 everywhere.
     per_row: a mask a row, as in training, where normalisation and other random operations are left as they are too.
+    silent: dropouts are found, and drop nothing.
     """
 
     def __init__(
@@ -63,9 +66,10 @@ class CounterDropout(TorchFunctionMode):
         rate: float | Mapping[str, float] | None = None,
         sites: tuple[Site, ...] | None = None,
         per_row: bool = False,
+        silent: bool = False,
     ):
         super().__init__()
-        self.key, self.rate, self.sites, self.per_row = key, rate, sites, per_row
+        self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
         self._root, self._names = root, None
         self.found: list[Site] = []
 
@@ -125,7 +129,7 @@ class CounterDropout(TorchFunctionMode):
                     )
                 axis, multiple = self.sites[index].axis, self.sites[index].multiple
         self.found.append(Site(path, kind, p, tuple(shape), axis, multiple))
-        if p == 0.0:
+        if p == 0.0 or self.silent:
             return None
         sizes = list(shape)
         if axis is not None:
@@ -272,12 +276,14 @@ def may_drop(module: nn.Module) -> bool:
     for m in module.modules():
         if isinstance(m, DROPOUT_LAYERS) or getattr(m, "dropout", None):
             return True
-        if not _is_torchs_own(m):
+        hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
+        homes = [type(m).__module__] if not _is_torchs_own(m) or "forward" in vars(m) else []
+        for home in [*homes, *(getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks)]:
             try:
                 # the whole file, because a forward may call a function beside it
-                if "drop" in inspect.getsource(sys.modules[type(m).__module__]).lower():
+                if "drop" in inspect.getsource(sys.modules[home]).lower():
                     return True
-            except (OSError, TypeError):
+            except (OSError, TypeError, KeyError):
                 return True  # no source to read: running it will tell
     return False
 
@@ -286,10 +292,12 @@ class DropoutNetwork(nn.Module):
     """A module whose evaluation keeps dropout on, with the masks of the draw in `key`.
 
     In training mode it is the module itself (`Objective` draws the masks, one a row). In evaluation every dropout is
-    on and everything else is off: normalisation evaluates, and so does what `deterministic` names.
+    on and everything else is off: normalisation evaluates, and so does what `deterministic` names, and whatever else
+    a module of one's own does in training only (`vbdl/nn/training_reads.py`).
     """
 
     key: Tensor
+    found_by_running = ("sites", "on", "off")  # which say nothing of the network that running it would not
 
     def __init__(
         self,
@@ -300,6 +308,8 @@ class DropoutNetwork(nn.Module):
         super().__init__()
         self.inner, self.rate, self.deterministic = inner, rate, deterministic
         self.sites: tuple[Site, ...] | None = None
+        self.on: frozenset[Place] | None = EVERY
+        self.off: list[str] | None = None  # what is asked of `training` beside dropout; None before it is known
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.train(inner.training)
 
@@ -317,6 +327,9 @@ class DropoutNetwork(nn.Module):
             return True
         if _is_torchs_own(module) and not isinstance(module, DROPOUT_LAYERS) and not hasattr(module, "dropout"):
             return True  # nothing to drop there, but power iterations of a spectral norm to leave out
+        return self._is_named_deterministic(name, module)
+
+    def _is_named_deterministic(self, name: str, module: nn.Module) -> bool:
         for chosen in self.deterministic:
             if isinstance(chosen, str):
                 if name == chosen or name.startswith(f"{chosen}."):
@@ -325,24 +338,55 @@ class DropoutNetwork(nn.Module):
                 return True
         return False
 
+    def _fixed(self) -> set[int]:
+        """Modules that are in evaluation mode whatever they ask it for."""
+        return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
+
     def masks(self) -> CounterDropout:
         return CounterDropout(self.key, self.inner, self.rate, self.sites)
 
     def forward(self, *args, **kwargs):
         if self.training:
             return self.inner(*args, **kwargs)
-        with self.masks():
+        with self.masks(), self._reads():
             return self.inner(*args, **kwargs)
+
+    def _reads(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.on is EVERY else Reads(self.on, self._fixed()).of(self.inner)
+
+    def _find_reads(self, inputs) -> None:
+        """Find out which reads of `self.training` are about dropout, on two rows that differ."""
+
+        def two_rows(t: Tensor) -> Tensor:
+            other = t[:1] * 0.5 + 0.1 if t.is_floating_point() else t[:1]
+            return torch.cat([t[:1], other]).contiguous()
+
+        inputs = map_inputs(two_rows, inputs)
+
+        def run(reads: Reads) -> tuple[Any, list[Tensor], int]:
+            buffers = {n: b.clone() for n, b in self.inner.named_buffers()}
+            silent = CounterDropout(self.key, self.inner, self.rate, silent=True)
+            with torch.random.fork_rng(devices=[]), reads.of(self.inner), silent as mode:
+                outputs = call(self.inner, buffers, inputs)
+            return outputs, list(buffers.values()), sum(site.p > 0 for site in mode.found)
+
+        self.on, self.off = places_of_dropout(run, self._fixed())
+
+    def adopt(self, other: "DropoutNetwork") -> None:
+        """Take what running has found in another network of the same modules."""
+        self.sites, self.on, self.off = other.sites, other.on, other.off
 
     @torch.no_grad()
     def locate(self, inputs) -> tuple[Site, ...]:
         """Every dropout call of a forward, with the place of the batch in it, found by running two batch sizes."""
+        if self.off is None:
+            self._find_reads(inputs)
         found = []
         self.sites = None
         for rows in (2, 3):
             repeated = map_inputs(lambda t, rows=rows: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
             args, kwargs = arguments(repeated)
-            with self.masks() as mode:
+            with self.masks() as mode, self._reads():
                 self.inner(*args, **kwargs)
             found.append(mode.found)
         if [s.kind for s in found[0]] != [s.kind for s in found[1]]:
@@ -350,7 +394,7 @@ class DropoutNetwork(nn.Module):
         self.sites = tuple(_place_batch(a, b) for a, b in zip(*found, strict=True))
         if any(site.multiple > 1 for site in self.sites):
             # a row's part of a folded axis was taken to be in one piece: then equal rows, as here, stay equal
-            with CounterDropout(self.key, self.inner, 0.5, self.sites):
+            with CounterDropout(self.key, self.inner, 0.5, self.sites), self._reads():
                 outputs = self.inner(*args, **kwargs)
             for t in tree_leaves(outputs):
                 if isinstance(t, Tensor) and not torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4):

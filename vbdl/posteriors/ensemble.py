@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vbdl.architecture import architecture, check_alike, difference, stack
 from vbdl.frozen import frozen_modules, hold_frozen
+from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.stacking import (
     blueprint,
@@ -210,10 +211,12 @@ class DeepEnsemble(nn.Module):
         """The base looks at the inputs with the first member's tensors."""
         assert self.base is not None
         probe: Any = holding(self.base, {f"module.{name}": t for name, t in self.member(0).items()})
+        hidden = self._hidden[0]
+        if isinstance(hidden, DropoutNetwork):
+            probe.module.adopt(hidden)
         probe.prepare(inputs)
-        sites = getattr(probe.module, "sites", None)
-        if sites is not None:
-            self._hidden[0].sites = sites
+        if isinstance(hidden, DropoutNetwork):
+            hidden.adopt(probe.module)
 
     def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module, own_rows: bool = False) -> Tensor:
         """(members,) each member's loss, nats a row.

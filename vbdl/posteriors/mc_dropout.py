@@ -77,9 +77,10 @@ class MCDropout(nn.Module):
         finally:
             self.module.train(was_training)
         if not any(site.p > 0 for site in sites):
+            off = f". Off in prediction, as no dropout: {'; '.join(self.module.off)}" if self.module.off else ""
             raise ValueError(
-                "no dropout with a rate above 0 was called when the module ran, so every sample would be the same: "
-                "check the rates and deterministic=, or give MCDropout(module, p=...)"
+                f"no dropout with a rate above 0 was called when the module ran, so every sample would be the same: "
+                f"check the rates and deterministic=, or give MCDropout(module, p=...){off}"
             )
 
     def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
