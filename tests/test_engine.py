@@ -146,8 +146,35 @@ def test_autocast_around_a_call_changes_nothing(compile, chunk_size):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 64, 65, 130])
+def test_by_default_a_row_costs_few_rows_and_is_the_same_to_rounding(rows):
+    predict, x = predictor(), torch.randn(130, 3)
+    whole, part = predict(x), predict(x[:rows])
+    assert_same_but_for_rounding(part, whole, rows)
+    sizes = {shape[0] for key in predict._executions for shape, _ in key[1]}
+    assert sizes == {64, next(size for size in (1, 8, 64) if size >= min(rows, 64))}
+
+
+def assert_same_but_for_rounding(part, whole, rows):
+    for name in ("mean", "total", "aleatoric", "epistemic", "standard_error"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_bits_do_not_depend_on_the_batch_where_that_is_asked_for():
+    predict, x = predictor(batch_invariant=True), torch.randn(130, 3)
+    assert predict.tiles == (64,)
+    whole = predict(x)
+    for rows in ([5], [5, 100], list(range(70)), [129, 0, 5]):
+        assert torch.equal(predict(x[rows]).probs, whole.probs[rows])
+    for tiles in (1, 64, 128):
+        assert predictor(batch_invariant=True, tiles=tiles).tiles == (tiles,)
+    for tiles in (8, (1, 64)):
+        with pytest.raises(ValueError, match="one size of tiles, 1 or a multiple of 64"):
+            predictor(batch_invariant=True, tiles=tiles)
+
+
 def test_a_stream_is_its_batches():
-    predict, x = predictor(), torch.randn(70, 3)
+    predict, x = predictor(batch_invariant=True), torch.randn(70, 3)
     whole = predict(x)
     parts = list(predict.stream(x.split(13)))
     assert torch.equal(torch.cat([p.probs for p in parts]), whole.probs)

@@ -1,7 +1,8 @@
 """The predictor: a posterior and a likelihood as one compiled function of the input.
 
-It knows no method and no likelihood by name. Rows go through in tiles of fixed size, padded, so that nothing is
-compiled for a new batch size and, on a CPU, a row's result is the same bit for bit in whatever batch it comes.
+It knows no method and no likelihood by name. Rows go through in tiles of a few sizes, padded, so that nothing is
+compiled for a new batch size; with one size, on a CPU, a row's result is the same bit for bit in whatever batch it
+comes.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from vbdl.tiles import check_inputs, pad
 from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
 
 DEFAULT_SAMPLES = 32
+DEFAULT_TILES = (1, 8, 64)
+INVARIANT_TILES = (64,)
 
 
 class Predictor:
@@ -36,9 +39,11 @@ class Predictor:
     posterior, likelihood: what `vbdl.fit` has trained. Both are copied: training them further changes nothing here.
     n_samples: draws; every member of an ensemble, and 32 otherwise, unless given.
     seed: the draws are those of this seed, the first 32 of 100 being the 32.
-    tiles: batch sizes to compile for; a batch is padded to the smallest that holds it or cut into the largest. With
-        one size, 1 or a multiple of 64, a row's result does not depend on its batch or its place there, bit for bit
-        on a CPU; with others or several, to float rounding, and small batches are faster.
+    tiles: batch sizes to compile for, each when it is first needed; a batch is padded to the smallest that holds it or
+        cut into the largest. 1, 8 and 64 unless given: a row costs one row, and its result is the same in any batch
+        to float rounding.
+    batch_invariant: a row's result is the same bit for bit in whatever batch and place it comes (on a CPU), with one
+        size of tiles, 64 unless given, or 1 or another multiple of 64; a single row then costs 64.
     compile: with False the same graph is run operation by operation.
     memory_budget: bytes for kept draws and for activations, half each.
     chunk_size: draws in one call; chosen from the memory budget unless given. Results do not depend on it.
@@ -60,7 +65,8 @@ class Predictor:
         n_samples: int | None = None,
         seed: int = 0,
         *,
-        tiles: int | Sequence[int] = (64,),
+        tiles: int | Sequence[int] | None = None,
+        batch_invariant: bool = False,
         compile: bool = True,
         memory_budget: int = 2**30,
         chunk_size: int | None = None,
@@ -82,10 +88,14 @@ class Predictor:
         n_samples, seed = _whole("n_samples", n_samples, 1), _whole("seed", seed)
         if available is not None and n_samples > available:
             raise ValueError(f"n_samples is {n_samples}, but this posterior has only {available} different draws")
+        if tiles is None:
+            tiles = INVARIANT_TILES if batch_invariant else DEFAULT_TILES
         sizes = tiles if isinstance(tiles, Iterable) and not isinstance(tiles, str) else [tiles]
         tiles = tuple(_whole("each size in tiles", size, 1) for size in sizes)
         if not tiles:
             raise ValueError("tiles are batch sizes of at least 1, got none")
+        if batch_invariant and not is_invariant(tiles):
+            raise ValueError(f"batch_invariant=True needs one size of tiles, 1 or a multiple of 64, got {tiles}")
         memory_budget = _whole("memory_budget", memory_budget)
         if chunk_size is not None:
             chunk_size = _whole("chunk_size", chunk_size, 1)
@@ -426,6 +436,11 @@ class Predictor:
         with self._lock, _outside_autocast(self.device):
             yield
         warm.update(ends)
+
+
+def is_invariant(tiles: Sequence[int]) -> bool:
+    """Whether a row has the same bits in any batch that is cut into tiles of these sizes."""
+    return len(set(tiles)) == 1 and (tiles[0] == 1 or tiles[0] % 64 == 0)
 
 
 class PredictiveModule(nn.Module):

@@ -27,7 +27,7 @@ from vbdl.artefact.manifest import (
 from vbdl.artefact.saving import TRAINING_ROWS
 from vbdl.artefact.tensors import DTYPES, read_share, read_tensors
 from vbdl.decision import stored
-from vbdl.engine import Predictor
+from vbdl.engine import DEFAULT_TILES, INVARIANT_TILES, Predictor
 
 
 def load(
@@ -42,7 +42,8 @@ def load(
     module: the network (or one for each architecture of an ensemble), where the artefact does not describe it; its
         weights are of no importance.
     trust: packages that an artefact may import its network from. Importing runs code: name only your own.
-    settings: other settings of Predictor than those saved (compile, device, n_samples, seed, tiles, ...).
+    settings: other settings of Predictor than those saved (compile, device, n_samples, seed, tiles, ...);
+        batch_invariant=True replaces tiles that nobody chose by one size, so that a row has the same bits in any batch.
 
     `manifest` of the predictor is what was read beside the tensors, with `extras`, `metrics` and `inputs`.
     Raises ArtefactError (a ValueError) for what is damaged, hostile, of a newer format or no artefact, with the
@@ -80,8 +81,11 @@ def load_files(
 ) -> Predictor:
     """`load` of files by name, for those that lie elsewhere than in one folder."""
     found = read_parts(files, module=module, trust=trust)
+    chosen = {**found.settings, **settings}
+    if chosen.pop("batch_invariant", False) and chosen["tiles"] == DEFAULT_TILES:
+        chosen["tiles"] = INVARIANT_TILES
     try:
-        predictor = Predictor(found.posterior, found.likelihood, **{**found.settings, **settings})
+        predictor = Predictor(found.posterior, found.likelihood, **chosen)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ArtefactError(f"the settings of the artefact do not fit: {error}") from error
     predictor.manifest = found.manifest

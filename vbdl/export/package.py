@@ -25,7 +25,7 @@ from vbdl.artefact.manifest import Inputs
 from vbdl.artefact.saving import inputs_of
 from vbdl.artefact.tensors import CODES, DTYPES
 from vbdl.data import as_tensor
-from vbdl.engine import Predictor
+from vbdl.engine import DEFAULT_TILES, INVARIANT_TILES, Predictor
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check
 from vbdl.export.graph import TileCall, tile_call
@@ -125,6 +125,8 @@ def export(
 ) -> Package:
     """Compile the predictor ahead of time into a folder, for every tile size of it; the package, loaded.
 
+    A predictor with the default tiles gets one size, 64.
+
     backend: "aoti", native code for this machine, or "onnx", for ONNX Runtime anywhere.
     example: rows like the real ones, on which the gate compares; random normal numbers of the shape of what was
         predicted before, unless given.
@@ -135,6 +137,8 @@ def export(
     """
     if backend not in ("aoti", "onnx"):
         raise ValueError(f'backend is "aoti" or "onnx", not {backend!r}')
+    if predictor.tiles == DEFAULT_TILES:  # nobody chose them, and each takes minutes to compile
+        predictor = predictor.replace(tiles=INVARIANT_TILES)
     folder, model = Path(folder), identity(predictor)
     check_place(folder, _locate)
     probe, inputs = _probe(predictor, example)

@@ -28,7 +28,8 @@ class Model:
 
     def __init__(self, folder: str | Path, **settings: Any):
         self.name = Path(folder).resolve().name
-        self.predictor = load(folder, **settings)
+        # requests are put together into batches, and an answer must not depend on the others in its batch
+        self.predictor = load(folder, **{"batch_invariant": True, **settings})
         self.manifest = self.predictor.manifest
         self.schema = tabular.schema_of(self.manifest.extras)
         if self.schema is None and self.manifest.inputs is None:
