@@ -7,6 +7,7 @@ comes.
 
 import contextlib
 import math
+import pickle
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -258,6 +259,18 @@ class Predictor:
         """For copies and pickle: without locks and compiled calls, which are made again, also where it was sealed."""
         return {**vars(self), "_executions": {}, "_ready": {}, "_small": None, "_lock": None, "sealed": False}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by value where a class was made in a function, which pickle cannot name: with cloudpickle, if that
+        is installed."""
+        networks = [part.module for part in self.posterior.parts]
+        modules = [m for one in (self.posterior, self.likelihood, *networks) for m in one.modules()]
+        if any("<locals>" in type(m).__qualname__ for m in modules):
+            with contextlib.suppress(ImportError):
+                import cloudpickle
+
+                return _unpickled, (type(self), cloudpickle.dumps(self.__getstate__()))
+        return super().__reduce_ex__(protocol)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "_lock": threading.RLock()})
 
@@ -436,6 +449,12 @@ class Predictor:
         with self._lock, _outside_autocast(self.device):
             yield
         warm.update(ends)
+
+
+def _unpickled(kind: type, state: bytes) -> Any:
+    made = kind.__new__(kind)
+    made.__setstate__(pickle.loads(state))
+    return made
 
 
 def is_invariant(tiles: Sequence[int]) -> bool:

@@ -34,10 +34,22 @@ def trace(
     """
     return make_fx(
         functionalize(function, remove="mutations"),
-        decomposition_table={**(_ALIGNED if aligned else {}), **(decompositions or {})},
+        decomposition_table={**_PLAIN, **(_ALIGNED if aligned else {}), **(decompositions or {})},
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )(*args)
+
+
+def _rrelu(x: Tensor, noise: Tensor, lower=1 / 8, upper=1 / 3, training=False, generator=None) -> Tensor:
+    return NotImplemented if training else F.leaky_relu(x, (lower + upper) / 2)
+
+
+def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(into.dtype).broadcast_to(into.shape).clone()
+
+
+# what is random in training and says so in evaluation too, and what functionalization leaves without a derivative
+_PLAIN = {torch.ops.aten.rrelu_with_noise.default: _rrelu, torch.ops.aten.copy.default: _copy}
 
 
 # On a CPU a matrix product sums a row in an order that depends on how its memory is aligned, so the same row gives

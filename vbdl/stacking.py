@@ -3,6 +3,7 @@
 outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vbdl.recomputing import activations_kept
 from vbdl.types import Inputs, State
 
 
@@ -99,7 +101,8 @@ def call(module: nn.Module, state: State, inputs: Any) -> Any:
     # the second time the drawn tensor would be taken for the module's own, and be left there.
     places = places_of(module)
     used = {place: t for name, t in state.items() for place in places.get(name, ())}
-    output = functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
+    with activations_kept() if torch.is_grad_enabled() else contextlib.nullcontext():
+        output = functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
     if torch.is_grad_enabled():  # functional_call leaves in `used` what the entries have become
         for name, t in state.items():
             for place in places.get(name, ()):
@@ -179,7 +182,7 @@ def why_not_mapped(
         own = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in stacked.items()}
         rest = {n: t.detach().clone() for n, t in shared.items()}
         extra = {"randomness": "different"} if execute is call_stacked else {}
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.set_grad_enabled(any(t.requires_grad for t in own.values())), warnings.catch_warnings():
             warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
             # what a step writes to must not be what is differentiated
             outputs = execute(module, dict(own), rest, inputs, inputs_stacked=inputs_stacked, **extra)

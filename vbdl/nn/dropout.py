@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -233,7 +234,9 @@ def _batch_norm(
 
 
 def _rrelu(mode: CounterDropout, func, input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
-    return func(input, lower, upper, training and mode.per_row, False)
+    if training and mode.per_row:
+        return func(input, lower, upper, True, False)
+    return F.leaky_relu(input, (lower + upper) / 2)  # which it is in evaluation, without a random operation
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {

@@ -5,6 +5,7 @@ is stacked. Here it stays `stacked_linear` until all rewrites are done, and is t
 fastest on its shapes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _samples(x, weight, bias, stacked) -> int:
 def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
     """The same in plain operations: one product where weights are shared, a batched one where they are not."""
     xs, ws, bs = stacked
-    flat = x.flatten(1, -2) if xs and ws else x.reshape(-1, x.shape[-1])
+    flat = x.flatten(1, -2) if xs and ws else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     rows, out = flat.shape[-2], weight.shape[-2]
     if not ws:
         y = _product(flat, weight).reshape(*x.shape[:-1], out)
