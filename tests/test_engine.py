@@ -2,6 +2,7 @@
 
 import logging
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -171,6 +172,23 @@ def test_bits_do_not_depend_on_the_batch_where_that_is_asked_for():
     for tiles in (8, (1, 64)):
         with pytest.raises(ValueError, match="one size of tiles, 1 or a multiple of 64"):
             predictor(batch_invariant=True, tiles=tiles)
+
+
+def test_a_predictor_of_a_class_made_in_a_function_is_pickled():
+    pytest.importorskip("cloudpickle")
+
+    class Local(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.drop = nn.Linear(3, 4), nn.Dropout(0.3)
+
+        def forward(self, x):
+            return self.drop(self.layer(x))
+
+    x = torch.randn(5, 3)
+    for q in (MCDropout(Local()), MeanField(Local(), 8), DeepEnsemble(Local(), 2)):
+        predict = predictor(q, n_samples=2)
+        assert torch.equal(pickle.loads(pickle.dumps(predict))(x).probs, predict(x).probs)
 
 
 def test_a_stream_is_its_batches():
