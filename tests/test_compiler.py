@@ -1,9 +1,17 @@
 """Compiled graphs are found again in Inductor's cache, at the shapes they were compiled for."""
 
+import errno
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
+from vbdl import compiler
 from vbdl.compiler import can_compile, compile_graph
 from vbdl.graph import trace
 
@@ -23,3 +31,50 @@ def test_a_graph_is_compiled_once_for_each_shape():
             found.append(counters["inductor"]["fxgraph_cache_hit"])
             assert counters["inductor"]["fxgraph_cache_bypass"] == 0
     assert found == [0, 1, 0, 1]
+
+
+_PREDICT = """
+import torch
+from torch import nn
+import vbdl
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+x = torch.randn(2, 3)
+compiled = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), n_samples=4)(x).probs
+plain = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), n_samples=4, compile=False)(x).probs
+torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
+"""
+
+
+def test_a_file_in_the_place_of_the_cache_is_said_once(tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    place = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", _PREDICT], env=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is no folder") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "code, by_compiler",
+    [(c, False) for c in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENOTDIR)]
+    + [(c, True) for c in (errno.ENOSPC, errno.EROFS)],
+)
+def test_a_cache_that_cannot_be_written_is_as_no_compiler(code, by_compiler, monkeypatch, caplog):
+    error: Exception = OSError(code, os.strerror(code), "/cache/fx")
+    if by_compiler:  # in a process of its own
+        error = RuntimeError(f"C++ compile error: cc1plus: fatal error: {os.strerror(code)}")
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("InductorError") from error
+
+    monkeypatch.setattr(compiler, "_from_cache", fails)
+    compiler._said.clear()
+    inputs = [torch.randn(4, 5)]
+    graph = trace(lambda x: (x.relu(),), *inputs, aligned=False)
+    with caplog.at_level(logging.WARNING, logger="vbdl"):
+        for _ in range(2):
+            assert torch.equal(compile_graph(graph, inputs)(*inputs)[0], inputs[0].relu())
+    (record,) = [r for r in caplog.records if r.name == "vbdl"]
+    assert "equal to rounding" in record.getMessage() and os.strerror(code) in record.getMessage()
+    compiler._said.clear()

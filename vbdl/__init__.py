@@ -6,6 +6,10 @@ The public names. Each is imported when it is first used, so that `vbdl --help` 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vbdl.compile_cache import give_place
+
+give_place()
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

@@ -4,7 +4,9 @@ Graphs arrive traced, at fixed shapes, so they go to Inductor as they are: no se
 every call, and no cache shared between predictors that could fill up.
 """
 
+import errno
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,16 +22,16 @@ _said = threading.Event()
 
 def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """The graph as one compiled call at the shapes of these inputs; the graph itself where nothing can compile it."""
-    import torch._inductor.config
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
     made: list[Any] = []
 
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        made.append(compile_fx_inner(*args, **kwargs))
-        return made[-1]
-
     try:
+        import torch._inductor.config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            made.append(compile_fx_inner(*args, **kwargs))
+            return made[-1]
+
         # every call has the shapes it was compiled for: what calls it sees to that, once and not in every call
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
             wrapped: Any = (
@@ -40,15 +42,23 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
                 return Replayed(wrapped)
             return wrapped if writes else _without_wrappers(wrapped, made, inputs) or wrapped
     except Exception as error:
-        if not _no_compiler(error):
-            raise
-        if not _said.is_set():
-            _said.set()
-            logger.warning(
-                "no C++ compiler was found, so predictions run uncompiled: same numbers, slower. "
-                "Install g++ (or clang++), or set CXX, and start again."
+        if _no_compiler(error):
+            _say("no C++ compiler was found", "Install g++ (or clang++), or set CXX, and start again.")
+        elif (reason := _no_place(error)) is not None:
+            _say(
+                f"compiled code cannot be written ({reason})",
+                "Make room, or set TORCHINDUCTOR_CACHE_DIR to a folder that can be written to, and start again.",
             )
+        else:
+            raise
         return graph
+
+
+def _say(reason: str, advice: str) -> None:
+    """Once a process, whatever the first reason is."""
+    if not _said.is_set():
+        _said.set()
+        logger.warning("%s, so predictions run uncompiled: equal to rounding, slower. %s", reason, advice)
 
 
 def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) -> Callable:
@@ -89,11 +99,6 @@ def _without_wrappers(wrapped: Callable, made: list[Any], inputs: list[Tensor]) 
     return (lambda *arguments: direct(list(arguments))) if same else None
 
 
-def compile_function(function: Callable) -> Callable:
-    """A training step, captured and compiled when first called, again for another batch size."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 def can_compile() -> bool:
     """Whether a C++ compiler that Inductor can use is there."""
     from torch._inductor import cpp_builder
@@ -103,6 +108,23 @@ def can_compile() -> bool:
     except Exception:
         return False
     return True
+
+
+def _no_place(error: BaseException | None) -> str | None:
+    """Why the cache of compiled code cannot be written to, or None where that is not what failed."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            return str(error)
+        for code in (errno.ENOSPC, errno.EROFS):  # said by the compiler, in a process of its own
+            if os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_CANNOT_WRITE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+)
 
 
 def _no_compiler(error: BaseException | None) -> bool:
