@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vbdl.decision.cost import REFER
 from vbdl.decision.guarantee import risk_p_value, risk_upper_bound
 from vbdl.metrics._checks import check_rate, check_scores
+from vbdl.metrics._counts import at_most
 from vbdl.metrics.estimate import Interval, proportion_interval
 
 
@@ -99,7 +100,7 @@ class Referral(nn.Module):
             raise ValueError(f"share must lie in [0, 1], not {share}")
         ordered = check_scores(uncertainty_of(prediction, self.kind), "uncertainty").sort().values
         n = ordered.numel()
-        allowed = math.floor(share * n * (1 + 1e-12))
+        allowed = at_most(share, n)
         above = torch.cat((ordered.new_tensor([-math.inf]), ordered))[n - allowed]
         # the first value above the largest that must be kept
         later = ordered[ordered > above]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.metrics._checks import check_finite, check_rate
+from vbdl.metrics._counts import at_least, at_most
 from vbdl.metrics.intervals import normal_cdf
 from vbdl.metrics.nll import check_mixture
 
@@ -70,18 +71,17 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
     samples = check_finite(samples, "samples")
     if samples.ndim not in (2, 3) or samples.shape[0] == 0:
         raise ValueError(f"samples must be (samples, batch[, outputs]), not {tuple(samples.shape)}")
-    # the decimal that was meant: 1 - 0.99 is 0.010000000000000009
-    mass = round((1 - level) * samples.shape[0], 9)
-    if mass < 1:
+    whole, last = at_most(1 - level, samples.shape[0]), at_least(1 - level, samples.shape[0])
+    mass = float(whole) if whole == last else (1 - level) * samples.shape[0]
+    if whole < 1:
         raise ValueError(
             f"the {1 - level:.3g} tail of {samples.shape[0]} samples holds less than one; "
             f"draw at least {math.ceil(1 / (1 - level) - 1e-9)}"
         )
     ordered = samples.sort(dim=0).values
-    whole = math.floor(mass)
     total = ordered[:whole].sum(dim=0)
-    last = ordered[math.ceil(mass) - 1]
-    return TailRisk(level, -last, -(total + (mass - whole) * last) / mass)
+    end = ordered[last - 1]
+    return TailRisk(level, -end, -(total + (mass - whole) * end) / mass)
 
 
 class Risk(nn.Module):
