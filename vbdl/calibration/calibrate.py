@@ -51,6 +51,11 @@ def calibrate(
                 "fitted behind: calibrate logits first, the finished prediction after"
             )
         inner = inner.likelihood
+    if acts_on == "prediction" and hasattr(method, "samples") and _recalibrated(predictor.likelihood):
+        raise ValueError(
+            f"{type(method).__name__} would change the mixture that CDFRecalibration was fitted to: use it first and "
+            f"CDFRecalibration after, or CDFRecalibration alone, which corrects a wrong scale too"
+        )
     x, y = as_tensor(x), torch.as_tensor(y, device=predictor.device)
     n_rows = y.shape[0] if y.ndim else 0
     if n_rows == 0:
@@ -80,6 +85,15 @@ def calibrate(
     before = copy.deepcopy(predictor.likelihood)
     likelihood: Any = CalibratedLikelihood(before, fitted, n_rows, n_overlap, rows.unique())
     return predictor.replace(likelihood=likelihood)
+
+
+def _recalibrated(likelihood: Any) -> bool:
+    """Whether a distribution function is bent somewhere in this likelihood."""
+    while isinstance(likelihood, CalibratedLikelihood):
+        if hasattr(likelihood.method, "wrap"):
+            return True
+        likelihood = likelihood.likelihood
+    return False
 
 
 def _overlap(predictor: Predictor, rows: Tensor) -> int:

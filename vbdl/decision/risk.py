@@ -25,14 +25,14 @@ class TailRisk:
     """Value at risk and expected shortfall of each row, units of the outcome, losses positive."""
 
     level: float
-    var: Tensor  # (batch,) or (batch, outputs)
-    es: Tensor  # (batch,) or (batch, outputs)
+    var: Tensor  # (batch,) or (batch, ...)
+    es: Tensor  # (batch,) or (batch, ...)
 
 
 def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | None = None) -> TailRisk:
     """VaR and ES of the Gaussian mixture over samples: the quantile by bisection, ES in closed form.
 
-    means, stds: (samples, batch) or (samples, batch, outputs). One sample is the Gaussian without parameter
+    means, stds: (samples, batch) or (samples, batch, ...). One sample is the Gaussian without parameter
     uncertainty; std 0 is not allowed.
     """
     check_rate(level, "level")
@@ -57,20 +57,20 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
 
 
 def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
-    """VaR and ES of N(mean, std²); mean, std: (batch,) or (batch, outputs)"""
+    """VaR and ES of N(mean, std²); mean, std: (batch,) or (batch, ...)"""
     return mixture_tail(mean.unsqueeze(0), std.unsqueeze(0), level)
 
 
 def sample_tail(samples: Tensor, level: float) -> TailRisk:
     """VaR and ES of the samples' empirical distribution, exact also where the tail ends inside a sample.
 
-    samples: (samples, batch) or (samples, batch, outputs), draws of y with its noise. ValueError when the
+    samples: (samples, batch) or (samples, batch, ...), draws of y with its noise. ValueError when the
     tail holds less than one sample: (1 - level) · samples >= 1 is needed.
     """
     check_rate(level, "level")
     samples = check_finite(samples, "samples")
-    if samples.ndim not in (2, 3) or samples.shape[0] == 0:
-        raise ValueError(f"samples must be (samples, batch[, outputs]), not {tuple(samples.shape)}")
+    if samples.ndim < 2 or samples.shape[0] == 0:
+        raise ValueError(f"samples must be (samples, batch) or (samples, batch, ...), not {tuple(samples.shape)}")
     whole, last = at_most(1 - level, samples.shape[0]), at_least(1 - level, samples.shape[0])
     mass = float(whole) if whole == last else (1 - level) * samples.shape[0]
     if whole < 1:
