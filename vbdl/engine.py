@@ -100,6 +100,8 @@ class Predictor:
         self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
         self.posterior: Any = _frozen(posterior, self.device)
         self.likelihood: Any = _frozen(likelihood, self.device)
+        if hasattr(self.likelihood, "for_draws"):
+            self.likelihood.for_draws(n_samples)
         self.n_samples, self.seed, self.estimator = n_samples, seed, estimator
         self._counted = n_samples if estimator == "sampling" else 0
         self.tiles = tuple(sorted(set(tiles)))

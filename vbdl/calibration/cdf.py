@@ -5,12 +5,14 @@ https://arxiv.org/abs/1807.00263
 Schwarz, Estimating the Dimension of a Model, 1978, https://doi.org/10.1214/aos/1176344136 (how many knots)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vbdl.calibration.monotone import MonotoneCurve, fit_curve
 from vbdl.calibration.recalibrated import RecalibratedPrediction as RecalibratedPrediction
-from vbdl.calibration.recalibrated import recalibrated
+from vbdl.calibration.recalibrated import Recalibrations, recalibrated
 from vbdl.likelihoods.mixture import FARTHEST_SCORE
 from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics._checks import check_finite
@@ -86,7 +88,7 @@ class CDFRecalibration(nn.Module):
         knots, values = self._steps()
         right = torch.searchsorted(knots, cdf.to(torch.float64).contiguous(), right=True)
         slopes = values.diff() / knots.diff()
-        return slopes[right.clamp(1, slopes.numel()) - 1].to(cdf.dtype)
+        return slopes.take(right.clamp(1, slopes.numel()) - 1).to(cdf.dtype)
 
     def score(self, score: Tensor) -> Tensor:
         """Normal score of the predictive, any shape -> calibrated normal score, float64"""
@@ -117,6 +119,10 @@ class CDFRecalibration(nn.Module):
     def wrap(self, prediction: RegressionPrediction) -> RecalibratedPrediction:
         return recalibrated(prediction, self)
 
+    def then(self, after: Any) -> Recalibrations:
+        """This map and another after it, as one."""
+        return Recalibrations(self, after)
+
     def _curve(self) -> MonotoneCurve:
         if self.knots is None or self.slopes is None or self.offset is None:
             raise RuntimeError("CDFRecalibration has not been fitted: call fit first")
@@ -143,5 +149,5 @@ def _ends(asked: Tensor, found: Tensor) -> Tensor:
 def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     p = x.to(torch.float64)
     right = torch.searchsorted(knots, p.contiguous(), right=True).clamp(1, knots.numel() - 1)
-    x0, y0 = knots[right - 1], values[right - 1]
-    return (y0 + (p - x0) * (values[right] - y0) / (knots[right] - x0)).to(x.dtype)
+    x0, y0, x1, y1 = (t.take(at) for at in (right - 1, right) for t in (knots, values))
+    return (y0 + (p - x0) * (y1 - y0) / (x1 - x0)).to(x.dtype)

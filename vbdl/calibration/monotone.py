@@ -52,13 +52,11 @@ class MonotoneCurve(NamedTuple):
         below, above = (value - at[0]).clamp(max=0) / self.slopes[0], (value - at[-1]).clamp(min=0) / self.slopes[-1]
         if self.knots.numel() == 1:
             return self.knots[0] + below + above
-        segment = (torch.searchsorted(at, value.contiguous(), right=True) - 1).clamp(0, at.numel() - 2)
-        far = (value - at[segment]).clamp(min=0).minimum(at.diff()[segment])
-        slope = self.slopes[segment]
-        bend = (self.slopes.diff() / self.knots.diff())[segment]
-        # the root of slope x + bend x² / 2 = far, without cancellation
-        into = 2 * far / (slope + (slope.square() + 2 * bend * far).clamp(min=0).sqrt())
-        return self.knots[segment] + into + below + above
+        rise, bend = at.diff(), self.slopes.diff() / self.knots.diff()
+        far = torch.minimum((value.unsqueeze(-1) - at[:-1]).clamp(min=0), rise)
+        # the root of slope x + bend x² / 2 = far in each segment, without cancellation
+        root = (self.slopes[:-1].square() + 2 * bend * far).clamp(min=0).sqrt()
+        return self.knots[0] + (2 * far / (self.slopes[:-1] + root)).sum(-1) + below + above
 
     def _into(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Width of each segment, (segments,), and how far z has come in it, (..., segments)."""

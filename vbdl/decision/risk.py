@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.decision.distribution import Distribution, distribution_of
 from vbdl.metrics._checks import check_finite, check_rate
 from vbdl.metrics._counts import at_least, at_most
 from vbdl.metrics.intervals import normal_cdf
@@ -87,10 +88,11 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
 class Risk(nn.Module):
     """Value at risk, expected shortfall and a position that shrinks with uncertainty, inside a predictor of returns.
 
-    All three are those of the normal with the predictive's mean and total variance, so parameter uncertainty is in
-    them; the tail of the mixture itself needs every draw: mixture_tail of predict(x, samples=True).
+    All three are those of the predictive itself, the mixture of every draw as it was calibrated: its quantile, the mean
+    beyond it, its mean and variance. Parameter uncertainty is in them. A prediction given by hand needs its samples for
+    that, predict(x, samples=True); without, it is read as the normal of its mean and total variance.
 
-    level: of VaR and ES. The position is fraction · mean / total variance, within ±limit, as a share of wealth: the
+    level: of VaR and ES. The position is fraction · mean / variance, within ±limit, as a share of wealth: the
     growth-optimal one for small returns (Kelly) at fraction 1, mean-variance with a risk aversion of 1 / fraction.
     max_var: the position is scaled down until its own VaR is at most this, in units of the return.
     A row whose mean or variance is not finite gets a position of 0.
@@ -108,15 +110,22 @@ class Risk(nn.Module):
     def extra_repr(self) -> str:
         return f"level={self.level}, fraction={self.fraction}, limit={self.limit}, max_var={self.max_var}"
 
+    reads_distribution = True
+
     def forward(self, prediction: Any) -> dict[str, Tensor]:
-        """A regression -> action (the position), var and es of holding 1, each (batch, outputs)"""
-        mean, variance = prediction.mean, prediction.total
-        std = variance.sqrt()
-        z = -float(torch.special.ndtri(torch.tensor(1 - self.level, dtype=torch.float64)))
-        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        """A regression -> action (the position), var and es of holding 1, each (batch, ...)"""
+        distribution = distribution_of(prediction)
+        dtype = prediction.mean.dtype
+        if distribution is None:
+            components = torch.stack((prediction.mean, prediction.total.log()), -1)
+            distribution = Distribution(components.unsqueeze(0))
+        low = distribution.quantile(1 - self.level)
+        shortfall = -distribution.mean_below(low, 1 - self.level)
+        mean, variance = distribution.moments()
         position = (self.fraction * mean / variance).clamp(-self.limit, self.limit)
         if self.max_var is not None:
-            own = position.abs() * z * std - position * mean
+            # short of it, the loss is in the other tail
+            own = torch.where(position < 0, -position * distribution.quantile(self.level), -position * low)
             position = position * (self.max_var / own.clamp(min=self.max_var))
         position = torch.where(mean.isfinite() & variance.isfinite() & (variance > 0), position, 0.0)
-        return {"action": position, "var": z * std - mean, "es": density / (1 - self.level) * std - mean}
+        return {"action": position.to(dtype), "var": (-low).to(dtype), "es": shortfall.to(dtype)}
