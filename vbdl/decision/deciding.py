@@ -1,6 +1,7 @@
 """A predictor whose predictions carry the action."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,9 @@ def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
         raise ValueError("this predictor decides already; start from the one it was made of")
     if not isinstance(decision, nn.Module):
         raise TypeError(f"a decision is a module, got {type(decision).__name__}")
+    certificate = getattr(decision, "certificate", None)
+    if certificate is not None and certificate.n_kept == 0:
+        warnings.warn(certificate.refusal(), stacklevel=2)
     likelihood = copy.deepcopy(predictor.likelihood)
     deciding: Any = DecidingLikelihood(likelihood, copy.deepcopy(decision))
     return predictor.replace(likelihood=deciding)
