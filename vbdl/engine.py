@@ -244,7 +244,9 @@ class Predictor:
             "estimator": self.estimator,
             "device": self.device,
         }
-        return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
+        made = Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
+        made.manifest = self.manifest  # of the same posterior: how its network is made, and what belongs to it
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: without locks and compiled calls, which are made again, also where it was sealed."""
