@@ -5,10 +5,11 @@ compiled for a new batch size and, on a CPU, a row's result is the same bit for 
 """
 
 import contextlib
+import functools
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from vbdl import adaptive
 from vbdl.adaptive import Rule
-from vbdl.data import cannot_take, floating_dtype
+from vbdl.data import cannot_take, floating_dtype, outside_range
 from vbdl.execution import Execution, Settings
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
@@ -28,6 +29,21 @@ from vbdl.tiles import check_inputs, pad
 from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
 
 DEFAULT_SAMPLES = 32
+
+
+def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that takes inputs, and says which ids no embedding holds, also where compiled code raises."""
+
+    @functools.wraps(method)
+    def call(self: "Predictor", x: Inputs, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, x, *args, **options)
+        except (IndexError, RuntimeError) as error:
+            if (said := outside_range(x, error, (part.module for part in self.posterior.parts))) is None:
+                raise
+            raise said from error
+
+    return call
 
 
 class Predictor:
@@ -118,6 +134,7 @@ class Predictor:
 
     # -- predicting
 
+    @_ids_in_words
     def __call__(
         self,
         x: Inputs,
@@ -162,6 +179,7 @@ class Predictor:
         for x in batches:
             yield self(x)
 
+    @_ids_in_words
     def log_prob(self, x: Inputs, y: Tensor) -> Tensor:
         """(batch,) log p(y | x) in nats under the whole mixture: log mean over draws of p(y | x, draw)."""
         x, rows = self._check(x)
@@ -377,7 +395,7 @@ class Predictor:
                     else:
                         executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
             except (RuntimeError, IndexError, AssertionError) as error:
-                raise cannot_take(tile, error) from error
+                raise cannot_take(tile, error, part.module) from error
             start += count
             forget(part.module)
         if len(shapes := {e.parameter_shape for e in executions}) > 1:

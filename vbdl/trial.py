@@ -29,6 +29,14 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Inputs)
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
     unstable = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules())
     if unstable or not torch.allclose(outputs[:1], alike[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
+        given = map_inputs(Tensor.clone, tile)
+        before = [t._version for t in tensors(given)]
+        run_plainly(network, state, given)
+        if [t._version for t in tensors(given)] != before:
+            raise ValueError(
+                "the module writes into its inputs (x -= ..., x.div_(...)), so the same rows are others the next time, "
+                "and every draw reads them: write x = x - ... where it normalizes them"
+            )
         raise ValueError(
             "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
             "batch is the first axis of every input (batch_first=True in recurrent layers and attention), and "

@@ -116,6 +116,12 @@ def _check_kind(method: Any, prediction: Any) -> None:
     name, of_classes = type(method).__name__, getattr(method, "of_classes", False)
     if of_classes and not hasattr(prediction, "probs"):
         raise ValueError(f"{name} is for classes, and this is a regression: use AbsoluteIntervals, CQR or StdScaling")
+    if of_classes and prediction.probs.ndim > 1 and prediction.total.shape == prediction.probs.shape:
+        raise ValueError(
+            f"{name} makes one set of classes a row, and this prediction answers {prediction.probs.shape[1:].numel()} "
+            f"questions of yes or no (multi-label): take one question at a time, with p = predict(x) and "
+            f"{name}(alpha).fit(p.probs[:, i], y[:, i].long())"
+        )
     if not of_classes and hasattr(prediction, "probs"):
         raise ValueError(f"{name} is for regressions, and this predicts classes: use Temperature or ConformalSets")
 

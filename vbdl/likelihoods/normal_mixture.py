@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vbdl.likelihoods.mixture import mixture_quantile, mixture_score
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
+from vbdl.likelihoods.targets import check_labelled
 from vbdl.types import State
 
 LOG_VARIANCE_BOUND = 40.0  # exp(+-40), stds of 2e-9 to 5e8, and its square are normal numbers of float32
@@ -142,6 +143,7 @@ def check_regression_targets(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     if y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"regression targets are real numbers, got {y.dtype}")
     y = as_columns(y if y.is_floating_point() else y.to(torch.float32), shape)
+    check_labelled(y)
     if not bool(y.isfinite().all()):
         row = int((~y.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"target of row {row} is not finite; remove or impute such rows")

@@ -227,7 +227,10 @@ def _batch_norm(
 
 
 def _rrelu(mode: CounterDropout, func, input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
-    return func(input, lower, upper, training and mode.per_row, False)
+    if training and mode.per_row:
+        return func(input, lower, upper, True, False)
+    # what it is in evaluation; torch traces its own as random
+    return torch.nn.functional.leaky_relu(input, (lower + upper) / 2)
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
