@@ -1,11 +1,13 @@
 """Training data in the forms people have it in, and the order each member sees it in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from vbdl.stacking import map_inputs, tensors
@@ -86,14 +88,39 @@ def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
             )
 
 
-def cannot_take(x: Inputs, error: Exception) -> ValueError:
+def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) -> ValueError:
     """The error for rows that the module raised this one for."""
+    if module is not None and (said := outside_range(x, error, [module])) is not None:
+        return said
     found = tensors(x)
     shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in found)
     hint = ""
     if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in found):
         hint = "; integers that are no indices are converted with x.to(torch.float32)"
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
+
+
+def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:
+    """A ValueError that names the ids and the embeddings that do not hold them, where this error of torch, or of
+    compiled code, is about an index out of range; None for another error."""
+    if not re.search(r"index out of range in self|index out of bounds|not in the valid range", str(error)):
+        return None
+    found = [t for t in tree_leaves(x) if isinstance(t, Tensor) and not t.is_floating_point() and t.numel()]
+    tables = [
+        (name.removeprefix("inner."), type(m).__name__, m.num_embeddings)
+        for module in modules
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    ]
+    if found:
+        low, high = min(int(t.min()) for t in found), max(int(t.max()) for t in found)
+        small = [f"'{m}' ({kind}) takes 0 to {n - 1}" for m, kind, n in dict.fromkeys(tables) if low < 0 or high >= n]
+        if small:
+            return ValueError(f"the ids in the inputs run from {low} to {high}, and module {', '.join(small)}")
+    return ValueError(
+        "an index that the module makes of its inputs is outside of what it indexes: look whether ids and lengths are "
+        "those that it was made for"
+    )
 
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

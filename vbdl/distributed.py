@@ -61,6 +61,8 @@ class ShardedPredictor(Predictor):
         self, mesh: DeviceMesh, share: "_Share", sharded: bool, likelihood: Any, own: range, total: int, options: dict
     ) -> None:
         super().__init__(share, _own_members(likelihood, own, total), len(own), **options)
+        if hasattr(self.likelihood, "for_draws"):
+            self.likelihood.for_draws(total)  # sums of all processes are merged
         self.mesh, self._group = mesh, mesh.get_group()
         self.n_draws, self._sharded = total, sharded
 

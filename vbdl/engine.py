@@ -6,11 +6,12 @@ comes.
 """
 
 import contextlib
+import functools
 import math
 import pickle
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from vbdl import adaptive
 from vbdl.adaptive import Rule
-from vbdl.data import cannot_take, floating_dtype
+from vbdl.data import cannot_take, floating_dtype, outside_range
 from vbdl.execution import Execution, Settings
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
@@ -32,6 +33,21 @@ from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, i
 DEFAULT_SAMPLES = 32
 DEFAULT_TILES = (1, 8, 64)
 INVARIANT_TILES = (64,)
+
+
+def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that takes inputs, and says which ids no embedding holds, also where compiled code raises."""
+
+    @functools.wraps(method)
+    def call(self: "Predictor", x: Inputs, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, x, *args, **options)
+        except (IndexError, RuntimeError) as error:
+            if (said := outside_range(x, error, (part.module for part in self.posterior.parts))) is None:
+                raise
+            raise said from error
+
+    return call
 
 
 class Predictor:
@@ -111,6 +127,8 @@ class Predictor:
         self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
         self.posterior: Any = _frozen(posterior, self.device)
         self.likelihood: Any = _frozen(likelihood, self.device)
+        if hasattr(self.likelihood, "for_draws"):
+            self.likelihood.for_draws(n_samples)
         self.n_samples, self.seed, self.estimator = n_samples, seed, estimator
         self._counted = n_samples if estimator == "sampling" else 0
         self.tiles = tuple(sorted(set(tiles)))
@@ -127,6 +145,7 @@ class Predictor:
 
     # -- predicting
 
+    @_ids_in_words
     def __call__(
         self,
         x: Inputs,
@@ -171,6 +190,7 @@ class Predictor:
         for x in batches:
             yield self(x)
 
+    @_ids_in_words
     def log_prob(self, x: Inputs, y: Tensor) -> Tensor:
         """(batch,) log p(y | x) in nats under the whole mixture: log mean over draws of p(y | x, draw)."""
         x, rows = self._check(x)
@@ -253,7 +273,9 @@ class Predictor:
             "estimator": self.estimator,
             "device": self.device,
         }
-        return Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
+        made = Predictor(self.posterior, likelihood or self.likelihood, **{**given, **settings})
+        made.manifest = self.manifest  # of the same posterior: how its network is made, and what belongs to it
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: without locks and compiled calls, which are made again, also where it was sealed."""
@@ -396,7 +418,7 @@ class Predictor:
                     else:
                         executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
             except (RuntimeError, IndexError, AssertionError) as error:
-                raise cannot_take(tile, error) from error
+                raise cannot_take(tile, error, part.module) from error
             start += count
             forget(part.module)
         if len(shapes := {e.parameter_shape for e in executions}) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.data import outside_range
 from vbdl.stacking import replicate
 from vbdl.training_run import History, TrainingRun
 from vbdl.types import Likelihood, Posterior, check_likelihood, is_posterior
@@ -86,9 +87,20 @@ def fit(
         )
     options = {name: value for name, value in locals().items() if name not in ("posterior", "data", "likelihood")}
     _check_gradients(posterior)
-    if len(posterior.parts) > 1:
-        return _fit_parts(posterior, data, likelihood, options)
-    return TrainingRun(posterior, data, likelihood, options).run()
+    try:
+        if len(posterior.parts) > 1:
+            return _fit_parts(posterior, data, likelihood, options)
+        return TrainingRun(posterior, data, likelihood, options).run()
+    except (IndexError, RuntimeError) as error:
+        if "aten::rrelu" in str(error):
+            raise ValueError(
+                "nn.RReLU draws its slopes in training, and the members of an ensemble cannot be trained together with "
+                "it: use nn.LeakyReLU, or give DeepEnsemble networks that are trained already"
+            ) from error
+        inputs = data[0] if isinstance(data, tuple | list) else None
+        if (said := outside_range(inputs, error, (part.module for part in posterior.parts))) is None:
+            raise
+        raise said from error
 
 
 def _check_gradients(posterior: Posterior) -> None:

@@ -33,8 +33,17 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Inputs)
         others = map_inputs(lambda t: t[:1].expand_as(t).contiguous(), tile)
     among = run_plainly(network, state, others)
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
-    if not torch.allclose(outputs[:1], among[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
-        raise _mixing()
+    if torch.allclose(outputs[:1], among[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
+        return
+    given = map_inputs(Tensor.clone, tile)
+    before = [t._version for t in tensors(given)]
+    run_plainly(network, state, given)
+    if [t._version for t in tensors(given)] != before:
+        raise ValueError(
+            "the module writes into its inputs (x -= ..., x.div_(...)), so the same rows are others the next time, "
+            "and every draw reads them: write x = x - ... where it normalizes them"
+        )
+    raise _mixing()
 
 
 def _another(row: Tensor) -> Tensor:

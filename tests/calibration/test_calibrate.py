@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import numpy as np
@@ -274,6 +275,68 @@ def test_recalibrated_density_integrates_to_one():
     at = 25_000
     assert float(torch.trapezoid(density[: at + 1], grid[: at + 1])) == pytest.approx(
         float(p.cdf(grid[at].reshape(1, 1))), abs=1e-3
+    )
+
+
+def test_recalibrated_joint_density_of_several_outputs_integrates_to_one():
+    """Outputs that depend on each other through the draw: the product of the slopes alone is no density."""
+    from vbdl.calibration.cdf import RecalibratedPrediction
+
+    recalibration = CDFRecalibration().fit_scores(2 * torch.randn(400, generator=torch.Generator().manual_seed(0)))
+    mean = torch.tensor([[-1.5, -1.0], [1.0, 1.5], [0.0, 0.2]], dtype=torch.float64)
+    samples = torch.stack((mean, torch.full_like(mean, 2 * math.log(0.5))), -1).unsqueeze(1)
+    side = torch.linspace(-14, 14, 401, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    zero = torch.zeros(1, 1, dtype=torch.float64).expand(len(grid), 2)
+    many = samples.expand(3, len(grid), 2, 2)
+    p = RecalibratedPrediction(zero, zero, zero, zero, zero, 3, samples=many, recalibration=recalibration)
+    density = p.log_prob(grid).exp().reshape(401, 401)
+    assert float(torch.trapezoid(torch.trapezoid(density, side), side)) == pytest.approx(1.0, abs=1e-3)
+    # and its margins are the recalibrated ones
+    margin = torch.cumulative_trapezoid(torch.trapezoid(density, side), side)
+    np.testing.assert_allclose(margin, p.cdf(grid)[:, 0].reshape(401, 401)[1:, 0], atol=2e-3)
+
+
+def test_recalibrations_follow_each_other_and_keep_what_was_added(regressor):
+    predict, x, y = regressor
+    widened = calibrate(predict, x[CALIBRATION], y[CALIBRATION], AbsoluteIntervals(0.1))
+    once = calibrate(widened, x[CALIBRATION], y[CALIBRATION], CDFRecalibration())
+    twice = calibrate(once, x[CALIBRATION], 2 * y[CALIBRATION], CDFRecalibration())
+    before, p = once(x[TEST], samples=True), twice(x[TEST], samples=True)
+    assert torch.equal(p.lower, widened(x[TEST]).lower) and torch.equal(before.upper, widened(x[TEST]).upper)
+    second = twice.likelihood.method
+    np.testing.assert_allclose(p.cdf(y[TEST]), second(before.cdf(y[TEST]).double()), atol=1e-5)
+    np.testing.assert_allclose(p.cdf(p.quantile(0.7)), np.full((600, 2), 0.7), atol=1e-4)
+    again = pickle.loads(pickle.dumps(p))
+    assert torch.equal(again.lower, p.lower) and torch.equal(again.quantile(0.3), p.quantile(0.3))
+    with pytest.raises(ValueError, match="StdScaling would change the mixture that CDFRecalibration was fitted to"):
+        calibrate(once, x[CALIBRATION], y[CALIBRATION], StdScaling())
+
+
+def test_a_recalibration_of_version_0_1_gives_what_it_gave(regressor, tmp_path):
+    """The artefact holds knots and values of the empirical distribution; version 0.1 read them as written out here."""
+    predict, x, y = regressor
+    made = calibrate(predict, x[CALIBRATION], y[CALIBRATION], CDFRecalibration())
+    method = made.likelihood.method
+    u = predict(x[CALIBRATION], samples=True).cdf(y[CALIBRATION]).double().flatten().unique()
+    inside = u[(u > 0) & (u < 1)]
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    method.knots = torch.cat((zero, inside, one))
+    method.values = torch.cat((zero, torch.arange(1, len(inside) + 1).double() / (len(inside) + 1), one))
+    method.slopes = method.offset = None
+    made.save(tmp_path / "m")
+    found, before = vbdl.load(tmp_path / "m", compile=False)(x[TEST], samples=True), predict(x[TEST], samples=True)
+    knots, values = method.knots.numpy(), method.values.numpy()
+    np.testing.assert_allclose(found.cdf(y[TEST]), np.interp(before.cdf(y[TEST]), knots, values), rtol=1e-6)
+    level = float(np.interp(0.2, values, knots))
+    np.testing.assert_allclose(found.quantile(0.2), before.quantile(level), rtol=1e-4, atol=1e-5)
+    place = np.searchsorted(knots, before.cdf(y[TEST]).double().numpy(), side="right").clip(1, len(knots) - 1)
+    slope = (np.diff(values) / np.diff(knots))[place - 1]
+    np.testing.assert_allclose(
+        found.log_prob(y[TEST]),
+        before.log_prob(y[TEST]).numpy() + np.log(slope).sum(1),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 

@@ -88,6 +88,23 @@ def test_kupiec_by_hand():
     assert p(7) == pytest.approx(stats.chi2.sf(ratio, 1), rel=1e-10)
 
 
+@pytest.mark.parametrize("level", [0.99, 0.975, 0.9])
+@pytest.mark.parametrize("days", [2, 30, 250])
+def test_the_exact_p_value_holds_at_any_number_of_days(days, level):
+    """P(p <= a) <= a, from the binomial law itself; the asymptotic p-value does not keep it for 250 days at 99 %."""
+    counts = np.arange(days + 1)
+    found = [backtest(torch.arange(days) < x, level) for x in counts]
+    law = stats.binom.pmf(counts, days, 1 - level)
+    exact = np.array([b.kupiec_exact for b in found])
+    for x in counts:  # as probable or less, summed by hand
+        assert exact[x] == pytest.approx(law[law <= law[x] * (1 + 1e-7)].sum(), rel=1e-6, abs=1e-12)
+    for a in (0.01, 0.05, 0.1):
+        assert law[exact <= a].sum() <= a * (1 + 1e-9)
+    if (days, level) == (250, 0.99):
+        asymptotic = np.array([b.kupiec for b in found])
+        assert law[asymptotic <= 0.05].sum() > 0.09
+
+
 def test_independence_sees_clusters_and_only_those():
     apart = torch.arange(1000) % 100 == 0
     together = torch.arange(1000) < 10

@@ -140,3 +140,89 @@ def test_dropout_that_onnx_switches_off_is_refused(dropout, rows, tmp_path):
     assert float(dropout(rows).epistemic.mean()) > 1e-3
     with pytest.raises(ExportError, match="spread is gone"):
         check(dropout, exported, rows)
+
+
+def test_one_draw_has_no_spread_and_is_compared_all_the_same(rows):
+    torch.manual_seed(0)
+    one = vbdl.Predictor(vbdl.DeepEnsemble([net()]), vbdl.Categorical(), compile=False)
+    assert set(check(one, honest(one), rows).values()) == {0.0, 20.0}
+    with pytest.raises(ExportError, match="probs differs"):
+        check(one, changed(one, probs=lambda t: t + 2e-5), rows)
+    drawn = vbdl.Predictor(vbdl.MCDropout(net()), vbdl.Categorical(), n_samples=1, compile=False)
+    check(drawn, honest(drawn), rows)
+    frozen = honest(drawn)
+    with pytest.raises(ExportError, match="probs differs|another seed"):
+        check(drawn, lambda x, seed: frozen(x, 0), rows)
+
+
+def _recurrent(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.drop, self.out = (
+                getattr(nn, kind)(4, 8, batch_first=True),
+                nn.Dropout(0.2),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x):
+            return self.out(self.drop(self.inside(x.unsqueeze(1))[0][:, -1]))
+
+    return Recurrent()
+
+
+class Unknown(nn.Module):
+    """An operation that ONNX has not."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.out = nn.Dropout(0.2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.drop(torch.special.bessel_j0(x)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["one network", "GRU", "LSTM", "unknown", "risk"])
+def test_onnx_takes_it_or_says_in_words_what_it_cannot(name, rows, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    posterior, likelihood = {
+        "one network": lambda: (vbdl.DeepEnsemble([net()]), vbdl.Categorical()),
+        "GRU": lambda: (vbdl.MCDropout(_recurrent("GRU")), vbdl.Categorical()),
+        "LSTM": lambda: (vbdl.MCDropout(_recurrent("LSTM")), vbdl.Categorical()),
+        "unknown": lambda: (vbdl.MCDropout(Unknown()), vbdl.Categorical()),
+        "risk": lambda: (vbdl.MCDropout(net()), vbdl.Gaussian(3)),
+    }[name]()
+    n_samples = 1 if name == "one network" else 4
+    predict = vbdl.Predictor(posterior, likelihood, n_samples=n_samples, compile=False, tiles=32)
+    refused = {"LSTM": "no operation for torch.nn.LSTM", "unknown": "for bessel_j0", "risk": "ONNX Runtime has no Erf"}
+    if name == "risk":
+        predict = vbdl.with_decision(predict, vbdl.decision.Risk())
+    if name in refused:
+        with pytest.raises(ExportError, match=f'{refused[name]}.*export with backend="aoti"') as caught:
+            predict.export(tmp_path / "package", backend="onnx", example=rows)
+        assert "\n" not in str(caught.value) and not (tmp_path / "package").exists()
+    else:
+        predict.export(tmp_path / "package", backend="onnx", example=rows)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("one\ntwo"), NotImplementedError(), AttributeError("x")])
+def test_whatever_an_exporter_raises_is_an_export_error(raised, dropout, rows, tmp_path, monkeypatch):
+    def fails(*_):
+        raise raised
+
+    monkeypatch.setattr("vbdl.export.package._compile", fails)
+    for backend, name in (("aoti", "AOTInductor"), ("onnx", "ONNX")):
+        with pytest.raises(ExportError, match=f"{name} cannot take this predictor, and says") as caught:
+            dropout.export(tmp_path / "package", backend=backend, example=rows)
+        assert caught.value.__cause__ is raised and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_one_network_is_compiled_ahead_of_time(rows, tmp_path):
+    torch.manual_seed(0)
+    one = vbdl.Predictor(vbdl.DeepEnsemble([net()]), vbdl.Categorical(), compile=False, tiles=32)
+    package = one.export(tmp_path / "package", example=rows)
+    torch.testing.assert_close(package(rows).probs, one(rows).probs)

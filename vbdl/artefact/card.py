@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vbdl.artefact.manifest import Dropout, Ensemble, Layers, Manifest, MeanField, Plain, Reference
+from vbdl.artefact.manifest import Dropout, Ensemble, Layers, Manifest, MeanField, Plain, Reference, Supplied
 
 
 def card(manifest: Manifest) -> str:
@@ -12,8 +12,8 @@ def card(manifest: Manifest) -> str:
         f"# {method(manifest)}\n",
         "A predictor of [vbdl](https://pypi.org/project/vbdl/): predictions with their uncertainty, split into noise "
         "in the data (aleatoric) and not knowing (epistemic).\n",
-        '```python\nimport vbdl\n\npredict = vbdl.load("this folder")\np = predict(x)\n'
-        "p.mean, p.total, p.aleatoric, p.epistemic\n```\n",
+        f'```python\nimport vbdl\n\npredict = vbdl.load("this folder"{_needed(manifest)})\np = predict(x)\n'
+        f"{', '.join('p.' + name for name in fields(manifest.likelihood))}\n```\n",
         _table(("", ""), facts(manifest)),
     ]
     if manifest.metrics:
@@ -46,6 +46,37 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
     if s.autocast is not None:
         rows.insert(6, ("network runs in", s.autocast))
     return rows
+
+
+def fields(described: dict[str, Any]) -> list[str]:
+    """What to read of a prediction of this likelihood, the prediction itself first."""
+    arguments = described.get("arguments", {})
+    inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
+    if inner is not None:
+        outer = [arguments.get(key, {}).get("module", {}).get("class") for key in ("method", "decision")]
+        return [*fields(inner), *(name for cls in outer for name in _ADDED.get(str(cls), ()))]
+    own = ["probs", "label"] if described.get("class") in ("Categorical", "Bernoulli") else ["mean", "std"]
+    return [*own, "total", "aleatoric", "epistemic"]
+
+
+_ADDED = {
+    "ConformalSets": ("sets",),
+    **dict.fromkeys(("AbsoluteIntervals", "NormalisedIntervals", "CQR"), ("lower", "upper")),
+    **dict.fromkeys(("Referral", "ExpectedCost", "AnomalyFlags"), ("action",)),
+    "HandOver": ("action", "risk"),
+    "Risk": ("action", "var", "es"),
+}
+
+
+def _needed(manifest: Manifest) -> str:
+    """What load has to be given besides the folder."""
+    q = manifest.posterior
+    each = [g.member.network for g in q.members] if isinstance(q, Ensemble) else [q.network]
+    if any(isinstance(a, Supplied) for a in each):
+        return ", module=network" if len(each) == 1 else ", module=networks"
+    names = dict.fromkeys(a.target.partition(".")[0].partition(":")[0] for a in each if isinstance(a, Reference))
+    trusted = [name for name in names if name != "vbdl"]
+    return f", trust=({', '.join(map(repr, trusted))},)" if trusted else ""
 
 
 def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:

@@ -20,9 +20,11 @@ from vbdl.artefact.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     TENSORS,
+    Architecture,
     InputEntry,
     Inputs,
     Manifest,
+    Reference,
     Settings,
     Versions,
     check_json,
@@ -50,7 +52,8 @@ def save(
     """Write the predictor as a folder of safetensors, JSON and a model card; returns the folder.
 
     extras: whatever belongs to the model and is not of vbdl, a schema of columns or preprocessing, as JSON holds it;
-        read back as `vbdl.load(folder).manifest.extras`.
+        read back as `vbdl.load(folder).manifest.extras`. Of a predictor that was loaded, or made of one that was, its
+        own unless given; so are architecture and arguments.
     metrics: figures for the model card, {"accuracy": 0.97, ...}, as JSON holds them.
     example: one batch of inputs, of which the shape of a row is recorded; what was predicted before, unless given.
     architecture: "module:name" of what makes the network, called with `arguments`. Networks of torch.nn's own layers
@@ -79,7 +82,14 @@ def contents(
     arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, bytes]:
     """The files of the artefact by name, not written yet; arguments as for `save`."""
-    description = _describe(predictor.posterior, architecture, arguments)
+    before = predictor.manifest
+    if extras is None and before is not None:
+        extras = before.extras
+    if architecture is None and arguments is None and before is not None:
+        known = posteriors.architectures(before.posterior)
+    else:
+        known = [None] * len(predictor.posterior.parts)
+    description = _describe(predictor.posterior, architecture, arguments, known)
     tensors = {f"posterior.{n}": t for n, t in _state(predictor.posterior).items()}
     tensors |= {f"likelihood.{n}": t for n, t in _state(predictor.likelihood).items()}
     for name, t in tensors.items():
@@ -111,7 +121,8 @@ def contents(
     return {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}
 
 
-def _describe(posterior: Any, architecture: Any, arguments: Any) -> Any:
+def _describe(posterior: Any, architecture: Any, arguments: Any, known: Sequence[Architecture | None]) -> Any:
+    """known: how the artefact that the posterior was loaded from makes the network of each part, or None."""
     if not (architecture is None or isinstance(architecture, Sequence)):
         raise TypeError(f'architecture is the "module:name" of what makes the network, got {architecture!r}')
     targets = [architecture] if architecture is None or isinstance(architecture, str) else list(architecture)
@@ -122,10 +133,14 @@ def _describe(posterior: Any, architecture: Any, arguments: Any) -> Any:
     given = given * parts if len(given) == 1 else given
     if len(targets) != parts or len(given) != parts:
         raise ValueError(f"the posterior has {parts} architectures, and {len(targets)} were given")
-    remaining = iter(zip(targets, given, strict=True))
+    remaining = iter(zip(targets, given, known, strict=True))
 
     def network(module: nn.Module, values: Mapping[str, Tensor]) -> Any:
-        return networks.describe(module, values, *next(remaining))
+        target, called_with, before = next(remaining)
+        if isinstance(before, Reference):
+            # not imported again: the network may have come by module=, from somebody who does not trust the name
+            return Reference(before.target, before.arguments, networks.settings(module))
+        return networks.describe(module, values, target, called_with)
 
     with networks.quiet_generator():
         return posteriors.describe(posterior, network)

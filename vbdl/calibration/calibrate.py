@@ -51,6 +51,11 @@ def calibrate(
                 "fitted behind: calibrate logits first, the finished prediction after"
             )
         inner = inner.likelihood
+    if acts_on == "prediction" and hasattr(method, "samples") and _recalibrated(predictor.likelihood):
+        raise ValueError(
+            f"{type(method).__name__} would change the mixture that CDFRecalibration was fitted to: use it first and "
+            f"CDFRecalibration after, or CDFRecalibration alone, which corrects a wrong scale too"
+        )
     x, y = as_tensor(x), torch.as_tensor(y, device=predictor.device)
     n_rows = y.shape[0] if y.ndim else 0
     if n_rows == 0:
@@ -82,6 +87,15 @@ def calibrate(
     return predictor.replace(likelihood=likelihood)
 
 
+def _recalibrated(likelihood: Any) -> bool:
+    """Whether a distribution function is bent somewhere in this likelihood."""
+    while isinstance(likelihood, CalibratedLikelihood):
+        if hasattr(likelihood.method, "wrap"):
+            return True
+        likelihood = likelihood.likelihood
+    return False
+
+
 def _overlap(predictor: Predictor, rows: Tensor) -> int:
     """How many rows, given by their fingerprints, were trained on."""
     # an ensemble of several architectures is trained as a whole, or part by part
@@ -102,6 +116,12 @@ def _check_kind(method: Any, prediction: Any) -> None:
     name, of_classes = type(method).__name__, getattr(method, "of_classes", False)
     if of_classes and not hasattr(prediction, "probs"):
         raise ValueError(f"{name} is for classes, and this is a regression: use AbsoluteIntervals, CQR or StdScaling")
+    if of_classes and prediction.probs.ndim > 1 and prediction.total.shape == prediction.probs.shape:
+        raise ValueError(
+            f"{name} makes one set of classes a row, and this prediction answers {prediction.probs.shape[1:].numel()} "
+            f"questions of yes or no (multi-label): take one question at a time, with p = predict(x) and "
+            f"{name}(alpha).fit(p.probs[:, i], y[:, i].long())"
+        )
     if not of_classes and hasattr(prediction, "probs"):
         raise ValueError(f"{name} is for regressions, and this predicts classes: use Temperature or ConformalSets")
 

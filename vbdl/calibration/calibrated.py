@@ -11,6 +11,8 @@ from torch.special import xlogy
 
 from vbdl.types import State
 
+_ADDED = ("sets", "lower", "upper")  # fields that a calibration adds to a prediction
+
 
 class CalibratedLikelihood(nn.Module):
     """The likelihood it was given, read through a calibration method.
@@ -92,8 +94,8 @@ class CalibratedLikelihood(nn.Module):
         """
         if samples is not None and hasattr(self.method, "samples"):
             samples = self.method.samples(samples)
-        made = extend(self.likelihood.prediction, fields, n_samples, samples, ("sets", "lower", "upper"))
-        return self.method.wrap(made) if hasattr(self.method, "wrap") else made
+        made = extend(self.likelihood.prediction, fields, n_samples, samples, _ADDED)
+        return _wrapped(self.method, made) if hasattr(self.method, "wrap") else made
 
 
 def calibration_rows(likelihood: Any) -> tuple[Tensor, bool]:
@@ -120,6 +122,16 @@ def _with_probs(fields: State, calibrator: nn.Module) -> State:
     epistemic = total * share
     changed = {"probs": probs, "total": total, "epistemic": epistemic, "aleatoric": total - epistemic}
     return {**fields, **changed}
+
+
+def _wrapped(method: Any, prediction: Any) -> Any:
+    """What the method makes of the prediction, with the fields that calibrations before it have added."""
+    wrapped = method.wrap(prediction)
+    added = {n: getattr(prediction, n) for n in _ADDED if hasattr(prediction, n)}
+    if not added:
+        return wrapped
+    values = {f.name: getattr(wrapped, f.name) for f in dataclasses.fields(wrapped)}
+    return _extended(type(wrapped), tuple(added))(**values, **added)
 
 
 def extend(make: Any, fields: State, n_samples: int, samples: Tensor | None, names: Sequence[str]) -> Any:

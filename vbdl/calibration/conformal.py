@@ -121,6 +121,11 @@ class ConformalSets(nn.Module):
 
     def fit(self, probs: Tensor, y: Tensor, u: Tensor | None = None) -> "ConformalSets":
         """probs: (batch, classes), or (batch,) of class 1;  y: (batch,);  u: see APS."""
+        if probs.ndim == 2 and y.shape == probs.shape:
+            raise ValueError(
+                f"y answers {probs.shape[1]} questions of yes or no a row (multi-label), and a conformal set is of the "
+                f"classes of one question: fit one ConformalSets a question, fit(probs[:, i], y[:, i])"
+            )
         probs, y = check_probs_and_labels(probs, y)
         own = self.score(probs, u).gather(1, y[:, None]).squeeze(1)
         classes = probs.shape[1]

@@ -4,8 +4,8 @@ Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, Distribution-Free Predictive Infere
 https://arxiv.org/abs/1604.04173 (absolute, and divided by a predicted spread)
 Romano, Patterson, Candès, Conformalized Quantile Regression, 2019, https://arxiv.org/abs/1905.03222
 
-P(y in interval) >= 1 - alpha for rows exchangeable with the calibration rows, output by output. With too few rows, (n +
-1)(1 - alpha) > n, the interval is infinite.
+P(y in interval) >= 1 - alpha for rows exchangeable with the calibration rows, for each element of a row on its own.
+With too few rows, (n + 1)(1 - alpha) > n, the interval is infinite.
 """
 
 import math
@@ -27,16 +27,16 @@ class _Intervals(nn.Module):
     def __init__(self, alpha: float):
         super().__init__()
         self.alpha = check_rate(alpha, "alpha")
-        self.register_buffer("threshold", None)  # () or (outputs,)
+        self.register_buffer("threshold", None)  # () or (...), one for each element of a row
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
 
     def _fit(self, scores: Tensor) -> Self:
-        """scores: (batch,) or (batch, outputs)"""
-        columns = scores if scores.ndim == 2 else scores.unsqueeze(1)
-        found = torch.stack([conformal_quantile(column, self.alpha) for column in columns.T])
-        self.threshold = found if scores.ndim == 2 else found.squeeze(0)
+        """scores: (batch,) or (batch, ...); a threshold for each element, as rows are what is exchangeable"""
+        columns = scores.unsqueeze(-1).flatten(1)
+        found = [conformal_quantile(column, self.alpha) for column in columns.T]
+        self.threshold = torch.stack(found).reshape(scores.shape[1:])
         return self
 
     def _threshold(self, dtype: torch.dtype) -> Tensor:
@@ -53,7 +53,7 @@ class _Intervals(nn.Module):
         return fit(*self.inputs(prediction.mean, prediction.total), y)
 
     def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The prediction's fields, and `lower` and `upper`, (batch, outputs) in target units."""
+        """The prediction's fields, and `lower` and `upper`, (batch, ...) in target units."""
         lower, upper = self(*self.inputs(fields["mean"], fields["total"]))
         return {**fields, "lower": lower, "upper": upper}
 
@@ -62,7 +62,7 @@ class AbsoluteIntervals(_Intervals):
     """mean ± q, one width for all rows: score |y - mean|, target units."""
 
     def fit(self, mean: Tensor, y: Tensor) -> Self:
-        """mean, y: (batch,) or (batch, outputs)"""
+        """mean, y: (batch,) or (batch, ...)"""
         mean, y = check_targets(mean, y)
         return self._fit((y - mean).abs())
 
@@ -79,7 +79,7 @@ class NormalisedIntervals(_Intervals):
     """mean ± q · std, as wide as the predictive says a row is uncertain: score |y - mean| / std."""
 
     def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> Self:
-        """mean, std, y: (batch,) or (batch, outputs)"""
+        """mean, std, y: (batch,) or (batch, ...)"""
         mean, y = check_targets(mean, y)
         return self._fit((y - mean).abs() / check_std(std, mean.shape))
 
@@ -100,7 +100,7 @@ class CQR(_Intervals):
     """
 
     def fit(self, lower: Tensor, upper: Tensor, y: Tensor) -> Self:
-        """lower, upper: predicted alpha/2 and 1 - alpha/2 quantiles;  y: all (batch,) or (batch, outputs)"""
+        """lower, upper: predicted alpha/2 and 1 - alpha/2 quantiles;  y: all (batch,) or (batch, ...)"""
         lower, y = check_targets(lower, y, "lower")
         upper = check_finite(upper, "upper")
         if upper.shape != lower.shape:

@@ -1,21 +1,20 @@
 """The rank on which every conformal promise rests."""
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from vbdl.metrics._checks import check_rate, check_scores
+from vbdl.metrics._counts import at_most
 
 
 def conformal_rank(n: int, alpha: float) -> int:
-    """⌈(n + 1)(1 - alpha)⌉, of the decimal that alpha is written as.
+    """⌈(n + 1)(1 - alpha)⌉, of the decimal that alpha was meant to be: 0.1 and 1 - 0.9 have one rank.
 
-    In binary (9 + 1)(1 - 0.7) is 3.0000000000000004, and the rank would be one too high.
+    alpha: the share of misses that is allowed; of a coverage it is 1 - coverage, rounded as it may be.
     """
-    check_rate(alpha, "alpha")
-    return math.ceil((n + 1) * (1 - Fraction(str(alpha))))
+    return n + 1 - at_most(check_rate(alpha, "alpha"), n + 1)
 
 
 def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:

@@ -19,7 +19,8 @@ from vbdl.metrics.nll import check_mixture
 class StdScaling(nn.Module):
     """std -> scale · std, the mean stays; scale > 0 minimises the negative log-likelihood.
 
-    per_output: a scale for each output, or one for all. A mixture is stretched about its own mean, means_s -> mean +
+    per_output: a scale for each output, or one for all. Outputs are the last axis, or the likelihood's channel_axis;
+    every other axis (time, pixels) shares their scales. A mixture is stretched about its own mean, means_s -> mean +
     scale (means_s - mean) and stds_s -> scale · stds_s, so that its shape stays and total, aleatoric and epistemic
     variance are all multiplied by scale²: they still add up, and their ratio is that of before.
     """
@@ -30,15 +31,18 @@ class StdScaling(nn.Module):
     def __init__(self, per_output: bool = True):
         super().__init__()
         self.per_output = per_output
-        self.register_buffer("log_scale", torch.zeros((), dtype=torch.float64))  # () or (outputs,)
+        self.register_buffer(
+            "log_scale", torch.zeros((), dtype=torch.float64)
+        )  # (), (outputs,), or (outputs, 1, ...) with axes behind
 
     @property
     def scale(self) -> Tensor:
         return self.log_scale.exp()
 
-    def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> "StdScaling":
-        """Gaussian: mean, std (batch,) or (batch, outputs), in closed form, scale² = mean of z².
-        Mixture: mean, std (samples, batch) or (samples, batch, outputs).  y: (batch,) or (batch, outputs).
+    def fit(self, mean: Tensor, std: Tensor, y: Tensor, output_axis: int = -1) -> "StdScaling":
+        """Gaussian: mean, std (batch,) or (batch, ...), in closed form, scale² = mean of z².
+        Mixture: mean, std (samples, batch) or (samples, batch, ...).  y: (batch,) or (batch, ...).
+        output_axis: the axis of the outputs, counted from the end.
 
         ValueError without rows, and when every mean equals its target: the best scale would be 0.
         """
@@ -48,62 +52,71 @@ class StdScaling(nn.Module):
             means, stds, target, log_weights = check_mixture(mean, std, y, None)
             assert target is not None
             centre = means.mean(dim=0)
-            self.log_scale = self._fit_mixture(means - centre, stds, target - centre, log_weights)
+            self.log_scale = self._fit_mixture(means - centre, stds, target - centre, log_weights, output_axis)
             return self
         mean, y = check_targets(mean, y)
         z2 = ((y - mean) / check_std(std, mean.shape)) ** 2
-        mean_z2 = z2.mean(dim=0) if self.per_output else z2.mean()
+        mean_z2 = self._averaged(z2, output_axis)
         if bool((mean_z2 == 0).any()):
             raise ValueError("every mean equals its target: a std of 0 would fit best; use new rows")
         self.log_scale = 0.5 * mean_z2.log()
         return self
 
-    def _fit_mixture(self, apart: Tensor, stds: Tensor, residual: Tensor, log_weights: Tensor) -> Tensor:
+    def _averaged(self, each: Tensor, output_axis: int) -> Tensor:
+        """(batch, ...) -> what a scale has of its own: (), (outputs,), or (outputs, 1, ...) with axes behind."""
+        if not self.per_output or each.ndim == 1:
+            return each.mean()
+        last = each.movedim(output_axis, -1)
+        return last.reshape(-1, last.shape[-1]).mean(0).reshape(-1, *[1] * (-1 - output_axis))
+
+    def _fit_mixture(
+        self, apart: Tensor, stds: Tensor, residual: Tensor, log_weights: Tensor, output_axis: int
+    ) -> Tensor:
         """log scale of the mixture with component means `apart` from the mixture's mean."""
-        outputs = residual.shape[1:] if self.per_output else torch.Size()
-        moment = (residual**2 / (stds**2 + apart**2).mean(0)).mean(0)
+        moment = self._averaged(residual**2 / (stds**2 + apart**2).mean(0), output_axis)
         if bool((moment == 0).any()):
             raise ValueError("every mean equals its target: a std of 0 would fit best; use new rows")
-        start = 0.5 * (moment if self.per_output else moment.mean()).log()
+        start = 0.5 * moment.log()
 
         def loss(v: Tensor) -> Tensor:
-            scale = v.reshape(outputs).exp()
+            scale = v.reshape(start.shape).exp()
             z = (residual - scale * apart) / (scale * stds)
             log_density = -0.5 * z**2 - (scale * stds).log() - 0.5 * math.log(2 * math.pi)
-            # outputs apart: each has its own mixture, so that one scale cannot lean on another
+            # elements apart: each has its own mixture, so that one scale cannot lean on another
             weights = log_weights.reshape(-1, *[1] * (log_density.ndim - 1))
-            return -(log_density + weights).logsumexp(0).mean(0).sum()
+            return -self._averaged((log_density + weights).logsumexp(0), output_axis).sum()
 
-        return minimize(loss, start.reshape(-1)).reshape(outputs)
+        return minimize(loss, start.reshape(-1)).reshape(start.shape)
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Gaussian (batch,) or (batch, outputs) -> the same mean, the scaled std"""
+        """Gaussian (batch,) or (batch, ...) -> the same mean, the scaled std"""
         return mean, std * self.scale.to(std.dtype)
 
     def mixture(self, means: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
-        """(samples, batch) or (samples, batch, outputs) -> the stretched mixture"""
+        """(samples, batch) or (samples, batch, ...) -> the stretched mixture"""
         scale, centre = self.scale.to(means.dtype), means.mean(dim=0)
         return centre + scale * (means - centre), scale * stds
 
     def variance(self, variance: Tensor) -> Tensor:
-        """total, aleatoric or epistemic (batch, outputs), squared target units -> the scaled one"""
+        """total, aleatoric or epistemic (batch, ...), squared target units -> the scaled one"""
         return variance * (2 * self.log_scale).exp().to(variance.dtype)
 
     def fit_prediction(self, prediction, y: Tensor) -> "StdScaling":
-        """From a prediction that kept its samples, mean and log-variance (samples, batch, outputs, 2)."""
+        """From a prediction that kept its samples, mean and log-variance (samples, batch, ..., 2)."""
         mean, log_variance = prediction.samples.unbind(-1)
-        return self.fit(mean, (0.5 * log_variance).exp(), y)
+        return self.fit(mean, (0.5 * log_variance).exp(), y, getattr(prediction, "output_axis", -1))
 
     def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         """The prediction's fields, the variances scaled."""
         scaled = {n: self.variance(fields[n]) for n in ("total", "aleatoric", "epistemic")}
         if "covariance" in fields:
             scale = self.scale.to(fields["covariance"].dtype)
+            scale = scale.flatten() if scale.ndim else scale  # covariances have the outputs last, wherever they were
             scaled["covariance"] = fields["covariance"] * (scale.unsqueeze(-1) * scale if scale.ndim else scale**2)
         return {**fields, **scaled}
 
     def samples(self, samples: Tensor) -> Tensor:
-        """The components of the stretched mixture, (samples, batch, outputs, 2)."""
+        """The components of the stretched mixture, (samples, batch, ..., 2)."""
         mean, log_variance = samples.unbind(-1)
         centre = mean.mean(dim=0)
         scale = self.scale.to(mean.dtype)

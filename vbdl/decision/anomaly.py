@@ -4,6 +4,7 @@ Bates, Candès, Lei, Romano, Sesia, Testing for Outliers with Conformal p-values
 Benjamini, Hochberg, Controlling the False Discovery Rate, 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vbdl.decision.referral import uncertainty_of
 from vbdl.metrics._checks import check_rate, check_scores
+from vbdl.metrics._counts import at_most
 
 
 class AnomalyFlags(nn.Module):
@@ -42,32 +44,40 @@ class AnomalyFlags(nn.Module):
         """A prediction -> (batch,) bool flags, at the budget given to the constructor"""
         if self.false_alarms is None:
             raise RuntimeError("give AnomalyFlags a budget to decide with: AnomalyFlags(false_alarms=0.01)")
-        return self.p_values(uncertainty_of(prediction, self.kind)) <= self.false_alarms * (1 + 1e-12)
+        return self._within(uncertainty_of(prediction, self.kind), self.false_alarms)
 
     def p_values(self, scores: Tensor) -> Tensor:
         """(batch,) -> (batch,) float64"""
+        count, n = self._count(scores)
+        return count.to(torch.float64) / (n + 1)
+
+    def _count(self, scores: Tensor) -> tuple[Tensor, int]:
+        """1 + normal rows with a score at least as high, (batch,) int64, and how many normal rows there are."""
         if self.scores is None:
             raise RuntimeError("AnomalyFlags has not been fitted: call fit first")
         n = self.scores.numel()
         asked = scores.to(torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf).contiguous()
-        at_least = n - torch.searchsorted(self.scores, asked)
-        return (1 + at_least).to(torch.float64) / (n + 1)
+        return 1 + n - torch.searchsorted(self.scores, asked), n
+
+    def _within(self, scores: Tensor, false_alarms: float) -> Tensor:
+        """Whether the p-value is at most the budget, counted in rows."""
+        count, n = self._count(scores)
+        return count <= at_most(false_alarms, n + 1)
 
     def flag(self, scores: Tensor, false_alarms: float) -> Tensor:
         """(batch,) bool: each normal row is flagged with probability at most false_alarms.
 
         ValueError when the budget is below 1 / (n + 1): no row could ever be flagged.
         """
-        p = self.p_values(scores)
-        check_rate(false_alarms, "false_alarms")
+        within = self._within(scores, check_rate(false_alarms, "false_alarms"))
         self._check_budget(false_alarms)
-        return p <= false_alarms * (1 + 1e-12)
+        return within
 
     def _check_budget(self, false_alarms: float) -> None:
         assert self.scores is not None
-        if false_alarms * (self.scores.numel() + 1) < 1 - 1e-12:
+        if at_most(false_alarms, self.scores.numel() + 1) < 1:
             raise ValueError(
-                f"a budget of {false_alarms} needs at least {int(1 / false_alarms)} normal rows, "
+                f"a budget of {false_alarms:.6g} needs at least {math.ceil(1 / false_alarms - 1e-9) - 1} normal rows, "
                 f"there are {self.scores.numel()}: nothing could ever be flagged"
             )
 

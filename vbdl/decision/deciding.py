@@ -1,6 +1,7 @@
 """A predictor whose predictions carry the action."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calibration.calibrated import extend
+from vbdl.decision.distribution import Distribution, calibrated_draws, changes_draws
 from vbdl.engine import Predictor
 from vbdl.likelihoods.moments import merge_mean
+from vbdl.likelihoods.normal_mixture import NormalLikelihood
 from vbdl.types import State
 
 
@@ -28,7 +31,8 @@ class DecidingLikelihood(nn.Module):
     """A likelihood whose predictions have `action`, made by a decision module in the same compiled call.
 
     A decision may return several fields (a dict with action among them), and may have `bounds`, a module of each
-    draw's parameters whose mean over the draws it sees as `per_draw`.
+    draw's parameters whose mean over the draws it sees as `per_draw`. One with `reads_distribution` sees the
+    calibrated predictive of a regression as `distribution`: for it all draws of a row are kept until the end.
     """
 
     likelihood: Any
@@ -37,6 +41,7 @@ class DecidingLikelihood(nn.Module):
     def __init__(self, likelihood: nn.Module, decision: nn.Module):
         super().__init__()
         self.likelihood, self.decision = likelihood, decision
+        self._places = 1  # for draws; the predictor says how many there are
 
     @property
     def n_members(self) -> int:
@@ -55,8 +60,16 @@ class DecidingLikelihood(nn.Module):
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.likelihood.training_loss(parameters, y)
 
+    def for_draws(self, n: int) -> None:
+        """Room for so many draws in running sums, which a compiled call cannot lengthen."""
+        self._places = n
+
     def summarize(self, parameters: Tensor) -> State:
         summary = self.likelihood.summarize(parameters)
+        if self._keeps_draws:
+            empty = max(self._places - parameters.shape[0], 0)
+            filled = torch.cat((parameters, parameters.new_zeros(empty, *parameters.shape[1:])))
+            return {**summary, "draws": filled.movedim(0, 1).contiguous()}  # rows first, as all running sums
         bounds = getattr(self.decision, "bounds", None)
         return summary if bounds is None else {**summary, "per_draw": bounds(parameters).mean(0)}
 
@@ -64,6 +77,11 @@ class DecidingLikelihood(nn.Module):
         merged = self.likelihood.merge(a, b)
         if "per_draw" in a:
             merged["per_draw"] = merge_mean(a["n"], a["per_draw"], b["n"], b["per_draw"])
+        if "draws" in a:
+            places = a["draws"].shape[1]
+            place = torch.arange(places, device=a["draws"].device) - a["n"].to(torch.int64)
+            mine = ((place >= 0) & (place < b["n"])).reshape(1, -1, *[1] * (a["draws"].ndim - 2))
+            merged["draws"] = torch.where(mine, b["draws"].index_select(1, place.clamp(0, places - 1)), a["draws"])
         return merged
 
     def finish(self, summary: State) -> State:
@@ -73,10 +91,31 @@ class DecidingLikelihood(nn.Module):
             probs = fields["probs"]
             binary = probs.ndim == fields["total"].ndim
             seen.label = (probs >= 0.5).to(torch.int64) if binary else probs.argmax(-1)
+        if "draws" in summary:
+            seen.distribution = self._distribution(summary, fields)
         if "per_draw" in summary:
             seen.per_draw = summary["per_draw"]
         made = self.decision(seen)
         return {**fields, **(made if isinstance(made, dict) else {"action": made})}
+
+    @property
+    def _keeps_draws(self) -> bool:
+        base = self.likelihood
+        while hasattr(base, "likelihood"):
+            base = base.likelihood
+        if not isinstance(base, NormalLikelihood):
+            return False
+        if getattr(self.decision, "bounds", None) is not None:
+            return changes_draws(self.likelihood)  # otherwise each draw's own mean is all that is needed
+        return getattr(self.decision, "reads_distribution", False)
+
+    def _distribution(self, summary: State, fields: State) -> Distribution:
+        draws = summary["draws"].movedim(1, 0)
+        there = torch.arange(draws.shape[0], device=draws.device) < summary["n"]
+        # an empty place is at the mean, which calibrations stretch about, and has no weight
+        mean = torch.where(there.reshape(-1, *[1] * (draws.ndim - 2)), draws[..., 0], fields["mean"].to(draws.dtype))
+        draws, recalibration = calibrated_draws(self.likelihood, torch.stack((mean, draws[..., 1]), -1))
+        return Distribution(draws, there.to(torch.float64) / summary["n"], recalibration)
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
         return extend(self.likelihood.prediction, fields, n_samples, samples, ("action", "risk", "var", "es"))
@@ -92,12 +131,9 @@ def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
         raise ValueError("this predictor decides already; start from the one it was made of")
     if not isinstance(decision, nn.Module):
         raise TypeError(f"a decision is a module, got {type(decision).__name__}")
-    method = getattr(predictor.likelihood, "method", None)
-    if getattr(decision, "bounds", None) is not None and method is not None and not hasattr(method, "inputs"):
-        raise ValueError(
-            f"a path risk is read from each draw, which {type(method).__name__} does not calibrate: decide on the "
-            "predictor before calibration, or on an uncertainty (kind=) after it"
-        )
+    certificate = getattr(decision, "certificate", None)
+    if certificate is not None and certificate.n_kept == 0:
+        warnings.warn(certificate.refusal(), stacklevel=2)
     likelihood = copy.deepcopy(predictor.likelihood)
     deciding: Any = DecidingLikelihood(likelihood, copy.deepcopy(decision))
     return predictor.replace(likelihood=deciding)

@@ -42,8 +42,11 @@ class Drive:
             prediction, risk = self._running.result(timeout=self.machine.deadline)
         except TimeoutError:
             return self.machine.fail("late")
-        except Exception:  # whatever went wrong, the driver must be told at once, and the reason kept
-            logging.getLogger(__name__).exception("a frame could not be predicted")
+        except Exception as error:  # whatever went wrong, the driver must be told at once, and the reason kept
+            log = logging.getLogger(__name__)
+            said = " ".join(str(error).split())[:300]  # one line a frame, however many a second there are
+            log.error("a frame could not be predicted: %s: %s", type(error).__name__, said)
+            log.debug("where it failed", exc_info=error)
             return self.machine.fail("failed")
         self.prediction = prediction
         return self.machine.step(risk, 0.0)  # in time, or the wait would have ended

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.decision.distribution import distribution_of
 from vbdl.decision.path_risk import PathBounds
 from vbdl.decision.referral import uncertainty_of
 
@@ -82,7 +83,10 @@ class HandOver(nn.Module):
 
     def risk(self, prediction: Any) -> Tensor:
         """(batch,) the number of each row that the thresholds are compared with"""
-        return prediction.per_draw if self.bounds is not None else uncertainty_of(prediction, self.kind)
+        if self.bounds is None:
+            return uncertainty_of(prediction, self.kind)
+        distribution = distribution_of(prediction)
+        return prediction.per_draw if distribution is None else self.bounds.of(distribution)
 
     def forward(self, prediction: Any) -> dict[str, Tensor]:
         """A prediction -> action, (batch,) int64 modes, each row's own, and risk, (batch,). Not finite hands over."""

@@ -7,12 +7,15 @@ The predictive samples are whole paths: each is one function of the inputs, so t
 probability counts paths and not steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from vbdl.decision.distribution import Distribution
+from vbdl.likelihoods.mixture import averaged
 from vbdl.metrics._checks import check_rate
 from vbdl.metrics.intervals import normal_cdf
 
@@ -70,7 +73,8 @@ class PathBounds(nn.Module):
     Given the draw, steps are independent normals: 1 - Π_t P(lower_t <= y_t <= upper_t). The mean over draws is that of
     the whole predictive, exactly; steps of one path belong together through the draw that they share.
 
-    lower, upper: numbers, or (horizon,), in target units; at least one.
+    lower, upper: numbers, (horizon,), or the axes of the targets behind the batch, in target units; at least one.
+    Every element of a row is a step.
     """
 
     lower: Tensor | None
@@ -82,26 +86,46 @@ class PathBounds(nn.Module):
             raise ValueError("give lower, upper or both: without a bound nothing can be crossed")
         for name, bound in (("lower", lower), ("upper", upper)):
             t = None if bound is None else torch.as_tensor(bound, dtype=torch.float64)
-            if t is not None and (t.ndim > 1 or bool(t.isnan().any())):
+            if t is not None and bool(t.isnan().any()):
                 raise ValueError(f"{name} must be a number or (horizon,), and not NaN")
             self.register_buffer(name, t)
 
     def forward(self, parameters: Tensor) -> Tensor:
-        """(samples, batch, horizon, 2) mean and log-variance -> (samples, batch)"""
-        if parameters.ndim != 4 or parameters.shape[-1] != 2:
+        """(samples, batch, horizon, 2), or (samples, batch, ..., 2), mean and log-variance -> (samples, batch)"""
+        self._check(tuple(parameters.shape))
+        mean, log_variance = parameters.to(torch.float64).unbind(-1)
+        return self._outside(mean, (0.5 * log_variance).exp(), self.lower, self.upper)
+
+    def of(self, distribution: Distribution) -> Tensor:
+        """(batch,) the probability for a calibrated predictive: bounds are put where their levels have moved."""
+        mean, std = distribution.mean, distribution.std
+        self._check((*mean.shape, 2))
+        moved = [None if b is None else distribution.moved(b) for b in (self.lower, self.upper)]
+        return averaged(self._outside(mean, std, *moved), distribution.weights)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) < 4 or shape[-1] != 2:
             raise ValueError(
                 "a path risk needs a regression whose outputs are the steps of the path, (samples, batch, horizon, 2), "
-                f"not {tuple(parameters.shape)}"
+                f"not {shape}"
             )
         for name, bound in (("lower", self.lower), ("upper", self.upper)):
-            if bound is not None and bound.ndim and bound.shape[0] != parameters.shape[2]:
-                raise ValueError(f"{name} has {bound.shape[0]} steps, and the path {parameters.shape[2]}")
-        mean, log_variance = parameters.to(torch.float64).unbind(-1)
-        std = (0.5 * log_variance).exp()
+            if bound is None or bound.ndim == 0:
+                continue
+            steps = shape[2:-1]
+            if bound.ndim > len(steps) or tuple(bound.shape) != steps[len(steps) - bound.ndim :]:
+                raise ValueError(f"{name} has {_listed(bound.shape)} steps, and the path {_listed(steps)}")
+
+    @staticmethod
+    def _outside(mean: Tensor, std: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
         # the smaller tails are added, so that a small risk is not lost beside a probability next to one
         outside = torch.zeros_like(mean)
-        if self.lower is not None:
-            outside = outside + normal_cdf((self.lower - mean) / std)
-        if self.upper is not None:
-            outside = outside + normal_cdf((mean - self.upper) / std)
-        return -torch.expm1(torch.log1p(-outside.clamp(max=1)).sum(-1))
+        if lower is not None:
+            outside = outside + normal_cdf((lower - mean) / std)
+        if upper is not None:
+            outside = outside + normal_cdf((mean - upper) / std)
+        return -torch.expm1(torch.log1p(-outside.clamp(max=1)).flatten(2).sum(-1))
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in shape)

@@ -8,14 +8,17 @@ Leibig, Allken, Ayhan, Berens, Wahl, Leveraging uncertainty information from dee
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vbdl.decision.cost import REFER
-from vbdl.decision.guarantee import risk_p_value, risk_upper_bound
+from vbdl.decision.guarantee import last_passed, lowest_passing, risk_p_value, risk_upper_bound, starting_shares
 from vbdl.metrics._checks import check_rate, check_scores
+from vbdl.metrics._counts import at_most
 from vbdl.metrics.estimate import Interval, proportion_interval
 
 
@@ -61,6 +64,20 @@ class Certificate:
     coverage: float  # share of the calibration rows kept
     n_kept: int
     n: int
+    lowest_risk: float | None = None  # the lowest that these rows allow to promise; None where it was not recorded
+
+    def refusal(self) -> str:
+        """Why every row is referred."""
+        text = (
+            f"no threshold can be promised to keep a risk of {self.risk:g} but for a probability of {self.delta:g}: "
+            f"every row is referred"
+        )
+        if self.lowest_risk is None or self.lowest_risk >= 1:
+            return f"{text}. Calibrate on more rows than these {self.n}"
+        return (
+            f"{text}. The lowest risk that these {self.n} rows allow to promise is {self.lowest_risk:.3g}: ask for "
+            f"that, or calibrate on more rows"
+        )
 
 
 class Referral(nn.Module):
@@ -99,7 +116,7 @@ class Referral(nn.Module):
             raise ValueError(f"share must lie in [0, 1], not {share}")
         ordered = check_scores(uncertainty_of(prediction, self.kind), "uncertainty").sort().values
         n = ordered.numel()
-        allowed = math.floor(share * n * (1 + 1e-12))
+        allowed = at_most(share, n)
         above = torch.cat((ordered.new_tensor([-math.inf]), ordered))[n - allowed]
         # the first value above the largest that must be kept
         later = ordered[ordered > above]
@@ -120,60 +137,43 @@ class Referral(nn.Module):
         return self._set(self._keep(ordered, best))
 
     def for_risk(self, prediction, loss: Tensor, risk: float, delta: float = 0.05, method: str = "sgr") -> "Referral":
-        """The largest coverage found whose mean loss on kept rows is at most `risk`, except with probability delta over
+        """The largest coverage whose mean loss on kept rows is at most `risk`, except with probability delta over
         calibration sets.
 
-        loss: (batch,) bool, or in [0, 1]. method "sgr": Geifman and El-Yaniv's bisection, each of its ⌈log₂ n⌉ steps
-        tested at its share of delta. "ltt": learn then test, thresholds in a fixed order from the strictest, each
-        tested at the whole delta, up to the first that fails.
+        loss: (batch,) bool, or in [0, 1]. method "sgr": selection with guaranteed risk, from several strictnesses at
+        once, each with a share of delta that goes on to the next when it passes (see vbdl.decision.guarantee). The
+        bisection of Geifman and El-Yaniv misses what can be kept where the p-value is not monotone in the coverage.
+        "ltt": learn then test from the strictest alone, with the whole of delta, up to the first that fails.
 
         The promise is about rows exchangeable with these: on shifted rows there is none, and `check` tells. If no
-        threshold can be promised every row is referred (threshold -inf), and the certificate says n_kept = 0.
+        threshold can be promised every row is referred (threshold -inf), with a warning, and the certificate says
+        n_kept = 0 and in `lowest_risk` what could have been promised.
         """
         check_rate(risk, "risk")
         check_rate(delta, "delta")
+        if method not in ("sgr", "ltt"):
+            raise ValueError(f"method must be 'sgr' or 'ltt', not {method!r}")
         ordered, losses, cuts = self._sorted(prediction, loss)
         if bool(((losses < 0) | (losses > 1)).any()):
             raise ValueError("for_risk needs losses in [0, 1]: divide by the largest possible loss")
         binary = bool(((losses == 0) | (losses == 1)).all())
         n = losses.numel()
-        total = torch.cat((losses.new_zeros(1), losses.cumsum(0)))
-        cuts = cuts[cuts > 0]
+        sums = np.concatenate(([0.0], losses.cumsum(0).cpu().numpy()))
+        kept = cuts[cuts > 0].cpu().numpy()
 
-        means = total[cuts] / cuts
-        p_values = risk_p_value(means.cpu().numpy(), cuts.cpu().numpy(), risk, binary)
+        def find(asked: float) -> tuple[int, float]:
+            p = risk_p_value(sums[kept] / kept, kept, asked, binary)
+            shares = starting_shares(kept, asked, delta, several=method == "sgr")
+            found, level = last_passed(p, shares)
+            return (int(kept[found]), level) if found >= 0 else (0, delta)
 
-        if method == "sgr":
-            steps = max(1, math.ceil(math.log2(n + 1)))
-            best, used = self._bisect(cuts, p_values, delta / steps, steps), delta / steps
-        elif method == "ltt":
-            # fewer rows than this cannot pass even without a loss; known before looking at losses
-            first = math.ceil(math.log(delta) / math.log1p(-risk) - 1e-9)
-            best, used = 0, delta
-            for kept, p in zip(cuts.tolist(), p_values.tolist(), strict=True):
-                if kept >= first:
-                    if p > delta:
-                        break
-                    best = kept
-        else:
-            raise ValueError(f"method must be 'sgr' or 'ltt', not {method!r}")
-        bound = risk_upper_bound(float(total[best]) / best, best, used, binary) if best else 0.0
-        self.certificate = Certificate(risk, delta, bound, best / n, best, n)
+        best, used = find(risk)
+        bound = risk_upper_bound(float(sums[best]) / best, best, used, binary) if best else 0.0
+        lowest = bound if best else lowest_passing(lambda asked: find(asked)[0] > 0, risk)
+        self.certificate = Certificate(risk, delta, bound, best / n, best, n, lowest)
+        if not best:
+            warnings.warn(self.certificate.refusal(), stacklevel=2)
         return self._set(self._keep(ordered, best))
-
-    @staticmethod
-    def _bisect(cuts: Tensor, p_values, level: float, steps: int) -> int:
-        low, high, best = 0, cuts.numel() - 1, 0
-        for _ in range(steps):
-            if low > high:
-                break
-            middle = (low + high + 1) // 2
-            kept = int(cuts[middle])
-            if p_values[middle] <= level:
-                best, low = max(best, kept), middle + 1
-            else:
-                high = middle - 1
-        return best
 
     def check(self, prediction, y_loss: Tensor, level: float = 0.95) -> Interval:
         """Mean loss of the rows this keeps, with its exact binomial interval: is the promise true here?

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.decision.distribution import Distribution, distribution_of
 from vbdl.metrics._checks import check_finite, check_rate
+from vbdl.metrics._counts import at_least, at_most
 from vbdl.metrics.intervals import normal_cdf
 from vbdl.metrics.nll import check_mixture
 
@@ -24,14 +26,14 @@ class TailRisk:
     """Value at risk and expected shortfall of each row, units of the outcome, losses positive."""
 
     level: float
-    var: Tensor  # (batch,) or (batch, outputs)
-    es: Tensor  # (batch,) or (batch, outputs)
+    var: Tensor  # (batch,) or (batch, ...)
+    es: Tensor  # (batch,) or (batch, ...)
 
 
 def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | None = None) -> TailRisk:
     """VaR and ES of the Gaussian mixture over samples: the quantile by bisection, ES in closed form.
 
-    means, stds: (samples, batch) or (samples, batch, outputs). One sample is the Gaussian without parameter
+    means, stds: (samples, batch) or (samples, batch, ...). One sample is the Gaussian without parameter
     uncertainty; std 0 is not allowed.
     """
     check_rate(level, "level")
@@ -56,41 +58,41 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
 
 
 def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
-    """VaR and ES of N(mean, std²); mean, std: (batch,) or (batch, outputs)"""
+    """VaR and ES of N(mean, std²); mean, std: (batch,) or (batch, ...)"""
     return mixture_tail(mean.unsqueeze(0), std.unsqueeze(0), level)
 
 
 def sample_tail(samples: Tensor, level: float) -> TailRisk:
     """VaR and ES of the samples' empirical distribution, exact also where the tail ends inside a sample.
 
-    samples: (samples, batch) or (samples, batch, outputs), draws of y with its noise. ValueError when the
+    samples: (samples, batch) or (samples, batch, ...), draws of y with its noise. ValueError when the
     tail holds less than one sample: (1 - level) · samples >= 1 is needed.
     """
     check_rate(level, "level")
     samples = check_finite(samples, "samples")
-    if samples.ndim not in (2, 3) or samples.shape[0] == 0:
-        raise ValueError(f"samples must be (samples, batch[, outputs]), not {tuple(samples.shape)}")
-    # the decimal that was meant: 1 - 0.99 is 0.010000000000000009
-    mass = round((1 - level) * samples.shape[0], 9)
-    if mass < 1:
+    if samples.ndim < 2 or samples.shape[0] == 0:
+        raise ValueError(f"samples must be (samples, batch) or (samples, batch, ...), not {tuple(samples.shape)}")
+    whole, last = at_most(1 - level, samples.shape[0]), at_least(1 - level, samples.shape[0])
+    mass = float(whole) if whole == last else (1 - level) * samples.shape[0]
+    if whole < 1:
         raise ValueError(
             f"the {1 - level:.3g} tail of {samples.shape[0]} samples holds less than one; "
             f"draw at least {math.ceil(1 / (1 - level) - 1e-9)}"
         )
     ordered = samples.sort(dim=0).values
-    whole = math.floor(mass)
     total = ordered[:whole].sum(dim=0)
-    last = ordered[math.ceil(mass) - 1]
-    return TailRisk(level, -last, -(total + (mass - whole) * last) / mass)
+    end = ordered[last - 1]
+    return TailRisk(level, -end, -(total + (mass - whole) * end) / mass)
 
 
 class Risk(nn.Module):
     """Value at risk, expected shortfall and a position that shrinks with uncertainty, inside a predictor of returns.
 
-    All three are those of the normal with the predictive's mean and total variance, so parameter uncertainty is in
-    them; the tail of the mixture itself needs every draw: mixture_tail of predict(x, samples=True).
+    All three are those of the predictive itself, the mixture of every draw as it was calibrated: its quantile, the mean
+    beyond it, its mean and variance. Parameter uncertainty is in them. A prediction given by hand needs its samples for
+    that, predict(x, samples=True); without, it is read as the normal of its mean and total variance.
 
-    level: of VaR and ES. The position is fraction · mean / total variance, within ±limit, as a share of wealth: the
+    level: of VaR and ES. The position is fraction · mean / variance, within ±limit, as a share of wealth: the
     growth-optimal one for small returns (Kelly) at fraction 1, mean-variance with a risk aversion of 1 / fraction.
     max_var: the position is scaled down until its own VaR is at most this, in units of the return.
     A row whose mean or variance is not finite gets a position of 0.
@@ -108,15 +110,22 @@ class Risk(nn.Module):
     def extra_repr(self) -> str:
         return f"level={self.level}, fraction={self.fraction}, limit={self.limit}, max_var={self.max_var}"
 
+    reads_distribution = True
+
     def forward(self, prediction: Any) -> dict[str, Tensor]:
-        """A regression -> action (the position), var and es of holding 1, each (batch, outputs)"""
-        mean, variance = prediction.mean, prediction.total
-        std = variance.sqrt()
-        z = -float(torch.special.ndtri(torch.tensor(1 - self.level, dtype=torch.float64)))
-        density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        """A regression -> action (the position), var and es of holding 1, each (batch, ...)"""
+        distribution = distribution_of(prediction)
+        dtype = prediction.mean.dtype
+        if distribution is None:
+            components = torch.stack((prediction.mean, prediction.total.log()), -1)
+            distribution = Distribution(components.unsqueeze(0))
+        low = distribution.quantile(1 - self.level)
+        shortfall = -distribution.mean_below(low, 1 - self.level)
+        mean, variance = distribution.moments()
         position = (self.fraction * mean / variance).clamp(-self.limit, self.limit)
         if self.max_var is not None:
-            own = position.abs() * z * std - position * mean
+            # short of it, the loss is in the other tail
+            own = torch.where(position < 0, -position * distribution.quantile(self.level), -position * low)
             position = position * (self.max_var / own.clamp(min=self.max_var))
         position = torch.where(mean.isfinite() & variance.isfinite() & (variance > 0), position, 0.0)
-        return {"action": position, "var": z * std - mean, "es": density / (1 - self.level) * std - mean}
+        return {"action": position.to(dtype), "var": (-low).to(dtype), "es": shortfall.to(dtype)}

@@ -27,7 +27,7 @@ from vbdl.artefact.tensors import CODES, DTYPES
 from vbdl.data import as_tensor
 from vbdl.engine import DEFAULT_TILES, INVARIANT_TILES, Predictor
 from vbdl.export import machine
-from vbdl.export.gate import ExportError, check
+from vbdl.export.gate import ExportError, check, exporting
 from vbdl.export.graph import TileCall, tile_call
 from vbdl.stacking import State, map_inputs, tensors
 from vbdl.tiles import pad
@@ -152,10 +152,12 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         files, fields = {}, []
         for size in predictor.tiles:
-            call = tile_call(predictor, pad(probe, 0, size))
+            with exporting(backend):
+                call = tile_call(predictor, pad(probe, 0, size))
             fields = list(call.fields)
             path = Path(scratch) / (f"tile_{size}.pt2" if backend == "aoti" else f"tile_{size}.onnx")
-            _compile(call, pad(probe, 0, size), path, backend, predictor.seed)
+            with exporting(backend):
+                _compile(call, pad(probe, 0, size), path, backend, predictor.seed)
             files[str(size)] = path.name
         description = Description(
             format=FORMAT,
@@ -171,8 +173,9 @@ def export(
             model=model,
             measured={},
         )
-        package = Package(description, _runners(description, Path(scratch)))
-        measured = check(predictor, package, probe)
+        with exporting(backend):
+            package = Package(description, _runners(description, Path(scratch)))
+            measured = check(predictor, package, probe)
         description = msgspec.structs.replace(description, measured=measured)
         for digest in description.sha256.values():
             machine.remember(digest)

@@ -10,7 +10,7 @@ from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood
 
 
 class HeteroscedasticGaussian(NormalLikelihood):
-    """Outputs (batch, 2 * outputs): the means, then the log-variances.
+    """Outputs (batch, 2 * outputs), or (batch, ..., 2 * outputs): the means, then the log-variances.
 
     Nix and Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994.
     beta: training weighs each term by variance^beta, held constant, so that rows fitted badly at the start are not
@@ -18,27 +18,36 @@ class HeteroscedasticGaussian(NormalLikelihood):
     https://arxiv.org/abs/2203.09168); 0 is the plain likelihood, 0.5 the paper's choice.
     unit: of the variances that beta weighs by. With the targets' standard deviation, steps, clipped gradients and the
     balance with a KL term are the same whatever the targets are measured in.
+    channel_axis: the axis of means and log-variances where it is not the last: 1 for images (batch, 2 * outputs,
+    height, width). It must be named for more than three axes.
     """
 
-    def __init__(self, beta: float = 0.0, covariance: bool = False, unit: float | None = None):
+    def __init__(
+        self,
+        beta: float = 0.0,
+        covariance: bool = False,
+        unit: float | None = None,
+        channel_axis: int | None = None,
+    ):
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta lies between 0 (likelihood) and 1 (squared error), got {beta}")
         if unit is not None and not (unit > 0 and math.isfinite(unit)):
             raise ValueError(f"unit is positive and finite, got {unit}")
-        super().__init__(covariance)
+        super().__init__(covariance, channel_axis)
         self.beta, self.unit = beta, unit
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}" + ("" if self.unit is None else f", unit={self.unit:g}")
+        own = f"beta={self.beta}" + ("" if self.unit is None else f", unit={self.unit:g}")
+        return ", ".join(part for part in (own, super().extra_repr()) if part)
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """(batch, 2 * outputs) -> (batch, outputs, 2) mean and log-variance"""
-        if outputs.ndim < 2 or outputs.shape[-1] % 2:
+        """(batch, ..., 2 * outputs), or with them on channel_axis -> (batch, ..., outputs, 2), mean and log-variance"""
+        if outputs.ndim < 2 or outputs.shape[axis := self.output_axis(outputs.ndim)] % 2:
             raise ValueError(
                 f"HeteroscedasticGaussian needs (batch, 2 * outputs): means, then log-variances; "
                 f"the module returned {tuple(outputs.shape)}"
             )
-        mean, log_variance = outputs.chunk(2, dim=-1)
+        mean, log_variance = outputs.chunk(2, dim=axis)
         return torch.stack((mean, log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)), dim=-1)
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:

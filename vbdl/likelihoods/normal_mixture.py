@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vbdl.likelihoods.mixture import mixture_quantile, mixture_score
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
+from vbdl.likelihoods.targets import check_labelled
 from vbdl.types import State
 
 LOG_VARIANCE_BOUND = 40.0  # exp(+-40), stds of 2e-9 to 5e8, and its square are normal numbers of float32
@@ -29,60 +31,93 @@ def check_spread(std: float, what: str) -> None:
 
 @dataclass(frozen=True)
 class RegressionPrediction:
-    """p(y | x), an equal mixture of normals. Variances are in squared target units."""
+    """p(y | x), an equal mixture of normals. Variances are in squared target units.
 
-    mean: Tensor  # (batch, outputs)
-    total: Tensor  # (batch, outputs) variance: aleatoric + epistemic
-    aleatoric: Tensor  # (batch, outputs) mean of the samples' noise variances
-    epistemic: Tensor  # (batch, outputs) variance of the samples' means
-    standard_error: Tensor  # (batch, outputs) Monte Carlo standard error of mean
+    Axes behind the batch are those of the targets: (batch, outputs), (batch, time, outputs), (batch, channels, height,
+    width) and so on. Everything but log_prob is of each element on its own.
+    """
+
+    mean: Tensor  # (batch, ...)
+    total: Tensor  # (batch, ...) variance: aleatoric + epistemic
+    aleatoric: Tensor  # (batch, ...) mean of the samples' noise variances
+    epistemic: Tensor  # (batch, ...) variance of the samples' means
+    standard_error: Tensor  # (batch, ...) Monte Carlo standard error of mean
     n_samples: int
-    covariance: Tensor | None = None  # (batch, outputs, outputs) total, where asked for
-    samples: Tensor | None = None  # (samples, batch, outputs, 2) mean and log-variance, where asked for
+    covariance: Tensor | None = None  # (batch, ..., outputs, outputs) total, between outputs, where asked for
+    samples: Tensor | None = None  # (samples, batch, ..., 2) mean and log-variance, where asked for
+    output_axis: int = -1  # the axis of the mean that holds the outputs, counted from the end
 
     @property
     def std(self) -> Tensor:
-        """(batch, outputs) predictive standard deviation."""
+        """(batch, ...) predictive standard deviation."""
         return self.total.sqrt()
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """(batch,) log density of the mixture in nats; y: (batch, outputs), or (batch,) for one output."""
+        """(batch,) log density of the mixture in nats, joint over a row's elements; y: (batch, ...), or (batch,) for
+        one output."""
         components = self._components()
         y = as_columns(torch.as_tensor(y, device=components.device), components.shape[1:-1])
         each = normal_nll(components, y).flatten(2).sum(2)
         return torch.logsumexp(-each, dim=0) - math.log(components.shape[0])
 
     def cdf(self, y: Tensor) -> Tensor:
-        """(..., batch, outputs) probability of at most y, for each output on its own."""
-        mean, std = self._mean_std()
-        return torch.special.ndtr((y.unsqueeze(-3) - mean) / std).mean(-3)
+        """Probability of at most y, for each element on its own.
 
-    def quantile(self, q: float | Tensor) -> Tensor:
-        """Quantiles of the mixture, by bisection of its distribution function, for each output on its own.
-
-        q: () or (levels,), in (0, 1)  ->  (batch, outputs) or (levels, batch, outputs)
+        y: (..., batch, ...), with any axes in front of the batch (several y for each row), or (batch,) for one output
         """
         mean, std = self._mean_std()
-        levels = torch.as_tensor(q, dtype=mean.dtype, device=mean.device)
-        if bool(((levels <= 0) | (levels >= 1)).any()):
-            raise ValueError(f"quantile levels lie strictly between 0 and 1, got {q}")
-        target = levels.reshape(-1, 1, 1)
-        # a quantile of the mixture lies between the same quantile of its components
-        each = mean + std * torch.special.ndtri(target).unsqueeze(1)
-        low, high = each.amin(1), each.amax(1)
-        for _ in range(60):
-            middle = (low + high) / 2
-            below = self.cdf(middle) < target
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        middle = (low + high) / 2
-        return middle[0] if levels.ndim == 0 else middle
+        y = self._elements(y)
+        axes = mean.ndim - 1
+        return torch.special.ndtr((y.unsqueeze(-(axes + 1)) - mean) / std).mean(-(axes + 1))
+
+    def score(self, y: Tensor) -> Tensor:
+        """Φ⁻¹ of the probability of at most y, for each element on its own, float64: standard normal for y of a
+        calibrated prediction, with digits where the probability rounds to 0 or 1. y: as for cdf."""
+        mean, std = self._mean_std()
+        y = self._elements(y)
+        several = y.shape[: y.ndim - mean.ndim + 1]
+        for _ in several:
+            mean, std = mean.unsqueeze(1), std.unsqueeze(1)
+        return mixture_score(mean, std, y)
+
+    def quantile(self, q: float | Tensor) -> Tensor:
+        """Quantiles of the mixture, by bisection of its distribution function, for each element on its own.
+
+        q: () or (levels,), in (0, 1)  ->  (batch, ...) or (levels, batch, ...)
+        """
+        return self._quantile_of_score(torch.special.ndtri(self._levels(q)))
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """(batch, outputs) bounds of the central interval that holds y with this probability."""
+        """(batch, ...) bounds of the central interval that holds y with this probability."""
         if not 0 <= level < 1:
             raise ValueError(f"the level of an interval is a probability below 1, got {level}: 0.9 for 90 %")
         low, high = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
         return low, high
+
+    def _levels(self, q: float | Tensor) -> Tensor:
+        levels = torch.as_tensor(q, dtype=torch.float64, device=self.mean.device)
+        if levels.ndim > 1:
+            raise ValueError(f"quantile levels are one number or (levels,), got {tuple(levels.shape)}")
+        if not bool(((levels > 0) & (levels < 1)).all()):
+            raise ValueError(f"quantile levels lie strictly between 0 and 1, got {q}")
+        return levels
+
+    def _quantile_of_score(self, score: Tensor) -> Tensor:
+        """The quantile of level Φ(score); score: () or (levels,), float64."""
+        mean, std = self._mean_std()
+        each = [mixture_quantile(mean, std, one).to(mean.dtype) for one in score.reshape(-1)]
+        return each[0] if score.ndim == 0 else torch.stack(each) if each else mean.new_empty(0, *mean.shape[1:])
+
+    def _elements(self, y: Tensor) -> Tensor:
+        """y with the axes of the mean behind any others, or ValueError: nothing is broadcast by its place."""
+        shape = self._components().shape[1:-1]
+        y = torch.as_tensor(y, device=self.mean.device)
+        if y.ndim == 1 and len(shape) == 2 and shape[-1] == 1:
+            y = y.unsqueeze(-1)
+        own = y.shape[y.ndim - len(shape) :]
+        if y.ndim < len(shape) or any(n not in (1, of) for n, of in zip(own, shape, strict=True)):
+            raise ValueError(f"y is {tuple(y.shape)}, and the prediction {tuple(shape)}: give one y for each element")
+        return y
 
     def _components(self) -> Tensor:
         if self.samples is None:
@@ -95,7 +130,7 @@ class RegressionPrediction:
 
 
 def as_columns(y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Targets (batch,) or (batch, outputs) as (batch, outputs), or ValueError."""
+    """Targets (batch, ...) as they are, or (batch,) as (batch, 1) for one output; ValueError for another shape."""
     if y.ndim == 1 and len(shape) == 2 and shape[-1] == 1:
         y = y.unsqueeze(-1)
     if tuple(y.shape) != tuple(shape):
@@ -104,10 +139,11 @@ def as_columns(y: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def check_regression_targets(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """y as float (batch, outputs), or ValueError where it is not finite or of another shape."""
+    """y as float (batch, ...), or ValueError where it is not finite or of another shape."""
     if y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"regression targets are real numbers, got {y.dtype}")
     y = as_columns(y if y.is_floating_point() else y.to(torch.float32), shape)
+    check_labelled(y)
     if not bool(y.isfinite().all()):
         row = int((~y.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"target of row {row} is not finite; remove or impute such rows")
@@ -128,37 +164,65 @@ def normal_nll(parameters: Tensor, y: Tensor) -> Tensor:
 class NormalLikelihood(nn.Module):
     """What every likelihood of normals shares: all but how outputs become means and log-variances.
 
-    covariance: predictions carry the covariance between outputs, (batch, outputs, outputs).
+    covariance: predictions carry the covariance between outputs, (batch, ..., outputs, outputs).
+    channel_axis: the axis of the network's outputs that holds them, the batch being 0: 1 for images (batch, channels,
+        height, width), -1 for the last. Not needed for up to three axes, where it is the last; with more it is.
     """
 
-    def __init__(self, covariance: bool = False):
+    channel_axis: int | None = None  # of what was pickled before there was one
+
+    def __init__(self, covariance: bool = False, channel_axis: int | None = None):
         super().__init__()
-        self.covariance = covariance
+        if channel_axis == 0:
+            raise ValueError("channel_axis is not 0, which is the batch: 1 for images (batch, channels, height, width)")
+        self.covariance, self.channel_axis = covariance, channel_axis
+
+    def extra_repr(self) -> str:
+        return "" if self.channel_axis is None else f"channel_axis={self.channel_axis}"
+
+    def output_axis(self, axes: int) -> int:
+        """The axis of the outputs, counted from the end, of network outputs with so many axes, the batch included.
+
+        ValueError where it was not named and is not clear: taken for the last, the columns of an image would each be an
+        output, with a noise level of its own.
+        """
+        name = type(self).__name__
+        if self.channel_axis is None:
+            if axes > 3:
+                raise ValueError(
+                    f"the module returned {axes} axes, and which one holds the outputs was not said: name the axis, "
+                    f"vbdl.{name}(channel_axis=1) for images (batch, channels, height, width), channel_axis=-1 for the "
+                    f"last axis"
+                )
+            return -1
+        if not 1 - axes <= self.channel_axis < axes:
+            raise ValueError(f"{name}(channel_axis={self.channel_axis}), and the module returned {axes} axes")
+        return self.channel_axis if self.channel_axis < 0 else self.channel_axis - axes
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
         return check_regression_targets(y, tuple(parameters_shape[:-1]))
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """(batch, outputs, 2), (batch, outputs) -> (batch,) nats"""
+        """(batch, ..., 2), (batch, ...) -> (batch,) nats, summed over a row's elements"""
         return per_row(normal_nll(parameters, y))
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.nll(parameters, y)
 
     def summarize(self, parameters: Tensor) -> State:
-        """(samples, batch, outputs, 2) mean and log-variance -> running sums"""
+        """(samples, batch, ..., 2) mean and log-variance -> running sums"""
         mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
         n, centre, deviation = moments(mean)
         summary = {"n": n, "mean": centre, "deviation": deviation, "aleatoric": log_variance.exp().mean(0)}
         if self.covariance:
-            apart = mean - centre
-            summary["products"] = torch.einsum("sbi,sbj->bij", apart, apart)
+            apart = self._outputs_last(mean - centre, mean.ndim - 1)
+            summary["products"] = torch.einsum("s...i,s...j->...ij", apart, apart)
         return summary
 
     def merge(self, a: State, b: State) -> State:
         merged = merge_moments(a, b, "mean", "aleatoric")
         if "products" in a:
-            apart = b["mean"] - a["mean"]
+            apart = self._outputs_last(b["mean"] - a["mean"], a["mean"].ndim)
             weight = a["n"] * b["n"] / merged["n"]
             merged["products"] = a["products"] + b["products"] + weight * apart.unsqueeze(-1) * apart.unsqueeze(-2)
         return merged
@@ -174,8 +238,19 @@ class NormalLikelihood(nn.Module):
             "standard_error": standard_error(n, summary["deviation"]),
         }
         if "products" in summary:
-            fields["covariance"] = summary["products"] / n + torch.diag_embed(aleatoric)
+            noise = torch.diag_embed(self._outputs_last(aleatoric, aleatoric.ndim))
+            fields["covariance"] = summary["products"] / n + noise
         return fields
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> RegressionPrediction:
-        return RegressionPrediction(**fields, n_samples=n_samples, samples=samples)
+        axis = self._axis(fields["mean"].ndim)
+        return RegressionPrediction(**fields, n_samples=n_samples, samples=samples, output_axis=axis)
+
+    def _axis(self, axes: int) -> int:
+        """The axis of the outputs where `forward` has let them pass, one's own too."""
+        return -1 if self.channel_axis is None else self.output_axis(axes)
+
+    def _outputs_last(self, values: Tensor, axes: int) -> Tensor:
+        """values with the outputs moved last; axes: of the network's outputs, which a samples axis is not among."""
+        axis = self._axis(axes)
+        return values if axis == -1 else values.movedim(axis, -1)

@@ -95,15 +95,15 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 
 
 def check_targets(mean: Tensor, y: Tensor, name: str = "mean") -> tuple[Tensor, Tensor]:
-    """Regression values and targets as float64 of one shape, (batch,) or (batch, outputs).
+    """Regression values and targets as float64 of one shape, (batch,) or (batch, ...).
 
     Shapes must be equal: (batch,) against (batch, 1) would broadcast to (batch, batch) without a word.
     """
     mean, y = check_finite(mean, name), check_finite(y, "y")
     if mean.shape != y.shape:
         raise ValueError(f"{name} is {tuple(mean.shape)} but y is {tuple(y.shape)}; give both the same shape")
-    if mean.ndim not in (1, 2):
-        raise ValueError(f"{name} must be (batch,) or (batch, outputs), not {tuple(mean.shape)}")
+    if mean.ndim == 0:
+        raise ValueError(f"{name} must be (batch,) or (batch, ...), not {tuple(mean.shape)}")
     return mean, y.to(mean.device)
 
 

@@ -30,7 +30,7 @@ def _expected_distance(difference: Tensor, std: Tensor) -> Tensor:
 def crps_gaussian(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
     """CRPS of N(mean, std²), target units, each output on its own; std = 0 scores |y - mean|.
 
-    mean, std, y: (batch,) or (batch, outputs)  ->  the same shape
+    mean, std, y: (batch,) or (batch, ...)  ->  the same shape
     """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape, zero=True)
@@ -40,7 +40,7 @@ def crps_gaussian(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
 def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     """CRPS of the Gaussian mixture over samples, in closed form, target units, each output on its own.
 
-    means, stds: (samples, batch) or (samples, batch, outputs);  y: means.shape[1:]  ->  y.shape
+    means, stds: (samples, batch) or (samples, batch, ...);  y: means.shape[1:]  ->  y.shape
 
     Work grows with the square of the samples, memory with the samples.
     """
@@ -57,7 +57,7 @@ def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None 
 def crps_samples(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
     """CRPS of the samples' empirical distribution, target units, each output on its own, by sorting.
 
-    samples: (samples, batch) or (samples, batch, outputs);  y: samples.shape[1:]  ->  y.shape
+    samples: (samples, batch) or (samples, batch, ...);  y: samples.shape[1:]  ->  y.shape
 
     fair=True is unbiased for the distribution that the samples were drawn from, and needs two of them.
     """
@@ -72,13 +72,16 @@ def crps_samples(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
 
 
 def energy_score(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
-    """E‖X - y‖ - ½E‖X - X'‖ of each row, target units: the CRPS of the outputs jointly.
+    """E‖X - y‖ - ½E‖X - X'‖ of each row, target units: the CRPS of its elements jointly.
 
-    samples: (samples, batch, outputs);  y: (batch, outputs)  ->  (batch,)
+    samples: (samples, batch, ...);  y: (batch, ...)  ->  (batch,)
     """
     samples, y = _check_samples(samples, y, fair)
-    if samples.ndim != 3:
-        raise ValueError(f"samples must be (samples, batch, outputs), not {tuple(samples.shape)}")
+    if samples.ndim < 3:
+        raise ValueError(
+            f"samples must be (samples, batch, outputs) or (samples, batch, ...), not {tuple(samples.shape)}"
+        )
+    samples, y = samples.flatten(2), y.flatten(1)
     m = samples.shape[0]
     score = torch.linalg.vector_norm(samples - y, dim=2).mean(dim=0)
     pairs = torch.zeros_like(score)
@@ -89,8 +92,8 @@ def energy_score(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
 
 def _check_samples(samples: Tensor, y: Tensor, fair: bool) -> tuple[Tensor, Tensor]:
     samples, y = check_finite(samples, "samples"), check_finite(y, "y")
-    if samples.ndim not in (2, 3) or samples.shape[0] == 0:
-        raise ValueError(f"samples must be (samples, batch) or (samples, batch, outputs), not {tuple(samples.shape)}")
+    if samples.ndim < 2 or samples.shape[0] == 0:
+        raise ValueError(f"samples must be (samples, batch) or (samples, batch, ...), not {tuple(samples.shape)}")
     if y.shape != samples.shape[1:]:
         raise ValueError(f"y is {tuple(y.shape)} but samples is {tuple(samples.shape)}: y must be samples.shape[1:]")
     if fair and samples.shape[0] < 2:

@@ -93,7 +93,7 @@ def gaussian_cdf(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
 def mixture_cdf(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     """P(Y <= y) under the Gaussian mixture over samples, each output on its own; shape of y.
 
-    means, stds: (samples, batch) or (samples, batch, outputs);  y: means.shape[1:]
+    means, stds: (samples, batch) or (samples, batch, ...);  y: means.shape[1:]
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights)
     assert target is not None

@@ -26,9 +26,9 @@ def categorical_nll(probs: Tensor, y: Tensor) -> Tensor:
 
 
 def gaussian_nll(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
-    """-log N(y; mean, std²) of each row, nats, summed over outputs.
+    """-log N(y; mean, std²) of each row, nats, summed over a row's elements.
 
-    mean, std, y: (batch,) or (batch, outputs)  ->  (batch,).  ValueError for std that is not positive.
+    mean, std, y: (batch,) or (batch, ...)  ->  (batch,).  ValueError for std that is not positive.
     """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape)
@@ -41,8 +41,8 @@ def check_mixture(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Checked float64 (means, stds, y, log weights) of a mixture over the leading samples axis."""
     means = check_finite(means, "means")
-    if means.ndim not in (2, 3) or means.shape[0] == 0:
-        raise ValueError(f"means must be (samples, batch) or (samples, batch, outputs), not {tuple(means.shape)}")
+    if means.ndim < 2 or means.shape[0] == 0:
+        raise ValueError(f"means must be (samples, batch) or (samples, batch, ...), not {tuple(means.shape)}")
     stds = check_std(stds, means.shape, "stds", zero=zero)
     if y is not None:
         y = check_finite(y, "y").to(means.device)
@@ -59,9 +59,9 @@ def check_mixture(
 
 
 def mixture_nll(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """-log Σ_s w_s Π_d N(y_d; mean_sd, std_sd²) of each row, nats: the joint density over outputs.
+    """-log Σ_s w_s Π_d N(y_d; mean_sd, std_sd²) of each row, nats: the joint density over its elements.
 
-    means, stds: (samples, batch) or (samples, batch, outputs);  y: (batch,) or (batch, outputs)  -> (batch,)
+    means, stds: (samples, batch) or (samples, batch, ...);  y: (batch,) or (batch, ...)  -> (batch,)
 
     The predictive of an ensemble is this mixture; a Gaussian of its mean and variance is another distribution.
     """

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from vbdl.metrics._checks import check_labels, check_rate, check_scores
+from vbdl.metrics._counts import at_least
 from vbdl.metrics.estimate import Interval
 
 
@@ -97,6 +98,5 @@ def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must lie in (0, 1], not {tpr}")
     true, false = _cumulative(*_check(scores, positive))
-    # a whole number of positives: tpr · n_positive up to its rounding error
-    needed = math.ceil(tpr * int(true[-1]) * (1 - 1e-12))
+    needed = at_least(tpr, int(true[-1]))
     return float(false[int((true >= needed).nonzero()[0])] / false[-1])

@@ -9,13 +9,13 @@ orders counts, so the order of rows cannot matter. All rows are
 needed and sorted once: for a stream wrap them, Rows(aurc).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vbdl.metrics._checks import check_scores
+from vbdl.metrics._counts import at_least
 
 
 def _check(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,8 +63,7 @@ def excess_aurc(uncertainty: Tensor, loss: Tensor) -> float:
 def _n_kept(coverage: float, n: int) -> int:
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must lie in (0, 1], not {coverage}")
-    # the product's own rounding must not add a row: 0.07 * 100 is 7.000000000000001
-    return max(1, math.ceil(coverage * n * (1 - 1e-12)))
+    return max(1, at_least(coverage, n))
 
 
 def risk_at_coverage(uncertainty: Tensor, loss: Tensor, coverage: float) -> float:

@@ -88,11 +88,12 @@ def variation_ratio(probs: Tensor) -> Tensor:
 
 
 def epistemic_variance(means: Tensor) -> Tensor:
-    """Variance over samples of the predicted means, summed over outputs in units of each output's own spread
-    being equal: give outputs on a common scale. (samples, batch) or (samples, batch, outputs) -> (batch,)
+    """Variance over samples of the predicted means, summed over a row's elements, which should be on a common scale.
+
+    (samples, batch) or (samples, batch, ...) -> (batch,)
     """
     means = check_finite(means, "means")
-    if means.ndim not in (2, 3) or means.shape[0] == 0:
-        raise ValueError(f"means must be (samples, batch[, outputs]), not {tuple(means.shape)}")
+    if means.ndim < 2 or means.shape[0] == 0:
+        raise ValueError(f"means must be (samples, batch) or (samples, batch, ...), not {tuple(means.shape)}")
     spread = means.var(dim=0, correction=0)
-    return spread if spread.ndim == 1 else spread.sum(dim=1)
+    return spread if spread.ndim == 1 else spread.flatten(1).sum(dim=1)

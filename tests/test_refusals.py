@@ -1,0 +1,164 @@
+"""What is refused is refused with its true reason, and with what to do."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import vbdl
+from vbdl.calibration import ConformalSets, Platt, Temperature, calibrate
+from vbdl.decision import Drive, HandOver, with_decision
+
+
+def _net(outputs=3, *before):
+    torch.manual_seed(0)
+    return nn.Sequential(*before, nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, outputs))
+
+
+def _fit(q, data, likelihood, compile=False):
+    return vbdl.fit(q, data, likelihood, epochs=1, compile=compile, progress=False)
+
+
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("questions", [2, 3])
+def test_conformal_sets_of_several_questions(questions):
+    predict = vbdl.Predictor(vbdl.MCDropout(_net(questions)), vbdl.Bernoulli(), n_samples=4, compile=False)
+    y = (torch.arange(40 * questions).reshape(40, questions) % 3 == 0).float()
+    with pytest.raises(
+        ValueError, match=f"answers {questions} questions of yes or no .multi-label.: take one"
+    ) as caught:
+        calibrate(predict, X, y, ConformalSets(0.1))
+    assert "normalise" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"y answers {questions} questions .* fit one ConformalSets a question"):
+        ConformalSets(0.1).fit(predict(X).probs, y.long())
+    # and what it says works
+    p = predict(X)
+    for i in range(questions):
+        assert ConformalSets(0.1).fit(p.probs[:, i], y[:, i].long())(p.probs[:, i]).shape == (40, 2)
+    calibrate(predict, X, y, Platt())
+    calibrate(predict, X, y, Temperature("probs"))
+
+
+@pytest.mark.parametrize(
+    "likelihood, outputs", [(vbdl.Bernoulli(), 3), (vbdl.Gaussian(3), 3), (vbdl.HeteroscedasticGaussian(), 6)]
+)
+def test_missing_labels_of_several_tasks(likelihood, outputs):
+    y = (torch.arange(120).reshape(40, 3) % 2).float()
+    y[3, 1] = y[7, 0] = torch.nan
+    expected = (
+        "targets of 2 of 40 rows are missing .NaN. .* first in row 3: .*one of several tasks.* fit one predictor a task"
+    )
+    with pytest.raises(ValueError, match=expected):
+        _fit(vbdl.MCDropout(_net(outputs)), (X, y), likelihood)
+    predict = vbdl.Predictor(vbdl.MCDropout(_net(outputs)), likelihood, n_samples=4, compile=False)
+    with pytest.raises(ValueError, match=expected):
+        predict.log_prob(X, y)
+    method = Platt() if isinstance(likelihood, vbdl.Bernoulli) else vbdl.calibration.StdScaling()
+    with pytest.raises(ValueError, match=expected):
+        calibrate(predict, X, y, method)
+    one = torch.full((40,), torch.nan)
+    for single in (vbdl.Gaussian(), vbdl.Bernoulli()):
+        with pytest.raises(ValueError, match="40 of 40 rows are missing .* remove or impute such rows"):
+            _fit(vbdl.MCDropout(_net(1)), (X, one), single)
+    with pytest.raises(ValueError, match="are missing"):
+        _fit(vbdl.MCDropout(_net()), (X, one), vbdl.Categorical())
+
+
+class Words(nn.Module):
+    def __init__(self, bag=False, offset=0):
+        super().__init__()
+        self.table = nn.EmbeddingBag(10, 4) if bag else nn.Embedding(10, 4)
+        self.drop, self.out, self.bag, self.offset = nn.Dropout(0.2), nn.Linear(4, 2), bag, offset
+
+    def forward(self, i):
+        found = self.table(i + self.offset)
+        return self.out(self.drop(found if self.bag else found.mean(1)))
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["dropout", "ensemble", "mean-field"])
+def test_ids_outside_an_embedding(method, compile):
+    ids = torch.randint(0, 10, (40, 3), generator=torch.Generator().manual_seed(0))
+    high, low = ids.clone(), ids.clone()
+    high[33, 1], low[35, 2] = 10, -1
+    make = {
+        "dropout": lambda: vbdl.MCDropout(Words()),
+        "ensemble": lambda: vbdl.DeepEnsemble(Words(), 2),
+        "mean-field": lambda: vbdl.MeanField(Words(), 40),
+    }[method]
+    predict = vbdl.Predictor(make(), vbdl.Categorical(), n_samples=2, compile=compile, tiles=8)
+    predict(ids)
+    y = torch.zeros(40, dtype=torch.int64)
+    for bad, said in ((high, "run from 0 to 10"), (low, "run from -1 to 9")):
+        match = f"the ids in the inputs {said}, and module 'table' .Embedding. takes 0 to 9"
+        for call in (
+            lambda: predict(bad),  # noqa: B023
+            lambda: predict(bad, samples=True),  # noqa: B023
+            lambda: predict.log_prob(bad, y),  # noqa: B023
+            lambda: vbdl.Predictor(make(), vbdl.Categorical(), n_samples=2, compile=compile)(bad),  # noqa: B023
+            lambda: _fit(make(), (bad, y), vbdl.Categorical(), compile),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=match) as caught:
+                call()
+            assert ".cpp" not in str(caught.value)
+
+
+def test_ids_that_the_module_makes_are_said_to_be_that():
+    predict = vbdl.Predictor(vbdl.MCDropout(Words(offset=5)), vbdl.Categorical(), n_samples=2, compile=False)
+    with pytest.raises(ValueError, match="an index that the module makes of its inputs is outside"):
+        predict(torch.full((4, 3), 9))
+    predict = vbdl.Predictor(vbdl.MCDropout(Words(bag=True)), vbdl.Categorical(), n_samples=2, compile=False)
+    with pytest.raises(ValueError, match="'table' .EmbeddingBag. takes 0 to 9"):
+        predict(torch.full((4, 3), 99))
+
+
+def test_rrelu_predicts_with_its_mean_slope_or_says_what_does():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.RReLU(0.1, 0.5), nn.Dropout(0.2), nn.Linear(8, 2))
+    leaky = nn.Sequential(net[0], nn.LeakyReLU(0.3), *net[2:])
+    make = lambda n: vbdl.Predictor(vbdl.MCDropout(n), vbdl.Categorical(), n_samples=4, compile=False)
+    torch.testing.assert_close(make(net)(X).probs, make(leaky)(X).probs)
+    with pytest.raises(ValueError, match=r"has nn.RReLU, .* put nn.LeakyReLU"):
+        vbdl.Predictor(vbdl.DeepEnsemble([net, net]), vbdl.Categorical(), compile=False)(X)
+    with pytest.raises(ValueError, match="nn.RReLU draws its slopes in training.* use nn.LeakyReLU"):
+        _fit(vbdl.DeepEnsemble(net, 2), (X, torch.zeros(40, dtype=torch.int64)), vbdl.Categorical())
+
+
+class Normalized(nn.Module):
+    def __init__(self, writes):
+        super().__init__()
+        self.register_buffer("mean", torch.full((4,), 3.0))
+        self.inside, self.writes = _net(2), writes
+
+    def forward(self, x):
+        if self.writes:
+            x -= self.mean
+            x /= 2
+            return self.inside(x)
+        return self.inside((x - self.mean) / 2)
+
+
+def test_normalization_in_place_is_named():
+    make = lambda n: vbdl.Predictor(vbdl.MCDropout(n), vbdl.Categorical(), n_samples=4, compile=False)
+    with pytest.raises(ValueError, match=r"writes into its inputs .*write x = x - \.\.\. where it normalizes"):
+        make(Normalized(True))(X.clone())
+    make(Normalized(False))(X)
+    # an activation in place, which changes nothing the second time, stays allowed
+    make(_net(2, nn.ReLU(inplace=True)))(X.clone())
+
+
+def test_every_frame_that_fails_is_one_line(caplog):
+    predict = vbdl.Predictor(vbdl.MCDropout(_net()), vbdl.Categorical(), n_samples=4, compile=False, tiles=1)
+    deciding = with_decision(predict, HandOver((9, 9), (9, 9), latched=False))
+    deciding(X[:1])
+    with Drive(deciding) as drive, caplog.at_level(logging.INFO, logger="vbdl"):
+        for frame in (torch.zeros(1, 99), X[:1] * torch.nan, X[:2]) * 5:
+            assert drive(frame).reason == "failed"
+    records = [r for r in caplog.records if r.name.startswith("vbdl")]
+    assert len(records) == 15
+    for record in records:
+        assert record.exc_info is None and "\n" not in caplog.handler.format(record)
+        assert "a frame could not be predicted: ValueError: " in record.getMessage()

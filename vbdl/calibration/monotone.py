@@ -1,0 +1,117 @@
+"""Smooth increasing curves of the real line, fitted by maximum likelihood so that what they return is standard normal.
+
+Straight beyond the last knots, quadratic between them: slopes are positive and linear from knot to knot, so the density
+that belongs to a curve is continuous, and the inverse is a closed form.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vbdl.calibration._fit import minimize
+
+_KNOTS = (3, 5, 9, 17, 33)
+_ROWS_A_PARAMETER = 10
+_MOST_SCORES = 8192  # more are taken at even ranks: the curve has no detail that these do not show
+_STEEPEST = 20.0  # a slope of the curve against that of the straight line through the scores
+_SLOPES = (1e-3, 1e3)
+
+
+class MonotoneCurve(NamedTuple):
+    """An increasing curve g through its knots, with the slope at each."""
+
+    knots: Tensor  # (knots,) ascending
+    slopes: Tensor  # (knots,) positive
+    offset: Tensor  # () g at the first knot
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """g(z), any shape, float64"""
+        z = z.to(torch.float64)
+        first, last = self.knots[0], self.knots[-1]
+        ends = self.slopes[0] * (z - first).clamp(max=0) + self.slopes[-1] * (z - last).clamp(min=0)
+        if self.knots.numel() == 1:
+            return self.offset + ends
+        width, into = self._into(z)
+        inside = self.slopes[:-1] * into + self.slopes.diff() / (2 * width) * into.square()
+        return self.offset + ends + inside.sum(-1)
+
+    def slope(self, z: Tensor) -> Tensor:
+        """g'(z), any shape, float64"""
+        z = z.to(torch.float64)
+        if self.knots.numel() == 1:
+            return self.slopes[0].expand(z.shape)
+        width, into = self._into(z)
+        return self.slopes[0] + (self.slopes.diff() * (into / width)).sum(-1)
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """z with g(z) = value, any shape, float64"""
+        value = value.to(torch.float64)
+        at = self(self.knots)
+        below, above = (value - at[0]).clamp(max=0) / self.slopes[0], (value - at[-1]).clamp(min=0) / self.slopes[-1]
+        if self.knots.numel() == 1:
+            return self.knots[0] + below + above
+        rise, bend = at.diff(), self.slopes.diff() / self.knots.diff()
+        far = torch.minimum((value.unsqueeze(-1) - at[:-1]).clamp(min=0), rise)
+        # the root of slope x + bend x² / 2 = far in each segment, without cancellation
+        root = (self.slopes[:-1].square() + 2 * bend * far).clamp(min=0).sqrt()
+        return self.knots[0] + (2 * far / (self.slopes[:-1] + root)).sum(-1) + below + above
+
+    def _into(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Width of each segment, (segments,), and how far z has come in it, (..., segments)."""
+        width = self.knots.diff()
+        return width, torch.minimum((z.unsqueeze(-1) - self.knots[:-1]).clamp(min=0), width)
+
+
+def fit_curve(scores: Tensor) -> MonotoneCurve:
+    """The curve under which scores, (n,) float64, are most likely standard normal, with as many knots as BIC allows.
+
+    The candidates are no change, a shift, a straight line, and curves of 3, 5, 9, 17 and 33 knots, each with at least
+    ten different scores a parameter.
+    """
+    z = scores.sort().values
+    n, different = z.numel(), z.unique().numel()
+    if n > _MOST_SCORES:
+        z = z[torch.linspace(0, n - 1, _MOST_SCORES, dtype=torch.float64, device=z.device).round().long()]
+    zero, one = z.new_zeros(1), z.new_ones(1)
+    mean, std = scores.mean(), scores.std(correction=0)
+    candidates = [(0, MonotoneCurve(zero, one, zero[0])), (1, MonotoneCurve(zero, one, -mean))]
+    if different >= _ROWS_A_PARAMETER:
+        slope = (1 / std).clamp(*_SLOPES)
+        candidates.append((2, MonotoneCurve(zero, slope.reshape(1), -slope * mean)))
+        for count in _KNOTS:
+            if different >= _ROWS_A_PARAMETER * (count + 1):
+                candidates.append((count + 1, _fit_knots(z, count, n, float(slope))))
+
+    def worth(candidate: tuple[int, MonotoneCurve]) -> float:
+        parameters, curve = candidate
+        gain = 0.5 * (z.square() - curve(z).square()) + curve.slope(z).log()
+        return n * float(gain.mean()) - 0.5 * parameters * math.log(n)
+
+    return max(candidates, key=worth)[1]
+
+
+def _fit_knots(z: Tensor, count: int, n: int, slope: float) -> MonotoneCurve:
+    """Maximum likelihood with this many knots, a convex problem in the slopes and the offset.
+
+    Knots lie at quantiles of the scores, evenly on the scale of a normal, as far out as ten scores are left.
+    """
+    end = float(torch.special.ndtri(torch.tensor(1 - min(10 / n, 0.25), dtype=torch.float64)))
+    levels = torch.special.ndtr(torch.linspace(-end, end, count, dtype=torch.float64, device=z.device))
+    knots = z.quantile(levels).unique()
+    # apart by enough that a slope per width is a number
+    knots = knots[torch.cat((knots.new_ones(1, dtype=torch.bool), knots.diff() > 1e-6))]
+    size = knots.numel()
+    # the curve and its slope are linear in slopes and offset: their values for one slope of 1, the others 0
+    each = torch.eye(size, dtype=torch.float64, device=z.device)
+    curves = [MonotoneCurve(knots, one, knots.new_zeros(())) for one in each]
+    values, slopes = torch.stack([c(z) for c in curves], 1), torch.stack([c.slope(z) for c in curves], 1)
+
+    def loss(v: Tensor) -> Tensor:
+        return (0.5 * (values @ v[:-1] + v[-1]).square() - (slopes @ v[:-1]).log()).mean()
+
+    start = z.new_tensor([slope] * size + [slope * (float(knots[0]) - float(z.mean()))])
+    bounds: list[tuple[float | None, float | None]] = [(slope / _STEEPEST, slope * _STEEPEST)] * size
+    best = minimize(loss, start, [*bounds, (None, None)])
+    return MonotoneCurve(knots, best[:-1].clone(), best[-1].clone())

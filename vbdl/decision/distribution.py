@@ -1,0 +1,113 @@
+"""The predictive distribution that a decision about a regression reads: the mixture of all draws, with what was
+calibrated of it.
+
+In plain torch, so that it is part of the compiled prediction.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from vbdl.calibration.calibrated import CalibratedLikelihood
+from vbdl.likelihoods.mixture import averaged, mixture_quantile, mixture_score
+from vbdl.metrics.intervals import normal_cdf
+
+_NODES = 64  # of the Gauss-Legendre rule for integrals of a recalibrated distribution function, 1e-5 of them
+
+
+class Distribution:
+    """An equal mixture of normals, (samples, batch, ...), whose distribution function may be recalibrated.
+
+    weights: (samples,), summing to one, where some of the samples are empty places.
+    """
+
+    def __init__(self, components: Tensor, weights: Tensor | None = None, recalibration: Any = None):
+        mean, log_variance = components.to(torch.float64).unbind(-1)
+        self.mean, self.std, self.weights = mean, (0.5 * log_variance).exp(), weights
+        self.recalibration = recalibration
+
+    def quantile(self, level: float) -> Tensor:
+        """(batch, ...) value that y is at most with this probability."""
+        score = torch.full((), float(stats.norm.ppf(level)), dtype=torch.float64, device=self.mean.device)
+        if self.recalibration is not None:
+            score = self.recalibration.inverse(score)
+        return mixture_quantile(self.mean, self.std, score, self.weights)
+
+    def mean_below(self, quantile: Tensor, level: float) -> Tensor:
+        """(batch, ...) mean of y where it is at most this quantile, which is that of `level`."""
+        if self.recalibration is None:
+            z = (quantile - self.mean) / self.std
+            density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+            return averaged(self.mean * normal_cdf(z) - self.std * density, self.weights) / level
+        far, weight = self._nodes(quantile)
+        return quantile - (weight * self._level(quantile - far, -1)).sum(0) / level
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(batch, ...) mean and variance."""
+        mean = averaged(self.mean, self.weights)
+        if self.recalibration is None:
+            return mean, averaged(self.std.square() + (self.mean - mean).square(), self.weights)
+        # by parts, around a point in the middle: E(y - c) = ∫ P(y > c + t) - P(y < c - t) dt
+        centre = self.quantile(0.5)
+        far, weight = self._nodes(centre)
+        above, below = self._level(centre + far, 1), self._level(centre - far, -1)
+        first = (weight * (above - below)).sum(0)
+        second = 2 * (weight * far * (above + below)).sum(0)
+        return centre + first, second - first.square()
+
+    def moved(self, y: Tensor) -> Tensor:
+        """(batch, ...) the value of the mixture before recalibration that has the level of y after it."""
+        if self.recalibration is None:
+            return y
+        y = y.to(torch.float64).expand(self.mean.shape[1:])
+        score = self.recalibration.score(mixture_score(self.mean, self.std, y, self.weights))
+        return mixture_quantile(self.mean, self.std, score, self.weights)
+
+    def _level(self, y: Tensor, side: int) -> Tensor:
+        """P(below y) for side -1, P(above y) for 1; y: (nodes, batch, ...)"""
+        score = mixture_score(self.mean.unsqueeze(1), self.std.unsqueeze(1), y, self.weights)
+        return normal_cdf(-side * self.recalibration.score(score))
+
+    def _nodes(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances from `start` to infinity and their weights, (nodes, batch, ...), on the scale of the spread."""
+        t, w = (torch.from_numpy(a).to(start.device) for a in np.polynomial.legendre.leggauss(_NODES))
+        t, w = (t + 1) / 2, w / 2
+        spread = averaged(self.std.square() + (self.mean - averaged(self.mean, self.weights)).square(), self.weights)
+        shape = (-1, *[1] * start.ndim)
+        scale = 2 * spread.sqrt()
+        return (t / (1 - t)).reshape(shape) * scale, (w / (1 - t) ** 2).reshape(shape) * scale
+
+
+def calibrated_draws(likelihood: Any, components: Tensor) -> tuple[Tensor, Any]:
+    """Draws (samples, batch, ..., 2) as this likelihood's calibrations make them, and the recalibration or None."""
+    recalibration = None
+    while isinstance(likelihood, CalibratedLikelihood):
+        method: Any = likelihood.method
+        if hasattr(method, "samples"):
+            components = method.samples(components)
+        if hasattr(method, "wrap"):
+            recalibration = method if recalibration is None else method.then(recalibration)
+        likelihood = likelihood.likelihood
+    return components, recalibration
+
+
+def changes_draws(likelihood: Any) -> bool:
+    """Whether a calibration changes what single draws, or the distribution they make, say."""
+    while isinstance(likelihood, CalibratedLikelihood):
+        if hasattr(likelihood.method, "samples") or hasattr(likelihood.method, "wrap"):
+            return True
+        likelihood = likelihood.likelihood
+    return False
+
+
+def distribution_of(prediction: Any) -> Distribution | None:
+    """What a decision inside a predictor is given, or that of a prediction with its samples; None without any."""
+    given = getattr(prediction, "distribution", None)
+    samples = getattr(prediction, "samples", None)
+    if given is not None or samples is None or getattr(prediction, "mean", None) is None:
+        return given
+    return Distribution(samples, recalibration=getattr(prediction, "recalibration", None))
