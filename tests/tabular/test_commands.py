@@ -191,6 +191,21 @@ def test_calibrate_says_what_is_kept_and_what_is_replaced(place, number, tmp_pat
     assert (after(x).total == before(x).total).all() == ("--add" in options)
 
 
+def test_calibrate_scores_rows_that_each_fit_has_not_seen(place, classes, tmp_path, capsys):
+    """A curve through few rows helps sometimes, and says where it does not."""
+    whole, verdicts = pa.csv.read_csv(place / "new.csv"), set()
+    for start in range(0, 90, 15):
+        pa.csv.write_csv(whole.slice(start, 15), tmp_path / "few.csv")
+        out = str(tmp_path / f"c{start}")
+        assert main(["calibrate", str(classes), str(tmp_path / "few.csv"), out, "--method", "isotonic"]) == 0
+        said = capsys.readouterr().out
+        [line] = [line for line in said.splitlines() if "held-out NLL" in line]
+        before, after = (float(w) for w in line.split() if w.replace(".", "").isdigit())
+        verdicts.add("makes predictions worse" in said)
+        assert ("makes predictions worse" in said) == (after > before)
+    assert verdicts == {True, False}
+
+
 def test_calibrate_a_regression(place, number, tmp_path):
     assert (
         main(

@@ -1,23 +1,18 @@
 """A table in, a calibrated and evaluated predictor out."""
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vbdl.calibration.calibrate import calibrate
-from vbdl.calibration.conformal import ConformalSets
-from vbdl.calibration.conformal_intervals import NormalisedIntervals
-from vbdl.calibration.std_scaling import StdScaling
-from vbdl.calibration.temperature import Temperature
 from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
+from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
 from vbdl.tabular.evaluation import Evaluation, evaluate
 from vbdl.tabular.inference import infer
 from vbdl.tabular.network import TabularNetwork
-from vbdl.tabular.parts import divide
+from vbdl.tabular.parts import Parts, divide, joined
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.schema import KEY, Schema
 from vbdl.tabular.settings import Settings
@@ -26,7 +21,6 @@ from vbdl.train import History, fit
 
 ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
 _MIN_ROWS = 40
-_MIN_CALIBRATION = 20  # rows a calibrator is fitted to
 
 
 @dataclass
@@ -149,7 +143,10 @@ def fit_table(
         **settings.training(n_train),
     )
     predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, compile=False)  # type: ignore[arg-type]
-    predictor = _calibrated(predictor, x, targets, settings, schema, parts.overlap_is_meant, notes)
+    for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
+    for_calibration = unseen_rows(for_calibration, x["train"])
+    calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)
+    predictor, notes = calibrated.predictor, [*notes, *calibrated.notes]
     base = _base(targets["train"], schema)
     evaluation = evaluate(predictor, x["test"], targets["test"], schema.target, base)
     if compile:
@@ -172,33 +169,13 @@ def _divide(table, target, task, ignore, settings, group, time):
     return divide(table, inputs, classes, settings.shares, group, time, settings.seed)
 
 
-def _calibrated(predictor, x, targets, settings, schema, meant, notes) -> Predictor:
-    """Temperature or std scaling on one half of the calibration rows, conformal sets or intervals on the other."""
-    rows, y = x["calibration"], targets["calibration"]
-    if not meant:
-        # rows that differ in the table and are equal as numbers, a rare category in each for instance
-        apart = ~torch.isin(fingerprints(rows), fingerprints(x["train"]))
-        rows, y = rows[apart], y[apart]
-    if len(y) < _MIN_CALIBRATION:
-        notes.append(f"{len(y)} calibration rows are too few: the predictions are not calibrated")
-        return predictor
-    conformal = settings.coverage > 0 and len(y) >= 2 * _MIN_CALIBRATION
-    first = len(y) // 2 if conformal else len(y)
-    if settings.coverage > 0 and not conformal:
-        notes.append(f"{len(y)} calibration rows are too few for sets or intervals of {settings.coverage:.0%} as well")
-    classify = schema.target.classes is not None
-    method: Any = Temperature() if classify else StdScaling()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "the temperature ended at its limit")
-            predictor = calibrate(predictor, rows[:first], y[:first], method, allow_overlap=meant)
-    except UserWarning as error:
-        notes.append(f"no temperature was fitted: {error}")
-    if conformal:
-        alpha = 1 - settings.coverage
-        method = ConformalSets(alpha) if classify else NormalisedIntervals(alpha)
-        predictor = calibrate(predictor, rows[first:], y[first:], method, allow_overlap=meant)
-    return predictor
+def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> CalibrationRows:
+    """The calibration rows, with what says which of them belong together."""
+    together = torch.arange(len(y)) if parts.overlap_is_meant else fingerprints(x).unique(return_inverse=True)[1]
+    if parts.groups is not None:
+        together = joined(parts.groups[rows], together)
+    when = None if parts.when is None else parts.when[rows]
+    return CalibrationRows(x, y, together, when, parts.overlap_is_meant)
 
 
 def _base(y: Tensor, schema: Schema) -> dict[str, Any]:

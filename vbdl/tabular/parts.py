@@ -25,6 +25,8 @@ class Parts:
     how: str
     notes: list[str] = field(default_factory=list)
     overlap_is_meant: bool = False  # equal rows are in different parts, and that is no accident
+    groups: Tensor | None = None  # (all rows,) of a split by group: rows of one number are in one part
+    when: Tensor | None = None  # (all rows,) of a split by time: the order of the rows
 
 
 def divide(
@@ -50,7 +52,8 @@ def divide(
         raise ValueError("give a group column or a time column: the two can contradict each other")
     if time is not None:
         when = codes(table, time, ordered=True)
-        return Parts(split(n, shares, time=when), f"by time ({time}), the earliest rows to train", [], True)
+        how = f"by time ({time}), the earliest rows to train"
+        return Parts(split(n, shares, time=when), how, [], True, when=when)
     row = _equal(table, inputs)
     different = int(row.max()) + 1 if n else 0
     notes, meant = [], False
@@ -61,8 +64,8 @@ def divide(
         notes.append(f"{n - different} rows repeat the inputs of others and stay in one part with them")
     if group is not None:
         found = codes(table, group)
-        joined = found if meant else _joined(found, row)
-        return Parts(split(n, shares, groups=joined, seed=seed), f"by group ({group})", notes, meant)
+        together = found if meant else joined(found, row)
+        return Parts(split(n, shares, groups=together, seed=seed), f"by group ({group})", notes, meant, together)
     if different == n or meant:
         return Parts(split(n, shares, stratify=classes, seed=seed), _how(classes), notes, meant)
     # one row speaks for its equals
@@ -110,7 +113,7 @@ def _equal(table: Any, inputs: list[str]) -> Tensor:
     return fingerprints(cells).unique(return_inverse=True)[1]
 
 
-def _joined(a: Tensor, b: Tensor) -> Tensor:
+def joined(a: Tensor, b: Tensor) -> Tensor:
     """(rows,) groups that hold whole groups of both."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
