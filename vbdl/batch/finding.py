@@ -11,7 +11,7 @@ from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, Me
 from vbdl.batch.table_file import TableFile
 from vbdl.batch.worker import Options
 from vbdl.tabular import Schema, as_table
-from vbdl.tabular.columns import Categorical
+from vbdl.tabular.columns import Numeric
 from vbdl.tabular.reading import SUFFIXES, files_of, format_of
 
 
@@ -46,7 +46,7 @@ def _files(path: Path, schema: Schema | None, options: Options) -> list[Source]:
         if file.suffix.lower() == ".npy":
             found.append(ArrayFile(file, name))
         elif format_of(file):
-            found.append(TableFile(file, name, wanted, numbers, text))
+            found.append(TableFile(file, name, wanted, numbers, text, None if schema is None else schema.files))
         else:
             raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
     stems = [part_name(n, 0, "parquet") for n in names]
@@ -69,6 +69,6 @@ def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None,
         if options.inputs is None:
             return None, [], []
         return list(dict.fromkeys([*options.inputs, *options.keep])), [], list(options.inputs)
-    text = [c.name for c in schema.columns if isinstance(c, Categorical)]
-    numbers = [c.name for c in schema.columns if type(c).__name__ == "Numeric"]
+    text = schema.worded
+    numbers = [c.name for c in schema.columns if isinstance(c, Numeric) and c.name not in set(text)]
     return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers

@@ -9,11 +9,12 @@ from torch import Tensor
 from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
+from vbdl.tabular.columns import decoded, is_text
 from vbdl.tabular.evaluation import Evaluation, evaluate
-from vbdl.tabular.inference import infer
+from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import TabularNetwork
 from vbdl.tabular.parts import Parts, divide, joined
-from vbdl.tabular.reading import as_table
+from vbdl.tabular.reading import Reading, arrow
 from vbdl.tabular.schema import KEY, Schema
 from vbdl.tabular.settings import Settings
 from vbdl.tabular.target import decide, fit_target, has_target
@@ -79,6 +80,7 @@ def fit_table(
     group: str | None = None,
     time: str | None = None,
     task: str | None = None,
+    reading: Reading | None = None,
     progress: bool | None = None,
     compile: bool = False,
 ) -> Fitted:
@@ -86,18 +88,22 @@ def fit_table(
 
     data: a path, a pyarrow.Table, a pandas frame or a dict of columns. kinds, ignore, task: see `infer`.
     group, time: columns that say which rows belong together, or follow each other; they are no inputs.
+    reading: how files are read, and what words, marks in numbers and dates mean; the artefact keeps it.
     compile: of the predictor that comes back; predictions of few rows are faster, the first takes some seconds.
 
     Rows without a target are left out. ValueError where the table cannot be used, with the reason.
     """
     settings = settings or Settings()
-    table = as_table(data)
+    notes: list[str] = []
+    table, reading = training_table(data, reading, kinds, notes)
     if target not in table.column_names:
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
-    notes: list[str] = []
-    known = has_target(table.column(target))
+    known = has_target(table.column(target), reading.missing)
     if table.num_rows and not known.all():
-        notes.append(f"{int((~known).sum())} of {len(known)} rows have no {target} and were left out")
+        notes.append(
+            f"{int((~known).sum())} of {len(known)} rows have no {target} and were left out"
+            f"{_words(table.column(target), known)}"
+        )
     keep = torch.from_numpy(known).nonzero().flatten()
     table = table.take(keep.numpy())
     if table.num_rows < _MIN_ROWS:
@@ -109,10 +115,10 @@ def fit_table(
         if name == target:
             raise ValueError(f"{name!r} is the target, and cannot be what the rows are split by")
     ignore = (*ignore, *(name for name in apart if name not in (kinds or {})))
-    parts = _divide(table, target, task, ignore, settings, group, time)
+    parts = _divide(table, target, task, ignore, settings, group, time, reading)
     notes += parts.notes
     train = parts.rows["train"]
-    schema, left_out = infer(table, target, train.numpy(), kinds, ignore, task)
+    schema, left_out = infer(table, target, train.numpy(), kinds, ignore, task, reading, notes)
     encoded = schema.encode(table)
     if encoded.rejected:
         row, reason = min(encoded.rejected.items())
@@ -158,15 +164,26 @@ def fit_table(
     )
 
 
-def _divide(table, target, task, ignore, settings, group, time):
+def _words(column: Any, known: Any) -> str:
+    """What the cells of a text column say that are not known, where they say something."""
+    column = decoded(column)
+    if not is_text(column.type):
+        return ""
+    words = {w for w in column.filter(arrow().array(~known)).unique().to_pylist() if w and w.strip()}
+    return (
+        f": {', '.join(map(repr, sorted(words)))} is read as missing (--missing says which words are)" if words else ""
+    )
+
+
+def _divide(table, target, task, ignore, settings, group, time, reading):
     """Parts by the inputs as they stand in the table, before anything is learned from them."""
     inputs = [name for name in table.column_names if name != target and name not in ignore]
     classes = None
-    if decide(table.column(target), target, task)[0] == "classification":
+    if decide(table.column(target), target, task, reading)[0] == "classification":
         every = torch.arange(table.num_rows).numpy()
-        found, known = fit_target(table.column(target), target, every, task).encode(table.column(target))
+        found, known = fit_target(table.column(target), target, every, task, reading).encode(table.column(target))
         classes = found if bool(known.all()) else None
-    return divide(table, inputs, classes, settings.shares, group, time, settings.seed)
+    return divide(table, inputs, classes, settings.shares, group, time, settings.seed, reading)
 
 
 def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> CalibrationRows:
