@@ -128,6 +128,7 @@ def test_a_file_of_decimal_commas_is_read_so_throughout(tmp_path):
     """1.234 beside 1,5 is a thousand: read alone a program takes it for a number with decimals."""
     random = np.random.default_rng(0)
     big, small = random.integers(1_000, 900_000, 300), random.normal(size=300)
+    both = list(zip(big.tolist(), small.round(2).tolist(), strict=True))
     lines = [f"{written(b, ',', '.', 0)};{written(s, ',', '')};{written(b * s, ',', '')}" for b, s in both]
     (tmp_path / "t.csv").write_text("\n".join(["big;small;y", *lines]))
     found = fit_table(tmp_path / "t.csv", "y", QUICK, progress=False)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vbdl.likelihoods.centered import is_far
 from vbdl.likelihoods.normal_mixture import check_spread
 from vbdl.tabular.columns import decoded, floats, is_text, text, texts, without
 from vbdl.tabular.numerals import PLAIN, Recognised, Written, recognise
@@ -22,7 +23,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     network by the training rows' mean and std: predictions are in the target's own unit.
 
     labels: what kind of value a class is in files: "text", "integer" or "boolean". missing: words that mean that a row
-    has no target. written: how text writes a number.
+    has no target. written: how text writes a number. precise: numbers far from zero against their std stay float64;
+    False in models of before they did.
     """
 
     name: str
@@ -33,6 +35,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     reason: str = ""
     missing: tuple[str, ...] = tuple(NULLS)
     written: Written | None = None
+    precise: bool = False
+
+    @property
+    def far(self) -> bool:
+        """Whether its numbers are too far from zero for float32."""
+        return self.classes is None and self.precise and is_far(self.mean, self.std)
 
     @property
     def task(self) -> str:
@@ -51,8 +59,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return int(name) if self.labels == "integer" else name == "true" if self.labels == "boolean" else name
 
     def encode(self, column: Any) -> tuple[Tensor, Tensor]:
-        """(rows,) class numbers, or (rows, 1) float32 targets; and (rows,) bool, whether there was one. ValueError for
-        a class that training did not have and for a number that cannot be read."""
+        """(rows,) class numbers, or (rows, 1) targets, float64 where float32 is too coarse; and (rows,) bool, whether
+        there was one. ValueError for a class that training did not have and for a number that cannot be read."""
         if self.classes is None:
             values, missing, rejected = floats(column, self.name, self.missing, self.written)
             bad = [
@@ -62,7 +70,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             if bad:
                 raise ValueError(f"target of row {bad[0][0]}: {bad[0][1]}")
             known = torch.from_numpy(~missing)
-            y = torch.from_numpy(np.where(missing, 0.0, values)).to(torch.float32)
+            y = torch.from_numpy(np.where(missing, self.mean if self.far else 0.0, values))
+            y = y if self.far else y.to(torch.float32)
             return y.unsqueeze(1), known
         import pyarrow as pa
 
@@ -166,7 +175,9 @@ def fit_target(
         with np.errstate(over="ignore"):
             std = float(values.std())
         check_spread(std, f"the target {name!r}")
-        return Target(name=name, mean=float(values.mean()), std=std, reason=reason, missing=missing, written=written)
+        mean = float(values.mean())
+        options: dict[str, Any] = {"missing": missing, "written": written, "precise": is_far(mean, std)}
+        return Target(name=name, mean=mean, std=std, reason=reason, **options)
     words = without(texts(column), missing)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         words = pa.array(
