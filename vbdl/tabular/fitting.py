@@ -11,6 +11,7 @@ from vbdl.fingerprint import fingerprints
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
 from vbdl.tabular.columns import decoded, is_text
 from vbdl.tabular.evaluation import Evaluation, evaluate
+from vbdl.tabular.giveaways import giveaways
 from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import TabularNetwork
 from vbdl.tabular.parts import Parts, divide, joined
@@ -132,6 +133,12 @@ def fit_table(
     targets = {name: y[r] for name, r in rows.items()}
     if empty := [name for name, r in rows.items() if len(r) == 0]:
         raise ValueError(f"no row of part {empty[0]!r} can be read")
+
+    for name, share in giveaways(schema.columns, x["train"], targets["train"], settings.seed).items():
+        notes.append(
+            f"column {name!r} alone says {target} almost perfectly ({share:.1%} of it, in held-out training rows): "
+            f"is it known when predictions are made? (--ignore {name} leaves it out)"
+        )
 
     n_train = len(targets["train"])
     arguments = settings.network_arguments(schema, n_train)
