@@ -1,6 +1,7 @@
 """A saved model of a table, calibrated on new rows."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ METHODS = {
 
 
 def recalibrate(
-    model: Any, data: Any, out: Any, method: str, coverage: float = 0.9, add: bool = False, overwrite: bool = False
+    model: Any,
+    data: Any,
+    out: Any,
+    method: str,
+    coverage: float = 0.9,
+    add: bool = False,
+    overwrite: bool = False,
+    trust: Sequence[str] = (),
 ) -> str:
     """Calibrate the model of a folder on a table, and save it to another. Returns what changed, in words: scores on the
     calibration rows themselves, so that they say whether the fit took, and not how good it is elsewhere."""
@@ -40,7 +48,7 @@ def recalibrate(
         raise ValueError(f"coverage lies between 0 and 1, got {coverage}")
     if Path(out).resolve() == Path(model).resolve():
         raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
-    predictor = load(model, compile=False)
+    predictor = load(model, trust=trust, compile=False)
     rows = labelled(predictor, data, allow_calibration_rows=True)
     start: Any = predictor
     while not add and isinstance(start.likelihood, CalibratedLikelihood):
