@@ -139,3 +139,19 @@ def test_a_column_of_dates_is_the_same_number_in_every_writing(form):
     assert schema.encode_rows([{"when": "99-99-9999"}]).rejected
     if form == "%Y%m%d":  # which a CSV file has as numbers
         assert x.equal(schema.encode(pa.table({**data, "when": [int(w) for w in data["when"]]})).x)
+
+
+def test_marks_and_mistakes_among_dates():
+    words = [f"{1 + i % 28:02d}.{1 + i % 12:02d}.2024" for i in range(120)]
+    data = {"when": [("?", "n/a", w)[min(i % 9, 2)] for i, w in enumerate(words)], "y": np.arange(120) + 0.5}
+    notes = []
+    schema, _ = infer(pa.table(data), "y", kinds={"when": "date"}, notes=notes)
+    assert schema.columns[0].indicator and schema.columns[0].order == "day-first"
+    assert any("'?', 'n/a' is read as missing" in note for note in notes)
+    assert schema.encode(pa.table(data)).x.equal(schema.encode_rows([{"when": w} for w in data["when"]]).x)
+    wrong = {"when": [*words[:-1], "soon"], "y": data["y"]}
+    with pytest.raises(ValueError, match="row 119, column 'when': 'soon' is not a date.*; 1 such cells"):
+        infer(pa.table(wrong), "y", kinds={"when": "date"})
+    wrong = {"when": [*words[:-1], "12/31/2024"], "y": data["y"]}
+    with pytest.raises(ValueError, match="'12/31/2024' and '.*' are not dates of one order"):
+        infer(pa.table(wrong), "y", kinds={"when": "date"})

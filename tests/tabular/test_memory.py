@@ -43,7 +43,7 @@ ARROW = {
 }
 REFUSED = {
     "complex": (pd.Series(RANDOM.normal(size=N) + 1j), "complex numbers"),
-    "mixed": (pd.Series([1.5 if i % 2 else "a" for i in range(N)]), "values of several types .float, str."),
+    "mixed": (pd.Series([1.5 if i % 2 else "a" for i in range(N)]), "values of several types .float, str"),
     "times of day": (pd.Series([datetime.time(i % 24) for i in range(N)]), "time64.* no kind of input"),
     "lists": (pd.Series([[1, 2]] * N), "list.* no kind of input"),
     "large whole numbers": (pd.Series([10**30] * N, dtype=object), "int, which is no type"),

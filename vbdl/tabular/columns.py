@@ -432,7 +432,7 @@ def _day(value: Any, name: str, order: str = "") -> float:
         except dates.NoDate as error:
             raise Unreadable(f"column {name!r}: {error}") from error
     try:
-        when = value
+        when: Any = value
         if isinstance(when, datetime.date) and not isinstance(when, datetime.datetime):
             when = datetime.datetime(when.year, when.month, when.day)
         if when.tzinfo is None:

@@ -24,7 +24,7 @@ from vbdl.tabular.columns import (
     texts,
     without,
 )  # fmt: skip
-from vbdl.tabular.numerals import PLAIN, Ambiguous, Mostly, Recognised, Written, code_like, recognise
+from vbdl.tabular.numerals import PLAIN, Ambiguous, Mostly, Recognised, Written, code_like, marks, recognise
 from vbdl.tabular.reading import Reading, as_table
 from vbdl.tabular.schema import Schema
 from vbdl.tabular.target import fit_target
@@ -129,7 +129,7 @@ class _Cells:
         if kind == "categorical":
             found = self._categorical(mostly)
         else:
-            self._order(kind)
+            self._read_text(kind)
             found = self._number(kind, mostly)
         self._say_missing()
         return found
@@ -154,20 +154,27 @@ class _Cells:
         self.notes.append(f"column {self.name!r} is text read as numbers, {said} (--categorical {self.name}: words)")
         return found
 
-    def _order(self, kind: str) -> None:
-        """How text says dates."""
+    def _read_text(self, kind: str) -> None:
+        """How text says dates, and which words of a column of dates or of truth are marks for a missing one."""
         import pyarrow as pa
 
         column = decoded(self.whole)
-        if kind != "date" or not (is_text(column.type) or pa.types.is_integer(column.type)):
+        text = is_text(column.type)
+        if kind not in ("date", "boolean") or not (text or pa.types.is_integer(column.type)):
+            return
+        words = list(counted(without(texts(column), self.missing)))
+        if found := marks(words) if text else ():
+            self.missing = (*self.missing, *found)
+            self.notes.append(f"column {self.name!r}: {', '.join(map(repr, found))} is read as missing")
+        if kind == "boolean":
             return
         if self.reading.date_format is not None:
             self.order = self.reading.date_format
             return
-        try:
-            self.order = dates.order_of(counted(without(texts(column), self.missing)), self.name)
-        except dates.NoDate:
-            return  # said where the cells are read
+        try:  # what is no date at all is said where the cells are read
+            self.order = dates.order_of([w for w in words if dates.readings(w.strip())], self.name)
+        except dates.NoDate as error:
+            raise ValueError(f"column {self.name!r}: {error}") from error
         if self.order:
             self.notes.append(f"column {self.name!r} is read as dates, {self.order.replace('-', ' ')} (--date-format)")
 

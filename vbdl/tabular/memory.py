@@ -76,6 +76,7 @@ def _made(name: str, values: Any, from_pandas: bool) -> Any:
         found = pa.array(values, from_pandas=from_pandas)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         kinds = sorted({type(v).__name__ for v in list(values) if v is not None and v == v})
-        held = f"values of several types ({', '.join(kinds)})" if len(kinds) > 1 else ", ".join(kinds) or str(kind)
+        several = f"values of several types ({', '.join(kinds)}: make them one, text for instance)"
+        held = several if len(kinds) > 1 else ", ".join(kinds) or str(kind)
         raise ValueError(f"column {name!r} holds {held}, which is no type of a column: {error}") from error
     return found

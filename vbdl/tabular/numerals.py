@@ -5,7 +5,7 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,8 +63,8 @@ PLAIN = Written()
 @lru_cache(maxsize=256)
 def _pattern(decimal: str, thousands: str, unit: str) -> re.Pattern:
     mark = _THOUSANDS[thousands]
-    # groups of two digits before the last one are written in India
-    whole = r"\d+" if mark is None else rf"\d{{1,3}}(?:{mark}\d{{2,3}})*{mark}\d{{3}}|\d+"
+    # groups of two digits before the last one are written in India; no thousands begin with a zero, as 0,126 does
+    whole = r"\d+" if mark is None else rf"[1-9]\d{{0,2}}(?:{mark}\d{{2,3}})*{mark}\d{{3}}|\d+"
     sign = f"(?:{re.escape(unit)})?" if unit else ""
     space = f"[{_SPACES}]*"
     return re.compile(
@@ -104,8 +104,7 @@ def recognise(
     decimal: the mark that is given, or that other columns have: cells that it fits are read so. thousands: the only
     mark allowed. Ambiguous where two ways are left that read other numbers, as 1,234 has.
     """
-    words = {w: w.strip() for w in counts}
-    missing = tuple(w for w, text in words.items() if not any(c.isdigit() for c in text) and text.casefold() in MARKS)
+    missing = marks(counts)
     rest = [w for w in counts if w not in set(missing)]
     numeric = [w for w in rest if len(w) <= _LONGEST and any(c.isdigit() for c in w)]
     if len(numeric) < len(rest) / 2:
@@ -143,6 +142,11 @@ def recognise(
 
 _BESIDE = re.compile(rf"[+\-\u2212({_SPACES}]*(?P<before>[^\d+\-\u2212(){_SPACES}]*?)[+\-\u2212({_SPACES}]*[.,]?\d")
 _BEHIND = re.compile(rf"(?<=[\d.,{_SPACES}])(?P<behind>[^\d.,+\-\u2212(){_SPACES}'\u2019][^\d,+\-\u2212()]*?)[)\-]*$")
+
+
+def marks(words: Iterable[str]) -> tuple[str, ...]:
+    """The words that stand for a missing number or date."""
+    return tuple(w for w in words if w.strip().casefold() in MARKS)
 
 
 def _unit(words: list[str]) -> str | None:
