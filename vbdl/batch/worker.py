@@ -20,7 +20,7 @@ from vbdl.batch.sources import Chunk, ImageRow
 from vbdl.engine import Predictor
 from vbdl.stacking import map_inputs, tensors
 from vbdl.tabular import Schema, schema_of
-from vbdl.tabular.columns import combined, floats
+from vbdl.tabular.cells import combined, floats
 from vbdl.tabular.reading import arrow
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
-from vbdl.tabular.columns import decoded, is_text
+from vbdl.tabular.cells import decoded, is_text
 from vbdl.tabular.evaluation import Evaluation, evaluate
 from vbdl.tabular.giveaways import giveaways
 from vbdl.tabular.inference import infer, training_table

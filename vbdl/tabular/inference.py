@@ -8,22 +8,8 @@ import msgspec
 import numpy as np
 
 from vbdl.tabular import dates
-from vbdl.tabular.columns import (
-    Boolean,
-    Categorical,
-    Column,
-    Date,
-    Numeric,
-    booleans,
-    combined,
-    counted,
-    days,
-    decoded,
-    floats,
-    is_text,
-    texts,
-    without,
-)  # fmt: skip
+from vbdl.tabular.cells import booleans, combined, counted, days, decoded, floats, is_text, texts, without
+from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
 from vbdl.tabular.numerals import PLAIN, Ambiguous, Mostly, Recognised, Written, code_like, marks, recognise
 from vbdl.tabular.reading import Reading, as_table
 from vbdl.tabular.schema import Schema

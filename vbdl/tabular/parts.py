@@ -11,7 +11,7 @@ from torch import Tensor
 from vbdl.fingerprint import fingerprints
 from vbdl.splitting import DEFAULT_SHARES, split
 from vbdl.tabular import dates
-from vbdl.tabular.columns import decoded, is_text, texts, without
+from vbdl.tabular.cells import decoded, is_text, texts, without
 from vbdl.tabular.numerals import Recognised, recognise
 from vbdl.tabular.reading import Reading, compute
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.tabular.columns import Categorical, Column, Date, Numeric, Unreadable, plain
+from vbdl.tabular.cells import Unreadable, plain
+from vbdl.tabular.columns import Categorical, Column, Date, Numeric
 from vbdl.tabular.reading import NULLS, Reading, as_table
 from vbdl.tabular.target import Target
 

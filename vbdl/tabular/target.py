@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vbdl.likelihoods.centered import is_far
 from vbdl.likelihoods.normal_mixture import check_spread
-from vbdl.tabular.columns import decoded, floats, is_text, text, texts, without
+from vbdl.tabular.cells import decoded, floats, is_text, text, texts, without
 from vbdl.tabular.numerals import PLAIN, Recognised, Written, recognise
 from vbdl.tabular.reading import NULLS, Reading, compute
 
