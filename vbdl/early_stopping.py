@@ -39,6 +39,15 @@ class BestEpochs:
         if self.patience is not None:
             self.active &= self.waited < self.patience
 
+    def last(self, epochs: int) -> int:
+        """How many epochs there will be, at most `epochs`, if no member becomes better any more: what is known now of
+        when training stops. Asked after `update`."""
+        if self.patience is None:
+            return epochs
+        now = int((self.epoch + self.waited).max()) + 1
+        left = (self.patience - self.waited)[self.active]
+        return min(epochs, now + (int(left.max()) if len(left) else 0))
+
     @property
     def done(self) -> bool:
         """Whether every member has stopped."""

@@ -14,7 +14,8 @@ _LINE_SECONDS = 15.0  # between two lines where there is no terminal
 class Progress:
     """`with Progress("training", total) as bar: bar.advance("loss 0.31")`
 
-    shown: True and False force it; None shows a bar on a terminal and logs lines elsewhere.
+    shown: True and False force it; None shows a bar on a terminal and logs lines elsewhere. total may change on the
+    way: the time that is left is that of the steps that are left now.
     """
 
     def __init__(self, title: str, total: int, shown: bool | None = None):
@@ -58,7 +59,7 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, note=note)
         assert self._task is not None
-        self._bar.update(self._task, completed=self.done, note=note)
+        self._bar.update(self._task, completed=self.done, total=self.total, note=note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

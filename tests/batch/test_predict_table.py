@@ -401,6 +401,50 @@ def test_images_of_a_folder(tmp_path):
     torch.testing.assert_close(torch.tensor(probs), predict(x).probs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((1, 6, 6), torch.float32),
+        ((3, 6, 6), torch.float32),
+        ((4, 6, 6), torch.float32),
+        ((6, 6), torch.float32),
+        ((6, 6, 1), torch.float32),
+        ((6, 6, 3), torch.float32),
+        ((3, 6, 6), torch.uint8),
+    ],
+)
+def test_images_are_rows_of_the_shape_that_the_model_takes(tmp_path, shape, dtype):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    rows = []
+    mode = {3: "RGB", 4: "RGBA"}.get(max(s for s in shape if s != 6) if 6 in shape and len(shape) == 3 else 1, "L")
+    for i, one in enumerate(pixels):
+        drawn = image.fromarray(one)
+        drawn.save(tmp_path / "in" / f"{i}.png")
+        values = torch.tensor(np.array(drawn.convert(mode))).reshape(6, 6, -1)
+        values = values.reshape(6, 6) if len(shape) == 2 else values if shape[0] == 6 else values.permute(2, 0, 1)
+        rows.append(values / 255 if dtype.is_floating_point else values)
+    image.fromarray(pixels[0, :4]).save(tmp_path / "in" / "small.png")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.d, self.l = nn.Dropout(0.2), nn.Linear(int(np.prod(shape)), 2)
+
+        def forward(self, x):
+            return self.l(self.d(x.flatten(1).float()))
+
+    x = torch.stack(rows)
+    predict = vbdl.Predictor(vbdl.MCDropout(Net()), vbdl.Categorical(), 4, compile=False)
+    predict.save(tmp_path / "m", example=x)
+    loaded = vbdl.load(tmp_path / "m", module=Net(), compile=False)
+    report = vbdl.predict_table(loaded, tmp_path / "in", tmp_path / "o.parquet", **SMALL)
+    assert (report.rows, report.rejected) == (5, 1) and "the model takes" in report.reasons[0]
+    found = pa.parquet.read_table(tmp_path / "o.parquet")
+    np.testing.assert_allclose(found["probability_1"], predict(x).probs[:, 1], rtol=0, atol=1e-6)
+
+
 def test_many_classes_are_a_list(numbers):
     predict = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(5, 30), 2), vbdl.Categorical(), compile=False)
     found = vbdl.predict_table(predict, numbers, **SMALL)

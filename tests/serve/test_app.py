@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import threading
 import time
 
@@ -527,6 +528,36 @@ def test_a_model_that_does_not_warm_up_is_never_ready(arrays_model, monkeypatch,
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_ready"
         assert "division" not in answer.text
     assert "warming up failed" in caplog.text
+
+
+@pytest.mark.parametrize("compiled, said", [(True, "being compiled"), (False, "being made ready")])
+def test_a_model_that_is_not_ready_says_what_it_is_doing(arrays_model, monkeypatch, compiled, said):
+    model = Model(arrays_model, compile=compiled)
+    released = threading.Event()
+    monkeypatch.setattr(model, "warm_up", lambda: released.wait(30))
+    with TestClient(app(model)) as client:
+        answer = client.post("/v1/predict", json=BODY)
+        released.set()
+    assert answer.status_code == 503 and said in answer.json()["error"]["message"]
+
+
+def test_the_date_on_the_page_is_of_the_training_rows(table_model):
+    model = Model(table_model, compile=False)
+    [day] = model.about()["row"]["properties"]["day"]["examples"]
+    column = next(c for c in model.schema.columns if c.name == "day")
+    assert day == str(np.datetime64("1970-01-01") + round(column.fill)) and day.startswith("2026-01-")
+    assert not model.schema.encode_rows([{**dict.fromkeys(model.schema.names), "day": day}]).rejected
+
+
+def test_links_of_the_page_can_be_followed_with_a_token(arrays_model):
+    """A link itself sends none: the page asks for what it points to, and has a place to show it."""
+    with TestClient(app(Model(arrays_model, compile=False), token="secret")) as client:
+        page, script = client.get("/").text, client.get("/page.js").text
+        links = re.findall(r"<footer.*?</footer>", page, re.DOTALL)[0]
+        for path in re.findall(r'href="([^"]+)"', links):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert 'querySelectorAll("footer a")' in script and 'id="linked"' in page and '$("linked")' in script
 
 
 def test_limits_are_positive():

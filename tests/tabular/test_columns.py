@@ -198,3 +198,33 @@ def test_the_example_is_a_row(schema):
 def test_no_rows(schema):
     assert schema.encode(table().slice(0, 0)).x.shape == (0, len(schema.features))
     assert schema.encode_rows([]).x.shape == (0, len(schema.features))
+
+
+def test_a_wide_table_is_not_listed_again_for_each_of_its_columns(monkeypatch):
+    """The names of a table's columns are a new list at every look: one look a column is quadratic."""
+    from vbdl.tabular import inference, parts, schema
+
+    class Counting:
+        looks = 0
+
+        def __init__(self, table):
+            self.table = table
+
+        @property
+        def column_names(self):
+            Counting.looks += 1
+            return self.table.column_names
+
+        def __getattr__(self, name):
+            return getattr(self.table, name)
+
+    looks = []
+    for width in (20, 80):
+        data = pa.table({**{f"x{i}": np.random.default_rng(i).normal(size=60) for i in range(width)}, "y": range(60)})
+        for module in (inference, schema):
+            monkeypatch.setattr(module, "as_table", lambda *_: Counting(data))  # noqa: B023
+        Counting.looks = 0
+        infer(data, "y")[0].encode(data)
+        parts.divide(Counting(data), [f"x{i}" for i in range(width)], None)
+        looks.append(Counting.looks)
+    assert looks[0] == looks[1]

@@ -191,6 +191,21 @@ def test_calibrate_says_what_is_kept_and_what_is_replaced(place, number, tmp_pat
     assert (after(x).total == before(x).total).all() == ("--add" in options)
 
 
+def test_calibrate_scores_rows_that_each_fit_has_not_seen(place, classes, tmp_path, capsys):
+    """A curve through few rows helps sometimes, and says where it does not."""
+    whole, verdicts = pa.csv.read_csv(place / "new.csv"), set()
+    for start in range(0, 90, 15):
+        pa.csv.write_csv(whole.slice(start, 15), tmp_path / "few.csv")
+        out = str(tmp_path / f"c{start}")
+        assert main(["calibrate", str(classes), str(tmp_path / "few.csv"), out, "--method", "isotonic"]) == 0
+        said = capsys.readouterr().out
+        [line] = [line for line in said.splitlines() if "held-out NLL" in line]
+        before, after = (float(w) for w in line.split() if w.replace(".", "").isdigit())
+        verdicts.add("makes predictions worse" in said)
+        assert ("makes predictions worse" in said) == (after > before)
+    assert verdicts == {True, False}
+
+
 def test_calibrate_a_regression(place, number, tmp_path):
     assert (
         main(
@@ -306,3 +321,52 @@ def test_a_wrong_file_is_exit_code_2(tmp_path, capsys, text, said):
 )
 def test_a_missing_file_is_exit_code_2(arguments):
     assert main(arguments) == 2
+
+
+def test_a_spreadsheet_of_another_country_from_end_to_end(tmp_path, capsys):
+    """Semicolons, cp1252, decimal commas, euros, days first, a mark for nothing: the same rows for every command."""
+    random = np.random.default_rng(0)
+    days = np.datetime64("2024-01-01") + np.arange(600)
+    rows = ["größe;preis;wann;seit;art"]
+    for i, day in enumerate(days):
+        size, price = random.normal(), random.lognormal(7)
+        text = f"{price:,.2f}".translate({ord(","): ".", ord("."): ","})
+        when = f"{str(day)[8:]}.{str(day)[5:7]}.{str(day)[:4]}"
+        word = "k.A." if i % 9 == 0 else f"{size:.3f}".replace(".", ",")
+        rows.append(f"{word};{text} €;{when};{when};{'ja' if size > 0 else 'nein'}")
+    (tmp_path / "t.csv").write_bytes("\n".join(rows[:501]).encode("cp1252"))
+    (tmp_path / "new.csv").write_bytes("\n".join([rows[0], *rows[501:]]).encode("cp1252"))
+    out = str(tmp_path / "m")
+    arguments = ["--target", "art", "--time", "wann", "--date", "seit", "--out", out, "--no-figures"]
+    options = ["--encoding", "cp1252", "--missing", "k.A."]
+    assert main(["fit", str(tmp_path / "t.csv"), *arguments, *options, *QUICK]) == 0
+    said = capsys.readouterr().out
+    for words in ("separates its columns by ';'", "',' before their decimals", "by time (wann, day first)", "'preis'"):
+        assert words in said, said
+    assert main(["predict", out, str(tmp_path / "new.csv"), str(tmp_path / "p.parquet")]) == 0
+    predicted = pa.parquet.read_table(tmp_path / "p.parquet")
+    predictor = vbdl.load(out, compile=False)
+    schema = schema_of(predictor.manifest.extras)
+    x = schema.tensor(tmp_path / "new.csv")
+    assert np.allclose(predicted["probability_ja"], predictor(x).probs[:, 0], atol=1e-6)
+    cells = [dict(zip(rows[0].split(";"), row.split(";"), strict=True)) for row in rows[501:]]
+    assert x.equal(schema.tensor(cells)) and x.equal(schema.tensor({n: [c[n] for c in cells] for n in cells[0]}))
+    assert main(["evaluate", out, str(tmp_path / "new.csv")]) == 0
+    assert main(["calibrate", out, str(tmp_path / "new.csv"), str(tmp_path / "c")]) == 0
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--decimal", "x"], "a decimal mark is"),
+        (["--thousands", "x"], "a mark between thousands"),
+        (["--decimal", ",", "--thousands", ","], "cannot stand before decimals and between"),
+        (["--separator", "ab"], "a separator is one character"),
+        (["--encoding", "klingon"], "no encoding 'klingon'"),
+        (["--date-format", "european"], "a date format is day-first"),
+    ],
+)
+def test_options_of_reading_that_make_no_sense(place, tmp_path, capsys, options, said):
+    command = ["fit", str(place / "train.parquet"), "--target", "kind", "--out", str(tmp_path / "m")]
+    assert main([*command, *options]) == 1
+    assert said in capsys.readouterr().err

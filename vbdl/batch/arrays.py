@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vbdl.tabular.columns import combined
+from vbdl.tabular.cells import combined
 from vbdl.tabular.reading import arrow
 
 _BLOCK = 65_536  # rows in memory while files are joined

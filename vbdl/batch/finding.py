@@ -7,18 +7,19 @@ from typing import Any
 import torch
 
 from vbdl.batch.folder import part_name
-from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, MemoryTable, Source
+from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, ImageRow, MemoryTable, Source
 from vbdl.batch.table_file import TableFile
 from vbdl.batch.worker import Options
 from vbdl.tabular import Schema, as_table
-from vbdl.tabular.columns import Categorical
+from vbdl.tabular.columns import Numeric
 from vbdl.tabular.reading import SUFFIXES, files_of, format_of
 
 
-def sources_of(data: Any, schema: Schema | None, options: Options) -> list[Source]:
-    """The sources of data in any form that `predict_table` takes, in order. Names are what parts are called after."""
+def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageRow | None = None) -> list[Source]:
+    """The sources of data in any form that `predict_table` takes, in order. Names are what parts are called after.
+    image: what the model takes of an image."""
     if isinstance(data, str | Path):
-        return _files(Path(data), schema, options)
+        return _files(Path(data), schema, options, image)
     given: list[Any] = data if isinstance(data, list) else [data]
     if given and all(hasattr(s, "chunks") and hasattr(s, "state") for s in given):
         return given
@@ -29,11 +30,11 @@ def sources_of(data: Any, schema: Schema | None, options: Options) -> list[Sourc
     return [MemoryTable(as_table(data))]
 
 
-def _files(path: Path, schema: Schema | None, options: Options) -> list[Source]:
+def _files(path: Path, schema: Schema | None, options: Options, image: ImageRow | None) -> list[Source]:
     if path.is_dir():
         tables = [f for f in _maybe(path, (*SUFFIXES, ".npy"))]
         if not tables and _maybe(path, IMAGES):
-            return [ImageFolder(path)]
+            return [ImageFolder(path, row=image)]
         if not tables:
             raise ValueError(f"there is no table, array or image in {path}")
         names = [str(f.relative_to(path)) for f in tables]
@@ -46,7 +47,7 @@ def _files(path: Path, schema: Schema | None, options: Options) -> list[Source]:
         if file.suffix.lower() == ".npy":
             found.append(ArrayFile(file, name))
         elif format_of(file):
-            found.append(TableFile(file, name, wanted, numbers, text))
+            found.append(TableFile(file, name, wanted, numbers, text, None if schema is None else schema.files))
         else:
             raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
     stems = [part_name(n, 0, "parquet") for n in names]
@@ -69,6 +70,6 @@ def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None,
         if options.inputs is None:
             return None, [], []
         return list(dict.fromkeys([*options.inputs, *options.keep])), [], list(options.inputs)
-    text = [c.name for c in schema.columns if isinstance(c, Categorical)]
-    numbers = [c.name for c in schema.columns if type(c).__name__ == "Numeric"]
+    text = schema.worded
+    numbers = [c.name for c in schema.columns if isinstance(c, Numeric) and c.name not in set(text)]
     return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers

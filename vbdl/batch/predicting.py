@@ -17,7 +17,7 @@ from vbdl.batch.finding import sources_of
 from vbdl.batch.folder import FORMATS, QUARANTINE, Folder
 from vbdl.batch.merging import merge_parts
 from vbdl.batch.sources import Chunk, Source
-from vbdl.batch.worker import Cells, Options, Result, Worker, available, digest, plain, schema_at
+from vbdl.batch.worker import Cells, Options, Result, Worker, available, digest, image_row, plain, schema_at
 from vbdl.compiler import can_compile
 from vbdl.progress import Progress
 from vbdl.tabular import Schema
@@ -98,6 +98,7 @@ def predict_table(
     restart: bool = False,
     progress: bool | None = None,
     ray_options: Mapping[str, Any] | None = None,
+    trust: Sequence[str] = (),
 ) -> Any:
     """Predict every row, in memory of a few chunks.
 
@@ -112,6 +113,7 @@ def predict_table(
     Ray. Results depend on neither, nor on chunk_rows.
     on_error: "quarantine" leaves rows that cannot be used out and says why, in a file beside the output; "stop" raises
     QuarantineError at the first.
+    trust: packages that a saved model may import its network from.
     restart: write the output again, where another job's is there. A job that was killed is gone on with by itself.
 
     Returns a `Report`, or the table. Raises ValueError where model, data and options do not fit.
@@ -128,9 +130,10 @@ def predict_table(
         tile,
         compile,
         chunk_rows,
+        tuple(trust),
     )
     schema = schema or schema_at(model)
-    sources = sources_of(data, schema, options)
+    sources = sources_of(data, schema, options, image_row(model))
     if compile is None:
         options = dataclasses.replace(options, compile=can_compile() and _large(sources))
     if out is None:

@@ -91,17 +91,49 @@ class ArrayFile:
                 yield Chunk(number, np.arange(start, start + rows), data)
 
 
+@dataclass(frozen=True)
+class ImageRow:
+    """What a model takes of an image: (channels, height, width), (height, width, channels) or (height, width), of
+    numbers in [0, 1] where its dtype is floating, and of bytes where not."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def mode(self) -> str | None:
+        """The mode of Pillow with these channels; None where they are those of no image."""
+        return {1: "L", 3: "RGB", 4: "RGBA"}.get(self._channels)
+
+    @property
+    def _channels(self) -> int:
+        if len(self.shape) == 2:
+            return 1
+        return self.shape[0] if self.shape[0] in (1, 3, 4) else self.shape[-1]
+
+    def of(self, values: np.ndarray) -> Tensor:
+        """The row of (height, width, channels) bytes. ValueError for an image of another size."""
+        found = torch.from_numpy(values)
+        if len(self.shape) == 2:
+            found = found.squeeze(2)
+        elif self.shape[0] in (1, 3, 4):
+            found = found.permute(2, 0, 1)
+        if tuple(found.shape) != self.shape:
+            raise ValueError(f"the image is {tuple(found.shape)}, and the model takes {self.shape}")
+        return found.to(self.dtype) / 255 if self.dtype.is_floating_point else found.to(self.dtype)
+
+
 @dataclass
 class ImageFolder:
     """Images of a folder and below, by name. (channels, height, width) in [0, 1], all of one size.
 
-    transform: (channels, height, width) -> what the network takes, for one image.
+    row: of the model, in place of that. transform: (channels, height, width) -> what the network takes, for one image.
     """
 
     path: Path
     name: str = "images"
     mode: str = "RGB"  # of Pillow: "L" for grey
     transform: Callable[[Tensor], Tensor] | None = None
+    row: ImageRow | None = None
     identity = "path"
 
     def __post_init__(self):
@@ -136,9 +168,12 @@ class ImageFolder:
             from PIL import Image
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("images need Pillow: pip install pillow") from error
+        row = None if self.row is None or self.row.mode is None or self.transform is not None else self.row
         with Image.open(file) as image:
-            values = np.array(image.convert(self.mode))
+            values = np.array(image.convert(self.mode if row is None else row.mode))
         values = values[..., None] if values.ndim == 2 else values
+        if row is not None:
+            return row.of(values)
         found = torch.from_numpy(values).permute(2, 0, 1).float() / 255
         return found if self.transform is None else self.transform(found)
 

@@ -1,5 +1,6 @@
 """Rows of CSV, Parquet and Arrow files, a chunk at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vbdl.batch.sources import Chunk, file_state
-from vbdl.tabular.reading import arrow, csv_options, format_of
+from vbdl.tabular.reading import Reading, arrow, csv_options, format_of, read_options
 
 
 def rechunked(batches: Iterator[Any], size: int, first: int) -> Iterator[tuple[int, Any]]:
@@ -37,6 +38,7 @@ class TableFile:
     columns: Sequence[str] | None = None
     numeric: Sequence[str] = ()  # columns of a CSV file that hold numbers
     text: Sequence[str] = ()  # and those that hold words, codes like 007 among them
+    reading: Reading | None = None  # how a CSV file is read
 
     def state(self) -> dict[str, Any]:
         return file_state(self.path, self.name)
@@ -71,10 +73,11 @@ class TableFile:
                 yield Chunk(number, np.arange(start, start + table.num_rows), table)
 
     def _check(self, names: Sequence[str]) -> list[str] | None:
+        times = Counter(names)
         for column in names if self.columns is None else self.columns:
-            if column not in names:
+            if column not in times:
                 raise ValueError(f"{self.path} has no column {column!r}; it has {list(names)}")
-            if names.count(column) > 1:
+            if times[column] > 1:
                 raise ValueError(f"{self.path} has two columns called {column!r}")
         return None if self.columns is None else list(self.columns)
 
@@ -129,13 +132,13 @@ class TableFile:
 
         types = {name: pa.float64() for name in numeric}
         types |= {name: pa.string() for name in (*self.text, *([] if numeric else self.numeric))}
-        options = csv_options(self.path, types)
+        options = csv_options(self.path, types, self.reading)
         options["parse_options"].invalid_row_handler = invalid
-        with csv.open_csv(self.path, csv.ReadOptions(use_threads=False), **options) as header:
+        with csv.open_csv(self.path, read_options(self.reading, use_threads=False), **options) as header:
             columns = self._check(header.schema.names)
         bad.clear()
         options["convert_options"].include_columns = columns or []
-        reader = csv.open_csv(self.path, csv.ReadOptions(use_threads=False), **options)
+        reader = csv.open_csv(self.path, read_options(self.reading, use_threads=False), **options)
         next_row, number = 0, 0
         held: list[Any] = []
         places: list[int] = []

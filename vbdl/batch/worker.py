@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from vbdl.artefact.loading import load
+from vbdl.artefact.tensors import DTYPES
 from vbdl.batch.output import COLUMNS, fields
-from vbdl.batch.sources import Chunk
+from vbdl.batch.sources import Chunk, ImageRow
 from vbdl.engine import Predictor
 from vbdl.stacking import map_inputs, tensors
 from vbdl.tabular import Schema, schema_of
-from vbdl.tabular.columns import combined, floats
+from vbdl.tabular.cells import combined, floats
 from vbdl.tabular.reading import arrow
 
 
@@ -40,6 +41,7 @@ class Options:
     tile: int = 256
     compile: bool | None = None
     chunk_rows: int = 65_536
+    trust: tuple[str, ...] = ()  # packages that the model may import its network from
 
     def __post_init__(self):
         if self.tile < 1 or (self.tile > 1 and self.tile % 64):
@@ -90,7 +92,7 @@ class Worker:
             self.predictor = model.replace(**settings)
             self._shape = _row_shape(model)
         else:
-            self.predictor = load(model, **settings)
+            self.predictor = load(model, trust=options.trust, **settings)
             self._shape = _row_shape(self.predictor)
             self.schema = self.schema or schema_of(self.predictor.manifest.extras)
         target = None if self.schema is None else self.schema.target
@@ -340,6 +342,19 @@ def schema_at(model: Any) -> Schema | None:
     return schema_of(read(model).extras)
 
 
+def image_row(model: Any) -> ImageRow | None:
+    """What a row of a network of images is, where its model says it."""
+    if isinstance(model, Predictor):
+        inputs = None if model.manifest is None else model.manifest.inputs
+    else:
+        from vbdl.artefact.manifest import read
+
+        inputs = read(model).inputs
+    if inputs is None or len(inputs.tensors) != 1 or len(inputs.tensors[0].shape) not in (2, 3):
+        return None
+    return ImageRow(tuple(inputs.tensors[0].shape), DTYPES[inputs.tensors[0].dtype])
+
+
 def available() -> int:
     """Cores that this process may use, or OMP_NUM_THREADS where that is fewer."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -348,5 +363,5 @@ def available() -> int:
 
 
 def plain(options: Options) -> dict[str, Any]:
-    """Options as JSON has them."""
-    return json.loads(json.dumps(vars(options)))
+    """Options that a result depends on, as JSON has them."""
+    return json.loads(json.dumps({name: value for name, value in vars(options).items() if name != "trust"}))

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import vbdl
 from vbdl.cli.config import configured
@@ -39,9 +39,55 @@ class _Commands(Mapping[str, type]):
 COMMANDS = _Commands()
 
 
+class _Stream:
+    """A stream whose reader may leave, as `head` does: what is written after that goes nowhere, and the command ends
+    its work."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self.leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self.leave()
+
+    def leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0, 1 for an error, 2 for a wrong command line, 3 where it ended and some rows could
     not be used, 130 when interrupted."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Stream(before[0]), _Stream(before[1])  # type: ignore[assignment]
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is no error
+            sys.stderr.flush()
+    except OSError as error:  # of the output itself: a full disk
+        sys.stdout.leave()  # type: ignore[attr-defined]
+        print(f"vbdl: {error}", file=sys.stderr)
+        return 1
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _main(argv: Sequence[str] | None) -> int:
     import logging
 
     import tyro

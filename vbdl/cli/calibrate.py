@@ -34,8 +34,14 @@ class Calibrate:
     """Keep the calibration that the model has, and fit behind it; sets and intervals take the place of earlier ones."""
     overwrite: bool = False
     """Replace a model that is there."""
+    trust: tuple[str, ...] = ()
+    """Packages that the model may import its network from. Importing runs code: name only your own."""
 
     def __call__(self) -> None:
         from vbdl.tabular.recalibrating import recalibrate
 
-        print(recalibrate(self.model, self.data, self.out, self.method, self.coverage, self.add, self.overwrite))
+        print(
+            recalibrate(
+                self.model, self.data, self.out, self.method, self.coverage, self.add, self.overwrite, self.trust
+            )
+        )

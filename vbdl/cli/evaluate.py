@@ -22,6 +22,8 @@ class Evaluate:
     """Score them in spite of all, rows calibrated on among them."""
     json: bool = False
     """Print JSON."""
+    trust: tuple[str, ...] = ()
+    """Packages that the model may import its network from. Importing runs code: name only your own."""
 
     def __call__(self) -> None:
         import json
@@ -30,7 +32,7 @@ class Evaluate:
         from vbdl.tabular.evaluation import evaluate
         from vbdl.tabular.labelled import labelled
 
-        predictor = vbdl.load(self.model, compile=False)
+        predictor = vbdl.load(self.model, trust=self.trust, compile=False)
         allowed = self.allow_training_rows
         rows = labelled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
         base = predictor.manifest.extras.get("training", {}).get("base")

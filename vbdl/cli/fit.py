@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +33,18 @@ class Fit:
     """Columns to read as categories, codes made of digits for instance."""
     date: tuple[str, ...] = ()
     """Columns of dates to read as days since 1970."""
+    separator: str | None = None
+    """Character between the cells of CSV files; found in the first line unless given."""
+    encoding: str | None = None
+    """Of CSV files: utf-8 unless given, latin-1, cp1252, utf-16."""
+    decimal: str | None = None
+    """Mark before decimals; found in the cells unless given."""
+    thousands: str | None = None
+    """Mark between thousands; found in the cells unless given."""
+    missing: tuple[str, ...] | None = None
+    """Words that mean that a cell has no value, beside an empty one; NA N/A NaN NULL None and the like unless given."""
+    date_format: str | None = None
+    """How text says dates: day-first, month-first, year-first, or %d.%m.%Y and the like; found unless given."""
     group: str | None = None
     """Column whose values stay in one part each: a patient, a customer."""
     time: str | None = None
@@ -94,7 +106,7 @@ class Fit:
         found = fit_table(
             self.data, self.target, settings,
             kinds=kinds_of(self.numeric, self.categorical, self.date), ignore=self.ignore,
-            group=self.group, time=self.time, task=self.task,
+            group=self.group, time=self.time, task=self.task, reading=self._reading(),
         )  # fmt: skip
         print(found.schema)
         for name, reason in found.left_out.items():
@@ -116,3 +128,13 @@ class Fit:
                     print(path)
             except ModuleNotFoundError as error:
                 print(f"no figures: {error}")
+
+    def _reading(self) -> Any:
+        from vbdl.tabular.reading import NULLS, Reading
+
+        missing = tuple(NULLS) if self.missing is None else self.missing
+        separator = "\t" if self.separator in ("\\t", "tab") else self.separator
+        return Reading(
+            separator=separator, encoding=self.encoding, decimal=self.decimal, thousands=self.thousands,
+            missing=missing, date_format=self.date_format,
+        )  # fmt: skip

@@ -14,6 +14,10 @@ class Predict:
     Reads CSV, Parquet, Arrow and .npy files, or a folder of them or of images; writes .parquet, .csv, .arrow,
     .npy, or a folder of parts. Rows that cannot be used, or that the model raises on, are left out and listed with
     reasons, and the exit code is then 3.
+
+    Images become (channels, height, width) in [0, 1], their bytes divided by 255, in the channels and the order of axes
+    that a row of the model has: gray for one, RGB for three, RGBA for four. A model of whole numbers gets 0 to 255.
+    Other scalings belong into the network.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -45,6 +49,8 @@ class Predict:
     """Compile the model; where there are rows enough to pay for it unless given."""
     restart: bool = False
     """Write the output again, whatever job it is of."""
+    trust: tuple[str, ...] = ()
+    """Packages that the model may import its network from. Importing runs code: name only your own."""
 
     def __call__(self) -> int:
         from vbdl.batch.predicting import predict_table
@@ -53,7 +59,7 @@ class Predict:
             self.model, self.data, self.out,
             columns=self.columns or None, keep=self.keep, interval=self.interval, inputs=self.inputs or None,
             engine=self.engine, workers=self.workers, chunk_rows=self.chunk_rows, format=self.format,
-            on_error=self.on_error, compile=self.compile, restart=self.restart,
+            on_error=self.on_error, compile=self.compile, restart=self.restart, trust=self.trust,
         )  # fmt: skip
         print(report)
         return 3 if report.rejected or report.failed else 0

@@ -21,6 +21,7 @@ from vbdl.decision.referral import Certificate, Referral
 from vbdl.decision.risk import Risk
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 
@@ -37,6 +38,7 @@ _KNOWN: dict[str, type[nn.Module]] = {
         DecidingLikelihood,
         Bernoulli,
         Categorical,
+        Centered,
         Gaussian,
         HeteroscedasticGaussian,
     )

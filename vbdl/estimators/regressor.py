@@ -7,6 +7,7 @@ import torch
 from sklearn.base import RegressorMixin
 
 from vbdl.estimators._base import Estimator
+from vbdl.likelihoods.centered import Centered, is_far
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.likelihoods.normal_mixture import check_spread
@@ -57,7 +58,8 @@ class VBDLRegressor(RegressorMixin, Estimator):
         self.noise = noise
 
     def _likelihood(self, n_train: int) -> Any:
-        return HeteroscedasticGaussian(beta=0.5, unit=self._std) if self._per_row else Gaussian(std=self._std)
+        found = HeteroscedasticGaussian(beta=0.5, unit=self._std) if self._per_row else Gaussian(std=self._std)
+        return Centered(found, self._center) if self._center else found
 
     def fit(self, X: Any, y: Any) -> "VBDLRegressor":
         """X: (rows, features) finite numbers;  y: (rows,) finite numbers"""
@@ -70,8 +72,10 @@ class VBDLRegressor(RegressorMixin, Estimator):
             check_spread(float(y.std()), "the target y")
         self._std = float(y.std()) or 1.0
         self.__dict__.pop("_predictor", None)
-        head = {"log_variance": self._per_row, "target_mean": float(y.mean()), "target_std": self._std}
-        self._fit(x, torch.from_numpy(y.astype(np.float32)).unsqueeze(1), 1, head)
+        mean = float(y.mean())
+        self._center = mean if is_far(mean, self._std) else 0.0  # float32 would round what is to be learned
+        head = {"log_variance": self._per_row, "target_mean": mean - self._center, "target_std": self._std}
+        self._fit(x, torch.from_numpy(y if self._center else y.astype(np.float32)).unsqueeze(1), 1, head)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:

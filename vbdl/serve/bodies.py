@@ -225,6 +225,8 @@ def _fits(value: Any, column: Column) -> bool:
         return isinstance(value, str)
     if isinstance(column, Categorical):  # a code is a word too
         return isinstance(value, str) or (_number(value) and float(value).is_integer())
+    if json_schema.written(column) and isinstance(value, str):
+        return True
     return _number(value)
 
 

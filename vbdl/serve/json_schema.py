@@ -1,5 +1,6 @@
 """What a model takes, as JSON Schema: a row of a table, an array, the body of a request."""
 
+import datetime
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from vbdl.artefact.manifest import InputEntry
 from vbdl.artefact.manifest import Inputs as Signature
 from vbdl.artefact.tensors import DTYPES
 from vbdl.tabular import Schema
-from vbdl.tabular.columns import Boolean, Categorical, Column, Date
+from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
 
 LARGEST = 1e30  # of a number in a request: what float32 holds with room for a network
 
@@ -22,8 +23,16 @@ def cell(column: Column) -> dict[str, Any]:
         span = {"minimum": -LARGEST, "maximum": LARGEST}
         return {"type": ["string", "integer", "null"], **span, "examples": list(column.categories), "description": said}
     if isinstance(column, Date):
-        return {"type": ["string", "null"], "format": "date", "examples": ["2026-01-31"]}
-    return {"type": ["number", "null"], "minimum": -LARGEST, "maximum": LARGEST, "examples": [round(column.mean, 4)]}
+        # in the middle of the training rows, in ISO, which every order reads
+        day = datetime.date(1970, 1, 1) + datetime.timedelta(days=round(column.fill))
+        return {"type": ["string", "null"], "format": "date", "examples": [day.isoformat()]}
+    kinds = ["number", "string", "null"] if written(column) else ["number", "null"]
+    return {"type": kinds, "minimum": -LARGEST, "maximum": LARGEST, "examples": [round(column.mean, 4)]}
+
+
+def written(column: Column) -> bool:
+    """Whether a number may come as text, as the training cells wrote it."""
+    return isinstance(column, Numeric) and column.written is not None
 
 
 def array(entry: InputEntry, name: str | None = None) -> dict[str, Any]:

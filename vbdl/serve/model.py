@@ -59,6 +59,11 @@ class Model:
         """Whether there are so many draws that a deadline can be met with fewer of them."""
         return step_size(self.predictor.n_samples) < self.predictor.n_samples
 
+    @property
+    def preparing(self) -> str:
+        """What is going on until the model answers, in words."""
+        return f"the model is being {'compiled' if self.predictor.settings.compile else 'made ready'}"
+
     def warm_up(self) -> None:
         """Compile what every batch needs, and every deadline; nothing is compiled afterwards."""
         self.predictor.warm_up(self.predictor.tiles, example=self.example(), adaptive=self.anytime)

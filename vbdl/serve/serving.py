@@ -73,7 +73,7 @@ class Serving:
         """The media type of an answer, and the answer."""
         arrived = time.monotonic()
         if not self.warm or self.batcher is None:
-            raise Refused(503, "not_ready", self.failed or "the model is being compiled", retry_after=5)
+            raise Refused(503, "not_ready", self.failed or self.model.preparing, retry_after=5)
         asked = headers.get(b"x-deadline-ms")
         seconds = self.limits.deadline if asked is None else self._deadline(asked.decode("latin-1"))
         if headers.get(b"content-encoding", b"identity") != b"identity":

@@ -91,7 +91,7 @@ def _classification(p: Any, y: Tensor, target: Target, base: dict[str, Any] | No
         _score("Brier", "0 to 2", metrics.mean_estimate(brier).interval(), simplest.get("Brier")),
         _score("ECE", "15 bins", metrics.bootstrap(metrics.ece, probs, y, n_resamples=_RESAMPLES)),
     ]
-    if probs.shape[1] == 2 and 0 < int(y.sum()) < len(y):
+    if probs.shape[1] == 2 and 2 <= int(y.sum()) <= len(y) - 2:  # an interval needs two rows of each
         found.insert(1, _score("AUROC", f"for {target.label(1)!r}", metrics.auroc_interval(probs[:, 1], y.bool()), 0.5))
     sets = getattr(p, "sets", None)
     if sets is not None:

@@ -1,24 +1,21 @@
 """A table in, a calibrated and evaluated predictor out."""
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vbdl.calibration.calibrate import calibrate
-from vbdl.calibration.conformal import ConformalSets
-from vbdl.calibration.conformal_intervals import NormalisedIntervals
-from vbdl.calibration.std_scaling import StdScaling
-from vbdl.calibration.temperature import Temperature
 from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
+from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
+from vbdl.tabular.cells import decoded, is_text
 from vbdl.tabular.evaluation import Evaluation, evaluate
-from vbdl.tabular.inference import infer
+from vbdl.tabular.giveaways import giveaways
+from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import TabularNetwork
-from vbdl.tabular.parts import divide
-from vbdl.tabular.reading import as_table
+from vbdl.tabular.parts import Parts, divide, joined
+from vbdl.tabular.reading import Reading, arrow
 from vbdl.tabular.schema import KEY, Schema
 from vbdl.tabular.settings import Settings
 from vbdl.tabular.target import decide, fit_target, has_target
@@ -26,7 +23,6 @@ from vbdl.train import History, fit
 
 ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
 _MIN_ROWS = 40
-_MIN_CALIBRATION = 20  # rows a calibrator is fitted to
 
 
 @dataclass
@@ -85,6 +81,7 @@ def fit_table(
     group: str | None = None,
     time: str | None = None,
     task: str | None = None,
+    reading: Reading | None = None,
     progress: bool | None = None,
     compile: bool = False,
 ) -> Fitted:
@@ -92,18 +89,22 @@ def fit_table(
 
     data: a path, a pyarrow.Table, a pandas frame or a dict of columns. kinds, ignore, task: see `infer`.
     group, time: columns that say which rows belong together, or follow each other; they are no inputs.
+    reading: how files are read, and what words, marks in numbers and dates mean; the artefact keeps it.
     compile: of the predictor that comes back; predictions of few rows are faster, the first takes some seconds.
 
     Rows without a target are left out. ValueError where the table cannot be used, with the reason.
     """
     settings = settings or Settings()
-    table = as_table(data)
+    notes: list[str] = []
+    table, reading = training_table(data, reading, kinds, notes)
     if target not in table.column_names:
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
-    notes: list[str] = []
-    known = has_target(table.column(target))
+    known = has_target(table.column(target), reading.missing)
     if table.num_rows and not known.all():
-        notes.append(f"{int((~known).sum())} of {len(known)} rows have no {target} and were left out")
+        notes.append(
+            f"{int((~known).sum())} of {len(known)} rows have no {target} and were left out"
+            f"{_words(table.column(target), known)}"
+        )
     keep = torch.from_numpy(known).nonzero().flatten()
     table = table.take(keep.numpy())
     if table.num_rows < _MIN_ROWS:
@@ -115,10 +116,10 @@ def fit_table(
         if name == target:
             raise ValueError(f"{name!r} is the target, and cannot be what the rows are split by")
     ignore = (*ignore, *(name for name in apart if name not in (kinds or {})))
-    parts = _divide(table, target, task, ignore, settings, group, time)
+    parts = _divide(table, target, task, ignore, settings, group, time, reading)
     notes += parts.notes
     train = parts.rows["train"]
-    schema, left_out = infer(table, target, train.numpy(), kinds, ignore, task)
+    schema, left_out = infer(table, target, train.numpy(), kinds, ignore, task, reading, notes)
     encoded = schema.encode(table)
     if encoded.rejected:
         row, reason = min(encoded.rejected.items())
@@ -132,6 +133,12 @@ def fit_table(
     targets = {name: y[r] for name, r in rows.items()}
     if empty := [name for name, r in rows.items() if len(r) == 0]:
         raise ValueError(f"no row of part {empty[0]!r} can be read")
+
+    for name, share in giveaways(schema.columns, x["train"], targets["train"], settings.seed).items():
+        notes.append(
+            f"column {name!r} alone says {target} almost perfectly ({share:.1%} of it, in held-out training rows): "
+            f"is it known when predictions are made? (--ignore {name} leaves it out)"
+        )
 
     n_train = len(targets["train"])
     arguments = settings.network_arguments(schema, n_train)
@@ -149,7 +156,10 @@ def fit_table(
         **settings.training(n_train),
     )
     predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, compile=False)  # type: ignore[arg-type]
-    predictor = _calibrated(predictor, x, targets, settings, schema, parts.overlap_is_meant, notes)
+    for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
+    for_calibration = unseen_rows(for_calibration, x["train"])
+    calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)
+    predictor, notes = calibrated.predictor, [*notes, *calibrated.notes]
     base = _base(targets["train"], schema)
     evaluation = evaluate(predictor, x["test"], targets["test"], schema.target, base)
     if compile:
@@ -161,44 +171,35 @@ def fit_table(
     )
 
 
-def _divide(table, target, task, ignore, settings, group, time):
+def _words(column: Any, known: Any) -> str:
+    """What the cells of a text column say that are not known, where they say something."""
+    column = decoded(column)
+    if not is_text(column.type):
+        return ""
+    words = {w for w in column.filter(arrow().array(~known)).unique().to_pylist() if w and w.strip()}
+    return (
+        f": {', '.join(map(repr, sorted(words)))} is read as missing (--missing says which words are)" if words else ""
+    )
+
+
+def _divide(table, target, task, ignore, settings, group, time, reading):
     """Parts by the inputs as they stand in the table, before anything is learned from them."""
     inputs = [name for name in table.column_names if name != target and name not in ignore]
     classes = None
-    if decide(table.column(target), target, task)[0] == "classification":
+    if decide(table.column(target), target, task, reading)[0] == "classification":
         every = torch.arange(table.num_rows).numpy()
-        found, known = fit_target(table.column(target), target, every, task).encode(table.column(target))
+        found, known = fit_target(table.column(target), target, every, task, reading).encode(table.column(target))
         classes = found if bool(known.all()) else None
-    return divide(table, inputs, classes, settings.shares, group, time, settings.seed)
+    return divide(table, inputs, classes, settings.shares, group, time, settings.seed, reading)
 
 
-def _calibrated(predictor, x, targets, settings, schema, meant, notes) -> Predictor:
-    """Temperature or std scaling on one half of the calibration rows, conformal sets or intervals on the other."""
-    rows, y = x["calibration"], targets["calibration"]
-    if not meant:
-        # rows that differ in the table and are equal as numbers, a rare category in each for instance
-        apart = ~torch.isin(fingerprints(rows), fingerprints(x["train"]))
-        rows, y = rows[apart], y[apart]
-    if len(y) < _MIN_CALIBRATION:
-        notes.append(f"{len(y)} calibration rows are too few: the predictions are not calibrated")
-        return predictor
-    conformal = settings.coverage > 0 and len(y) >= 2 * _MIN_CALIBRATION
-    first = len(y) // 2 if conformal else len(y)
-    if settings.coverage > 0 and not conformal:
-        notes.append(f"{len(y)} calibration rows are too few for sets or intervals of {settings.coverage:.0%} as well")
-    classify = schema.target.classes is not None
-    method: Any = Temperature() if classify else StdScaling()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "the temperature ended at its limit")
-            predictor = calibrate(predictor, rows[:first], y[:first], method, allow_overlap=meant)
-    except UserWarning as error:
-        notes.append(f"no temperature was fitted: {error}")
-    if conformal:
-        alpha = 1 - settings.coverage
-        method = ConformalSets(alpha) if classify else NormalisedIntervals(alpha)
-        predictor = calibrate(predictor, rows[first:], y[first:], method, allow_overlap=meant)
-    return predictor
+def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> CalibrationRows:
+    """The calibration rows, with what says which of them belong together."""
+    together = torch.arange(len(y)) if parts.overlap_is_meant else fingerprints(x).unique(return_inverse=True)[1]
+    if parts.groups is not None:
+        together = joined(parts.groups[rows], together)
+    when = None if parts.when is None else parts.when[rows]
+    return CalibrationRows(x, y, together, when, parts.overlap_is_meant)
 
 
 def _base(y: Tensor, schema: Schema) -> dict[str, Any]:

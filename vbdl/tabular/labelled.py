@@ -32,7 +32,7 @@ def labelled(
     if described is None:
         raise ValueError("this model was not made by vbdl fit: it has no columns. Use vbdl.metrics on its predictions")
     schema = Schema.from_dict(described)
-    table = as_table(data)
+    table = as_table(data, schema.files)
     if schema.target.name not in table.column_names:
         raise ValueError(f"there is no column {schema.target.name!r} with the truth; there are {table.column_names}")
     encoded = schema.encode(table)

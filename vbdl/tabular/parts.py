@@ -10,8 +10,10 @@ from torch import Tensor
 
 from vbdl.fingerprint import fingerprints
 from vbdl.splitting import DEFAULT_SHARES, split
-from vbdl.tabular.columns import combined, texts
-from vbdl.tabular.reading import compute
+from vbdl.tabular import dates
+from vbdl.tabular.cells import decoded, is_text, texts, without
+from vbdl.tabular.numerals import Recognised, recognise
+from vbdl.tabular.reading import Reading, compute
 
 # below this share of different rows, equal rows are what the table is made of, and are no leak
 _MOSTLY_EQUAL = 0.5
@@ -25,6 +27,8 @@ class Parts:
     how: str
     notes: list[str] = field(default_factory=list)
     overlap_is_meant: bool = False  # equal rows are in different parts, and that is no accident
+    groups: Tensor | None = None  # (all rows,) of a split by group: rows of one number are in one part
+    when: Tensor | None = None  # (all rows,) of a split by time: the order of the rows
 
 
 def divide(
@@ -35,11 +39,13 @@ def divide(
     group: str | None = None,
     time: str | None = None,
     seed: int = 0,
+    reading: Reading | None = None,
 ) -> Parts:
     """Parts of the rows of a table.
 
     inputs: columns by which rows are equal. classes: (rows,) to give every part each class in its share.
-    group: a column; no value of it is in two parts. time: a column; the parts follow each other in it.
+    group: a column; no value of it is in two parts. time: a column; the parts follow each other in it. reading: how
+    text says dates and numbers.
 
     Rows whose inputs are equal go to one part together, so that nothing tested was trained on: a group of their own, or
     joined with the groups of `group`. In a split by time they stay where they were: the future may repeat the past.
@@ -49,8 +55,9 @@ def divide(
     if group is not None and time is not None:
         raise ValueError("give a group column or a time column: the two can contradict each other")
     if time is not None:
-        when = codes(table, time, ordered=True)
-        return Parts(split(n, shares, time=when), f"by time ({time}), the earliest rows to train", [], True)
+        when, read = moments(table, time, reading)
+        how = f"by time ({time}{read}), the earliest rows to train"
+        return Parts(split(n, shares, time=when), how, [], True, when=when)
     row = _equal(table, inputs)
     different = int(row.max()) + 1 if n else 0
     notes, meant = [], False
@@ -61,8 +68,8 @@ def divide(
         notes.append(f"{n - different} rows repeat the inputs of others and stay in one part with them")
     if group is not None:
         found = codes(table, group)
-        joined = found if meant else _joined(found, row)
-        return Parts(split(n, shares, groups=joined, seed=seed), f"by group ({group})", notes, meant)
+        together = found if meant else joined(found, row)
+        return Parts(split(n, shares, groups=together, seed=seed), f"by group ({group})", notes, meant, together)
     if different == n or meant:
         return Parts(split(n, shares, stratify=classes, seed=seed), _how(classes), notes, meant)
     # one row speaks for its equals
@@ -81,25 +88,78 @@ def _how(classes: Tensor | None) -> str:
     return "at random" if classes is None else "at random, each class in the same share"
 
 
-def codes(table: Any, name: str, ordered: bool = False) -> Tensor:
-    """(rows,) int64, equal for equal cells of a column; in their order with `ordered`. ValueError for missing cells
-    of an ordered column, or where there is no such column."""
+def codes(table: Any, name: str) -> Tensor:
+    """(rows,) int64, equal for equal cells of a column. ValueError where there is no such column."""
+    import pyarrow as pa
+
+    column = _column(table, name)
+    try:
+        found = column.dictionary_encode(null_encoding="encode").indices
+    except pa.ArrowNotImplementedError:  # lists, structs and what others have added
+        column = pa.array([None if v is None else repr(v) for v in column.to_pylist()], pa.string())
+        found = column.dictionary_encode(null_encoding="encode").indices
+    return torch.from_numpy(found.to_numpy(zero_copy_only=False).astype(np.int64))
+
+
+def _column(table: Any, name: str) -> Any:
+    try:
+        return decoded(table.column(name))
+    except KeyError:
+        raise ValueError(f"there is no column {name!r}; there are {table.column_names}") from None
+
+
+def moments(table: Any, name: str, reading: Reading | None = None) -> tuple[Tensor, str]:
+    """(rows,) int64 in the order in time of a column's cells, equal for equal ones; and how text was read, in words.
+
+    Dates, instants and durations are in their own order, numbers in that of their size, text in that of the dates or
+    numbers it says. ValueError for missing cells, for text that is neither, and for dates with two readings.
+    """
     import pyarrow as pa
 
     pc = compute()
 
-    if name not in table.column_names:
-        raise ValueError(f"there is no column {name!r}; there are {table.column_names}")
-    column = combined(table.column(name))
-    if ordered:
-        if column.null_count:
-            raise ValueError(f"column {name!r} has {column.null_count} missing cells: no place in time")
+    reading = reading or Reading()
+    column, said = _column(table, name), ""
+    kind = column.type
+    if is_text(kind):
+        column = without(column, reading.missing)
+    missing = int(pc.sum(pc.is_null(column, nan_is_null=True)).as_py() or 0)
+    if missing:
+        raise ValueError(f"column {name!r} has {missing} missing cells: no place in time")
+    if is_text(kind) or (reading.date_format is not None and pa.types.is_integer(kind)):
+        values, said = _said(texts(column), name, reading)
+        column = pa.array(values)
+    elif pa.types.is_duration(kind):
+        column = column.cast(pa.int64())
+    elif pa.types.is_boolean(kind) or pa.types.is_nested(kind) or pa.types.is_binary(kind):
+        raise ValueError(f"column {name!r} holds {kind}, which is no time: dates, instants or numbers are")
+    try:
         ranks = pc.rank(column, sort_keys="ascending", tiebreaker="min")
-        return torch.from_numpy(ranks.to_numpy(zero_copy_only=False).astype(np.int64))
-    if pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type):
-        column = texts(column) if pa.types.is_dictionary(column.type) else pa.array(map(repr, column.to_pylist()))
-    found = column.dictionary_encode(null_encoding="encode").indices
-    return torch.from_numpy(found.to_numpy(zero_copy_only=False).astype(np.int64))
+    except pa.ArrowNotImplementedError as error:
+        raise ValueError(f"column {name!r} holds {kind}, which has no order in time") from error
+    return torch.from_numpy(ranks.to_numpy(zero_copy_only=False).astype(np.int64)), said
+
+
+def _said(words: Any, name: str, reading: Reading) -> tuple[np.ndarray, str]:
+    """(rows,) the order of text that says dates, times of a day or numbers, and which it is, in words."""
+    coded = words.dictionary_encode()
+    different = coded.dictionary.to_pylist()
+    order, said = reading.date_format, ""
+    numbers = recognise(dict.fromkeys(different, 1), name, reading.decimal, reading.thousands)
+    if order is None and isinstance(numbers, Recognised) and not numbers.missing:
+        values = [numbers.written.number(w) for w in different]
+        return np.array(values, np.float64)[coded.indices.to_numpy(zero_copy_only=False)], ", as numbers"
+    try:
+        if order is None:
+            order = dates.order_of(different, name)
+            said = f", {order.replace('-', ' ')}" if order else ""
+        instants = [dates.micros(dates.instant(w, order)) for w in different]
+    except dates.NoDate as error:
+        raise ValueError(
+            f"column {name!r} holds text, and {error}: say how its dates are written with --date-format, %d.%m.%Y for "
+            f"instance, or day-first or month-first"
+        ) from error
+    return np.array(instants, np.int64)[coded.indices.to_numpy(zero_copy_only=False)], said
 
 
 def _equal(table: Any, inputs: list[str]) -> Tensor:
@@ -110,7 +170,7 @@ def _equal(table: Any, inputs: list[str]) -> Tensor:
     return fingerprints(cells).unique(return_inverse=True)[1]
 
 
-def _joined(a: Tensor, b: Tensor) -> Tensor:
+def joined(a: Tensor, b: Tensor) -> Tensor:
     """(rows,) groups that hold whole groups of both."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

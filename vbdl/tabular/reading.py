@@ -1,10 +1,13 @@
 """Tables from files and from memory, always as a `pyarrow.Table`: CSV (also .gz), Parquet, Arrow IPC."""
 
+import codecs
 import gzip
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 INSTALL = "tables need pyarrow: pip install 'vbdl[tables]'"
 
@@ -21,6 +24,41 @@ SUFFIXES = {
 
 # an empty cell, and what programs write for one; the same list for numbers and for text
 NULLS = ["", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null", "None"]
+
+_SEPARATORS = (";", "\t", ",", "|")
+
+
+class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """How files of text are read, and what their cells mean; a schema keeps it for the files that are predicted.
+
+    separator, encoding: of CSV files; a separator that is not given is looked for in the first line. decimal,
+    thousands: marks in numbers. missing: words that mean that there is no value, in files and in memory; an empty cell
+    always does. date_format: an order or a format of `vbdl.tabular.dates`. text: columns whose cells are kept as they
+    are written.
+    """
+
+    separator: str | None = None
+    encoding: str | None = None
+    decimal: str | None = None
+    thousands: str | None = None
+    missing: tuple[str, ...] = tuple(NULLS)
+    date_format: str | None = None
+    text: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.separator is not None and (len(self.separator) != 1 or self.separator in '\r\n"'):
+            raise ValueError(f"a separator is one character, got {self.separator!r}")
+        if self.decimal not in (None, ".", ","):
+            raise ValueError(f"a decimal mark is . or , and got {self.decimal!r}")
+        if self.thousands not in (None, "", ".", ",", "'", " "):
+            raise ValueError(f"a mark between thousands is one of . , ' or a space, got {self.thousands!r}")
+        if self.decimal is not None and self.decimal == self.thousands:
+            raise ValueError(f"{self.decimal!r} cannot stand before decimals and between thousands")
+        if self.encoding is not None:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError as error:
+                raise ValueError(f"there is no encoding {self.encoding!r}: utf-8, latin-1, cp1252, utf-16") from error
 
 
 def arrow() -> Any:
@@ -64,39 +102,83 @@ def files_of(path: str | Path, suffixes: Sequence[str] = tuple(SUFFIXES)) -> lis
     return sorted(found)
 
 
-def csv_options(path: Path, column_types: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `pyarrow.csv.read_csv` and `open_csv` are called with, so that both read a cell the same way. ValueError
-    where the first line is separated by something else, as spreadsheets of some languages do."""
+def csv_options(
+    path: Path,
+    column_types: Mapping[str, Any] | None = None,
+    reading: Reading | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
+    """What `pyarrow.csv.read_csv` and `open_csv` are called with, so that both read a cell the same way."""
     from pyarrow import csv
 
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    header, row = _first_lines(path)
-    # the name of a single column may have such a mark in it, and then its cells have not
-    other = next((m for m in (";", "\t", ",") if m in header and (not row or row.count(m) >= header.count(m))), None)
-    if other is not None and delimiter not in header:
-        raise ValueError(f"{path} separates its columns by {other!r}: a .csv file has commas, a .tsv file tabs")
+    separator = _separator(path, reading, notes)
+    reading = reading or Reading()
+    types = {name: arrow().string() for name in reading.text} | dict(column_types or {})
     return {
-        "parse_options": csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        "parse_options": csv.ParseOptions(delimiter=separator, newlines_in_values=True),
         "convert_options": csv.ConvertOptions(
-            null_values=NULLS, strings_can_be_null=True, column_types=dict(column_types or {})
+            null_values=["", *reading.missing],
+            strings_can_be_null=True,
+            column_types=types,
+            decimal_point=reading.decimal or ".",
         ),
     }
 
 
-def _first_lines(path: Path) -> tuple[str, str]:
+def read_options(reading: Reading | None = None, **options: Any) -> Any:
+    """pyarrow's ReadOptions, with the encoding of the files."""
+    from pyarrow import csv
+
+    return csv.ReadOptions(encoding=(reading and reading.encoding) or "utf8", **options)
+
+
+def _separator(path: Path, reading: Reading | None, notes: list[str] | None) -> str:
+    """What separates the cells of this file: what was given, or a comma (.tsv: a tab), where the line of names has it;
+    otherwise the mark that this line and the next one have. ValueError for that where nothing is said of the file."""
+    expected = (reading and reading.separator) or ("\t" if ".tsv" in path.name.lower() else ",")
+    header, row = _first_lines(path, reading and reading.encoding)
+    if expected in header:
+        return expected
+    # the name of a single column may have such a mark in it, and then its cells have not
+    mark = next((m for m in _SEPARATORS if m in header and (not row or row.count(m) >= header.count(m))), None)
+    if mark is None:
+        return expected
+    if reading is None:
+        raise ValueError(
+            f"{path} separates its columns by {mark!r}: a .csv file has commas, a .tsv file tabs, unless a separator "
+            f"is given"
+        )
+    if notes is not None:
+        notes.append(f"{path.name} separates its columns by {mark!r} (--separator says another)")
+    return mark
+
+
+def _first_lines(path: Path, encoding: str | None) -> tuple[str, str]:
     """The line of names, and the one after it, empty where there is none."""
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-        header, row = file.readline(1 << 20), file.readline(1 << 20)
+        start = file.read(1 << 20)
+    if encoding is None and start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError(f"{path} is text in UTF-16: --encoding utf-16")
+    whole = len(start) < 1 << 20
     try:
-        return header.decode(), row.decode(errors="replace")
+        text = codecs.getincrementaldecoder(encoding or "utf-8")("strict").decode(start, final=whole)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the first line is not text in UTF-8: save the file as UTF-8") from error
+        if encoding is None and b"\n" not in start[: error.start]:
+            raise ValueError(f"{path}: the first line is not text in UTF-8: {_ENCODINGS}") from error
+        if encoding is not None:
+            raise ValueError(f"{path} is not text in {encoding}: {error.reason}") from error
+        text = start.decode("utf-8", "replace")
+    lines = [*text.splitlines(), "", ""]
+    return lines[0], lines[1]
 
 
-def read_table(path: str | Path) -> Any:
-    """The table in this file, or in all files of this folder one after the other."""
+_ENCODINGS = "--encoding latin-1, cp1252 or another says what it is, or save the file as UTF-8"
+
+
+def read_table(path: str | Path, reading: Reading | None = None, notes: list[str] | None = None) -> Any:
+    """The table in this file, or in all files of this folder one after the other. notes: gets what was recognised."""
     pa = arrow()
-    tables = [_read_file(file) for file in files_of(path)]
+    tables = [_read_file(file, reading, notes) for file in files_of(path)]
     if len(tables) == 1:
         return tables[0]
     names = tables[0].column_names
@@ -107,7 +189,7 @@ def read_table(path: str | Path) -> Any:
     return pa.concat_tables([t.select(names) for t in tables], promote_options="permissive")
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> Any:
     pa = arrow()
     kind = format_of(path)
     try:
@@ -120,9 +202,10 @@ def _read_file(path: Path) -> Any:
 
             # types are inferred from the first block: one block, so that a late decimal point is seen
             block = min(max(path.stat().st_size * (12 if path.name.endswith(".gz") else 1) + 1, 1 << 20), 2**31 - 1)
-            table = csv.read_csv(path, csv.ReadOptions(block_size=block), **csv_options(path))
+            options = csv_options(path, None, reading, notes)
+            table = csv.read_csv(path, read_options(reading, block_size=block), **options)
             if bytes_in := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
-                raise ValueError(f"{path}: column {bytes_in[0]!r} is not text in UTF-8: save the file as UTF-8")
+                raise ValueError(f"{path}: column {bytes_in[0]!r} is not text in UTF-8: {_ENCODINGS}")
             return table
         if kind == "ipc":
             with pa.memory_map(str(path)) as source:
@@ -135,10 +218,10 @@ def _read_file(path: Path) -> Any:
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
 
 
-def as_table(data: Any) -> Any:
-    """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name. ValueError
-    where two columns have one name: which of them is meant is not for a program to guess."""
-    table = _without_views(_converted(data))
+def as_table(data: Any, reading: Reading | None = None, notes: list[str] | None = None) -> Any:
+    """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name. reading: of
+    files. ValueError where two columns have one name: which of them is meant is not for a program to guess."""
+    table = _without_views(_converted(data, reading, notes))
     names = table.column_names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -147,11 +230,16 @@ def as_table(data: Any) -> Any:
 
 
 def _without_views(table: Any) -> Any:
-    """Text as strings, where it comes as views, as from polars: Arrow's own functions do not take them all."""
+    """Text as strings, where it comes as views, as from polars, and values one by one, where they come as runs: Arrow's
+    own functions do not take them all."""
     pa = arrow()
     for place, field in enumerate(table.schema):
         kind: Any = None
-        if str(field.type) == "string_view":
+        if pa.types.is_run_end_encoded(field.type):
+            runs = table.column(place).chunks
+            column = pa.chunked_array([compute().run_end_decode(c) for c in runs], field.type.value_type)
+            table = table.set_column(place, field.name, column)
+        elif str(field.type) == "string_view":
             kind = pa.large_string()
         elif pa.types.is_dictionary(field.type) and str(field.type.value_type) == "string_view":
             kind = pa.dictionary(field.type.index_type, pa.large_string())
@@ -160,18 +248,20 @@ def _without_views(table: Any) -> Any:
     return table
 
 
-def _converted(data: Any) -> Any:
+def _converted(data: Any, reading: Reading | None, notes: list[str] | None) -> Any:
     pa = arrow()
     if isinstance(data, str | Path):
-        return read_table(data)
+        return read_table(data, reading, notes)
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, pa.RecordBatch):
         return pa.Table.from_batches([data])
+    from vbdl.tabular import memory
+
     if isinstance(data, Mapping):
-        return pa.table({str(name): column for name, column in data.items()})
-    if type(data).__module__.startswith("pandas."):
-        return pa.Table.from_pandas(data, preserve_index=False)
+        return memory.from_columns(data)
+    if memory.is_pandas(data) and hasattr(data, "columns"):
+        return memory.from_pandas(data)
     if hasattr(data, "__arrow_c_stream__"):
         return pa.table(data)
     raise TypeError(

@@ -1,15 +1,21 @@
 """A saved model of a table, calibrated on new rows."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vbdl import calibration
 from vbdl.artefact.loading import load
 from vbdl.calibration.calibrate import calibrate
 from vbdl.calibration.calibrated import CalibratedLikelihood
+from vbdl.fingerprint import fingerprints
+from vbdl.tabular.calibrating import CalibrationRows
 from vbdl.tabular.evaluation import evaluate
 from vbdl.tabular.fitting import ARCHITECTURE
-from vbdl.tabular.labelled import labelled
+from vbdl.tabular.labelled import Labelled, labelled
 
 METHODS = {
     "temperature": lambda alpha: calibration.Temperature(),
@@ -25,7 +31,14 @@ METHODS = {
 
 
 def recalibrate(
-    model: Any, data: Any, out: Any, method: str, coverage: float = 0.9, add: bool = False, overwrite: bool = False
+    model: Any,
+    data: Any,
+    out: Any,
+    method: str,
+    coverage: float = 0.9,
+    add: bool = False,
+    overwrite: bool = False,
+    trust: Sequence[str] = (),
 ) -> str:
     """Calibrate the model of a folder on a table, and save it to another. Returns what changed, in words: scores on the
     calibration rows themselves, so that they say whether the fit took, and not how good it is elsewhere."""
@@ -35,7 +48,7 @@ def recalibrate(
         raise ValueError(f"coverage lies between 0 and 1, got {coverage}")
     if Path(out).resolve() == Path(model).resolve():
         raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
-    predictor = load(model, compile=False)
+    predictor = load(model, trust=trust, compile=False)
     rows = labelled(predictor, data, allow_calibration_rows=True)
     start: Any = predictor
     while not add and isinstance(start.likelihood, CalibratedLikelihood):
@@ -43,6 +56,7 @@ def recalibrate(
     made = calibrate(start, rows.x, rows.y, METHODS[method](1 - coverage))
     before = evaluate(predictor, rows.x, rows.y, rows.schema.target)
     after = evaluate(made, rows.x, rows.y, rows.schema.target)
+    held_out = [] if method in ("sets", "intervals") else _held_out(predictor, start, rows, METHODS[method])
     manifest = predictor.manifest
     network = _network(manifest.posterior)
     target, arguments = getattr(network, "target", None), getattr(network, "arguments", None)
@@ -55,6 +69,7 @@ def recalibrate(
     for name in names:
         values = [next((f"{s.value:.4g}" for s in e.scores if s.name == name), "-") for e in (before, after)]
         lines.append(f"{name:24s} {values[0]:>10s} {values[1]:>10s}")
+    lines += held_out
     had = _methods(predictor.likelihood)
     gone = [name for name in had if not add or name == method in ("sets", "intervals")]
     kept = [name for name in had if name not in gone]
@@ -62,6 +77,32 @@ def recalibrate(
     lines += [f"kept: {', '.join(kept)}"] if kept else []
     lines += [f"replaced: {', '.join(gone)}{'' if add else ' (--add keeps what the model has)'}"] if gone else []
     return "\n".join([*(f"note: {n}" for n in rows.notes), *lines, f"saved to {out}"])
+
+
+def _held_out(predictor: Any, start: Any, rows: Labelled, make: Any) -> list[str]:
+    """NLL before, and after calibrations that are each fitted without the rows they are scored on, in words."""
+    together = fingerprints(rows.x).unique(return_inverse=True)[1]
+    available = CalibrationRows(rows.x, rows.y, together, meant=True)
+    folds = available.folds(seed=0)
+    if folds is None:
+        return []
+    after = torch.empty(len(rows.y), dtype=torch.float64)
+    for fold in folds:
+        others = torch.ones(len(rows.y), dtype=torch.bool)
+        others[fold] = False
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the fit to all rows has warned
+                fitted = calibrate(start, rows.x[others], rows.y[others], make(0.1))
+        except ValueError as error:
+            return [f"held-out scores: none, for {error}"]
+        after[fold] = -fitted(rows.x[fold], samples=True).log_prob(rows.y[fold]).double()
+    before: Any = predictor(rows.x, samples=True)
+    scores = float(-before.log_prob(rows.y).double().mean()), float(after.mean())
+    said = f"held-out NLL: {scores[0]:.4g} before, {scores[1]:.4g} after, each row scored by a fit to others"
+    if scores[1] <= scores[0]:
+        return [said]
+    return [said, "warning: on rows it was not fitted to, this calibration makes predictions worse"]
 
 
 def _methods(likelihood: Any) -> list[str]:

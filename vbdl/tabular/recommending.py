@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from vbdl.recommendation import Recommendation, recommend
-from vbdl.tabular.inference import infer
+from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import TabularNetwork
-from vbdl.tabular.reading import as_table
 from vbdl.tabular.settings import Settings
 from vbdl.tabular.target import has_target
 
@@ -27,11 +26,11 @@ def recommend_table(
 ) -> Recommendation:
     """`vbdl.recommend` with the network that `fit_table` would train. Columns are scaled by all rows: means and stds of
     inputs, which say nothing of the target."""
-    table = as_table(data)
+    table, reading = training_table(data, None, kinds, [])
     if target not in table.column_names:
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")
-    table = table.take(np.flatnonzero(has_target(table.column(target))))
-    schema, _ = infer(table, target, kinds=kinds, task=task, ignore=ignore)
+    table = table.take(np.flatnonzero(has_target(table.column(target), reading.missing)))
+    schema, _ = infer(table, target, kinds=kinds, task=task, ignore=ignore, reading=reading)
     encoded = schema.encode(table)
     y, given = schema.target.encode(table.column(target))
     rows = encoded.kept & given

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.tabular.columns import Categorical, Column, Date, Unreadable
-from vbdl.tabular.reading import as_table
+from vbdl.tabular.cells import Unreadable, plain
+from vbdl.tabular.columns import Categorical, Column, Date, Numeric
+from vbdl.tabular.reading import NULLS, Reading, as_table
 from vbdl.tabular.target import Target
 
 FORMAT = 1
@@ -47,11 +48,15 @@ class Encoded:
 
 
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Input columns in the order of the network's inputs, and the target."""
+    """Input columns in the order of the network's inputs, and the target.
+
+    reading: how the files that are predicted are read; None in models of before it was kept.
+    """
 
     columns: tuple[Column, ...]
     target: Target
     format: int = FORMAT
+    reading: Reading | None = None
 
     @property
     def features(self) -> list[str]:
@@ -63,9 +68,23 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """The columns a table or a row must have."""
         return [column.name for column in self.columns]
 
+    @property
+    def worded(self) -> list[str]:
+        """The columns whose cells are words, and not numbers as programs write them, in files that do not say."""
+        return [c.name for c in self.columns if isinstance(c, Categorical) or _written(c)]
+
+    @property
+    def files(self) -> Reading:
+        """How files are read for this model."""
+        if self.reading is None:
+            return Reading()
+        target = (self.target.name,) if self.target.written else ()
+        return msgspec.structs.replace(self.reading, text=(*self.worded, *target))
+
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
-        return msgspec.json.decode(msgspec.json.encode(self))
+        found = msgspec.json.decode(msgspec.json.encode(self))
+        return {key: value for key, value in found.items() if key != "reading" or value is not None}
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> "Schema":
@@ -85,22 +104,24 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def encode(self, data: Any) -> Encoded:
         """A table in any form `as_table` takes. ValueError where a column is not there or of a type that cannot be
         read; a cell that cannot be read only rejects its row."""
-        table = as_table(data)
-        absent = [name for name in self.names if name not in table.column_names]
+        table = as_table(data, self.files)
+        there = set(table.column_names)
+        absent = [name for name in self.names if name not in there]
         if absent:
             raise ValueError(
                 f"the table has no column {absent[0]!r}; the model needs {self.names}, there are {table.column_names}"
             )
         found = Encoded(torch.empty(0, len(self.features)))
-        blocks = []
+        values = np.empty((table.num_rows, len(self.features)), np.float32)
+        at = 0
         for column in self.columns:
             block = column.encode(table.column(column.name))
-            blocks.append(block.values)
+            with np.errstate(over="ignore"):
+                values[:, at : at + block.values.shape[1]] = block.values
+            at += block.values.shape[1]
             self._note(found, column, block.missing, block.unseen)
             for row, reason in block.rejected.items():
                 found.rejected.setdefault(row, reason)
-        with np.errstate(over="ignore"):
-            values = np.concatenate(blocks, axis=1).astype(np.float32)
         self._finish(found, values)
         return found
 
@@ -118,9 +139,9 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 for column in self.columns:
                     if column.name not in row:
                         raise Unreadable(f"column {column.name!r} is not given (null where it is not known)")
-                    value = row[column.name]
+                    value = plain(row[column.name])
                     numbers += column.cell(value)
-                    missing = value is None or value != value
+                    missing = column.is_missing(value)
                     unseen = isinstance(column, Categorical) and not missing and not column.knows(value)
                     self._note(found, column, int(missing), int(unseen))
             except Unreadable as error:
@@ -177,3 +198,8 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             kind = type(c).__name__.lower()
             lines.append(f"  {c.name:24s} {kind:12s} {said}{', missing cells' if c.indicator else ''}")
         return "\n".join(["inputs:", *lines, f"target: {self.target}"])
+
+
+def _written(column: Column) -> bool:
+    """Whether the cells of a column of numbers are no numbers to a program that reads a file."""
+    return isinstance(column, Numeric) and (column.written is not None or column.missing != tuple(NULLS))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -76,7 +77,7 @@ class Settings:
             "depth": self.depth,
             "dropout": rate,
             "log_variance": target.classes is None and self.noise_of(n_train) == "per-row",
-            "target_mean": target.mean,
+            "target_mean": 0.0 if target.far else target.mean,
             "target_std": target.std,
         }
 
@@ -87,9 +88,9 @@ class Settings:
     def likelihood(self, schema: Schema, n_train: int) -> nn.Module:
         if schema.target.classes is not None:
             return Categorical()
-        if self.noise_of(n_train) == "per-row":
-            return HeteroscedasticGaussian(beta=0.5, unit=schema.target.std)
-        return Gaussian(std=schema.target.std)
+        per_row, std = self.noise_of(n_train) == "per-row", schema.target.std
+        found = HeteroscedasticGaussian(beta=0.5, unit=std) if per_row else Gaussian(std=std)
+        return Centered(found, schema.target.mean) if schema.target.far else found
 
     def posterior(self, network: TabularNetwork, n_train: int) -> Any:
         if self.method == "ensemble":

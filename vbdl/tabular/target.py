@@ -1,5 +1,6 @@
 """The target of a table: classes or a number, decided from its cells and said."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -7,19 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vbdl.likelihoods.centered import is_far
 from vbdl.likelihoods.normal_mixture import check_spread
-from vbdl.tabular.columns import combined, floats, text, texts
-from vbdl.tabular.reading import compute
+from vbdl.tabular.cells import decoded, floats, is_text, text, texts, without
+from vbdl.tabular.numerals import PLAIN, Recognised, Written, recognise
+from vbdl.tabular.reading import NULLS, Reading, compute
 
 MAX_CLASSES = 1000
 _FEW = 10  # whole numbers with no more different values than this are taken for classes
 
 
-class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """classes: names in the order of the network's outputs, or None for a number, which is standardised inside the
     network by the training rows' mean and std: predictions are in the target's own unit.
 
-    labels: what kind of value a class is in files: "text", "integer" or "boolean".
+    labels: what kind of value a class is in files: "text", "integer" or "boolean". missing: words that mean that a row
+    has no target. written: how text writes a number. precise: numbers far from zero against their std stay float64;
+    False in models of before they did.
     """
 
     name: str
@@ -28,6 +33,14 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     mean: float = 0.0
     std: float = 1.0
     reason: str = ""
+    missing: tuple[str, ...] = tuple(NULLS)
+    written: Written | None = None
+    precise: bool = False
+
+    @property
+    def far(self) -> bool:
+        """Whether its numbers are too far from zero for float32."""
+        return self.classes is None and self.precise and is_far(self.mean, self.std)
 
     @property
     def task(self) -> str:
@@ -46,10 +59,10 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return int(name) if self.labels == "integer" else name == "true" if self.labels == "boolean" else name
 
     def encode(self, column: Any) -> tuple[Tensor, Tensor]:
-        """(rows,) class numbers, or (rows, 1) float32 targets; and (rows,) bool, whether there was one. ValueError for
-        a class that training did not have and for a number that cannot be read."""
+        """(rows,) class numbers, or (rows, 1) targets, float64 where float32 is too coarse; and (rows,) bool, whether
+        there was one. ValueError for a class that training did not have and for a number that cannot be read."""
         if self.classes is None:
-            values, missing, rejected = floats(column, self.name)
+            values, missing, rejected = floats(column, self.name, self.missing, self.written)
             bad = [
                 *rejected.items(),
                 *((int(r), f"{values[r]} is not finite") for r in np.flatnonzero(np.isinf(values))),
@@ -57,13 +70,14 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             if bad:
                 raise ValueError(f"target of row {bad[0][0]}: {bad[0][1]}")
             known = torch.from_numpy(~missing)
-            y = torch.from_numpy(np.where(missing, 0.0, values)).to(torch.float32)
+            y = torch.from_numpy(np.where(missing, self.mean if self.far else 0.0, values))
+            y = y if self.far else y.to(torch.float32)
             return y.unsqueeze(1), known
         import pyarrow as pa
 
         pc = compute()
 
-        words = texts(column)
+        words = without(texts(column), [w for w in self.missing if w not in self.classes])
         known = torch.from_numpy(pc.is_valid(words).to_numpy(zero_copy_only=False).copy())
         found = pc.index_in(words, value_set=pa.array(self.classes, pa.string()))
         numbers = torch.from_numpy(pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64))
@@ -76,30 +90,50 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return numbers.clamp_min(0), known
 
 
-def has_target(column: Any) -> np.ndarray:
-    """(rows,) bool, whether a cell is neither null nor NaN."""
-    return ~combined(compute().is_null(column, nan_is_null=True)).to_numpy(zero_copy_only=False)
+def has_target(column: Any, missing: Sequence[str] = ()) -> np.ndarray:
+    """(rows,) bool, whether a cell is neither null nor NaN, nor text that is empty or one of these words."""
+    column = decoded(column)
+    if is_text(column.type):
+        column = without(column, missing)
+    return ~compute().is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
-def decide(column: Any, name: str, task: str | None = None) -> tuple[str, str]:
+def as_numbers(column: Any, name: str, reading: Reading | None = None) -> Recognised | None:
+    """How a column of text writes numbers, None where it does not."""
+    reading = reading or Reading()
+    words = without(decoded(column), reading.missing)
+    counts = {
+        str(e["values"]): e["counts"] for e in compute().value_counts(words).to_pylist() if e["values"] is not None
+    }
+    found = recognise(counts, name, reading.decimal, reading.thousands)
+    return found if isinstance(found, Recognised) else None
+
+
+def decide(column: Any, name: str, task: str | None = None, reading: Reading | None = None) -> tuple[str, str]:
     """("classification" or "regression", why). ValueError where the column cannot be a target."""
     import pyarrow as pa
 
     pc = compute()
 
-    column = combined(column)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    categories = pa.types.is_dictionary(column.type)
+    column = decoded(column)
+    kind = column.type
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    word = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
+    number = number or pa.types.is_duration(kind)
+    word = is_text(kind) or pa.types.is_boolean(kind)
     if not (number or word):
         raise ValueError(f"the target {name!r} holds {kind}: a target is a number, text or true and false")
-    if task == "regression" and not number:
+    found = as_numbers(column, name, reading) if is_text(kind) and task != "classification" else None
+    if task == "regression" and not number and found is None:
         raise ValueError(f"the target {name!r} holds {kind}, which has no mean: it can only be classified")
     if task is not None:
         return task, "as asked"
+    if found is not None and not categories and _amounts(column, found, reading):
+        shown, value = found.example
+        return "regression", f"it holds text that is numbers, {shown!r} is {value:.12g}"
     if word:
         return "classification", f"it holds {'text' if not pa.types.is_boolean(kind) else 'true and false'}"
-    values = pc.drop_null(column).to_numpy(zero_copy_only=False).astype(np.float64)
+    values = floats(pc.drop_null(column), name)[0]
     values = values[~np.isnan(values)]
     different = np.unique(values)
     whole = bool((different == np.round(different)).all())
@@ -110,14 +144,30 @@ def decide(column: Any, name: str, task: str | None = None) -> tuple[str, str]:
     return "regression", "it holds numbers with decimals"
 
 
-def fit_target(column: Any, name: str, training: np.ndarray, task: str | None = None) -> Target:
+def _amounts(column: Any, found: Recognised, reading: Reading | None) -> bool:
+    """Whether text that is numbers says amounts, and not the names of classes, which may be digits."""
+    missing = [*(reading or Reading()).missing, *found.missing]
+    values = np.unique(floats(column, "", missing, found.written)[0])
+    values = values[~np.isnan(values)]
+    whole = bool((values == np.round(values)).all())
+    return len(values) > _FEW and (found.written != PLAIN or not whole)
+
+
+def fit_target(
+    column: Any, name: str, training: np.ndarray, task: str | None = None, reading: Reading | None = None
+) -> Target:
     """The target as the whole column has it (its classes), scaled by the training rows (its mean and std)."""
     import pyarrow as pa
 
-    task, reason = decide(column, name, task)
-    column = combined(column)
+    missing = (reading or Reading()).missing
+    task, reason = decide(column, name, task, reading)
+    column = decoded(column)
+    kind = column.type
     if task == "regression":
-        values, _, _ = floats(column, name)
+        found = as_numbers(column, name, reading) if is_text(kind) else None
+        written = None if found is None else found.written
+        missing = missing if found is None else (*missing, *found.missing)
+        values, _, _ = floats(column, name, missing, written)
         values = values[training]
         values = values[np.isfinite(values)]
         if len(values) == 0 or values.min() == values.max():
@@ -125,9 +175,10 @@ def fit_target(column: Any, name: str, training: np.ndarray, task: str | None = 
         with np.errstate(over="ignore"):
             std = float(values.std())
         check_spread(std, f"the target {name!r}")
-        return Target(name=name, mean=float(values.mean()), std=std, reason=reason)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    words = texts(column)
+        mean = float(values.mean())
+        options: dict[str, Any] = {"missing": missing, "written": written, "precise": is_far(mean, std)}
+        return Target(name=name, mean=mean, std=std, reason=reason, **options)
+    words = without(texts(column), missing)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         words = pa.array(
             [None if v != v or v is None else text(float(v)) for v in floats(column, name)[0]], pa.string()
@@ -138,7 +189,7 @@ def fit_target(column: Any, name: str, training: np.ndarray, task: str | None = 
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"the target {name!r} has {len(classes)} classes, more than {MAX_CLASSES}: is it an id?")
     labels = "boolean" if pa.types.is_boolean(kind) else "text"
-    if labels == "text" and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if labels == "text" and not is_text(kind):
         labels = "integer" if all(w.lstrip("-").isdigit() for w in classes) else "text"
     classes = sorted(classes, key=int) if labels == "integer" else sorted(classes)
-    return Target(name=name, classes=tuple(classes), labels=labels, reason=reason)
+    return Target(name=name, classes=tuple(classes), labels=labels, reason=reason, missing=missing)

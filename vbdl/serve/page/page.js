@@ -31,12 +31,12 @@ function field(name, kind) {
   const types = [].concat(kind.type);
   if (types.includes("boolean")) {
     control = make("select", { id }, make("option", { value: "true" }, "true"), make("option", { value: "false" }, "false"), make("option", { value: "null" }, "not known"));
+  } else if (types.includes("number")) {
+    control = make("input", { id, type: "number", step: "any", value: (kind.examples || [""])[0] });
   } else if (types.includes("string") && kind.examples && !kind.format) {
     control = make("select", { id }, ...kind.examples.map((v) => make("option", { value: JSON.stringify(v) }, v)), make("option", { value: "null" }, "not known"));
-  } else if (types.includes("string")) {
-    control = make("input", { id, type: "date", value: (kind.examples || [""])[0] });
   } else {
-    control = make("input", { id, type: "number", step: "any", value: (kind.examples || [""])[0] });
+    control = make("input", { id, type: "date", value: (kind.examples || [""])[0] });
   }
   control.dataset.column = name;
   return make("div", {}, make("label", { for: id }, name), control);
@@ -156,6 +156,16 @@ $("form").addEventListener("submit", async (event) => {
     fail(error);
   }
 });
+// a link sends no token: what it points to is asked for here, and shown below
+for (const link of document.querySelectorAll("footer a")) {
+  link.addEventListener("click", async (event) => {
+    if (!token) return;
+    event.preventDefault();
+    const response = await fetch(link.getAttribute("href"), { headers: { Authorization: `Bearer ${token}` } });
+    $("linked").textContent = await response.text();
+    $("linked").hidden = false;
+  });
+}
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value;

@@ -1,0 +1,163 @@
+"""What `fit_table` calibrates by default: probabilities or deviations where held-out scores gain by it, then sets or
+intervals, each on rows of its own."""
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.calibration.calibrate import calibrate
+from vbdl.calibration.conformal import ConformalSets
+from vbdl.calibration.conformal_intervals import NormalisedIntervals
+from vbdl.calibration.std_scaling import StdScaling
+from vbdl.calibration.temperature import Temperature
+from vbdl.engine import Predictor
+from vbdl.fingerprint import fingerprints
+from vbdl.metrics.nll import mixture_nll
+from vbdl.splitting import split
+
+MIN_ROWS = 20  # rows a calibrator is fitted to
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Rows that a predictor may be calibrated on, and how they may be divided.
+
+    together: (rows,) rows of one number are never divided: a patient's, or equal ones. when: (rows,) their order in
+    time, where the table was split by time: earlier rows then calibrate first. meant: rows may repeat training rows.
+    """
+
+    x: Tensor
+    y: Tensor
+    together: Tensor
+    when: Tensor | None = None
+    meant: bool = False
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows: Tensor) -> "CalibrationRows":
+        when = None if self.when is None else self.when[rows]
+        return CalibrationRows(self.x[rows], self.y[rows], self.together[rows], when, self.meant)
+
+    def divided(self, parts: int, seed: int) -> list[Tensor]:
+        """Row numbers of parts of one size: by time where the table was split by it, otherwise at random, rows that
+        belong together in one part. ValueError where there are too few groups or instants."""
+        shares = {str(i): 1 / parts for i in range(parts)}
+        if self.when is not None:
+            return list(split(len(self), shares, time=self.when).values())
+        if len(self.together.unique()) == len(self):
+            return list(split(len(self), shares, seed=seed).values())
+        return list(split(len(self), shares, groups=self.together, seed=seed).values())
+
+    def folds(self, seed: int) -> list[Tensor] | None:
+        """Row numbers of the folds of a cross-fit, or None where there are too few groups or instants for two."""
+        for parts in (_FOLDS, 2):
+            try:
+                return self.divided(parts, seed)
+            except ValueError:
+                continue
+        return None
+
+
+@dataclass
+class Calibrated:
+    """A calibrated predictor, and what a user should know about it."""
+
+    predictor: Predictor
+    notes: list[str] = field(default_factory=list)
+
+
+def unseen_rows(rows: CalibrationRows, training: Tensor) -> CalibrationRows:
+    """The rows whose inputs no training row has, after encoding: a rare category in each makes equals of them."""
+    if rows.meant:
+        return rows
+    return rows.take((~torch.isin(fingerprints(rows.x), fingerprints(training))).nonzero().flatten())
+
+
+def calibrate_by_default(predictor: Predictor, rows: CalibrationRows, coverage: float, seed: int) -> Calibrated:
+    """Temperature or std scaling on one half of the rows, where it makes held-out rows of that half likelier, and
+    conformal sets or intervals of this coverage (0: none) on the other half."""
+    made = Calibrated(predictor)
+    if len(rows) < MIN_ROWS:
+        made.notes.append(f"{len(rows)} calibration rows are too few: the predictions are not calibrated")
+        return made
+    halves = None
+    if coverage > 0 and len(rows) >= 2 * MIN_ROWS:
+        try:
+            halves = rows.divided(2, seed)
+        except ValueError:
+            made.notes.append("the calibration rows are of one group or instant: only sets or intervals are fitted")
+            halves = [torch.empty(0, dtype=torch.int64), torch.arange(len(rows))]
+    elif coverage > 0:
+        made.notes.append(f"{len(rows)} calibration rows are too few for sets or intervals of {coverage:.0%} as well")
+    first = rows if halves is None else rows.take(halves[0])
+    if len(first):
+        _scale(made, first, seed)
+    if halves is not None:
+        rest, alpha = rows.take(halves[1]), 1 - coverage
+        method: Any = NormalisedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
+        made.predictor = calibrate(made.predictor, rest.x, rest.y, method, allow_overlap=rows.meant)
+    return made
+
+
+def _scale(made: Calibrated, rows: CalibrationRows, seed: int) -> None:
+    method: Any = StdScaling() if rows.y.is_floating_point() else Temperature()
+    name = "std scaling" if rows.y.is_floating_point() else "temperature"
+    try:
+        scores = _cross_fitted(made.predictor, rows, method, seed)
+        if scores is None:
+            made.notes.append(f"no {name}: the calibration rows are of too few groups or instants to compare it")
+            return
+        none, with_it = scores
+        said = f"NLL of {len(rows)} held-out calibration rows {with_it:.4g} with it, {none:.4g} without"
+        if not with_it < none:
+            made.notes.append(f"no {name}, which would make predictions worse: {said}")
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the temperature ended at its limit")
+            made.predictor = calibrate(made.predictor, rows.x, rows.y, method, allow_overlap=rows.meant)
+        made.notes.append(f"{name} fitted: {said}")
+    except UserWarning as error:
+        made.notes.append(f"no temperature was fitted: {error}")
+
+
+def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed: int) -> tuple[float, float] | None:
+    """Mean NLL of the rows without the method, and with it, fitted for each fold to the others; nats a row. None where
+    the rows cannot be divided."""
+    folds = rows.folds(seed)
+    if folds is None:
+        return None
+    prediction: Any = predictor(rows.x, samples=True)
+    samples, regress = prediction.samples, rows.y.is_floating_point()
+    after = torch.empty(len(rows), dtype=torch.float64)
+    for fold in folds:
+        others = torch.ones(len(rows), dtype=torch.bool)
+        others[fold] = False
+        fitted = copy.deepcopy(method)
+        with warnings.catch_warnings():
+            # a limit that few rows lead to is judged by what it does to the held-out rows
+            warnings.filterwarnings("ignore", "the temperature ended at its limit")
+            if regress:
+                mean, log_variance = samples[:, others].unbind(-1)
+                fitted.fit(mean, (0.5 * log_variance).exp(), rows.y[others])
+            else:
+                fitted.fit(samples[:, others], rows.y[others])
+        held = samples[:, fold]
+        after[fold] = _nll(fitted.samples(held) if regress else fitted(held), rows.y[fold])
+    return float(_nll(samples, rows.y).mean()), float(after.mean())
+
+
+def _nll(samples: Tensor, y: Tensor) -> Tensor:
+    """(rows,) nats, of the mean over samples: logits (samples, rows, classes) and classes (rows,), or mean and
+    log-variance (samples, rows, 1, 2) and numbers (rows, 1)."""
+    if y.is_floating_point():
+        mean, log_variance = samples.unbind(-1)
+        return mixture_nll(mean, (0.5 * log_variance).exp(), y)
+    log_probs = samples.double().log_softmax(-1)[:, torch.arange(len(y)), y]
+    return math.log(len(samples)) - log_probs.logsumexp(0)

@@ -1,0 +1,246 @@
+"""Cells of a table as numbers and words: whole Arrow columns, and single values of rows, by the same rules.
+
+A missing cell is null, NaN, empty text or one of a column's own words for it. A cell that cannot be read is reported
+with a reason and never guessed at.
+"""
+
+import datetime
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vbdl.tabular import dates
+from vbdl.tabular.numerals import Written
+from vbdl.tabular.reading import NULLS, arrow, compute
+
+MISSING = tuple(NULLS)
+_DAY = 86_400.0  # seconds
+
+
+class Unreadable(ValueError):
+    """Why a cell cannot be used."""
+
+
+def plain(value: Any) -> Any:
+    """A cell of a row as Python's own type: NumPy's scalars as these, pandas' marks for a missing one as None."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def text(value: str | int | float | bool) -> str:
+    """The word for a category given in another type; what Arrow's cast to text writes."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+WHOLE = re.compile(r"-?\d+\.0+")
+
+
+def without(words: Any, missing: Sequence[str]) -> Any:
+    """An Arrow array of text, null where a cell is empty or one of these words."""
+    import pyarrow as pa
+
+    pc = compute()
+    bare = pc.utf8_trim_whitespace(words)
+    return pc.if_else(pc.is_in(bare, value_set=pa.array(["", *missing], words.type)), None, words)
+
+
+def counted(words: Any) -> dict[str, int]:
+    """{word: how often} of an Arrow array of text, null not counted."""
+    found = compute().value_counts(words)
+    return {str(e["values"]): e["counts"] for e in found.to_pylist() if e["values"] is not None}
+
+
+def texts(column: Any) -> Any:
+    """An Arrow column as one array of text."""
+    import pyarrow as pa
+
+    pc = compute()
+
+    column = combined(column)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return column.cast(pa.string())
+
+
+def combined(column: Any) -> Any:
+    """A chunked column as one array."""
+    if hasattr(column, "combine_chunks"):
+        column = column.combine_chunks()
+        if hasattr(column, "chunks"):  # an empty column has stayed chunked
+            import pyarrow as pa
+
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    return column
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is of text."""
+    types = arrow().types
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def decoded(column: Any) -> Any:
+    """An Arrow column as one array of its values' own type: no chunks, no dictionary."""
+    import pyarrow as pa
+
+    column = combined(column)
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def floats(
+    column: Any, name: str, missing: Sequence[str] = MISSING, written: Written | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """(rows,) float64 with NaN for what is missing, where it is missing, and the rows that cannot be read.
+
+    missing: words that mean so. written: how text writes numbers, as programs do unless given.
+    """
+    import pyarrow as pa
+
+    column = decoded(column)
+    rejected: dict[int, str] = {}
+    kind = column.type
+    if pa.types.is_null(kind):
+        values = np.full(len(column), np.nan)
+    elif is_text(kind):
+        values = _parsed(without(column, missing), name, rejected, written)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    elif pa.types.is_duration(kind):  # seconds
+        micros = column.cast(pa.duration("us"), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False)
+        values = micros.to_numpy(zero_copy_only=False) / 1e6
+    else:
+        raise ValueError(f"column {name!r} holds {kind}, not numbers")
+    return values, *_apart(values, rejected)
+
+
+def _apart(values: np.ndarray, rejected: dict[int, str]) -> tuple[np.ndarray, dict[int, str]]:
+    """(rows,) bool, where a value is missing and not one that cannot be read; and what cannot."""
+    missing = np.isnan(values)
+    missing[list(rejected)] = False
+    return missing, rejected
+
+
+def _parsed(column: Any, name: str, rejected: dict[int, str], written: Written | None) -> np.ndarray:
+    """Text as numbers; whole columns in one go, and cell by cell only where that fails."""
+    import pyarrow as pa
+
+    pc = compute()
+
+    if written is None:
+        try:
+            return pc.utf8_trim_whitespace(column).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            pass
+
+    def number(word: str) -> float:
+        try:
+            found = pa.scalar(word.strip()).cast(pa.float64()).as_py() if written is None else written.number(word)
+        except pa.ArrowInvalid:
+            found = None
+        if found is None:
+            raise Unreadable(f"column {name!r}: {short(word)} is not a number")
+        return found
+
+    return _each(column, number, rejected)
+
+
+def _each(column: Any, read: Callable[[str], float], rejected: dict[int, str]) -> np.ndarray:
+    """(rows,) what `read` makes of the cells of an Arrow array of text, NaN for null; each different cell is read once,
+    and one that is Unreadable rejects its rows."""
+    coded = column.dictionary_encode()
+    found, reasons = np.full(len(coded.dictionary), np.nan), {}
+    for place, word in enumerate(coded.dictionary.to_pylist()):
+        try:
+            found[place] = read(word)
+        except Unreadable as error:
+            reasons[place] = str(error)
+    where = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    if reasons:
+        for row in np.flatnonzero(np.isin(where, list(reasons))).tolist():
+            rejected[row] = reasons[int(where[row])]
+    return np.append(found, np.nan)[where]
+
+
+_TRUE, _FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
+
+
+def booleans(column: Any, name: str, missing: Sequence[str] = MISSING) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """(rows,) 1, 0 or NaN for what is missing, where it is missing, and the rows that cannot be read."""
+    import pyarrow as pa
+
+    column = decoded(column)
+    if pa.types.is_boolean(column.type):
+        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return values, np.isnan(values), {}
+    rejected: dict[int, str] = {}
+
+    def truth(word: str) -> float:
+        if (bare := word.strip().lower()) not in _TRUE + _FALSE:
+            raise Unreadable(f"column {name!r}: {short(word)} is neither true nor false")
+        return float(bare in _TRUE)
+
+    if is_text(column.type):
+        values = _each(without(column, missing), truth, rejected)
+    else:
+        values, _, rejected = floats(column, name)
+        for row in np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1)).tolist():
+            rejected[row] = f"column {name!r}: {values[row]} is neither true nor false"
+            values[row] = np.nan
+    return values, *_apart(values, rejected)
+
+
+def days(
+    column: Any, name: str, missing: Sequence[str] = MISSING, order: str = ""
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """(rows,) days since 1970-01-01, NaN for what is missing, where it is missing, and the rows that cannot be read.
+
+    order: of text and of whole numbers such as 20260131, see `vbdl.tabular.dates`.
+    """
+    import pyarrow as pa
+
+    column = decoded(column)
+    rejected: dict[int, str] = {}
+    if pa.types.is_date(column.type):
+        values = column.cast(pa.date32()).cast(pa.int32()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    elif pa.types.is_timestamp(column.type):
+        micros = column.cast(pa.timestamp("us", column.type.tz), safe=False).cast(pa.int64()).cast(pa.float64(), False)
+        values = micros.to_numpy(zero_copy_only=False) / 1e6 / _DAY
+    elif pa.types.is_null(column.type):
+        values = np.full(len(column), np.nan)
+    elif is_text(column.type) or pa.types.is_integer(column.type):
+        words = without(texts(column), missing)
+        values = _each(words, lambda word: day(word, name, order), rejected)
+    else:
+        raise ValueError(f"column {name!r} holds {column.type}, not dates")
+    return values, *_apart(values, rejected)
+
+
+def day(value: Any, name: str, order: str = "") -> float:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            return dates.micros(dates.instant(str(value), order)) / 1e6 / _DAY
+        except dates.NoDate as error:
+            raise Unreadable(f"column {name!r}: {error}") from error
+    try:
+        when: Any = value
+        if isinstance(when, datetime.date) and not isinstance(when, datetime.datetime):
+            when = datetime.datetime(when.year, when.month, when.day)
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=datetime.UTC)
+        return dates.micros(when) / 1e6 / _DAY
+    except (ValueError, AttributeError, TypeError) as error:
+        raise Unreadable(f"column {name!r}: {short(value)} is not a date (2026-11-22 or 2026-11-22T18:30)") from error
+
+
+def short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 40 else said[:37] + "..."

@@ -1,0 +1,75 @@
+"""Columns that give the target away: known, perhaps, only after what is to be predicted has happened."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbdl.tabular.columns import Categorical, Column
+
+_LEAST = 20  # rows that are judged by
+_WRONG = 5  # rows that the simplest guess has wrong
+_MOST = 4_000  # rows that are looked at
+_LEFT = 0.02  # of the simplest guess's error: what is left where one column almost says the target
+
+
+def giveaways(columns: Sequence[Column], x: Tensor, y: Tensor, seed: int = 0) -> dict[str, float]:
+    """{column: share of the target that it explains alone}, of the columns that say it almost perfectly.
+
+    x: encoded rows; y: (rows,) classes or (rows, 1) numbers. One half of the rows is learned from and the other is
+    judged by: accuracy above that of the most frequent class, or R² of the targets' ranks, both 1 for a perfect one.
+    """
+    y = y.flatten()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:_MOST]
+    truth = y[order].numpy()
+    classes = not y.is_floating_point()
+    if not classes:  # in ranks no tail outweighs the rest
+        truth = np.unique(truth, return_inverse=True)[1].astype(np.float64)
+    found, at = {}, 0
+    for column in columns:
+        block = x[order, at : at + len(column.features)].numpy()
+        at += len(column.features)
+        if isinstance(column, Categorical):
+            left = _left(block.argmax(1).astype(np.float64), truth, classes)
+        else:  # where cells are missing the others may say it all the same
+            there = block[:, 1] == 0 if column.indicator else np.ones(len(block), dtype=bool)
+            left = _left(block[there, 0].astype(np.float64), truth[there], classes)
+        if left is not None and left <= _LEFT:
+            found[column.name] = 1 - left
+    return found
+
+
+def _left(value: np.ndarray, truth: np.ndarray, classes: bool) -> float | None:
+    """The error at one half of the rows of a guess that the other half makes of these values, as a part of the
+    simplest guess's. None where there is too little to tell."""
+    half = len(truth) // 2
+    if half < _LEAST:
+        return None
+    learned, judged = truth[:half], truth[half:]
+    error = _error(judged, np.full(len(judged), _simplest(learned, classes)), classes)
+    if error == 0 or (classes and error * len(judged) < _WRONG):
+        return None
+    return _error(judged, _guessed(value[:half], learned, value[half:], classes), classes) / error
+
+
+def _simplest(y: np.ndarray, classes: bool) -> float:
+    return float(np.bincount(y).argmax() if classes else y.mean())
+
+
+def _error(truth: np.ndarray, guess: np.ndarray, classes: bool) -> float:
+    return float((truth != guess).mean() if classes else np.square(truth - guess).mean())
+
+
+def _guessed(known: np.ndarray, y: np.ndarray, asked: np.ndarray, classes: bool) -> np.ndarray:
+    """The target at `asked`: of the rows with the nearest known value, their most frequent class or mean."""
+    values, place = np.unique(known, return_inverse=True)
+    if not classes:
+        return np.interp(asked, values, np.bincount(place, y) / np.bincount(place))
+    counts = np.zeros((len(values), int(y.max()) + 1))
+    np.add.at(counts, (place, y), 1)
+    after = np.searchsorted(values, asked).clip(1, max(len(values) - 1, 1))
+    before = after - 1
+    after = after.clip(max=len(values) - 1)
+    nearer = np.where(np.abs(asked - values[before]) <= np.abs(values[after] - asked), before, after)
+    return counts[nearer].argmax(1)
