@@ -155,7 +155,9 @@ def fit_table(
         progress=progress,
         **settings.training(n_train),
     )
-    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, compile=False)  # type: ignore[arg-type]
+    predictor = Predictor(  # type: ignore[arg-type]
+        posterior, likelihood, settings.n_samples, settings.seed, batch_invariant=True, compile=False
+    )
     for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
     for_calibration = unseen_rows(for_calibration, x["train"])
     calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)
