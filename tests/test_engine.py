@@ -191,6 +191,18 @@ def test_a_predictor_of_a_class_made_in_a_function_is_pickled():
         assert torch.equal(pickle.loads(pickle.dumps(predict))(x).probs, predict(x).probs)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("likelihood, outputs", [(Categorical(), 5), (Gaussian(2), 2), (Bernoulli(), 1)])
+def test_chunks_of_a_network_in_float64_are_one_call(likelihood, outputs, compile):
+    """Compiled sums read the bytes that they are given: carried sums of another dtype were other numbers."""
+    q, x = MCDropout(network(outputs).double()), torch.randn(9, 3, dtype=torch.float64)
+    whole = predictor(q, likelihood.double(), compile=False)(x)
+    chunked = predictor(q, likelihood.double(), compile=compile, chunk_size=3)
+    for found in (chunked(x), chunked(x, tolerance=1e-9)):
+        for name in ("mean", "total", "aleatoric", "epistemic", "standard_error"):
+            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-9, atol=1e-12)
+
+
 def test_a_stream_is_its_batches():
     predict, x = predictor(batch_invariant=True), torch.randn(70, 3)
     whole = predict(x)

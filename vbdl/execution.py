@@ -132,7 +132,8 @@ class Execution:
             found = self._cut(self._trace(strategy, state), state)
         self._found = found
         self._measured.clear()
-        self.parameter_shape = found.values[found.outputs[0]].meta["val"].shape[1:]
+        parameters = found.values[found.outputs[0]].meta["val"]
+        self.parameter_shape, self.parameter_dtype = parameters.shape[1:], parameters.dtype
 
     def _state(self, numbers: Tensor) -> State:
         """Entries of these draws: of the network, and of the likelihood where each member has its own."""
@@ -193,8 +194,8 @@ class Execution:
         return self._measured[node.name]
 
     def empty_sums(self) -> State:
-        """Running sums of no draws, on one tile."""
-        none = torch.zeros((1, *self.parameter_shape), device=self.device)
+        """Running sums of no draws, on one tile, in the dtype that draws add to: it is compiled for."""
+        none = torch.zeros((1, *self.parameter_shape), dtype=self.parameter_dtype, device=self.device)
         return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(none).items()}
 
     def _program(self, count: int, finish: str) -> Program:

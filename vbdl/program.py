@@ -31,6 +31,7 @@ class Program:
         self._call: Any = None
         self._graph: Any = None
         self._end: Any = None
+        self._dtypes: list[torch.dtype] = []
         self.checked: list[str] = []
 
     def finish(self, likelihood: Likelihood, finish: str, count: int, carried: State) -> None:
@@ -70,6 +71,9 @@ class Program:
                 if self._compile and on_cpu(examples):  # measured there alone
                     transpose_last(self._graph)
                 self._call = compile_graph(self._graph, examples) if self._compile else self._graph
+                self._dtypes = [t.dtype for t in examples]
+        if self._dtypes != [t.dtype for t in arguments]:  # compiled code would read other numbers out of their bytes
+            raise TypeError(f"compiled for {self._dtypes}, called with {[t.dtype for t in arguments]}")
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
             found = _Differentiable(self._graph).run(*arguments)  # what is compiled has no gradient
             return dict(zip(self.outputs, found, strict=False))
