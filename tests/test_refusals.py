@@ -49,7 +49,7 @@ def test_missing_labels_of_several_tasks(likelihood, outputs):
     y = (torch.arange(120).reshape(40, 3) % 2).float()
     y[3, 1] = y[7, 0] = torch.nan
     expected = (
-        "targets of 2 of 40 rows are missing .NaN. .* first in row 3: .*one of several tasks.* fit one predictor a task"
+        "targets of 2 of 40 rows are missing .NaN., first in row 3: .*one of several tasks.* fit one predictor a task"
     )
     with pytest.raises(ValueError, match=expected):
         _fit(vbdl.MCDropout(_net(outputs)), (X, y), likelihood)
@@ -59,12 +59,6 @@ def test_missing_labels_of_several_tasks(likelihood, outputs):
     method = Platt() if isinstance(likelihood, vbdl.Bernoulli) else vbdl.calibration.StdScaling()
     with pytest.raises(ValueError, match=expected):
         calibrate(predict, X, y, method)
-    one = torch.full((40,), torch.nan)
-    for single in (vbdl.Gaussian(), vbdl.Bernoulli()):
-        with pytest.raises(ValueError, match="40 of 40 rows are missing .* remove or impute such rows"):
-            _fit(vbdl.MCDropout(_net(1)), (X, one), single)
-    with pytest.raises(ValueError, match="are missing"):
-        _fit(vbdl.MCDropout(_net()), (X, one), vbdl.Categorical())
 
 
 class Words(nn.Module):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from vbdl_kernels import predictive_statistics
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
-from vbdl.likelihoods.targets import check_labelled
 from vbdl.types import State
 
 
@@ -54,7 +53,6 @@ class CategoricalPrediction:
 def check_classes(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
     """y as int64 class numbers (batch, ...) for (batch, ..., classes), or ValueError."""
     *shape, classes = parameters_shape
-    check_labelled(y)
     if y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"Categorical targets are class numbers (an integer dtype), got {y.dtype}")
     if list(y.shape) != list(shape):
