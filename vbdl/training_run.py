@@ -249,6 +249,7 @@ class TrainingRun:
                     nll = self._validate()
                     history.validation_nll.append(nll.tolist())
                     self.best.update(epoch, nll, state_of(self.losses))
+                    bar.total = self.best.last(o["epochs"])  # when it stops if nothing is gained any more
                     history.best_epoch = self.best.epoch.tolist()
                     note += f", validation {float(nll.mean()):.4g}"
                 if self.schedule is not None:

@@ -16,6 +16,7 @@ import vbdl
 from vbdl import calibration, decision
 from vbdl.calibration import CDFRecalibration, NormalisedIntervals, StdScaling, calibrate
 from vbdl.decision import REFER, HandOver, PathBounds, Referral, Risk, uncertainty_of, with_decision
+from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.mixture import mixture_quantile
 
 CALIBRATIONS = {
@@ -243,3 +244,27 @@ def test_compiled_it_is_the_same(outputs, method):
     compiled = deciding.replace(compile=True)
     for name in ("var", "es", "action"):
         torch.testing.assert_close(getattr(compiled(x), name), getattr(deciding(x), name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [None, StdScaling(), CDFRecalibration()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("decide", ["risk", "path"])
+def test_targets_counted_from_far_away_are_decided_on_as_near_ones(outputs, method, decide):
+    predict, x, y = outputs
+    center = 1.7e9
+
+    def decided(by):
+        likelihood = vbdl.Gaussian(2, std=0.3)
+        one = predict.replace(likelihood=Centered(likelihood, by) if by else likelihood)
+        targets = y.double() + by if by else y
+        one = one if method is None else calibrate(one, x[:300], targets[:300], type(method)())
+        path = HandOver((0.3, 0.3), (0.6, 0.6), bounds=PathBounds(upper=by + 1.0))
+        return with_decision(one, Risk(0.95) if decide == "risk" else path)(x[300:])
+
+    near, far = decided(0.0), decided(center)
+    if decide == "risk":
+        for name in ("var", "es"):
+            shifted = getattr(far, name).double() + center
+            torch.testing.assert_close(shifted, getattr(near, name).double(), rtol=1e-3, atol=1e-3)
+    else:
+        torch.testing.assert_close(far.risk.double(), near.risk.double(), rtol=1e-3, atol=1e-4)
+        assert float(near.risk.std()) > 1e-3 and float((far.action == near.action).double().mean()) > 0.99

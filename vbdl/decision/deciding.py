@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vbdl.calibration.calibrated import extend
 from vbdl.decision.distribution import Distribution, calibrated_draws, changes_draws
 from vbdl.engine import Predictor
+from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.moments import merge_mean
 from vbdl.likelihoods.normal_mixture import NormalLikelihood
 from vbdl.types import State
@@ -71,7 +72,9 @@ class DecidingLikelihood(nn.Module):
             filled = torch.cat((parameters, parameters.new_zeros(empty, *parameters.shape[1:])))
             return {**summary, "draws": filled.movedim(0, 1).contiguous()}  # rows first, as all running sums
         bounds = getattr(self.decision, "bounds", None)
-        return summary if bounds is None else {**summary, "per_draw": bounds(parameters).mean(0)}
+        if bounds is None:
+            return summary
+        return {**summary, "per_draw": bounds(_about(parameters, self._center)).mean(0)}
 
     def merge(self, a: State, b: State) -> State:
         merged = self.likelihood.merge(a, b)
@@ -99,6 +102,15 @@ class DecidingLikelihood(nn.Module):
         return {**fields, **(made if isinstance(made, dict) else {"action": made})}
 
     @property
+    def _center(self) -> float:
+        """What the targets of the innermost likelihood are counted from."""
+        base, center = self.likelihood, 0.0
+        while hasattr(base, "likelihood"):
+            center += base.center if isinstance(base, Centered) else 0.0
+            base = base.likelihood
+        return center
+
+    @property
     def _keeps_draws(self) -> bool:
         base = self.likelihood
         while hasattr(base, "likelihood"):
@@ -113,12 +125,21 @@ class DecidingLikelihood(nn.Module):
         draws = summary["draws"].movedim(1, 0)
         there = torch.arange(draws.shape[0], device=draws.device) < summary["n"]
         # an empty place is at the mean, which calibrations stretch about, and has no weight
-        mean = torch.where(there.reshape(-1, *[1] * (draws.ndim - 2)), draws[..., 0], fields["mean"].to(draws.dtype))
+        own = (fields["mean"] - self._center).to(draws.dtype)
+        mean = torch.where(there.reshape(-1, *[1] * (draws.ndim - 2)), draws[..., 0], own)
         draws, recalibration = calibrated_draws(self.likelihood, torch.stack((mean, draws[..., 1]), -1))
-        return Distribution(draws, there.to(torch.float64) / summary["n"], recalibration)
+        return Distribution(_about(draws, self._center), there.to(torch.float64) / summary["n"], recalibration)
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
         return extend(self.likelihood.prediction, fields, n_samples, samples, ("action", "risk", "var", "es"))
+
+
+def _about(parameters: Tensor, center: float) -> Tensor:
+    """Parameters of draws, (..., 2) mean and log-variance, of targets that are counted from zero again."""
+    if center == 0.0:
+        return parameters
+    mean, log_variance = parameters.to(torch.float64).unbind(-1)
+    return torch.stack((mean + center, log_variance), -1)
 
 
 def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:

@@ -42,7 +42,9 @@ class Distribution:
         if self.recalibration is None:
             z = (quantile - self.mean) / self.std
             density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-            return averaged(self.mean * normal_cdf(z) - self.std * density, self.weights) / level
+            # by what falls short of the quantile, which is small where the targets are large
+            short = (quantile - self.mean) * normal_cdf(z) + self.std * density
+            return quantile - averaged(short, self.weights) / level
         far, weight = self._nodes(quantile)
         return quantile - (weight * self._level(quantile - far, -1)).sum(0) / level
 
