@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -96,30 +97,46 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     where the process is killed. A file system that cannot do that gets two renames; whoever reads between them, or
     after a kill between them, is given the old one (`locate`).
     """
-    taken = check_place(folder, replace)
+    check_place(folder, replace)
     folder = Path(os.path.abspath(folder))  # a name to rename to, not what a link at its end points to
     partial, before = _partial(folder), _before(folder)
     try:
         partial.mkdir()
         write_files(partial, files)
-        if not taken:
-            os.rename(partial, folder)
-        elif not _exchanged(partial, folder):
-            shutil.rmtree(before, ignore_errors=True)  # of a kill after both renames: the newer one is at the name
-            os.rename(folder, before)
+        for attempt in range(_ATTEMPTS):
             try:
-                os.rename(partial, folder)
-            except OSError:
-                os.rename(before, folder)
-                raise
+                _put(partial, folder, before)
+                break
+            except OSError as error:  # another one has been saved to this name, or taken away, in this moment
+                if error.errno not in _OVERTAKEN or attempt == _ATTEMPTS - 1:
+                    raise
+                check_place(folder, replace)
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is not finished, or what was replaced
     shutil.rmtree(before, ignore_errors=True)
 
 
+_ATTEMPTS = 100
+_OVERTAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT)
+
+
+def _put(partial: Path, folder: Path, before: Path) -> None:
+    """The new folder at the name; where there was one, it is at the other name or gone."""
+    if not folder.exists():
+        os.rename(partial, folder)
+    elif not _exchanged(partial, folder):
+        shutil.rmtree(before, ignore_errors=True)  # of a kill after both renames: the newer one is at the name
+        os.rename(folder, before)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            os.rename(before, folder)
+            raise
+
+
 def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    return folder.with_name(f".{folder.name}.{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def _before(folder: Path) -> Path:

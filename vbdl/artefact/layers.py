@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.arguments import check_arguments
 from vbdl.artefact.manifest import ArtefactError, Layer
 from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
 from vbdl.nn.priors import Normal, Prior, ScaleMixture
@@ -85,6 +86,7 @@ def build(layer: Layer) -> nn.Module:
     if layer.name in BAYESIAN:
         arguments |= {"prior_std": prior_of(prior), "initial_std": initial}
     try:
+        check_arguments(plain, {n: v for n, v in arguments.items() if n in given})
         return kind(**arguments)
     except Exception as error:  # constructors refuse nonsense in many ways
         raise ArtefactError(f"{layer.name} cannot be made with these arguments: {error}") from None

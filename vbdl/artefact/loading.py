@@ -80,7 +80,14 @@ def load_files(
     **settings: Any,
 ) -> Predictor:
     """`load` of files by name, for those that lie elsewhere than in one folder."""
-    found = read_parts(files, module=module, trust=trust)
+    networks.Maker(module, trust)  # what the caller got wrong is no fault of the files
+    try:
+        found = read_parts(files, module=module, trust=trust)
+    except (ArtefactError, OSError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # damage shows itself in many ways
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ArtefactError(f"the artefact cannot be read: {said}") from error
     chosen = {**found.settings, **settings}
     if chosen.pop("batch_invariant", False) and chosen["tiles"] == DEFAULT_TILES:
         chosen["tiles"] = INVARIANT_TILES

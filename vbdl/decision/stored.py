@@ -9,9 +9,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from torch import Tensor, nn
 
 from vbdl import calibration
+from vbdl.arguments import check_arguments
 from vbdl.decision.anomaly import AnomalyFlags
 from vbdl.decision.cost import ExpectedCost
 from vbdl.decision.deciding import DecidingLikelihood
@@ -101,9 +103,13 @@ def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.M
             arguments[argument] = t if t.ndim else t.item()
         else:
             arguments[argument] = value
+    check_arguments(cls, {n: v for n, v in arguments.items() if not isinstance(v, Tensor | nn.Module)})
     module: Any = cls(**arguments)
-    if description.get("n_members") is not None:
-        module.n_members = int(description["n_members"])
+    members = description.get("n_members")
+    if members is not None:
+        if type(members) is not int or members < 1:
+            raise ValueError(f"n_members is a number of members, not {str(members)[:40]!r}")
+        module.n_members = members
     own = {n for n in (*module._parameters, *module._buffers)}
     for n, t in state.items():
         if "." in n:
@@ -115,5 +121,5 @@ def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.M
         else:
             module.register_buffer(n, t.clone())
     if "certificate" in description:
-        module.certificate = Certificate(**description["certificate"])
+        module.certificate = msgspec.convert(description["certificate"], Certificate, strict=True)
     return module
