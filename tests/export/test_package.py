@@ -1,10 +1,12 @@
 """Packages: the predictor's numbers for any batch, every call checked, and nothing loaded that does not fit."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import nn
 import vbdl
 from vbdl import calibration
 from vbdl.export import ExportError, export, load_package, machine
+from vbdl.export.package import Description, _digest
+from vbdl.likelihoods.centered import Centered
 
 KINDS = ["dropout", "mean-field", "ensemble"]
 
@@ -159,9 +163,22 @@ def test_what_is_needed_to_export(tmp_path):
     assert not (tmp_path / "package").exists()
 
 
-def edit(folder, **changes):
-    about = json.loads((folder / "package.json").read_text())
-    (folder / "package.json").write_text(json.dumps({**about, **changes}))
+def test_targets_counted_from_far_away_are_exported(tmp_path):
+    nets = [nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(3)]
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), Centered(vbdl.Gaussian(std=0.3), 1.7e9), tiles=4, compile=False)
+    x = torch.randn(7, 5)
+    package = predict.export(tmp_path / "package", example=x, backend="onnx")
+    assert package(x)["mean"].dtype == torch.float64
+    torch.testing.assert_close(package(x)["mean"], predict(x).mean, rtol=0, atol=1e-4)
+
+
+def edit(folder, signed=True, **changes):
+    """signed: with the digest of what was changed, as somebody who means it would."""
+    about = {**json.loads((folder / "package.json").read_text()), **changes}
+    if signed:
+        with contextlib.suppress(msgspec.ValidationError):
+            about["digest"] = _digest(msgspec.convert(about, Description))
+    (folder / "package.json").write_text(json.dumps(about))
 
 
 def test_a_package_that_is_damaged_or_hostile(onnx_packages, tmp_path):
@@ -185,7 +202,7 @@ def test_a_package_that_is_damaged_or_hostile(onnx_packages, tmp_path):
         ("absolute", {"tiles": {"4": "/etc/passwd"}}, "names the file"),
         ("rows", {"tiles": {"-4": "tile_-4.onnx"}}, "names the file"),
         ("backend", {"backend": "pickle"}, "names the back end"),
-        ("format", {"format": 2}, "export again"),
+        ("format", {"format": 1}, "export again"),
         ("unknown", {"run": "me"}, "does not fit its format"),
         ("digest", {"sha256": {}}, "damaged or exchanged"),
     ):
@@ -193,6 +210,20 @@ def test_a_package_that_is_damaged_or_hostile(onnx_packages, tmp_path):
         edit(folder, **changes)
         with pytest.raises(ExportError, match=reason):
             load_package(folder)
+    for name, field in (("shape", "shape"), ("dtype", "dtype")):
+        folder = fresh(f"edited {name}")
+        inputs = json.loads((folder / "package.json").read_text())["inputs"]
+        inputs["tensors"][0][field] = [7] if field == "shape" else "complex999"
+        edit(folder, signed=False, inputs=inputs)
+        with pytest.raises(ExportError, match="damaged or edited"):
+            load_package(folder)
+        edit(folder, inputs=inputs)
+        with pytest.raises(ExportError, match="takes x0 of shape" if field == "shape" else "names the dtype"):
+            load_package(folder)
+    folder = fresh("encoding")
+    (folder / "package.json").write_bytes(b"\xff\xfe" + (source / "package.json").read_bytes())
+    with pytest.raises(ExportError, match="does not fit its format"):
+        load_package(folder)
     folder = fresh("link")
     (folder / "tile_4.onnx").unlink()
     (folder / "tile_4.onnx").symlink_to(source / "tile_4.onnx")
@@ -280,6 +311,13 @@ def test_native_code_is_loaded_where_it_was_made_or_trusted(native, monkeypatch,
     about = json.loads((folder / "package.json").read_text())
     text = (folder / "package.json").read_text()
     try:
+        wide = {**about["inputs"], "tensors": [{**about["inputs"]["tensors"][0], "shape": [9]}]}
+        edit(folder, inputs=wide)  # not made here, as it is now; and the code knows what it was compiled for
+        with pytest.raises(ExportError, match="was not made here"):
+            load_package(folder)
+        with pytest.raises(ExportError, match="was compiled for 8 rows of"):
+            load_package(folder, trust=True)
+        (folder / "package.json").write_text(text)
         edit(folder, made_for={**about["made_for"], "torch": "2.0.0"})
         with pytest.raises(ExportError, match="does not fit: it was made for torch 2.0.0"):
             load_package(folder, trust=True)

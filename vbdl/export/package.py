@@ -33,7 +33,7 @@ from vbdl.stacking import State, map_inputs, tensors
 from vbdl.tiles import pad
 from vbdl.types import Inputs as Rows
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "package.json"
 _MAX_BYTES = 2**20
 
@@ -53,6 +53,12 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     made_for: dict[str, Any]
     model: str  # digest of the predictor it was made from
     measured: dict[str, float]  # largest difference from the predictor, by field
+    digest: str = ""  # of all of the above, and by `sha256` of the files
+
+
+def _digest(description: Description) -> str:
+    """Of everything in a description but the digest itself: what rows look like decides what native code reads."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(description, digest=""))).hexdigest()
 
 
 class Package:
@@ -137,11 +143,11 @@ def export(
     """
     if backend not in ("aoti", "onnx"):
         raise ValueError(f'backend is "aoti" or "onnx", not {backend!r}')
+    probe, inputs = _probe(predictor, example)
     if predictor.tiles == DEFAULT_TILES:  # nobody chose them, and each takes minutes to compile
         predictor = predictor.replace(tiles=INVARIANT_TILES)
     folder, model = Path(folder), identity(predictor)
     check_place(folder, _locate)
-    probe, inputs = _probe(predictor, example)
     if folder.exists() and not rebuild:
         try:
             found = load_package(folder)
@@ -177,8 +183,9 @@ def export(
             package = Package(description, _runners(description, Path(scratch)))
             measured = check(predictor, package, probe)
         description = msgspec.structs.replace(description, measured=measured)
-        for digest in description.sha256.values():
-            machine.remember(digest)
+        description = msgspec.structs.replace(description, digest=_digest(description))
+        if backend == "aoti":
+            machine.remember(description.digest)
         data = {name: (Path(scratch) / name).read_bytes() for name in files.values()}
         data[DESCRIPTION] = msgspec.json.format(msgspec.json.encode(description), indent=1)
         write_folder(folder, data, _locate)
@@ -199,10 +206,14 @@ def load_package(folder: str | Path, *, trust: bool = False) -> Package:
         description = msgspec.json.decode(data, type=Description)
     except OSError as error:
         raise ExportError(f"{folder} is not a package: {error}") from None
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise ExportError(f"{DESCRIPTION} does not fit its format: {error}") from None
     if description.format != FORMAT:
         raise ExportError(f"the package has format {description.format}, this vbdl reads {FORMAT}: export again")
+    if description.digest != _digest(description):
+        raise ExportError(f"{DESCRIPTION} is not as it was exported: damaged or edited")
+    if odd := [e.dtype for e in description.inputs.tensors if e.dtype not in DTYPES]:
+        raise ExportError(f"{DESCRIPTION} names the dtype {odd[0][:40]!r}")
     if description.backend not in ("aoti", "onnx") or not description.tiles:
         raise ExportError(f"{DESCRIPTION} names the back end {description.backend[:40]!r}")
     if description.backend == "aoti" and (reason := machine.misfit(description.made_for)):
@@ -217,12 +228,19 @@ def load_package(folder: str | Path, *, trust: bool = False) -> Package:
         digest = machine.sha256(path)
         if digest != description.sha256.get(name):
             raise ExportError(f"{name} is not the file that was exported: damaged or exchanged")
-        if description.backend == "aoti" and not trust and not machine.was_made_here(digest):
-            raise ExportError(
-                f"{name} is native code that was not made here: export the model again, or load_package(..., "
-                f"trust=True) if you know who made it"
-            )
-    return Package(description, _runners(description, folder))
+    if description.backend == "aoti" and not trust and not machine.was_made_here(description.digest):
+        raise ExportError(
+            "this is native code that was not made here: export the model again, or load_package(..., trust=True) if "
+            "you know who made it"
+        )
+    try:
+        runners = _runners(description, folder)
+    except ImportError:
+        raise
+    except Exception as error:  # a runtime refuses a file in many ways
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ExportError(f"the files of the package cannot be loaded: {said}") from error
+    return Package(description, runners)
 
 
 def _locate(folder: Path) -> None:
@@ -255,22 +273,29 @@ def _compile(call: TileCall, tile: Rows, path: Path, backend: str, seed: int) ->
         return
     from torch._inductor import aoti_compile_and_package  # what loads a package needs no compiler, and waits for none
 
+    from vbdl.export.native import written
+
     with torch.no_grad():
         exported = torch.export.export(call.module, arguments, strict=False)
         about = {
             "vbdl_fields": ",".join(call.fields),
             "vbdl_rows": str(tensors(tile)[0].shape[0]),
-            "vbdl_inputs": ";".join(f"{CODES[t.dtype]}:{','.join(map(str, t.shape[1:]))}" for t in tensors(tile)),
+            "vbdl_inputs": written((CODES[t.dtype], t.shape[1:]) for t in tensors(tile)),
         }
         aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": about})
 
 
 def _runners(description: Description, folder: Path) -> dict[int, Any]:
+    files = {int(rows): folder / name for rows, name in description.tiles.items()}
     if description.backend == "onnx":
-        from vbdl.export.onnx import runner
-    else:
-        from vbdl.export.native import runner
-    return {int(rows): runner(folder / name) for rows, name in description.tiles.items()}
+        from vbdl.export.onnx import runner as of_onnx
+
+        shapes = [e.shape for e in description.inputs.tensors]
+        return {rows: of_onnx(path, rows, shapes) for rows, path in files.items()}
+    from vbdl.export.native import runner, written
+
+    inputs = written((e.dtype, e.shape) for e in description.inputs.tensors)
+    return {rows: runner(path, rows, inputs) for rows, path in files.items()}
 
 
 def _probe(predictor: Predictor, example: Rows | None) -> tuple[Rows, Inputs]:
