@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
+from vbdl.handwritten import only_forwards
 from vbdl.nn.observed import Observed
 from vbdl.plan import Plan, choose
 from vbdl.program import Program, Ready, tracing
@@ -156,8 +157,10 @@ class Execution:
             execute = call_stacked if strategy == "stacked" else call_each
             return (execute(network, entries, rest, tile),)
 
-        with WholeLinears():
-            return trace(parameters, *self._arguments(state), aligned=False)
+        with WholeLinears(), only_forwards() as names:
+            traced = trace(parameters, *self._arguments(state), aligned=False)
+        self.handwritten = sorted(set(names))
+        return traced
 
     def _arguments(self, state: State) -> tuple[list[Tensor], list[Tensor], Inputs]:
         return list(state.values()), list(self._shared.values()), self._tile
@@ -203,7 +206,7 @@ class Execution:
         key = (count, finish)
         if key not in self._programs:
             regions = (PREFIX, BODY) if self.one_call else (BODY,)
-            program = Program(self._found, regions, self.settings.compile, self._aligned)
+            program = Program(self._found, regions, self.settings.compile, self._aligned, self.handwritten)
             program.finish(self.likelihood, finish, count, self.empty_sums() if finish == "sums" else {})
             if finish == "fields" and isinstance(self._tile, Tensor):
                 program.checked = [self._found.placeholders[-1]]
@@ -254,7 +257,7 @@ class Execution:
         if not self.one_call and not found.regions[PREFIX].empty:
             key = (0, "prefix")
             if key not in self._programs:
-                program = Program(found, (PREFIX,), self.settings.compile, self._aligned)
+                program = Program(found, (PREFIX,), self.settings.compile, self._aligned, self.handwritten)
                 self._programs[key] = program
             values.update(self._programs[key]({**self._drawn(self._chunks[0]), **values}, {}))
         return values

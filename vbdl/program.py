@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,10 @@ from vbdl.types import Likelihood, State
 class Program:
     """A call on named values, compiled when it is first made."""
 
-    def __init__(self, found: Cut, regions: tuple[int, ...], compile: bool, aligned: bool):
+    def __init__(
+        self, found: Cut, regions: tuple[int, ...], compile: bool, aligned: bool, handwritten: Sequence[str] = ()
+    ):
+        self._handwritten = handwritten
         self._regions = [found.regions[r] for r in regions if not found.regions[r].empty]
         made = {name for region in self._regions for name in region.outputs}
         self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in made))
@@ -75,6 +78,12 @@ class Program:
         if self._dtypes != [t.dtype for t in arguments]:  # compiled code would read other numbers out of their bytes
             raise TypeError(f"compiled for {self._dtypes}, called with {[t.dtype for t in arguments]}")
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
+            if self._handwritten:
+                raise NotImplementedError(
+                    f"the network computes with {', '.join(self._handwritten)}, whose gradient is written by hand "
+                    f"(torch.autograd.Function) and is not in what was traced: a prediction has no gradient by its "
+                    f"inputs. Predict on inputs without requires_grad"
+                )
             found = _Differentiable(self._graph).run(*arguments)  # what is compiled has no gradient
             return dict(zip(self.outputs, found, strict=False))
         with torch.no_grad():

@@ -121,7 +121,18 @@ def test_every_layer_predicts_as_alone_compiled(name):
     check_predicted(name, compile=True)
 
 
-@pytest.mark.parametrize("name", [name for name in TAKEN if ZOO[name].like != "ids"])
+BY_HAND = ("CrossMapLRN2d", "gradient by hand", "gradient by hand, older style")
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_gradient_written_by_hand_is_refused_and_not_another(name):
+    net, x = network(name)
+    predict = Predictor(DeepEnsemble([net.eval(), network(name, 1)[0].eval()]), Categorical(), compile=False)
+    with pytest.raises(NotImplementedError, match="gradient is written by hand"):
+        predict(x.requires_grad_())
+
+
+@pytest.mark.parametrize("name", [name for name in TAKEN if ZOO[name].like != "ids" and name not in BY_HAND])
 def test_a_prediction_has_the_gradient_of_its_members(name):
     nets = [network(name, seed)[0].eval() for seed in range(2)]
     x, y = (network(name)[1].requires_grad_() for _ in range(2))

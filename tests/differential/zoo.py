@@ -201,7 +201,7 @@ LAYERS: dict[str, Entry] = {
     "LayerNorm": E(lambda: nn.LayerNorm(6)),
     "LayerNorm without bias": E(lambda: nn.LayerNorm((4, 6), bias=False), "sequence"),
     "LocalResponseNorm": E(lambda: nn.LocalResponseNorm(2), "image"),
-    "CrossMapLRN2d": E(lambda: nn.CrossMapLRN2d(2), "image", "cannot be traced"),
+    "CrossMapLRN2d": E(lambda: nn.CrossMapLRN2d(2), "image"),
     "RMSNorm": E(lambda: nn.RMSNorm(6), "sequence"),
     # recurrent
     "RNN": E(lambda: first(nn.RNN(6, 5, batch_first=True)), "sequence"),
@@ -455,10 +455,8 @@ L = lambda: nn.Linear(6, 6)  # noqa: E731
 MODULES: dict[str, Entry] = {
     "own statistics written to": E(lambda: OwnState(False)),
     "own statistics assigned": E(lambda: OwnState(True)),
-    "gradient by hand": E(lambda: Call(lambda m, x: Straight.apply(m.inner(x)), inner=L()), refused="cannot be traced"),
-    "gradient by hand, older style": E(
-        lambda: Call(lambda m, x: Opaque.apply(m.inner(x)), inner=L()), refused="cannot be traced"
-    ),
+    "gradient by hand": E(lambda: Call(lambda m, x: Straight.apply(m.inner(x)), inner=L())),
+    "gradient by hand, older style": E(lambda: Call(lambda m, x: Opaque.apply(m.inner(x)), inner=L())),
     "checkpointed": E(lambda: Call(lambda m, x: checkpoint(m.inner, x, use_reentrant=False), inner=L())),
     "tied tensors": E(Tied, "ids"),
     "one module, two names": E(UsedTwice),
