@@ -1,5 +1,6 @@
 """An artefact whose arguments are of other types is refused when it is loaded, and saves to one name may meet."""
 
+import errno
 import json
 import threading
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import vbdl
 from vbdl import calibration, decision
+from vbdl.artefact import files
 from vbdl.artefact.manifest import MANIFEST, ArtefactError
 
 X = torch.randn(60, 4)
@@ -110,6 +112,27 @@ def test_what_python_raises_of_damage_is_an_artefact_error(tmp_path, monkeypatch
     monkeypatch.undo()
     with pytest.raises(TypeError, match="trust is a sequence"):
         vbdl.load(folder, trust="mine")
+
+
+@pytest.mark.parametrize("code", [errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT])
+def test_a_save_that_another_one_overtakes_is_made_again(code, tmp_path, monkeypatch):
+    mine, other = classes().replace(seed=1), classes().replace(seed=2)
+    for predict in (mine, other):
+        predict(X[:2])
+    put, calls = files._put, []
+
+    def overtaken(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            other.save(tmp_path / "m")
+            raise OSError(code, "another one was there")
+        return put(*args)
+
+    monkeypatch.setattr(files, "_put", overtaken)
+    mine.save(tmp_path / "m", overwrite=True)
+    assert vbdl.load(tmp_path / "m", compile=False).seed == 1 and len(calls) == 3
+    with pytest.raises(FileExistsError, match="is there already"):  # without overwrite the first one stays
+        other.save(tmp_path / "m")
 
 
 def test_saves_to_one_name_may_meet(tmp_path):
