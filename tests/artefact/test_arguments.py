@@ -124,7 +124,9 @@ def test_a_save_that_another_one_overtakes_is_made_again(code, tmp_path, monkeyp
     def overtaken(*args):
         calls.append(args)
         if len(calls) == 1:
-            other.save(tmp_path / "m")
+            thread = threading.Thread(target=other.save, args=(tmp_path / "m",))
+            thread.start()
+            thread.join()
             raise OSError(code, "another one was there")
         return put(*args)
 
