@@ -71,13 +71,7 @@ def check_place(folder: Path, replace: Callable[[Path], object] | None) -> bool:
     """Whether a folder is there already that may be replaced. Raises OSError where it may not, as for `write_folder`,
     or where nothing can be written beside it: before hours of work, rather than after."""
     folder = Path(os.path.abspath(folder))
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FileExistsError(f"{folder} is there and is not a folder")
-    taken = folder.exists() and any(folder.iterdir())
-    if taken:
-        if replace is None:
-            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True (--overwrite)")
-        replace(folder)
+    taken = _is_taken(folder, replace)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(folder)
@@ -86,6 +80,18 @@ def check_place(folder: Path, replace: Callable[[Path], object] | None) -> bool:
         partial.rmdir()
     except OSError as error:
         raise OSError(f"{folder} cannot be written: {error.strerror}") from error
+    return taken
+
+
+def _is_taken(folder: Path, replace: Callable[[Path], object] | None) -> bool:
+    """Whether something is at the name. FileExistsError where it may not be replaced."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"{folder} is there and is not a folder")
+    taken = folder.exists() and any(folder.iterdir())
+    if taken:
+        if replace is None:
+            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True (--overwrite)")
+        replace(folder)
     return taken
 
 
@@ -110,7 +116,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
             except OSError as error:  # another one has been saved to this name, or taken away, in this moment
                 if error.errno not in _OVERTAKEN or attempt == _ATTEMPTS - 1:
                     raise
-                check_place(folder, replace)
+                _is_taken(folder, replace)
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # what is not finished, or what was replaced
