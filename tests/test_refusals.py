@@ -109,16 +109,20 @@ def test_ids_that_the_module_makes_are_said_to_be_that():
         predict(torch.full((4, 3), 99))
 
 
-def test_rrelu_predicts_with_its_mean_slope_or_says_what_does():
+def test_rrelu_predicts_with_its_mean_slope_and_trains():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.RReLU(0.1, 0.5), nn.Dropout(0.2), nn.Linear(8, 2))
     leaky = nn.Sequential(net[0], nn.LeakyReLU(0.3), *net[2:])
-    make = lambda n: vbdl.Predictor(vbdl.MCDropout(n), vbdl.Categorical(), n_samples=4, compile=False)
-    torch.testing.assert_close(make(net)(X).probs, make(leaky)(X).probs)
-    with pytest.raises(ValueError, match=r"has nn.RReLU, .* put nn.LeakyReLU"):
-        vbdl.Predictor(vbdl.DeepEnsemble([net, net]), vbdl.Categorical(), compile=False)(X)
-    with pytest.raises(ValueError, match="nn.RReLU draws its slopes in training.* use nn.LeakyReLU"):
-        _fit(vbdl.DeepEnsemble(net, 2), (X, torch.zeros(40, dtype=torch.int64)), vbdl.Categorical())
+    for make in (vbdl.MCDropout, lambda n: vbdl.DeepEnsemble([n, n]), lambda n: vbdl.MeanField(n, 40)):
+        found, right = (
+            vbdl.Predictor(make(n), vbdl.Categorical(), n_samples=2, joint=True, compile=False)(X).probs
+            for n in (net, leaky)
+        )
+        torch.testing.assert_close(found, right)
+    q = vbdl.DeepEnsemble(net, 2)
+    before = q.member(0)["0.weight"]
+    _fit(q, (X, torch.zeros(40, dtype=torch.int64)), vbdl.Categorical())
+    assert "batching rule" in q.one_by_one and not torch.equal(q.member(0)["0.weight"], before)
 
 
 class Normalized(nn.Module):

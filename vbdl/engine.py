@@ -474,7 +474,7 @@ class Predictor:
 
 
 def _unpickled(kind: type, state: bytes) -> Any:
-    made = kind.__new__(kind)
+    made = object.__new__(kind)
     made.__setstate__(pickle.loads(state))
     return made
 

@@ -97,11 +97,6 @@ class Execution:
                     f"shapes of its inputs and not on their values: no `if` on a tensor, no .item(), no packed sequence"
                 ) from reason
         found = self._cut(traced, probe)
-        if found.random and "rrelu" in str(found.random):
-            raise NotImplementedError(
-                "the module has nn.RReLU, which torch traces as random in evaluation too: put nn.LeakyReLU((lower + "
-                "upper) / 2) in its place, 0.2292 for its defaults, which is what it computes in prediction"
-            )
         if found.random:
             raise NotImplementedError(
                 f"the module calls {found.random} in prediction, which draws from torch's generator: no seed of a "

@@ -92,11 +92,6 @@ def fit(
             return _fit_parts(posterior, data, likelihood, options)
         return TrainingRun(posterior, data, likelihood, options).run()
     except (IndexError, RuntimeError) as error:
-        if "aten::rrelu" in str(error):
-            raise ValueError(
-                "nn.RReLU draws its slopes in training, and the members of an ensemble cannot be trained together with "
-                "it: use nn.LeakyReLU, or give DeepEnsemble networks that are trained already"
-            ) from error
         inputs = data[0] if isinstance(data, tuple | list) else None
         if (said := outside_range(inputs, error, (part.module for part in posterior.parts))) is None:
             raise

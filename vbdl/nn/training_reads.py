@@ -46,7 +46,7 @@ class Reads:
             return flag
         place = (frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti)
         self.seen.add(place)
-        answer = self.on is EVERY or place in self.on
+        answer = self.on is None or place in self.on
         self.unlike_flag |= answer is not flag
         return answer
 

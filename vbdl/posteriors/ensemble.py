@@ -160,7 +160,8 @@ class DeepEnsemble(nn.Module):
             for place in places[name]:
                 prefix, _, leaf = place.rpartition(".")
                 owner = self._hidden[0].get_submodule(prefix)
-                (owner._parameters if isinstance(t, nn.Parameter) else owner._buffers)[leaf] = t
+                held: dict[str, Any] = owner._parameters if isinstance(t, nn.Parameter) else owner._buffers
+                held[leaf] = t
 
     def shared(self) -> State:
         """Parameters and buffers that members hold together, without a members axis; none of them is trained."""

@@ -155,9 +155,8 @@ def fit_table(
         progress=progress,
         **settings.training(n_train),
     )
-    predictor = Predictor(  # type: ignore[arg-type]
-        posterior, likelihood, settings.n_samples, settings.seed, batch_invariant=True, compile=False
-    )
+    options = {"batch_invariant": True, "compile": False}
+    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, **options)  # type: ignore[arg-type]
     for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
     for_calibration = unseen_rows(for_calibration, x["train"])
     calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)
