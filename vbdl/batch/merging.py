@@ -10,7 +10,7 @@ from typing import Any
 from vbdl.batch.arrays import join_arrays
 from vbdl.batch.folder import Folder
 from vbdl.batch.naming import QUARANTINE, STAGED, check_place
-from vbdl.batch.records import is_whole, job_of, parsed, signed
+from vbdl.batch.records import is_manifest, job_of, parsed, signed, written_at
 from vbdl.batch.writing import identity, is_as_recorded, parquet_options, sink, sync, temporary
 from vbdl.tabular.reading import arrow
 
@@ -29,12 +29,12 @@ class Merged:
         self.readable = True
         if check_place(out.parent, self.manifest_path.name):
             self.about = parsed(self.manifest_path.read_bytes())
-            self.readable = self.about is not None and _is_manifest(self.about)
+            self.readable = self.about is not None and is_manifest(self.about)
 
     def damaged(self, verify: bool) -> list[str]:
         """Names of the files that are not as the manifest says."""
         assert self.about is not None
-        since = None if verify else os.lstat(self.manifest_path).st_mtime_ns
+        since = None if verify else written_at(self.manifest_path)
         found = []
         for path, key in ((self.out, "output"), (self.quarantine_path, "quarantine")):
             record = self.about.get(key)  # none in manifests of vbdl 0.1
@@ -100,14 +100,6 @@ class Merged:
         os.replace(staged, target)
         sync(target.parent)
         return made
-
-
-def _is_manifest(about: dict[str, Any]) -> bool:
-    settings, parts = about.get("settings"), about.get("parts")
-    if not isinstance(settings, dict) or not isinstance(parts, list) or not isinstance(about.get("failed"), dict):
-        return False
-    counts = all(type(about.get(k)) is int for k in ("rows", "rejected"))
-    return counts and all(isinstance(p, dict) for p in parts) and is_whole(about, job_of(settings))
 
 
 def _merge(out: Path, parts: Sequence[Path], kind: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from vbdl.batch.naming import JOURNAL, MANIFEST, Names, check_place, inside
 
 _FORM = {"part": str, "source": str, "chunk": int, "rows": int, "rejected": int, "bytes": int, "sha256": str}
+_MANIFEST = {"rows", "rejected", "failed", "parts", "settings", "check", "output", "quarantine"}
 _MORE = {"unseen": dict, "filled": dict, "quarantine": str, "check": str}  # not in records of vbdl 0.1
 
 
@@ -50,6 +51,18 @@ def is_whole(record: dict[str, Any], job: str) -> bool:
     return "check" not in record or record["check"] == _check(record, job)
 
 
+def is_manifest(record: dict[str, Any]) -> bool:
+    """Whether this is the manifest of a finished job, of this or another one, and undamaged."""
+    settings, parts, failed = record.get("settings"), record.get("parts"), record.get("failed")
+    if not isinstance(settings, dict) or not isinstance(parts, list) or not isinstance(failed, dict):
+        return False
+    if not all(type(record.get(k)) is int for k in ("rows", "rejected")) or not set(record) <= _MANIFEST:
+        return False
+    if not all(isinstance(p, dict) and ("check" in record or "check" not in p) for p in parts):
+        return False
+    return is_whole(record, job_of(settings))
+
+
 def parsed(text: bytes) -> dict[str, Any] | None:
     """A JSON object; None for anything else."""
     found = _json(text)
@@ -81,6 +94,7 @@ def read_records(folder: Path, settings: dict[str, Any]) -> Records:
     journal, manifest = (_content(folder, name) for name in (JOURNAL, MANIFEST))
     found = Records()
     objects: list[dict[str, Any]] = []
+    heads: list[dict[str, Any]] = []
     for name, text in ((JOURNAL, (journal or b"").partition(b"\n")[0]), (MANIFEST, manifest or b"")):
         if is_anothers(text):
             raise ValueError(f"{folder / name} was not written by vbdl: choose another folder")
@@ -88,47 +102,54 @@ def read_records(folder: Path, settings: dict[str, Any]) -> Records:
         whole = parsed(manifest)
         found.damaged |= whole is None
         if whole is not None:
-            found.settings = _settings(whole)
+            heads.append(whole)
             parts = whole.get("parts")
             objects += [p for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
-            if found.settings is not None and isinstance(parts, list) and len(objects) == len(parts):
-                found.finished = whole if _complete(whole) else None
+            if is_manifest(whole):
+                found.settings, found.finished = whole["settings"], whole
             found.damaged |= found.finished is None
     if journal is not None and found.finished is None:
         lines = journal.split(b"\n")
         head, *rest = map(parsed, lines[:-1]) if len(lines) > 1 else [None]
-        found.settings = found.settings or (None if head is None else _settings(head))
+        found.settings = None if head is None else _settings(head)
         found.damaged |= bool(lines[-1]) or None in (head, *rest)
         objects += [line for line in rest if line is not None]
+        heads += [head] if head is not None else []
     names, job = Names(found.settings or settings), job_of(found.settings or settings)
+    checked = any("check" in record for record in (*objects, *heads))
+    known = found.settings is not None or any(head.get("settings") == settings for head in heads)
     for entry in objects:
-        _refuse_outsider(folder, entry, names, job, known=found.settings is not None)
+        _refuse_outsider(folder, entry, names, job, known)
     for entry in objects:
-        if _usable(entry, names, job):
+        if _usable(entry, names, job) and ("check" in entry or not checked):
             found.entries.append(entry)
         else:
             found.damaged, found.finished = True, None
             found.unknown |= found.settings is None
     if found.settings is None and found.entries:  # they pass the check of the job that asks
         found.settings = settings
-    times = [os.lstat(folder / name).st_mtime_ns for name in (MANIFEST, JOURNAL) if (folder / name).exists()]
-    found.written = times[0] if times else None
+    for name in (JOURNAL, MANIFEST):
+        if (folder / name).exists():
+            found.written = written_at(folder / name)
     return found
+
+
+def written_at(path: Path) -> int:
+    """When a file was written, in nanoseconds; no later than it can have been, whatever time it was given since."""
+    about = os.lstat(path)
+    return min(about.st_mtime_ns, about.st_ctime_ns)
 
 
 def _content(folder: Path, name: str) -> bytes | None:
     return (folder / name).read_bytes() if check_place(folder, name) else None
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings in the first line of a journal, or in a manifest, where they can be relied on."""
-    found = record.get("settings")
-    return found if isinstance(found, dict) and is_whole(record, job_of(found)) else None
-
-
-def _complete(manifest: dict[str, Any]) -> bool:
-    counts = all(type(manifest.get(k)) is int for k in ("rows", "rejected"))
-    return counts and isinstance(manifest.get("failed"), dict)
+def _settings(head: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings in the first line of a journal, where they can be relied on."""
+    found = head.get("settings")
+    if not isinstance(found, dict) or not set(head) <= {"settings", "check"}:
+        return None
+    return found if is_whole(head, job_of(found)) else None
 
 
 def _refuse_outsider(folder: Path, entry: dict[str, Any], names: Names, job: str, known: bool) -> None:
