@@ -146,7 +146,7 @@ IDS |= {pa.bool_(): pa.array([True, False]), pa.dictionary(pa.int32(), TEXT): pa
         ([TEXT, pa.large_string()], "large_string"), ([INT, pa.dictionary(pa.int32(), TEXT)], "string"),
         ([pa.null(), INT], "int64"), ([pa.bool_(), TEXT], "string"), ([pa.date32(), TEXT], "string"),
         ([INT, "csv"], "string"), (["csv", pa.timestamp("s")], "string"), ([INT, INT], "int64"),
-        ([pa.float16(), pa.float64()], "double"), ([pa.decimal128(9, 2), INT], "string"),
+        ([pa.float16(), pa.float64()], "double"), ([pa.decimal128(30, 2), INT], "string"),
     ],
 )  # fmt: skip
 def test_folders_of_mixed_types_have_one_in_the_output(network, tmp_path, kinds, expected):
