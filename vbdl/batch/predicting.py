@@ -187,7 +187,7 @@ def predict_table(
             else:
                 _run_local(model, schema, settled, job, workers, on_error, progress)
             for source in _changed(sources, versions):
-                fail(job, source, ValueError(_CHANGED), on_error)
+                fail(job, source, ValueError(f"{source.name} {_CHANGED} {_AGAIN}"), on_error)
         manifest = job.finished or job.finish([s.name for s in sources])
         quarantine = folder / QUARANTINE
         if merged is not None:
@@ -199,10 +199,8 @@ def predict_table(
     return _report(manifest, time.monotonic() - begun, resumed, out, quarantine, damaged)
 
 
-_CHANGED = (
-    "it was changed or replaced while it was read: its predictions may be of two versions. Write them again with "
-    "restart=True (--restart)"
-)
+_CHANGED = "was changed or replaced while it was read: its predictions may be of two versions of it."
+_AGAIN = "Predict it again, with restart=True (--restart)"
 
 
 def _changed(sources: list[Source], versions: list[Any]) -> list[Source]:
@@ -285,7 +283,7 @@ def _in_memory(model, sources, versions, settled: Settled, schema, workers, on_e
         with _Rows(settled.sources, progress) as bar:
             local.run(worker, settled.sources, lambda s, n: False, write, failed, settled.options.chunk_rows)
     for source in _changed(sources, versions):
-        raise ValueError(f"{source.name} was changed or replaced while it was read: predict it again")
+        raise ValueError(f"{source.name} {_CHANGED} Predict it again")
     if rejected:
         row, reason = rejected[0]
         logger.warning("%d rows could not be used and are not in the table; row %d: %s", len(rejected), row, reason)
