@@ -166,6 +166,24 @@ def test_a_job_killed_at_any_step_is_ended_by_the_same_command(network, data, tm
         assert counts(report) == counts(expected), said
 
 
+def test_another_job_in_the_place_of_a_killed_one_has_nothing_of_it(network, data, tmp_path):
+    """--restart with another input, after a kill at any step of a job: no part, no quarantine, no folder is left."""
+    whole = tmp_path / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps(patch, tmp_path)
+        vbdl.predict_table(network, data, tmp_path / "first", inputs=("a", "b"), **OPTIONS)
+    again = {**OPTIONS, "inputs": ("a", "b"), "restart": True}
+    vbdl.predict_table(network, data / "deep", whole, **again)
+    for last in range(len(steps.taken)):
+        out = tmp_path / str(last)
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, tmp_path, last)
+            with pytest.raises(Killed):
+                vbdl.predict_table(network, data, out, inputs=("a", "b"), **OPTIONS)
+        vbdl.predict_table(network, data / "deep", out, **again)
+        assert contents(out) == contents(whole), (last, steps.taken[:last][-3:])
+
+
 AUDITED = {"os.rename": ("replace", "rename"), "os.remove": ("unlink", "remove"), "os.mkdir": ("mkdir",)}
 AUDITED |= {"os.rmdir": ("rmdir",), "os.link": ("link",), "os.symlink": ("symlink",), "open": ("open",)}
 EVENTS: list[list[str]] = []  # the innermost list gets what happens

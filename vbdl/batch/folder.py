@@ -171,12 +171,13 @@ class Folder:
             path = self.path / entry["part"]
             if is_as_recorded(path, entry, None):
                 os.unlink(path)
-                self._remove_empty(entry["part"])
             elif path.exists() and not self.names.is_part(entry["part"]):
                 self._set_aside(entry["part"])
         for name in files_below(self.path):
             if name != JOURNAL and (before.is_in_work(name) or self.names.is_in_work(name)):
                 os.unlink(self.path / name)
+        for source in before.sources:
+            self._remove_empty(source)
         self._remove_quarantine_folders()
         for name in (QUARANTINE, MANIFEST, JOURNAL):
             with suppress(FileNotFoundError):
@@ -208,11 +209,13 @@ class Folder:
             with suppress(OSError):  # there is something else in it
                 os.rmdir(folder)
 
-    def _remove_empty(self, part: str) -> None:
-        """Folders that were made for a part, where nothing else is in them."""
-        for above in [p for p in Path(part).parents if p != Path(".")]:
-            with suppress(OSError):
-                os.rmdir(self.path / above)
+    def _remove_empty(self, name: str) -> None:
+        """Folders that were made for the parts of a source, where nothing else is in them."""
+        above = [self.path / p for p in Path(name).parents if p != Path(".")]
+        if inside(name) and not any(folder.is_symlink() for folder in above):
+            for folder in above:
+                with suppress(OSError):
+                    os.rmdir(folder)
 
     def remove(self) -> None:
         """Deletes the folder of a finished job, whose parts are somewhere else now, but for what others put there."""
