@@ -6,8 +6,6 @@ not as it says, is computed again, with the same bytes. At the end the manifest 
 leading `.` or `_` are not read by Arrow, Spark and their kind.
 """
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -18,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vbdl.batch.deleting import delete_all
+from vbdl.batch.locking import lock
 from vbdl.batch.naming import (
     FORMATS,
     JOURNAL,
@@ -219,7 +219,7 @@ class Folder:
 
     def remove(self) -> None:
         """Deletes the folder of a finished job, whose parts are somewhere else now, but for what others put there."""
-        _delete(self.path, self.names)
+        delete_all(self.path, self.names)
         self.close()
 
     # -- quarantined rows: a file a part while the job runs, one file when it is done
@@ -313,71 +313,6 @@ class Folder:
             self._journal.close()
         os.close(self._lock) if self._lock >= 0 else None
         self._lock = -1
-
-
-def lock(path: Path) -> int:
-    """An open file that no other process can lock meanwhile. ValueError where one has it."""
-    for _ in range(100):
-        try:
-            found = _open_lock(path / LOCK)
-        except FileNotFoundError:  # removed with its folder by the process that had it
-            path.mkdir(parents=True, exist_ok=True)
-            continue
-        try:
-            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(found), os.lstat(path / LOCK)):
-                return found
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(found)
-            break
-        os.close(found)
-    raise ValueError(f"another job is writing to {path}")
-
-
-def _open_lock(path: Path) -> int:
-    check_place(path.parent, path.name)
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-    except OSError as error:  # of a finished job it is enough to read
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.exists():
-            raise
-        return os.open(path, os.O_RDONLY | flags)
-
-
-def discard(path: Path, settings: dict[str, Any]) -> None:
-    """Deletes what a job of these settings has left in its hidden folder, and the folder, where nothing else is in it;
-    not where another job's records are there, or another process is at work in it."""
-    if path.is_symlink() or not path.is_dir():
-        return
-    try:
-        if read_records(path, settings).settings not in (None, settings):
-            return
-        held = lock(path)
-    except ValueError:
-        return
-    try:
-        _delete(path, Names(settings))
-    finally:
-        os.close(held)
-
-
-def _delete(path: Path, names: Names) -> None:
-    """The records go last: until then they say what the rest is."""
-    for name in files_below(path):
-        if name != JOURNAL and (names.is_part(name) or names.is_in_work(name)):
-            os.unlink(path / name)
-    for above, folders, _ in os.walk(path, topdown=False):
-        for folder in folders:
-            with suppress(OSError):  # a link, or there is something else in it
-                os.rmdir(Path(above, folder))
-    for name in (QUARANTINE, JOURNAL, MANIFEST, LOCK):
-        with suppress(FileNotFoundError):
-            os.unlink(path / name)
-    with suppress(OSError):
-        os.rmdir(path)
 
 
 def write_part(

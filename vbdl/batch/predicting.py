@@ -5,18 +5,20 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vbdl.batch import local
+from vbdl.batch.deleting import discard
 from vbdl.batch.finding import sources_of
-from vbdl.batch.folder import Folder, discard
+from vbdl.batch.folder import Folder
 from vbdl.batch.merging import Merged
 from vbdl.batch.naming import FORMATS, QUARANTINE
 from vbdl.batch.records import read_records
+from vbdl.batch.report import Report as Report
+from vbdl.batch.report import report_of
 from vbdl.batch.settling import Settled, settle
 from vbdl.batch.sources import Chunk, Source, printable, version_of
 from vbdl.batch.worker import Options, Result, Worker, available, digest, plain, schema_at
@@ -35,55 +37,6 @@ _NOT_WRITTEN = (".gz", ".tsv", ".ipc", ".json", ".jsonl", ".txt", ".xlsx", ".zip
 
 class QuarantineError(ValueError):
     """A row that could not be used, where that was to stop the job."""
-
-
-@dataclass
-class Report:
-    """What a job has done, all its runs together but for the seconds. resumed: parts that were there from before."""
-
-    rows: int
-    rejected: int
-    seconds: float
-    parts: int
-    resumed: int
-    failed: dict[str, str] = field(default_factory=dict)  # sources that could not be read to their end
-    unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
-    out: Path | None = None
-    quarantine: Path | None = None
-    reasons: list[str] = field(default_factory=list)  # of the first rows in quarantine
-    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, where training had none
-    damaged: list[str] = field(default_factory=list)  # files that were gone or changed, and are written again
-
-    def __str__(self) -> str:
-        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.seconds > 0 and not self.resumed else ""
-        lines = [
-            f"{_counted(self.rows, 'row')} in {self.seconds:.1f} s{rate}, {_counted(self.parts, 'part')}"
-            + (f", {self.resumed} of them from before" if self.resumed else "")
-        ]
-        if self.out is not None:
-            lines.append(f"written to {self.out}")
-        if self.damaged:
-            shown = ", ".join(self.damaged[:3]) + (", ..." if len(self.damaged) > 3 else "")
-            count = _counted(len(self.damaged), "file")
-            lines.append(f"{count} of the output had gone or changed, and were computed again: {shown}")
-        if self.rejected:
-            where = "" if self.quarantine is None else f", see {self.quarantine}"
-            lines.append(f"{_counted(self.rejected, 'row')} could not be used{where}")
-            lines += [f"  {reason}" for reason in self.reasons[:3]]
-        lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
-        lines += [
-            f"column {n!r}: {_counted(count, 'cell')} with a category that training did not have"
-            for n, count in self.unseen.items()
-        ]
-        lines += [
-            f"column {n!r}: {_counted(count, 'missing cell')} filled, where training had none"
-            for n, count in self.filled.items()
-        ]
-        return printable("\n".join(lines))
-
-
-def _counted(n: int, word: str) -> str:
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def predict_table(
@@ -171,7 +124,7 @@ def predict_table(
             damaged, replace = merged.damaged(verify), True
             if not damaged:
                 discard(folder, settings)
-                return _report(merged.about, 0.0, len(merged.about["parts"]), out, merged.quarantine_path, [])
+                return report_of(merged.about, 0.0, len(merged.about["parts"]), out, merged.quarantine_path, [])
         elif not _is_finished(folder, settings):
             merged.check_free(settings)
     job = Folder(folder, settings, kind, restart, named=folder != out and len(sources) > 1, verify=verify)
@@ -196,7 +149,7 @@ def predict_table(
             job.remove()
     finally:
         job.close()
-    return _report(manifest, time.monotonic() - begun, resumed, out, quarantine, damaged)
+    return report_of(manifest, time.monotonic() - begun, resumed, out, quarantine, damaged)
 
 
 _CHANGED = "was changed or replaced while it was read: its predictions may be of two versions of it."
@@ -212,35 +165,6 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether all parts of this job are there: a kill has come between them and the file."""
     found = read_records(folder, settings) if folder.is_dir() else None
     return found is not None and found.finished is not None and found.settings == settings
-
-
-def _report(
-    manifest: dict[str, Any], seconds: float, resumed: int, out: Path, quarantine: Path, damaged: list[str]
-) -> Report:
-    parts = manifest["parts"]
-    path = quarantine if manifest["rejected"] else None
-    return Report(
-        rows=manifest["rows"],
-        rejected=manifest["rejected"],
-        seconds=seconds,
-        parts=len(parts),
-        resumed=resumed,
-        failed=manifest["failed"],
-        unseen=_summed(parts, "unseen"),
-        out=out,
-        quarantine=path,
-        reasons=_first_lines(path),
-        filled=_summed(parts, "filled"),
-        damaged=damaged,
-    )
-
-
-def _summed(parts: list[dict[str, Any]], key: str) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for entry in parts:
-        for name, count in entry.get(key, {}).items():
-            total[name] = total.get(name, 0) + count
-    return total
 
 
 def _run_local(model, schema, settled: Settled, job: Folder, workers, on_error, progress) -> None:
@@ -334,14 +258,6 @@ def _apart(data: Any, out: Path) -> None:
     source, target = Path(data).resolve(), out.resolve()
     if source == target or (source.is_dir() and target.is_relative_to(source)):
         raise ValueError(f"the output {out} is the input or lies in it: choose another place")
-
-
-def _first_lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    with open(path) as file:
-        lines = [json.loads(line) for _, line in zip(range(3), file, strict=False)]
-    return [f"{e['source']}, row {e['row']}: {e['reason']}" for e in lines]
 
 
 def stop_at(source: Source, rejected: list[tuple[int, str]], on_error: str) -> None:
