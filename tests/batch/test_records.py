@@ -212,6 +212,20 @@ def test_a_part_that_somebody_replaced_is_set_aside_and_not_deleted(network, dat
     assert sorted(p.name for p in begun.glob("x-*")) == ["x-00000.parquet", "x-00001.parquet", "x-00002.parquet"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_parts_are_not_written_through_a_link(network, tmp_path, restart):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("a.npy", "deep/b.npy"):
+        np.save(tmp_path / "in" / name, np.zeros((12, 2), np.float32))
+    vbdl.predict_table(network, tmp_path / "in", tmp_path / "out", **OPTIONS)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.rmtree(tmp_path / "out" / "deep")
+    (tmp_path / "out" / "deep").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="deep is a link"):
+        vbdl.predict_table(network, tmp_path / "in", tmp_path / "out", restart=restart, **OPTIONS)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_source_cannot_lead_out_of_the_folder(network, tmp_path):
     from vbdl.batch.sources import DatasetSource
 

@@ -32,7 +32,7 @@ def delete_all(path: Path, names: Names) -> None:
     until then they say what the rest is."""
     for name in files_below(path):
         if name != JOURNAL and (names.is_part(name) or names.is_in_work(name)):
-            os.unlink(path / name)
+            (path / name).unlink(missing_ok=True)
     for above, folders, _ in os.walk(path, topdown=False):
         for folder in folders:
             with suppress(OSError):  # a link, or there is something else in it

@@ -175,13 +175,12 @@ class Folder:
                 self._set_aside(entry["part"])
         for name in files_below(self.path):
             if name != JOURNAL and (before.is_in_work(name) or self.names.is_in_work(name)):
-                os.unlink(self.path / name)
+                (self.path / name).unlink(missing_ok=True)
         for source in before.sources:
             self._remove_empty(source)
         self._remove_quarantine_folders()
         for name in (QUARANTINE, MANIFEST, JOURNAL):
-            with suppress(FileNotFoundError):
-                os.unlink(self.path / name)
+            (self.path / name).unlink(missing_ok=True)
 
     def _set_aside(self, part: str) -> None:
         place = self.path / part
@@ -193,13 +192,13 @@ class Folder:
     def _sweep(self) -> None:
         for name in files_below(self.path):
             if self.names.is_in_work(name):
-                os.unlink(self.path / name)
+                (self.path / name).unlink(missing_ok=True)
         self._remove_quarantine_folders()
 
     def _sweep_temporary(self) -> None:
         for name in files_below(self.path):
             if name.rpartition("/")[2].startswith(".") and self.names.is_in_work(name):
-                os.unlink(self.path / name)
+                (self.path / name).unlink(missing_ok=True)
 
     def _remove_quarantine_folders(self) -> None:
         top = self.path / QUARANTINE_PARTS

@@ -92,15 +92,20 @@ def check_place(folder: Path, name: str) -> bool:
         last = number == len(words) - 1
         if not (stat.S_ISREG(mode) if last else stat.S_ISDIR(mode)):
             what = "a link" if stat.S_ISLNK(mode) else "no file" if last else "no folder"
-            raise ValueError(f"{path} is {what}, which no job has made: nothing was changed. Choose another folder")
+            raise ValueError(f"{path} is {what}, which no job has made: remove it, or choose another folder")
     return True
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Names, relative to the folder, of all files in it and below; no link is followed."""
+    """Names, relative to the folder, of all files in it and below; no link is followed. Files may go meanwhile: an
+    actor of a killed job ends by itself."""
     for above, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(above, name)
-            if stat.S_ISREG(os.lstat(path).st_mode):
+            try:
+                is_file = stat.S_ISREG(os.lstat(path).st_mode)
+            except FileNotFoundError:
+                continue
+            if is_file:
                 yield path.relative_to(folder).as_posix()
