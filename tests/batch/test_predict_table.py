@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import vbdl
+import vbdl.cli
 from vbdl.batch.folder import Folder
 from vbdl.batch.output import COLUMNS
 
@@ -477,11 +479,69 @@ def test_nothing_is_written_over(model, rows, tmp_path):
     assert (tmp_path / "o.csv").read_text() == "mine" and (tmp_path / "full" / "mine.txt").read_text() == "keep me"
 
 
-def test_an_empty_table_is_said(model, rows, tmp_path):
-    with pytest.raises(ValueError, match="no rows"):
-        vbdl.predict_table(model, rows.slice(0, 0), **SMALL)
-    with pytest.raises(ValueError, match="no row"):
-        vbdl.predict_table(model, write(rows.slice(0, 0), tmp_path / "t.csv"), tmp_path / "o.parquet", **SMALL)
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.parquet", "t.arrow", "t.feather"])
+@pytest.mark.parametrize("out", ["o.parquet", "o.csv", "o.arrow", "o.npy", "folder"])
+def test_no_rows_give_an_output_of_no_rows(model, rows, expected, tmp_path, name, out, capsys):
+    source = write(rows.slice(0, 0), tmp_path / name)
+    assert vbdl.cli.main(["predict", *map(str, (model, source, tmp_path / out))]) == 0
+    assert "0 rows in" in capsys.readouterr().out
+    if out == "o.csv":
+        assert (tmp_path / out).read_text().count("\n") == 1
+        found = pa.csv.read_csv(tmp_path / out)
+    elif out == "o.npy":
+        found = np.load(tmp_path / out, allow_pickle=False)
+        assert found.dtype.names == tuple(expected.column_names) and len(found) == 0
+        return
+    else:
+        found = (pa.feather.read_table if out == "o.arrow" else pa.parquet.read_table)(tmp_path / out)
+        assert found.schema.equals(expected.schema)
+    assert found.column_names == expected.column_names and found.num_rows == 0
+
+
+def test_no_rows_in_memory_and_beside_files_that_have_some(model, rows, expected, network, numbers, tmp_path):
+    assert vbdl.predict_table(model, rows.slice(0, 0), **SMALL).schema.equals(expected.schema)
+    found = vbdl.predict_table(network, numbers[:0], **SMALL)
+    assert found.schema.equals(vbdl.predict_table(network, numbers, **SMALL).schema) and found.num_rows == 0
+    np.save(tmp_path / "x.npy", numbers[:0])
+    assert vbdl.predict_table(network, tmp_path / "x.npy", **SMALL).schema.equals(found.schema)
+    write(rows.slice(0, 0), tmp_path / "in" / "a.csv"), write(rows, tmp_path / "in" / "b.csv")
+    for out in ("o.parquet", "folder"):
+        report = vbdl.predict_table(model, tmp_path / "in", tmp_path / out, keep=("id",), **SMALL)
+        assert (report.rows, report.rejected, report.failed) == (2_000, 0, {})
+        assert pa.parquet.read_table(tmp_path / out)["id"].to_pylist() == rows["id"].to_pylist()
+
+
+def test_a_first_chunk_of_bad_rows_only_knows_its_columns(network, numbers, tmp_path):
+    """Also where no artefact says what a row is."""
+    bad = numbers.copy()
+    bad[:100] = np.nan
+    np.save(tmp_path / "x.npy", bad)
+    options = {**SMALL, "chunk_rows": 100}
+    for out in ("o.parquet", "o.csv"):
+        report = vbdl.predict_table(network, tmp_path / "x.npy", tmp_path / out, **options)
+        assert (report.rows, report.rejected) == (300, 100)
+    found = vbdl.predict_table(network, tmp_path / "x.npy", **options)
+    assert pa.parquet.read_table(tmp_path / "o.parquet").combine_chunks().equals(found.combine_chunks())
+
+
+def test_names_of_files_that_are_not_utf8(model, rows, tmp_path):
+    """In the input's name, in files of a folder, and in the output's; what is printed and stored is UTF-8."""
+    odd = os.fsdecode(b"caf\xe9")
+    for suffix in (".csv", ".csv.gz", ".parquet", ".arrow"):
+        source = write(rows, tmp_path / "one" / f"t{suffix}")
+        (tmp_path / "in" / f"{odd}-{suffix[1]}{len(suffix)}").mkdir(parents=True)
+        source.rename(tmp_path / "in" / f"{odd}-{suffix[1]}{len(suffix)}" / f"{odd}{suffix}")
+    for out in (f"{odd}.csv", f"{odd}.parquet", f"{odd}.arrow", odd):
+        report = vbdl.predict_table(model, tmp_path / "in", tmp_path / out, **SMALL)
+        assert report.rows == 8_000 and "caf%E9" in str(report).encode().decode()
+    table = pa.parquet.read_table(pa.BufferReader((tmp_path / f"{odd}.parquet").read_bytes()))
+    assert table["source"].unique().to_pylist() == [
+        "caf%E9-a6/caf%E9.arrow", "caf%E9-c4/caf%E9.csv", "caf%E9-c7/caf%E9.csv.gz", "caf%E9-p8/caf%E9.parquet",
+    ]  # fmt: skip
+    (tmp_path / "in" / f"{odd}-c4" / f"{odd}.csv").write_bytes(b"nothing\n1\n")
+    report = vbdl.predict_table(model, tmp_path / "in", tmp_path / "again", **SMALL)
+    assert "caf%E9-c4/caf%E9.csv" in report.failed and str(report).encode()
+    assert vbdl.predict_table(model, tmp_path / "in", tmp_path / "again", **SMALL).failed == report.failed
 
 
 def test_the_output_is_free_again_after_a_mistake(model, rows, tmp_path):

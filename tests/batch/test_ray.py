@@ -64,6 +64,12 @@ def test_two_workers_on_two_cpus_write_the_local_engines_files(model, data, expe
     code, said = end(start(model, data, tmp_path / "out"))
     assert code == 0, said
     assert contents(tmp_path / "out") == expected
+    # parts that are gone or changed since are computed again, and said
+    (tmp_path / "out" / "a-00003.parquet").unlink()
+    (tmp_path / "out" / "b-00002.parquet").write_bytes(b"PAR1")
+    code, said = end(start(model, data, tmp_path / "out"))
+    assert code == 0 and "2 files of the output had gone or changed" in said, said
+    assert contents(tmp_path / "out") == expected
 
 
 def test_a_killed_driver_is_gone_on_with(model, data, expected, tmp_path):

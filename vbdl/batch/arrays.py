@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,7 +42,14 @@ def _column(name: str, column: Any) -> np.ndarray:
 
 def write_array(path: Path, table: Any) -> None:
     with open(path, "wb") as file:
-        np.lib.format.write_array(file, to_array(table), allow_pickle=False)
+        np.lib.format.write_array(_Plain(file), to_array(table), allow_pickle=False)  # type: ignore[arg-type]
+
+
+class _Plain:
+    """A file that NumPy writes through Python: its own writing says nothing where the disk is full."""
+
+    def __init__(self, file: BinaryIO):
+        self.write = file.write
 
 
 def join_arrays(out: Path, parts: Sequence[Path]) -> None:

@@ -1,13 +1,14 @@
 """What is to be read: sources of whatever data `predict_table` is given."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vbdl.batch.folder import part_name
-from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, ImageRow, MemoryTable, Source
+from vbdl.batch.naming import part_name
+from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, ImageRow, MemoryTable, Source, printable
 from vbdl.batch.table_file import TableFile
 from vbdl.batch.worker import Options
 from vbdl.tabular import Schema, as_table
@@ -32,22 +33,24 @@ def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageR
 
 def _files(path: Path, schema: Schema | None, options: Options, image: ImageRow | None) -> list[Source]:
     if path.is_dir():
+        _check_readable(path)
         tables = [f for f in _maybe(path, (*SUFFIXES, ".npy"))]
         if not tables and _maybe(path, IMAGES):
             return [ImageFolder(path, row=image)]
         if not tables:
             raise ValueError(f"there is no table, array or image in {path}")
-        names = [str(f.relative_to(path)) for f in tables]
+        names = [printable(str(f.relative_to(path))) for f in tables]
     else:
         tables = files_of(path)
-        names = [path.name]
-    wanted, text, numbers = _columns(schema, options)
+        names = [printable(path.name)]
+    wanted, text, numbers, verbatim = _columns(schema, options)
     found: list[Source] = []
     for file, name in zip(tables, names, strict=True):
         if file.suffix.lower() == ".npy":
             found.append(ArrayFile(file, name))
         elif format_of(file):
-            found.append(TableFile(file, name, wanted, numbers, text, None if schema is None else schema.files))
+            reading = None if schema is None else schema.files
+            found.append(TableFile(file, name, wanted, numbers, text, verbatim, reading))
         else:
             raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
     stems = [part_name(n, 0, "parquet") for n in names]
@@ -57,6 +60,16 @@ def _files(path: Path, schema: Schema | None, options: Options, image: ImageRow 
     return found
 
 
+def _check_readable(path: Path) -> None:
+    """OSError where a folder below cannot be looked into: its files would be left out without a word."""
+
+    def said(error: OSError) -> None:
+        raise error
+
+    for _, below, _ in os.walk(path, onerror=said):
+        below[:] = [d for d in below if not d.startswith((".", "_"))]
+
+
 def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
     try:
         return files_of(path, suffixes)
@@ -64,12 +77,17 @@ def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
         return []
 
 
-def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str]]:
-    """Columns to read, and which of them are words and which numbers where a file does not say."""
+def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str], list[str]]:
+    """Columns to read, and which of them are words, which numbers, and which cells to carry over as they stand, where a
+    file does not say."""
     if schema is None:
-        if options.inputs is None:
-            return None, [], []
-        return list(dict.fromkeys([*options.inputs, *options.keep])), [], list(options.inputs)
+        inputs = list(options.inputs or ())
+        verbatim = [name for name in options.keep if name not in inputs]
+        wanted = None if options.inputs is None else list(dict.fromkeys([*inputs, *options.keep]))
+        return wanted, [], inputs, verbatim
     text = schema.worded
     numbers = [c.name for c in schema.columns if isinstance(c, Numeric) and c.name not in set(text)]
-    return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers
+    # what a date or a boolean looks like, too, is not for the first rows to say
+    text = [*text, *(name for name in options.keep if name in schema.names and name not in {*numbers, *text})]
+    verbatim = [name for name in options.keep if name not in schema.names]
+    return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers, verbatim

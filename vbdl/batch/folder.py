@@ -1,122 +1,88 @@
 """A folder of finished parts, which a kill at any moment leaves whole, and which the next run goes on from.
 
-A part is written under a hidden name, on the disk (fsync), then renamed; only then the journal says that it is done. A
-part without its line in the journal is made again, with the same bytes. At the end the manifest takes the journal's
-place. Files with a leading `.` or `_` are not read by Arrow, Spark and their kind.
+A part is written under a hidden name and brought to the disk (fsync); the journal says what it holds; then it gets its
+name. So there is no part that the journal does not know, and one that the journal knows and that is not there, or is
+not as it says, is computed again, with the same bytes. At the end the manifest takes the journal's place. Files with a
+leading `.` or `_` are not read by Arrow, Spark and their kind.
 """
 
-import fcntl
 import hashlib
+import itertools
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vbdl.batch.arrays import write_array
-from vbdl.tabular.reading import arrow
+from vbdl.batch.deleting import delete_all
+from vbdl.batch.locking import lock
+from vbdl.batch.naming import (
+    FORMATS,
+    JOURNAL,
+    LOCK,
+    MANIFEST,
+    QUARANTINE,
+    QUARANTINE_PARTS,
+    SET_ASIDE,
+    Names,
+    check_place,
+    files_below,
+    inside,
+    part_name,
+    quarantine_name,
+)
+from vbdl.batch.records import Records, job_of, read_records, signed
+from vbdl.batch.writing import identity, is_as_recorded, sync, temporary, with_source, write_atomic, write_table
 
-JOURNAL, MANIFEST, QUARANTINE, LOCK = "_journal.jsonl", "_manifest.json", "_quarantine.jsonl", "_lock"
-FORMATS = {"parquet": ".parquet", "csv": ".csv", "arrow": ".arrow", "npy": ".npy"}
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside this path, bring it to the disk, rename it: there is a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_table(table: Any, path: Path, kind: str) -> None:
-    """A table in one of FORMATS; the same table gives the same bytes."""
-    pa = arrow()
-    if kind == "parquet":
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(table, path, **parquet_options(table.schema))
-    elif kind == "csv":
-        from pyarrow import csv
-
-        csv.write_csv(flat(table), path)
-    elif kind == "npy":
-        write_array(path, flat(table, fixed=False))
-    else:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-
-
-def parquet_options(schema: Any) -> dict[str, Any]:
-    """Dictionaries where words repeat; numbers are written as they are, which is faster and no larger."""
-    words = [f.name for f in schema if arrow().types.is_string(f.type)]
-    return {"use_dictionary": words, "write_statistics": False}
-
-
-def part_name(source: str, chunk: int, kind: str) -> str:
-    """Called after its source, without the suffix of that."""
-    stem = source.removesuffix(".gz")
-    stem = stem if (dot := stem.rfind(".")) <= stem.rfind("/") + 1 else stem[:dot]
-    return f"{stem}-{chunk:05d}{FORMATS[kind]}"
-
-
-def with_source(table: Any, source: str) -> Any:
-    """The table with its source in every row."""
-    pa = arrow()
-    return table.add_column(0, "source", pa.array([source] * table.num_rows, pa.string()))
-
-
-def flat(table: Any, fixed: bool = True) -> Any:
-    """Lists as text, for formats that have no cells for them; fixed: also those of one length."""
-    pa = arrow()
-    for place, column in enumerate(table.schema):
-        if pa.types.is_nested(column.type) and (fixed or not pa.types.is_fixed_size_list(column.type)):
-            words = [None if v is None else json.dumps(v) for v in table.column(place).to_pylist()]
-            table = table.set_column(place, column.name, pa.array(words, pa.string()))
-    return table
+logger = logging.getLogger("vbdl")
 
 
 class Folder:
     """The output of a job. Opened by one process at a time.
 
     settings: what the job is, as JSON holds it: another job in the same folder is refused. named: parts have a column
-    `source`, for those that become one file.
+    `source`, for those that become one file. verify: read every part again, also where size and time say that it is as
+    it was written.
+
+    `done` are the parts that are there, `damaged` the names of those that were and are gone or changed, `finished` the
+    manifest, where nothing is left to do.
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], kind: str = "parquet", restart: bool = False, named: bool = False
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        kind: str = "parquet",
+        restart: bool = False,
+        named: bool = False,
+        verify: bool = False,
     ):
         if kind not in FORMATS:
             raise ValueError(f"format {kind!r} is none of {', '.join(FORMATS)}")
         self.path, self.kind, self.named = path, kind, named
         self.settings = json.loads(json.dumps(settings))
+        self.names, self._job = Names(self.settings), job_of(self.settings)
+        if outside := [name for name in sorted(self.names.sources) if not inside(part_name(name, 0, kind))]:
+            raise ValueError(f"a source called {outside[0]!r} would be written outside of {path}: give it a plain name")
         self.done: dict[tuple[str, int], dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
+        self.damaged: list[str] = []
+        self.finished: dict[str, Any] | None = None
+        self._journal: Any = None
+        self._reasons: dict[str, bytes] = {}
         path.mkdir(parents=True, exist_ok=True)
         self._refuse_foreign()
-        self._lock = open(path / LOCK, "w")  # noqa: SIM115
+        read_records(path, self.settings)  # refused before anything is touched
+        self._lock = lock(path)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(f"another job is writing to {path}") from None
-        try:
-            if restart or self._has_no_part():
-                self._clear()
-            self._open()
+            records = read_records(path, self.settings)
+            if not restart and self._to_be_kept(records):
+                self._go_on(records, verify)
+            else:
+                self._clear(records)
+                self._begin([])
         except BaseException:
             self.close()
             raise
@@ -125,95 +91,187 @@ class Folder:
         """ValueError, before anything is written, where the folder is somebody else's: a model, a folder of data."""
         if (self.path / MANIFEST).exists() or (self.path / JOURNAL).exists():
             return
-        if others := [p.name for p in sorted(self.path.iterdir()) if p.name != LOCK and not _leftover(p)]:
-            raise ValueError(f"{self.path} holds {others[0]!r} and no journal of a job: choose an empty folder")
+        for place in sorted(self.path.iterdir()):
+            if place.name != LOCK and not self.names.is_in_work(place.name):
+                raise ValueError(f"{self.path} holds {place.name!r} and no journal of a job: choose an empty folder")
 
-    def _has_no_part(self) -> bool:
-        """Whether a job that began here ended before its first part: there is nothing to go on with, or to protect."""
-        return {p.name for p in self.path.iterdir() if not _leftover(p)} <= {LOCK, JOURNAL, MANIFEST}
+    def _to_be_kept(self, records: Records) -> bool:
+        """Whether there is something to go on with; ValueError where there is, and it is another job's."""
+        there = [n for n in files_below(self.path) if n not in (LOCK, MANIFEST) and not self.names.is_in_work(n)]
+        if not there and not (records.damaged and records.settings is None):
+            return False  # a job that began here ended before its first part
+        if records.settings == self.settings:
+            return True
+        if records.settings is not None:
+            before, now = records.settings, self.settings
+            changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+            raise ValueError(
+                f"{self.path} holds the output of another job: {', '.join(sorted(changed))} changed since. Choose "
+                f"another folder, or write it again with restart=True (--restart)"
+            )
+        strangers = [n for n in there if n != QUARANTINE and not self.names.is_part(n)]
+        if records.unknown or strangers or not there:
+            raise ValueError(
+                f"the records of the job in {self.path} are damaged: they do not say whether its parts are of this "
+                f"job. Write it again with restart=True (--restart), or choose another folder"
+            )
+        return True
 
-    def _open(self) -> None:
-        self.finished: dict[str, Any] | None = None
-        if (self.path / MANIFEST).exists():
-            before = json.loads((self.path / MANIFEST).read_text())
-            self._compare(before["settings"])
-            self.finished = before
+    def _go_on(self, records: Records, verify: bool) -> None:
+        """Take over the parts that are as the records say; the others are computed again."""
+        manifest, since = records.finished, None if verify else records.written
+        if manifest is not None:
+            self._read_reasons(manifest)
+        last = records.entries[-1]["part"] if records.entries and manifest is None else None
+        entries = {(e["source"], e["chunk"]): e for e in records.entries}
+        for key, entry in entries.items():
+            place = self.path / entry["part"]
+            if is_as_recorded(place, entry, since) and self._has_reasons(entry, manifest):
+                self.done[key] = entry
+            elif entry["part"] != last or place.exists():  # the last line is written before its part has a name
+                self.damaged.append(entry["part"])
+        if manifest is not None and not self.damaged:
+            self.finished = manifest
             self._sweep()
             return
-        journal = self.path / JOURNAL
-        if journal.exists():
-            self._read(journal)
-        else:
-            write_atomic(journal, lambda p: p.write_text(json.dumps({"settings": self.settings}) + "\n"))
-        self._journal = open(journal, "a")  # noqa: SIM115
-        for stale in _temporary(self.path):
-            stale.unlink(missing_ok=True)
-
-    def _read(self, journal: Path) -> None:
-        """The lines that were written whole; one that a kill cut off is cut away."""
-        data = journal.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines:
-            raise ValueError(f"{journal} is damaged: start again with restart=True (--restart)")
-        self._compare(lines[0]["settings"])
-        for entry in lines[1:]:
-            path = self.path / entry["part"]
-            if path.exists() and path.stat().st_size == entry["bytes"]:
-                self.done[entry["source"], entry["chunk"]] = entry
-        if len(whole) < len(data):
-            with open(journal, "r+b") as file:
-                file.truncate(len(whole))
-                os.fsync(file.fileno())
-
-    def _compare(self, before: dict[str, Any]) -> None:
-        if before == self.settings:
+        if records.damaged:
+            logger.warning("%s: the records of the job are damaged; what they do not say is computed again", self.path)
+        if manifest is None and not records.damaged and len(self.done) == len(entries):
+            self._append_to_journal()
+            self._sweep_temporary()
             return
-        changed = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
-        raise ValueError(
-            f"{self.path} holds the output of another job: {', '.join(sorted(changed))} changed since. Choose another "
-            f"folder, or write it again with restart=True (--restart)"
-        )
+        if manifest is not None:
+            for entry in self.done.values():
+                self._split_off(entry)
+        self._begin(list(self.done.values()))
+        with suppress(FileNotFoundError):
+            os.unlink(self.path / MANIFEST)
 
-    def _clear(self) -> None:
-        """Everything that a job of ours has written, and nothing else."""
-        known: set[str] = set()
-        for name in (MANIFEST, JOURNAL):
-            if (self.path / name).exists():
-                text = (self.path / name).read_text()
-                entries = json.loads(text)["parts"] if name == MANIFEST else _entries(text)
-                known |= {e["part"] for e in entries}
-        for name in [*sorted(known), MANIFEST, JOURNAL, QUARANTINE]:
+    def _begin(self, entries: list[dict[str, Any]]) -> None:
+        lines = [signed({"settings": self.settings}, self._job), *entries]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomic(self.path / JOURNAL, lambda p: p.write_text(text))
+        self._append_to_journal()
+        self._sweep_temporary()
+
+    def _append_to_journal(self) -> None:
+        handle = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._journal = os.fdopen(handle, "wb", buffering=0)
+
+    # -- deleting: only what this job, or the one whose records are here, has written
+
+    def _clear(self, records: Records) -> None:
+        """What the job of the records has written, its records last, so that this can be done again after a kill.
+
+        A part that is not as it was written may be somebody's work: where this job does not write over it, it is
+        renamed.
+        """
+        before = Names(records.settings) if records.settings is not None else self.names
+        for entry in records.entries:
+            path = self.path / entry["part"]
+            if is_as_recorded(path, entry, None):
+                os.unlink(path)
+            elif path.exists() and not self.names.is_part(entry["part"]):
+                self._set_aside(entry["part"])
+        for name in files_below(self.path):
+            if name != JOURNAL and (before.is_in_work(name) or self.names.is_in_work(name)):
+                (self.path / name).unlink(missing_ok=True)
+        for source in before.sources:
+            self._remove_empty(source)
+        self._remove_quarantine_folders()
+        for name in (QUARANTINE, MANIFEST, JOURNAL):
             (self.path / name).unlink(missing_ok=True)
-        for stale in [*_temporary(self.path), *(self.path / QUARANTINE_PARTS).glob("*.jsonl")]:
-            stale.unlink(missing_ok=True)
-        self._sweep()
+
+    def _set_aside(self, part: str) -> None:
+        place = self.path / part
+        free = (place.with_name(f"{SET_ASIDE}{number}-{place.name}") for number in itertools.count(1))
+        aside = next(path for path in free if not os.path.lexists(path))
+        os.replace(place, aside)
+        logger.warning("%s is not as a job wrote it: it is called %s now", place, aside.name)
 
     def _sweep(self) -> None:
-        (self.path / JOURNAL).unlink(missing_ok=True)
-        parts = self.path / QUARANTINE_PARTS
-        if parts.is_dir():
-            for file in parts.rglob("*.jsonl"):
-                file.unlink()
-            for folder in sorted((p for p in parts.rglob("*") if p.is_dir()), reverse=True):
-                folder.rmdir()
-            parts.rmdir()
-        for stale in _temporary(self.path):
-            stale.unlink(missing_ok=True)
+        for name in files_below(self.path):
+            if self.names.is_in_work(name):
+                (self.path / name).unlink(missing_ok=True)
+        self._remove_quarantine_folders()
+
+    def _sweep_temporary(self) -> None:
+        for name in files_below(self.path):
+            if name.rpartition("/")[2].startswith(".") and self.names.is_in_work(name):
+                (self.path / name).unlink(missing_ok=True)
+
+    def _remove_quarantine_folders(self) -> None:
+        top = self.path / QUARANTINE_PARTS
+        if top.is_symlink():
+            return
+        for folder, _, _ in os.walk(top, topdown=False):
+            with suppress(OSError):  # there is something else in it
+                os.rmdir(folder)
+
+    def _remove_empty(self, name: str) -> None:
+        """Folders that were made for the parts of a source, where nothing else is in them."""
+        above = [self.path / p for p in Path(name).parents if p != Path(".")]
+        if inside(name) and not any(folder.is_symlink() for folder in above):
+            for folder in above:
+                with suppress(OSError):
+                    os.rmdir(folder)
+
+    def remove(self) -> None:
+        """Deletes the folder of a finished job, whose parts are somewhere else now, but for what others put there."""
+        delete_all(self.path, self.names)
+        self.close()
+
+    # -- quarantined rows: a file a part while the job runs, one file when it is done
+
+    def _read_reasons(self, manifest: dict[str, Any]) -> None:
+        """The lines of each part's rows in the one file of a finished job."""
+        with suppress(FileNotFoundError), open(self.path / QUARANTINE, "rb") as file:
+            for entry in manifest["parts"]:
+                self._reasons[entry["part"]] = b"".join(file.readline() for _ in range(entry["rejected"]))
+
+    def _has_reasons(self, entry: dict[str, Any], manifest: dict[str, Any] | None) -> bool:
+        if not entry["rejected"]:
+            return True
+        lines = self._reasons.get(entry["part"]) if manifest is not None else None
+        if manifest is None:
+            with suppress(FileNotFoundError):
+                lines = (self.path / quarantine_name(entry["part"])).read_bytes()
+        if lines is None or lines.count(b"\n") != entry["rejected"]:
+            return False
+        return "quarantine" not in entry or entry["quarantine"] == hashlib.sha256(lines).hexdigest()
+
+    def _split_off(self, entry: dict[str, Any]) -> None:
+        if entry["rejected"]:
+            lines = self._reasons[entry["part"]]
+            write_atomic(self.path / quarantine_name(entry["part"]), lambda p: p.write_bytes(lines))
 
     # -- parts
 
-    def write(self, source: str, chunk: int, table: Any, rejected: list[tuple[int, str]]) -> dict[str, Any]:
-        """A part, and its entry for the journal. Any process may call it; `record` is for the one that holds the
-        folder."""
+    def write(
+        self, source: str, chunk: int, table: Any, rejected: list[tuple[int, str]], cells: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A part under a hidden name, and its entry for the journal; `record` gives it its name."""
         part = part_name(source, chunk, self.kind)
         table = with_source(table, source) if self.named else table
-        return write_part(self.path, part, self.kind, source, chunk, table, rejected)
+        return write_part(self.path, part, self.kind, source, chunk, table, rejected, cells)
 
     def record(self, entry: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        """Note the part in the journal, then give it its name."""
+        entry = dict(entry)
+        place = self.path / entry["part"]
+        partial = place.with_name(entry.pop("partial"))
+        entry = signed(entry, self._job)
+        line = json.dumps(entry).encode() + b"\n"
+        try:
+            while line:  # a full disk may take a piece of it
+                line = line[self._journal.write(line) :]
+            os.fsync(self._journal.fileno())
+            os.replace(partial, place)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+        sync(place.parent)
         self.done[entry["source"], entry["chunk"]] = entry
 
     def finish(self, order: Iterable[str]) -> dict[str, Any]:
@@ -225,17 +283,24 @@ class Folder:
             with open(path, "wb") as out:
                 for entry in parts:
                     if entry["rejected"]:
-                        out.write(_quarantine_path(self.path, entry["part"]).read_bytes())
+                        out.write((self.path / quarantine_name(entry["part"])).read_bytes())
 
         if any(e["rejected"] for e in parts):
             write_atomic(self.path / QUARANTINE, gathered)
-        self.finished = {
-            "rows": sum(e["rows"] for e in parts),
-            "rejected": sum(e["rejected"] for e in parts),
-            "failed": {name: self.failed[name] for name in place if name in self.failed},
-            "parts": parts,
-            "settings": self.settings,
-        }
+        known = {e["part"] for e in parts}
+        for name in files_below(self.path):
+            if self.names.is_part(name) and name not in known:
+                self._set_aside(name)
+        self.finished = signed(
+            {
+                "rows": sum(e["rows"] for e in parts),
+                "rejected": sum(e["rejected"] for e in parts),
+                "failed": {name: self.failed[name] for name in place if name in self.failed},
+                "parts": parts,
+                "settings": self.settings,
+            },
+            self._job,
+        )
         text = json.dumps(self.finished, indent=1) + "\n"
         write_atomic(self.path / MANIFEST, lambda p: p.write_text(text))
         self._journal.close()
@@ -243,46 +308,39 @@ class Folder:
         return self.finished
 
     def close(self) -> None:
-        journal = getattr(self, "_journal", None)
-        if journal is not None:
-            journal.close()
-        self._lock.close()
-
-
-QUARANTINE_PARTS = "_quarantine"
+        if self._journal is not None:
+            self._journal.close()
+        os.close(self._lock) if self._lock >= 0 else None
+        self._lock = -1
 
 
 def write_part(
-    folder: Path, part: str, kind: str, source: str, chunk: int, table: Any, rejected: list[tuple[int, str]]
+    folder: Path,
+    part: str,
+    kind: str,
+    source: str,
+    chunk: int,
+    table: Any,
+    rejected: list[tuple[int, str]],
+    cells: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A part and its quarantined rows on the disk; the entry says what they are."""
+    """A part under a hidden name, `partial`, and its quarantined rows, on the disk; the entry says what they are."""
+    found: dict[str, Any] = {"part": part, "source": source, "chunk": chunk, "rows": table.num_rows}
+    found |= {"rejected": len(rejected), **{k: v for k, v in (cells or {}).items() if v}}
+    for name in (part, quarantine_name(part)):
+        check_place(folder, name)
     if rejected:
-        lines = "".join(json.dumps({"source": source, "row": r, "reason": why}) + "\n" for r, why in rejected)
-        write_atomic(_quarantine_path(folder, part), lambda p: p.write_text(lines))
+        lines = "".join(json.dumps({"source": source, "row": r, "reason": why}) + "\n" for r, why in rejected).encode()
+        write_atomic(folder / quarantine_name(part), lambda p: p.write_bytes(lines))
+        found["quarantine"] = hashlib.sha256(lines).hexdigest()
     path = folder / part
-    found: dict[str, Any] = {}
-
-    def write(partial: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary(path)
+    try:
         write_table(table, partial, kind)
-        data = partial.read_bytes()
-        found.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    write_atomic(path, write)
-    return {"part": part, "source": source, "chunk": chunk, "rows": table.num_rows, "rejected": len(rejected), **found}
-
-
-def _quarantine_path(folder: Path, part: str) -> Path:
-    return folder / QUARANTINE_PARTS / f"{part}.jsonl"
-
-
-def _temporary(folder: Path) -> list[Path]:
-    return list(folder.rglob(".*.tmp"))
-
-
-def _leftover(path: Path) -> bool:
-    """What a kill before the journal's first line has left."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
-
-
-def _entries(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()[1:]]
+        sync(partial)
+        return {**found, **identity(partial), "partial": partial.name}
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise

@@ -3,21 +3,26 @@
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vbdl.batch import local
+from vbdl.batch.deleting import discard
 from vbdl.batch.finding import sources_of
-from vbdl.batch.folder import FORMATS, QUARANTINE, Folder
-from vbdl.batch.merging import merge_parts
-from vbdl.batch.sources import Chunk, Source
-from vbdl.batch.worker import Cells, Options, Result, Worker, available, digest, image_row, plain, schema_at
+from vbdl.batch.folder import Folder
+from vbdl.batch.merging import Merged
+from vbdl.batch.naming import FORMATS, QUARANTINE
+from vbdl.batch.records import read_records
+from vbdl.batch.report import Report as Report
+from vbdl.batch.report import report_of
+from vbdl.batch.settling import Settled, settle
+from vbdl.batch.sources import Chunk, Source, printable, version_of
+from vbdl.batch.worker import Options, Result, Worker, available, digest, image_row, plain, schema_at
+from vbdl.batch.writing import with_source
 from vbdl.compiler import can_compile
 from vbdl.progress import Progress
 from vbdl.tabular import Schema
@@ -32,50 +37,6 @@ _NOT_WRITTEN = (".gz", ".tsv", ".ipc", ".json", ".jsonl", ".txt", ".xlsx", ".zip
 
 class QuarantineError(ValueError):
     """A row that could not be used, where that was to stop the job."""
-
-
-@dataclass
-class Report:
-    """What a job has done. resumed: parts that were there from before."""
-
-    rows: int
-    rejected: int
-    seconds: float
-    parts: int
-    resumed: int
-    failed: dict[str, str] = field(default_factory=dict)  # sources that could not be read to their end
-    unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
-    out: Path | None = None
-    quarantine: Path | None = None
-    reasons: list[str] = field(default_factory=list)  # of the first rows in quarantine
-    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, where training had none
-
-    def __str__(self) -> str:
-        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.seconds > 0 and not self.resumed else ""
-        lines = [
-            f"{_counted(self.rows, 'row')} in {self.seconds:.1f} s{rate}, {_counted(self.parts, 'part')}"
-            + (f", {self.resumed} of them from before" if self.resumed else "")
-        ]
-        if self.out is not None:
-            lines.append(f"written to {self.out}")
-        if self.rejected:
-            where = "" if self.quarantine is None else f", see {self.quarantine}"
-            lines.append(f"{_counted(self.rejected, 'row')} could not be used{where}")
-            lines += [f"  {reason}" for reason in self.reasons[:3]]
-        lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
-        lines += [
-            f"column {n!r}: {_counted(count, 'cell')} with a category that training did not have"
-            for n, count in self.unseen.items()
-        ]
-        lines += [
-            f"column {n!r}: {_counted(count, 'missing cell')} filled, where training had none"
-            for n, count in self.filled.items()
-        ]
-        return "\n".join(lines)
-
-
-def _counted(n: int, word: str) -> str:
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def predict_table(
@@ -96,6 +57,7 @@ def predict_table(
     format: str | None = None,
     on_error: str = "quarantine",
     restart: bool = False,
+    verify: bool = False,
     progress: bool | None = None,
     ray_options: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
@@ -106,7 +68,8 @@ def predict_table(
     data: a file or folder of CSV, Parquet, Arrow IPC or .npy, a folder of images, a pyarrow.Table, a pandas frame, a
     dict of columns, a NumPy array, a torch Dataset, or a source of `vbdl.batch.sources`.
     out: a file (.parquet, .csv, .arrow, .npy) or a folder that gets a part a chunk; None returns a pyarrow.Table.
-    columns: of the output, see `vbdl.batch.output`. keep: input columns to carry over. interval: level of the central
+    columns: of the output, see `vbdl.batch.output`. keep: input columns to carry over, those of CSV files as the text
+    that they are, where neither schema nor inputs name them. interval: level of the central
     interval in `lower` and `upper`. inputs: columns a plain network takes, in its order; every number unless given.
     schema: of a Predictor made from a table and not saved.
     engine: "local", or "ray" for Ray (a cluster, where one is there). workers: threads of the local engine, actors of
@@ -114,7 +77,9 @@ def predict_table(
     on_error: "quarantine" leaves rows that cannot be used out and says why, in a file beside the output; "stop" raises
     QuarantineError at the first.
     trust: packages that a saved model may import its network from.
-    restart: write the output again, where another job's is there. A job that was killed is gone on with by itself.
+    restart: write the output again, where another job's is there. A job that was killed is gone on with by itself, and
+    parts that are gone or changed are computed again. verify: read every part that is there to find that out, and not
+    only those whose size or time has changed.
 
     Returns a `Report`, or the table. Raises ValueError where model, data and options do not fit.
     """
@@ -134,15 +99,16 @@ def predict_table(
     )
     schema = schema or schema_at(model)
     sources = sources_of(data, schema, options, image_row(model))
+    versions = [version_of(s) for s in sources]
     if compile is None:
         options = dataclasses.replace(options, compile=can_compile() and _large(sources))
     if out is None:
-        return _in_memory(model, sources, options, schema, workers, on_error, progress)
+        return _in_memory(
+            model, sources, versions, settle(sources, options, schema), schema, workers, on_error, progress
+        )
     out = Path(out)
     kind, folder = _layout(out, format)
     _apart(data, out)
-    if out.name and folder != out and not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": digest(model),
         "schema": None if schema is None else schema.to_dict(),
@@ -151,56 +117,72 @@ def predict_table(
         "format": kind,
         "torch": str(torch.__version__),
     }
+    settings = json.loads(json.dumps(settings))
     begun = time.monotonic()
-    if folder != out and not restart and (found := _merged(out, settings)) is not None:
-        return found
-    job = Folder(folder, settings, kind, restart, named=folder != out and len(sources) > 1)
+    merged, damaged, replace = None if folder == out else Merged(out), [], restart
+    if folder != out and folder.is_symlink():
+        raise ValueError(f"{folder} is a link, and the place for unfinished parts: remove it")
+    if merged is not None and not restart:
+        if merged.about is not None and merged.readable and merged.about["settings"] == settings:
+            damaged, replace = merged.damaged(verify), True
+            if not damaged:
+                discard(folder, settings)
+                return report_of(merged.about, 0.0, len(merged.about["parts"]), out, merged.quarantine_path, [])
+        elif not _is_finished(folder, settings):
+            merged.check_free(settings)
+    job = Folder(folder, settings, kind, restart, named=folder != out and len(sources) > 1, verify=verify)
     try:
-        resumed = len(job.done) if job.finished is None else len(job.finished["parts"])
-        cells = Cells()
+        resumed = len(job.done)
+        damaged += job.damaged
         if job.finished is None:
+            settled = settle(sources, options, schema)
             if engine == "ray":
                 from vbdl.batch.ray import run_ray
 
-                run_ray(model, schema, sources, options, job, workers, on_error, cells, progress, ray_options or {})
+                run_ray(model, schema, settled, job, workers, on_error, progress, ray_options or {})
             else:
-                _run_local(model, schema, sources, options, job, workers, on_error, cells, progress)
+                _run_local(model, schema, settled, job, workers, on_error, progress)
+            for source in _changed(sources, versions):
+                fail(job, source, ValueError(f"{source.name} {_CHANGED} {_AGAIN}"), on_error)
         manifest = job.finished or job.finish([s.name for s in sources])
-        quarantine = folder / QUARANTINE if manifest["rejected"] else None
-        reasons = _first_lines(quarantine)
-        if folder != out:
-            quarantine = merge_parts(folder, out, manifest, kind)
+        quarantine = folder / QUARANTINE
+        if merged is not None:
+            manifest = merged.write(job, replace)
+            quarantine = merged.quarantine_path
+            job.remove()
     finally:
         job.close()
-    if folder != out:
-        shutil.rmtree(folder)
-    return Report(
-        manifest["rows"],
-        manifest["rejected"],
-        time.monotonic() - begun,
-        len(manifest["parts"]),
-        resumed,
-        manifest["failed"],
-        cells.unseen,
-        out,
-        quarantine,
-        reasons,
-        cells.filled,
-    )
+    return report_of(manifest, time.monotonic() - begun, resumed, out, quarantine, damaged)
 
 
-def _run_local(model, schema, sources, options, job: Folder, workers, on_error, cells, progress) -> None:
+_CHANGED = "was changed or replaced while it was read: its predictions may be of two versions of it."
+_AGAIN = "Predict it again, with restart=True (--restart)"
+
+
+def _changed(sources: list[Source], versions: list[Any]) -> list[Source]:
+    """Sources that are not what they were when the run began."""
+    return [s for s, version in zip(sources, versions, strict=True) if version_of(s) != version]
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether all parts of this job are there: a kill has come between them and the file."""
+    found = read_records(folder, settings) if folder.is_dir() else None
+    return found is not None and found.finished is not None and found.settings == settings
+
+
+def _run_local(model, schema, settled: Settled, job: Folder, workers, on_error, progress) -> None:
+    sources, options = settled.sources, settled.options
     with _threads(workers) as count:
-        worker = Worker(model, options, schema, count)
-        _settle(worker, sources)
+        worker = Worker(model, options, schema, count, settled.kept)
+        _compile(worker)
         with _Rows(sources, progress) as bar:
             for entry in job.done.values():
                 bar.add(entry["rows"] + entry["rejected"], timed=False)
 
             def write(source: Source, chunk: Chunk, result: Result) -> None:
                 stop_at(source, result.rejected, on_error)
-                job.record(job.write(source.name, chunk.number, result.table, result.rejected))
-                cells.add(result.cells)
+                cells = dataclasses.asdict(result.cells)
+                job.record(job.write(source.name, chunk.number, result.table, result.rejected, cells))
                 bar.add(result.table.num_rows + len(result.rejected))
 
             local.run(
@@ -209,7 +191,7 @@ def _run_local(model, schema, sources, options, job: Folder, workers, on_error, 
             )  # fmt: skip
 
 
-def _in_memory(model, sources, options, schema, workers, on_error, progress) -> Any:
+def _in_memory(model, sources, versions, settled: Settled, schema, workers, on_error, progress) -> Any:
     tables: dict[tuple[str, int], Any] = {}
     rejected: list[tuple[int, str]] = []
 
@@ -223,23 +205,24 @@ def _in_memory(model, sources, options, schema, workers, on_error, progress) -> 
         raise error
 
     with _threads(workers) as count:
-        worker = Worker(model, options, schema, count)
-        _settle(worker, sources)
-        with _Rows(sources, progress) as bar:
-            local.run(worker, sources, lambda s, n: False, write, failed, options.chunk_rows)
+        worker = Worker(model, settled.options, schema, count, settled.kept)
+        _compile(worker)
+        with _Rows(settled.sources, progress) as bar:
+            local.run(worker, settled.sources, lambda s, n: False, write, failed, settled.options.chunk_rows)
+    for source in _changed(sources, versions):
+        raise ValueError(f"{source.name} {_CHANGED} Predict it again")
     if rejected:
         row, reason = rejected[0]
         logger.warning("%d rows could not be used and are not in the table; row %d: %s", len(rejected), row, reason)
-    if not tables:
-        raise ValueError("there are no rows to predict")
     pa = arrow()
-    if len(sources) == 1:
-        return pa.concat_tables(list(tables.values()))
-    named = [t.add_column(0, "source", pa.array([name] * t.num_rows)) for (name, _), t in tables.items()]
-    return pa.concat_tables(named)
+    with_rows = [(name, t) for (name, _), t in tables.items() if t.num_rows]
+    with_rows = with_rows or [(name, t) for (name, _), t in tables.items()][:1]
+    if len(sources) > 1:
+        with_rows = [(name, with_source(t, name)) for name, t in with_rows]
+    return pa.concat_tables([t for _, t in with_rows])
 
 
-def _settle(worker: Worker, sources: list[Source]) -> None:
+def _compile(worker: Worker) -> None:
     """Compile before anything is timed or queued, where the shape of a row is known."""
     if worker.options.compile and worker.schema is not None:
         samples = worker.options.interval > 0
@@ -280,32 +263,6 @@ def _apart(data: Any, out: Path) -> None:
         raise ValueError(f"the output {out} is the input or lies in it: choose another place")
 
 
-def _merged(out: Path, settings: dict[str, Any]) -> Report | None:
-    """The report of an output file that this very job has written before; ValueError where another one has."""
-    about = out.with_name(f"{out.name}.manifest.json")
-    if not out.exists():
-        return None
-    if not about.exists():
-        raise ValueError(
-            f"{out} is there already, and not of a job that could be gone on with: restart=True (--restart) replaces it"
-        )
-    manifest = json.loads(about.read_text())
-    if manifest["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(
-            f"{out} is the output of another job: choose another name, or restart=True (--restart) to replace it"
-        )
-    parts = len(manifest["parts"])
-    return Report(manifest["rows"], manifest["rejected"], 0.0, parts, parts, manifest["failed"], out=out)
-
-
-def _first_lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    with open(path) as file:
-        lines = [json.loads(line) for _, line in zip(range(3), file, strict=False)]
-    return [f"{e['source']}, row {e['row']}: {e['reason']}" for e in lines]
-
-
 def stop_at(source: Source, rejected: list[tuple[int, str]], on_error: str) -> None:
     if rejected and on_error == "stop":
         row, reason = rejected[0]
@@ -317,8 +274,9 @@ def fail(job: Folder, source: Source, error: Exception, on_error: str) -> None:
     if on_error == "stop":
         raise error
     if source.name not in job.failed:  # once, where its chunks fail each by itself
-        logger.warning("%s: %s", source.name, error)
-        job.failed[source.name] = str(error)
+        said = printable(" ".join(str(error).split()))
+        logger.warning("%s: %s", source.name, said)
+        job.failed[source.name] = said
 
 
 class _Rows(Progress):

@@ -2,8 +2,9 @@
 write them.
 
 What travels is the description of a chunk and, back, the journal's entry of a part: rows go from the input's storage
-to an actor and from there to the output's, which on several machines is storage that all of them see. Parts are the
-local engine's, written by the same code, with the same bytes: nothing depends on the order in which actors finish,
+to an actor and from there to the output's, which on several machines is storage that all of them see. An actor leaves
+a part under a hidden name; the job notes it in the journal and gives it its name. Parts are the local engine's, written
+by the same code, with the same bytes: nothing depends on the order in which actors finish,
 vectors stay plain Arrow lists, and no reader meets a half-written file. Ray's own checkpoint (`CheckpointConfig`) is
 not used, because it promises none of this; the folder's journal is what a killed job goes on from.
 """
@@ -17,10 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vbdl.batch.folder import Folder, part_name, write_part
+from vbdl.batch.folder import Folder, write_part
+from vbdl.batch.naming import part_name
+from vbdl.batch.settling import Settled
 from vbdl.batch.sources import Source
 from vbdl.batch.table_file import TableFile
-from vbdl.batch.worker import Cells, Misfit, Options, Worker
+from vbdl.batch.worker import Misfit, Worker
+from vbdl.batch.writing import with_source
 from vbdl.engine import Predictor
 from vbdl.tabular import Schema
 from vbdl.tabular.reading import format_of
@@ -35,12 +39,10 @@ _STALLED = 600.0  # seconds without a part after which a job is given up
 def run_ray(
     model: Any,
     schema: Schema | None,
-    sources: list[Source],
-    options: Options,
+    settled: Settled,
     job: Folder,
     workers: int | None,
     on_error: str,
-    cells: Cells,
     progress: bool | None,
     ray_options: Mapping[str, Any],
 ) -> None:
@@ -50,6 +52,7 @@ def run_ray(
     """
     from vbdl.batch.predicting import _Rows, fail, stop_at
 
+    sources, options = settled.sources, settled.options
     ray = _start(ray_options)
     workers, share, gpus = _resources(ray, workers)
     units = _units(sources, options.chunk_rows, job)
@@ -60,7 +63,7 @@ def run_ray(
             return
         named = {s.name: s for s in sources}
         arguments = {
-            "model": _portable(model), "schema": schema, "sources": named, "options": options,
+            "model": _portable(model), "schema": schema, "sources": named, "options": options, "kept": settled.kept,
             "folder": str(job.path.resolve()), "kind": job.kind, "named": job.named, "done": list(job.done),
             "gpu": gpus > 0, "on_error": on_error,
         }  # fmt: skip
@@ -80,12 +83,12 @@ def run_ray(
         for row in made.iter_rows():
             for found in json.loads(row["entries"]):
                 last = time.monotonic()
-                _settle(found, named, job, on_error, cells, bar, fail, stop_at)
+                _settle(found, named, job, on_error, bar, fail, stop_at)
             if time.monotonic() - last > _STALLED:
                 raise RuntimeError(f"no part was finished in {_STALLED:.0f} s: the job can be gone on with")
 
 
-def _settle(found, named, job, on_error, cells, bar, fail, stop_at) -> None:
+def _settle(found, named, job, on_error, bar, fail, stop_at) -> None:
     if "error" in found:
         raise ValueError(found["error"])
     source = named[found["source"]]
@@ -94,7 +97,6 @@ def _settle(found, named, job, on_error, cells, bar, fail, stop_at) -> None:
         return
     stop_at(source, [tuple(r) for r in found["first"]], on_error)
     job.record(found["entry"])
-    cells.add(Cells(**found["cells"]))
     bar.add(found["entry"]["rows"] + found["entry"]["rejected"])
 
 
@@ -173,7 +175,7 @@ class _Actor:
         if isinstance(model, tuple):
             posterior, likelihood, n_samples, seed, settings = model
             model = Predictor(posterior, likelihood, n_samples, seed, **settings)
-        self.worker = Worker(model, arguments["options"], arguments["schema"])
+        self.worker = Worker(model, arguments["options"], arguments["schema"], kept=arguments["kept"])
         if arguments["gpu"]:
             self.worker.predictor = self.worker.predictor.replace(device="cuda")
         self.done = set(map(tuple, arguments["done"]))
@@ -214,8 +216,6 @@ class _Actor:
         folder, kind = Path(self.a["folder"]), self.a["kind"]
         table = result.table
         if self.a["named"]:
-            from vbdl.batch.folder import with_source
-
             table = with_source(table, name)
-        entry = write_part(folder, part, kind, name, chunk.number, table, result.rejected)
-        return {"source": name, "first": result.rejected[:1], "entry": entry, "cells": asdict(result.cells)}
+        entry = write_part(folder, part, kind, name, chunk.number, table, result.rejected, asdict(result.cells))
+        return {"source": name, "first": result.rejected[:1], "entry": entry}

@@ -2,11 +2,14 @@
 `vbdl.batch.table_file`).
 
 A source cuts its rows into chunks of a given size, numbered from 0, whatever pieces its file is stored in. Chunks that
-are done already are skipped, without reading them where the format allows that. Rows keep the number that they have in
-the file, a header not counted, also where rows before them cannot be read.
+are done already are skipped, without reading them where the format allows that. A source without a row is one chunk of
+none, which knows the columns. Rows keep the number that they have in the file, a header not counted, also where rows
+before them cannot be read.
 """
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import Tensor
 from vbdl.tabular.reading import files_of
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+_DIMENSIONS = 32  # of an array: NumPy's own limit is 64, and a network's input has a handful
 
 
 @dataclass
@@ -37,7 +41,8 @@ class Source(Protocol):
     name: str
 
     def state(self) -> dict[str, Any]:
-        """What changes when the source does."""
+        """What changes when the source does, and is the same for a copy with the same times. A source that can change
+        while it is read has `version()` too, which differs after any write or replacement."""
         ...
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
@@ -49,9 +54,32 @@ class Source(Protocol):
         ...
 
 
+def version_of(source: Source) -> Any:
+    """What is compared before and after a source is read."""
+    return source.version() if hasattr(source, "version") else source.state()  # type: ignore[attr-defined]
+
+
+def file_version(path: Path) -> tuple[int, ...] | None:
+    """What differs after a file was written to, replaced (None: removed), or given other times or permissions."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def printable(text: str) -> str:
+    """Text in which bytes of a file's name that are not UTF-8 are written as %E9."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @dataclass
 class ArrayFile:
-    """A .npy file, rows first."""
+    """A .npy file of numbers, rows first."""
 
     path: Path
     name: str
@@ -59,36 +87,52 @@ class ArrayFile:
     def state(self) -> dict[str, Any]:
         return file_state(self.path, self.name)
 
+    def version(self) -> Any:
+        return file_version(self.path)
+
     def count(self) -> int | None:
-        return self._header()[0][0]
+        try:
+            return self._header()[0][0]
+        except (ValueError, OSError):
+            return None  # said where it is read
 
     def _header(self) -> tuple[tuple[int, ...], np.dtype, int]:
+        """(shape, dtype, place of the first number); no more rows than the file has room for are believed."""
         with open(self.path, "rb") as file:
             try:
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)
-            except ValueError as error:
-                raise ValueError(f"{self.path} is not a .npy file: {error}") from error
-            if dtype.hasobject or fortran or not shape:
-                raise ValueError(f"{self.path} holds objects, a scalar or columns first: save a C-ordered array")
-            return shape, dtype, file.tell()
+            except Exception as error:  # NumPy evaluates the header, which fails in as many ways as Python has
+                raise ValueError(f"{self.path} is not a .npy file: {one_line(error)}") from error
+            place, size = file.tell(), os.fstat(file.fileno()).st_size
+        if dtype.kind not in "biuf" or fortran or not shape:
+            raise ValueError(f"{self.path} holds {dtype}, a scalar or columns first: save a C-ordered array of numbers")
+        if len(shape) > _DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape) or 0 in shape[1:]:
+            raise ValueError(f"{self.path} has no shape of rows: {str(shape)[:80]}")
+        if shape[0] and math.prod(shape[1:]) * dtype.itemsize > size - place:
+            raise ValueError(f"{self.path} ends before the first of its rows of {' x '.join(map(str, shape[1:]))[:80]}")
+        return shape, dtype, place
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
         shape, dtype, offset = self._header()
-        row = int(np.prod(shape[1:], dtype=np.int64))
+        row = math.prod(shape[1:])
+        there = min(shape[0], (os.stat(self.path).st_size - offset) // (row * dtype.itemsize))
         with open(self.path, "rb") as file:
-            for number in range(-(-shape[0] // size)):
+            for number in range(max(1, -(-there // size))):
                 if skip(number):
                     continue
                 start, rows = number * size, min(size, shape[0] - number * size)
                 file.seek(offset + start * row * dtype.itemsize)
-                values = np.fromfile(file, dtype, rows * row)
+                values = np.fromfile(file, dtype, min(rows, there - start) * row)
                 if len(values) != rows * row:
-                    raise ValueError(f"{self.path} ends before row {start + len(values) // max(row, 1)} of {shape[0]}")
+                    break
                 values = values.reshape(rows, *shape[1:])
-                data = torch.from_numpy(values.astype(np.float32) if dtype.kind in "fb" else values.astype(np.int64))
-                yield Chunk(number, np.arange(start, start + rows), data)
+                with np.errstate(over="ignore"):  # what float32 cannot hold is a row that is not finite
+                    values = values.astype(np.float32 if dtype.kind in "fb" else np.int64)
+                yield Chunk(number, np.arange(start, start + rows), torch.from_numpy(values))
+        if there < shape[0]:
+            raise ValueError(f"{self.path} ends before row {there} of {str(shape[0])[:40]}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +184,13 @@ class ImageFolder:
         self.files = files_of(self.path, IMAGES)
 
     def state(self) -> dict[str, Any]:
-        return {"name": self.name, "files": [file_state(f, str(f.relative_to(self.path))) for f in self.files]}
+        return {
+            "name": self.name,
+            "files": [file_state(f, printable(str(f.relative_to(self.path)))) for f in self.files],
+        }
+
+    def version(self) -> Any:
+        return [file_version(f) for f in self.files]
 
     def count(self) -> int | None:
         return len(self.files)
@@ -158,8 +208,10 @@ class ImageFolder:
                         raise ValueError(f"the image is {tuple(image.shape)}, the first {tuple(found[0].shape)}")
                     found.append(image)
                     rows.append(row)
-                except (OSError, ValueError, SyntaxError) as error:
-                    rejected.append((row, f"{file.relative_to(self.path)}: {error}"))
+                except ModuleNotFoundError:
+                    raise
+                except Exception as error:  # decoders fail in their own ways
+                    rejected.append((row, printable(f"{file.relative_to(self.path)}: {one_line(error)}")))
             data = torch.stack(found) if found else torch.empty(0)
             yield Chunk(number, np.array(rows, np.int64), data, rejected)
 
@@ -194,7 +246,7 @@ class DatasetSource:
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
         n = len(self.dataset)
-        for number in range(-(-n // size)):
+        for number in range(max(1, -(-n // size))):
             if skip(number):
                 continue
             start = number * size
@@ -208,7 +260,8 @@ class DatasetSource:
                 pair = isinstance(item, tuple) and len(item) == 2 if self.pairs is None else self.pairs
                 found.append(item[0] if pair else item)
                 rows.append(row)
-            data = torch.utils.data.default_collate(found) if found else torch.empty(0)
+            none = self.dataset[:0] if isinstance(self.dataset, Tensor) else torch.empty(0)
+            data = torch.utils.data.default_collate(found) if found else none
             yield Chunk(number, np.array(rows, np.int64), data, rejected)
 
 
@@ -226,7 +279,7 @@ class MemoryTable:
         return self.table.num_rows
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
-        for number in range(-(-self.table.num_rows // size)):
+        for number in range(max(1, -(-self.table.num_rows // size))):
             if not skip(number):
                 part = self.table.slice(number * size, size)
                 yield Chunk(number, np.arange(number * size, number * size + part.num_rows), part)

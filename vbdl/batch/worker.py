@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 
 from vbdl.artefact.loading import load
 from vbdl.artefact.tensors import DTYPES
+from vbdl.batch.keeping import as_settled
 from vbdl.batch.output import COLUMNS, fields
-from vbdl.batch.sources import Chunk, ImageRow
+from vbdl.batch.sources import Chunk, ImageRow, one_line
 from vbdl.engine import Predictor
 from vbdl.stacking import map_inputs, tensors
 from vbdl.tabular import Schema, schema_of
@@ -67,11 +68,6 @@ class Cells:
     unseen: dict[str, int] = field(default_factory=dict)  # a category that training did not have
     filled: dict[str, int] = field(default_factory=dict)  # missing, where training had none missing
 
-    def add(self, more: "Cells") -> None:
-        for total, counts in ((self.unseen, more.unseen), (self.filled, more.filled)):
-            for name, count in counts.items():
-                total[name] = total.get(name, 0) + count
-
 
 @dataclass
 class Result:
@@ -83,10 +79,20 @@ class Result:
 
 
 class Worker:
-    """A predictor that takes chunks. It may be shared by threads; workers: how many share out a chunk's rows."""
+    """A predictor that takes chunks. It may be shared by threads.
 
-    def __init__(self, model: Any, options: Options, schema: Schema | None, workers: int = 1):
-        self.options, self.schema = options, schema
+    workers: how many share out a chunk's rows. kept: Arrow types of the input columns in the output.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        options: Options,
+        schema: Schema | None,
+        workers: int = 1,
+        kept: Mapping[str, Any] | None = None,
+    ):
+        self.options, self.schema, self._kept = options, schema, kept or {}
         settings = {"tiles": (options.tile,), "compile": bool(options.compile)}
         if isinstance(model, Predictor):
             self.predictor = model.replace(**settings)
@@ -134,7 +140,10 @@ class Worker:
             for name in self.options.keep:
                 if name in found or name in columns:
                     raise ValueError(f"column {name!r} would stand in the output twice: rename it in the input")
-                found[name] = combined(kept.column(name))
+                try:
+                    found[name] = as_settled(kept.column(name), name, self._kept)
+                except (KeyError, pa.ArrowException) as error:
+                    raise Misfit(f"column {name!r} cannot be kept: {one_line(error)}") from error
         return Result(pa.table({**found, **columns}), sorted(rejected), cells)
 
     def encode(self, data: Any) -> tuple[Any, dict[int, str], Cells]:
@@ -175,10 +184,12 @@ class Worker:
     def _predict(self, x: Any, n: int) -> tuple[dict[str, Any], dict[int, str]]:
         """Columns of these rows, and {row: reason} of those that have none. Rows are shared out to the threads in whole
         tiles, so that each is computed as it would be alone."""
-        if n == 0:
-            if self._shape is None:
-                return {}, {}
+        if n == 0 and self._known is not None:
+            x = _rows(self._known, 0, 0)
+        elif n == 0 and self._shape is not None:
             x = torch.zeros(0, *self._shape, dtype=self._dtype())
+        elif n == 0 and tensors(x)[0].ndim < 2:  # no row has said what a row is
+            return {}, {}
         tile = self.options.tile
         each = max(tile, -(-n // tile // self._workers) * tile) if self._pool is not None else max(n, 1)
         cuts = range(0, max(n, 1), each)

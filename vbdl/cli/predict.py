@@ -30,7 +30,7 @@ class Predict:
     """Of the output: prediction probabilities confidence mean std total aleatoric epistemic lower upper set action
     standard_error. Everything there is but confidence and standard_error unless given."""
     keep: tuple[str, ...] = ()
-    """Input columns to carry over, an id for instance."""
+    """Input columns to carry over, an id for instance; from CSV as the text that they are."""
     interval: float = 0.0
     """Level of the central interval of a regression in lower and upper, in place of the calibrated one."""
     inputs: tuple[str, ...] = ()
@@ -49,6 +49,8 @@ class Predict:
     """Compile the model; where there are rows enough to pay for it unless given."""
     restart: bool = False
     """Write the output again, whatever job it is of."""
+    verify: bool = False
+    """Read every part that is there, to see that it is as it was written; else only where size or time has changed."""
     trust: tuple[str, ...] = ()
     """Packages that the model may import its network from. Importing runs code: name only your own."""
 
@@ -59,7 +61,7 @@ class Predict:
             self.model, self.data, self.out,
             columns=self.columns or None, keep=self.keep, interval=self.interval, inputs=self.inputs or None,
             engine=self.engine, workers=self.workers, chunk_rows=self.chunk_rows, format=self.format,
-            on_error=self.on_error, compile=self.compile, restart=self.restart, trust=self.trust,
+            on_error=self.on_error, compile=self.compile, restart=self.restart, verify=self.verify, trust=self.trust,
         )  # fmt: skip
         print(report)
         return 3 if report.rejected or report.failed else 0

@@ -1,0 +1,40 @@
+"""One process at a time in a folder."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from vbdl.batch.naming import LOCK, check_place
+
+
+def lock(path: Path) -> int:
+    """An open file that no other process can lock meanwhile. ValueError where one has it."""
+    for _ in range(100):
+        try:
+            found = _open_lock(path / LOCK)
+        except FileNotFoundError:  # removed with its folder by the process that had it
+            path.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(found), os.lstat(path / LOCK)):
+                return found
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(found)
+            break
+        os.close(found)
+    raise ValueError(f"another job is writing to {path}")
+
+
+def _open_lock(path: Path) -> int:
+    check_place(path.parent, path.name)
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except OSError as error:  # of a finished job it is enough to read
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | flags)
