@@ -221,7 +221,10 @@ def test_conformal_intervals_are_those_of_each_element_alone(rows, axes, method)
 
 
 @pytest.mark.parametrize("axis", [1, -3], ids=str)
-@pytest.mark.parametrize("batch, channels, height, width", [(4, 1, 6, 6), (DRAWS, 2, DRAWS, 3), (3, 3, 3, 3)])
+@pytest.mark.parametrize(
+    "batch, channels, height, width",
+    [(DRAWS, 2, DRAWS, 3), *(pytest.param(*s, marks=pytest.mark.slow) for s in ((4, 1, 6, 6), (3, 3, 3, 3)))],
+)
 def test_images_keep_their_channels_where_they_are(axis, batch, channels, height, width):
     """The same network with its channels last gives the same numbers, moved."""
     torch.manual_seed(0)

@@ -23,7 +23,9 @@ def _fitted(offset, method="ensemble", noise=None):
 
 
 @pytest.mark.parametrize("noise", ["constant", "per-row"])
-@pytest.mark.parametrize("method", ["ensemble", "dropout", "mean-field"])
+@pytest.mark.parametrize(
+    "method", ["ensemble", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dropout", "mean-field"))]
+)
 def test_a_table_far_from_zero_is_a_table_near_it(method, noise):
     near = _fitted(0.0, method, noise)
     x = near.schema.tensor({"x": X[:20]})
