@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> 
         if kind == "parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.ParquetFile(path).read()
+            return _validated(pyarrow.parquet.ParquetFile(path).read())
         if kind == "csv":
             from pyarrow import csv
 
@@ -208,14 +209,21 @@ def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> 
                 raise ValueError(f"{path}: column {bytes_in[0]!r} is not text in UTF-8: {_ENCODINGS}")
             return table
         if kind == "ipc":
-            with pa.memory_map(str(path)) as source:
-                if source.read(6) == b"ARROW1":
-                    return pa.ipc.open_file(source).read_all()
+            with pa.OSFile(os.fsencode(path), "rb") as source:
+                is_file = source.read(6) == b"ARROW1"
                 source.seek(0)
-                return pa.ipc.open_stream(source).read_all()
-    except (pa.ArrowException, OSError) as error:  # what is damaged is either, by the place of the damage
-        raise ValueError(f"{path} cannot be read as {kind}: {error}".strip()) from error
+                return _validated((pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all())
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:  # by the place of the damage
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as {kind}: {said}") from error
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+
+
+def _validated(table: Any) -> Any:
+    """The table, whose cells are found to be what they are said to be: in a damaged file they may lie in anybody's
+    memory. ArrowInvalid where they are not."""
+    table.validate(full=True)
+    return table
 
 
 def as_table(data: Any, reading: Reading | None = None, notes: list[str] | None = None) -> Any:
