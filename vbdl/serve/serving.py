@@ -3,10 +3,12 @@ microsecond here is a part."""
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from vbdl.serve import arrow
 from vbdl.serve.batching import Batcher
+from vbdl.serve.counted import LARGE
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
 from vbdl.serve.model import Model
@@ -27,7 +30,8 @@ SAFE = {
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in SAFE.items()]
-_LARGE = 64 * 2**10  # bytes that are read, and rows times fields that are written, beside the event loop from here on
+# where bodies of more than LARGE bytes are read: one at a time, so that eight of them take the memory of one
+_DECODING = ThreadPoolExecutor(1, "vbdl-serve-bodies")
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +87,8 @@ class Serving:
         try:
             body = await self._body(headers, receive, held)
             read = partial(self.model.bodies.read, media, body, self.limits.rows)
-            inputs, rows, notes = await _beside(read) if len(body) > _LARGE else read()
+            inputs, rows, notes = read() if len(body) <= LARGE else await _alone(read, arrived + seconds)
+            del body, read  # the inputs are what waits now
             prediction = await self.batcher.predict(inputs, rows, arrived + seconds, asked is not None, receive)
         finally:
             self._bytes -= held[0]
@@ -156,3 +161,24 @@ async def answer(error: Refused, send: Send) -> None:
 async def _beside(work: Callable[[], Any]) -> Any:
     """In a thread, so that a large request does not hold up small ones."""
     return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def _alone(read: Callable[[], Any], deadline: float) -> Any:
+    """What reading a large body gives, in the thread for that. deadline: of time.monotonic, also of the wait for it."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await asyncio.get_running_loop().run_in_executor(_DECODING, _uncollected, read)
+    except TimeoutError:
+        raise Refused(504, "deadline", "the deadline passed while a large body was read") from None
+
+
+def _uncollected(read: Callable[[], Any]) -> Any:
+    """Runs it with the garbage collector paused: nothing of a body is garbage yet, and looking for some stops
+    everybody."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        return read()
+    finally:
+        if was:
+            gc.enable()
