@@ -1,5 +1,6 @@
 """Bodies of requests to inputs of a model; whatever is none is refused with the reason."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from vbdl.tabular.columns import Boolean, Categorical, Column, Date
 from vbdl.tabular.schema import Encoded
 from vbdl.types import Inputs
 
+_log = logging.getLogger(__name__)
 _NUMPY = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.bfloat16: "f4"}
 
 
@@ -70,7 +72,12 @@ class Bodies:
         }
         if media not in readers:
             raise Refused(415, "media_type", f"Content-Type is one of {', '.join(readers)}, got {media[:60]!r}")
-        return readers[media](body, max_rows)
+        try:
+            return readers[media](body, max_rows)
+        except Refused:
+            raise
+        except Exception as error:  # a stranger's bytes: whatever they make a parser say, it is no failure of ours
+            return _unforeseen(error)
 
     def _decode(self, body: bytes, kind: Any) -> Any:
         return _decode(body, kind, "", self._decoders[kind])
@@ -127,11 +134,18 @@ class Bodies:
         width = self.entries[0].shape[0]
         if table.num_columns != width:
             raise Refused(422, "bad_body", f"the model takes {width} columns, the table has {table.num_columns}")
-        try:
-            columns = [column.cast("float64").to_numpy() for column in table.columns]
-        except (ValueError, TypeError, OSError) as error:  # Arrow's errors are of these kinds
-            raise Refused(422, "bad_body", f"a column is not of numbers: {str(error)[:200]}") from None
-        return self._checked([np.stack(columns, axis=1)], max_rows)
+        dtype = DTYPES[self.entries[0].dtype]
+        values = np.empty((table.num_rows, width), _NUMPY.get(dtype, "f8"))
+        for k, column in enumerate(table.columns):
+            try:
+                found = column.cast("float64").to_numpy()
+            except Exception as error:  # Arrow's errors are of many kinds
+                said = (str(error).splitlines() or [""])[0]
+                raise Refused(422, "bad_body", f"a column is not of numbers: {said[:200]}") from None
+            if dtype.is_floating_point:
+                _finite(found, self.entries[0].name or "0", dtype)
+            values[:, k] = found
+        return self._checked([values], max_rows)
 
     def _npy(self, body: bytes, max_rows: int) -> tuple[Inputs, int, dict[str, Any]]:
         if self.schema is not None or len(self.entries) != 1:
@@ -215,6 +229,13 @@ def _decode(raw: msgspec.Raw | bytes, kind: Any, name: str, decoder: Any = None)
         raise Refused(422, "bad_body", f"{name}{error}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refused(400, "bad_json", f"the body is not JSON: {error}") from None
+
+
+def _unforeseen(error: Exception) -> Any:
+    """Refuses a body on which something was raised that nobody thought of."""
+    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    _log.warning("a body was refused for a reason that was not foreseen: %s", said)
+    raise Refused(400, "bad_body", f"the body cannot be read ({said})") from None
 
 
 def _told(encoded: Encoded) -> tuple[Inputs, int, dict[str, Any]]:

@@ -28,9 +28,10 @@ class Limits:
 
 
 class Refused(Exception):
-    """An answer other than a prediction: a status, a word for programs, a sentence for people."""
+    """An answer other than a prediction: a status, a word for programs, a sentence for people, in one line."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
+        message = " ".join(message.splitlines())[:500]  # parsers repeat what a stranger has sent
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
