@@ -14,7 +14,8 @@ class Limits:
     batch_rows: int = 256  # computed together
     batch_wait: float = 0.0  # seconds a request may wait for others to be computed with it
     deadline: float = 30.0  # seconds from a request's arrival to its answer, unless it asks for less
-    body_seconds: float = 10.0  # that a client may take to send a request
+    body_seconds: float = 10.0  # that a client may take over each: handshake, headers, body, next request, reading
+    connections: int = 1000  # of one process
     header_bytes: int = 64 * 2**10
 
     def __post_init__(self) -> None:

@@ -45,11 +45,11 @@ class Serving:
         self._bytes = 0  # of bodies that are being read or wait
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+    async def lifespan(self, _: Any) -> AsyncIterator[dict[str, Any]]:
         self.batcher = Batcher(self.model.predictor, self.limits, self.metrics, self.model.anytime)
         warming = asyncio.create_task(self._warm_up())
         try:
-            yield
+            yield {"serving": self}  # for the server, which may wait until it is warm
         finally:
             warming.cancel()
             await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
