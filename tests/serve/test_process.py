@@ -284,7 +284,7 @@ def test_a_worker_that_is_killed_costs_at_most_its_own_requests(arrays_model):
                 time.sleep(2)
                 victim = _workers(process)[0]
                 os.kill(victim, signal.SIGKILL)
-                _until(lambda: victim not in _workers(process))
+                _until(lambda victim=victim: victim not in _workers(process))
                 _until(lambda kills=kills: ready() == 2 + kills)
                 time.sleep(2)
         assert set(load.statuses) == {200} and load.statuses[200] > 100, load.statuses

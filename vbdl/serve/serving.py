@@ -92,7 +92,11 @@ class Serving:
             prediction = await self.batcher.predict(inputs, rows, arrived + seconds, asked is not None, receive)
         finally:
             self._bytes -= held[0]
-        self.metrics.predicted(rows, float(prediction.epistemic.sum()))
+        epistemic = float(prediction.epistemic.sum())
+        if not math.isfinite(epistemic):  # seldom: where an output is beyond float32, or one draw cannot tell
+            _refuse_not_finite(prediction)
+            epistemic = float(prediction.epistemic.nan_to_num(0.0, 0.0, 0.0).sum())
+        self.metrics.predicted(rows, epistemic)
         as_arrow = ARROW in headers.get(b"accept", b"").decode("latin-1")
         write = partial(self._write, prediction, notes, as_arrow)
         return await _beside(write) if rows * prediction.total[0].numel() > 256 else write()
@@ -133,6 +137,16 @@ class Serving:
         except TimeoutError:
             raise Refused(408, "slow", f"the body took longer than {limits.body_seconds:g} s") from None
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _refuse_not_finite(prediction: Any) -> None:
+    """Refuses a prediction of which a row's probabilities, or mean, are no numbers."""
+    means = prediction.mean if getattr(prediction, "probs", None) is None else prediction.probs
+    finite = means.isfinite().flatten(1).all(1) if means.ndim > 1 else means.isfinite()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        said = f"row {row}: the network's outputs are beyond what its floating-point type holds, or no numbers"
+        raise Refused(422, "not_predictable", f"{said}; {int((~finite).sum())} of {len(finite)} rows are so")
 
 
 async def respond(send: Send, status: int, media: str, body: bytes, extra: dict[str, str] | None = None) -> None:
