@@ -23,7 +23,7 @@ RESERVED = 16  # connections that only probes get, once all others are taken
 READY = 600  # seconds that a new worker may take until it is warm, before the one that it replaces is kept
 _SILENT = 30  # seconds after which a worker that does not answer its parent is ended
 _AGAIN = 5  # seconds until a worker that failed to warm up is begun again
-_FILES = 16  # descriptors for everything that is no connection: files, pipes, what opens later
+_FILES = 32  # descriptors for everything that is no connection: files, pipes, what opens later
 _log = logging.getLogger(__name__)
 
 
@@ -117,6 +117,7 @@ class Accepting:
         self._loop = asyncio.get_running_loop()
         self.taken, self._said = 0, False
         self._tasks: set[asyncio.Task] = set()
+        self._reserve: dict[asyncio.Task, Patient | None] = {}  # oldest first; None while there is a handshake
         self._again: asyncio.TimerHandle | None = None
         self._listen()
 
@@ -151,42 +152,64 @@ class Accepting:
                 "%d connections are open: others are refused, but for probes (said once; see --max-connections)",
                 self.taken,
             )
+        reserved = self.taken >= self._most
         if self.taken >= self._most + RESERVED:
+            self._drop_one()  # a probe asks at once: the one that is there for the longest time is none
+        if self.taken >= self._most + 2 * RESERVED:
             connection.close()
             return
         self.taken += 1
-        task = self._loop.create_task(self._begin(connection, self.taken > self._most))
+        task = self._loop.create_task(self._begin(connection, reserved))
+        if reserved:
+            self._reserve[task] = None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _drop_one(self) -> None:
+        if self._reserve:
+            task = next(iter(self._reserve))
+            protocol = self._reserve.pop(task)
+            if protocol is None:
+                task.cancel()
+            elif protocol.transport is not None:
+                protocol.transport.abort()
+
     async def _begin(self, connection: socket.socket, reserved: bool) -> None:
         """The protocol on a connection, after its handshake where there is TLS."""
-        server, ended = self._server, _Once(self._ended)
-        protocol = functools.partial(
-            Patient,
-            config=server.config,
-            server_state=server.server_state,
-            app_state=server.lifespan.state,
-            limits=server.limits,
-            reserved=reserved,
-            ended=ended,
-        )
+        server, task = self._server, asyncio.current_task()
+        assert task is not None
+        ended = _Once(functools.partial(self._ended, task))
+
+        def protocol() -> Patient:
+            return Patient(
+                config=server.config,
+                server_state=server.server_state,
+                app_state=server.lifespan.state,
+                limits=server.limits,
+                reserved=reserved,
+                ended=ended,
+            )
+
         seconds = server.limits.body_seconds
         patience = {"ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds} if server.config.ssl else {}
         try:
             connection.setblocking(False)
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(protocol, connection, ssl=server.config.ssl, **patience)
+            _, made = await self._loop.connect_accepted_socket(protocol, connection, ssl=server.config.ssl, **patience)
+            if task in self._reserve:
+                self._reserve[task] = made
         except asyncio.CancelledError:
             connection.close()
+            ended()
             raise
         except Exception:  # a handshake that fails or takes too long: whatever the client did, it is gone
             connection.close()
             ended()
 
-    def _ended(self) -> None:
+    def _ended(self, task: asyncio.Task) -> None:
         self.taken -= 1
+        self._reserve.pop(task, None)
 
 
 class _Once:
