@@ -84,7 +84,9 @@ def served(folder: Path, *options: str, files: int | None = None) -> Iterator[Se
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, bufsize=1
     )
     said: list[str] = []
-    threading.Thread(target=lambda: said.extend(iter(process.stderr.readline, "")), daemon=True).start()
+    stream = process.stderr
+    assert stream is not None
+    threading.Thread(target=lambda: said.extend(iter(stream.readline, "")), daemon=True).start()
     service = Service(process, port, said)
     try:
         wanted = int(options[options.index("--workers") + 1]) if "--workers" in options else 1

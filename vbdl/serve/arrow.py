@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vbdl.serve.limits import Refused
+from vbdl.tabular.reading import compute
 
 UNPACKED = 32 * 2**20  # bytes that values which rows share may take once each row has its own
 
@@ -76,11 +77,10 @@ def _longest(array: Any) -> int:
 def _bytes(array: Any) -> int:
     """Bytes of the longest value of an array."""
     import pyarrow as pa
-    from pyarrow import compute
 
     kind = array.type
     if any(test(kind) for test in (pa.types.is_binary, pa.types.is_string)) or str(kind).startswith("large_"):
-        return compute.max(compute.binary_length(array)).as_py() or 0 if len(array) else 0
+        return compute().max(compute().binary_length(array)).as_py() or 0
     # a fixed width, or shared in turn; the values of anything nested are all of one
     return max(_longest(array), array.nbytes if pa.types.is_nested(kind) else 0)
 

@@ -230,7 +230,7 @@ class Worker(multiprocess.Process):
         return super().is_alive(min(timeout, _SILENT))
 
     @property
-    def server(self) -> Server:
+    def server(self) -> uvicorn.Server:
         if self._server is None:
             from vbdl.serve.run import told
 
