@@ -269,6 +269,25 @@ def test_a_worker_accepts_when_it_is_warm_and_not_before(monkeypatch):
         raise AssertionError("it does not accept")
 
 
+def test_a_worker_has_one_server_whoever_asks_for_it_first(monkeypatch):
+    """The thread that answers the parent asks the server that runs: another one would never be ready."""
+    worker = listening.Worker.__new__(listening.Worker)
+    worker._server, worker.config = None, None
+    made, ran = [], []
+
+    def slowly(config, limits, patiently):
+        time.sleep(0.1)
+        made.append(types.SimpleNamespace(started=False, run=ran.append))
+        return made[-1]
+
+    monkeypatch.setattr(listening, "Server", slowly)
+    monkeypatch.setattr("vbdl.serve.run.told", lambda: types.SimpleNamespace(limits=None))
+    monkeypatch.setattr(worker, "pong", lambda: (worker.server, threading.Event().wait()))
+    worker.target(None)
+    time.sleep(0.2)
+    assert len(made) == 1 and ran == [None]
+
+
 def test_a_worker_that_is_not_warm_yet_can_be_ended(monkeypatch):
     monkeypatch.setitem(globals(), "STATE", types.SimpleNamespace(warm=False, failed=""))
     bound = socket.socket()

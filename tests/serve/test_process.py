@@ -293,6 +293,18 @@ def test_a_worker_that_is_killed_costs_at_most_its_own_requests(arrays_model):
 
 
 @pytest.mark.slow
+def test_workers_end_with_their_parent(arrays_model):
+    """A parent that was killed leaves nobody behind who holds the port."""
+    with serving(arrays_model, "--workers", "2") as (process, _, said):
+        _until(lambda: sum("ready to predict" in line for line in said) == 2)
+        workers = _workers(process)
+        process.kill()
+        process.wait(10)
+        running = lambda pid: Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+        _until(lambda: not any(running(pid) for pid in workers), 30)
+
+
+@pytest.mark.slow
 def test_a_reload_costs_nobody_a_wrong_answer(arrays_model):
     """SIGHUP puts new workers, of the model as it is now, in the place of the old ones, one after the other."""
     with serving(arrays_model, "--workers", "2") as (process, address, said):

@@ -6,15 +6,18 @@ import contextlib
 import errno
 import functools
 import logging
+import multiprocessing
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE, Config
-from uvicorn.supervisors import multiprocess
+from uvicorn.supervisors.multiprocess import Process
 
 from vbdl.serve.limits import Limits
 from vbdl.serve.protocol import Patient
@@ -223,8 +226,14 @@ class _Once:
         call()
 
 
-class Worker(multiprocess.Process):
+class Worker(Process):
     """A worker process with such a server, which accepts when its model is warm."""
+
+    def target(self, sockets: list[socket.socket] | None = None) -> None:
+        """In the worker process."""
+        _ = self.server  # made here: the thread that answers the parent would make another one meanwhile
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        super().target(sockets)
 
     def is_alive(self, timeout: float = 5) -> bool:
         return super().is_alive(min(timeout, _SILENT))
@@ -236,3 +245,11 @@ class Worker(multiprocess.Process):
 
             self._server = Server(self.config, told().limits, patiently=True)
         return self._server
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would hold the port for good, and nobody would begin it again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
