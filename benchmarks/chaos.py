@@ -218,12 +218,13 @@ SLOW = [
 ]
 
 
-def send(port: int, data: bytes) -> int | None:
-    """The status of what comes back, None where nothing does."""
+def send(port: int, data: bytes, whole: bool = False) -> int | None:
+    """The status of what comes back, None where nothing does. whole: it is a request of which nothing is missing."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
+            if not whole:
+                connection.shutdown(socket.SHUT_WR)
         found = connection.recv(4096)
         return int(found.split()[1]) if found.startswith(b"HTTP/1.1 ") else None
     return None
@@ -335,13 +336,13 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 def hostile(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
     """Bodies of 8 MiB, one and eight at once, while others ask."""
     with served(folder) as service:
-        send(service.port, request(LARGE["good rows"], Connection="close"))
+        send(service.port, request(LARGE["good rows"], Connection="close"), whole=True)
         for (name, body), at_once in itertools.product(LARGE.items(), (1, 8)):
             sent, statuses, most = request(body, Connection="close"), Counter(), [service.memory()]
             first = most[0]
             with Good(service.port, asked, 1, 0.002) as good:
                 time.sleep(0.3)
-                ask = lambda sent=sent, statuses=statuses: statuses.update([send(service.port, sent)])
+                ask = lambda sent=sent, statuses=statuses: statuses.update([send(service.port, sent, whole=True)])
                 threads = [threading.Thread(target=ask) for _ in range(at_once)]
                 begun = time.monotonic()
                 for thread in threads:
@@ -386,7 +387,7 @@ def slow(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
                             pass
                         except OSError:
                             held.remove((one, then))
-                    probed[send(service.port, request(b"", "/health", "GET", Connection="close"))] += 1
+                    probed[send(service.port, request(b"", "/health", "GET", Connection="close"), whole=True)] += 1
                     time.sleep(0.2)
                 took = time.monotonic() - begun
                 time.sleep(1)

@@ -550,8 +550,12 @@ def test_bodies_together_are_bounded(arrays_model):
     service = app(Model(arrays_model), Limits(total_bytes=1000))
 
     async def large(client):
-        answer = await client.post("/v1/predict", content=b" " * 2000, headers={"Content-Type": "application/json"})
+        post = lambda size: client.post(
+            "/v1/predict", content=b" " * size, headers={"Content-Type": "application/json"}
+        )
+        answer = await post(70_000)
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        assert (await post(2000)).status_code == 400  # small ones are not kept out by large ones
         assert (await client.post("/v1/predict", json=BODY)).status_code == 200  # what was held is free again
 
     _crowd(service, large)

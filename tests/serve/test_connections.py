@@ -145,6 +145,14 @@ def test_a_slow_body_is_answered_with_408_where_its_route_does_not_say_so():
         assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_client_is_cut_that_asks_nothing_after_a_body_that_came_after_its_answer():
+    with served(Limits(body_seconds=0.4)) as port, _connected(port) as slow:
+        slow.sendall(_request("/", "POST", b"x", "Content-Length: 2\r\n"))
+        assert slow.recv(4096).startswith(b"HTTP/1.1 200")
+        slow.sendall(b"x")
+        assert _gone(slow)
+
+
 def test_a_pipeline_that_waits_for_the_service_is_not_cut():
     """Requests that wait behind one another are the service's to answer."""
     with served(Limits(body_seconds=0.5)) as port, _connected(port) as client:
@@ -229,6 +237,8 @@ def test_beyond_the_cap_probes_are_answered_and_nothing_else(caplog):
 def _gone(connection):
     try:
         return not connection.recv(1)
+    except TimeoutError:
+        return False
     except OSError:
         return True
 

@@ -19,6 +19,7 @@ from vbdl.serve.limits import Refused
 
 MIB = 2**20
 CAP = 8 * MIB
+ROW = {"age": 40, "income": 70.5, "city": "a:b", "member": True, "day": "2026-01-05"}
 JSON = "application/json"
 
 
@@ -174,6 +175,7 @@ def test_a_body_is_read_the_same_whether_it_is_large_or_small(model, readers, mo
         ("named", b'{"inputs": {"numbers": [[1,2]], "code": [1], "code": [2]}}', "code"),
         ("table", b'{"rows": [{"age":1,"age":2,"income":1,"city":"a:b","member":true,"day":null}]}', "age"),
         ("table", b'{"rows": [{"age":1,"income":1,"city":"a:","member":true,"day":null}], "rows": []}', ""),
+        ("table", b'{"rows": [%s], "rows": [%s]}' % ((json.dumps(ROW).encode(),) * 2), "rows"),
         ("table", b'{"rows": [{"age":1,"income":1,"city":"\\"a:","member":true,"day":null,"day":null}]}', "day"),
     ],
 )

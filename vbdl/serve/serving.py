@@ -129,7 +129,8 @@ class Serving:
                     size += len(chunk)
                     if size > limits.body_bytes:
                         raise Refused(413, "too_large", f"a body has at most {limits.body_bytes} bytes")
-                    if self._bytes + len(chunk) > limits.total_bytes:
+                    # small bodies are bounded by the number of connections: large ones must not keep them out
+                    if size > LARGE and self._bytes + len(chunk) > limits.total_bytes:
                         raise Refused(503, "busy", "too many bodies are being read; try again in 1 s", retry_after=1)
                     held[0] += len(chunk)
                     self._bytes += len(chunk)
