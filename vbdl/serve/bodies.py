@@ -294,7 +294,7 @@ def _stored(found: list, stored: str, entry: InputEntry, name: str) -> np.ndarra
 
 def _finite(numbers: np.ndarray, name: str, dtype: torch.dtype) -> None:
     """Refuses numbers that are not finite, or that the dtype does not hold with room for a network."""
-    largest = min(LARGEST, torch.finfo(dtype).max)
+    largest = float(np.float32(min(LARGEST, torch.finfo(dtype).max)))  # as float32 rounds it, which may be up
     # one pass: NaN fails the comparison too
     if numbers.size and not np.abs(numbers).max() <= largest:
         raise Refused(422, "bad_body", f"{name!r} has a number that is not finite, or beyond {largest:g}")
