@@ -126,9 +126,7 @@ def _found(reader, body):
 
 def _cases(model, generator):
     """Good and bad bodies as JSON has them, spaces and exponents and escapes among them."""
-    number = lambda: generator.choice(
-        ["1", "-2.5", "1e3", "0.1", "-0.0", "123456789.123456789", "1E-30", "1e30"]
-    )
+    number = lambda: generator.choice(["1", "-2.5", "1e3", "0.1", "-0.0", "123456789.123456789", "1E-30", "1e30"])
     space = lambda: generator.choice(["", "", " ", "\n\t"])
     rows = int(generator.integers(1, 6))
     if model == "arrays":
