@@ -1,8 +1,8 @@
 """Draws until a row's answer is settled, or until time is up.
 
 Draws are made in steps. After each, a rule says which rows are settled; the others are packed together into fewer and
-smaller tiles and go on. Since draw s is the same whatever the number of draws, every row's answer is exactly that of
-a predictor of as many samples.
+smaller tiles and go on. Since draw s is the same whatever the number of draws, every row's answer is that of a
+predictor of as many samples, to rounding: statistics are merged a step at a time, a predictor merges all at once.
 
     predict(x, tolerance=0.01)                      standard error of every probability (or mean) at most 0.01
     predict(x, tolerance=LabelDecided(0.95))        the label is that of endless draws, with this confidence

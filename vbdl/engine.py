@@ -162,7 +162,7 @@ class Predictor:
         (`LabelDecided`, `ThresholdDecided`, `StandardError` of `vbdl.adaptive`). n_samples is then the most a row gets.
         deadline: seconds; the best answer in that time, of at least one step of draws.
         With either, `prediction.n_samples` says how many draws each row is based on, (batch,) where they differ, and
-        the answer is that of a predictor of as many samples.
+        the answer is that of a predictor of as many samples, to rounding: sums are merged step by step.
         Inputs that require a gradient get it, from the same graph uncompiled; without a tolerance or a deadline.
         """
         torch.get_num_threads()  # asking makes `torch.set_num_threads` hold on this thread too: the same last bits

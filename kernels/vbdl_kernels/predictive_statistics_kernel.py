@@ -168,7 +168,7 @@ def predictive_statistics_forward(
         entropies = tl.sum(tl.reshape(entropies, (DRAWS, BATCH)), 0)
     example = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     label = tl.arange(0, COLUMNS)
-    total = -tl.sum(mean * tl.log(tl.maximum(mean, 1e-38)), 1)
+    total = 0.0 - tl.sum(mean * tl.log(tl.maximum(mean, 1e-38)), 1)
     inside = (example < batch)[:, None] & (label < CLASSES)[None, :]
     to = (example.to(tl.int64) * CLASSES)[:, None] + label[None, :]
     tl.store(mean_out + to, mean, mask=inside)

@@ -210,3 +210,30 @@ def test_the_log_probability_of_targets_that_do_not_fit_is_refused(y, message):
     for p in (predicted(Categorical(), torch.randn(4, 3, 2)), predicted(Bernoulli(), torch.randn(4, 3))):
         with pytest.raises(ValueError, match=message):
             p.log_prob(torch.tensor(y))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli()])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_entropy_is_minus_zero(likelihood, draws, compiled):
+    """Where one class is certain there is nothing left, and nothing has no sign."""
+    from vbdl.calibration.calibrated import _with_probs
+    from vbdl.ood import scores
+
+    logits = torch.tensor([[2000.0, 0.0, -2000.0], [-2000.0, 2000.0, 0.0], [0.0, -2000.0, 2000.0], [1.0, 0.0, 0.5]])
+    if isinstance(likelihood, Bernoulli):
+        logits = torch.tensor([2000.0, -2000.0, 2000.0, 1.0])
+    logits = logits.expand(draws, *logits.shape)
+
+    def fields(parameters):
+        return likelihood.finish(likelihood.summarize(parameters))
+
+    found = (torch.compile(fields) if compiled else fields)(logits)
+    calibrated = _with_probs(found, torch.nn.Identity())
+    if not isinstance(likelihood, Bernoulli):
+        p = logits.softmax(-1)
+        calibrated["entropy"], calibrated["expected"] = scores.entropy(p[0]), scores.expected_entropy(p)
+    for one in (found, calibrated):
+        for name in ("total", "aleatoric", "epistemic", "entropy", "expected"):
+            if name in one:
+                assert (one[name][:3] == 0).all() and not one[name].signbit().any(), (name, one[name])

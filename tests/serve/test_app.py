@@ -268,6 +268,45 @@ def test_pages_of_other_names_do_not_reach_it(arrays_model):
             assert client.get("/health", headers={"Host": host}).status_code == status
 
 
+@pytest.mark.parametrize(
+    "name", ["Host", "Authorization", "Content-Type", "Content-Length", "Content-Encoding", "X-Deadline-Ms"]
+)
+def test_a_header_that_decides_is_given_once(name, arrays):
+    """Of two a proxy may have believed the other one; what may be given twice is taken twice."""
+    given = arrays.get("/health").request.headers
+    value = given.get(name, "1")
+    for path in ("/health", "/v1/model"):
+        found = arrays.get(path, headers=[(name, value), (name, value)])
+        assert found.status_code == 400 and name.lower() in found.json()["error"]["message"], found.text
+        assert arrays.get(path, headers=[("Accept", "a/b"), ("Accept", "c/d")]).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["classes", "mean"])
+def test_outputs_beyond_float32_are_an_error_with_the_row(kind, arrays_model, named_model, two):
+    """And the rows of others that are computed with it are answered."""
+    if kind == "classes":
+        model, good = Model(arrays_model, compile=False), {"inputs": [[1, 2, 3, 4]]}
+        bad = {"inputs": [[1, 2, 3, 4], [0, 0, 0, 0], [1e30, -1e30, 1e30, 1e30]]}
+        size = 1e5
+    else:
+        model, good = Model(named_model, compile=False, module=two()), {"inputs": {"numbers": [[1, 2]], "code": [1]}}
+        bad = {"inputs": {"numbers": [[1, 2], [0, 0], [1e30, 1e30]], "code": [1, 1, 1]}}
+        size = 1e10
+    with torch.no_grad():
+        for name, weights in model.predictor.posterior.named_parameters():
+            if weights.ndim > 2 and "code" not in name:  # of linear layers, members first
+                weights.mul_(size)
+
+    async def ask(client):
+        answers = await asyncio.gather(*(client.post("/v1/predict", json=b) for b in (good, bad, good)))
+        assert [a.status_code for a in answers] == [200, 422, 200], answers[1].text
+        assert "row 2:" in answers[1].json()["error"]["message"]
+        assert "1 of 3 rows" in answers[1].json()["error"]["message"]
+        assert "nan" not in (await client.get("/metrics")).text
+
+    _crowd(app(model, Limits(batch_wait=0.1)), ask)
+
+
 def test_what_it_says_of_itself(arrays, table, arrays_model):
     card = arrays.get("/v1/model").json()
     assert card["name"] == "signs" and card["inputs"][0]["minItems"] == 4 and "signs" in card["card"] or card["card"]
@@ -511,8 +550,12 @@ def test_bodies_together_are_bounded(arrays_model):
     service = app(Model(arrays_model), Limits(total_bytes=1000))
 
     async def large(client):
-        answer = await client.post("/v1/predict", content=b" " * 2000, headers={"Content-Type": "application/json"})
+        post = lambda size: client.post(
+            "/v1/predict", content=b" " * size, headers={"Content-Type": "application/json"}
+        )
+        answer = await post(70_000)
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        assert (await post(2000)).status_code == 400  # small ones are not kept out by large ones
         assert (await client.post("/v1/predict", json=BODY)).status_code == 200  # what was held is free again
 
     _crowd(service, large)

@@ -28,10 +28,11 @@ def _port():
 
 
 @contextlib.contextmanager
-def serving(model, *options, **environment):
+def serving(model, *options, compiled=False, **environment):
     """`vbdl serve` as a user starts it; yields the process and its address."""
     port = _port()
-    command = [sys.executable, "-m", "vbdl.cli", "serve", str(model), "--port", str(port), "--no-compile", *options]
+    command = [sys.executable, "-m", "vbdl.cli", "serve", str(model), "--port", str(port), *options]
+    command += [] if compiled else ["--no-compile"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     scheme = "https" if "--tls-key" in options else "http"
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -224,6 +225,99 @@ def test_several_workers_share_the_work(arrays_model):
             if len(seen) == 2:
                 break
         assert len(seen) == 2 and str(process.pid) not in seen
+
+
+def _workers(process):
+    """The processes that a service has begun and that predict."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+class _Load:
+    """Clients that ask one thing after the other over kept connections, and count how it ended."""
+
+    def __init__(self, address, clients):
+        self.stop, self.statuses, self.lost, self.wrong = threading.Event(), {}, [], 0
+        self.address = address
+        with httpx.Client(base_url=address) as client:
+            self.expected = client.post("/v1/predict", content=BODY, headers=JSON).json()
+        self.threads = [threading.Thread(target=self._run, args=(k,)) for k in range(clients)]
+
+    def _run(self, number):
+        while not self.stop.is_set():
+            with httpx.Client(base_url=self.address, timeout=60) as client:
+                try:
+                    while not self.stop.is_set():
+                        answer = client.post("/v1/predict", content=BODY, headers=JSON)
+                        self.statuses[answer.status_code] = self.statuses.get(answer.status_code, 0) + 1
+                        self.wrong += answer.status_code == 200 and answer.json() != self.expected
+                except httpx.TransportError:
+                    self.lost.append(number)
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(60)
+
+
+def _until(true, seconds=180):
+    for _ in range(seconds * 10):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to that")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_at_most_its_own_requests(arrays_model):
+    """Another begins in its place, and takes no request until its model is compiled."""
+    with serving(arrays_model, "--workers", "2", compiled=True) as (process, address, said):
+        ready = lambda: sum("ready to predict" in line for line in said)
+        _until(lambda: ready() == 2)
+        with _Load(address, 6) as load:
+            for kills in (1, 2):
+                time.sleep(2)
+                victim = _workers(process)[0]
+                os.kill(victim, signal.SIGKILL)
+                _until(lambda victim=victim: victim not in _workers(process))
+                _until(lambda kills=kills: ready() == 2 + kills)
+                time.sleep(2)
+        assert set(load.statuses) == {200} and load.statuses[200] > 100, load.statuses
+        assert load.wrong == 0 and max(load.lost.count(k) for k in range(6)) <= 2, load.lost  # one a kill
+        assert ready() == 4
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(arrays_model):
+    """A parent that was killed leaves nobody behind who holds the port."""
+    with serving(arrays_model, "--workers", "2") as (process, _, said):
+        _until(lambda: sum("ready to predict" in line for line in said) == 2)
+        workers = _workers(process)
+        process.kill()
+        process.wait(10)
+        running = lambda pid: Path(f"/proc/{pid}").exists() and ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+        _until(lambda: not any(running(pid) for pid in workers), 30)
+
+
+@pytest.mark.slow
+def test_a_reload_costs_nobody_a_wrong_answer(arrays_model):
+    """SIGHUP puts new workers, of the model as it is now, in the place of the old ones, one after the other."""
+    with serving(arrays_model, "--workers", "2") as (process, address, said):
+        ready = lambda: sum("ready to predict" in line for line in said)
+        _until(lambda: ready() == 2)
+        before = set(_workers(process))
+        with _Load(address, 4) as load:
+            time.sleep(1)
+            process.send_signal(signal.SIGHUP)
+            _until(lambda: ready() == 4 and not before & set(_workers(process)))
+            time.sleep(1)
+        assert set(load.statuses) == {200} and load.wrong == 0
+        assert max((load.lost.count(k) for k in range(4)), default=0) <= 2
 
 
 @pytest.mark.slow

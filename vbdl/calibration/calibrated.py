@@ -116,7 +116,7 @@ def _with_probs(fields: State, calibrator: nn.Module) -> State:
     many = probs.ndim > before.ndim
     flat = probs.reshape(-1, probs.shape[-1]) if many else probs.reshape(-1)
     probs = calibrator(flat).reshape(probs.shape)
-    total = -xlogy(probs, probs)
+    total = 0.0 - xlogy(probs, probs)  # 0 and never -0.0 where it is certain
     total = total.sum(-1) if many else total - xlogy(1 - probs, 1 - probs)
     share = torch.where(before > 0, fields["epistemic"] / before.clamp_min(1e-30), 0.0).clamp(0, 1)
     epistemic = total * share

@@ -53,7 +53,9 @@ class Serve:
     max_mib: float = 8.0
     """Size of a request's body."""
     patience: float = 10.0
-    """Seconds that a client may take to send a request."""
+    """Seconds that a client may take over each step: a handshake, headers, a body, its next request, an answer."""
+    max_connections: int = 1000
+    """Connections of one process; beyond them only probes are answered."""
     deadline: float = 30.0
     """Seconds until a request is answered with 504; clients may ask for less by X-Deadline-Ms."""
 
@@ -75,6 +77,7 @@ class Serve:
             batch_wait=self.batch_wait_ms / 1000,
             deadline=self.deadline,
             body_seconds=self.patience,
+            connections=self.max_connections,
         )
         settings = {"trust": list(self.trust), "compile": self.compile, "device": self.device, "tiles": self.tiles}
         run(

@@ -92,7 +92,7 @@ class Bernoulli(nn.Module):
 
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]
-        total = -torch.xlogy(probs, probs) - torch.xlogy(summary["against"], summary["against"])
+        total = 0.0 - torch.xlogy(probs, probs) - torch.xlogy(summary["against"], summary["against"])
         return {
             "probs": probs,
             "total": total,

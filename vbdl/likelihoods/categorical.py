@@ -119,7 +119,7 @@ class Categorical(nn.Module):
         probs = log_probs.exp()
         n, mean, deviation = moments(probs)
         # a class of probability 0 has log -inf and adds nothing: 0 * -inf would be nan
-        entropy = -(probs * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(-1)
+        entropy = 0.0 - (probs * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(-1)  # never -0.0
         return {"n": n, "probs": mean, "deviation": deviation, "entropy": entropy.mean(0)}
 
     def merge(self, a: State, b: State) -> State:
@@ -127,7 +127,7 @@ class Categorical(nn.Module):
 
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]
-        total = -torch.xlogy(probs, probs).sum(-1)
+        total = 0.0 - torch.xlogy(probs, probs).sum(-1)  # -0.0 where one class is certain, if it were negated
         return {
             "probs": probs,
             "total": total,

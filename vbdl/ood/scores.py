@@ -57,13 +57,13 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def entropy(probs: Tensor) -> Tensor:
     """Entropy of the mean probability, nats: (batch, classes), or (batch,) -> (batch,)"""
     p = check_probs(probs, empty=True)
-    return -xlogy(p, p).sum(dim=1)
+    return 0.0 - xlogy(p, p).sum(dim=1)
 
 
 def expected_entropy(probs: Tensor) -> Tensor:
     """Mean entropy of the samples, nats (aleatoric): (samples, batch, classes) -> (batch,)"""
     p = _sample_probs(probs)
-    return -xlogy(p, p).sum(dim=2).mean(dim=0)
+    return (0.0 - xlogy(p, p).sum(dim=2)).mean(dim=0)
 
 
 def mutual_information(probs: Tensor) -> Tensor:

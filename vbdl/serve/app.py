@@ -24,6 +24,7 @@ from vbdl.serve.serving import SAFE, Serving, answer
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _OPEN = ("/", "/page.css", "/page.js", "/health", "/ready")  # without a token: they tell nothing of the model
+_SINGLE = (b"host", b"authorization", b"content-type", b"content-length", b"content-encoding", b"x-deadline-ms")
 _ROUTES = ("predict", "model", "openapi.json", "health", "ready", "metrics", "page")  # that metrics name
 _log = logging.getLogger(__name__)
 
@@ -119,6 +120,12 @@ class _Gate:
 
     def _check(self, scope: Scope) -> Refused | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
+        if len(headers) < len(scope["headers"]):
+            # of two of these a proxy before us may have believed the other one
+            names = [name for name, _ in scope["headers"]]
+            for name in _SINGLE:
+                if names.count(name) > 1:
+                    return Refused(400, "header_twice", f"the header {name.decode()} is given twice")
         if self.hosts is not None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             name = host if host.endswith("]") else host.rpartition(":")[0] or host

@@ -3,7 +3,12 @@
 import struct
 from typing import Any
 
+import numpy as np
+
 from vbdl.serve.limits import Refused
+from vbdl.tabular.reading import compute
+
+UNPACKED = 32 * 2**20  # bytes that values which rows share may take once each row has its own
 
 
 def read(body: bytes, max_rows: int) -> Any:
@@ -25,8 +30,15 @@ def read(body: bytes, max_rows: int) -> Any:
         with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
             table = reader.read_all()
         if table.num_rows <= max_rows:
+            table.validate()
+            for name, column in zip(table.column_names, table.columns, strict=True):
+                if (longest := max(map(_longest, column.chunks), default=0)) * len(column) > UNPACKED:
+                    said = f"column {name[:60]!r} shares a value of {longest} bytes, which could unpack to gigabytes"
+                    raise Refused(413, "too_large", said)
             table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, TypeError, IndexError, struct.error) as error:
+    except Refused:
+        raise
+    except Exception as error:  # of a stranger's bytes, whatever Arrow makes of them
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused(400, "bad_arrow", f"the body is no Arrow IPC stream: {said[:200]}") from None
     if table.num_rows > max_rows:
@@ -43,6 +55,40 @@ def write(columns: dict[str, Any]) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
+
+
+def _longest(array: Any) -> int:
+    """Bytes of the longest value that rows of an array may share; 0 where each row has its own."""
+    import pyarrow as pa
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        return _bytes(array.dictionary)
+    if pa.types.is_run_end_encoded(kind):
+        return _bytes(array.values)
+    if kind in _views():
+        place = 16 * array.offset  # an int32 length begins each
+        return int(np.frombuffer(array.buffers()[1], "<i4")[place // 4 :: 4][: len(array)].max(initial=0))
+    if pa.types.is_nested(kind):
+        return UNPACKED + 1 if "view" in str(kind) else 0
+    return 0
+
+
+def _bytes(array: Any) -> int:
+    """Bytes of the longest value of an array."""
+    import pyarrow as pa
+
+    kind = array.type
+    if any(test(kind) for test in (pa.types.is_binary, pa.types.is_string)) or str(kind).startswith("large_"):
+        return compute().max(compute().binary_length(array)).as_py() or 0
+    # a fixed width, or shared in turn; the values of anything nested are all of one
+    return max(_longest(array), array.nbytes if pa.types.is_nested(kind) else 0)
+
+
+def _views() -> tuple[Any, ...]:
+    import pyarrow as pa
+
+    return tuple(getattr(pa, name)() for name in ("string_view", "binary_view") if hasattr(pa, name))
 
 
 def _header(metadata: bytes, dictionary: bool) -> tuple[int, bool]:

@@ -14,7 +14,8 @@ class Limits:
     batch_rows: int = 256  # computed together
     batch_wait: float = 0.0  # seconds a request may wait for others to be computed with it
     deadline: float = 30.0  # seconds from a request's arrival to its answer, unless it asks for less
-    body_seconds: float = 10.0  # that a client may take to send a request
+    body_seconds: float = 10.0  # that a client may take over each: handshake, headers, body, next request, reading
+    connections: int = 1000  # of one process
     header_bytes: int = 64 * 2**10
 
     def __post_init__(self) -> None:
@@ -28,9 +29,10 @@ class Limits:
 
 
 class Refused(Exception):
-    """An answer other than a prediction: a status, a word for programs, a sentence for people."""
+    """An answer other than a prediction: a status, a word for programs, a sentence for people, in one line."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
+        message = " ".join(message.splitlines())[:500]  # parsers repeat what a stranger has sent
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 

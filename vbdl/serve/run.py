@@ -1,8 +1,7 @@
-"""The service as a process, or several: uvicorn, with a limit on how slowly a client may speak."""
+"""The service as a process, or several: uvicorn, with our server and protocol."""
 
-import asyncio
+import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -11,8 +10,9 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import multiprocess
 
+from vbdl.serve import listening
 from vbdl.serve.app import LOOPBACK, app
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
@@ -59,9 +59,8 @@ def run(server: Server) -> None:
     options: dict[str, Any] = {
         "host": server.host,
         "port": server.port,
-        "http": functools.partial(_Patient, limits=server.limits),
         "timeout_graceful_shutdown": DRAIN,
-        "timeout_keep_alive": 30,
+        "ws": "none",  # a protocol of its own, without these limits
         "backlog": 1024,
         "ssl_certfile": server.tls_certificate,
         "ssl_keyfile": server.tls_key,
@@ -71,8 +70,10 @@ def run(server: Server) -> None:
         "lifespan": "on",
     }
     if server.workers == 1:
+        one = listening.Server(uvicorn.Config(_made(server), **options), server.limits)
         try:
-            uvicorn.run(_made(server), **options)
+            with contextlib.suppress(KeyboardInterrupt):
+                one.run()
         except SystemExit as error:  # with 3, which means something else here
             raise OSError(f"nothing is served on {server.host}:{server.port}, for the reason above") from error
         return
@@ -80,17 +81,19 @@ def run(server: Server) -> None:
 
     read(server.model)  # what is wrong with the artefact is said once, here
     os.environ[_WORKER] = json.dumps(dataclasses.asdict(server))
-    options["http"] = "vbdl.serve.run:worker_protocol"
+    multiprocess.Process = listening.Worker  # the name that uvicorn makes processes by  # type: ignore[misc]
+    options["timeout_worker_healthcheck"] = listening.READY
     uvicorn.run("vbdl.serve.run:worker", factory=True, workers=server.workers, **options)
 
 
 def worker() -> Starlette:
     """The application of one of several worker processes."""
     logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
-    return _made(_told())
+    return _made(told())
 
 
-def _told() -> Server:
+def told() -> Server:
+    """What the parent told this worker process."""
     found = json.loads(os.environ[_WORKER])
     return Server(**{**found, "limits": Limits(**found["limits"]), "hosts": tuple(found["hosts"])})
 
@@ -104,51 +107,3 @@ def _made(server: Server) -> Starlette:
     hosts = (*LOOPBACK, *server.hosts) if server.loopback or server.hosts else None
     _log.info("serving %s on %s:%d", model.name, server.host, server.port)
     return app(model, server.limits, token=os.environ.get(TOKEN) or None, hosts=hosts)
-
-
-class _Patient(HttpToolsProtocol):
-    """uvicorn's protocol, but a client that does not finish its headers in time, or sends too many, is cut off."""
-
-    def __init__(self, *arguments: Any, limits: Limits, **options: Any):
-        super().__init__(*arguments, **options)
-        self._limits, self._timer, self._seen = limits, None, 0
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._seen += len(data)
-            # a part of a body may have come with the headers: one read is forgiven
-            if self._seen > self._limits.header_bytes + 2**18:
-                self.transport.close()
-                return
-        super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._timer is None:
-            self._wait()
-
-    def on_headers_complete(self) -> None:
-        self._stop()
-        super().on_headers_complete()
-
-    def _wait(self) -> None:
-        self._seen = 0
-        self._timer = asyncio.get_running_loop().call_later(self._limits.body_seconds, self.transport.close)
-
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def worker_protocol(*arguments: Any, **options: Any) -> _Patient:
-    """The protocol of a worker process, which knows its limits from the environment."""
-    return _Patient(*arguments, limits=_told().limits, **options)

@@ -3,10 +3,12 @@ microsecond here is a part."""
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from vbdl.serve import arrow
 from vbdl.serve.batching import Batcher
+from vbdl.serve.counted import LARGE
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
 from vbdl.serve.model import Model
@@ -27,7 +30,8 @@ SAFE = {
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in SAFE.items()]
-_LARGE = 64 * 2**10  # bytes that are read, and rows times fields that are written, beside the event loop from here on
+# where bodies of more than LARGE bytes are read: one at a time, so that eight of them take the memory of one
+_DECODING = ThreadPoolExecutor(1, "vbdl-serve-bodies")
 _log = logging.getLogger(__name__)
 
 
@@ -41,11 +45,11 @@ class Serving:
         self._bytes = 0  # of bodies that are being read or wait
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+    async def lifespan(self, _: Any) -> AsyncIterator[dict[str, Any]]:
         self.batcher = Batcher(self.model.predictor, self.limits, self.metrics, self.model.anytime)
         warming = asyncio.create_task(self._warm_up())
         try:
-            yield
+            yield {"serving": self}  # for the server, which may wait until it is warm
         finally:
             warming.cancel()
             await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
@@ -83,11 +87,16 @@ class Serving:
         try:
             body = await self._body(headers, receive, held)
             read = partial(self.model.bodies.read, media, body, self.limits.rows)
-            inputs, rows, notes = await _beside(read) if len(body) > _LARGE else read()
+            inputs, rows, notes = read() if len(body) <= LARGE else await _alone(read, arrived + seconds)
+            del body, read  # the inputs are what waits now
             prediction = await self.batcher.predict(inputs, rows, arrived + seconds, asked is not None, receive)
         finally:
             self._bytes -= held[0]
-        self.metrics.predicted(rows, float(prediction.epistemic.sum()))
+        epistemic = float(prediction.epistemic.sum())
+        if not math.isfinite(epistemic):  # seldom: where an output is beyond float32, or one draw cannot tell
+            _refuse_not_finite(prediction)
+            epistemic = float(prediction.epistemic.nan_to_num(0.0, 0.0, 0.0).sum())
+        self.metrics.predicted(rows, epistemic)
         as_arrow = ARROW in headers.get(b"accept", b"").decode("latin-1")
         write = partial(self._write, prediction, notes, as_arrow)
         return await _beside(write) if rows * prediction.total[0].numel() > 256 else write()
@@ -120,7 +129,8 @@ class Serving:
                     size += len(chunk)
                     if size > limits.body_bytes:
                         raise Refused(413, "too_large", f"a body has at most {limits.body_bytes} bytes")
-                    if self._bytes + len(chunk) > limits.total_bytes:
+                    # small bodies are bounded by the number of connections: large ones must not keep them out
+                    if size > LARGE and self._bytes + len(chunk) > limits.total_bytes:
                         raise Refused(503, "busy", "too many bodies are being read; try again in 1 s", retry_after=1)
                     held[0] += len(chunk)
                     self._bytes += len(chunk)
@@ -128,6 +138,16 @@ class Serving:
         except TimeoutError:
             raise Refused(408, "slow", f"the body took longer than {limits.body_seconds:g} s") from None
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _refuse_not_finite(prediction: Any) -> None:
+    """Refuses a prediction of which a row's probabilities, or mean, are no numbers."""
+    means = prediction.mean if getattr(prediction, "probs", None) is None else prediction.probs
+    finite = means.isfinite().flatten(1).all(1) if means.ndim > 1 else means.isfinite()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        said = f"row {row}: the network's outputs are beyond what its floating-point type holds, or no numbers"
+        raise Refused(422, "not_predictable", f"{said}; {int((~finite).sum())} of {len(finite)} rows are so")
 
 
 async def respond(send: Send, status: int, media: str, body: bytes, extra: dict[str, str] | None = None) -> None:
@@ -156,3 +176,24 @@ async def answer(error: Refused, send: Send) -> None:
 async def _beside(work: Callable[[], Any]) -> Any:
     """In a thread, so that a large request does not hold up small ones."""
     return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def _alone(read: Callable[[], Any], deadline: float) -> Any:
+    """What reading a large body gives, in the thread for that. deadline: of time.monotonic, also of the wait for it."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await asyncio.get_running_loop().run_in_executor(_DECODING, _uncollected, read)
+    except TimeoutError:
+        raise Refused(504, "deadline", "the deadline passed while a large body was read") from None
+
+
+def _uncollected(read: Callable[[], Any]) -> Any:
+    """Runs it with the garbage collector paused: nothing of a body is garbage yet, and looking for some stops
+    everybody."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        return read()
+    finally:
+        if was:
+            gc.enable()

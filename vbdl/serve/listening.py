@@ -1,0 +1,255 @@
+"""A server of uvicorn with an accept loop of its own: connections count from when they are accepted, handshakes too,
+and some descriptors are kept for probes."""
+
+import asyncio
+import contextlib
+import errno
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE, Config
+from uvicorn.supervisors.multiprocess import Process
+
+from vbdl.serve.limits import Limits
+from vbdl.serve.protocol import Patient
+
+RESERVED = 16  # connections that only probes get, once all others are taken
+READY = 600  # seconds that a new worker may take until it is warm, before the one that it replaces is kept
+_SILENT = 30  # seconds after which a worker that does not answer its parent is ended
+_AGAIN = 5  # seconds until a worker that failed to warm up is begun again
+_FILES = 32  # descriptors for everything that is no connection: files, pipes, what opens later
+_log = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """Accepts as many connections as limits and descriptors allow.
+
+    patiently: whether it accepts none until the model is warm, because others do.
+    """
+
+    def __init__(self, config: Config, limits: Limits, patiently: bool = False):
+        super().__init__(config)
+        self.limits, self.patiently = limits, patiently
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.servers: list[Any] = []
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        serving = self.lifespan.state["serving"]
+        while self.patiently and not serving.warm and not self.should_exit:
+            if serving.failed:
+                _log.error("this worker ends, and another is begun in its place: %s", serving.failed)
+                await asyncio.sleep(_AGAIN)
+                sys.exit(1)
+            await asyncio.sleep(0.05)
+        if self.should_exit:
+            self.started = True  # what was begun is ended
+            return
+        try:
+            most = connections(self.limits)
+            listening = sockets or list(_bound(self.config.host, self.config.port))
+            for one in listening:
+                one.setblocking(False)
+                one.listen(self.config.backlog)
+        except (OSError, ValueError) as error:
+            _log.error("%s", error)
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
+        self.servers = [Accepting(self, one, most) for one in listening]
+        self.started = True
+        if not sockets:
+            self._log_started_message(listening)
+
+
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket for each address of a host."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            bound.bind(address)
+        except OSError as error:
+            bound.close()
+            if error.errno == errno.EADDRNOTAVAIL and len(found) > 1:
+                continue  # a name may have an address that this machine has not
+            raise OSError(f"{host}:{port}: {error.strerror}") from None
+        yield bound
+
+
+def connections(limits: Limits) -> int:
+    """How many connections are taken: what the limits say, or fewer where descriptors do not last for more."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return limits.connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    wanted = used + limits.connections + RESERVED + _FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return limits.connections
+    most = soft - used - RESERVED - _FILES
+    if most < 1:
+        raise ValueError(f"{soft} open files are allowed, {used} are open: raise `ulimit -n` above {wanted}")
+    _log.warning("%d connections are taken at most, for %d open files are allowed: see `ulimit -n`", most, soft)
+    return most
+
+
+class Accepting:
+    """Accepts on one socket; what uvicorn asks of a server of asyncio."""
+
+    def __init__(self, server: Server, listening: socket.socket, most: int):
+        self._server, self._listening, self._most = server, listening, most
+        self._loop = asyncio.get_running_loop()
+        self.taken, self._said = 0, False
+        self._tasks: set[asyncio.Task] = set()
+        self._reserve: dict[asyncio.Task, Patient | None] = {}  # oldest first; None while there is a handshake
+        self._again: asyncio.TimerHandle | None = None
+        self._listen()
+
+    def close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+        self._loop.remove_reader(self._listening)
+        for task in self._tasks:
+            task.cancel()
+        self._listening.close()
+
+    async def wait_closed(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _listen(self) -> None:
+        self._again = None
+        self._loop.add_reader(self._listening, self._accept)
+
+    def _accept(self) -> None:
+        """One connection, so that other workers get the next."""
+        try:
+            connection, _ = self._listening.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                _log.warning("no connection can be accepted: %s", error.strerror)
+                self._loop.remove_reader(self._listening)
+                self._again = self._loop.call_later(0.5, self._listen)
+            return  # another worker has it, or the client has left
+        if self.taken >= self._most and not self._said:
+            self._said = True
+            _log.warning(
+                "%d connections are open: others are refused, but for probes (said once; see --max-connections)",
+                self.taken,
+            )
+        reserved = self.taken >= self._most
+        if self.taken >= self._most + RESERVED:
+            self._drop_one()  # a probe asks at once: the one that is there for the longest time is none
+        if self.taken >= self._most + 2 * RESERVED:
+            connection.close()
+            return
+        self.taken += 1
+        task = self._loop.create_task(self._begin(connection, reserved))
+        if reserved:
+            self._reserve[task] = None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _drop_one(self) -> None:
+        if self._reserve:
+            task = next(iter(self._reserve))
+            protocol = self._reserve.pop(task)
+            if protocol is None:
+                task.cancel()
+            elif protocol.transport is not None:
+                protocol.transport.abort()
+
+    async def _begin(self, connection: socket.socket, reserved: bool) -> None:
+        """The protocol on a connection, after its handshake where there is TLS."""
+        server, task = self._server, asyncio.current_task()
+        assert task is not None
+        ended = _Once(functools.partial(self._ended, task))
+
+        def protocol() -> Patient:
+            return Patient(
+                config=server.config,
+                server_state=server.server_state,
+                app_state=server.lifespan.state,
+                limits=server.limits,
+                reserved=reserved,
+                ended=ended,
+            )
+
+        seconds = server.limits.body_seconds
+        patience = {"ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds} if server.config.ssl else {}
+        try:
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _, made = await self._loop.connect_accepted_socket(protocol, connection, ssl=server.config.ssl, **patience)
+            if task in self._reserve:
+                self._reserve[task] = made
+        except asyncio.CancelledError:
+            connection.close()
+            ended()
+            raise
+        except Exception:  # a handshake that fails or takes too long: whatever the client did, it is gone
+            connection.close()
+            ended()
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self.taken -= 1
+        self._reserve.pop(task, None)
+
+
+class _Once:
+    """Calls a function, the first time only."""
+
+    def __init__(self, call: Any):
+        self._call = call
+
+    def __call__(self) -> None:
+        call, self._call = self._call, lambda: None
+        call()
+
+
+class Worker(Process):
+    """A worker process with such a server, which accepts when its model is warm."""
+
+    def target(self, sockets: list[socket.socket] | None = None) -> None:
+        """In the worker process."""
+        _ = self.server  # made here: the thread that answers the parent would make another one meanwhile
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        super().target(sockets)
+
+    def is_alive(self, timeout: float = 5) -> bool:
+        return super().is_alive(min(timeout, _SILENT))
+
+    @property
+    def server(self) -> uvicorn.Server:
+        if self._server is None:
+            from vbdl.serve.run import told
+
+            self._server = Server(self.config, told().limits, patiently=True)
+        return self._server
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would hold the port for good, and nobody would begin it again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,75 @@
+"""A `.npy` array from a stranger: its header is matched against what such headers say, and never evaluated.
+
+https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+import math
+import re
+import struct
+
+import numpy as np
+
+from vbdl.serve.limits import Refused
+
+_LONGEST = 10_000  # bytes of a header, as numpy has it
+_ENTRY = re.compile(
+    rb"\s*['\"](descr|fortran_order|shape)['\"]\s*:\s*"
+    rb"(?:['\"]([<>|=]?[a-zA-Z?]\d{0,4})['\"]|(True|False)|\(\s*((?:\d{1,18}\s*,\s*)*(?:\d{1,18}\s*)?)\))\s*(?:,|$)"
+)
+_GROUPS = {b"descr": 2, b"fortran_order": 3, b"shape": 4}
+_NUMBERS = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}
+
+
+def read(body: bytes, axes: int) -> np.ndarray:
+    """The array, of this many axes, on the bytes of the body; refused when it is damaged, or not of numbers."""
+    if not body.startswith(b"\x93NUMPY") or len(body) < 12:
+        raise _bad("it does not begin as one")
+    if body[6:8] not in (b"\x01\x00", b"\x02\x00"):
+        raise _bad(f"version {body[6]}.{body[7]} is not read")
+    form = "<H" if body[6] == 1 else "<I"
+    begin = 8 + struct.calcsize(form)
+    end = begin + struct.unpack_from(form, body, 8)[0]
+    if end - begin > _LONGEST or end > len(body):
+        raise _bad("its header is too long")
+    fortran, shape, dtype = _header(body[begin:end])
+    size = math.prod(shape) * dtype.itemsize
+    if len(body) - end != size:
+        said = "x".join(map(str, shape[:8])) + ("..." if len(shape) > 8 else "")
+        raise _bad(f"an array of {said[:80]} {dtype} takes another number of bytes than {len(body) - end}")
+    if not shape:
+        raise Refused(422, "bad_body", "an array has rows first, this is one number")
+    if len(shape) != axes:
+        raise Refused(422, "bad_body", f"the model takes an array of {axes} axes, got one of {len(shape)}")
+    try:
+        return np.frombuffer(body, dtype, offset=end).reshape(shape, order="F" if fortran else "C")
+    except ValueError:  # of no numbers, and too large all the same
+        raise _bad("its shape is too large") from None
+
+
+def _header(text: bytes) -> tuple[bool, tuple[int, ...], np.dtype]:
+    """Whether it is in Fortran's order, shape, dtype."""
+    text = text.strip()
+    if not (text.startswith(b"{") and text.endswith(b"}")):
+        raise _bad("its header is no dictionary")
+    inner, at, found = text[1:-1].strip(), 0, {}
+    while at < len(inner):
+        entry = _ENTRY.match(inner, at)
+        value = None if entry is None else entry.group(_GROUPS[entry.group(1)])
+        if entry is None or value is None or entry.group(1) in found:
+            raise _bad("its header says something else than one dtype, order and shape")
+        found[entry.group(1)] = value.decode()
+        at = entry.end()
+    if len(found) != len(_GROUPS):
+        raise _bad("its header lacks the dtype, the order, or the shape")
+    kind = found[b"descr"].lstrip("<>|=")
+    if kind == "?":
+        kind = "b1"
+    if kind[0] not in _NUMBERS or not kind[1:] or int(kind[1:]) not in _NUMBERS[kind[0]]:
+        raise Refused(422, "bad_body", f"an array of numbers of at most 64 bits is taken, not of {found[b'descr']}")
+    shape = tuple(int(size) for size in found[b"shape"].split(",") if size.strip())
+    order = ">" if found[b"descr"].startswith(">") else "<"
+    return found[b"fortran_order"] == "True", shape, np.dtype(order + kind)
+
+
+def _bad(said: str) -> Refused:
+    return Refused(400, "bad_npy", f"the body is no .npy array: {said}")
