@@ -40,8 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "bodies of a seed, three parsers": ["tests/serve/test_fuzz.py"],
     "a client slow in every phase": ["tests/serve/test_connections.py"],
-    "batch jobs killed at every step": ["tests/batch/test_kills.py", "tests/batch/test_resuming.py"],
-    "artefacts mutated": ["tests/artefact/test_mutated.py", "tests/artefact/test_hostile.py"],
+    "batch jobs killed at every step": ["tests/batch/test_every_kill.py", "tests/batch/test_resuming.py"],
+    "journals and manifests changed by others": ["tests/batch/test_records.py", "tests/batch/test_changed_inputs.py"],
+    "damaged tables and arrays": ["tests/batch/test_damaged_inputs.py", "tests/tabular/test_damaged_files.py"],
+    "artefacts mutated": ["tests/artefact/test_arguments.py", "tests/artefact/test_hostile.py"],
 }
 
 
