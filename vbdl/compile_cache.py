@@ -15,7 +15,7 @@ def give_place() -> None:
     if given is None:
         try:
             name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-        except (KeyError, OSError):  # a user without a name
+        except (KeyError, OSError, ImportError):  # a user without a name
             return
         given = str(Path(tempfile.gettempdir()) / f"torchinductor_{name}")
     if os.path.exists(given) and not os.path.isdir(given):
