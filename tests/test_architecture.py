@@ -1,9 +1,15 @@
 """What members compute with beside parameters and buffers is their own, and a network given to load has the same."""
 
+import array
+import collections
+import datetime
+import decimal
+import fractions
 import functools
 import types
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch import nn
@@ -139,3 +145,118 @@ def test_a_network_given_to_load_has_the_same_constants(kind, tmp_path):
     assert torch.equal(vbdl.load(folder, module=KINDS[kind](1), compile=False)(x).mean, right)
     with pytest.raises(ArtefactError, match="another network"):
         vbdl.load(folder, module=KINDS[kind](2), compile=False)
+
+
+class Holder:
+    def __init__(self, k):
+        self._mode = "double" if k else "plain"
+
+    def __call__(self, x):
+        return x * 2 if self._mode == "double" else x
+
+
+class Scaled(nn.Module):
+    """Computes with its own value of `held`, by a function of it."""
+
+    def __init__(self, held, read):
+        super().__init__()
+        self.lin, self._held, self.read = nn.Linear(3, 1), held, read
+
+    def forward(self, x):
+        return self.lin(x - float(self.read(self._held)))
+
+
+PRIVATE = {
+    "flag": lambda k: Scaled(bool(k), float),
+    "text": lambda k: Scaled("a" * (1 + int(k > 0)), len),
+    "dict": lambda k: Scaled({"act": str(k)}, lambda d: float(d["act"])),
+    "object": lambda k: Net(Holder(k)),
+    "deque": lambda k: Scaled(collections.deque([torch.tensor(float(k))]), lambda d: d[0]),
+    "array": lambda k: Scaled(array.array("d", [k]), lambda a: a[0]),
+    "Decimal": lambda k: Scaled(decimal.Decimal(k), float),
+    "Fraction": lambda k: Scaled(fractions.Fraction(k, 3), float),
+    "timedelta": lambda k: Scaled(datetime.timedelta(seconds=k), lambda t: t.total_seconds()),
+    "frame": lambda k: Scaled(pandas.DataFrame({"a": [float(k)]}), lambda f: f["a"][0]),
+    "cached closure": lambda k: Net(functools.lru_cache(lambda x: x - k)),
+}
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_what_a_class_keeps_for_itself_is_compared_too(kind, tmp_path):
+    nets = [PRIVATE[kind](k).eval() for k in (0, 100)]
+    x = torch.randn(5, 3)
+    right = torch.stack([net(x).detach() for net in nets])
+    found = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Gaussian(), compile=False)(x, samples=True)
+    torch.testing.assert_close(found.samples[..., 0], right, rtol=1e-5, atol=1e-5)
+    assert len(vbdl.DeepEnsemble([PRIVATE[kind](1), PRIVATE[kind](1)]).parts) == 1
+    p = vbdl.Predictor(vbdl.DeepEnsemble([PRIVATE[kind](1)] * 2), vbdl.Gaussian(), compile=False)
+    p(x)
+    folder = p.save(tmp_path / "m")
+    vbdl.load(folder, module=PRIVATE[kind](1), compile=False)
+    with pytest.raises(ArtefactError, match="another network"):
+        vbdl.load(folder, module=PRIVATE[kind](0), compile=False)
+
+
+def test_two_classes_of_one_name_are_two():
+    def again(k):  # as a cell of a notebook that is run again
+        scope = {"nn": nn, "__name__": __name__}
+        exec(
+            f"class Net(nn.Module):\n    def __init__(self):\n        super().__init__(); self.lin = nn.Linear(3, 1)\n"
+            f"    def forward(self, x):\n        return self.lin(x - {k})\n",
+            scope,
+        )
+        return scope["Net"]()
+
+    by_type = lambda k: type("Net", (Keyed,), {"k": k})()
+    for make in (again, by_type):
+        nets, x = [make(k).eval() for k in (0, 50)], torch.randn(5, 3)
+        right = torch.stack([net(x).detach() for net in nets])
+        found = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Gaussian(), compile=False)(x, samples=True)
+        torch.testing.assert_close(found.samples[..., 0], right, rtol=1e-5, atol=1e-4)
+
+
+class Keyed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.lin(x - self.k)
+
+
+def test_members_that_freeze_other_layers_train_by_their_own_flags():
+    a, b = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(2))
+    a[0].requires_grad_(False)
+    for nets in ([a, b], [b, a]):
+        q = vbdl.DeepEnsemble(nets)
+        before = [q.member(m)["0.weight"] for m in range(2)]
+        vbdl.fit(q, (torch.randn(20, 3), torch.arange(20) % 2), vbdl.Categorical(), epochs=2, lr=0.1, progress=False)
+        moved = [not torch.equal(q.member(m)["0.weight"], t) for m, t in enumerate(before)]
+        assert moved == [net is b for net in nets]
+
+
+def test_a_hook_of_a_gradient_is_refused_where_it_would_be_lost():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 2))
+    net[0].weight.register_hook(lambda g: g * 0)
+    data = torch.randn(20, 3), torch.arange(20) % 2
+    for q in (vbdl.MCDropout(net), vbdl.MeanField(net, 20), vbdl.DeepEnsemble([net, net])):
+        with pytest.raises(ValueError, match="'.*0.weight' has a hook of its gradient"):
+            vbdl.fit(q, data, vbdl.Categorical(), epochs=1, progress=False)
+
+
+def test_a_tensor_kept_from_call_to_call_is_named():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.mean = nn.Linear(3, 2), torch.zeros(2)
+
+        def forward(self, x):
+            out = self.lin(x)
+            self.mean = 0.9 * self.mean + 0.1 * out.mean(0)
+            return out - self.mean
+
+    with pytest.raises(ValueError, match="keeps a tensor in an attribute.*register_buffer"):
+        vbdl.fit(
+            vbdl.DeepEnsemble(Keeping(), 2), (torch.randn(20, 3), torch.arange(20) % 2), vbdl.Categorical(), epochs=2,
+            progress=False,
+        )  # fmt: skip

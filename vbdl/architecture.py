@@ -4,7 +4,12 @@ Modules, settings, hooks and constants are compared: a tensor, an array, a scale
 with and that is no buffer would be member 0's for every member of a stack.
 """
 
+import array
+import collections
+import datetime
+import decimal
 import enum
+import fractions
 import functools
 import hashlib
 import sys
@@ -21,6 +26,9 @@ from vbdl.stacking import State, is_computed, state_of
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SCALARS = (bool, int, float, complex, str, bytes, type, range, slice, enum.Enum, torch.dtype, torch.device, np.generic)
+_SCALARS += (decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta)
+# where weights came from, which computes nothing: networks of transformers keep it
+_OF_NO_EFFECT = ("_name_or_path", "_commit_hash", "_is_hf_initialized")
 _MANY = 1000  # numbers in a list: past this they are compared as one
 _DEEP = 40  # objects within objects; what lies deeper is not what a forward computes with
 
@@ -76,8 +84,8 @@ def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
     """
     reader = _Reader(module, code)
     for name, m in module.named_modules():
-        if "<locals>" in type(m).__qualname__:  # a class made in a function, whose variables its methods may use
-            for kind in type(m).__mro__[: type(m).__mro__.index(nn.Module)]:
+        for kind in type(m).__mro__[: type(m).__mro__.index(nn.Module)]:
+            if not _is_named(kind):
                 for key, value in vars(kind).items():
                     if not key.startswith("__") or key == "__call__":
                         reader.read(f"{name}.{key}" if name else key, value)
@@ -91,6 +99,15 @@ def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
             elif key not in _OF_EVERY_MODULE and (key.startswith("_") or not is_plain(value)):
                 reader.read(path, value)
     return reader.found
+
+
+def _is_named(kind: type) -> bool:
+    """Whether the name of a class says which it is: not where it was made in a function, whose variables its methods
+    may use, by `type(...)`, or before another one of its name."""
+    found: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is kind
 
 
 class _Reader:
@@ -127,9 +144,7 @@ class _Reader:
                 self.read(f"{path}{part}", inner, depth + 1)
 
     def _scalar(self, path: str, value: Any) -> None:
-        """A number. Of what a class keeps for itself, names, flags and gaps say nothing of what is computed."""
-        private = path.rpartition(".")[2].startswith("_")
-        if value is not None and not (private and isinstance(value, str | bool)):
+        if value is not None and path.rpartition(".")[2] not in _OF_NO_EFFECT:
             self.found[path] = getattr(value, "__qualname__", None) or repr(value)
 
     def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -137,7 +152,7 @@ class _Reader:
             # by their order where the keys are made when the program runs, like those of hooks
             for key, inner in value.items():
                 yield f"[{key!r}]" if isinstance(key, str | int | bool | tuple) else "[.]", inner
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple | collections.deque | array.array):
             if len(value) > _MANY and all(isinstance(v, _SCALARS) for v in value):
                 self.found[path] = _digest(repr(value).encode())
             else:
@@ -150,8 +165,12 @@ class _Reader:
             yield from (("", value.__func__), (".self", value.__self__))
         elif isinstance(value, types.FunctionType):
             yield from self._closed_over(path, value)
+        elif callable(inner := getattr(value, "__wrapped__", None)):  # in a cache, say
+            yield "", inner
         elif callable(value) and isinstance(said := getattr(value, "__name__", None), str):
             self.found[path] = said  # built in, or an operator
+        elif isinstance(held := _numbers(value), np.ndarray):  # a frame, a series
+            self.found[path] = _array(held)
         else:
             self.found[path] = type(value).__qualname__
             if _may_hold_numbers(value):
@@ -167,6 +186,15 @@ class _Reader:
                 continue
         yield from ((f".default[{i}]", inner) for i, inner in enumerate(function.__defaults__ or ()))
         yield from ((f".{key}", inner) for key, inner in (function.__kwdefaults__ or {}).items())
+
+
+def _numbers(value: Any) -> Any:
+    """What a frame or a series holds, as an array; None for other objects."""
+    convert = getattr(value, "to_numpy", None)
+    try:
+        return convert() if callable(convert) else None
+    except Exception:
+        return None
 
 
 def _may_hold_numbers(value: Any) -> bool:

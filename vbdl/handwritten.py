@@ -31,10 +31,10 @@ def only_forwards() -> Iterator[list[str]]:
 
 def _install() -> None:
     """Let `Function.apply` ask whether it is inside; elsewhere it is as it was."""
-    if hasattr(Function, "vbdl_asks"):
+    if "vbdl_asks" in vars(Function):
         return
     with _lock:
-        if hasattr(Function, "vbdl_asks"):
+        if "vbdl_asks" in vars(Function):
             return
         plain = Function.apply.__func__
 

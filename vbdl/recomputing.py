@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.utils.checkpoint as torchs
 
 _here = threading.local()
@@ -33,16 +34,17 @@ def _install() -> None:
 
     Networks hold `checkpoint` itself under names of their own, so that what it uses is replaced.
     """
-    if hasattr(torchs.CheckpointFunction, "vbdl_asks"):
+    if "vbdl_asks" in vars(torchs.CheckpointFunction):
         return
     with _lock:
-        if hasattr(torchs.CheckpointFunction, "vbdl_asks"):
+        if "vbdl_asks" in vars(torchs.CheckpointFunction):
             return
         torchs._checkpoint_without_reentrant_generator = _asking(torchs._checkpoint_without_reentrant_generator)
         kept = torchs.CheckpointFunction.apply
 
         def apply(function: Callable, preserve: bool, *args: Any) -> Any:
-            return function(*args) if getattr(_here, "depth", 0) else kept(function, preserve, *args)
+            plainly = getattr(_here, "depth", 0) or not torch.is_grad_enabled()  # nothing is kept then, and traces
+            return function(*args) if plainly else kept(function, preserve, *args)
 
         torchs.CheckpointFunction.apply = apply  # type: ignore[method-assign]
         torchs.CheckpointFunction.vbdl_asks = True  # type: ignore[attr-defined]

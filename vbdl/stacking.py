@@ -78,6 +78,11 @@ def check_network(module: Any, scripted: bool = False) -> None:
         raise ValueError("the module has lazy layers without weights yet: call it on one batch first")
 
 
+def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters with hooks of their gradients, which no copy carries."""
+    return tuple(n for n, p in module.named_parameters() if p._backward_hooks)
+
+
 def check_chosen(argument: str, chosen: Any) -> None:
     """TypeError for one name or type of modules where a list of them is wanted: a name would be read by letters."""
     if isinstance(chosen, str | type):

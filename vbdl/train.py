@@ -99,8 +99,15 @@ def fit(
 
 
 def _check_gradients(posterior: Posterior) -> None:
-    """ValueError for an embedding whose gradients are sparse, which neither Adam, a KL term nor clipping can take."""
+    """ValueError for an embedding whose gradients are sparse, which neither Adam, a KL term nor clipping can take, and
+    for hooks of gradients, which the posterior's copy of the network has not."""
     for part in posterior.parts:
+        if hooks := getattr(part, "lost_hooks", ()):
+            raise ValueError(
+                f"parameter '{hooks[0]}' has a hook of its gradient (register_hook), which the posterior's copy of the "
+                f"network does not carry: mask the parameter by torch.nn.utils.parametrize, or freeze it with "
+                f"requires_grad_(False)"
+            )
         for name, m in part.module.named_modules():
             if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse and m.weight.requires_grad:
                 raise ValueError(

@@ -458,6 +458,7 @@ MODULES: dict[str, Entry] = {
     "gradient by hand": E(lambda: Call(lambda m, x: Straight.apply(m.inner(x)), inner=L())),
     "gradient by hand, older style": E(lambda: Call(lambda m, x: Opaque.apply(m.inner(x)), inner=L())),
     "checkpointed": E(lambda: Call(lambda m, x: checkpoint(m.inner, x, use_reentrant=False), inner=L())),
+    "checkpointed, reentrant": E(lambda: Call(lambda m, x: checkpoint(m.inner, x, use_reentrant=True), inner=L())),
     "tied tensors": E(Tied, "ids"),
     "one module, two names": E(UsedTwice),
     "one module in a list twice": E(lambda: nn.Sequential(*[nn.Sequential(L(), nn.LayerNorm(6))] * 2)),

@@ -22,6 +22,7 @@ from vbdl.stacking import (
     check_network,
     copied,
     holding,
+    parameter_hooks,
     places_of,
     state_of,
     why_not_mapped,
@@ -73,13 +74,15 @@ class DeepEnsemble(nn.Module):
         if len(groups) > 1:
             if any(is_posterior(member) for member in members):
                 first, other = (architecture(_network_of(group[0])) for group in groups[:2])
+                said = "other frozen parameters" if first == other else difference(first, other)
                 raise ValueError(
                     f"members of different architectures must be plain networks, not posteriors; member "
-                    f"{len(groups[0])} has {difference(first, other)}"
+                    f"{len(groups[0])} has {said}"
                 )
             self._join([DeepEnsemble(group) for group in groups])
             return
         self._parts = nn.ModuleList()
+        self.lost_hooks = tuple(name for member in members for name in parameter_hooks(_network_of(member)))
         self.n_members = len(members)
         self.n_draws = len(members)
 
@@ -251,7 +254,16 @@ class DeepEnsemble(nn.Module):
         `one_by_one` then holds the reason, or is "" where they are trained together.
         """
         objective, state, shared = self._objective(likelihood)
-        self.one_by_one = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows) or ""
+        try:
+            reason = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows)
+        except RuntimeError as error:
+            if "escaped from inside a function being vmapped" not in str(error):
+                raise
+            raise ValueError(
+                "the network keeps a tensor in an attribute from one call to the next, which members would share: make "
+                "it a buffer with register_buffer(name, tensor), so that each has its own"
+            ) from error
+        self.one_by_one = reason or ""
 
     def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
         """Summed over members, so that the gradient of each is its own: nats a row."""
@@ -297,7 +309,9 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
-        this = architecture(_network_of(member))
+        network = _network_of(member)
+        frozen = [f"{name} is frozen" for name, p in network.named_parameters() if not p.requires_grad]
+        this = architecture(network) + frozen  # members that train other parts are not one either
         if this != last:
             groups.append([])
         groups[-1].append(member)

@@ -12,7 +12,7 @@ from vbdl_kernels import make_key
 
 from vbdl.nn.dropout import DropoutNetwork, may_drop
 from vbdl.nn.objective import Objective, training_keys
-from vbdl.stacking import check_chosen, check_network, copied
+from vbdl.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.types import Inputs, State
 
 
@@ -55,6 +55,7 @@ class MCDropout(nn.Module):
                 "MCDropout needs a module with dropout and this one has none: add nn.Dropout layers before training, "
                 "or use vbdl.DeepEnsemble or vbdl.MeanField"
             )
+        self.lost_hooks = parameter_hooks(module)
         self.module = DropoutNetwork(copied(module), p, tuple(deterministic))
         self.seed = seed
         device = next((p.device for p in module.parameters()), None)

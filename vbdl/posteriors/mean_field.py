@@ -16,7 +16,7 @@ from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
-from vbdl.stacking import check_chosen, check_network, copied
+from vbdl.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.types import Inputs, State
 
 
@@ -56,6 +56,7 @@ class MeanField(nn.Module):
             raise ValueError(f"initial_std is positive and finite, got {initial_std}")
         if n_samples < 1:
             raise ValueError(f"n_samples is at least 1, got {n_samples}")
+        self.lost_hooks = parameter_hooks(module)
         self.module: Any
         if has_bayesian_layers(module):
             if parameters is not None or prior_std != 1.0 or initial_std != 0.05:

@@ -170,7 +170,7 @@ def _each(column: Any, read: Callable[[str], float], rejected: dict[int, str]) -
     return np.append(found, np.nan)[where]
 
 
-_TRUE, _FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
+TRUE, FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
 
 
 def booleans(column: Any, name: str, missing: Sequence[str] = MISSING) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -184,9 +184,9 @@ def booleans(column: Any, name: str, missing: Sequence[str] = MISSING) -> tuple[
     rejected: dict[int, str] = {}
 
     def truth(word: str) -> float:
-        if (bare := word.strip().lower()) not in _TRUE + _FALSE:
+        if (bare := word.strip().lower()) not in TRUE + FALSE:
             raise Unreadable(f"column {name!r}: {short(word)} is neither true nor false")
-        return float(bare in _TRUE)
+        return float(bare in TRUE)
 
     if is_text(column.type):
         values = _each(without(column, missing), truth, rejected)

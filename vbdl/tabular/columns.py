@@ -13,7 +13,9 @@ import msgspec
 import numpy as np
 
 from vbdl.tabular.cells import (
+    FALSE,
     MISSING,
+    TRUE,
     WHOLE,
     Unreadable,
     booleans,
@@ -126,6 +128,8 @@ class Boolean(_Number, frozen=True, tag="boolean", forbid_unknown_fields=True, k
         value = plain(value)
         if self.is_missing(value):
             return self._numbers(None)
+        if isinstance(value, str) and (bare := value.strip().lower()) in TRUE + FALSE:
+            value = bare in TRUE
         if value is not None and value not in (0, 1):  # True == 1 and False == 0
             raise Unreadable(f"column {self.name!r}: {short(value)} is neither true nor false")
         return self._numbers(None if value is None else float(value))

@@ -67,15 +67,23 @@ def _series(name: str, series: Any) -> Any:
     return _made(name, series, True)
 
 
+def _is_missing(value: Any) -> bool:
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # pandas' mark for a missing cell has no truth
+        return True
+
+
 def _made(name: str, values: Any, from_pandas: bool) -> Any:
     pa = arrow()
     kind = getattr(getattr(values, "dtype", None), "kind", "")
     if kind == "c":
         raise ValueError(f"column {name!r} holds complex numbers: give their real and imaginary parts as two columns")
     try:
-        found = pa.array(values, from_pandas=from_pandas)
+        # which takes pandas' mark for a missing cell, in a list or an array of objects
+        found = pa.array(values, from_pandas=from_pandas or isinstance(values, list) or kind == "O")
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-        kinds = sorted({type(v).__name__ for v in list(values) if v is not None and v == v})
+        kinds = sorted({type(v).__name__ for v in list(values) if v is not None and not _is_missing(v)})
         several = f"values of several types ({', '.join(kinds)}: make them one, text for instance)"
         held = several if len(kinds) > 1 else ", ".join(kinds) or str(kind)
         raise ValueError(f"column {name!r} holds {held}, which is no type of a column: {error}") from error

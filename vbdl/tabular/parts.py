@@ -1,5 +1,6 @@
 """Which rows of a table train, stop the training, calibrate and test: rows that are equal never come apart."""
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,8 +128,16 @@ def moments(table: Any, name: str, reading: Reading | None = None) -> tuple[Tens
     if missing:
         raise ValueError(f"column {name!r} has {missing} missing cells: no place in time")
     if is_text(kind) or (reading.date_format is not None and pa.types.is_integer(kind)):
-        values, said = _said(texts(column), name, reading)
+        words = texts(column)
+        if not is_text(kind):  # a file of numbers has lost the zero of 03022023
+            words = pc.utf8_lpad(words, _width(reading.date_format or ""), "0")
+        values, said = _said(words, name, reading)
         column = pa.array(values)
+    elif pa.types.is_integer(kind) and (order := _order_of_digits(column)):
+        raise ValueError(
+            f"column {name!r} holds whole numbers like {column[0].as_py()} that are dates with the year last, in no "
+            f"order as numbers: say how they are written, --date-format {order}"
+        )
     elif pa.types.is_duration(kind):
         column = column.cast(pa.int64())
     elif pa.types.is_boolean(kind) or pa.types.is_nested(kind) or pa.types.is_binary(kind):
@@ -138,6 +147,26 @@ def moments(table: Any, name: str, reading: Reading | None = None) -> tuple[Tens
     except pa.ArrowNotImplementedError as error:
         raise ValueError(f"column {name!r} holds {kind}, which has no order in time") from error
     return torch.from_numpy(ranks.to_numpy(zero_copy_only=False).astype(np.int64)), said
+
+
+def _width(order: str) -> int:
+    """Digits of a date that is written in this format; 0 for an order that is none."""
+    return len(datetime.datetime(2000, 11, 22, 10, 10, 10).strftime(order)) if "%" in order else 0
+
+
+def _order_of_digits(column: Any) -> str | None:
+    """The format of whole numbers that are all dates with the year last, 03022023, and not all with it first."""
+    values = column.to_numpy(zero_copy_only=False).astype(np.int64)
+    first, second, year = values // 1_000_000, values // 10_000 % 100, values % 10_000
+
+    def dates_of(days: np.ndarray, months: np.ndarray, years: np.ndarray) -> bool:
+        return bool(
+            ((days >= 1) & (days <= 31) & (months >= 1) & (months <= 12) & (years >= 1900) & (years <= 2100)).all()
+        )
+
+    if len(values) == 0 or dates_of(values % 100, values // 100 % 100, values // 10_000):
+        return None
+    return "%d%m%Y" if dates_of(first, second, year) else "%m%d%Y" if dates_of(second, first, year) else None
 
 
 def _said(words: Any, name: str, reading: Reading) -> tuple[np.ndarray, str]:

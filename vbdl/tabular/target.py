@@ -1,5 +1,6 @@
 """The target of a table: classes or a number, decided from its cells and said."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -131,6 +132,8 @@ def decide(column: Any, name: str, task: str | None = None, reading: Reading | N
     if found is not None and not categories and _amounts(column, found, reading):
         shown, value = found.example
         return "regression", f"it holds text that is numbers, {shown!r} is {value:.12g}"
+    if is_text(kind) and not categories:
+        _check_words(column, name, reading)
     if word:
         return "classification", f"it holds {'text' if not pa.types.is_boolean(kind) else 'true and false'}"
     values = floats(pc.drop_null(column), name)[0]
@@ -142,6 +145,30 @@ def decide(column: Any, name: str, task: str | None = None, reading: Reading | N
     if whole:
         return "regression", f"{len(different)} different whole numbers"
     return "regression", "it holds numbers with decimals"
+
+
+def _check_words(column: Any, name: str, reading: Reading | None) -> None:
+    """ValueError for text that is numbers but for a few cells: a class for each of them is not what was meant."""
+    cells = [word for word in column.to_pylist() if word is not None]
+    cells = [word for word in cells if word.strip() not in {"", *(reading or Reading()).missing}]
+    odd = [word for word in cells if not _is_number(word)]
+    numbers = set(cells) - set(odd)
+    if odd and len(numbers) > _FEW and len(odd) <= _ODD * len(cells):
+        raise ValueError(
+            f"the target {name!r} holds {len(cells) - len(odd)} numbers and {len(odd)} cells that are none, like "
+            f"{odd[0]!r}: mend them or say that they are missing (--missing {odd[0]!r}); task classification takes "
+            f"each different cell for a class"
+        )
+
+
+_ODD = 0.1  # of the cells
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word.replace(",", "").strip(" %€$£")))
+    except ValueError:
+        return False
 
 
 def _amounts(column: Any, found: Recognised, reading: Reading | None) -> bool:
