@@ -39,16 +39,6 @@ def stack(modules: Sequence[nn.Module], without: Collection[str] = ()) -> State:
     return {name: torch.stack([s[name].detach() for s in states]) for name in states[0] if name not in without}
 
 
-def check_alike(modules: Sequence[nn.Module]) -> None:
-    """ValueError where there is no module, or where one has another architecture than the first; it says which."""
-    if not modules:
-        raise ValueError("an ensemble needs at least one member, got an empty list")
-    reference = architecture(modules[0])
-    for index, module in enumerate(modules[1:], start=1):
-        if (other := architecture(module)) != reference:
-            raise ValueError(f"member {index} differs from member 0: {difference(reference, other)}")
-
-
 def architecture(module: nn.Module) -> list[str]:
     """What has to be equal for two modules to be stacked, a line each."""
     lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.architecture import architecture, check_alike, difference, stack
+from vbdl.architecture import architecture, difference, stack
 from vbdl.frozen import frozen_modules, hold_frozen
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.objective import Objective, training_keys
@@ -96,7 +96,6 @@ class DeepEnsemble(nn.Module):
         self.stacked_parameters = nn.Module()  # a ParameterDict has no place for one named "values"
         self.stacked_buffers = nn.Module()
         self.held_once = nn.Module()
-        check_alike(modules)
         own = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
         for name, tensor in own.items():
             if name in trainable:
