@@ -61,7 +61,12 @@ def append(path):
         file.write(b"1,2\n")
 
 
-CHANGES = [rewrite, rewrite_with_the_same_times, replace, append, lambda path: path.unlink()]
+def truncate(path):
+    """What a writer's first moment leaves: a reader finds no footer, half a row, or nothing."""
+    os.truncate(path, 10)
+
+
+CHANGES = [rewrite, rewrite_with_the_same_times, replace, append, truncate, lambda path: path.unlink()]
 
 
 @pytest.fixture
@@ -93,7 +98,7 @@ def test_an_input_that_changes_while_it_is_read_is_named(network, tmp_path, duri
     report = vbdl.predict_table(network, tmp_path / "in", tmp_path / out, **OPTIONS)
     assert list(report.failed) == [name] and "changed or replaced while it was read" in report.failed[name]
     assert f"failed: {name}" in str(report)
-    if (tmp_path / "in" / name).exists() and change is not append:
+    if (tmp_path / "in" / name).exists() and change not in (append, truncate):
         if change is rewrite:
             with pytest.raises(ValueError, match="another job"):
                 vbdl.predict_table(network, tmp_path / "in", tmp_path / out, **OPTIONS)
@@ -138,6 +143,22 @@ def test_an_image_that_changes_is_noticed(tmp_path, during):
     predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 2), vbdl.Categorical(), compile=False)
     during(lambda: image.new("RGB", (4, 4)).save(tmp_path / "in" / "05.png"), calls=(2,))
     assert list(vbdl.predict_table(predict, tmp_path / "in", tmp_path / "out", **OPTIONS).failed) == ["images"]
+
+
+@pytest.mark.parametrize("out", [None, "out.csv"])
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.feather"])
+def test_half_a_file_that_cannot_be_read_is_named_as_changed(network, tmp_path, monkeypatch, name, out):
+    write(tmp_path / name)
+    call = vbdl.Predictor.__call__
+
+    def changing(self, x, **options):
+        truncate(tmp_path / name)
+        return call(self, x, **options)
+
+    monkeypatch.setattr(vbdl.Predictor, "__call__", changing)
+    with pytest.raises(ValueError, match=f"{name} was changed or replaced while it was read"):
+        target = out and tmp_path / out
+        vbdl.predict_table(network, tmp_path / name, target, on_error="stop", **{**OPTIONS, "chunk_rows": 5})
 
 
 def test_an_input_that_does_not_change_is_not_named(network, tmp_path, during):

@@ -1,10 +1,11 @@
 """Predictions of whole tables, files and folders: `vbdl.predict_table` and `vbdl predict`."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,15 @@ def predict_table(
         damaged += job.damaged
         if job.finished is None:
             settled = settle(sources, options, schema)
-            if engine == "ray":
-                from vbdl.batch.ray import run_ray
+            with _changes_named(sources, versions):
+                if engine == "ray":
+                    from vbdl.batch.ray import run_ray
 
-                run_ray(model, schema, settled, job, workers, on_error, progress, ray_options or {})
-            else:
-                _run_local(model, schema, settled, job, workers, on_error, progress)
+                    run_ray(model, schema, settled, job, workers, on_error, progress, ray_options or {})
+                else:
+                    _run_local(model, schema, settled, job, workers, on_error, progress)
             for source in _changed(sources, versions):
+                job.failed.pop(source.name, None)  # half a file that cannot be read is what the change looked like
                 fail(job, source, ValueError(f"{source.name} {_CHANGED} {_AGAIN}"), on_error)
         manifest = job.finished or job.finish([s.name for s in sources])
         quarantine = folder / QUARANTINE
@@ -162,6 +165,17 @@ _AGAIN = "Predict it again, with restart=True (--restart)"
 def _changed(sources: list[Source], versions: list[Any]) -> list[Source]:
     """Sources that are not what they were when the run began."""
     return [s for s, version in zip(sources, versions, strict=True) if version_of(s) != version]
+
+
+@contextlib.contextmanager
+def _changes_named(sources: list[Source], versions: list[Any]) -> Iterator[None]:
+    """Raise the error that names a changed source in place of the one that reading half of it ended in."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        for source in _changed(sources, versions):
+            raise ValueError(f"{source.name} {_CHANGED} Predict it again. Reading it ended in: {error}") from error
+        raise
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
@@ -207,7 +221,7 @@ def _in_memory(model, sources, versions, settled: Settled, schema, workers, on_e
     with _threads(workers) as count:
         worker = Worker(model, settled.options, schema, count, settled.kept)
         _compile(worker)
-        with _Rows(settled.sources, progress) as bar:
+        with _changes_named(sources, versions), _Rows(settled.sources, progress) as bar:
             local.run(worker, settled.sources, lambda s, n: False, write, failed, settled.options.chunk_rows)
     for source in _changed(sources, versions):
         raise ValueError(f"{source.name} {_CHANGED} Predict it again")
