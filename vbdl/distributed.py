@@ -60,9 +60,9 @@ class ShardedPredictor(Predictor):
     def _begin(
         self, mesh: DeviceMesh, share: "_Share", sharded: bool, likelihood: Any, own: range, total: int, options: dict
     ) -> None:
-        super().__init__(share, _own_members(likelihood, own, total), len(own), **options)
-        if hasattr(self.likelihood, "for_draws"):
-            self.likelihood.for_draws(total)  # sums of all processes are merged
+        held = _own_members(likelihood, own) if sharded else likelihood
+        super().__init__(share, held, len(own), **options)
+        self.likelihood.for_draws(total)  # sums of all processes are merged
         self.mesh, self._group = mesh, mesh.get_group()
         self.n_draws, self._sharded = total, sharded
 
@@ -124,7 +124,7 @@ class ShardedPredictor(Predictor):
         return self.likelihood.finish(merged)
 
 
-class _Share(nn.Module):
+class _Share(Posterior):
     """Draws `start, start + 1, ...` of a posterior, numbered from 0."""
 
     def __init__(self, inner: Any, start: int, n_draws: int):
@@ -136,17 +136,16 @@ class _Share(nn.Module):
     def module(self) -> nn.Module:
         return self.inner.module
 
-    @property
-    def parts(self) -> Sequence[Any]:
-        return (self,)
-
     def draws(self, numbers: Tensor, seed: int) -> State:
         return self.inner.draws(numbers + self.start, seed)
+
+    def member_of(self, numbers: Tensor) -> Tensor:
+        return self.inner.member_of(numbers + self.start)
 
     def prepare(self, inputs: Inputs) -> None:
         self.inner.prepare(inputs)
 
-    def loss(self, x: Inputs, y: Tensor, likelihood: Any) -> Tensor:
+    def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
         raise NotImplementedError("a sharded posterior predicts, and is trained before it is shared out")
 
 
@@ -189,25 +188,22 @@ def _network(posterior: DeepEnsemble, number: int) -> nn.Module:
     return network
 
 
-def _own_members(likelihood: Any, own: range, total: int) -> Any:
+def _own_members(likelihood: Any, own: range) -> Any:
     """The likelihood with the parameters of its own members, where each has some."""
-    if getattr(likelihood, "n_members", None) is None:
+    if likelihood.n_members is None:
         return likelihood
-    if likelihood.n_members != total:
-        raise ValueError(
-            f"the likelihood has parameters of {likelihood.n_members} members and there are {total} draws: shared out "
-            f"are plain ensembles, with every member once"
-        )
     import copy
 
-    found = copy.deepcopy(likelihood)
-    inner = found
-    while hasattr(inner, "likelihood"):  # calibration and decision hold the one that was trained
-        inner = inner.likelihood
+    found: Likelihood = copy.deepcopy(likelihood)
+    inner = found.innermost
     for name, p in list(inner.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(inner.get_submodule(owner), leaf, nn.Parameter(p.detach()[own.start : own.stop].clone(), False))
-    inner.n_members = len(own)
+    holder: Likelihood | None = found
+    while holder is not None:  # which one has the number itself depends on which one was trained
+        if "n_members" in vars(holder):
+            holder.n_members = len(own)
+        holder = holder.wrapped
     return found
 
 

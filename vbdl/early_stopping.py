@@ -14,7 +14,7 @@ class BestEpochs:
     by_member: names of entries with a leading members axis; the others belong to all and follow the latest best.
     """
 
-    def __init__(self, members: int, patience: int | None, by_member: set[str]):
+    def __init__(self, members: int, patience: int | None, by_member: frozenset[str]):
         self.patience, self.by_member = patience, by_member
         self.best = torch.full((members,), math.inf)  # nats a row
         self.epoch = torch.full((members,), -1)

@@ -23,6 +23,7 @@ from vbdl import adaptive
 from vbdl.adaptive import Rule
 from vbdl.data import cannot_take, floating_dtype, outside_range
 from vbdl.execution import Execution, Settings
+from vbdl.model import Model
 from vbdl.moments import MomentExecution
 from vbdl.precision import PrecisionError, against_float32
 from vbdl.program import Ready
@@ -98,7 +99,6 @@ class Predictor:
                 f"vbdl.MeanField or vbdl.DeepEnsemble"
             )
         check_likelihood(likelihood)
-        assert isinstance(posterior, nn.Module) and isinstance(likelihood, nn.Module)
         available = posterior.n_draws
         if n_samples is None:
             n_samples = DEFAULT_SAMPLES if available is None else available
@@ -120,15 +120,14 @@ class Predictor:
             raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, got {autocast!r}")
         if estimator not in ("sampling", "moments"):
             raise ValueError(f"estimator is 'sampling' or 'moments', got {estimator!r}")
-        own = getattr(likelihood, "n_members", None)
+        own = likelihood.n_members
         if own is not None and own != posterior.n_members:
             raise ValueError(f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}")
         first = next(iter([*posterior.parameters(), *posterior.buffers()]))
         self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
         self.posterior: Any = _frozen(posterior, self.device)
         self.likelihood: Any = _frozen(likelihood, self.device)
-        if hasattr(self.likelihood, "for_draws"):
-            self.likelihood.for_draws(n_samples)
+        self.likelihood.for_draws(n_samples)
         self.n_samples, self.seed, self.estimator = n_samples, seed, estimator
         self._counted = n_samples if estimator == "sampling" else 0
         self.tiles = tuple(sorted(set(tiles)))
@@ -394,11 +393,11 @@ class Predictor:
             with self._lock:
                 found = self._executions.get(key)
                 if found is None:
-                    found = self._build(tile)
+                    found = self.build(tile)
                     self._executions[key] = found
         return found
 
-    def _build(self, tile: Inputs) -> list[Any]:
+    def build(self, tile: Inputs) -> list[Any]:
         """An execution for each architecture in the posterior, with its share of the draws."""
         executions: list[Any] = []
         start = 0
@@ -407,16 +406,11 @@ class Predictor:
             count = min(part.n_draws or self.n_samples, self.n_samples - start)
             if count <= 0:
                 break
-            members = {}
-            if getattr(self.likelihood, "n_members", None) is not None:
-                own = slice(start, start + part.n_members)
-                members = {n: t[own] for n, t in self.likelihood.named_parameters()}
+            model = Model(part, self.likelihood, self.settings.autocast, first_member=start)
+            execution = MomentExecution if self.estimator == "moments" else Execution
             try:
                 with _outside_autocast(self.device):
-                    if self.estimator == "moments":
-                        executions.append(MomentExecution(part, self.likelihood, tile, self.settings, count))
-                    else:
-                        executions.append(Execution(part, self.likelihood, tile, self.settings, count, members))
+                    executions.append(execution(model, tile, self.settings, count))
             except (RuntimeError, IndexError, AssertionError) as error:
                 raise cannot_take(tile, error, part.module) from error
             start += count

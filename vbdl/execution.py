@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.handwritten import only_forwards
-from vbdl.nn.observed import Observed
+from vbdl.model import Model
 from vbdl.plan import Plan, choose
 from vbdl.program import Program, Ready, tracing
 from vbdl.rewrite import rewrite
 from vbdl.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
-from vbdl.stacking import call_each, call_stacked, select, state_of, tensors
+from vbdl.stacking import call_each, call_stacked, select, tensors
 from vbdl.trial import check_apart, run_plainly
-from vbdl.types import Inputs, Likelihood, Posterior, State
+from vbdl.types import Inputs, State
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,13 @@ class Execution:
 
     def __init__(
         self,
-        posterior: Posterior,
-        likelihood: Likelihood,
+        model: Model,
         tile: Inputs,  # (rows, ...) each
         settings: Settings,
         n_samples: int,
-        members: State,  # the likelihood's own entries, (members, ...) each, or empty
     ):
-        self.posterior, self.likelihood, self.settings = posterior, likelihood, settings
-        self.n_samples, self.members = n_samples, members
+        self.model, self.posterior, self.likelihood = model, model.posterior, model.likelihood
+        self.settings, self.n_samples = settings, n_samples
         self.device = tensors(tile)[0].device
         self._programs: dict[tuple[int, str], Program] = {}
         self._measured: dict[str, int] = {}
@@ -72,25 +70,24 @@ class Execution:
     def _prepare(self, tile: Inputs) -> None:
         """Trace a few draws, and let the plan choose from what is found."""
         self.posterior.prepare(tile)
-        pair = nn.ModuleDict({"network": self.posterior.module, "likelihood": self.likelihood})  # type: ignore[dict-item]
-        probe = self._state(torch.arange(min(2, self.n_samples)))
-        self._shared = {n: t.detach() for n, t in state_of(pair).items() if n not in probe}
-        self._tile = tile
-        first = {**self._shared, **select(probe, 0)}
-        outputs = run_plainly(self._network(), first, tile)
+        probe = self.entries(torch.arange(min(2, self.n_samples)))
+        self.shared = {n: t.detach() for n, t in self.model.shared(probe).items()}
+        self.tile = tile
+        first = {**self.shared, **select(probe, 0)}
+        outputs = run_plainly(self.model, first, tile)
         # rows that lie alike round alike: promised for tiles of multiples of 64 rows, and of no use to one row
-        self._aligned = tensors(tile)[0].shape[0] % 64 == 0
+        self.aligned = tensors(tile)[0].shape[0] % 64 == 0
         strategy, reasons = "stacked", ()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
-                traced = self._trace(strategy, probe)
+                traced = self.trace(strategy, probe)
         except Exception as error:  # what vmap cannot take, it says in many ways
             strategy = "loop"
             reasons = (f"the draws cannot be mapped together: {_first_line(error)}",)
-            probe = self._state(torch.arange(1))
+            probe = self.entries(torch.arange(1))
             try:
-                traced = self._trace(strategy, probe)
+                traced = self.trace(strategy, probe)
             except Exception as reason:  # it has just run, so tracing is what fails
                 raise ValueError(
                     f"the module runs, but cannot be traced: {_first_line(reason)}. What it computes may depend on the "
@@ -102,7 +99,7 @@ class Execution:
                 f"the module calls {found.random} in prediction, which draws from torch's generator: no seed of a "
                 f"predictor reaches it. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
             )
-        check_apart(outputs, self._network(), first, tile)
+        check_apart(outputs, self.model, first, tile)
         if not found.output_depends_on_draw:
             raise ValueError(
                 f"nothing random reaches the output of this {type(self.posterior).__name__}: every sample would be "
@@ -124,33 +121,25 @@ class Execution:
             for start in range(0, self.n_samples, size)
         ]
         if next(iter(probe.values())).shape[0] != size:
-            state = self._state(self._chunks[0].numbers)
-            found = self._cut(self._trace(strategy, state), state)
+            state = self.entries(self._chunks[0].numbers)
+            found = self._cut(self.trace(strategy, state), state)
         self._found = found
         self._measured.clear()
         parameters = found.values[found.outputs[0]].meta["val"]
         self.parameter_shape, self.parameter_dtype = parameters.shape[1:], parameters.dtype
 
-    def _state(self, numbers: Tensor) -> State:
-        """Entries of these draws: of the network, and of the likelihood where each member has its own."""
-        state = {f"network.{n}": t.detach() for n, t in self.posterior.draws(numbers, self.settings.seed).items()}
-        which = numbers % self.posterior.n_members
-        for name, t in self.members.items():
-            state[f"likelihood.{name}"] = t.detach().index_select(0, which.to(t.device))
-        return {n: t.to(self.device) for n, t in state.items()}
+    def entries(self, numbers: Tensor) -> State:
+        """What these draws have of their own, (samples, ...) each, under the predictor's seed."""
+        return self.model.entries(numbers, self.settings.seed)
 
-    def _network(self) -> Observed:
-        return Observed(self.posterior.module, self.likelihood, self.settings.autocast)  # type: ignore[arg-type]
-
-    def _trace(self, strategy: str, state: State) -> fx.GraphModule:
+    def trace(self, strategy: str, state: State) -> fx.GraphModule:
         """The call of these draws, (samples, rows, ...) parameters of p(y | x); linear layers are whole."""
-        network = self._network()
 
         def parameters(stacked: list[Tensor], shared: list[Tensor], tile: Inputs) -> tuple[Tensor]:
             entries = dict(zip(state, stacked, strict=True))
-            rest = dict(zip(self._shared, shared, strict=True))
+            rest = dict(zip(self.shared, shared, strict=True))
             execute = call_stacked if strategy == "stacked" else call_each
-            return (execute(network, entries, rest, tile),)
+            return (execute(self.model, entries, rest, tile),)
 
         with WholeLinears(), only_forwards() as names:
             traced = trace(parameters, *self._arguments(state), aligned=False)
@@ -158,15 +147,15 @@ class Execution:
         return traced
 
     def _arguments(self, state: State) -> tuple[list[Tensor], list[Tensor], Inputs]:
-        return list(state.values()), list(self._shared.values()), self._tile
+        return list(state.values()), list(self.shared.values()), self.tile
 
     def _cut(self, traced: fx.GraphModule, state: State) -> Cut:
         """A traced call, rewritten, its linear layers lowered to products, and cut."""
-        kinds = [DRAWN] * len(state) + [ONCE] * len(self._shared) + [PREFIX] * len(tensors(self._tile))
+        kinds = [DRAWN] * len(state) + [ONCE] * len(self.shared) + [PREFIX] * len(tensors(self.tile))
         self.rewrites = rewrite(
             traced,
             kinds,
-            rows=tensors(self._tile)[0].shape[0],
+            rows=tensors(self.tile)[0].shape[0],
             n_samples=self.n_samples,
             budget=self.settings.memory_budget // 2,
             joint=self.settings.joint,
@@ -174,7 +163,7 @@ class Execution:
             measure=lambda node, of: self._measure(traced, node, of),
         )
         free_layout(traced)
-        lowered = trace(traced, *self._arguments(state), aligned=self._aligned, decompositions=DECOMPOSITIONS)
+        lowered = trace(traced, *self._arguments(state), aligned=self.aligned, decompositions=DECOMPOSITIONS)
         return cut(lowered, kinds)
 
     def _measure(self, traced: fx.GraphModule, node: fx.Node, of: Callable[[Tensor], int]) -> int:
@@ -186,7 +175,7 @@ class Execution:
             found = []
             for start in range(0, self.n_samples, block):
                 numbers = torch.arange(start, start + block).clamp_max(self.n_samples - 1)
-                values = dict(zip(names, [*self._state(numbers).values(), *self._shared.values()], strict=False))
+                values = dict(zip(names, [*self.entries(numbers).values(), *self.shared.values()], strict=False))
                 found.append(of(part.graph(*[values[n] for n in part.inputs])[0]))
             self._measured[node.name] = max(found)
         return self._measured[node.name]
@@ -201,9 +190,9 @@ class Execution:
         key = (count, finish)
         if key not in self._programs:
             regions = (PREFIX, BODY) if self.one_call else (BODY,)
-            program = Program(self._found, regions, self.settings.compile, self._aligned, self.handwritten)
+            program = Program(self._found, regions, self.settings.compile, self.aligned, self.handwritten)
             program.finish(self.likelihood, finish, count, self.empty_sums() if finish == "sums" else {})
-            if finish == "fields" and isinstance(self._tile, Tensor):
+            if finish == "fields" and isinstance(self.tile, Tensor):
                 program.checked = [self._found.placeholders[-1]]
             self._programs[key] = program
         return self._programs[key]
@@ -221,7 +210,7 @@ class Execution:
             return chunk.kept
         found = self._found
         values = dict(
-            zip(found.placeholders, [*self._state(chunk.numbers).values(), *self._shared.values()], strict=False)
+            zip(found.placeholders, [*self.entries(chunk.numbers).values(), *self.shared.values()], strict=False)
         )
         if self._once is None:
             self._once = self._region(ONCE, values)
@@ -252,7 +241,7 @@ class Execution:
         if not self.one_call and not found.regions[PREFIX].empty:
             key = (0, "prefix")
             if key not in self._programs:
-                program = Program(found, (PREFIX,), self.settings.compile, self._aligned, self.handwritten)
+                program = Program(found, (PREFIX,), self.settings.compile, self.aligned, self.handwritten)
                 self._programs[key] = program
             values.update(self._programs[key]({**self._drawn(self._chunks[0]), **values}, {}))
         return values
@@ -265,7 +254,7 @@ class Execution:
         """The call of one tile alone, where all that it needs besides the tile is at hand; after a first `fields`."""
         program = self._programs.get((self._chunks[0].count, "fields"))
         kept = self._chunks[0].kept
-        if program is None or kept is None or not isinstance(self._tile, Tensor):
+        if program is None or kept is None or not isinstance(self.tile, Tensor):
             return None
         return program.ready(kept, self._found.placeholders[-1])
 

@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.recomputing import activations_kept
-from vbdl.types import Inputs, State
+from vbdl.types import Inputs, Likelihood, State
 
 
 def arguments(inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -266,18 +266,18 @@ def blueprint(module: nn.Module) -> nn.Module:
     return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
 
 
-def replicate(module: nn.Module, n_members: int) -> None:
+def replicate(likelihood: Likelihood, n_members: int) -> None:
     """Give every parameter of a likelihood a leading members axis, in place: each member learns its own.
 
-    Marked by `n_members`; a module that is marked already is left as it is.
+    Marked by `n_members`; one that is marked already is left as it is.
     """
-    have = getattr(module, "n_members", None)
-    if have == n_members or not any(True for _ in module.parameters()):
+    have = likelihood.n_members
+    if have == n_members or not any(True for _ in likelihood.parameters()):
         return
     if have is not None:
         raise ValueError(f"the likelihood belongs to {have} members already, not to {n_members}: use a new one")
-    for owner in module.modules():
+    for owner in likelihood.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
             copies = p.detach().unsqueeze(0).repeat(n_members, *[1] * p.ndim)
             setattr(owner, name, nn.Parameter(copies, requires_grad=p.requires_grad))
-    module.n_members = n_members  # type: ignore[assignment]
+    likelihood.n_members = n_members

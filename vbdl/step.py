@@ -13,6 +13,7 @@ from vbdl.compiler import compile_graph
 from vbdl.graph import trace
 from vbdl.nn import drawn
 from vbdl.stacking import Inputs, call, rebuild, state_of, tensors
+from vbdl.types import Likelihood, Posterior
 
 logger = logging.getLogger("vbdl")
 
@@ -20,14 +21,12 @@ logger = logging.getLogger("vbdl")
 class Losses(nn.Module):
     """Posterior and likelihood as one module, whose call is each member's loss."""
 
-    def __init__(self, posterior: nn.Module, likelihood: nn.Module, own: bool):
+    def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool):
         super().__init__()
-        self.posterior: Any = posterior
-        self.likelihood, self._own = likelihood, own
+        self.posterior, self.likelihood, self._own = posterior, likelihood, own
 
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
-        extra = {"own_rows": True} if self._own else {}
-        return self.posterior.losses(x, y, self.likelihood, **extra)
+        return self.posterior.losses(x, y, self.likelihood, self._own)
 
 
 class Step:

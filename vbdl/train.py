@@ -102,7 +102,7 @@ def _check_gradients(posterior: Posterior) -> None:
     """ValueError for an embedding whose gradients are sparse, which neither Adam, a KL term nor clipping can take, and
     for hooks of gradients, which the posterior's copy of the network has not."""
     for part in posterior.parts:
-        if hooks := getattr(part, "lost_hooks", ()):
+        if hooks := part.lost_hooks:
             raise ValueError(
                 f"parameter '{hooks[0]}' has a hook of its gradient (register_hook), which the posterior's copy of the "
                 f"network does not carry: mask the parameter by torch.nn.utils.parametrize, or freeze it with "
@@ -120,7 +120,6 @@ def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options:
     """Members of different architectures: one architecture after the other."""
     import copy
 
-    assert isinstance(likelihood, nn.Module)
     if options["checkpoint"] is not None or options["member_rows"] is not None:
         raise ValueError("checkpoint and member_rows need members of one architecture")
     total, trained, start = History(), [], 0

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -18,7 +18,7 @@ from vbdl.data import Batches, Rows, cannot_take, check_dtype, check_rows, float
 from vbdl.data import bootstrap as bootstrap_rows
 from vbdl.early_stopping import BestEpochs
 from vbdl.fingerprint import fingerprints
-from vbdl.nn.observed import Observed
+from vbdl.model import Model
 from vbdl.progress import Progress
 from vbdl.stacking import (
     Inputs,
@@ -61,10 +61,11 @@ class TrainingRun:
     def __init__(self, posterior: Any, data: Any, likelihood: Any, options: dict[str, Any]):
         self.posterior, self.likelihood, self.o = posterior, likelihood, options
         self.members: int = posterior.n_members
-        self.stacked = hasattr(posterior, "stacked")
-        if self.stacked:
+        self.apart = bool(posterior.by_member)  # each member has rows, gradient norm and early stopping of its own
+        if self.apart:
             replicate(likelihood, self.members)
-            posterior.one_by_one = None  # found out again, with these data
+        self.model = Model(posterior, likelihood)
+        self._begun = False  # whether the posterior has seen a batch of this training
         self._evaluate: Callable[..., Tensor] | None = None  # of all draws, in validation
         self.device = next(posterior.parameters()).device
         self.seen: list[Tensor] = []  # fingerprints of the rows trained on
@@ -80,9 +81,9 @@ class TrainingRun:
         self.optimizer = _checked_optimizer(make(list(self.trained.values())))
         self.schedule = self._schedule()
         self.history = History()
-        self.best = BestEpochs(self.members, options["patience"], self._by_member())
+        self.best = BestEpochs(self.members, options["patience"], self.model.by_member)
         self.start = 0
-        self.kl_weight = getattr(posterior, "kl_weight", None)
+        self.kl_weight = posterior.kl_weight
 
     # -- data
 
@@ -116,7 +117,7 @@ class TrainingRun:
             chosen = torch.stack([rows[bootstrap_rows(len(rows), s)] for s in seeds])
         else:
             chosen = rows.unsqueeze(0)
-        own = self.stacked
+        own = self.apart
         self.seen.append(fingerprints(take(x, chosen.unique())))
         self.data = Rows(x, y, chosen, o["batch_size"], seeds if own else seeds[:1], own)
 
@@ -134,9 +135,7 @@ class TrainingRun:
         self.posterior.eval()
         try:
             self.posterior.prepare(one)
-            return tuple(
-                call(Observed(self.posterior.module, self.likelihood), select(self._draws(1), 0), one).shape[1:]
-            )
+            return tuple(call(self.model, select(self._draws(1), 0), one).shape[1:])
         except (RuntimeError, IndexError, AssertionError) as error:
             raise cannot_take(one, error) from error
         finally:
@@ -144,12 +143,12 @@ class TrainingRun:
 
     def _draws(self, per_member: int) -> State:
         """(members * per_member, ...) entries of network and likelihood. Sample s belongs to member s % members."""
-        numbers = torch.arange(self.members * per_member)
-        state = {f"network.{n}": t.detach() for n, t in self.posterior.draws(numbers, self.o["seed"]).items()}
-        if getattr(self.likelihood, "n_members", None) is not None:
-            which = (numbers % self.members).to(self.device)
-            state |= {f"likelihood.{n}": p.detach()[which] for n, p in self.likelihood.named_parameters()}
-        return {n: t.to(self.device) for n, t in state.items()}
+        return self.model.entries(torch.arange(self.members * per_member), self.o["seed"])
+
+    def _training_batches(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """The rows trained on, as batches of one epoch."""
+        for x, y in self.data.epoch(0):
+            yield self._checked(x, y) if isinstance(self.data, Batches) else (x, y)
 
     # -- an epoch
 
@@ -157,9 +156,11 @@ class TrainingRun:
         most = self.o["clip_norm"]
         if most is None:
             return
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        if not self.stacked:
-            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), most)
+        together = [p for name, p in self.trained.items() if name not in self.model.by_member]
+        if together:
+            torch.nn.utils.clip_grad_norm_(together, most)
+        gradients = [p.grad for n, p in self.trained.items() if n in self.model.by_member and p.grad is not None]
+        if not gradients:
             return
         square = sum(g.flatten(1).square().sum(1) if g.ndim > 1 else g.square() for g in gradients)
         scale = (most / (square.sqrt() + 1e-6)).clamp_max(1.0)  # type: ignore[union-attr]
@@ -189,28 +190,20 @@ class TrainingRun:
         draws = 1 if self.posterior.n_draws is not None else _VALIDATION_DRAWS
         self.posterior.eval()
         total = torch.zeros(self.members)
-        pair = Observed(self.posterior.module, self.likelihood)
         with torch.no_grad():
             state = self._draws(draws)
-            shared = {n: t for n, t in state_of(pair).items() if n not in state}
+            shared = self.model.shared(state)
             for start in range(0, len(y), 1024):
                 rows = torch.arange(start, min(start + 1024, len(y)))
                 if self._evaluate is None:
                     some = take(x, rows[:_ROWS_COMPARED])
-                    self._evaluate = call_each if why_not_mapped(pair, state, shared, some) else call_stacked
-                parameters = self._evaluate(pair, state, shared, take(x, rows))
+                    self._evaluate = call_each if why_not_mapped(self.model, state, shared, some) else call_stacked
+                parameters = self._evaluate(self.model, state, shared, take(x, rows))
                 each = torch.stack([-self.likelihood.nll(p, y[rows]) for p in parameters])
                 each = torch.logsumexp(each.view(draws, self.members, -1), dim=0) - math.log(draws)
                 total -= each.sum(1).cpu()
         self.posterior.train()
         return total / len(y)
-
-    def _by_member(self) -> set[str]:
-        """Names of the entries with a leading members axis."""
-        if not self.stacked:
-            return set()
-        own = {f"likelihood.{n}" for n, _ in self.likelihood.named_parameters()}
-        return own | {n for n in state_of(self.losses) if n.startswith("posterior.stacked_")}
 
     def _set_kl(self, epoch: int) -> None:
         warm = self.o["kl_warmup"]
@@ -230,6 +223,8 @@ class TrainingRun:
         if o["checkpoint"] is not None:
             self._save(history.epochs)
         self.best.restore(state_of(self.losses))
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            self.posterior.after_training(self.model, self._training_batches())
         history.best_epoch = self.best.epoch.tolist()
         history.compile_seconds += self.step.compile_seconds
         history.seconds += time.perf_counter() - begun
@@ -244,6 +239,7 @@ class TrainingRun:
                 torch.manual_seed((o["seed"] * 1_000_003 + epoch) % 2**63)  # for modules with noise of their own
                 self._set_kl(epoch)
                 self._epoch(epoch)
+                self.posterior.after_epoch(epoch)
                 note = f"loss {sum(history.train_loss[-1]) / self.members:.4g}"
                 if self.validation is not None:
                     nll = self._validate()
@@ -269,7 +265,7 @@ class TrainingRun:
         forget(self.posterior.module)
         forget(self.likelihood)
         # what vbdl.calibrate refuses to calibrate on; a plain attribute, no buffer that the network would carry
-        before = getattr(self.posterior, "training_rows", None)
+        before = self.posterior.training_rows
         seen = [*self.seen, *([] if before is None else [before])]
         if seen:
             self.posterior.training_rows = torch.cat(seen).unique()
@@ -285,8 +281,9 @@ class TrainingRun:
                 if epoch == self.start:
                     self.seen.append(fingerprints(x))
             self.optimizer.zero_grad()
-            if self.stacked and self.posterior.one_by_one is None:
-                self.posterior.settle(x, y, self.likelihood, self.data.own)
+            if not self._begun:
+                self.posterior.before_training(x, y, self.likelihood, self.data.own)
+                self._begun = True
             losses = self.step(x, y)
             self._clip()
             self.optimizer.step()

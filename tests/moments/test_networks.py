@@ -7,6 +7,7 @@ from torch import nn
 import vbdl
 from vbdl.engine import Predictor
 from vbdl.execution import Settings
+from vbdl.model import Model
 from vbdl.moments import MomentExecution
 from vbdl.stacking import call
 
@@ -40,7 +41,7 @@ def mlp(activation=nn.ReLU, outputs=3):
 
 def moments(q, x, likelihood=None):
     likelihood = likelihood or vbdl.Categorical()
-    return MomentExecution(q.eval(), likelihood.eval(), x, SETTINGS, 32).moments(x)
+    return MomentExecution(Model(q.eval(), likelihood.eval()), x, SETTINGS, 32).moments(x)
 
 
 def drawn(q, x, n):

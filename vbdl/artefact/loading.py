@@ -28,6 +28,7 @@ from vbdl.artefact.saving import TRAINING_ROWS
 from vbdl.artefact.tensors import DTYPES, read_share, read_tensors
 from vbdl.decision import stored
 from vbdl.engine import DEFAULT_TILES, INVARIANT_TILES, Predictor
+from vbdl.types import Likelihood
 
 
 def load(
@@ -261,9 +262,8 @@ def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Any:
         raise ArtefactError(f"the likelihood cannot be made as described: {error}") from error
     if again != manifest.likelihood:
         raise ArtefactError("the likelihood described is not what its classes make of it")
-    for needed in ("forward", "summarize", "merge", "finish", "prediction", "check_targets"):
-        if not callable(getattr(likelihood, needed, None)):
-            raise ArtefactError(f"a {type(likelihood).__name__} is not a likelihood")
+    if not isinstance(likelihood, Likelihood):
+        raise ArtefactError(f"a {type(likelihood).__name__} is not a likelihood")
     return likelihood
 
 

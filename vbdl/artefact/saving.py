@@ -160,7 +160,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 def training_rows(posterior: Any) -> Tensor | None:
     """Fingerprints of the rows that it was trained on, (rows,) int64 sorted, or None where none were recorded."""
-    found = [getattr(p, "training_rows", None) for p in (posterior, *posterior.parts)]
+    found = [p.training_rows for p in (posterior, *posterior.parts)]
     known = [t.cpu() for t in found if t is not None]
     return torch.cat(known).unique() if known else None
 

@@ -1,20 +1,20 @@
 """Every split's draws in one call: members of a stacked posterior, each on its own rows."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vbdl.nn.observed import Observed
-from vbdl.stacking import call_each, call_stacked, can_map, state_of
+from vbdl.model import Model
+from vbdl.stacking import call_each, call_stacked, can_map
+from vbdl.types import Likelihood, Posterior
 
 _ROWS = 32_768  # rows times draws times members in one call: activations of a small network stay in the cache
 
 
 @torch.no_grad()
 def stacked_parameters(
-    posterior: Any, likelihood: Any, x: Tensor, samples: int, per_split: int = 1, seed: int = 0
+    posterior: Posterior, likelihood: Likelihood, x: Tensor, samples: int, per_split: int = 1, seed: int = 0
 ) -> Iterator[Tensor]:
     """Parameters of p(y | x) of each draw, members reading the rows of their own split.
 
@@ -30,25 +30,20 @@ def stacked_parameters(
     rounds = -(-samples // per_split) if endless else 1
     posterior.eval()
     posterior.prepare(x[0])
-    pair: Any = Observed(posterior.module, likelihood)
-    execute = call_stacked if can_map(pair) else call_each
-    own = getattr(likelihood, "n_members", None) == members
+    model = Model(posterior, likelihood)
+    execute = call_stacked if can_map(model) else call_each
     width = min(rows, max(1, _ROWS // members))
     chunk = max(1, min(rounds, _ROWS // (members * width)))
     inputs = x.repeat_interleave(per_split, dim=0)  # (members, rows, ...)
     for start in range(0, rounds, chunk):
         count = min(chunk, rounds - start)
-        numbers = torch.arange(start * members, (start + count) * members)
-        state = {f"network.{n}": t.detach() for n, t in posterior.draws(numbers, seed).items()}
-        if own:
-            which = numbers % members
-            state |= {f"likelihood.{n}": p.detach()[which] for n, p in likelihood.named_parameters()}
-        shared = {n: t.detach() for n, t in state_of(pair).items() if n not in state}
+        state = model.entries(torch.arange(start * members, (start + count) * members), seed)
+        shared = {n: t.detach() for n, t in model.shared(state).items()}
         tiles = []
         for first in range(0, rows, width):
             tile = inputs[:, first : first + width]
             tile = tile.repeat(count, *[1] * (tile.ndim - 1)) if count > 1 else tile
-            tiles.append(execute(pair, state, shared, tile, inputs_stacked=True))
+            tiles.append(execute(model, state, shared, tile, inputs_stacked=True))
         found = torch.cat(tiles, dim=1)  # (count * members, rows, ...)
         found = found.unflatten(0, (count, splits, per_split)).transpose(1, 2)
         yield found.flatten(0, 1)

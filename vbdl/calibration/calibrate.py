@@ -100,7 +100,7 @@ def _overlap(predictor: Predictor, rows: Tensor) -> int:
     """How many rows, given by their fingerprints, were trained on."""
     # an ensemble of several architectures is trained as a whole, or part by part
     posterior = predictor.posterior
-    seen = [getattr(trained, "training_rows", None) for trained in (posterior, *posterior.parts)]
+    seen = [trained.training_rows for trained in (posterior, *posterior.parts)]
     known = [trained for trained in seen if trained is not None]
     return int(torch.isin(rows, torch.cat(known)).sum()) if known else 0
 

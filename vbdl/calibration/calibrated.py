@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.special import xlogy
 
-from vbdl.types import State
+from vbdl.types import Likelihood, State
 
 _ADDED = ("sets", "lower", "upper")  # fields that a calibration adds to a prediction
 
 
-class CalibratedLikelihood(nn.Module):
+class CalibratedLikelihood(Likelihood):
     """The likelihood it was given, read through a calibration method.
 
     What total, aleatoric and epistemic are afterwards, which always add up:
@@ -53,9 +53,12 @@ class CalibratedLikelihood(nn.Module):
         self.register_buffer("calibration_rows", calibration_rows)
 
     @property
-    def n_members(self) -> int:
-        """Where each member has parameters of its own; AttributeError where not, as for any likelihood."""
+    def n_members(self) -> int | None:
         return self.likelihood.n_members
+
+    @property
+    def wrapped(self) -> Likelihood:
+        return self.likelihood
 
     def forward(self, outputs: Tensor) -> Tensor:
         parameters = self.likelihood(outputs)
@@ -106,7 +109,7 @@ def calibration_rows(likelihood: Any) -> tuple[Tensor, bool]:
             known: Any = likelihood.calibration_rows
             complete = complete and known is not None
             found += [] if known is None else [known.cpu()]
-        likelihood = getattr(likelihood, "likelihood", None)
+        likelihood = likelihood.wrapped
     return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.int64), complete
 
 

@@ -15,7 +15,7 @@ from vbdl.engine import Predictor
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.moments import merge_mean
 from vbdl.likelihoods.normal_mixture import NormalLikelihood
-from vbdl.types import State
+from vbdl.types import Likelihood, State
 
 
 class _Seen(SimpleNamespace):
@@ -28,7 +28,7 @@ class _Seen(SimpleNamespace):
         )
 
 
-class DecidingLikelihood(nn.Module):
+class DecidingLikelihood(Likelihood):
     """A likelihood whose predictions have `action`, made by a decision module in the same compiled call.
 
     A decision may return several fields (a dict with action among them), and may have `bounds`, a module of each
@@ -45,9 +45,12 @@ class DecidingLikelihood(nn.Module):
         self._places = 1  # for draws; the predictor says how many there are
 
     @property
-    def n_members(self) -> int:
-        """Where each member has parameters of its own; AttributeError where not, as for any likelihood."""
+    def n_members(self) -> int | None:
         return self.likelihood.n_members
+
+    @property
+    def wrapped(self) -> Likelihood:
+        return self.likelihood
 
     def forward(self, outputs: Tensor) -> Tensor:
         return self.likelihood(outputs)
@@ -104,18 +107,15 @@ class DecidingLikelihood(nn.Module):
     @property
     def _center(self) -> float:
         """What the targets of the innermost likelihood are counted from."""
-        base, center = self.likelihood, 0.0
-        while hasattr(base, "likelihood"):
+        base, center = self.wrapped, 0.0
+        while base is not None:
             center += base.center if isinstance(base, Centered) else 0.0
-            base = base.likelihood
+            base = base.wrapped
         return center
 
     @property
     def _keeps_draws(self) -> bool:
-        base = self.likelihood
-        while hasattr(base, "likelihood"):
-            base = base.likelihood
-        if not isinstance(base, NormalLikelihood):
+        if not isinstance(self.innermost, NormalLikelihood):
             return False
         if getattr(self.decision, "bounds", None) is not None:
             return changes_draws(self.likelihood)  # otherwise each draw's own mean is all that is needed

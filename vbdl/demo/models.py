@@ -50,7 +50,7 @@ def load(path: str | Path, compile: bool = True) -> Predictor:
     if described["task"] not in TASKS or described["method"] not in METHODS:
         raise ValueError(f"{path} is of an unknown task or method: {described['task']!r}, {described['method']!r}")
     found = build(TASKS[described["task"]](described["seed"]), described["method"], described["seed"])
-    if hasattr(found.posterior, "stacked"):
+    if found.posterior.by_member:
         replicate(found.likelihood, found.posterior.n_members)
     tensors = load_file(path.with_suffix(".safetensors"))
     for name, module in (("posterior", found.posterior), ("likelihood", found.likelihood)):

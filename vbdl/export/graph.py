@@ -40,9 +40,9 @@ class TileCall:
 
 def tile_call(predictor: Predictor, tile: Inputs) -> TileCall:
     """The prediction of tiles like this one, as a module that `torch.export` takes."""
-    if getattr(predictor, "estimator", "sampling") != "sampling":
+    if predictor.estimator != "sampling":
         raise ValueError("a package predicts by sampling: export replace(estimator='sampling')")
-    executions = predictor._build(tile)
+    executions = predictor.build(tile)
     likelihood = predictor.likelihood
     parts = [_Part(e, predictor) for e in executions]
     fields: list[str] = []
@@ -105,8 +105,8 @@ class _Part:
 
     def __init__(self, execution: Execution, predictor: Predictor):
         numbers = torch.arange(execution.n_samples)
-        state = execution._state(numbers)
-        self.aligned = execution._aligned
+        state = execution.entries(numbers)
+        self.aligned = execution.aligned
         needed = execution.n_samples * execution.plan.activation_bytes
         if needed > predictor.settings.memory_budget:
             raise ValueError(
@@ -115,15 +115,15 @@ class _Part:
             )
         self._numbers = numbers.to(execution.device)
         self._keys = _keys(execution, numbers, state, predictor.seed)
-        self._names, shared = list(state), list(execution._shared.values())
+        self._names, shared = list(state), list(execution.shared.values())
         with torch.no_grad(), tracing():
-            traced = execution._trace(execution.plan.strategy, state)
-        kinds = [DRAWN] * len(state) + [ONCE] * len(shared) + [PREFIX] * len(tensors(execution._tile))
+            traced = execution.trace(execution.plan.strategy, state)
+        kinds = [DRAWN] * len(state) + [ONCE] * len(shared) + [PREFIX] * len(tensors(execution.tile))
         # no budget for what is kept of the draws: nothing may depend on the masks or weights of one seed
         rewrite(
             traced,
             kinds,
-            rows=tensors(execution._tile)[0].shape[0],
+            rows=tensors(execution.tile)[0].shape[0],
             n_samples=execution.n_samples,
             budget=0,
             joint=execution.settings.joint,
@@ -145,10 +145,10 @@ class _Part:
 
 def _keys(execution: Execution, numbers: Tensor, state: State, seed: int) -> set[str]:
     """Entries of a draw that are its (seed, draw); ValueError where anything else of a draw depends on the seed."""
-    other = execution.posterior.draws(numbers, seed + 1 if seed < 2**62 else seed - 1)
+    other = execution.model.entries(numbers, seed + 1 if seed < 2**62 else seed - 1)
     found = set()
     for name, t in state.items():
-        if not name.startswith("network.") or torch.equal(other[name.removeprefix("network.")].to(t.device), t):
+        if torch.equal(other[name], t):
             continue
         if t.dtype != torch.int64 or not torch.equal(t.cpu(), make_key(seed, numbers)):
             raise ValueError(

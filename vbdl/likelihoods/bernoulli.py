@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.likelihoods.targets import check_labelled
-from vbdl.types import State
+from vbdl.types import Likelihood, State
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_yes_or_no(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
     return y.to(torch.float32)
 
 
-class Bernoulli(nn.Module):
+class Bernoulli(Likelihood):
     """Outputs are logits of y = 1: (batch,) or (batch, 1) for one question, (batch, outputs) for several."""
 
     def forward(self, outputs: Tensor) -> Tensor:
@@ -75,9 +75,6 @@ class Bernoulli(nn.Module):
         """(batch, ...) logits, (batch, ...) -> (batch,) nats, summed over the questions."""
         logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
         return per_row(F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none"))
-
-    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
-        return self.nll(parameters, y)
 
     def summarize(self, parameters: Tensor) -> State:
         """(samples, batch, ...) logits -> running sums"""

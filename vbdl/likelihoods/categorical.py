@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vbdl_kernels import predictive_statistics
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
-from vbdl.types import State
+from vbdl.types import Likelihood, State
 
 
 def _in_one_pass(parameters: Tensor) -> bool:
@@ -65,7 +65,7 @@ def check_classes(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
     return y.to(torch.int64)
 
 
-class Categorical(nn.Module):
+class Categorical(Likelihood):
     """Outputs are logits, (batch, ..., classes), or with the classes on another axis (1 for images of pixels).
 
     Uncertainty: H[E p] = E H[p] + MI (Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
@@ -103,9 +103,6 @@ class Categorical(nn.Module):
         """(batch, ..., classes) logits, (batch, ...) -> (batch,) nats, summed over the axes between."""
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
         return per_row(-log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1))
-
-    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
-        return self.nll(parameters, y)
 
     def summarize(self, parameters: Tensor) -> State:
         """(samples, batch, ..., classes) logits -> running sums"""

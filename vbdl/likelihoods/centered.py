@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.likelihoods.normal_mixture import NormalLikelihood, RegressionPrediction
-from vbdl.types import State
+from vbdl.types import Likelihood, State
 
 # targets this many standard deviations from zero lose a part in 10,000 of one in float32
 FAR = 1_000.0
@@ -20,7 +20,7 @@ def is_far(mean: float, std: float) -> bool:
     return abs(mean) > FAR * std
 
 
-class Centered(nn.Module):
+class Centered(Likelihood):
     """A likelihood of normals for y - center: the network, its training and every sum work on numbers of the size of
     the spread, in float32, and predictions are about y, in float64.
 
@@ -45,6 +45,10 @@ class Centered(nn.Module):
     def noise_std(self) -> Tensor:
         """(outputs,), or (members, outputs) after an ensemble has learned it; target units. Of Gaussian only."""
         return self.likelihood.noise_std
+
+    @property
+    def wrapped(self) -> Likelihood:
+        return self.likelihood
 
     def forward(self, outputs: Tensor) -> Tensor:
         """(batch, outputs) about y - center -> its parameters"""

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.likelihoods.mixture import mixture_quantile, mixture_score
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.likelihoods.targets import check_labelled
-from vbdl.types import State
+from vbdl.types import Likelihood, State
 
 LOG_VARIANCE_BOUND = 40.0  # exp(+-40), stds of 2e-9 to 5e8, and its square are normal numbers of float32
 
@@ -161,7 +161,7 @@ def normal_nll(parameters: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (math.log(2 * math.pi) + log_variance + (y - mean).square() * (-log_variance).exp())
 
 
-class NormalLikelihood(nn.Module):
+class NormalLikelihood(Likelihood):
     """What every likelihood of normals shares: all but how outputs become means and log-variances.
 
     covariance: predictions carry the covariance between outputs, (batch, ..., outputs, outputs).
@@ -205,9 +205,6 @@ class NormalLikelihood(nn.Module):
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """(batch, ..., 2), (batch, ...) -> (batch,) nats, summed over a row's elements"""
         return per_row(normal_nll(parameters, y))
-
-    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
-        return self.nll(parameters, y)
 
     def summarize(self, parameters: Tensor) -> State:
         """(samples, batch, ..., 2) mean and log-variance -> running sums"""

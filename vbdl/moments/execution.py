@@ -10,12 +10,11 @@ from torch import Tensor, fx
 from vbdl.compiler import compile_graph
 from vbdl.execution import Execution, Settings
 from vbdl.graph import trace
+from vbdl.model import Model
 from vbdl.moments.interpret import dependent, run
 from vbdl.moments.value import Moments
-from vbdl.nn.observed import Observed
 from vbdl.program import tracing
-from vbdl.stacking import Inputs, State, call, select, state_of, tensors
-from vbdl.types import Likelihood, Posterior
+from vbdl.stacking import Inputs, State, call, select, tensors
 
 NODES = 256  # points of p(y | x)'s parameters that its moments are read from
 _MOST_DIMENSIONS = 4096
@@ -50,20 +49,19 @@ class MomentExecution:
 
     def __init__(
         self,
-        posterior: Posterior,
-        likelihood: Likelihood,
+        model: Model,
         tile: Inputs,  # (rows, ...) each
         settings: Settings,
         n_samples: int,  # draws that `error` compares with
     ):
-        if posterior.n_members > 1:
+        if model.posterior.n_members > 1:
             raise ValueError(
                 "estimator='moments' is for MC dropout and mean-field networks: the members of an ensemble are few and "
                 "given, so that their average is exact and costs no more than a pass each. Use estimator='sampling'"
             )
         if settings.autocast is not None:
             raise ValueError("estimator='moments' computes in the network's own dtype: leave out autocast")
-        self.posterior, self.likelihood, self.settings = posterior, likelihood, settings
+        self.model, self.likelihood, self.settings = model, model.likelihood, settings
         self.n_samples, self._tile = n_samples, tile
         self.warm: set[str] = set()
         self.plan = MomentPlan(self)
@@ -74,18 +72,13 @@ class MomentExecution:
 
     def _prepare(self) -> None:
         """Trace one draw, and compute all that does not depend on the input: moments of weights and of masks."""
-        self.posterior.prepare(self._tile)
-        network = Observed(self.posterior.module, self.likelihood)  # type: ignore[arg-type]
-        stacked = {
-            f"network.{n}": t.detach() for n, t in self.posterior.draws(torch.arange(1), self.settings.seed).items()
-        }
-        device = tensors(self._tile)[0].device
-        stacked = {n: t.to(device) for n, t in stacked.items()}
-        shared = {n: t.detach() for n, t in state_of(network).items() if n not in stacked}
+        self.model.posterior.prepare(self._tile)
+        stacked = self.model.entries(torch.arange(1), self.settings.seed)
+        shared = {n: t.detach() for n, t in self.model.shared(stacked).items()}
 
         def parameters(entries: list[Tensor], rest: list[Tensor], tile: Inputs) -> tuple[Tensor]:
             one = select(dict(zip(stacked, entries, strict=True)), 0)
-            return (call(network, {**dict(zip(shared, rest, strict=True)), **one}, tile),)
+            return (call(self.model, {**dict(zip(shared, rest, strict=True)), **one}, tile),)
 
         given = [*stacked.values(), *shared.values()]
         self._traced = trace(parameters, list(stacked.values()), list(shared.values()), self._tile, aligned=False)
@@ -104,7 +97,7 @@ class MomentExecution:
         found = run(self._traced, self._moving, {**self._kept, **dict(zip(self._inputs, self._tensors(), strict=True))})
         outputs = found.get(self._output)
         if not isinstance(outputs, Moments):
-            raise ValueError(f"nothing random reaches the output of this {type(self.posterior).__name__}")
+            raise ValueError(f"nothing random reaches the output of this {type(self.model.posterior).__name__}")
         self.parameter_shape = outputs.shape
         self._points = _normal_points(tuple(outputs.shape[1:])).to(outputs.mean)
 
@@ -157,7 +150,7 @@ class MomentExecution:
     def error(self) -> str:
         """How far the prediction of the example is from that of sampling."""
         settings = dataclasses.replace(self.settings, compile=False)
-        sampling = Execution(self.posterior, self.likelihood, self._tile, settings, self.n_samples, {})
+        sampling = Execution(self.model, self._tile, settings, self.n_samples)
         drawn = self.likelihood.finish(sampling.sums(self._tile, sampling.empty_sums()))
         found = self.fields(self._tile)
         first = next(n for n in ("probs", "mean") if n in found)

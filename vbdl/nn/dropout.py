@@ -25,6 +25,7 @@ from vbdl_kernels import keep_mask
 from vbdl.frozen import hold_frozen
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
 from vbdl.nn.embedding import embedding
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.recurrent import recurrent
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
 from vbdl.stacking import arguments, call, map_inputs
@@ -291,7 +292,7 @@ def may_drop(module: nn.Module) -> bool:
     return False
 
 
-class DropoutNetwork(nn.Module):
+class DropoutNetwork(KeyedNetwork):
     """A module whose evaluation keeps dropout on, with the masks of the draw in `key`.
 
     In training mode it is the module itself (`Objective` draws the masks, one a row). In evaluation every dropout is
@@ -299,7 +300,6 @@ class DropoutNetwork(nn.Module):
     a module of one's own does in training only (`vbdl/nn/training_reads.py`).
     """
 
-    key: Tensor
     found_by_running = ("sites", "on", "off")  # which say nothing of the network that running it would not
 
     def __init__(
@@ -375,8 +375,8 @@ class DropoutNetwork(nn.Module):
 
         self.on, self.off = places_of_dropout(run, self._fixed())
 
-    def adopt(self, other: "DropoutNetwork") -> None:
-        """Take what running has found in another network of the same modules."""
+    def adopt(self, other: KeyedNetwork) -> None:
+        assert isinstance(other, DropoutNetwork)
         self.sites, self.on, self.off = other.sites, other.on, other.off
 
     @torch.no_grad()

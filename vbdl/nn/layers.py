@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vbdl_kernels import make_key
 
 from vbdl.frozen import hold_frozen
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior
 from vbdl.nn.sampled import SampledNetwork
 from vbdl.stacking import call
@@ -72,10 +73,9 @@ class BayesianConv3d(_BayesianLayer):
         super().__init__(nn.Conv3d(*args, **options), prior_std, initial_std)
 
 
-class LayeredNetwork(nn.Module):
+class LayeredNetwork(KeyedNetwork):
     """A network with Bayesian layers in it, with the interface of a SampledNetwork: one key draws them all."""
 
-    key: Tensor
     kl_weight: Tensor
 
     def __init__(self, inner: nn.Module, n_data: int):

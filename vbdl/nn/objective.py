@@ -8,8 +8,9 @@ from vbdl_kernels import make_key
 
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.dropout import CounterDropout
-from vbdl.stacking import call
-from vbdl.types import Inputs
+from vbdl.nn.keyed import KeyedNetwork
+from vbdl.stacking import call, map_inputs
+from vbdl.types import Inputs, Likelihood, Posterior, State
 
 _TRAINING = 1 << 62  # training draws come from seeds of their own, never from those of a prediction
 
@@ -30,7 +31,7 @@ class Objective(nn.Module):
 
     key: Tensor
 
-    def __init__(self, network: nn.Module, likelihood: Any, n_samples: int = 1):
+    def __init__(self, network: nn.Module, likelihood: Likelihood, n_samples: int = 1):
         super().__init__()
         self.network, self.n_samples = network, n_samples
         self.likelihood: Any = likelihood
@@ -43,10 +44,46 @@ class Objective(nn.Module):
         return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 
     def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:
-        root = getattr(self.network, "inner", self.network)  # rates are overridden by the names of the user's modules
-        with CounterDropout(key, root, getattr(self.network, "rate", None), per_row=True):
-            outputs = call(self.network, {"key": key} if hasattr(self.network, "key") else {}, inputs)
-        loss = self.likelihood.training_loss(self.likelihood(outputs), y).mean()
-        regularization = getattr(self.network, "regularization", None)
+        network = self.network
+        if not isinstance(network, KeyedNetwork):
+            with CounterDropout(key, network, per_row=True):
+                outputs = call(network, {}, inputs)
+            return self._nll(outputs, y)
+        with CounterDropout(key, network.inner, network.rate, per_row=True):  # rates are by the user's module names
+            outputs = call(network, {"key": key}, inputs)
+        loss = self._nll(outputs, y)
         # at the same key, since the KL of some priors is estimated at the weights drawn
-        return loss if regularization is None else loss + regularization(key)
+        regularization = network.regularization(key)
+        return loss if regularization is None else loss + regularization
+
+    def _nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.likelihood.training_loss(self.likelihood(outputs), y).mean()
+
+
+class KeyedPosterior(Posterior):
+    """A posterior of one network whose draws differ in their key alone, in training and in prediction.
+
+    seed: of the draws in training. steps: () int64 buffer, the training steps taken. n_samples: draws a step, averaged.
+    """
+
+    module: KeyedNetwork
+    seed: int
+    steps: Tensor
+    n_samples: int = 1
+
+    @property
+    def user_network(self) -> nn.Module:
+        return self.module.inner
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """(samples,) draw numbers -> the key of each"""
+        return {"key": make_key(seed, numbers)}
+
+    def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
+        """(1,) nats a row: the mean over the batch of -log p(y | x, draw), plus the network's regularization."""
+        if own_rows:
+            x, y = map_inputs(lambda t: t[0], x), y[0]
+        objective = Objective(self.module, likelihood, self.n_samples)
+        objective.key = training_keys(self.seed, 1, self.steps * self.n_samples)[0]
+        self.steps += 1
+        return objective(x, y).unsqueeze(0)

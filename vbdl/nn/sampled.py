@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vbdl.frozen import hold_frozen
 from vbdl.nn.drawn import drawn, noise, once
 from vbdl.nn.embedding import padding_rows
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
 from vbdl.stacking import State, call
 
@@ -39,14 +40,13 @@ class LogStd(nn.Module):
                 p.fill_(self.initial)
 
 
-class SampledNetwork(nn.Module):
+class SampledNetwork(KeyedNetwork):
     """w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters; the others stay as they are.
 
     The padding row of an embedding is no weight: it stays as it is too, and is no part of the KL.
     n_data: rows of the training set; the KL term of a row is kl_weight * KL / n_data.
     """
 
-    key: Tensor
     kl_weight: Tensor
 
     def __init__(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vbdl.architecture import architecture, difference, stack
 from vbdl.frozen import frozen_modules, hold_frozen
-from vbdl.nn.dropout import DropoutNetwork
-from vbdl.nn.objective import Objective, training_keys
+from vbdl.model import Model
+from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
 from vbdl.stacking import (
     blueprint,
     call_each,
@@ -27,10 +27,10 @@ from vbdl.stacking import (
     state_of,
     why_not_mapped,
 )
-from vbdl.types import Inputs, State, is_posterior
+from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
 
 
-class DeepEnsemble(nn.Module):
+class DeepEnsemble(Posterior):
     """q(w) = an equal mixture of the members: parameters and buffers of every member, stacked.
 
     networks: a module, of which n_members fresh initialisations are made, or a list of (trained) modules. Either may
@@ -58,6 +58,7 @@ class DeepEnsemble(nn.Module):
         super().__init__()
         for network in networks if isinstance(networks, Sequence) else [networks]:
             check_network(network, scripted=True)
+            _base(network)
             if not state_of(network):
                 raise ValueError("the network has no parameter or buffer, so that members cannot differ")
         if isinstance(networks, nn.Module):
@@ -73,7 +74,7 @@ class DeepEnsemble(nn.Module):
         groups = _consecutive(members)
         if len(groups) > 1:
             if any(is_posterior(member) for member in members):
-                first, other = (architecture(_network_of(group[0])) for group in groups[:2])
+                first, other = (architecture(_module_of(group[0])) for group in groups[:2])
                 said = "other frozen parameters" if first == other else difference(first, other)
                 raise ValueError(
                     f"members of different architectures must be plain networks, not posteriors; member "
@@ -82,14 +83,14 @@ class DeepEnsemble(nn.Module):
             self._join([DeepEnsemble(group) for group in groups])
             return
         self._parts = nn.ModuleList()
-        self.lost_hooks = tuple(name for member in members for name in parameter_hooks(_network_of(member)))
+        self.lost_hooks = tuple(name for member in members for name in parameter_hooks(_module_of(member)))
         self.n_members = len(members)
         self.n_draws = len(members)
 
-        base: Any = members[0] if is_posterior(members[0]) else None
+        base = _base(members[0])
         modules: list[Any] = [m.module for m in members] if base is not None else members
         # structure only, kept out of the registered modules: every parameter and buffer is in the stacks
-        self._hidden = (blueprint(modules[0]), blueprint(base) if base is not None else None)
+        self._hidden: tuple[Any, Any] = (blueprint(modules[0]), blueprint(base) if base is not None else None)
         if base is not None:
             self.n_draws = None if base.n_draws is None else base.n_draws * len(members)
         trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
@@ -133,7 +134,11 @@ class DeepEnsemble(nn.Module):
         return self._parts if len(self._parts) else self._hidden[0]
 
     @property
-    def base(self) -> Any:
+    def user_network(self) -> nn.Module:
+        return self.module if self.base is None else self._hidden[0].inner
+
+    @property
+    def base(self) -> KeyedPosterior | None:
         """What each member is, where members are posteriors themselves."""
         return None if len(self._parts) else self._hidden[1]
 
@@ -175,10 +180,15 @@ class DeepEnsemble(nn.Module):
         return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
 
     @property
+    def by_member(self) -> frozenset[str]:
+        return frozenset(name for name in state_of(self) if name.startswith("stacked_"))
+
+    @property
     def kl_weight(self) -> float | None:
         """Weight of the KL term where members are mean-field networks, None elsewhere."""
-        found = None if len(self._parts) else getattr(self.stacked_buffers, "kl_weight", None)
-        return None if found is None else float(found[0])
+        if self.base is None or "kl_weight" not in self._buffer_names:
+            return None
+        return float(self.stacked_buffers.get_buffer("kl_weight")[0])
 
     @kl_weight.setter
     def kl_weight(self, value: float) -> None:
@@ -214,14 +224,11 @@ class DeepEnsemble(nn.Module):
         """The base looks at the inputs with the first member's tensors."""
         assert self.base is not None
         probe: Any = holding(self.base, {f"module.{name}": t for name, t in self.member(0).items()})
-        hidden = self._hidden[0]
-        if isinstance(hidden, DropoutNetwork):
-            probe.module.adopt(hidden)
+        probe.module.adopt(self._hidden[0])
         probe.prepare(inputs)
-        if isinstance(hidden, DropoutNetwork):
-            hidden.adopt(probe.module)
+        self._hidden[0].adopt(probe.module)
 
-    def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module, own_rows: bool = False) -> Tensor:
+    def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
         """(members,) each member's loss, nats a row.
 
         own_rows: x and y have a leading members axis, a batch for each member.
@@ -236,18 +243,15 @@ class DeepEnsemble(nn.Module):
             return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
-    def _objective(self, likelihood: nn.Module) -> tuple[Objective, State, State]:
+    def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
         """What the members minimize, its entries (members, ...) of the next step, and those that they share."""
-        state = {f"network.{name}": t for name, t in self.stacked().items()}
-        n_samples = getattr(self.base, "n_samples", 1)
+        model, n_samples = Model(self, likelihood), 1 if self.base is None else self.base.n_samples
+        state = model.member_entries()
+        shared = model.shared(state)
         state["key"] = training_keys(self.seed, self.n_members, self.steps * n_samples)
-        shared = {f"network.{name}": t for name, t in self.shared().items()}
-        for name, t in [*likelihood.named_parameters(), *likelihood.named_buffers()]:
-            target = state if getattr(likelihood, "n_members", None) == self.n_members else shared
-            target[f"likelihood.{name}"] = t
         return Objective(self.module, likelihood, n_samples), state, shared
 
-    def settle(self, x: Inputs, y: Tensor, likelihood: nn.Module, own_rows: bool = False) -> None:
+    def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
         """Find out on a first batch whether members can be trained together; what cannot is trained one by one.
 
         `one_by_one` then holds the reason, or is "" where they are trained together.
@@ -263,10 +267,6 @@ class DeepEnsemble(nn.Module):
                 "it a buffer with register_buffer(name, tensor), so that each has its own"
             ) from error
         self.one_by_one = reason or ""
-
-    def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
-        """Summed over members, so that the gradient of each is its own: nats a row."""
-        return self.losses(x, y, likelihood).sum()
 
 
 def _key(name: str) -> str:
@@ -299,8 +299,24 @@ def _frozen_names(module: nn.Module) -> set[str]:
     return found
 
 
-def _network_of(member: Any) -> nn.Module:
+def _network_of(member: nn.Module) -> nn.Module:
+    """The user's network of a member."""
+    return member.user_network if is_posterior(member) else member
+
+
+def _module_of(member: nn.Module) -> nn.Module:
+    """The module of a member that is called and stacked."""
     return member.module if is_posterior(member) else member
+
+
+def _base(member: nn.Module) -> KeyedPosterior | None:
+    """The posterior that a member is, or None for a network."""
+    if is_posterior(member) and not isinstance(member, KeyedPosterior):
+        raise TypeError(
+            f"members that are posteriors draw from keys, like vbdl.MCDropout and vbdl.MeanField, got "
+            f"{type(member).__name__}: give DeepEnsemble the networks themselves"
+        )
+    return member if isinstance(member, KeyedPosterior) else None
 
 
 def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
@@ -308,7 +324,7 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
-        network = _network_of(member)
+        network = _module_of(member)
         frozen = [f"{name} is frozen" for name, p in network.named_parameters() if not p.requires_grad]
         this = architecture(network) + frozen  # members that train other parts are not one either
         if this != last:
@@ -332,7 +348,7 @@ def reset_parameters(module: nn.Module) -> None:
 
     Raises ValueError where parameters belong to a submodule that has no initialisation, or all are frozen.
     """
-    target: Any = module.module.inner if is_posterior(module) else module
+    target = _network_of(module)
     if not any(p.requires_grad for p in target.parameters()):
         raise ValueError(
             "every parameter is frozen, so all members would be one network: thaw what is to be trained with "

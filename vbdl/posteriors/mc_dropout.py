@@ -7,16 +7,15 @@ https://arxiv.org/abs/1506.02142
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from vbdl_kernels import make_key
+from torch import nn
 
 from vbdl.nn.dropout import DropoutNetwork, may_drop
-from vbdl.nn.objective import Objective, training_keys
+from vbdl.nn.objective import KeyedPosterior
 from vbdl.stacking import check_chosen, check_network, copied, parameter_hooks
-from vbdl.types import Inputs, State
+from vbdl.types import Inputs
 
 
-class MCDropout(nn.Module):
+class MCDropout(KeyedPosterior):
     """q(w) = the module's weights with units dropped at its own rates, one mask a sample, shared by the batch.
 
     module: any network with dropout: layers, `F.dropout`, attention, between recurrent layers. It is copied.
@@ -29,9 +28,7 @@ class MCDropout(nn.Module):
     no dropout, at once if no code of it mentions dropout, else when it is first run.
     """
 
-    n_members = 1
-    n_draws = None
-    steps: Tensor
+    module: DropoutNetwork
 
     def __init__(
         self,
@@ -61,14 +58,6 @@ class MCDropout(nn.Module):
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
-    @property
-    def parts(self) -> Sequence["MCDropout"]:
-        return (self,)
-
-    def draws(self, numbers: Tensor, seed: int) -> State:
-        """(samples,) draw numbers -> the key of each"""
-        return {"key": make_key(seed, numbers)}
-
     def prepare(self, inputs: Inputs) -> None:
         """Find every dropout by running the module, and where the batch is in each."""
         was_training = self.module.training
@@ -83,14 +72,3 @@ class MCDropout(nn.Module):
                 f"no dropout with a rate above 0 was called when the module ran, so every sample would be the same: "
                 f"check the rates and deterministic=, or give MCDropout(module, p=...){off}"
             )
-
-    def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
-        """(1,) nats a row, with a mask a row"""
-        objective = Objective(self.module, likelihood)
-        objective.key = training_keys(self.seed, 1, self.steps)[0]
-        self.steps += 1
-        return objective(x, y).unsqueeze(0)
-
-    def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
-        """Mean over the batch of -log p(y | x, w), nats. Put the posterior in train() first."""
-        return self.losses(x, y, likelihood).sum()

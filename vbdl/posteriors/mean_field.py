@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vbdl_kernels import make_key
 
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
-from vbdl.nn.objective import Objective, training_keys
+from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
 from vbdl.stacking import check_chosen, check_network, copied, parameter_hooks
-from vbdl.types import Inputs, State
 
 
-class MeanField(nn.Module):
+class MeanField(KeyedPosterior):
     """q(w) = prod_i N(mean_i, std_i^2); loss = E_q[-log p(y | x, w)] + kl_weight * KL(q || prior) / n_data.
 
     module: any network; it is copied, and its weights are the initial means (train it first, or not). In one that has
@@ -33,9 +31,7 @@ class MeanField(nn.Module):
     seed: of the draws in training; member m of an ensemble of these uses seed + m.
     """
 
-    n_members = 1
-    n_draws = None
-    steps: Tensor
+    module: Any
 
     def __init__(
         self,
@@ -57,7 +53,6 @@ class MeanField(nn.Module):
         if n_samples < 1:
             raise ValueError(f"n_samples is at least 1, got {n_samples}")
         self.lost_hooks = parameter_hooks(module)
-        self.module: Any
         if has_bayesian_layers(module):
             if parameters is not None or prior_std != 1.0 or initial_std != 0.05:
                 raise ValueError("a network with Bayesian layers has its priors and initial_std in those layers")
@@ -69,10 +64,6 @@ class MeanField(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @property
-    def parts(self) -> Sequence["MeanField"]:
-        return (self,)
-
-    @property
     def kl_weight(self) -> float:
         """Weight of the KL term; below 1 the posterior is tempered, as in a warm-up schedule."""
         return float(self.module.kl_weight)
@@ -81,24 +72,6 @@ class MeanField(nn.Module):
     def kl_weight(self, value: float) -> None:
         self.module.kl_weight.fill_(value)
 
-    def draws(self, numbers: Tensor, seed: int) -> State:
-        """(samples,) draw numbers -> the key of each"""
-        return {"key": make_key(seed, numbers)}
-
-    def prepare(self, inputs: Inputs) -> None:
-        pass
-
     def kl(self) -> Tensor:
         """KL(q || prior) in nats, summed over every weight."""
         return self.module.kl()
-
-    def losses(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
-        """(1,) negative ELBO, nats a row"""
-        objective = Objective(self.module, likelihood, self.n_samples)
-        objective.key = training_keys(self.seed, 1, self.steps * self.n_samples)[0]
-        self.steps += 1
-        return objective(x, y).unsqueeze(0)
-
-    def loss(self, x: Inputs, y: Tensor, likelihood: nn.Module) -> Tensor:
-        """Negative ELBO of the batch, nats a row."""
-        return self.losses(x, y, likelihood).sum()

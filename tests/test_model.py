@@ -6,8 +6,9 @@ from torch import nn
 
 from vbdl import Categorical
 from vbdl.graph import trace
-from vbdl.nn.observed import Observed
+from vbdl.model import Model
 from vbdl.stacking import call_each, call_stacked, state_of
+from vbdl.types import Posterior
 
 NETWORKS = {
     "1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.ConvTranspose1d(8, 4, 3)), (5,)),
@@ -22,7 +23,9 @@ def test_autocast_reaches_layers_that_are_mapped(name, own):
     """Convolutions and what follows them in bfloat16, as one draw after the other has them; weights of all layers or
     of the first are each draw's own."""
     make, size = NETWORKS[name]
-    network = Observed(nn.Sequential(make(), nn.Flatten()).eval(), Categorical(), autocast=torch.bfloat16)
+    q = Posterior()
+    q.module = nn.Sequential(make(), nn.Flatten()).eval()
+    network = Model(q, Categorical(), autocast=torch.bfloat16)
     state = {n: t.detach() for n, t in state_of(network).items()}
     stacked = {
         n: torch.randn(2, *t.shape) if t.is_floating_point() and "running" not in n else torch.stack([t, t])
