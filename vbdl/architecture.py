@@ -1,4 +1,4 @@
-"""What makes two networks the same but for their parameters and buffers: only such networks are stacked.
+"""The architecture of a network: everything but its parameters and buffers. Only equal ones are stacked.
 
 Modules, settings, hooks and constants are compared: a tensor, an array, a scaler or a closure that a network computes
 with and that is no buffer would be member 0's for every member of a stack.
@@ -34,13 +34,13 @@ _DEEP = 40  # objects within objects; what lies deeper is not what a forward com
 
 
 def stack(modules: Sequence[nn.Module], without: Collection[str] = ()) -> State:
-    """Parameters and buffers of modules of one architecture, stacked: (members, ...) each, detached copies."""
+    """Stack the parameters and buffers of modules of one architecture: (members, ...) each, detached copies."""
     states = [state_of(module) for module in modules]
     return {name: torch.stack([s[name].detach() for s in states]) for name in states[0] if name not in without}
 
 
 def architecture(module: nn.Module) -> list[str]:
-    """What has to be equal for two modules to be stacked, a line each."""
+    """Describe a module's architecture in lines, which are equal for modules that can be stacked."""
     lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
     # numbers of heads, rates and the like, which no tensor and not every extra_repr shows
     for name, m in module.named_modules():
@@ -58,7 +58,7 @@ def is_plain(value: Any) -> bool:
 
 
 def difference(a: list[str], b: list[str]) -> str:
-    """The first line in which two architectures differ."""
+    """Say the first difference of two architectures, for an error message."""
     for left, right in zip(a, b, strict=False):
         if left != right:
             return f"'{right}' where member 0 has '{left}'"
@@ -67,7 +67,7 @@ def difference(a: list[str], b: list[str]) -> str:
 
 
 def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
-    """What a network holds beside its parameters, buffers and plain settings, by where it is: `layer.scaler.mean_`.
+    """Describe what a network holds beside parameters, buffers and plain settings, by path: `layer.scaler.mean_`.
 
     Tensors and arrays are given by a digest of their numbers, functions by what they have closed over.
     code: functions by their code too, which differs between versions of Python.
@@ -88,23 +88,23 @@ def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
                     reader.read(f"{path}[{number}]", hook)
             elif key not in _OF_EVERY_MODULE and (key.startswith("_") or not is_plain(value)):
                 reader.read(path, value)
-    return reader.found
+    return reader.described
 
 
 def _is_named(kind: type) -> bool:
-    """Whether the name of a class says which it is: not where it was made in a function, whose variables its methods
-    may use, by `type(...)`, or before another one of its name."""
-    found: Any = sys.modules.get(kind.__module__)
+    """Whether a class can be found by its name in its module. Not if it was defined in a function (its methods may use
+    the function's variables), made by `type(...)`, or shadowed by a later class of that name."""
+    named: Any = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found is kind
+        named = getattr(named, part, None)
+    return named is kind
 
 
 class _Reader:
-    """Reads values to their leaves, each object once."""
+    """Describes values and everything inside them, each object once, in `described`."""
 
     def __init__(self, module: nn.Module, code: bool):
-        self.found: dict[str, str] = {}
+        self.described: dict[str, str] = {}
         self._code = code
         self._known = {id(t) for t in state_of(module).values()} | {id(m) for m in module.modules()}
         self._alive: list[Any] = []  # what has been read, so that no id is used again
@@ -119,9 +119,9 @@ class _Reader:
         self._alive.append(value)
         if isinstance(value, Tensor):
             if not is_computed(value):
-                self.found[path] = _tensor(value)
+                self.described[path] = _tensor(value)
         elif isinstance(value, np.ndarray):
-            self.found[path] = _array(value)
+            self.described[path] = _array(value)
         elif isinstance(value, nn.Module):
             for name, t in state_of(value).items():  # in a plain list, say: it is not trained and not stacked
                 self.read(f"{path}.{name}", t)
@@ -135,7 +135,7 @@ class _Reader:
 
     def _scalar(self, path: str, value: Any) -> None:
         if value is not None and path.rpartition(".")[2] not in _OF_NO_EFFECT:
-            self.found[path] = getattr(value, "__qualname__", None) or repr(value)
+            self.described[path] = getattr(value, "__qualname__", None) or repr(value)
 
     def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
@@ -144,11 +144,11 @@ class _Reader:
                 yield f"[{key!r}]" if isinstance(key, str | int | bool | tuple) else "[.]", inner
         elif isinstance(value, list | tuple | collections.deque | array.array):
             if len(value) > _MANY and all(isinstance(v, _SCALARS) for v in value):
-                self.found[path] = _digest(repr(value).encode())
+                self.described[path] = _digest(repr(value).encode())
             else:
                 yield from ((f"[{number}]", inner) for number, inner in enumerate(value))
         elif isinstance(value, set | frozenset):
-            self.found[path] = _digest(repr(sorted(map(repr, value))).encode())
+            self.described[path] = _digest(repr(sorted(map(repr, value))).encode())
         elif isinstance(value, functools.partial):
             yield from (("", value.func), (".args", value.args), (".keywords", value.keywords))
         elif isinstance(value, types.MethodType):
@@ -157,18 +157,18 @@ class _Reader:
             yield from self._closed_over(path, value)
         elif callable(inner := getattr(value, "__wrapped__", None)):  # in a cache, say
             yield "", inner
-        elif callable(value) and isinstance(said := getattr(value, "__name__", None), str):
-            self.found[path] = said  # built in, or an operator
+        elif callable(value) and isinstance(name := getattr(value, "__name__", None), str):
+            self.described[path] = name  # built in, or an operator
         elif isinstance(held := _numbers(value), np.ndarray):  # a frame, a series
-            self.found[path] = _array(held)
+            self.described[path] = _array(held)
         else:
-            self.found[path] = type(value).__qualname__
+            self.described[path] = type(value).__qualname__
             if _may_hold_numbers(value):
                 yield from ((f".{key}", inner) for key, inner in _attributes(value))
 
     def _closed_over(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-        said = function.__qualname__
-        self.found[path] = f"{said} {_digest(_code(function.__code__))}" if self._code else said
+        name = function.__qualname__
+        self.described[path] = f"{name} {_digest(_code(function.__code__))}" if self._code else name
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 yield f".{name}", cell.cell_contents
@@ -179,7 +179,7 @@ class _Reader:
 
 
 def _numbers(value: Any) -> Any:
-    """What a frame or a series holds, as an array; None for other objects."""
+    """The values of a data frame or a series as an array, or None for other objects."""
     convert = getattr(value, "to_numpy", None)
     try:
         return convert() if callable(convert) else None
@@ -188,7 +188,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _may_hold_numbers(value: Any) -> bool:
-    """Not a logger, a lock or a graph of operations, which differ from one network to the next and compute nothing."""
+    """Whether to read an object's attributes: not of a logger, a lock or a graph, which compute nothing."""
     home = type(value).__module__
     return home.partition(".")[0] not in sys.stdlib_module_names - {"types"} and not home.startswith("torch.fx")
 
@@ -209,11 +209,11 @@ def _code(code: types.CodeType) -> bytes:
 
 
 def _tensor(t: Tensor) -> str:
-    said = f"Tensor {tuple(t.shape)} {t.dtype}"
+    text = f"Tensor {tuple(t.shape)} {t.dtype}"
     if t.device.type == "meta" or t.layout != torch.strided or t.is_quantized:
-        return said
+        return text
     flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return f"{said} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
+    return f"{text} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
 
 
 def _array(values: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Layers that training leaves as they are: those whose parameters are all frozen, with what they keep in buffers."""
+"""Frozen layers: those whose parameters are all frozen, which training leaves as they are, buffers included."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ _NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 
 
 def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules, by name, that have parameters and none that is trained, with all that is inside them."""
+    """Yield, with their names, the modules whose parameters are all frozen, and every module inside them."""
     inside: set[int] = set()
     for name, m in module.named_modules():
         parameters = list(m.parameters())
@@ -19,7 +19,7 @@ def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def hold_frozen(module: nn.Module) -> None:
-    """Put frozen layers that keep statistics of their batches in evaluation, so that training does not move these.
+    """Put frozen layers that have buffers in evaluation mode, so that training does not move their statistics.
 
     Dropout inside a frozen backbone stays on, as the rest of training has it.
     """

@@ -1,4 +1,4 @@
-"""Every split's draws in one call: members of a stacked posterior, each on its own rows."""
+"""Predictions of all splits in one call: each member of a stacked posterior on the rows of its own split."""
 
 from collections.abc import Iterator
 
@@ -44,6 +44,5 @@ def stacked_parameters(
             tile = inputs[:, first : first + width]
             tile = tile.repeat(count, *[1] * (tile.ndim - 1)) if count > 1 else tile
             tiles.append(execute(model, state, shared, tile, inputs_stacked=True))
-        found = torch.cat(tiles, dim=1)  # (count * members, rows, ...)
-        found = found.unflatten(0, (count, splits, per_split)).transpose(1, 2)
-        yield found.flatten(0, 1)
+        parameters = torch.cat(tiles, dim=1)  # (count * members, rows, ...)
+        yield parameters.unflatten(0, (count, splits, per_split)).transpose(1, 2).flatten(0, 1)

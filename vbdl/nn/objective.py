@@ -1,4 +1,4 @@
-"""What training minimises, as one module, so that it can be stacked, mapped and compiled like any other."""
+"""The training objective as a module, so that it can be stacked, mapped and compiled like any other."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _TRAINING = 1 << 62  # training draws come from seeds of their own, never from t
 
 
 def training_keys(seed: int, n_members: int, number: Tensor) -> Tensor:
-    """The keys of a training step, (members, 2): member m draws from seed + m. number: () its first draw."""
+    """The keys of a training step, (members, 2); member m draws from seed + m. number: () the step's first draw."""
     return torch.cat([make_key((seed + m) ^ _TRAINING, number.reshape(1)) for m in range(n_members)])
 
 

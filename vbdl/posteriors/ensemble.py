@@ -97,20 +97,20 @@ class DeepEnsemble(Posterior):
         self.stacked_parameters = nn.Module()  # a ParameterDict has no place for one named "values"
         self.stacked_buffers = nn.Module()
         self.held_once = nn.Module()
-        own = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
-        for name, tensor in own.items():
+        equal = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
+        for name, tensor in equal.items():
             if name in trainable:
                 self.held_once.register_parameter(_key(name), nn.Parameter(tensor.detach().clone(), False))
             else:
                 self.held_once.register_buffer(_key(name), tensor.detach().clone())
-        self._shared_names = tuple(own)
-        for name, tensor in stack(modules, own).items():
+        self._shared_names = tuple(equal)
+        for name, tensor in stack(modules, equal).items():
             if name in trainable:
                 self.stacked_parameters.register_parameter(_key(name), nn.Parameter(tensor, trainable[name]))
             else:
                 self.stacked_buffers.register_buffer(_key(name), tensor)
-        self._parameter_names = tuple(n for n in trainable if n not in own)
-        self._buffer_names = tuple(n for n, _ in modules[0].named_buffers() if n not in own)
+        self._parameter_names = tuple(n for n in trainable if n not in equal)
+        self._buffer_names = tuple(n for n, _ in modules[0].named_buffers() if n not in equal)
         self._link()
         self.seed = seed
         device = next(iter(self.stacked().values())).device
@@ -118,7 +118,7 @@ class DeepEnsemble(Posterior):
 
     @classmethod
     def joined(cls, parts: "Sequence[DeepEnsemble]") -> "DeepEnsemble":
-        """One ensemble of the members of several, each of one architecture."""
+        """Join ensembles, each of one architecture, into one ensemble of all their members."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._join(parts)
@@ -127,10 +127,11 @@ class DeepEnsemble(Posterior):
     def _join(self, parts: "Sequence[DeepEnsemble]") -> None:
         self._parts = nn.ModuleList(parts)
         self.n_members = self.n_draws = sum(part.n_members for part in parts)
+        self.seed = parts[0].seed
 
     @property
     def module(self) -> nn.Module:
-        """The members' architecture; its tensors are in the stacks. Several architectures are called by part."""
+        """The members' common module, whose tensors are placeholders; one a part for several architectures."""
         return self._parts if len(self._parts) else self._hidden[0]
 
     @property
@@ -139,7 +140,7 @@ class DeepEnsemble(Posterior):
 
     @property
     def base(self) -> KeyedPosterior | None:
-        """What each member is, where members are posteriors themselves."""
+        """The posterior that every member is (without its tensors), or None if the members are plain networks."""
         return None if len(self._parts) else self._hidden[1]
 
     @property
@@ -161,7 +162,7 @@ class DeepEnsemble(Posterior):
         return self
 
     def _link(self) -> None:
-        """Put what members hold together in its places in the module that is called."""
+        """Put the shared tensors in their places in the module that is called."""
         places = places_of(self._hidden[0])
         for name, t in self.shared().items():
             for place in places[name]:
@@ -171,11 +172,11 @@ class DeepEnsemble(Posterior):
                 held[leaf] = t
 
     def shared(self) -> State:
-        """Parameters and buffers that members hold together, without a members axis; none of them is trained."""
+        """The parameters and buffers that all members share, without a members axis; none of them is trained."""
         return {name: getattr(self.held_once, _key(name)) for name in self._shared_names}
 
     def stacked(self) -> State:
-        """Parameters and buffers that each member has of its own: (members, ...) each, the tensors that are trained."""
+        """The parameters and buffers that each member has of its own, (members, ...) each: the trained tensors."""
         parameters = {name: getattr(self.stacked_parameters, _key(name)) for name in self._parameter_names}
         return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
 
@@ -185,7 +186,7 @@ class DeepEnsemble(Posterior):
 
     @property
     def kl_weight(self) -> float | None:
-        """Weight of the KL term where members are mean-field networks, None elsewhere."""
+        """The weight of the KL term if the members are mean-field networks, else None."""
         if self.base is None or "kl_weight" not in self._buffer_names:
             return None
         return float(self.stacked_buffers.get_buffer("kl_weight")[0])
@@ -195,13 +196,13 @@ class DeepEnsemble(Posterior):
         self.stacked_buffers.get_buffer("kl_weight").fill_(value)
 
     def member(self, index: int) -> State:
-        """State dict of one member, to be loaded into a network of its own."""
+        """The state dict of one member, a copy, to be loaded into a network of its own."""
         if not 0 <= index < self.n_members:
             raise IndexError(f"member {index} of {self.n_members}")
         for part in self.parts:
             if index < part.n_members:
-                own = {name: t[index] for name, t in part.stacked().items()}
-                return {name: t.detach().clone() for name, t in {**part.shared(), **own}.items()}
+                entries = {**part.shared(), **{name: t[index] for name, t in part.stacked().items()}}
+                return {name: t.detach().clone() for name, t in entries.items()}
             index -= part.n_members
         raise AssertionError("unreachable")
 
@@ -221,7 +222,7 @@ class DeepEnsemble(Posterior):
                 part._prepare_base(inputs)
 
     def _prepare_base(self, inputs: Inputs) -> None:
-        """The base looks at the inputs with the first member's tensors."""
+        """Let the base posterior look at the inputs, with the first member's tensors."""
         assert self.base is not None
         probe: Any = holding(self.base, {f"module.{name}": t for name, t in self.member(0).items()})
         probe.module.adopt(self._hidden[0])
@@ -244,7 +245,7 @@ class DeepEnsemble(Posterior):
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
     def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
-        """What the members minimize, its entries (members, ...) of the next step, and those that they share."""
+        """The members' objective, its entries of the next step, (members, ...) each, and its shared entries."""
         model, n_samples = Model(self, likelihood), 1 if self.base is None else self.base.n_samples
         state = model.member_entries()
         shared = model.shared(state)
@@ -252,9 +253,9 @@ class DeepEnsemble(Posterior):
         return Objective(self.module, likelihood, n_samples), state, shared
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
-        """Find out on a first batch whether members can be trained together; what cannot is trained one by one.
+        """Find out on the first batch whether `vmap` can train the members together, or one by one only.
 
-        `one_by_one` then holds the reason, or is "" where they are trained together.
+        `one_by_one` then holds the reason, or "" if they are trained together.
         """
         objective, state, shared = self._objective(likelihood)
         try:
@@ -274,7 +275,7 @@ def _key(name: str) -> str:
 
 
 def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:
-    """Names of the entries that members can hold once: frozen, and equal in all of them. chosen: those to take.
+    """The names of the entries that members can share: frozen, and equal in all of them. chosen: names to take instead.
 
     Of a posterior those of the network inside; what the posterior keeps beside it is each member's.
     """
@@ -292,11 +293,11 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
 
 
 def _frozen_names(module: nn.Module) -> set[str]:
-    """Parameters that are not trained, and buffers of layers of which none is."""
-    found = {name for name, p in module.named_parameters() if not p.requires_grad}
+    """The names of the parameters that are not trained, and of the buffers of layers without trained parameters."""
+    names = {name for name, p in module.named_parameters() if not p.requires_grad}
     for path, m in frozen_modules(module):
-        found |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
-    return found
+        names |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
+    return names
 
 
 def _network_of(member: nn.Module) -> nn.Module:
@@ -320,7 +321,7 @@ def _base(member: nn.Module) -> KeyedPosterior | None:
 
 
 def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
-    """Runs of members of one architecture, in the order given."""
+    """Group consecutive members of the same architecture, in their order."""
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
@@ -335,7 +336,7 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
-    """A copy initialised under this seed, whatever the state of torch's generator, which is left as it was."""
+    """Copy a module and initialize the copy under this seed; torch's global generator is restored afterwards."""
     fresh = copied(module)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -344,7 +345,7 @@ def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], objec
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Every submodule's own initialisation, but for what is frozen.
+    """Call `reset_parameters` of every submodule, and keep what is frozen.
 
     Raises ValueError where parameters belong to a submodule that has no initialisation, or all are frozen.
     """
@@ -371,7 +372,7 @@ def reset_parameters(module: nn.Module) -> None:
 
 
 def _frozen(module: nn.Module) -> list[Tensor]:
-    """A module's own parameters that are not trained; with its buffers (running statistics) where none is."""
-    own = list(module.parameters(recurse=False))
-    frozen: list[Tensor] = [p for p in own if not p.requires_grad]
-    return [*frozen, *module.buffers(recurse=False)] if frozen and len(frozen) == len(own) else frozen
+    """A module's own frozen parameters, and its buffers (running statistics) too if all its parameters are frozen."""
+    parameters = list(module.parameters(recurse=False))
+    frozen: list[Tensor] = [p for p in parameters if not p.requires_grad]
+    return [*frozen, *module.buffers(recurse=False)] if frozen and len(frozen) == len(parameters) else frozen

@@ -59,7 +59,7 @@ class MCDropout(KeyedPosterior):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     def prepare(self, inputs: Inputs) -> None:
-        """Find every dropout by running the module, and where the batch is in each."""
+        """Run the module to find every dropout call, and the batch axis of each."""
         was_training = self.module.training
         self.module.eval()
         try:

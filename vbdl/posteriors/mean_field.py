@@ -65,7 +65,7 @@ class MeanField(KeyedPosterior):
 
     @property
     def kl_weight(self) -> float:
-        """Weight of the KL term; below 1 the posterior is tempered, as in a warm-up schedule."""
+        """The weight of the KL term; below 1 the posterior is tempered, as in a warm-up schedule."""
         return float(self.module.kl_weight)
 
     @kl_weight.setter
