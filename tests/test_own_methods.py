@@ -8,6 +8,7 @@ import copy
 import functools
 import importlib.util
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -329,6 +330,16 @@ def test_compiling_changes_nothing(posterior):
 
 
 # -- what else the library does with a method
+
+
+def test_the_example_of_the_documentation_runs(data):
+    text = textwrap.dedent(Posterior.__doc__.partition("\n\n")[2].partition("\n\n")[2])
+    names = {"copy": copy, "make_key": make_key, "normal": normal, "Posterior": Posterior}
+    exec(text, names)
+    q, likelihood = names["Perturbed"](network()), vbdl.Gaussian(2)
+    vbdl.fit(q, data, likelihood, epochs=2, compile=False)
+    p = predicted(q, likelihood)(data[0])
+    assert p.n_samples == SAMPLES and bool((p.epistemic > 0).all())
 
 
 def network(outputs: int = 2) -> nn.Module:

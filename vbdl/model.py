@@ -7,6 +7,7 @@ everything else   once                                  the module and the likel
 """
 
 from collections.abc import Collection
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the posterior's tensors are."""
-        return next(iter([*self.posterior.parameters(), *self.posterior.buffers()])).device
+        return next(chain(self.posterior.parameters(), self.posterior.buffers())).device
 
     # -- which entries are whose
 
@@ -67,8 +68,9 @@ class Model(nn.Module):
 
     def shared(self, own: Collection[str]) -> State:
         """The entries of network and likelihood that all draws share, held once. own: names that each draw has."""
-        held = {f"network.{name}": t for name, t in self.posterior.shared().items()}
-        return {name: held.get(name, t) for name, t in state_of(self).items() if name not in own}
+        state = {f"network.{name}": t for name, t in self.posterior.shared().items()}
+        state |= {f"likelihood.{name}": t for name, t in state_of(self.likelihood).items()}
+        return {name: t for name, t in state.items() if name not in own}
 
     @property
     def by_member(self) -> frozenset[str]:

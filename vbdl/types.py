@@ -22,6 +22,19 @@ class Posterior(nn.Module):
 
     A method sets `module`, and defines `draws` and `losses`; the rest has defaults. Its parameters and buffers are
     trained, saved in checkpoints and artefacts, and copied to other devices like those of any `nn.Module`.
+
+        class Perturbed(Posterior):  # q(w) = N(trained weights, scale^2)
+            def __init__(self, network, scale=0.1):
+                super().__init__()
+                self.module, self.scale = copy.deepcopy(network), scale
+
+            def draws(self, numbers, seed):
+                key = make_key(seed, numbers)  # of vbdl_kernels, like `normal`
+                noise = lambda i, w: normal(key.to(w.device), i, 0, 1, w.numel()).view(-1, *w.shape)
+                return {n: w + self.scale * noise(i, w) for i, (n, w) in enumerate(self.module.named_parameters())}
+
+            def losses(self, x, y, likelihood, own_rows=False):
+                return likelihood.training_loss(likelihood(self.module(x)), y).mean().reshape(1)
     """
 
     module: nn.Module
