@@ -5,6 +5,7 @@ traced then computes the right numbers and would have another gradient, so that 
 """
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -36,12 +37,12 @@ def _install() -> None:
     with _lock:
         if "vbdl_asks" in vars(Function):
             return
-        plain = Function.apply.__func__
+        plain = inspect.getattr_static(Function, "apply")  # of Python up to torch 2.13, of C from 2.14 on
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             names = getattr(_here, "names", None)
             if names is None or torch.is_grad_enabled():
-                return plain(cls, *args, **kwargs)
+                return plain.__get__(None, cls)(*args, **kwargs)
             names.append(cls.__qualname__)
             if cls.setup_context is not _SingleLevelFunction.setup_context:
                 return cls.forward(*args, **kwargs)
