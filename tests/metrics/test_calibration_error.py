@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vbdl import metrics
+from vbdl.metrics import _bins
 
 
 def _random(n, classes=4, seed=0, dtype=torch.float64):
@@ -46,9 +47,7 @@ def test_confidence_one_belongs_to_the_last_bin():
 
 
 def test_edges_are_right_closed():
-    number = metrics.calibration_error.bin_numbers(
-        torch.tensor([0.0, 0.1, 0.1000001, 0.5, 1.0], dtype=torch.float64), 10
-    )
+    number = _bins.bin_numbers(torch.tensor([0.0, 0.1, 0.1000001, 0.5, 1.0], dtype=torch.float64), 10)
     assert number.tolist() == [0, 0, 1, 4, 9]
 
 
@@ -131,7 +130,7 @@ def test_classwise_is_the_mean_of_one_class_at_a_time():
 
 
 def test_equal_mass_bins_are_equal_and_keep_ties_together():
-    numbers = metrics.calibration_error.equal_mass_bins
+    numbers = _bins.equal_mass_bins
     p = torch.randperm(103, generator=torch.Generator().manual_seed(0)).double() / 103
     sizes = torch.bincount(numbers(p, 10))
     assert sizes.max() - sizes.min() <= 1

@@ -16,15 +16,13 @@ from vbdl.metrics.brier import BrierParts as BrierParts
 from vbdl.metrics.brier import brier_decomposition as brier_decomposition
 from vbdl.metrics.brier import brier_score as brier_score
 from vbdl.metrics.calibration_error import CalibrationError as CalibrationError
-from vbdl.metrics.calibration_error import ClasswiseCalibrationError as ClasswiseCalibrationError
-from vbdl.metrics.calibration_error import JointCalibrationError as JointCalibrationError
 from vbdl.metrics.calibration_error import Reliability as Reliability
-from vbdl.metrics.calibration_error import classwise_ece as classwise_ece
 from vbdl.metrics.calibration_error import debiased_calibration_error as debiased_calibration_error
 from vbdl.metrics.calibration_error import ece as ece
 from vbdl.metrics.calibration_error import ece_sweep as ece_sweep
-from vbdl.metrics.calibration_error import joint_ece as joint_ece
 from vbdl.metrics.calibration_error import mce as mce
+from vbdl.metrics.classwise_calibration import ClasswiseCalibrationError as ClasswiseCalibrationError
+from vbdl.metrics.classwise_calibration import classwise_ece as classwise_ece
 from vbdl.metrics.crps import crps_gaussian as crps_gaussian
 from vbdl.metrics.crps import crps_mixture as crps_mixture
 from vbdl.metrics.crps import crps_samples as crps_samples
@@ -47,6 +45,8 @@ from vbdl.metrics.intervals import interval_width as interval_width
 from vbdl.metrics.intervals import mixture_cdf as mixture_cdf
 from vbdl.metrics.intervals import quantile_calibration_error as quantile_calibration_error
 from vbdl.metrics.intervals import sharpness as sharpness
+from vbdl.metrics.joint_calibration import JointCalibrationError as JointCalibrationError
+from vbdl.metrics.joint_calibration import joint_ece as joint_ece
 from vbdl.metrics.kernel_calibration import median_distance as median_distance
 from vbdl.metrics.kernel_calibration import skce as skce
 from vbdl.metrics.nll import categorical_nll as categorical_nll

@@ -6,21 +6,23 @@ from typing import Any
 import torch
 import torchmetrics
 
+from vbdl.metrics.streaming import Accumulator
+
 
 class AccumulatorMetric(torchmetrics.Metric):
-    """An accumulator of vbdl.metrics in the dress of a torchmetrics.Metric."""
+    """A torchmetrics.Metric that keeps its state in an accumulator of vbdl.metrics."""
 
     full_state_update = False
 
-    def __init__(self, accumulator: Any) -> None:
+    def __init__(self, accumulator: Accumulator) -> None:
         # this class gathers by itself: its state is counts and sums in an accumulator, no list of tensors
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.accumulator = _emptied(accumulator)
 
-    def update(self, *args: Any) -> None:
+    def update(self, *args: torch.Tensor) -> None:
         self.accumulator.update(*args)
 
-    def forward(self, *args: Any) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
         batch = _emptied(self.accumulator)
         batch.update(*args)
         self.update(*args)
@@ -33,21 +35,21 @@ class AccumulatorMetric(torchmetrics.Metric):
         super().reset()
         self.accumulator.reset()
 
-    def merge_state(self, incoming_state: Any) -> None:
+    def merge_state(self, incoming_state: "AccumulatorMetric") -> None:
         self.accumulator.merge(incoming_state.accumulator)
 
 
-def _emptied(accumulator: Any) -> Any:
-    made = copy.copy(accumulator)  # shallow, since reset replaces what has been gathered and never empties it in place
-    made.reset()
-    return made
+def _emptied(accumulator: Accumulator) -> Accumulator:
+    emptied = copy.copy(accumulator)  # shallow: reset replaces the counts and rows, it never empties them in place
+    emptied.reset()
+    return emptied
 
 
 def _scalar(value: Any) -> torch.Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-def _over_processes(accumulator: Any) -> Any:
+def _over_processes(accumulator: Accumulator) -> Accumulator:
     """The accumulators of all processes merged, in the order of ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return accumulator

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from vbdl.metrics.streaming import Accumulator
 
-def as_torchmetric(accumulator: Any) -> Any:
+
+def as_torchmetric(accumulator: Accumulator) -> Any:  # a torchmetrics.Metric, which need not be installed
     """A torchmetrics.Metric around an accumulator: Mean(brier_score), CalibrationError(), Rows(auroc), ...
 
     update, compute, reset, forward (the value of the batch, which is added too), merge_state, and all processes

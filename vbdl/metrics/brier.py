@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from vbdl.metrics._bins import bin_numbers
 from vbdl.metrics._checks import check_probs_and_labels
-from vbdl.metrics.calibration_error import bin_numbers
 
 
 def brier_score(probs: Tensor, y: Tensor) -> Tensor:
@@ -86,13 +86,14 @@ class BrierDecomposition:
             raise ValueError(f"merge needs the same bins, got {self.n_bins} and {other.n_bins}")
         if other.counts is None:
             return self
-        names = ("counts", "hits", "sums", "squares", "products")
         if self.counts is None:
-            for name in names:
-                setattr(self, name, getattr(other, name).clone())
-        else:
-            for name in names:
-                setattr(self, name, getattr(self, name) + getattr(other, name).to(self.counts.device))
+            self.counts, self.hits, self.sums = other.counts.clone(), other.hits.clone(), other.sums.clone()
+            self.squares, self.products = other.squares.clone(), other.products.clone()
+            return self
+        device = self.counts.device
+        self.counts, self.hits = self.counts + other.counts.to(device), self.hits + other.hits.to(device)
+        self.sums, self.squares = self.sums + other.sums.to(device), self.squares + other.squares.to(device)
+        self.products = self.products + other.products.to(device)
         return self
 
     def compute(self) -> BrierParts:

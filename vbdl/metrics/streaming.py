@@ -6,7 +6,7 @@ bounded memory (everything that sorts): it keeps the rows, and grows with them.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +62,26 @@ class Mean:
             raise ValueError("no rows yet: call update first")
         error = math.sqrt(self.m2 / (self.n - 1) / self.n) if self.n > 1 else math.nan
         return Estimate(self.mean, error, self.n)
+
+
+class Accumulator(Protocol):
+    """What every metric of streams is: batches go in, the metric of all of them comes out."""
+
+    def update(self, *rows: Tensor) -> None:
+        """Adds a batch."""
+        ...
+
+    def merge(self, other: Any) -> Any:
+        """Adds what another accumulator of the same kind has seen; returns itself."""
+        ...
+
+    def compute(self) -> Any:
+        """The metric of all rows so far."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets every row."""
+        ...
 
 
 class Rows:
