@@ -6,7 +6,8 @@ in squared target units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeGuard
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, TypeGuard
 
 from torch import Tensor, nn
 
@@ -138,13 +139,80 @@ def is_posterior(found: object) -> TypeGuard[Posterior]:
     return isinstance(found, Posterior)
 
 
-class Prediction(Protocol):
-    """A posterior predictive, batch first, frozen."""
+OUTCOMES = ("sets", "lower", "upper", "action", "risk", "var", "es")
+"""The fields of a prediction that calibrators and decisions add."""
 
-    n_samples: int
-    total: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a predictor returns: p(y | x) of some rows as tensors, the batch axis first.
+
+    A likelihood's own prediction class inherits from it, as a frozen dataclass with keyword fields. Everything that the
+    library reads of a prediction has a name here; None means that this kind of prediction has no such value.
+    """
+
+    n_samples: int | Tensor  # draws; (batch,) where rows were drawn for until they were settled
+    total: Tensor  # (batch, ...) uncertainty: nats for classes, a variance in squared target units for regressions
+    aleatoric: Tensor  # (batch, ...) the part that more training data would not remove
+    epistemic: Tensor  # (batch, ...) the part that it would
+    standard_error: Tensor | None = None  # Monte Carlo standard error of the mean
+    samples: Tensor | None = None  # (samples, batch, ...) parameters of p(y | x) of each draw, where asked for
+    # added by calibrators
+    sets: Tensor | None = None  # (batch, classes) bool, which classes a conformal set holds
+    lower: Tensor | None = None  # (batch, ...) bounds of the conformal interval
+    upper: Tensor | None = None
+    # added by decisions
+    action: Tensor | None = None  # (batch,) what to do
+    risk: Tensor | None = None  # (batch,) the number that the action rests on
+    var: Tensor | None = None  # (batch, ...) value at risk
+    es: Tensor | None = None  # (batch, ...) expected shortfall
+
+    # Each of these is a field of some prediction classes and a property of others, so it is no field here.
+    mean: ClassVar[Tensor]  # (batch, ...) E[y], or the probabilities of classes; every prediction has it
+    probs: ClassVar[Tensor | None] = None  # (batch, ..., classes), or (batch, ...) of yes; None in a regression
+    label: ClassVar[Tensor | None] = None  # (batch, ...) the most probable class
+    confidence: ClassVar[Tensor | None] = None  # (batch, ...) its probability
+    std: ClassVar[Tensor | None] = None  # (batch, ...) predictive standard deviation
+    recalibration: ClassVar["Recalibration | None"] = None  # what a calibrator has made of the distribution function
+
+    @property
+    def parameters_shape(self) -> tuple[int, ...]:
+        """(batch, ...) shape of one draw's parameters of p(y | x), which `check_targets` is given; override where the
+        parameters are not of the shape of the mean."""
+        return tuple(self.mean.shape if self.samples is None else self.samples.shape[1:])
+
+    def values(self) -> dict[str, Tensor]:
+        """Every per-row value that this prediction has, by name: what answers and files are written from."""
+        center = {"mean": self.mean} if self.probs is None else {"probs": self.probs}
+        named = {
+            **center,
+            "std": self.std,
+            "confidence": self.confidence,
+            "total": self.total,
+            "aleatoric": self.aleatoric,
+            "epistemic": self.epistemic,
+            "standard_error": self.standard_error,
+            "lower": self.lower,
+            "upper": self.upper,
+            "sets": self.sets,
+            "action": self.action,
+            "risk": self.risk,
+            "var": self.var,
+            "es": self.es,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """(batch,) log p(y | x) in nats."""
+        raise NotImplementedError(f"{type(self).__name__} has no density; give it a method log_prob(y)")
+
+    def cdf(self, y: Tensor) -> Tensor:
+        """(batch, ...) probability of at most y."""
+        raise NotImplementedError(f"{type(self).__name__} has no distribution function; give it a method cdf(y)")
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """(batch, ...) bounds of the central interval that holds y with this probability."""
+        raise NotImplementedError(f"{type(self).__name__} has no intervals; give it a method interval(level)")
 
 
 class Likelihood(nn.Module):
@@ -196,7 +264,7 @@ class Likelihood(nn.Module):
         """The fields of the prediction, in plain torch."""
         raise NotImplementedError(f"{type(self).__name__} does not define finish(summary)")
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
         """The prediction of these fields; samples: (samples, batch, ...) parameters, where asked for."""
         raise NotImplementedError(f"{type(self).__name__} does not define prediction(fields, n_samples)")
 
@@ -212,3 +280,88 @@ def check_likelihood(found: object) -> None:
             f"a likelihood is vbdl.Categorical(), Bernoulli(), Gaussian() or another that inherits "
             f"vbdl.types.Likelihood, got {what}"
         )
+
+
+class Recalibration(Protocol):
+    """An increasing map of a distribution function F, between normal scores Φ⁻¹(F), in float64."""
+
+    def score(self, score: Tensor) -> Tensor:
+        """Normal score of the predictive, any shape -> calibrated normal score."""
+        ...
+
+    def inverse(self, score: Tensor) -> Tensor:
+        """Calibrated normal score, any shape -> normal score of the predictive."""
+        ...
+
+    def log_slope(self, score: Tensor) -> Tensor:
+        """The log of what the map multiplies the density with where the predictive has this normal score."""
+        ...
+
+
+class Calibrator(nn.Module):
+    """A correction of predictions, fitted on rows that training never saw. Inherit from it to write one.
+
+    acts_on says which stage of a prediction it corrects:
+
+    * "logits": each draw's class logits, before they are averaged. `fit` is given logits (samples, batch, classes),
+      `forward` maps logits of any shape (..., classes).
+    * "probs": the averaged class probabilities. `fit` and `forward` are given (batch, classes), or (batch,) of yes.
+    * "prediction": the finished prediction. `fit_prediction` is given it; `fields`, `samples` and `recalibration` say
+      what becomes of its fields, of its draws and of its distribution function.
+
+    Everything but `fit` and `fit_prediction` is plain torch, traced and compiled with the network. Fitted numbers are
+    buffers; what the constructor was given is kept under the names of its arguments, which storage reads.
+    """
+
+    acts_on: str = "prediction"
+    of_classes: bool = False
+    """For "prediction": whether it corrects predictions of classes. False: of regressions."""
+    needs_samples: bool = False
+    """For "prediction": whether `fit_prediction` reads prediction.samples, or a density or quantile made of them."""
+    changes_samples: bool = False
+    """For "prediction": whether `samples` changes them."""
+    one_logit: bool = False
+    """For "logits": whether it can also calibrate the one logit of yes and no, which `fit` is given as (0, logit)."""
+
+    @property
+    def recalibration(self) -> Recalibration | None:
+        """What becomes of the distribution function of a regression; None where it stays."""
+        return None
+
+    def fit(self, outputs: Tensor, y: Tensor) -> Self:
+        """Fit to float64 outputs of this stage and (batch,) int64 classes; returns self."""
+        raise NotImplementedError(f'{type(self).__name__} acts on "{self.acts_on}" and needs a method fit(outputs, y)')
+
+    def fit_prediction(self, prediction: Prediction, y: Tensor) -> Self:
+        """Fit to a prediction of the calibration rows and their targets; returns self."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method fit_prediction(prediction, y)")
+
+    def fields(self, fields: State) -> State:
+        """The fields of the prediction, changed, or with `sets`, or `lower` and `upper`, added."""
+        return fields
+
+    def samples(self, samples: Tensor) -> Tensor:
+        """The draws of the calibrated predictive: (samples, batch, ...) parameters of p(y | x) -> the same shape."""
+        return samples
+
+
+class Decision(nn.Module):
+    """A map from predictions to actions in plain torch, compiled with the predictor. Inherit from it to write one.
+
+    forward(prediction) returns (batch,) actions, or {"action": ..., and any of "risk", "var", "es"}. It is given
+    what the prediction knows: probs and label, or mean; total, aleatoric, epistemic.
+    """
+
+    reads_distribution: bool = False
+    """Whether it reads prediction.distribution, the calibrated predictive of a regression: every draw is then kept."""
+    reads_draws: bool = False
+    """Whether it reads prediction.per_draw, the mean over the draws of what `per_draw` makes of each."""
+
+    def per_draw(self, parameters: Tensor) -> Tensor:
+        """(samples, batch, ...) parameters of p(y | x) -> (samples, batch), for decisions that read draws."""
+        raise NotImplementedError(f"{type(self).__name__} reads draws and needs a method per_draw(parameters)")
+
+    @property
+    def caution(self) -> str | None:
+        """What the user is warned of when this decision is put on a predictor."""
+        return None

@@ -36,11 +36,11 @@ DERIVED = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "pickle": lambda p: pickle.loads(pickle.dumps(p)),
-    "calibrate": lambda p: vbdl.calibrate(p, *rows(), calibration.BBQ()),
-    "conformal": lambda p: vbdl.calibrate(p, *rows(), calibration.ConformalSets(0.1)),
+    "calibrate": lambda p: vbdl.calibrate(p, rows(), calibration.BBQ()),
+    "conformal": lambda p: vbdl.calibrate(p, rows(), calibration.ConformalSets(0.1)),
     "with_decision": lambda p: vbdl.with_decision(p, decision.Referral(threshold=0.6)),
     "both": lambda p: vbdl.with_decision(
-        vbdl.calibrate(p, *rows(), calibration.Isotonic()), decision.ExpectedCost(1 - torch.eye(2), 0.3)
+        vbdl.calibrate(p, rows(), calibration.Isotonic()), decision.ExpectedCost(1 - torch.eye(2), 0.3)
     ),
 }
 
@@ -97,8 +97,8 @@ def test_architecture_arguments_and_extras_are_kept(saved, way, given, tmp_path,
 def _likelihoods():
     x, y = rows()
     returns = torch.randn(60, 1, generator=torch.Generator().manual_seed(6))
-    yes = lambda make: lambda p: vbdl.calibrate(p, x, y.float(), make())
-    of = lambda make: lambda p: vbdl.calibrate(p, x, returns, make())
+    yes = lambda make: lambda p: vbdl.calibrate(p, (x, y.float()), make())
+    of = lambda make: lambda p: vbdl.calibrate(p, (x, returns), make())
     return {
         "categorical": (vbdl.Categorical(), 2, lambda p: p),
         "bernoulli": (vbdl.Bernoulli(), 1, lambda p: p),
@@ -129,6 +129,6 @@ def test_the_code_of_the_card_runs_and_names_the_predictions_own_fields(name, ki
     exec(code.replace("this folder", str(folder)).replace(last, f"read = [{last}]"), space)
     assert all(isinstance(value, torch.Tensor) for value in space["read"])
     main = "p.probs, p.label" if "p.probs" in last else "p.mean, p.std"
-    assert last.startswith(main) and ("p.probs" in last) == hasattr(space["p"], "probs")
+    assert last.startswith(main) and ("p.probs" in last) == (space["p"].probs is not None)
     for added in ("sets", "lower", "upper", "action", "risk", "var", "es"):
         assert (f"p.{added}" in last.split(", ")) == (getattr(space["p"], added, None) is not None)

@@ -235,7 +235,7 @@ def test_cdf_of_version_0_1_is_what_it_was():
     assert recalibration.level(torch.tensor([0.2, 0.7], dtype=torch.float64)).tolist() == [0.25, 0.75]
     assert recalibration.slope(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist() == [0.8, 1.2]
     # fitted again it is a smooth one
-    assert not recalibration.fit(torch.rand(100)).of_steps
+    assert recalibration.steps is not None and recalibration.fit(torch.rand(100)).steps is None
 
 
 def test_cdf_refuses():

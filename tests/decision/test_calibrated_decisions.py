@@ -84,7 +84,7 @@ def test_nothing_is_left_out():
 @pytest.mark.parametrize("name, which", _of_classes())
 def test_decisions_about_classes(classes, name, which):
     predict, x, y = classes
-    calibrated = predict if name is None else calibrate(predict, x[:300], y[:300], _made(name)[which])
+    calibrated = predict if name is None else calibrate(predict, (x[:300], y[:300]), _made(name)[which])
     new = x[300:]
     p = calibrated(new, samples=True)
     cost = torch.tensor([[0.0, 2.0, 5.0], [3.0, 0.0, 1.0], [9.0, 2.0, 0.0]])
@@ -115,9 +115,9 @@ def test_decisions_about_outputs(outputs, names, chunk):
     for number, name in enumerate(names):
         if name == "StdScaling" and "CDFRecalibration" in names[:number]:
             with pytest.raises(ValueError, match="was fitted to"):
-                calibrate(calibrated, x[:300], y[:300], _made(name)[0])
+                calibrate(calibrated, (x[:300], y[:300]), _made(name)[0])
             return
-        calibrated = calibrate(calibrated, x[:300], y[:300], _made(name)[0])
+        calibrated = calibrate(calibrated, (x[:300], y[:300]), _made(name)[0])
     new = x[300:320]
     p = calibrated(new, samples=True)
     # value at risk, expected shortfall, mean and variance from 20,000 quantiles
@@ -146,7 +146,7 @@ def test_decisions_about_outputs(outputs, names, chunk):
     if "CDFRecalibration" in names:
         map_of = next(m for m in _methods(calibrated.likelihood) if isinstance(m, CDFRecalibration))
         plain = vbdl.likelihoods.normal_mixture.RegressionPrediction(
-            p.mean, p.total, p.aleatoric, p.epistemic, p.standard_error, 5, samples=p.samples
+            mean=p.mean, total=p.total, aleatoric=p.aleatoric, epistemic=p.epistemic, n_samples=5, samples=p.samples
         )
         score = map_of.inverse(plain.score(paths))
         grid = torch.linspace(-8, 8, 400, dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_uncertainties_of_one_output(outputs, names):
     if names.count("StdScaling") and names.index("StdScaling") > 0 and "CDFRecalibration" in names:
         return  # refused, in the test above
     for name in names:
-        predict = calibrate(predict, x[:300], y[:300, :1], _made(name)[0])
+        predict = calibrate(predict, (x[:300], y[:300, :1]), _made(name)[0])
     new = x[300:]
     p = predict(new)
     for kind in ("total", "aleatoric", "epistemic"):
@@ -201,7 +201,7 @@ def test_the_draws_are_the_same_in_any_chunks_sizes_and_estimators(outputs, tmp_
     several = vbdl.Predictor(vbdl.DeepEnsemble([net[0:2] + net[3:], wide, wide]), vbdl.Gaussian(2), compile=False)
     dropout = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Gaussian(2), n_samples=12, compile=False)
     for one in (predict, dropout, several):
-        calibrated = calibrate(calibrate(one, x, y[:70], StdScaling()), x, y[:70], CDFRecalibration())
+        calibrated = calibrate(calibrate(one, (x, y[:70]), StdScaling()), (x, y[:70]), CDFRecalibration())
         deciding = with_decision(calibrated, Risk(level=0.9))
         expected = -calibrated(x, samples=True).quantile(0.1)
         for other in (deciding, deciding.replace(chunk_size=2), deciding.replace(chunk_size=5, tiles=(1, 16))):
@@ -232,7 +232,7 @@ def test_a_normal_alone_is_the_textbook():
 def test_intervals_leave_the_paths_as_they_are(outputs):
     predict, x, y = outputs
     machine = HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(-1.0))
-    widened = calibrate(predict, x, y, NormalisedIntervals(0.1))
+    widened = calibrate(predict, (x, y), NormalisedIntervals(0.1))
     assert torch.equal(with_decision(widened, machine)(x).risk, with_decision(predict, machine)(x).risk)
 
 
@@ -240,7 +240,7 @@ def test_intervals_leave_the_paths_as_they_are(outputs):
 @pytest.mark.parametrize("method", [StdScaling(), CDFRecalibration()], ids=lambda m: type(m).__name__)
 def test_compiled_it_is_the_same(outputs, method):
     predict, x, y = outputs
-    deciding = with_decision(calibrate(predict, x, y, method), Risk(0.95, max_var=0.5))
+    deciding = with_decision(calibrate(predict, (x, y), method), Risk(0.95, max_var=0.5))
     compiled = deciding.replace(compile=True)
     for name in ("var", "es", "action"):
         torch.testing.assert_close(getattr(compiled(x), name), getattr(deciding(x), name), rtol=1e-4, atol=1e-4)
@@ -256,7 +256,7 @@ def test_targets_counted_from_far_away_are_decided_on_as_near_ones(outputs, meth
         likelihood = vbdl.Gaussian(2, std=0.3)
         one = predict.replace(likelihood=Centered(likelihood, by) if by else likelihood)
         targets = y.double() + by if by else y
-        one = one if method is None else calibrate(one, x[:300], targets[:300], type(method)())
+        one = one if method is None else calibrate(one, (x[:300], targets[:300]), type(method)())
         path = HandOver((0.3, 0.3), (0.6, 0.6), bounds=PathBounds(upper=by + 1.0))
         return with_decision(one, Risk(0.95) if decide == "risk" else path)(x[300:])
 

@@ -1,11 +1,11 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from vbdl.decision import REFER, ExpectedCost, decide, realised_cost
+from vbdl.decision.distribution import Evidence
 
 
 def test_least_expected_cost_equals_brute_force_for_500_matrices():
@@ -48,7 +48,7 @@ def test_binary_column_and_prediction_objects():
     cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])
     p = torch.tensor([0.1, 0.2, 0.9])
     assert decide(p, cost).tolist() == [0, 1, 1]
-    assert ExpectedCost(cost)(SimpleNamespace(probs=p)).tolist() == [0, 1, 1]
+    assert ExpectedCost(cost)(Evidence(probs=p, total=p)).tolist() == [0, 1, 1]
 
 
 def test_broken_probabilities_are_referred():

@@ -23,6 +23,7 @@ from vbdl.decision import (
     path_risk,
     with_decision,
 )
+from vbdl.decision.distribution import Evidence
 from vbdl.decision.stored import describe, rebuild
 from vbdl.engine import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
@@ -169,11 +170,9 @@ def test_risk_is_the_textbook_and_shrinks_with_epistemic_variance(returns, x):
 
 
 def test_risk_of_broken_numbers_is_no_position():
-    class Row:
-        mean = torch.tensor([[math.nan], [0.1], [math.inf], [0.1]])
-        total = torch.tensor([[1.0], [math.nan], [1.0], [0.0]])
-
-    assert Risk()(Row)["action"].tolist() == [[0.0]] * 4
+    mean = torch.tensor([[math.nan], [0.1], [math.inf], [0.1]])
+    total = torch.tensor([[1.0], [math.nan], [1.0], [0.0]])
+    assert Risk()(Evidence(mean=mean, total=total))["action"].tolist() == [[0.0]] * 4
     for bad in ({"level": 1.0}, {"fraction": 0.0}, {"fraction": 2.0}, {"limit": 0.0}, {"max_var": -1.0}):
         with pytest.raises(ValueError):
             Risk(**bad)

@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 import vbdl
 from vbdl import metrics
 from vbdl.decision import REFER, Referral, ReferralBudget, refer_most_uncertain, uncertainty_of
+from vbdl.decision.distribution import Evidence
 from vbdl.decision.guarantee import last_passed, risk_p_value, risk_upper_bound, starting_shares
 from vbdl.decision.stored import describe, rebuild
 
@@ -216,15 +216,15 @@ def test_least_cost_is_the_best_of_all_thresholds():
 
 def test_actions_of_a_prediction():
     probs = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
-    p = SimpleNamespace(probs=probs, label=probs.argmax(1), total=torch.tensor([0.3, 0.67]))
+    p = Evidence(probs=probs, label=probs.argmax(1), total=torch.tensor([0.3, 0.67]))
     assert Referral("total", 0.5)(p).tolist() == [0, REFER]
     assert Referral("confidence", 0.5)(p).tolist() == [0, 1]
     np.testing.assert_allclose(uncertainty_of(p, "confidence"), [0.1, 0.4], atol=1e-7)
-    binary = SimpleNamespace(probs=torch.tensor([0.9, 0.4]))
+    binary = Evidence(probs=torch.tensor([0.9, 0.4]))
     np.testing.assert_allclose(uncertainty_of(binary, "confidence"), [0.1, 0.4], atol=1e-7)
-    assert uncertainty_of(SimpleNamespace(total=torch.ones(3, 1))).shape == (3,)
+    assert uncertainty_of(Evidence(total=torch.ones(3, 1))).shape == (3,)
     with pytest.raises(ValueError, match="one number a row"):
-        uncertainty_of(SimpleNamespace(total=torch.ones(3, 2)))
+        uncertainty_of(Evidence(total=torch.ones(3, 2)))
     for refused in (lambda: uncertainty_of(p, "other"), lambda: Referral("other")):
         with pytest.raises(ValueError, match="kind"):
             refused()

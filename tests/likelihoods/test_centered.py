@@ -57,11 +57,11 @@ def test_every_calibration_of_a_regression_holds_behind_it(make):
         start, (x, y) = f.predictor, f.test
         while hasattr(start.likelihood, "method"):
             start = start.replace(likelihood=start.likelihood.likelihood)
-        p = vbdl.calibrate(start, x, y, make())(x, samples=True)
+        p = vbdl.calibrate(start, (x, y), make())(x, samples=True)
         truth = y.double()
         predictions.append(
             [p.quantile(0.1) - offset, p.cdf(truth), p.std]
-            + ([p.lower - offset, p.upper - offset] if hasattr(p, "lower") else [])
+            + ([p.lower - offset, p.upper - offset] if p.lower is not None else [])
         )
     for one, other in zip(*predictions, strict=True):
         assert torch.allclose(one.double(), other.double(), atol=0.02)
@@ -103,8 +103,10 @@ def test_what_was_rounded_before_is_refused():
     p = vbdl.Predictor(vbdl.DeepEnsemble([torch.nn.Linear(1, 1)]), likelihood, compile=False)
     x = torch.randn(30, 1)
     with pytest.raises(ValueError, match="targets about 1700000000 are too coarse in torch.float32"):
-        vbdl.calibrate(p, x, torch.full((30, 1), 1.7e9), StdScaling())
-    assert vbdl.calibrate(p, x, torch.arange(30)[:, None] + 1_700_000_000, StdScaling())(x).mean.dtype == torch.float64
+        vbdl.calibrate(p, (x, torch.full((30, 1), 1.7e9)), StdScaling())
+    assert (
+        vbdl.calibrate(p, (x, torch.arange(30)[:, None] + 1_700_000_000), StdScaling())(x).mean.dtype == torch.float64
+    )
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             Centered(vbdl.Gaussian(), bad)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vbdl.tabular.reading import arrow
+from vbdl.types import Prediction
 
 EXTRA = ("confidence", "standard_error")
 COLUMNS = (
@@ -29,40 +30,39 @@ COLUMNS = (
 _WIDE = 20  # columns that a field is spread over at most; wider ones are lists
 
 
-def fields(prediction: Any, labels: Sequence[Any] | None, wanted: Sequence[str] | None, interval: float) -> dict:
+def fields(
+    prediction: Prediction, labels: Sequence[Any] | None, wanted: Sequence[str] | None, interval: float
+) -> dict[str, Any]:
     """{name: Arrow array} of a prediction.
 
     labels: values of the classes, as files have them. wanted: names of COLUMNS, everything there is but EXTRA unless
     given. interval: level of the central interval in `lower` and `upper`, from a prediction that kept its samples; 0
     for those of the calibration. ValueError where a column is asked for that this prediction has not.
     """
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for name in wanted if wanted is not None else [n for n in COLUMNS if n not in EXTRA]:
-        made = _column(name, prediction, labels, interval)
-        if not made and wanted is not None:
+        column = _column(name, prediction, labels, interval)
+        if not column and wanted is not None:
             raise ValueError(f"this model's predictions have no {name!r}")
-        found |= made
-    return found
+        columns |= column
+    return columns
 
 
-def _column(name: str, p: Any, labels: Sequence[Any] | None, interval: float) -> dict[str, Any]:
-    probs = getattr(p, "probs", None)
+def _column(name: str, p: Prediction, labels: Sequence[Any] | None, interval: float) -> dict[str, Any]:
+    probs = p.probs
     if name == "prediction":
-        return {} if probs is None else _labels(p.label, labels)
+        return {} if p.label is None else _labels(p.label, labels)
     if name == "probabilities":
         if probs is None:
             return {}
         return _spread("probability", probs, labels if probs.ndim == p.total.ndim + 1 else None)
-    if name in ("mean", "std"):
-        return {} if probs is not None else _spread(name, getattr(p, name))
     if name in ("lower", "upper") and interval > 0:
         if probs is not None:
             raise ValueError("an interval is of a regression; for classes calibrate with ConformalSets")
         return _spread(name, p.interval(interval)[0 if name == "lower" else 1])
     if name == "set":
-        sets = getattr(p, "sets", None)
-        return {} if sets is None else {"set": _sets(sets, labels)}
-    value = getattr(p, name, None)
+        return {} if p.sets is None else {"set": _sets(p.sets, labels)}
+    value = p.values().get(name)
     if value is None:
         return {}
     if name == "standard_error" and probs is not None:  # of each class, as the probabilities
@@ -100,8 +100,8 @@ def _labels(numbers: Tensor, labels: Sequence[Any] | None) -> dict[str, Any]:
 
 def _sets(sets: Tensor, labels: Sequence[Any] | None) -> Any:
     pa = arrow()
-    found = sets.cpu().numpy()
-    offsets = np.concatenate([[0], found.sum(1).cumsum()]).astype(np.int32)
-    members = pa.array(np.nonzero(found)[1].astype(np.int64))
+    held = sets.cpu().numpy()
+    offsets = np.concatenate([[0], held.sum(1).cumsum()]).astype(np.int32)
+    members = pa.array(np.nonzero(held)[1].astype(np.int64))
     values = members if labels is None else pa.array(list(labels)).take(members)
     return pa.ListArray.from_arrays(pa.array(offsets), values)

@@ -1,8 +1,7 @@
-"""How outputs are read, refitted on rows that training never saw.
+"""Calibrators: corrections of a predictor's predictions, fitted on rows that training never saw.
 
-Every calibrator is a module with `fit(outputs, y)` (float64) and a `forward` in plain torch, and says in `acts_on` what
-it takes: "logits" of each sample, before they are averaged, or "probs", the mean probability of the finished
-prediction.
+Each is a `vbdl.types.Calibrator`. `calibrate(predictor, (x, y), method)` puts one inside a predictor; alone, its `fit`
+(float64) and its `forward` take anybody's logits, probabilities, means or levels.
 """
 
 from vbdl.calibration.adaptive_conformal import AdaptiveConformal as AdaptiveConformal

@@ -1,20 +1,21 @@
-"""What matrix scaling and Dirichlet calibration share: one affine map of logits, held back by ODIR.
+"""The affine map of logits that matrix scaling and Dirichlet calibration fit, regularized by ODIR.
 
 Kull, Perello-Nieto, Kängsepp, Silva Filho, Song, Flach, Beyond temperature scaling: Obtaining well-calibrated
 multiclass probabilities with Dirichlet calibration, 2019, https://arxiv.org/abs/1910.12656 (off-diagonal and intercept
-regularisation)
+regularization)
 """
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import minimize, require_all_classes
+from vbdl.types import Calibrator
 
 
-class Affine(nn.Module):
-    """z -> W z + b, W (classes, classes), b (classes,).
+class Affine(Calibrator):
+    """An affine map of logits, z -> W z + b, W (classes, classes), b (classes,).
 
     odir: weight in the loss (nats a row) of the mean squared off-diagonal entry of W and of the mean squared entry of
     b. Without it (0) the classes² parameters overfit unless rows are many times more.
@@ -35,7 +36,7 @@ class Affine(nn.Module):
         return f"odir={self.odir}"
 
     def fit_logits(self, logits: Tensor, y: Tensor) -> None:
-        """logits: (samples, batch, classes) float64;  y: (batch,).  Minimises the NLL of the mean over samples."""
+        """Minimize the NLL of the mean over samples. logits: (samples, batch, classes) float64;  y: (batch,)"""
         samples, _, classes = logits.shape
         require_all_classes(y, classes, type(self).__name__)
         rows = torch.arange(y.numel(), device=y.device)

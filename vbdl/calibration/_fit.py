@@ -1,4 +1,4 @@
-"""What the calibrators share: checked inputs, one minimiser, one-versus-rest."""
+"""Input checks, the minimizer and one-versus-rest maps that the calibrators share."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ TINY = 1.1754943508222875e-38
 
 
 def check_logits_and_labels(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits float64 (samples, batch, classes), y int64 (batch,)); one sample gets its axis.
+    """The logits in float64, (samples, batch, classes), and y in int64, (batch,); one sample gets its axis.
 
     ValueError for NaN or infinite logits, for no rows, for fewer than two classes.
     """
@@ -32,13 +32,13 @@ def check_logits_and_labels(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_all_classes(y: Tensor, n_classes: int, method: str) -> None:
-    """ValueError when a class has no row: its own map would be fitted to nothing but negatives."""
+    """Raises ValueError if a class has no row: its map would be fitted to negatives alone."""
     missing = (torch.bincount(y, minlength=n_classes) == 0).nonzero().squeeze(1).tolist()
     if missing:
         raise ValueError(
-            f"{method} fits something of its own to every class, and class {missing[0]} "
+            f"{method} fits parameters to every class, and class {missing[0]} "
             f"({len(missing)} of {n_classes} in all) has no row to calibrate on; add rows, or use "
-            "Temperature, which needs no class in particular"
+            "Temperature, whose one parameter is for all classes"
         )
 
 
@@ -47,7 +47,7 @@ def minimize(
     start: Tensor,
     bounds: list[tuple[float | None, float | None]] | None = None,
 ) -> Tensor:
-    """The minimiser of a scalar loss of a float64 vector, by L-BFGS-B with gradients from autograd."""
+    """The float64 vector that minimizes a scalar loss, found by L-BFGS-B with gradients from autograd."""
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x.copy()).to(start.device).requires_grad_()
@@ -71,7 +71,7 @@ def minimize(
 
 
 def binary_problems(probs: Tensor, y: Tensor, method: str) -> list[tuple[Tensor, Tensor]]:
-    """(probability, label) of each class against the rest; of class 1 alone when there are two.
+    """The one-versus-rest problems, (probability, label) of each class; of class 1 alone if there are two.
 
     probs: (batch, classes) or (batch,);  y: (batch,)  ->  [((batch,) float64, (batch,) float64)]
     """
@@ -85,7 +85,7 @@ def one_versus_rest(apply: Callable[[Tensor], Tensor], n_maps: int, probs: Tenso
     """Calibrated probabilities in the shape and dtype of probs, from maps of one class each.
 
     apply: (maps, batch) -> (maps, batch) in float64. Two classes: the map of class 1 decides both.
-    More: every class through its own map, then normalised; a row that all maps send to 0 keeps the probabilities it
+    More: every class through its own map, then normalized; a row that all maps send to 0 keeps the probabilities it
     had.
     """
     if n_maps == 0:
@@ -107,6 +107,6 @@ def one_versus_rest(apply: Callable[[Tensor], Tensor], n_maps: int, probs: Tenso
 
 
 def stack_padded(rows: list[Tensor]) -> Tensor:
-    """Vectors of different lengths as (rows, longest), each padded with its own last value."""
+    """Vectors of different lengths as one matrix, (rows, longest), each padded with its last value."""
     longest = max(r.numel() for r in rows)
     return torch.stack([torch.cat((r, r[-1:].expand(longest - r.numel()))) for r in rows])

@@ -35,7 +35,7 @@ class AdaptiveConformal:
         self.n, self.misses = 0, 0
 
     def threshold(self) -> float:
-        """Scores up to this are inside the next set: +inf for level <= 0 or too few scores, -inf for level >= 1."""
+        """The largest score inside the next set: +inf for level <= 0 or too few scores, -inf for level >= 1."""
         if self.level <= 0:
             return math.inf
         if self.level >= 1:
@@ -44,7 +44,7 @@ class AdaptiveConformal:
         return float(conformal_quantile(scores, self.level))
 
     def update(self, score: float) -> bool:
-        """Takes the score of the outcome that has now been seen; whether it was inside the set.
+        """Take the score of the next outcome, and return whether it was inside the set.
 
         ValueError for a score that is not finite: the state stays as it was.
         """
@@ -59,7 +59,7 @@ class AdaptiveConformal:
         return inside
 
     def state(self) -> dict:
-        """Everything `load` needs, as numbers and a list."""
+        """The state as numbers and a list, which `load` takes."""
         return {
             "level": self.level,
             "scores": list(self.scores),

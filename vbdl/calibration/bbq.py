@@ -9,15 +9,16 @@ import math
 import numpy as np
 import torch
 from scipy.special import betaln, logsumexp
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import binary_problems, one_versus_rest, stack_padded
+from vbdl.types import Calibrator
 
 _PRIOR_ROWS = 2.0  # N' of the paper: the prior weighs as much as this many rows, shared by the bins
 
 
 def _average_of_histograms(p: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inner edges and values of the piecewise constant average over all numbers of bins."""
+    """The inner edges and the values of the average of histograms of all numbers of bins, piecewise constant."""
     n = len(p)
     order = np.argsort(p, kind="stable")
     ordered, cumulative = p[order], np.concatenate(([0.0], np.cumsum(hit[order])))
@@ -47,9 +48,9 @@ def _average_of_histograms(p: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, 
     return union, np.asarray(values)
 
 
-class BBQ(nn.Module):
+class BBQ(Calibrator):
     """Bayesian model average of equal-mass histograms, kept as one table; acts on the mean probability, one-versus-rest
-    and normalised beyond two classes. Never 0 or 1.
+    and normalized beyond two classes. Never 0 or 1.
     """
 
     acts_on = "probs"

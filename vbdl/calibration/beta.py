@@ -1,18 +1,19 @@
-"""Beta calibration.
+"""Beta calibration: a curve of three parameters in the logs of the probability and of its complement.
 
 Kull, Silva Filho, Flach, Beta calibration: a well-founded and easily implemented improvement on logistic calibration
 for binary classifiers, 2017, https://proceedings.mlr.press/v54/kull17a.html
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vbdl.calibration._fit import TINY, binary_problems, minimize, one_versus_rest
+from vbdl.types import Calibrator
 
 
-class Beta(nn.Module):
-    """σ(a log p - b log(1 - p) + c) with a, b >= 0; acts on the mean probability, one-versus-rest and normalised beyond
+class Beta(Calibrator):
+    """σ(a log p - b log(1 - p) + c) with a, b >= 0; acts on the mean probability, one-versus-rest and normalized beyond
     two classes. Monotone, and the identity (a = b = 1, c = 0) is among its curves.
     """
 
@@ -25,10 +26,10 @@ class Beta(nn.Module):
 
     def fit(self, probs: Tensor, y: Tensor) -> "Beta":
         """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
-        found = []
+        coefficients = []
         for p, hit in binary_problems(probs, y, "Beta"):
             low, high = p.clamp(min=TINY).log(), -(1 - p).clamp(min=TINY).log()
-            found.append(
+            coefficients.append(
                 minimize(
                     lambda v, low=low, high=high, hit=hit: binary_cross_entropy_with_logits(
                         v[0] * low + v[1] * high + v[2], hit
@@ -38,7 +39,7 @@ class Beta(nn.Module):
                     [(0.0, None), (0.0, None), (None, None)],
                 )
             )
-        self.coefficients = torch.stack(found)
+        self.coefficients = torch.stack(coefficients)
         return self
 
     def forward(self, probs: Tensor) -> Tensor:

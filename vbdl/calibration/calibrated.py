@@ -1,21 +1,17 @@
 """A likelihood with a calibration inside it, traced and compiled with the network."""
 
-import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.special import xlogy
 
-from vbdl.types import Likelihood, State
+from vbdl.calibration.recalibrated import Recalibrations, recalibrated
+from vbdl.likelihoods.around import Around, layers
+from vbdl.likelihoods.normal_mixture import RegressionPrediction
+from vbdl.types import Calibrator, Likelihood, Prediction, Recalibration, State
 
-_ADDED = ("sets", "lower", "upper")  # fields that a calibration adds to a prediction
 
-
-class CalibratedLikelihood(Likelihood):
-    """The likelihood it was given, read through a calibration method.
+class CalibratedLikelihood(Around):
+    """A likelihood whose predictions are corrected by a calibrator, `method`.
 
     What total, aleatoric and epistemic are afterwards, which always add up:
 
@@ -31,21 +27,20 @@ class CalibratedLikelihood(Likelihood):
     standard_error stays that of the uncalibrated mean.
     """
 
-    likelihood: Any
-    method: Any
+    method: Calibrator
 
     def __init__(
         self,
-        likelihood: nn.Module,
-        method: nn.Module,
+        likelihood: Likelihood,
+        method: Calibrator,
         n_rows: int,
         n_overlap: int,
         calibration_rows: Tensor | None = None,
     ):
-        super().__init__()
+        super().__init__(likelihood)
         if calibration_rows is not None and (calibration_rows.dtype != torch.int64 or calibration_rows.ndim != 1):
             raise ValueError("the fingerprints of the calibration rows are not one int64 a row")
-        self.likelihood, self.method = likelihood, method
+        self.method = method
         # buffers, so that a saved predictor says what it was calibrated on
         self.register_buffer("n_rows", torch.tensor(n_rows))
         self.register_buffer("n_overlap", torch.tensor(n_overlap))
@@ -64,9 +59,6 @@ class CalibratedLikelihood(Likelihood):
         parameters = self.likelihood(outputs)
         return self.method(parameters) if self.method.acts_on == "logits" else parameters
 
-    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-        return self.likelihood.check_targets(y, parameters_shape)
-
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         if self.method.acts_on != "logits":
             raise ValueError(
@@ -78,43 +70,69 @@ class CalibratedLikelihood(Likelihood):
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.nll(parameters, y)
 
-    def summarize(self, parameters: Tensor) -> State:
-        return self.likelihood.summarize(parameters)
-
-    def merge(self, a: State, b: State) -> State:
-        return self.likelihood.merge(a, b)
-
     def finish(self, summary: State) -> State:
         fields = self.likelihood.finish(summary)
         if self.method.acts_on == "probs":
             return _with_probs(fields, self.method)
         return self.method.fields(fields) if self.method.acts_on == "prediction" else fields
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Any:
-        """The likelihood's own prediction, with the fields that the method has added.
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
+        """The inner likelihood's prediction, with the fields that the method has added.
 
         samples are those of the calibrated predictive, except for "probs": there they stay as they were.
         """
-        if samples is not None and hasattr(self.method, "samples"):
+        if samples is not None:
             samples = self.method.samples(samples)
-        made = extend(self.likelihood.prediction, fields, n_samples, samples, _ADDED)
-        return _wrapped(self.method, made) if hasattr(self.method, "wrap") else made
+        prediction = super().prediction(fields, n_samples, samples)
+        recalibration = self.method.recalibration
+        if recalibration is None:
+            return prediction
+        if not isinstance(prediction, RegressionPrediction):
+            raise TypeError(
+                f"{type(self.method).__name__} recalibrates a RegressionPrediction, and {type(prediction).__name__} is "
+                f"none: let it inherit from vbdl.likelihoods.normal_mixture.RegressionPrediction"
+            )
+        return recalibrated(prediction, recalibration)
 
 
-def calibration_rows(likelihood: Any) -> tuple[Tensor, bool]:
-    """Fingerprints of the rows that a likelihood was calibrated on, (rows,) int64, and whether all were recorded."""
-    found, complete = [], True
-    while likelihood is not None:
-        if isinstance(likelihood, CalibratedLikelihood):
-            known: Any = likelihood.calibration_rows
-            complete = complete and known is not None
-            found += [] if known is None else [known.cpu()]
-        likelihood = likelihood.wrapped
-    return torch.cat(found).unique() if found else torch.empty(0, dtype=torch.int64), complete
+def calibrations(likelihood: Likelihood) -> list[CalibratedLikelihood]:
+    """The calibrations inside a likelihood, in reverse order of their fits."""
+    return [layer for layer in layers(likelihood) if isinstance(layer, CalibratedLikelihood)]
 
 
-def _with_probs(fields: State, calibrator: nn.Module) -> State:
-    """Fields with calibrated probabilities: one distribution (..., classes), or (...,) of yes and no."""
+def calibration_rows(likelihood: Likelihood) -> tuple[Tensor, bool]:
+    """The fingerprints of the rows a likelihood was calibrated on, (rows,) int64, and whether all were recorded."""
+    recorded = [one.calibration_rows for one in calibrations(likelihood)]
+    known = [rows.cpu() for rows in recorded if isinstance(rows, Tensor)]
+    rows = torch.cat(known).unique() if known else torch.empty(0, dtype=torch.int64)
+    return rows, len(known) == len(recorded)
+
+
+def calibrated_draws(likelihood: Likelihood, parameters: Tensor) -> tuple[Tensor, Recalibration | None]:
+    """The draws, (samples, batch, ..., 2), after this likelihood's calibrations, and the calibrations' recalibration of
+    the distribution function of their mixture, or None."""
+    recalibration = None
+    for calibrated in calibrations(likelihood):
+        parameters = calibrated.method.samples(parameters)
+        earlier = calibrated.method.recalibration
+        if earlier is not None:
+            recalibration = earlier if recalibration is None else Recalibrations(earlier, recalibration)
+    return parameters, recalibration
+
+
+def is_recalibrated(likelihood: Likelihood) -> bool:
+    """Whether a calibration inside this likelihood recalibrates the distribution function."""
+    return any(calibrated.method.recalibration is not None for calibrated in calibrations(likelihood))
+
+
+def changes_draws(likelihood: Likelihood) -> bool:
+    """Whether a calibration inside this likelihood changes single draws, or the distribution of their mixture."""
+    changed = any(calibrated.method.changes_samples for calibrated in calibrations(likelihood))
+    return changed or is_recalibrated(likelihood)
+
+
+def _with_probs(fields: State, calibrator: Calibrator) -> State:
+    """The fields with calibrated probabilities, (..., classes), or (...,) of yes, and the entropies that follow."""
     probs, before = fields["probs"], fields["total"]
     many = probs.ndim > before.ndim
     flat = probs.reshape(-1, probs.shape[-1]) if many else probs.reshape(-1)
@@ -125,49 +143,3 @@ def _with_probs(fields: State, calibrator: nn.Module) -> State:
     epistemic = total * share
     changed = {"probs": probs, "total": total, "epistemic": epistemic, "aleatoric": total - epistemic}
     return {**fields, **changed}
-
-
-def _wrapped(method: Any, prediction: Any) -> Any:
-    """What the method makes of the prediction, with the fields that calibrations before it have added."""
-    wrapped = method.wrap(prediction)
-    added = {n: getattr(prediction, n) for n in _ADDED if hasattr(prediction, n)}
-    if not added:
-        return wrapped
-    values = {f.name: getattr(wrapped, f.name) for f in dataclasses.fields(wrapped)}
-    return _extended(type(wrapped), tuple(added))(**values, **added)
-
-
-def extend(make: Any, fields: State, n_samples: int, samples: Tensor | None, names: Sequence[str]) -> Any:
-    """make(fields, ...) with those of `names` that are among the fields as further fields of its class."""
-    extra = {n: fields[n] for n in names if n in fields}
-    base = make({n: t for n, t in fields.items() if n not in extra}, n_samples, samples)
-    if not extra:
-        return base
-    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    return _extended(type(base), tuple(extra))(**values, **extra)
-
-
-@functools.cache
-def _extended(base: type, names: tuple[str, ...]) -> type:
-    """A subclass of a prediction with more tensors: isinstance, properties and methods stay."""
-    new = [(n, Tensor | None, dataclasses.field(default=None)) for n in names]
-    made: Any = dataclasses.make_dataclass(base.__name__, new, bases=(base,), frozen=True)
-    made.__module__ = base.__module__
-    made._extends, made.__reduce__ = (base, names), _reduce
-    return made
-
-
-def _reduce(prediction: Any) -> tuple[Any, ...]:
-    """For pickle, which finds no class that was made at run time: what to make it of."""
-    base, added = type(prediction), []
-    while (extends := vars(base).get("_extends")) is not None:
-        base, names = extends
-        added.insert(0, names)
-    values = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
-    return _restored, (base, added, values)
-
-
-def _restored(base: type, added: list[tuple[str, ...]], values: dict[str, Any]) -> Any:
-    for names in added:
-        base = _extended(base, names)
-    return base(**values)

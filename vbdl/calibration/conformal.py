@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from vbdl.calibration.conformal_quantile import conformal_quantile
 from vbdl.metrics._checks import check_probs_and_labels, check_rate
+from vbdl.types import Calibrator, Prediction, State
 
 
 class LAC(nn.Module):
-    """Score 1 - p_k: the smallest sets on average. A hard row may get an empty one."""
+    """The score 1 - p_k, which gives the smallest sets on average; a hard row may get an empty one."""
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
         """(batch, classes) -> (batch, classes) scores, low for likely"""
@@ -29,7 +30,7 @@ class LAC(nn.Module):
 
 
 def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass of the classes at least as likely as each, itself included, and its rank from 1.
+    """The mass of the classes at least as likely as each class, and its rank, counted from 1.
 
     Equal probabilities are ranked by class number.
     """
@@ -43,7 +44,7 @@ def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class APS(nn.Module):
-    """Score: mass of the classes down to k. Sets grow with the difficulty of the row.
+    """The score of class k is the mass of the classes down to k: sets grow with the difficulty of the row.
 
     randomized: takes u · p_k off again, u uniform of the row, given by the caller. Coverage is then 1 - alpha and not
     above; without, sets are larger than they need be.
@@ -63,7 +64,7 @@ class APS(nn.Module):
 
 
 class RAPS(nn.Module):
-    """APS plus penalty · (rank - k_reg)₊: keeps unlikely classes out of large sets."""
+    """The score of APS plus penalty · (rank - k_reg)₊, which keeps unlikely classes out of large sets."""
 
     def __init__(self, penalty: float = 0.01, k_reg: int = 5, randomized: bool = False):
         super().__init__()
@@ -91,15 +92,14 @@ def _uniform(randomized: bool, u: Tensor | None, probs: Tensor) -> Tensor | floa
     return u.to(probs.dtype).unsqueeze(1)
 
 
-class ConformalSets(nn.Module):
-    """The classes whose score is at most a quantile of the true classes' scores; acts on the mean probability.
+class ConformalSets(Calibrator):
+    """Adds to predictions the set of classes whose score is at most a quantile of the true classes' scores.
 
     score: LAC(), APS() or RAPS(), or any module of theirs' signature. per_class: a quantile for each class from its own
     rows, which gives the promise class by class; a class with too few rows (or none)
     is in every set. never_empty: adds the most probable class to an empty set, coverage can only rise.
     """
 
-    acts_on = "prediction"
     of_classes = True
     thresholds: Tensor | None
 
@@ -127,13 +127,12 @@ class ConformalSets(nn.Module):
                 f"classes of one question: fit one ConformalSets a question, fit(probs[:, i], y[:, i])"
             )
         probs, y = check_probs_and_labels(probs, y)
-        own = self.score(probs, u).gather(1, y[:, None]).squeeze(1)
+        scores = self.score(probs, u).gather(1, y[:, None]).squeeze(1)  # of the true class
         classes = probs.shape[1]
         if self.per_class:
-            found = [conformal_quantile(own[y == k], self.alpha) for k in range(classes)]
-            self.thresholds = torch.stack(found)
+            self.thresholds = torch.stack([conformal_quantile(scores[y == k], self.alpha) for k in range(classes)])
         else:
-            self.thresholds = conformal_quantile(own, self.alpha).repeat(classes)
+            self.thresholds = conformal_quantile(scores, self.alpha).repeat(classes)
         return self
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
@@ -150,10 +149,12 @@ class ConformalSets(nn.Module):
             chosen = chosen | (top & ~chosen.any(dim=1, keepdim=True))
         return chosen
 
-    def fit_prediction(self, prediction, y: Tensor) -> "ConformalSets":
+    def fit_prediction(self, prediction: Prediction, y: Tensor) -> "ConformalSets":
+        if prediction.probs is None:
+            raise ValueError("ConformalSets is fitted to probabilities, and this is a regression")
         return self.fit(prediction.probs, y.long())  # yes or no comes as 0.0 and 1.0
 
-    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fields(self, fields: State) -> State:
         """The prediction's fields, and `sets`, (batch, classes) bool."""
         return {**fields, "sets": self(fields["probs"])}
 

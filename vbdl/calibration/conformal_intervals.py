@@ -9,19 +9,19 @@ With too few rows, (n + 1)(1 - alpha) > n, the interval is infinite.
 """
 
 import math
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration.conformal_quantile import conformal_quantile
 from vbdl.metrics._checks import check_finite, check_rate, check_std, check_targets
+from vbdl.types import Calibrator, Prediction, State
 
 
-class _Intervals(nn.Module):
-    """What the three share: a level, a threshold for each output, and where a prediction carries the bounds."""
+class _Intervals(Calibrator):
+    """The base of the three kinds of intervals: a level, a threshold for each output, bounds in the prediction."""
 
-    acts_on = "prediction"
     threshold: Tensor | None
 
     def __init__(self, alpha: float):
@@ -33,10 +33,10 @@ class _Intervals(nn.Module):
         return f"alpha={self.alpha}"
 
     def _fit(self, scores: Tensor) -> Self:
-        """scores: (batch,) or (batch, ...); a threshold for each element, as rows are what is exchangeable"""
+        """Set the threshold of each element from its scores, (batch,) or (batch, ...)."""
         columns = scores.unsqueeze(-1).flatten(1)
-        found = [conformal_quantile(column, self.alpha) for column in columns.T]
-        self.threshold = torch.stack(found).reshape(scores.shape[1:])
+        quantiles = [conformal_quantile(column, self.alpha) for column in columns.T]
+        self.threshold = torch.stack(quantiles).reshape(scores.shape[1:])
         return self
 
     def _threshold(self, dtype: torch.dtype) -> Tensor:
@@ -44,15 +44,18 @@ class _Intervals(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has not been fitted: call fit first")
         return self.threshold.to(dtype)
 
-    def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
-        """What fit and forward take, from the mean and the total variance of a prediction."""
+    def fit(self, *inputs: Tensor) -> Self:
+        """Fit to the tensors that `inputs` returns, followed by the targets."""
         raise NotImplementedError
 
-    def fit_prediction(self, prediction: Any, y: Tensor) -> Self:
-        fit: Any = self.fit  # each takes what its own `inputs` makes
-        return fit(*self.inputs(prediction.mean, prediction.total), y)
+    def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of fit and forward, made of the mean and the total variance of a prediction."""
+        raise NotImplementedError
 
-    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fit_prediction(self, prediction: Prediction, y: Tensor) -> Self:
+        return self.fit(*self.inputs(prediction.mean, prediction.total), y)
+
+    def fields(self, fields: State) -> State:
         """The prediction's fields, and `lower` and `upper`, (batch, ...) in target units."""
         lower, upper = self(*self.inputs(fields["mean"], fields["total"]))
         return {**fields, "lower": lower, "upper": upper}

@@ -1,4 +1,4 @@
-"""The rank on which every conformal promise rests."""
+"""The conformal rank and quantile: which of n scores is the threshold that keeps the promised coverage."""
 
 import math
 

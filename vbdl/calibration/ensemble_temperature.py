@@ -5,13 +5,14 @@ Zhang, Kailkhura, Han, Mix-n-Match: Ensemble and Compositional Methods for Uncer
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import TINY, minimize
 from vbdl.metrics._checks import check_probs_and_labels
+from vbdl.types import Calibrator
 
 
-class EnsembleTemperature(nn.Module):
+class EnsembleTemperature(Calibrator):
     """w₁ softmax(log p / T) + w₂ p + w₃ / classes, w on the simplex; acts on the mean probability.
 
     Keeps the most probable class: each of the three parts has the same order. "Ensemble" is the paper's word for these

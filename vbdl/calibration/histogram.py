@@ -5,14 +5,15 @@ https://dl.acm.org/doi/10.5555/645530.655658
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import binary_problems, one_versus_rest
+from vbdl.types import Calibrator
 
 
-class Histogram(nn.Module):
+class Histogram(Calibrator):
     """Each class's probability becomes that class's frequency among the rows of its bin; acts on the mean probability,
-    one-versus-rest and normalised beyond two classes.
+    one-versus-rest and normalized beyond two classes.
 
     binning: "width" (equal, right-closed) or "mass" (equal counts, cut midway between neighbours). A bin without rows
     gives its midpoint. A frequency may be 0 or 1: the log-likelihood can be infinite.

@@ -7,9 +7,10 @@ https://doi.org/10.1145/775047.775151
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import binary_problems, one_versus_rest, stack_padded
+from vbdl.types import Calibrator
 
 
 def isotonic_knots(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -28,9 +29,9 @@ def isotonic_knots(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = No
     return unique[keep], fitted[keep]
 
 
-class Isotonic(nn.Module):
+class Isotonic(Calibrator):
     """A non-decreasing curve through the outcomes, linear between knots and constant outside; acts on the mean
-    probability, one-versus-rest and normalised beyond two classes.
+    probability, one-versus-rest and normalized beyond two classes.
 
     The curve may reach 0 or 1: the log-likelihood can be infinite.
     """

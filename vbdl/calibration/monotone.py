@@ -1,4 +1,4 @@
-"""Smooth increasing curves of the real line, fitted by maximum likelihood so that what they return is standard normal.
+"""Smooth increasing curves, fitted by maximum likelihood so that they map scores to standard normal ones.
 
 Straight beyond the last knots, quadratic between them: slopes are positive and linear from knot to knot, so the density
 that belongs to a curve is continuous, and the inverse is a closed form.

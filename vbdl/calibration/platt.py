@@ -5,18 +5,19 @@ https://www.researchgate.net/publication/2594015
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vbdl.calibration._fit import TINY, binary_problems, minimize, one_versus_rest
+from vbdl.types import Calibrator
 
 
 def _logit(p: Tensor) -> Tensor:
     return p.clamp(min=TINY).log() - (1 - p).clamp(min=TINY).log()
 
 
-class Platt(nn.Module):
-    """σ(a · logit(p) + b); acts on the mean probability, one-versus-rest and normalised beyond two classes.
+class Platt(Calibrator):
+    """σ(a · logit(p) + b); acts on the mean probability, one-versus-rest and normalized beyond two classes.
 
     smoothed: fits to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which keeps the curve finite
     where the classes separate.
@@ -34,7 +35,7 @@ class Platt(nn.Module):
 
     def fit(self, probs: Tensor, y: Tensor) -> "Platt":
         """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
-        found = []
+        curves = []
         for p, hit in binary_problems(probs, y, "Platt"):
             z = _logit(p)
             target = hit
@@ -42,13 +43,13 @@ class Platt(nn.Module):
                 positive = hit.sum()
                 high, low = (positive + 1) / (positive + 2), 1 / (hit.numel() - positive + 2)
                 target = torch.where(hit > 0, high, low)
-            found.append(
+            curves.append(
                 minimize(
                     lambda v, z=z, target=target: binary_cross_entropy_with_logits(v[0] * z + v[1], target),
                     torch.tensor([1.0, 0.0], dtype=torch.float64, device=z.device),
                 )
             )
-        self.slope, self.intercept = torch.stack(found).T.contiguous()
+        self.slope, self.intercept = torch.stack(curves).T.contiguous()
         return self
 
     def forward(self, probs: Tensor) -> Tensor:

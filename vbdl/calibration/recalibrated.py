@@ -1,23 +1,23 @@
-"""The prediction of a predictor whose distribution function was recalibrated."""
+"""Predictions whose distribution function was recalibrated."""
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vbdl.calibration.steps import Steps
 from vbdl.likelihoods.mixture import mixture_quantile
 from vbdl.likelihoods.normal_mixture import RegressionPrediction, as_columns, normal_nll
 from vbdl.metrics.intervals import normal_cdf
+from vbdl.types import Recalibration
 
 
+@dataclass(frozen=True)
 class Recalibrations:
-    """Maps of the distribution function one after the other: what was recalibrated is recalibrated again."""
+    """Two recalibrations, the second of what the first has made."""
 
-    of_steps = False
-
-    def __init__(self, first: Any, second: Any):
-        self.first, self.second = first, second
+    first: Recalibration
+    second: Recalibration
 
     def score(self, score: Tensor) -> Tensor:
         return self.second.score(self.first.score(score))
@@ -29,7 +29,7 @@ class Recalibrations:
         return self.first.log_slope(score) + self.second.log_slope(self.first.score(score))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecalibratedPrediction(RegressionPrediction):
     """A mixture with a recalibrated distribution function: cdf, quantile, interval and log_prob are the new ones.
 
@@ -38,19 +38,19 @@ class RecalibratedPrediction(RegressionPrediction):
     (their copula).
     """
 
-    recalibration: Any = None
+    recalibration: Recalibration  # of the mixture's distribution function
 
     def score(self, y: Tensor) -> Tensor:
         return self.recalibration.score(super().score(y))
 
     def cdf(self, y: Tensor) -> Tensor:
-        if self.recalibration.of_steps:
+        if isinstance(self.recalibration, Steps):
             return self.recalibration(super().cdf(y))
         return normal_cdf(self.score(y)).to(torch.promote_types(torch.as_tensor(y).dtype, self.mean.dtype))
 
     def quantile(self, q: float | Tensor) -> Tensor:
         levels = self._levels(q)
-        if self.recalibration.of_steps:
+        if isinstance(self.recalibration, Steps):
             # in the mixture's own precision a level next to 1 may round to it
             tiny = torch.finfo(self.mean.dtype).eps / 4
             asked = self.recalibration.level(levels).clamp(tiny, 1 - 2 * tiny).to(self.mean.dtype)
@@ -64,27 +64,27 @@ class RecalibratedPrediction(RegressionPrediction):
         """
         components = self._components()
         y = as_columns(torch.as_tensor(y, device=components.device), components.shape[1:-1])
-        if self.recalibration.of_steps:
+        if isinstance(self.recalibration, Steps):
             slope = self.recalibration.slope(super().cdf(y))
             return super().log_prob(y) + slope.log().flatten(1).sum(1)
         score = super().score(y)
         slope = self.recalibration.log_slope(score)
         if components.shape[0] == 1 or y[:1].numel() <= 1:  # elements that do not depend on each other
             return super().log_prob(y) + slope.flatten(1).sum(1).to(y.dtype)
-        mean, std = self._mean_std()
+        mean, std = self.normals()
         moved = mixture_quantile(mean, std, self.recalibration.score(score))
         apart = _log_density(components, y) - _log_density(components, moved)
         return (super().log_prob(moved) + (slope + apart).flatten(1).sum(1)).to(y.dtype)
 
 
 def _log_density(components: Tensor, y: Tensor) -> Tensor:
-    """(samples, batch, ..., 2), (batch, ...) -> (batch, ...) log density of each element alone, but for a constant"""
+    """The log density of each element alone, (batch, ...), up to a constant; components: (samples, batch, ..., 2)"""
     return torch.logsumexp(-normal_nll(components.to(torch.float64), y), dim=0)
 
 
-def recalibrated(prediction: RegressionPrediction, recalibration: Any) -> RecalibratedPrediction:
-    """The prediction with this map on top of those that it has."""
-    before = getattr(prediction, "recalibration", None)
-    values = {f.name: getattr(prediction, f.name) for f in fields(RegressionPrediction)}
-    made = recalibration if before is None else Recalibrations(before, recalibration)
-    return RecalibratedPrediction(**values, recalibration=made)
+def recalibrated(prediction: RegressionPrediction, recalibration: Recalibration) -> RecalibratedPrediction:
+    """The prediction with this recalibration on top of the one that it has."""
+    before = prediction.recalibration
+    values = {f.name: vars(prediction)[f.name] for f in fields(RegressionPrediction)}
+    both = recalibration if before is None else Recalibrations(before, recalibration)
+    return RecalibratedPrediction(**values, recalibration=both)

@@ -9,14 +9,16 @@ https://arxiv.org/abs/1905.11659
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import minimize
+from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics._checks import check_std, check_targets
 from vbdl.metrics.nll import check_mixture
+from vbdl.types import Calibrator, State
 
 
-class StdScaling(nn.Module):
+class StdScaling(Calibrator):
     """std -> scale · std, the mean stays; scale > 0 minimises the negative log-likelihood.
 
     per_output: a scale for each output, or one for all. Outputs are the last axis, or the likelihood's channel_axis;
@@ -25,7 +27,8 @@ class StdScaling(nn.Module):
     variance are all multiplied by scale²: they still add up, and their ratio is that of before.
     """
 
-    acts_on = "prediction"
+    needs_samples = True
+    changes_samples = True
     log_scale: Tensor
 
     def __init__(self, per_output: bool = True):
@@ -101,12 +104,11 @@ class StdScaling(nn.Module):
         """total, aleatoric or epistemic (batch, ...), squared target units -> the scaled one"""
         return variance * (2 * self.log_scale).exp().to(variance.dtype)
 
-    def fit_prediction(self, prediction, y: Tensor) -> "StdScaling":
+    def fit_prediction(self, prediction: RegressionPrediction, y: Tensor) -> "StdScaling":
         """From a prediction that kept its samples, mean and log-variance (samples, batch, ..., 2)."""
-        mean, log_variance = prediction.samples.unbind(-1)
-        return self.fit(mean, (0.5 * log_variance).exp(), y, getattr(prediction, "output_axis", -1))
+        return self.fit(*prediction.normals(), y, prediction.output_axis)
 
-    def fields(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fields(self, fields: State) -> State:
         """The prediction's fields, the variances scaled."""
         scaled = {n: self.variance(fields[n]) for n in ("total", "aleatoric", "epistemic")}
         if "covariance" in fields:

@@ -9,15 +9,16 @@ import math
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import TINY, check_logits_and_labels, minimize
 from vbdl.metrics._checks import check_probs_and_labels
+from vbdl.types import Calibrator
 
 _LOG_LIMIT = math.log(1000.0)
 
 
-class Temperature(nn.Module):
+class Temperature(Calibrator):
     """softmax(z / T), T > 0 by construction: log T is what is fitted, in float64, within [1e-3, 1e3].
 
     acts_on="logits": each sample's logits, z -> z / T; fitted to the mean over samples of the probabilities, which is
@@ -27,6 +28,8 @@ class Temperature(nn.Module):
     it may change where members disagree: the mean of sharpened members is not the sharpened mean.
     """
 
+    acts_on = "logits"
+    one_logit = True
     log_temperature: Tensor
 
     def __init__(self, acts_on: str = "logits"):

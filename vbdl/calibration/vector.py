@@ -6,12 +6,13 @@ Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, ht
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.calibration._fit import check_logits_and_labels, minimize, require_all_classes
+from vbdl.types import Calibrator
 
 
-class VectorScaling(nn.Module):
+class VectorScaling(Calibrator):
     """softmax(w ∘ z + b), w and b (classes,); acts on each sample's logits.
 
     Unlike a temperature it can change the most probable class, and is not blind to a constant added

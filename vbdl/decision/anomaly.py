@@ -5,17 +5,18 @@ Benjamini, Hochberg, Controlling the False Discovery Rate, 1995, https://doi.org
 """
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vbdl.decision.distribution import Evidence
 from vbdl.decision.referral import uncertainty_of
 from vbdl.metrics._checks import check_rate, check_scores
 from vbdl.metrics._counts import at_most
+from vbdl.types import Decision, Prediction
 
 
-class AnomalyFlags(nn.Module):
+class AnomalyFlags(Decision):
     """Conformal p-values of anomaly scores (high for odd) against scores of normal rows.
 
     Inside a predictor the score is an uncertainty of the prediction, `kind` (see uncertainty_of), and `action` says
@@ -40,7 +41,7 @@ class AnomalyFlags(nn.Module):
             self._check_budget(self.false_alarms)
         return self
 
-    def forward(self, prediction: Any) -> Tensor:
+    def forward(self, prediction: Prediction | Evidence) -> Tensor:
         """A prediction -> (batch,) bool flags, at the budget given to the constructor"""
         if self.false_alarms is None:
             raise RuntimeError("give AnomalyFlags a budget to decide with: AnomalyFlags(false_alarms=0.01)")

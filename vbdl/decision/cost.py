@@ -5,13 +5,16 @@ Elkan, The Foundations of Cost-Sensitive Learning, 2001, https://dl.acm.org/doi/
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vbdl.decision.distribution import Evidence
+from vbdl.types import Decision, Prediction
 
 REFER = -1
 """The action that hands the row to a person."""
 
 
-class ExpectedCost(nn.Module):
+class ExpectedCost(Decision):
     """argmin_a Σ_k p_k cost[k, a]; REFER (-1) where even that costs more than refer_cost.
 
     cost: (classes, actions), what action a costs when the class is k, in any one unit; actions need not be classes
@@ -47,24 +50,30 @@ class ExpectedCost(nn.Module):
         # a sum over classes, not a matmul: its order, and so a tie, must not depend on the batch size
         return (p.unsqueeze(2) * self.cost).sum(dim=1)
 
-    def forward(self, prediction) -> Tensor:
+    def forward(self, prediction: Prediction | Evidence | Tensor) -> Tensor:
         """A prediction with probs, or probs themselves -> (batch,) int64 actions.
 
         A row whose probabilities are not finite is referred, refer_cost or not: the safe reading.
         """
-        probs = prediction if isinstance(prediction, Tensor) else prediction.probs
-        total = getattr(prediction, "total", None)
-        if total is not None and probs.ndim > 1 and total.shape == probs.shape:
-            raise ValueError(
-                f"a cost is of one class a row, and this prediction answers {probs.shape[-1]} questions of yes or no: "
-                f"decide on probs[:, i], one question after the other"
-            )
-        expected = self.expected(probs)
+        expected = self.expected(prediction if isinstance(prediction, Tensor) else _probs_of(prediction))
         least, action = expected.min(dim=1)
         refer = ~expected.isfinite().all(dim=1)
         if self.refer_cost is not None:
             refer = refer | (least > self.refer_cost)
         return torch.where(refer, REFER, action)
+
+
+def _probs_of(prediction: Prediction | Evidence) -> Tensor:
+    """(batch, classes), or (batch,) of class 1. ValueError for a regression, and for several questions of yes or no."""
+    probs = prediction.probs
+    if probs is None:
+        raise ValueError("an expected cost needs class probabilities, and this prediction is a regression")
+    if probs.ndim > 1 and prediction.total.shape == probs.shape:
+        raise ValueError(
+            f"a cost is of one class a row, and this prediction answers {probs.shape[-1]} questions of yes or no: "
+            f"decide on probs[:, i], one question after the other"
+        )
+    return probs
 
 
 def decide(probs: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:

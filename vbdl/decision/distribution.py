@@ -1,10 +1,10 @@
-"""The predictive distribution that a decision about a regression reads: the mixture of all draws, with what was
-calibrated of it.
+"""The predictive distribution of a regression that decisions read: the mixture of all draws, after calibration.
 
 In plain torch, so that it is part of the compiled prediction.
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from vbdl.calibration.calibrated import CalibratedLikelihood
 from vbdl.likelihoods.mixture import averaged, mixture_quantile, mixture_score
 from vbdl.metrics.intervals import normal_cdf
+from vbdl.types import Prediction, Recalibration
 
 _NODES = 64  # of the Gauss-Legendre rule for integrals of a recalibrated distribution function, 1e-5 of them
 
@@ -25,20 +25,20 @@ class Distribution:
     weights: (samples,), summing to one, where some of the samples are empty places.
     """
 
-    def __init__(self, components: Tensor, weights: Tensor | None = None, recalibration: Any = None):
+    def __init__(self, components: Tensor, weights: Tensor | None = None, recalibration: Recalibration | None = None):
         mean, log_variance = components.to(torch.float64).unbind(-1)
         self.mean, self.std, self.weights = mean, (0.5 * log_variance).exp(), weights
         self.recalibration = recalibration
 
     def quantile(self, level: float) -> Tensor:
-        """(batch, ...) value that y is at most with this probability."""
+        """(batch, ...) the value that y is at most with this probability."""
         score = torch.full((), float(stats.norm.ppf(level)), dtype=torch.float64, device=self.mean.device)
         if self.recalibration is not None:
             score = self.recalibration.inverse(score)
         return mixture_quantile(self.mean, self.std, score, self.weights)
 
     def mean_below(self, quantile: Tensor, level: float) -> Tensor:
-        """(batch, ...) mean of y where it is at most this quantile, which is that of `level`."""
+        """(batch, ...) the mean of y below its quantile of this level, which is given too."""
         if self.recalibration is None:
             z = (quantile - self.mean) / self.std
             density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
@@ -71,11 +71,12 @@ class Distribution:
 
     def _level(self, y: Tensor, side: int) -> Tensor:
         """P(below y) for side -1, P(above y) for 1; y: (nodes, batch, ...)"""
+        assert self.recalibration is not None
         score = mixture_score(self.mean.unsqueeze(1), self.std.unsqueeze(1), y, self.weights)
         return normal_cdf(-side * self.recalibration.score(score))
 
     def _nodes(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances from `start` to infinity and their weights, (nodes, batch, ...), on the scale of the spread."""
+        """The nodes, as distances from `start`, and weights of an integral to infinity, (nodes, batch, ...) each."""
         t, w = (torch.from_numpy(a).to(start.device) for a in np.polynomial.legendre.leggauss(_NODES))
         t, w = (t + 1) / 2, w / 2
         spread = averaged(self.std.square() + (self.mean - averaged(self.mean, self.weights)).square(), self.weights)
@@ -84,32 +85,26 @@ class Distribution:
         return (t / (1 - t)).reshape(shape) * scale, (w / (1 - t) ** 2).reshape(shape) * scale
 
 
-def calibrated_draws(likelihood: Any, components: Tensor) -> tuple[Tensor, Any]:
-    """Draws (samples, batch, ..., 2) as this likelihood's calibrations make them, and the recalibration or None."""
-    recalibration = None
-    while isinstance(likelihood, CalibratedLikelihood):
-        method: Any = likelihood.method
-        if hasattr(method, "samples"):
-            components = method.samples(components)
-        if hasattr(method, "wrap"):
-            recalibration = method if recalibration is None else method.then(recalibration)
-        likelihood = likelihood.likelihood
-    return components, recalibration
+class Evidence(SimpleNamespace):
+    """What a decision inside a predictor is given: the fields of the prediction so far, under the same names.
+
+    label: of classes, (batch, ...) int64. distribution, per_draw: for a decision that reads them.
+    """
+
+    distribution: Distribution | None = None
+    per_draw: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the decision asks for {name!r} of a prediction that has {', '.join(vars(self))}: Referral and "
+            "ExpectedCost decide on classes, Risk on a regression"
+        )
 
 
-def changes_draws(likelihood: Any) -> bool:
-    """Whether a calibration changes what single draws, or the distribution they make, say."""
-    while isinstance(likelihood, CalibratedLikelihood):
-        if hasattr(likelihood.method, "samples") or hasattr(likelihood.method, "wrap"):
-            return True
-        likelihood = likelihood.likelihood
-    return False
-
-
-def distribution_of(prediction: Any) -> Distribution | None:
-    """What a decision inside a predictor is given, or that of a prediction with its samples; None without any."""
-    given = getattr(prediction, "distribution", None)
-    samples = getattr(prediction, "samples", None)
-    if given is not None or samples is None or getattr(prediction, "mean", None) is None:
-        return given
-    return Distribution(samples, recalibration=getattr(prediction, "recalibration", None))
+def distribution_of(prediction: Prediction | Evidence) -> Distribution | None:
+    """The distribution that a decision is given inside a predictor, or that of a prediction's samples; None without."""
+    if isinstance(prediction, Evidence):
+        return prediction.distribution
+    if prediction.samples is None:
+        return None
+    return Distribution(prediction.samples, recalibration=prediction.recalibration)

@@ -3,11 +3,11 @@
 import copy
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
+from vbdl.decision.deciding import DecidingLikelihood
 from vbdl.decision.handover import HandOver, Step
 from vbdl.engine import Predictor
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Prediction
 
 
 class Drive:
@@ -22,11 +22,12 @@ class Drive:
     """
 
     def __init__(self, predictor: Predictor):
-        decision = getattr(predictor.likelihood, "decision", None)
+        likelihood = predictor.likelihood
+        decision = likelihood.decision if isinstance(likelihood, DecidingLikelihood) else None
         if not isinstance(decision, HandOver):
             raise TypeError("a drive needs a predictor that hands over: with_decision(predictor, HandOver(...))")
         self.predictor, self.machine = predictor, copy.deepcopy(decision)
-        self.prediction: Any = None
+        self.prediction: Prediction | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vbdl-drive")
         self._running: Future | None = None
 
@@ -51,7 +52,7 @@ class Drive:
         self.prediction = prediction
         return self.machine.step(risk, 0.0)  # in time, or the wait would have ended
 
-    def _predict(self, x: Inputs) -> tuple[Any, float]:
+    def _predict(self, x: Inputs) -> tuple[Prediction, float]:
         prediction = self.predictor(x)
         (risk,) = prediction.risk.tolist()
         return prediction, risk

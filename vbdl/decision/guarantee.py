@@ -88,7 +88,7 @@ def starting_shares(kept: np.ndarray, risk: float, delta: float, several: bool) 
 
 
 def last_passed(p_values: np.ndarray, shares: np.ndarray) -> tuple[int, float]:
-    """The last of the tests, in their order, that passes, and the level it passed at; (-1, 0) where none does.
+    """The index of the last test in order that passes, and the level it passed at; (-1, 0) if none does.
 
     A test that passes hands its level on to the next, one that fails loses it, each adds the share of its own: the
     probability that any true hypothesis is rejected is at most the sum of the shares, however the tests depend on each

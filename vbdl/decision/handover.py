@@ -4,14 +4,14 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vbdl.decision.distribution import distribution_of
+from vbdl.decision.distribution import Evidence, distribution_of
 from vbdl.decision.path_risk import PathBounds
 from vbdl.decision.referral import uncertainty_of
+from vbdl.types import Decision, Prediction
 
 
 class Mode(enum.IntEnum):
@@ -30,7 +30,7 @@ class Step:
     reason: str  # "risk", "dwell", "latched", "late", "missing", "failed" or "not finite"
 
 
-class HandOver(nn.Module):
+class HandOver(Decision):
     """A state machine over a risk per frame (an uncertainty, or a path risk), one number, high for bad.
 
     warn, hand_over: (enter, leave) thresholds of each level; enter at risk >= enter, leave only after `dwell` frames in
@@ -81,14 +81,27 @@ class HandOver(nn.Module):
     def extra_repr(self) -> str:
         return f"warn={self.warn}, hand_over={self.hand_over}, kind={self.kind!r}"
 
-    def risk(self, prediction: Any) -> Tensor:
+    @property
+    def reads_draws(self) -> bool:
+        return self.bounds is not None
+
+    def per_draw(self, parameters: Tensor) -> Tensor:
+        """Probability of each draw that its path leaves the bounds."""
+        assert self.bounds is not None
+        return self.bounds(parameters)
+
+    def risk(self, prediction: Prediction | Evidence) -> Tensor:
         """(batch,) the number of each row that the thresholds are compared with"""
         if self.bounds is None:
             return uncertainty_of(prediction, self.kind)
         distribution = distribution_of(prediction)
-        return prediction.per_draw if distribution is None else self.bounds.of(distribution)
+        if distribution is not None:
+            return self.bounds.of(distribution)
+        if not isinstance(prediction, Evidence) or prediction.per_draw is None:
+            raise ValueError("a path risk needs the draws of a prediction: predict with predict(x, samples=True)")
+        return prediction.per_draw
 
-    def forward(self, prediction: Any) -> dict[str, Tensor]:
+    def forward(self, prediction: Prediction | Evidence) -> dict[str, Tensor]:
         """A prediction -> action, (batch,) int64 modes, each row's own, and risk, (batch,). Not finite hands over."""
         risk = self.risk(prediction).to(torch.float64)
         # written so that a NaN fails both
@@ -147,6 +160,6 @@ class HandOver(nn.Module):
         return Step(mode, "risk")
 
     def fail(self, reason: str) -> Step:
-        """Hands over whatever the risk was."""
+        """Hand over, whatever the risk was."""
         self.mode, self.calm = Mode.HAND_OVER, 0
         return Step(self.mode, reason)

@@ -13,37 +13,43 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vbdl.decision.cost import REFER
+from vbdl.decision.distribution import Evidence
 from vbdl.decision.guarantee import last_passed, lowest_passing, risk_p_value, risk_upper_bound, starting_shares
 from vbdl.metrics._checks import check_rate, check_scores
 from vbdl.metrics._counts import at_most
 from vbdl.metrics.estimate import Interval, proportion_interval
+from vbdl.types import Decision, Prediction
 
 
 def check_kind(kind: str) -> None:
-    """ValueError for a kind of uncertainty that there is not."""
+    """Raises ValueError for a kind of uncertainty that does not exist."""
     if kind not in ("total", "aleatoric", "epistemic", "confidence"):
         raise ValueError(f"kind must be 'total', 'aleatoric', 'epistemic' or 'confidence', not {kind!r}")
 
 
-def uncertainty_of(prediction, kind: str = "total") -> Tensor:
+def uncertainty_of(prediction: Prediction | Evidence | Tensor, kind: str = "total") -> Tensor:
     """One number a row, (batch,), high for uncertain.
 
-    prediction: a tensor (batch,) is taken as the uncertainty itself; else an object with the field `kind` ("total",
-    "aleatoric", "epistemic": nats or squared target units), or probs for "confidence", which is 1 - the largest
-    probability. A regression of several outputs has no one number: pass a tensor.
+    prediction: a tensor (batch,) is taken as the uncertainty itself; of a prediction it is total, aleatoric or
+    epistemic (nats or squared target units), or "confidence", which is 1 - the largest probability. A regression of
+    several outputs has no one number: pass a tensor.
     """
     check_kind(kind)
     if isinstance(prediction, Tensor):
         values = prediction
-    elif kind == "confidence":
-        probs = prediction.probs
-        top = torch.maximum(probs, 1 - probs) if probs.ndim == 1 else probs.amax(dim=-1)
-        values = 1 - top
+    elif kind == "total":
+        values = prediction.total
+    elif kind == "aleatoric":
+        values = prediction.aleatoric
+    elif kind == "epistemic":
+        values = prediction.epistemic
+    elif (probs := prediction.probs) is None:
+        raise ValueError("a confidence needs class probabilities, and this prediction is a regression")
     else:
-        values = getattr(prediction, kind)
+        values = 1 - (torch.maximum(probs, 1 - probs) if probs.ndim == 1 else probs.amax(dim=-1))
     if values.ndim == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.ndim != 1:
@@ -56,7 +62,7 @@ def uncertainty_of(prediction, kind: str = "total") -> Tensor:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a threshold was promised to keep, and from what."""
+    """The guarantee that a threshold was chosen for, and the calibration rows it rests on."""
 
     risk: float  # asked for
     delta: float  # probability with which the promise may fail
@@ -67,7 +73,7 @@ class Certificate:
     lowest_risk: float | None = None  # the lowest that these rows allow to promise; None where it was not recorded
 
     def refusal(self) -> str:
-        """Why every row is referred."""
+        """The message that says why every row is referred."""
         text = (
             f"no threshold can be promised to keep a risk of {self.risk:g} but for a probability of {self.delta:g}: "
             f"every row is referred"
@@ -80,7 +86,7 @@ class Certificate:
         )
 
 
-class Referral(nn.Module):
+class Referral(Decision):
     """Refers the rows whose uncertainty is at least a threshold. A NaN uncertainty is always referred.
 
     kind: which uncertainty of a prediction counts (see uncertainty_of). The threshold is given, or chosen on
@@ -101,16 +107,24 @@ class Referral(nn.Module):
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, threshold={float(self.threshold):.6g}"
 
-    def refer(self, prediction) -> Tensor:
+    @property
+    def caution(self) -> str | None:
+        if self.certificate is None or self.certificate.n_kept > 0:
+            return None
+        return self.certificate.refusal()
+
+    def refer(self, prediction: Prediction | Evidence | Tensor) -> Tensor:
         """(batch,) bool; prediction: see uncertainty_of"""
         # not (u < threshold), so that a NaN is referred
         return ~(uncertainty_of(prediction, self.kind).to(torch.float64) < self.threshold)
 
-    def forward(self, prediction) -> Tensor:
+    def forward(self, prediction: Prediction | Evidence) -> Tensor:
         """A classification -> (batch,) int64: the most probable class, or REFER (-1)."""
+        if prediction.label is None:
+            raise ValueError("a referral is of classes, and this prediction is a regression: use refer(prediction)")
         return torch.where(self.refer(prediction), REFER, prediction.label.to(torch.int64))
 
-    def for_capacity(self, prediction, share: float) -> "Referral":
+    def for_capacity(self, prediction: Prediction | Evidence | Tensor, share: float) -> "Referral":
         """Refers at most this share of the calibration rows, the most uncertain; ties stay together, unreferred."""
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], not {share}")
@@ -123,7 +137,7 @@ class Referral(nn.Module):
         self.certificate = None
         return self._set(float(later[0]) if later.numel() else math.inf)
 
-    def for_cost(self, prediction, loss: Tensor, refer_cost: float) -> "Referral":
+    def for_cost(self, prediction: Prediction | Evidence | Tensor, loss: Tensor, refer_cost: float) -> "Referral":
         """Least mean cost on the calibration rows: loss (batch,) of a kept row, refer_cost of a referred one.
 
         Of several best thresholds the one that refers least.
@@ -136,7 +150,14 @@ class Referral(nn.Module):
         self.certificate = None
         return self._set(self._keep(ordered, best))
 
-    def for_risk(self, prediction, loss: Tensor, risk: float, delta: float = 0.05, method: str = "sgr") -> "Referral":
+    def for_risk(
+        self,
+        prediction: Prediction | Evidence | Tensor,
+        loss: Tensor,
+        risk: float,
+        delta: float = 0.05,
+        method: str = "sgr",
+    ) -> "Referral":
         """The largest coverage whose mean loss on kept rows is at most `risk`, except with probability delta over
         calibration sets.
 
@@ -164,8 +185,8 @@ class Referral(nn.Module):
         def find(asked: float) -> tuple[int, float]:
             p = risk_p_value(sums[kept] / kept, kept, asked, binary)
             shares = starting_shares(kept, asked, delta, several=method == "sgr")
-            found, level = last_passed(p, shares)
-            return (int(kept[found]), level) if found >= 0 else (0, delta)
+            last, level = last_passed(p, shares)
+            return (int(kept[last]), level) if last >= 0 else (0, delta)
 
         best, used = find(risk)
         bound = risk_upper_bound(float(sums[best]) / best, best, used, binary) if best else 0.0
@@ -175,7 +196,7 @@ class Referral(nn.Module):
             warnings.warn(self.certificate.refusal(), stacklevel=2)
         return self._set(self._keep(ordered, best))
 
-    def check(self, prediction, y_loss: Tensor, level: float = 0.95) -> Interval:
+    def check(self, prediction: Prediction | Evidence | Tensor, y_loss: Tensor, level: float = 0.95) -> Interval:
         """Mean loss of the rows this keeps, with its exact binomial interval: is the promise true here?
 
         y_loss: (batch,) bool or 0/1. ValueError when every row is referred.
@@ -188,7 +209,7 @@ class Referral(nn.Module):
             raise ValueError("check needs losses of 0 and 1")
         return proportion_interval(int(losses.sum()), losses.numel(), level)
 
-    def _sorted(self, prediction, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sorted(self, prediction: Prediction | Evidence | Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Uncertainties ascending, their losses, and the numbers of rows that a threshold can keep."""
         if loss.dtype == torch.bool:
             loss = loss.to(torch.float64)
@@ -215,7 +236,7 @@ class Referral(nn.Module):
         return self
 
 
-def refer_most_uncertain(prediction, k: int, kind: str = "total") -> Tensor:
+def refer_most_uncertain(prediction: Prediction | Evidence | Tensor, k: int, kind: str = "total") -> Tensor:
     """(batch,) bool: exactly the k most uncertain rows of this batch; NaN first, ties by row number."""
     values = uncertainty_of(prediction, kind).to(torch.float64)
     n = values.numel()

@@ -9,16 +9,16 @@ ES minus the mean of y below it: both positive for losses, in units of y.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vbdl.decision.distribution import Distribution, distribution_of
+from vbdl.decision.distribution import Distribution, Evidence, distribution_of
 from vbdl.metrics._checks import check_finite, check_rate
 from vbdl.metrics._counts import at_least, at_most
 from vbdl.metrics.intervals import normal_cdf
 from vbdl.metrics.nll import check_mixture
+from vbdl.types import Decision, Prediction
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
     weight = log_weights.exp().reshape(-1, *[1] * (means.ndim - 1))
     tail = 1 - level
     # a quantile of the mixture lies between those of its components
-    own = means + stds * torch.special.ndtri(torch.tensor(tail, dtype=torch.float64))
-    low, high = own.amin(dim=0), own.amax(dim=0)
+    quantiles = means + stds * torch.special.ndtri(torch.tensor(tail, dtype=torch.float64))
+    low, high = quantiles.amin(dim=0), quantiles.amax(dim=0)
     for _ in range(200):
         middle = 0.5 * (low + high)
         below = (weight * normal_cdf((middle - means) / stds)).sum(dim=0) < tail
@@ -85,18 +85,21 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
     return TailRisk(level, -end, -(total + (mass - whole) * end) / mass)
 
 
-class Risk(nn.Module):
+class Risk(Decision):
     """Value at risk, expected shortfall and a position that shrinks with uncertainty, inside a predictor of returns.
 
     All three are those of the predictive itself, the mixture of every draw as it was calibrated: its quantile, the mean
-    beyond it, its mean and variance. Parameter uncertainty is in them. A prediction given by hand needs its samples for
-    that, predict(x, samples=True); without, it is read as the normal of its mean and total variance.
+    beyond it, its mean and variance. Parameter uncertainty is in them. A prediction from outside
+    the predictor needs its samples for that, predict(x, samples=True); without, it is read as the normal of its mean
+    and total variance.
 
     level: of VaR and ES. The position is fraction · mean / variance, within ±limit, as a share of wealth: the
     growth-optimal one for small returns (Kelly) at fraction 1, mean-variance with a risk aversion of 1 / fraction.
     max_var: the position is scaled down until its own VaR is at most this, in units of the return.
     A row whose mean or variance is not finite gets a position of 0.
     """
+
+    reads_distribution = True
 
     def __init__(self, level: float = 0.99, fraction: float = 0.5, limit: float = 1.0, max_var: float | None = None):
         super().__init__()
@@ -110,9 +113,7 @@ class Risk(nn.Module):
     def extra_repr(self) -> str:
         return f"level={self.level}, fraction={self.fraction}, limit={self.limit}, max_var={self.max_var}"
 
-    reads_distribution = True
-
-    def forward(self, prediction: Any) -> dict[str, Tensor]:
+    def forward(self, prediction: Prediction | Evidence) -> dict[str, Tensor]:
         """A regression -> action (the position), var and es of holding 1, each (batch, ...)"""
         distribution = distribution_of(prediction)
         dtype = prediction.mean.dtype
@@ -125,7 +126,7 @@ class Risk(nn.Module):
         position = (self.fraction * mean / variance).clamp(-self.limit, self.limit)
         if self.max_var is not None:
             # short of it, the loss is in the other tail
-            own = torch.where(position < 0, -position * distribution.quantile(self.level), -position * low)
-            position = position * (self.max_var / own.clamp(min=self.max_var))
+            var = torch.where(position < 0, -position * distribution.quantile(self.level), -position * low)
+            position = position * (self.max_var / var.clamp(min=self.max_var))
         position = torch.where(mean.isfinite() & variance.isfinite() & (variance > 0), position, 0.0)
         return {"action": position.to(dtype), "var": (-low).to(dtype), "es": shortfall.to(dtype)}

@@ -48,4 +48,5 @@ class VBDLClassifier(ClassifierMixin, Estimator):
     def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
         """total, aleatoric and epistemic, (rows,) each, in nats; total = aleatoric + epistemic"""
         p = self._predict(X)
-        return {name: getattr(p, name).numpy() for name in ("total", "aleatoric", "epistemic")}
+        parts = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}
+        return {name: part.numpy() for name, part in parts.items()}

@@ -92,4 +92,5 @@ class VBDLRegressor(RegressorMixin, Estimator):
     def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
         """total, aleatoric and epistemic variance, (rows,) each, in squared units of y"""
         p = self._predict(X)
-        return {name: getattr(p, name).flatten().numpy() for name in ("total", "aleatoric", "epistemic")}
+        parts = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}
+        return {name: part.flatten().numpy() for name, part in parts.items()}

@@ -9,20 +9,18 @@ from torch import Tensor
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.likelihoods.targets import check_labelled
-from vbdl.types import Likelihood, State
+from vbdl.types import Likelihood, Prediction, State
 
 
-@dataclass(frozen=True)
-class BernoulliPrediction:
-    """p(y = 1 | x), averaged over the samples; one question (batch,) or several (batch, outputs). Nats."""
+@dataclass(frozen=True, kw_only=True)
+class BernoulliPrediction(Prediction):
+    """p(y = 1 | x), averaged over the samples; one question (batch,) or several (batch, outputs). Nats.
+
+    total is the entropy of the mean probability, aleatoric the mean entropy of the samples' probabilities, epistemic
+    their difference, the mutual information of y and the parameters. samples are logits.
+    """
 
     probs: Tensor  # (batch, ...) probability of 1
-    total: Tensor  # (batch, ...) entropy of the mean probability
-    aleatoric: Tensor  # (batch, ...) mean entropy of the samples' probabilities
-    epistemic: Tensor  # (batch, ...) their difference, mutual information
-    standard_error: Tensor  # (batch, ...) Monte Carlo standard error of probs
-    n_samples: int
-    samples: Tensor | None = None  # (samples, batch, ...) logits, where asked for
 
     @property
     def mean(self) -> Tensor:

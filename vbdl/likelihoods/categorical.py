@@ -8,25 +8,23 @@ from torch import Tensor
 from vbdl_kernels import predictive_statistics
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
-from vbdl.types import Likelihood, State
+from vbdl.types import Likelihood, Prediction, State
 
 
 def _in_one_pass(parameters: Tensor) -> bool:
-    """Where the kernel reads the logits once and holds no probabilities of samples x batch x classes."""
+    """Whether the kernel can take these logits: it reads them once and holds no (samples, batch, classes) array."""
     return parameters.is_cuda and parameters.ndim == 3
 
 
-@dataclass(frozen=True)
-class CategoricalPrediction:
-    """p(class | x), averaged over the samples. Entropies in nats, one a row (or a row and pixel)."""
+@dataclass(frozen=True, kw_only=True)
+class CategoricalPrediction(Prediction):
+    """p(class | x), averaged over the samples. Entropies in nats, one a row (or a row and pixel).
+
+    total is the entropy of the mean probabilities, aleatoric the mean entropy of the samples' probabilities, epistemic
+    their difference, the mutual information of class and parameters. samples are logits.
+    """
 
     probs: Tensor  # (batch, ..., classes)
-    total: Tensor  # (batch, ...) entropy of the mean probabilities
-    aleatoric: Tensor  # (batch, ...) mean entropy of the samples' probabilities
-    epistemic: Tensor  # (batch, ...) their difference: mutual information of class and parameters
-    standard_error: Tensor  # (batch, ..., classes) Monte Carlo standard error of probs
-    n_samples: int
-    samples: Tensor | None = None  # (samples, batch, ..., classes) logits, where asked for
 
     @property
     def mean(self) -> Tensor:
@@ -108,10 +106,10 @@ class Categorical(Likelihood):
         """(samples, batch, ..., classes) logits -> running sums"""
         if _in_one_pass(parameters):
             samples = float(parameters.shape[0])
-            found = predictive_statistics(parameters)
-            n = torch.full((), samples, dtype=found.mean.dtype, device=parameters.device)
-            deviation = found.variance * samples
-            return {"n": n, "probs": found.mean, "deviation": deviation, "entropy": found.aleatoric}
+            statistics = predictive_statistics(parameters)
+            n = torch.full((), samples, dtype=statistics.mean.dtype, device=parameters.device)
+            deviation = statistics.variance * samples
+            return {"n": n, "probs": statistics.mean, "deviation": deviation, "entropy": statistics.aleatoric}
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
         probs = log_probs.exp()
         n, mean, deviation = moments(probs)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vbdl.likelihoods.normal_mixture import NormalLikelihood, RegressionPrediction
-from vbdl.types import Likelihood, State
+from vbdl.likelihoods.around import Around
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.likelihoods.normal_mixture import NormalLikelihood
+from vbdl.types import Prediction, State
 
 # targets this many standard deviations from zero lose a part in 10,000 of one in float32
 FAR = 1_000.0
@@ -20,23 +21,21 @@ def is_far(mean: float, std: float) -> bool:
     return abs(mean) > FAR * std
 
 
-class Centered(Likelihood):
+class Centered(Around):
     """A likelihood of normals for y - center: the network, its training and every sum work on numbers of the size of
     the spread, in float32, and predictions are about y, in float64.
 
     center: subtracted from targets before they are float32, and added to means afterwards.
     """
 
-    likelihood: Any
-
     def __init__(self, likelihood: NormalLikelihood, center: float):
-        super().__init__()
+        super().__init__(likelihood)
         if not isinstance(likelihood, NormalLikelihood):
             raise TypeError(f"Centered is for Gaussian and HeteroscedasticGaussian, got {type(likelihood).__name__}")
         if not math.isfinite(center):
             raise ValueError(f"center is a finite number, got {center}")
         # no buffer: every tensor of a likelihood has a members axis after an ensemble's training
-        self.likelihood, self.center = likelihood, float(center)
+        self.center = float(center)
 
     def extra_repr(self) -> str:
         return f"center={self.center:.17g}"
@@ -44,15 +43,9 @@ class Centered(Likelihood):
     @property
     def noise_std(self) -> Tensor:
         """(outputs,), or (members, outputs) after an ensemble has learned it; target units. Of Gaussian only."""
+        if not isinstance(self.likelihood, Gaussian):
+            raise AttributeError(f"{type(self.likelihood).__name__} has no noise_std")
         return self.likelihood.noise_std
-
-    @property
-    def wrapped(self) -> Likelihood:
-        return self.likelihood
-
-    def forward(self, outputs: Tensor) -> Tensor:
-        """(batch, outputs) about y - center -> its parameters"""
-        return self.likelihood(outputs)
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
         """y, float64. ValueError for targets in float32: they were rounded already."""
@@ -70,19 +63,13 @@ class Centered(Likelihood):
         """y - center, subtracted before it is rounded to what the parameters are held in."""
         return (y - self.center).to(torch.promote_types(parameters.dtype, torch.float32))
 
-    def summarize(self, parameters: Tensor) -> State:
-        return self.likelihood.summarize(parameters)
-
-    def merge(self, a: State, b: State) -> State:
-        return self.likelihood.merge(a, b)
-
     def finish(self, summary: State) -> State:
         fields = self.likelihood.finish(summary)
         return {**fields, "mean": fields["mean"].double() + self.center}
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> RegressionPrediction:
-        made = self.likelihood.prediction(fields, n_samples)
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
+        prediction = self.likelihood.prediction(fields, n_samples)
         if samples is None:
-            return made
+            return prediction
         mean, log_variance = samples.double().unbind(-1)
-        return replace(made, samples=torch.stack((mean + self.center, log_variance), dim=-1))
+        return replace(prediction, samples=torch.stack((mean + self.center, log_variance), dim=-1))

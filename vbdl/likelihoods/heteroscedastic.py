@@ -37,8 +37,8 @@ class HeteroscedasticGaussian(NormalLikelihood):
         self.beta, self.unit = beta, unit
 
     def extra_repr(self) -> str:
-        own = f"beta={self.beta}" + ("" if self.unit is None else f", unit={self.unit:g}")
-        return ", ".join(part for part in (own, super().extra_repr()) if part)
+        settings = f"beta={self.beta}" + ("" if self.unit is None else f", unit={self.unit:g}")
+        return ", ".join(part for part in (settings, super().extra_repr()) if part)
 
     def forward(self, outputs: Tensor) -> Tensor:
         """(batch, ..., 2 * outputs), or with them on channel_axis -> (batch, ..., outputs, 2), mean and log-variance"""

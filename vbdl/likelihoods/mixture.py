@@ -72,10 +72,11 @@ def mixture_quantile(mean: Tensor, std: Tensor, score: Tensor, weights: Tensor |
         middle = 0.5 * (low + high)
         below = side * (log_tail(middle)[0] - tail) < 0
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    found = 0.5 * (low + high)
+    quantile = 0.5 * (low + high)
     for _ in range(_NEWTON_STEPS):
-        log_p, z = log_tail(found)
+        log_p, z = log_tail(quantile)
         log_density = _log_averaged(-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi), weights)
         step = side * (log_p - tail) * torch.exp(log_p - log_density)
-        found = torch.where(step.isfinite(), torch.minimum(torch.maximum(found - step, low), high), found)
-    return found
+        moved = torch.minimum(torch.maximum(quantile - step, low), high)
+        quantile = torch.where(step.isfinite(), moved, quantile)
+    return quantile

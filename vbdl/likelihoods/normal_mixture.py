@@ -14,13 +14,13 @@ from torch import Tensor
 from vbdl.likelihoods.mixture import mixture_quantile, mixture_score
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.likelihoods.targets import check_labelled
-from vbdl.types import Likelihood, State
+from vbdl.types import Likelihood, Prediction, State
 
 LOG_VARIANCE_BOUND = 40.0  # exp(+-40), stds of 2e-9 to 5e8, and its square are normal numbers of float32
 
 
 def check_spread(std: float, what: str) -> None:
-    """ValueError where noise as large as these targets' standard deviation cannot be said."""
+    """Raises ValueError if std is outside the range of noise levels the likelihood can represent (2e-9 to 5e8)."""
     low, high = math.exp(-LOG_VARIANCE_BOUND / 2), math.exp(LOG_VARIANCE_BOUND / 2)
     if not low < std < high:
         raise ValueError(
@@ -29,28 +29,29 @@ def check_spread(std: float, what: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class RegressionPrediction:
+@dataclass(frozen=True, kw_only=True)
+class RegressionPrediction(Prediction):
     """p(y | x), an equal mixture of normals. Variances are in squared target units.
 
-    Axes behind the batch are those of the targets: (batch, outputs), (batch, time, outputs), (batch, channels, height,
-    width) and so on. Everything but log_prob is of each element on its own.
+    total is aleatoric, the mean of the samples' noise variances, plus epistemic, the variance of the samples' means.
+    samples are (samples, batch, ..., 2) mean and log-variance. Axes behind the batch are those of the targets: (batch,
+    outputs), (batch, time, outputs), (batch, channels, height, width) and so on. Everything but log_prob is of each
+    element on its own.
     """
 
     mean: Tensor  # (batch, ...)
-    total: Tensor  # (batch, ...) variance: aleatoric + epistemic
-    aleatoric: Tensor  # (batch, ...) mean of the samples' noise variances
-    epistemic: Tensor  # (batch, ...) variance of the samples' means
-    standard_error: Tensor  # (batch, ...) Monte Carlo standard error of mean
-    n_samples: int
     covariance: Tensor | None = None  # (batch, ..., outputs, outputs) total, between outputs, where asked for
-    samples: Tensor | None = None  # (samples, batch, ..., 2) mean and log-variance, where asked for
     output_axis: int = -1  # the axis of the mean that holds the outputs, counted from the end
 
     @property
     def std(self) -> Tensor:
         """(batch, ...) predictive standard deviation."""
         return self.total.sqrt()
+
+    @property
+    def parameters_shape(self) -> tuple[int, ...]:
+        """(batch, ..., 2), mean and log-variance."""
+        return (*self.mean.shape, 2)
 
     def log_prob(self, y: Tensor) -> Tensor:
         """(batch,) log density of the mixture in nats, joint over a row's elements; y: (batch, ...), or (batch,) for
@@ -65,7 +66,7 @@ class RegressionPrediction:
 
         y: (..., batch, ...), with any axes in front of the batch (several y for each row), or (batch,) for one output
         """
-        mean, std = self._mean_std()
+        mean, std = self.normals()
         y = self._elements(y)
         axes = mean.ndim - 1
         return torch.special.ndtr((y.unsqueeze(-(axes + 1)) - mean) / std).mean(-(axes + 1))
@@ -73,7 +74,7 @@ class RegressionPrediction:
     def score(self, y: Tensor) -> Tensor:
         """Φ⁻¹ of the probability of at most y, for each element on its own, float64: standard normal for y of a
         calibrated prediction, with digits where the probability rounds to 0 or 1. y: as for cdf."""
-        mean, std = self._mean_std()
+        mean, std = self.normals()
         y = self._elements(y)
         several = y.shape[: y.ndim - mean.ndim + 1]
         for _ in several:
@@ -104,18 +105,18 @@ class RegressionPrediction:
 
     def _quantile_of_score(self, score: Tensor) -> Tensor:
         """The quantile of level Φ(score); score: () or (levels,), float64."""
-        mean, std = self._mean_std()
+        mean, std = self.normals()
         each = [mixture_quantile(mean, std, one).to(mean.dtype) for one in score.reshape(-1)]
         return each[0] if score.ndim == 0 else torch.stack(each) if each else mean.new_empty(0, *mean.shape[1:])
 
     def _elements(self, y: Tensor) -> Tensor:
-        """y with the axes of the mean behind any others, or ValueError: nothing is broadcast by its place."""
+        """y, whose last axes must be those of the mean; ValueError if not, instead of broadcasting by position."""
         shape = self._components().shape[1:-1]
         y = torch.as_tensor(y, device=self.mean.device)
         if y.ndim == 1 and len(shape) == 2 and shape[-1] == 1:
             y = y.unsqueeze(-1)
-        own = y.shape[y.ndim - len(shape) :]
-        if y.ndim < len(shape) or any(n not in (1, of) for n, of in zip(own, shape, strict=True)):
+        elements = y.shape[y.ndim - len(shape) :]
+        if y.ndim < len(shape) or any(n not in (1, size) for n, size in zip(elements, shape, strict=True)):
             raise ValueError(f"y is {tuple(y.shape)}, and the prediction {tuple(shape)}: give one y for each element")
         return y
 
@@ -124,7 +125,8 @@ class RegressionPrediction:
             raise ValueError("the mixture's components were not kept: predict with predict(x, samples=True)")
         return self.samples
 
-    def _mean_std(self) -> tuple[Tensor, Tensor]:
+    def normals(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each draw's normal, (samples, batch, ...); ValueError without samples."""
         mean, log_variance = self._components().unbind(-1)
         return mean, (0.5 * log_variance).exp()
 
@@ -162,7 +164,7 @@ def normal_nll(parameters: Tensor, y: Tensor) -> Tensor:
 
 
 class NormalLikelihood(Likelihood):
-    """What every likelihood of normals shares: all but how outputs become means and log-variances.
+    """The base of likelihoods of normals: a subclass maps outputs to means and log-variances in `forward`.
 
     covariance: predictions carry the covariance between outputs, (batch, ..., outputs, outputs).
     channel_axis: the axis of the network's outputs that holds them, the batch being 0: 1 for images (batch, channels,
@@ -244,10 +246,10 @@ class NormalLikelihood(Likelihood):
         return RegressionPrediction(**fields, n_samples=n_samples, samples=samples, output_axis=axis)
 
     def _axis(self, axes: int) -> int:
-        """The axis of the outputs where `forward` has let them pass, one's own too."""
+        """The axis of the outputs among the axes that the network returned, counted from the end."""
         return -1 if self.channel_axis is None else self.output_axis(axes)
 
     def _outputs_last(self, values: Tensor, axes: int) -> Tensor:
-        """values with the outputs moved last; axes: of the network's outputs, which a samples axis is not among."""
+        """The values with the outputs axis moved last; axes: how many the outputs have, samples not counted."""
         axis = self._axis(axes)
         return values if axis == -1 else values.movedim(axis, -1)

@@ -30,11 +30,11 @@ def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor
     """
     if isinstance(batches, Tensor | np.ndarray | Mapping):
         raise TypeError("features takes batches, one after the other: [x] for one")
-    found = dict(module.named_modules()).get(layer)
-    if found is None or layer == "":
+    submodule = dict(module.named_modules()).get(layer)
+    if submodule is None or layer == "":
         raise ValueError(f"there is no layer {layer!r}; named layers: {[n for n, _ in module.named_modules() if n]}")
     seen: list[Tensor] = []
-    handle = found.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    handle = submodule.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     modes = {m: m.training for m in module.modules()}
     rows: list[Tensor] = []
     try:

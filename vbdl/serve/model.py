@@ -16,7 +16,7 @@ from vbdl.artefact.manifest import CARD
 from vbdl.artefact.tensors import DTYPES
 from vbdl.serve import json_schema
 from vbdl.serve.bodies import Bodies
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Prediction
 
 
 class Model:
@@ -70,17 +70,12 @@ class Model:
 
     # -- predictions to answers
 
-    def answer(self, prediction: Any, notes: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, prediction: Prediction, notes: dict[str, Any]) -> dict[str, Any]:
         """One object a row, numbers only where they are finite (null: infinite, or not known)."""
-        columns: dict[str, list] = {}
         classes = self.classes
-        probs = getattr(prediction, "probs", None)
-        for name in ("probs", "mean", "std", "confidence", *_FIELDS):
-            value = getattr(prediction, name, None)
-            if isinstance(value, Tensor) and not (name == "mean" and probs is not None):
-                columns[name] = _single(value).tolist()
-        if probs is not None:
-            label = prediction.label
+        columns: dict[str, list] = {name: _single(value).tolist() for name, value in prediction.values().items()}
+        label = prediction.label
+        if label is not None:
             numbers = label.tolist()
             columns["label"] = [classes[int(k)] for k in numbers] if classes and label.ndim == 1 else numbers
         if "sets" in columns:
@@ -89,12 +84,12 @@ class Model:
             ]
         names = list(columns)
         predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        found: dict[str, Any] = {"predictions": predictions, "n_samples": _counts(prediction)}
+        answer: dict[str, Any] = {"predictions": predictions, "n_samples": _counts(prediction)}
         if self.classes is not None:
-            found["classes"] = self.classes
-        return found | ({"notes": notes} if notes else {})
+            answer["classes"] = self.classes
+        return answer | ({"notes": notes} if notes else {})
 
-    def columns(self, prediction: Any) -> dict[str, Any]:
+    def columns(self, prediction: Prediction) -> dict[str, Any]:
         """Arrow arrays by name, as `vbdl predict` writes them, and the number of draws."""
         import pyarrow as pa
 
@@ -129,10 +124,7 @@ class Model:
         }
 
 
-_FIELDS = ("total", "aleatoric", "epistemic", "standard_error", "lower", "upper", "sets", "action", "risk", "var", "es")
-
-
-def _counts(prediction: Any) -> int | list[int]:
+def _counts(prediction: Prediction) -> int | list[int]:
     """Draws that each row is based on, one number where they are as many for all."""
     counts = prediction.n_samples
     return counts.tolist() if isinstance(counts, Tensor) else counts

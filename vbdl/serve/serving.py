@@ -21,6 +21,7 @@ from vbdl.serve.counted import LARGE
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
 from vbdl.serve.model import Model
+from vbdl.types import Prediction
 
 ARROW = "application/vnd.apache.arrow.stream"
 SAFE = {
@@ -140,9 +141,9 @@ class Serving:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _refuse_not_finite(prediction: Any) -> None:
+def _refuse_not_finite(prediction: Prediction) -> None:
     """Refuses a prediction of which a row's probabilities, or mean, are no numbers."""
-    means = prediction.mean if getattr(prediction, "probs", None) is None else prediction.probs
+    means = prediction.mean if prediction.probs is None else prediction.probs
     finite = means.isfinite().flatten(1).all(1) if means.ndim > 1 else means.isfinite()
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])

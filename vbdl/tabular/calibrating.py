@@ -102,7 +102,7 @@ def calibrate_by_default(predictor: Predictor, rows: CalibrationRows, coverage: 
     if halves is not None:
         rest, alpha = rows.take(halves[1]), 1 - coverage
         method: Any = NormalisedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
-        made.predictor = calibrate(made.predictor, rest.x, rest.y, method, allow_overlap=rows.meant)
+        made.predictor = calibrate(made.predictor, (rest.x, rest.y), method, allow_overlap=rows.meant)
     return made
 
 
@@ -121,7 +121,7 @@ def _scale(made: Calibrated, rows: CalibrationRows, seed: int) -> None:
             return
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "the temperature ended at its limit")
-            made.predictor = calibrate(made.predictor, rows.x, rows.y, method, allow_overlap=rows.meant)
+            made.predictor = calibrate(made.predictor, (rows.x, rows.y), method, allow_overlap=rows.meant)
         made.notes.append(f"{name} fitted: {said}")
     except UserWarning as error:
         made.notes.append(f"no temperature was fitted: {error}")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from vbdl import metrics
-from vbdl.calibration.cdf import RecalibratedPrediction
+from vbdl.engine import Predictor
+from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics.estimate import Interval
 from vbdl.tabular.target import Target
+from vbdl.types import Prediction
 
 _RESAMPLES = 500
 
@@ -64,7 +66,9 @@ class Evaluation:
         return "\n".join([*lines, f"on {self.rows} rows"])
 
 
-def evaluate(predictor: Any, x: Tensor, y: Tensor, target: Target, base: dict[str, Any] | None = None) -> Evaluation:
+def evaluate(
+    predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: dict[str, Any] | None = None
+) -> Evaluation:
     """Scores of a predictor on (x, y). base: {"shares": [...]} or {"mean": m, "std": s} of the training rows."""
     if len(y) < 2:
         raise ValueError(f"an evaluation needs at least two rows, there are {len(y)}")
@@ -73,7 +77,9 @@ def evaluate(predictor: Any, x: Tensor, y: Tensor, target: Target, base: dict[st
     return Evaluation(len(y), tuple(_regression(predictor(x, samples=True), y, target, base)))
 
 
-def _classification(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+def _classification(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+    if p.probs is None:
+        raise ValueError(f"the target {target.name} has classes, and the model predicts numbers")
     probs = p.probs.double()
     probs = probs / probs.sum(1, keepdim=True)
     simplest: dict[str, float] = {}
@@ -85,24 +91,25 @@ def _classification(p: Any, y: Tensor, target: Target, base: dict[str, Any] | No
             "Brier": float(metrics.brier_score(shares, y).mean()),
         }
     nll, brier = metrics.categorical_nll(probs, y), metrics.brier_score(probs, y)
-    found = [
+    scores = [
         _score("accuracy", "share of rows", metrics.accuracy_interval(probs, y), simplest.get("accuracy")),
         _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
         _score("Brier", "0 to 2", metrics.mean_estimate(brier).interval(), simplest.get("Brier")),
         _score("ECE", "15 bins", metrics.bootstrap(metrics.ece, probs, y, n_resamples=_RESAMPLES)),
     ]
     if probs.shape[1] == 2 and 2 <= int(y.sum()) <= len(y) - 2:  # an interval needs two rows of each
-        found.insert(1, _score("AUROC", f"for {target.label(1)!r}", metrics.auroc_interval(probs[:, 1], y.bool()), 0.5))
-    sets = getattr(p, "sets", None)
-    if sets is not None:
-        hit = sets.gather(1, y.unsqueeze(1)).squeeze(1)
+        scores.insert(
+            1, _score("AUROC", f"for {target.label(1)!r}", metrics.auroc_interval(probs[:, 1], y.bool()), 0.5)
+        )
+    if p.sets is not None:
+        hit = p.sets.gather(1, y.unsqueeze(1)).squeeze(1)
         held = metrics.proportion_interval(int(hit.sum()), len(y))
-        found.append(_score("set coverage", "share of rows", held))
-        found.append(_score("set size", "classes", metrics.mean_estimate(sets.sum(1).double()).interval()))
-    return found
+        scores.append(_score("set coverage", "share of rows", held))
+        scores.append(_score("set size", "classes", metrics.mean_estimate(p.sets.sum(1).double()).interval()))
+    return scores
 
 
-def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+def _regression(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
     mean, truth = p.mean.double().flatten(), y.double().flatten()
     nll = -p.log_prob(y).double()
     simplest: dict[str, float] = {}
@@ -116,26 +123,27 @@ def _regression(p: Any, y: Tensor, target: Target, base: dict[str, Any] | None) 
     unit = f"of {target.name}"
     low, high = p.interval(0.9)
     hit = metrics.covered(low.double().flatten(), high.double().flatten(), truth)
-    found = [
+    scores = [
         _score(
             "RMSE", unit, metrics.bootstrap(metrics.rmse, mean, truth, n_resamples=_RESAMPLES), simplest.get("RMSE")
         ),
         _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
         _score("90 % coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(truth))),
     ]
-    # a recalibrated prediction keeps the samples of the one before, whose CRPS is not its own
-    if not isinstance(p, RecalibratedPrediction):
+    # the samples are those of the mixture before recalibration, whose CRPS is another one
+    if isinstance(p, RegressionPrediction) and p.recalibration is None:
+        assert p.samples is not None
         components = p.samples.double()
         crps = metrics.crps_mixture(components[..., 0, 0], (0.5 * components[..., 0, 1]).exp(), truth)
-        found.insert(2, _score("CRPS", unit, metrics.mean_estimate(crps).interval(), simplest.get("CRPS")))
-    lower, upper = getattr(p, "lower", None), getattr(p, "upper", None)
-    if lower is not None and upper is not None:
-        hit = metrics.covered(lower.double().flatten(), upper.double().flatten(), truth)
-        found.append(_score("interval coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(y))))
-        width = (upper - lower).double().flatten()
+        scores.insert(2, _score("CRPS", unit, metrics.mean_estimate(crps).interval(), simplest.get("CRPS")))
+    if p.lower is not None and p.upper is not None:
+        hit = metrics.covered(p.lower.double().flatten(), p.upper.double().flatten(), truth)
+        held = metrics.proportion_interval(int(hit.sum()), len(y))
+        scores.append(_score("interval coverage", "share of rows", held))
+        width = (p.upper - p.lower).double().flatten()
         if bool(width.isfinite().all()):
-            found.append(_score("interval width", unit, metrics.mean_estimate(width).interval()))
-    return found
+            scores.append(_score("interval width", unit, metrics.mean_estimate(width).interval()))
+    return scores
 
 
 def _nll_interval(nll: Tensor) -> Interval:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vbdl import metrics
 from vbdl.tabular.fitting import Fitted
 from vbdl.tabular.reading import INSTALL
+from vbdl.types import Prediction
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#777777"
 
@@ -27,7 +28,7 @@ def draw(fitted: Fitted, folder: Path) -> list[Path]:
     x, y = fitted.test
     p = fitted.predictor(x, samples=fitted.schema.target.classes is None)
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    paths = []
     for name, panel in (("calibration", _calibration), ("risk-coverage", _risk)):
         figure, axes = pyplot.subplots(figsize=(4.6, 4.0), layout="constrained")
         panel(axes, p, y, fitted.schema.target.name)
@@ -36,14 +37,14 @@ def draw(fitted: Fitted, folder: Path) -> list[Path]:
             path = folder / f"{name}{suffix}"
             metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
             figure.savefig(path, dpi=130, facecolor="white", metadata=metadata)
-        found.append(folder / f"{name}.png")
+        paths.append(folder / f"{name}.png")
         pyplot.close(figure)
-    return found
+    return paths
 
 
-def _calibration(axes: Any, p: Any, y: Tensor, name: str) -> None:
+def _calibration(axes: Any, p: Prediction, y: Tensor, name: str) -> None:
     axes.plot([0, 1], [0, 1], color=_GREY, lw=1, ls=(0, (4, 3)))
-    if hasattr(p, "probs"):
+    if p.probs is not None:
         stated, hit = p.probs.amax(1).double(), (p.probs.argmax(1) == y).double()
         for part in stated.argsort().tensor_split(max(2, min(10, len(y) // 15))):
             at, right, n = float(stated[part].mean()), float(hit[part].mean()), len(part)
@@ -59,8 +60,8 @@ def _calibration(axes: Any, p: Any, y: Tensor, name: str) -> None:
     axes.set(xlabel=f"stated probability that {name} is below", ylabel="share of rows below", xlim=(0, 1), ylim=(0, 1))
 
 
-def _risk(axes: Any, p: Any, y: Tensor, name: str) -> None:
-    if hasattr(p, "probs"):
+def _risk(axes: Any, p: Prediction, y: Tensor, name: str) -> None:
+    if p.probs is not None:
         loss, label = (p.probs.argmax(1) != y).double(), "share wrong"
         uncertainty = p.total
     else:

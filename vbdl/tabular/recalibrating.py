@@ -1,7 +1,7 @@
 """A saved model of a table, calibrated on new rows."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,18 @@ import torch
 
 from vbdl import calibration
 from vbdl.artefact.loading import load
+from vbdl.artefact.manifest import Architecture, Dropout, Ensemble, MeanField, Reference
 from vbdl.calibration.calibrate import calibrate
-from vbdl.calibration.calibrated import CalibratedLikelihood
+from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations
+from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
 from vbdl.tabular.calibrating import CalibrationRows
 from vbdl.tabular.evaluation import evaluate
 from vbdl.tabular.fitting import ARCHITECTURE
 from vbdl.tabular.labelled import Labelled, labelled
+from vbdl.types import Calibrator, Likelihood
 
-METHODS = {
+METHODS: dict[str, Callable[[float], Calibrator]] = {
     "temperature": lambda alpha: calibration.Temperature(),
     "platt": lambda alpha: calibration.Platt(),
     "isotonic": lambda alpha: calibration.Isotonic(),
@@ -31,9 +34,9 @@ METHODS = {
 
 
 def recalibrate(
-    model: Any,
+    model: str | Path,
     data: Any,
-    out: Any,
+    out: str | Path,
     method: str,
     coverage: float = 0.9,
     add: bool = False,
@@ -50,17 +53,16 @@ def recalibrate(
         raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
     predictor = load(model, trust=trust, compile=False)
     rows = labelled(predictor, data, allow_calibration_rows=True)
-    start: Any = predictor
-    while not add and isinstance(start.likelihood, CalibratedLikelihood):
-        start = start.replace(likelihood=start.likelihood.likelihood)
-    made = calibrate(start, rows.x, rows.y, METHODS[method](1 - coverage))
+    start = predictor if add else _uncalibrated(predictor)
+    made = calibrate(start, (rows.x, rows.y), METHODS[method](1 - coverage))
     before = evaluate(predictor, rows.x, rows.y, rows.schema.target)
     after = evaluate(made, rows.x, rows.y, rows.schema.target)
     held_out = [] if method in ("sets", "intervals") else _held_out(predictor, start, rows, METHODS[method])
     manifest = predictor.manifest
     network = _network(manifest.posterior)
-    target, arguments = getattr(network, "target", None), getattr(network, "arguments", None)
-    options = {"architecture": target, "arguments": arguments} if target == ARCHITECTURE else {}
+    options: dict[str, Any] = {}
+    if isinstance(network, Reference) and network.target == ARCHITECTURE:
+        options = {"architecture": network.target, "arguments": network.arguments}
     extras = dict(manifest.extras)
     extras["calibration"] = {"method": method, "rows": len(rows.y), "coverage": coverage, "added": add}
     made.save(out, extras=extras, example=rows.schema.example(), overwrite=overwrite, **options)
@@ -79,7 +81,7 @@ def recalibrate(
     return "\n".join([*(f"note: {n}" for n in rows.notes), *lines, f"saved to {out}"])
 
 
-def _held_out(predictor: Any, start: Any, rows: Labelled, make: Any) -> list[str]:
+def _held_out(predictor: Predictor, start: Predictor, rows: Labelled, make: Callable[[float], Calibrator]) -> list[str]:
     """NLL before, and after calibrations that are each fitted without the rows they are scored on, in words."""
     together = fingerprints(rows.x).unique(return_inverse=True)[1]
     available = CalibrationRows(rows.x, rows.y, together, meant=True)
@@ -93,11 +95,11 @@ def _held_out(predictor: Any, start: Any, rows: Labelled, make: Any) -> list[str
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the fit to all rows has warned
-                fitted = calibrate(start, rows.x[others], rows.y[others], make(0.1))
+                fitted = calibrate(start, (rows.x[others], rows.y[others]), make(0.1))
         except ValueError as error:
             return [f"held-out scores: none, for {error}"]
         after[fold] = -fitted(rows.x[fold], samples=True).log_prob(rows.y[fold]).double()
-    before: Any = predictor(rows.x, samples=True)
+    before = predictor(rows.x, samples=True)
     scores = float(-before.log_prob(rows.y).double().mean()), float(after.mean())
     said = f"held-out NLL: {scores[0]:.4g} before, {scores[1]:.4g} after, each row scored by a fit to others"
     if scores[1] <= scores[0]:
@@ -105,17 +107,21 @@ def _held_out(predictor: Any, start: Any, rows: Labelled, make: Any) -> list[str
     return [said, "warning: on rows it was not fitted to, this calibration makes predictions worse"]
 
 
-def _methods(likelihood: Any) -> list[str]:
+def _uncalibrated(predictor: Predictor) -> Predictor:
+    """The predictor without the calibrations that are outermost."""
+    likelihood = predictor.likelihood
+    while isinstance(likelihood, CalibratedLikelihood):
+        likelihood = likelihood.likelihood
+    return predictor.replace(likelihood=likelihood)
+
+
+def _methods(likelihood: Likelihood) -> list[str]:
     """What a likelihood is calibrated by, innermost first, as --method calls it."""
     names = {type(make(0.1)): name for name, make in METHODS.items()}
-    found: list[str] = []
-    while isinstance(likelihood, CalibratedLikelihood):
-        found.insert(0, names.get(type(likelihood.method), type(likelihood.method).__name__))
-        likelihood = likelihood.likelihood
-    return found
+    methods = [type(calibrated.method) for calibrated in reversed(calibrations(likelihood))]
+    return [names.get(method, method.__name__) for method in methods]
 
 
-def _network(description: Any) -> Any:
+def _network(posterior: Dropout | MeanField | Ensemble) -> Architecture:
     """The architecture in a manifest's posterior, of the first members where there are several kinds."""
-    members = getattr(description, "members", None)
-    return (members[0].member if members else description).network
+    return (posterior.members[0].member if isinstance(posterior, Ensemble) else posterior).network
