@@ -69,7 +69,7 @@ def referral(data: Path) -> dict:
             posterior, (x["train"], y["train"]), likelihood, epochs=epochs, batch_size=64, progress=False, compile=False
         )
         predictor = Predictor(posterior, likelihood, compile=False)
-        predictor = calibrate(predictor, x["val"], y["val"], Temperature())
+        predictor = calibrate(predictor, (x["val"], y["val"]), Temperature())
         rows = {}
         for part in ("val", "test"):
             p = predictor(x[part])
@@ -139,7 +139,7 @@ def handover(data: Path) -> dict:
     fit(posterior, (x_all[train], y_all[train]), likelihood, epochs=12, batch_size=64, progress=False, compile=False)
     predictor = Predictor(posterior, likelihood, compile=False)
     held = parts["calibration"]
-    predictor = calibrate(predictor, x_all[held], y_all[held], Temperature())
+    predictor = calibrate(predictor, (x_all[held], y_all[held]), Temperature())
     x_test, y_test = to_tensor(arrays["x_test"]), torch.from_numpy(arrays["y_test"].astype(np.int64))
     p = predictor(x_test)
     strange = torch.isin(y_test, unknown)
@@ -216,7 +216,7 @@ def credit(data: Path) -> dict:
         fit(posterior, (x[rows], bad[rows]), likelihood, epochs=30, weight_decay=1e-2, progress=False, compile=False)
         predictor = Predictor(posterior, likelihood, compile=False)
         held, test = parts["calibration"], parts["test"]
-        predictor = calibrate(predictor, x[held], bad[held], Temperature(), allow_overlap=False)
+        predictor = calibrate(predictor, (x[held], bad[held]), Temperature(), allow_overlap=False)
         for into, rule in (
             (plain, decision.ExpectedCost(cost)),
             (referred, decision.ExpectedCost(cost, refer_cost)),

@@ -30,7 +30,7 @@ def test_conformal_sets_of_several_questions(questions):
     with pytest.raises(
         ValueError, match=f"answers {questions} questions of yes or no .multi-label.: take one"
     ) as caught:
-        calibrate(predict, X, y, ConformalSets(0.1))
+        calibrate(predict, (X, y), ConformalSets(0.1))
     assert "normalise" not in str(caught.value)
     with pytest.raises(ValueError, match=f"y answers {questions} questions .* fit one ConformalSets a question"):
         ConformalSets(0.1).fit(predict(X).probs, y.long())
@@ -38,8 +38,8 @@ def test_conformal_sets_of_several_questions(questions):
     p = predict(X)
     for i in range(questions):
         assert ConformalSets(0.1).fit(p.probs[:, i], y[:, i].long())(p.probs[:, i]).shape == (40, 2)
-    calibrate(predict, X, y, Platt())
-    calibrate(predict, X, y, Temperature("probs"))
+    calibrate(predict, (X, y), Platt())
+    calibrate(predict, (X, y), Temperature("probs"))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_missing_labels_of_several_tasks(likelihood, outputs):
         predict.log_prob(X, y)
     method = Platt() if isinstance(likelihood, vbdl.Bernoulli) else vbdl.calibration.StdScaling()
     with pytest.raises(ValueError, match=expected):
-        calibrate(predict, X, y, method)
+        calibrate(predict, (X, y), method)
 
 
 class Words(nn.Module):

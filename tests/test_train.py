@@ -416,7 +416,7 @@ def test_an_interrupted_training_knows_its_rows_and_leaves_the_posterior_usable(
         vbdl.fit(q, DataLoader(Once(), batch_size=16), likelihood, epochs=3, kl_warmup=5, compile=False)
     assert q.kl_weight == 1.0 and not q.training and all(p.grad is None for p in q.parameters())
     with pytest.raises(ValueError, match=r"64 of 71 calibration rows were trained on"):
-        vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), *data, vbdl.StdScaling())
+        vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), data, vbdl.StdScaling())
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_a_finished_run_still_knows_the_rows_of_its_loader(data, tmp_path):
         q, likelihood = vbdl.DeepEnsemble(plain(), 2), vbdl.Gaussian(OUTPUTS)
         vbdl.fit(q, DataLoader(TensorDataset(*data), batch_size=16), likelihood, **options)
     with pytest.raises(ValueError, match="71 of 71 calibration rows were trained on"):
-        vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), *data, vbdl.StdScaling())
+        vbdl.calibrate(vbdl.Predictor(q, likelihood, compile=False), data, vbdl.StdScaling())
 
 
 @pytest.mark.parametrize("turned_off", [torch.no_grad, torch.inference_mode])

@@ -63,7 +63,7 @@ a = vbdl.Predictor(field, vbdl.Categorical(), 20, compile=False, joint=True)(x)
 b = ShardedPredictor(field, vbdl.Categorical(), 20, mesh=mesh, compile=False, joint=True)(x)
 check("mean-field is one process", same(a, b))
 
-cooled = vbdl.calibrate(one, x[:60], y[:60], vbdl.Temperature())
+cooled = vbdl.calibrate(one, (x[:60], y[:60]), vbdl.Temperature())
 b = ShardedPredictor(cooled.posterior, cooled.likelihood, mesh=mesh, compile=False)(x)
 check("calibrated is one process", same(cooled(x), b))
 

@@ -32,15 +32,15 @@ def numbers():
 def decided(made):
     predict = classes()
     y = torch.where(torch.arange(60) % 4 == 0, torch.arange(60) % 3, predict(X).probs.argmax(1))
-    predict = vbdl.calibrate(predict, X, y, calibration.Temperature("probs"))
+    predict = vbdl.calibrate(predict, (X, y), calibration.Temperature("probs"))
     return vbdl.with_decision(predict, made)
 
 
 MADE = {
     "classes": classes,
     "numbers": numbers,
-    "sets": lambda: vbdl.calibrate(classes(), X, torch.arange(60) % 3, calibration.ConformalSets(0.2)),
-    "scaled": lambda: vbdl.calibrate(numbers(), X, torch.randn(60, 2), calibration.StdScaling()),
+    "sets": lambda: vbdl.calibrate(classes(), (X, torch.arange(60) % 3), calibration.ConformalSets(0.2)),
+    "scaled": lambda: vbdl.calibrate(numbers(), (X, torch.randn(60, 2)), calibration.StdScaling()),
     "referral": lambda: decided(decision.Referral().for_risk(torch.linspace(0, 1, 60), torch.zeros(60), 0.2, 0.1)),
     "cost": lambda: decided(decision.ExpectedCost(1 - torch.eye(3), refer_cost=0.3)),
     "risk": lambda: vbdl.with_decision(numbers(), decision.Risk(0.9)),

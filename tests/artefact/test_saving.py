@@ -74,7 +74,7 @@ def assert_same(a: vbdl.Predictor, b: vbdl.Predictor, x=None) -> None:
 )
 def test_calibration_and_decision_travel(method, tmp_path):
     y = torch.randint(3, (40,), generator=torch.Generator().manual_seed(3))
-    calibrated = vbdl.calibrate(predictor(), rows(), y, method)
+    calibrated = vbdl.calibrate(predictor(), (rows(), y), method)
     decided = vbdl.with_decision(calibrated, ExpectedCost(1 - torch.eye(3), 0.4))
     for predict in (calibrated, decided):
         loaded = vbdl.load(predict.save(tmp_path / type(predict.likelihood).__name__))
@@ -123,13 +123,13 @@ def test_rows_of_the_training_are_still_refused(members, tmp_path):
     fresh = rows(60)[40:]
     with pytest.raises(ValueError, match="1 of 21 calibration rows were trained on"):
         vbdl.calibrate(
-            loaded, torch.cat((fresh, rows()[:1])), torch.zeros(21, dtype=torch.int64), calibration.Temperature()
+            loaded, (torch.cat((fresh, rows()[:1])), torch.zeros(21, dtype=torch.int64)), calibration.Temperature()
         )
-    overlap = vbdl.calibrate(loaded, rows(), y, calibration.Temperature(), allow_overlap=True)
+    overlap = vbdl.calibrate(loaded, (rows(), y), calibration.Temperature(), allow_overlap=True)
     again = vbdl.load(overlap.save(tmp_path / "overlap"))
     assert int(again.likelihood.n_overlap) == 40 and again.manifest.training_rows == 40
     with pytest.raises(ValueError, match="40 of 40"):
-        vbdl.calibrate(again, rows(), y, calibration.Temperature())
+        vbdl.calibrate(again, (rows(), y), calibration.Temperature())
     assert "calibrating on them is refused" in (tmp_path / "overlap" / "README.md").read_text()
 
 

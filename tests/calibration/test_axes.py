@@ -157,7 +157,7 @@ def test_metrics_are_those_of_each_element(rows, axes):
 def test_std_scaling_stretches_each_element_by_its_outputs_scale(rows, axes, per_output):
     predict = _predictor(axes)
     x, y = _data(60, axes, 1)
-    scaled = calibrate(predict, x, 3 * y, StdScaling(per_output))
+    scaled = calibrate(predict, (x, 3 * y), StdScaling(per_output))
     scale = scaled.likelihood.method.scale
     outputs = axes[-1] if axes else 1
     assert scale.numel() == (outputs if per_output else 1)
@@ -185,7 +185,7 @@ def test_std_scaling_stretches_each_element_by_its_outputs_scale(rows, axes, per
 def test_cdf_recalibration_bends_each_element(rows, axes):
     predict = _predictor(axes)
     x, y = _data(60, axes, 1)
-    bent = calibrate(predict, x, 3 * y, CDFRecalibration())
+    bent = calibrate(predict, (x, 3 * y), CDFRecalibration())
     x, y = _data(rows, axes)
     before, after = predict(x, samples=True), bent(x, samples=True)
     y, map_of = _as_mean(y, after), bent.likelihood.method
@@ -206,7 +206,7 @@ def test_conformal_intervals_are_those_of_each_element_alone(rows, axes, method)
     predict = _predictor(axes)
     x, y = _data(40, axes, 1)
     p = predict(x)
-    made = calibrate(predict, x, y, method)
+    made = calibrate(predict, (x, y), method)
     x_new, _ = _data(rows, axes)
     new, before = made(x_new), predict(x_new)
     assert new.lower.shape == new.upper.shape == new.mean.shape
@@ -244,7 +244,7 @@ def test_images_keep_their_channels_where_they_are(axis, batch, channels, height
         torch.testing.assert_close(a.log_prob(y), b.log_prob(y.movedim(1, -1)))
         torch.testing.assert_close(first.log_prob(x, y), a.log_prob(y), rtol=1e-4, atol=1e-3)
         for method in (StdScaling(), StdScaling(False), CDFRecalibration(), AbsoluteIntervals(0.3), CQR(0.3)):
-            c, d = calibrate(first, x, y, method), calibrate(other, x, y.movedim(1, -1), method)
+            c, d = calibrate(first, (x, y), method), calibrate(other, (x, y.movedim(1, -1)), method)
             c, d = c(x, samples=True), d(x, samples=True)
             for name in ("total", "lower", "upper", "covariance"):
                 found, right = getattr(c, name, None), getattr(d, name, None)

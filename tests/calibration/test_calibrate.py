@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_calibrated_predictors_are_better_calibrated(which, method, rows, reques
     predict = request.getfixturevalue(which)
     x, y = rows
     before = predict(x[TEST])
-    calibrated = calibrate(predict, x[CALIBRATION], y[CALIBRATION], method)
+    calibrated = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), method)
     after = calibrated(x[TEST])
     assert metrics.ece(after.probs, y[TEST]) < metrics.ece(before.probs, y[TEST]) - 0.03
     assert float(metrics.brier_score(after.probs, y[TEST]).mean()) < float(
@@ -109,7 +110,7 @@ def test_calibrated_predictors_are_better_calibrated(which, method, rows, reques
 
 def test_temperature_on_logits_is_that_of_the_draws(classifier, rows):
     x, y = rows
-    calibrated = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature())
+    calibrated = calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), Temperature())
     t = calibrated.likelihood.method.temperature
     assert t > 1.2
     logits = classifier(x[TEST], samples=True).samples
@@ -126,29 +127,29 @@ def test_temperature_on_logits_is_that_of_the_draws(classifier, rows):
 def test_epistemic_share_is_carried_over_by_probability_methods(ensemble, rows):
     x, y = rows
     before = ensemble(x[TEST])
-    after = calibrate(ensemble, x[CALIBRATION], y[CALIBRATION], Temperature("probs"))(x[TEST])
+    after = calibrate(ensemble, (x[CALIBRATION], y[CALIBRATION]), Temperature("probs"))(x[TEST])
     np.testing.assert_allclose(after.epistemic / after.total, before.epistemic / before.total, atol=1e-4)
     assert torch.equal(after.label, before.label)
     with pytest.raises(ValueError, match="log_prob"):
-        calibrate(ensemble, x[CALIBRATION], y[CALIBRATION], Temperature("probs")).log_prob(x[TEST], y[TEST])
+        calibrate(ensemble, (x[CALIBRATION], y[CALIBRATION]), Temperature("probs")).log_prob(x[TEST], y[TEST])
 
 
 def test_training_rows_are_refused_and_counted(classifier, ensemble, rows):
     x, y = rows
     for predict in (classifier, ensemble):
         with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
-            calibrate(predict, x[290:350], y[290:350], Temperature())
+            calibrate(predict, (x[290:350], y[290:350]), Temperature())
         with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
-            calibrate(predict, x[290:350].numpy(), y[290:350].numpy(), Temperature())
+            calibrate(predict, (x[290:350].numpy(), y[290:350].numpy()), Temperature())
         with pytest.raises(ValueError, match="300 of 300"):
-            calibrate(predict, x[TRAIN], y[TRAIN], ConformalSets(0.1))
-        allowed = calibrate(predict, x[290:350], y[290:350], Temperature(), allow_overlap=True)
+            calibrate(predict, (x[TRAIN], y[TRAIN]), ConformalSets(0.1))
+        allowed = calibrate(predict, (x[290:350], y[290:350]), Temperature(), allow_overlap=True)
         assert int(allowed.likelihood.n_overlap) == 10 and int(allowed.likelihood.n_rows) == 60
-        clean = calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
+        clean = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), Temperature())
         assert int(clean.likelihood.n_overlap) == 0
         # and what was calibrated already still knows its training rows
         with pytest.raises(ValueError, match="trained on"):
-            calibrate(clean, x[TRAIN], y[TRAIN], ConformalSets(0.1))
+            calibrate(clean, (x[TRAIN], y[TRAIN]), ConformalSets(0.1))
 
 
 def test_training_rows_of_an_ensemble_of_several_architectures_are_refused(rows):
@@ -158,19 +159,19 @@ def test_training_rows_of_an_ensemble_of_several_architectures_are_refused(rows)
     vbdl.fit(mixed, (x[TRAIN], y[TRAIN]), likelihood, epochs=1, compile=False, progress=False)
     predict = vbdl.Predictor(mixed, likelihood, compile=False)
     with pytest.raises(ValueError, match="10 of 60 calibration rows were trained on"):
-        calibrate(predict, x[290:350], y[290:350], Temperature())
-    calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
+        calibrate(predict, (x[290:350], y[290:350]), Temperature())
+    calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), Temperature())
 
 
 def test_order_of_calibrations(classifier, rows):
     x, y = rows
-    logits_first = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature())
-    both = calibrate(logits_first, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1, APS()))
+    logits_first = calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), Temperature())
+    both = calibrate(logits_first, (x[CALIBRATION], y[CALIBRATION]), ConformalSets(0.1, APS()))
     p = both(x[TEST])
     assert torch.equal(p.probs, logits_first(x[TEST]).probs)
     assert p.sets.dtype == torch.bool and p.sets.shape == p.probs.shape
     with pytest.raises(ValueError, match="calibrate logits first"):
-        calibrate(both, x[CALIBRATION], y[CALIBRATION], Temperature())
+        calibrate(both, (x[CALIBRATION], y[CALIBRATION]), Temperature())
 
 
 def test_sets_cover(classifier, rows):
@@ -182,7 +183,7 @@ def test_sets_cover(classifier, rows):
         sets = ConformalSets(0.1).fit(classifier(x[fitted]).probs, y[fitted])
         covered.append(float(set_coverage(sets(classifier(x[new]).probs), y[new]).mean()))
     assert abs(np.mean(covered) - 0.9) < 0.015
-    p = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1))(x[TEST])
+    p = calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), ConformalSets(0.1))(x[TEST])
     assert float(set_coverage(p.sets, y[TEST]).mean()) > 0.86
     assert {f.name for f in dataclasses.fields(p)} >= {"probs", "total", "sets"}
 
@@ -204,15 +205,15 @@ def test_binary_questions(rows):
     predict = Predictor(posterior, likelihood, n_samples=8, compile=False)
     before = predict(x[TEST])
     for method in (Temperature(), Temperature("probs"), Platt(), Isotonic()):
-        after = calibrate(predict, x[CALIBRATION], yes[CALIBRATION], method)(x[TEST])
+        after = calibrate(predict, (x[CALIBRATION], yes[CALIBRATION]), method)(x[TEST])
         assert after.probs.shape == (600,)
         np.testing.assert_allclose(after.total, after.aleatoric + after.epistemic, atol=1e-6)
         a, b = (float(metrics.brier_score(p.probs, yes[TEST].long()).mean()) for p in (after, before))
         assert a < b
     with pytest.raises(ValueError, match="Temperature or Platt"):
-        calibrate(predict, x[CALIBRATION], yes[CALIBRATION], VectorScaling())
+        calibrate(predict, (x[CALIBRATION], yes[CALIBRATION]), VectorScaling())
     for targets in (yes, yes.long(), yes.bool()):
-        sets = calibrate(predict, x[CALIBRATION], targets[CALIBRATION], ConformalSets(0.1))(x[TEST]).sets
+        sets = calibrate(predict, (x[CALIBRATION], targets[CALIBRATION]), ConformalSets(0.1))(x[TEST]).sets
         assert sets.shape == (600, 2) and float(set_coverage(sets, yes[TEST].long()).mean()) > 0.86
     actions = with_decision(predict, Referral("confidence", 0.2))(x[TEST])
     kept = actions.action != REFER
@@ -222,7 +223,7 @@ def test_binary_questions(rows):
 def test_std_scaling_of_an_ensemble(regressor):
     predict, x, y = regressor
     before = predict(x[TEST], samples=True)
-    calibrated = calibrate(predict, x[CALIBRATION], y[CALIBRATION], StdScaling())
+    calibrated = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), StdScaling())
     after = calibrated(x[TEST], samples=True)
     scale = calibrated.likelihood.method.scale
     assert bool((scale > 1.1).all())
@@ -237,13 +238,13 @@ def test_std_scaling_of_an_ensemble(regressor):
     pit = [metrics.quantile_calibration_error(p.cdf(y[TEST])) for p in (before, after)]
     assert pit[1] < pit[0] / 1.5
     with pytest.raises(ValueError, match="class probabilities"):
-        calibrate(predict, x[CALIBRATION], y[CALIBRATION], Temperature())
+        calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), Temperature())
 
 
 def test_cdf_recalibration_of_an_ensemble(regressor):
     predict, x, y = regressor
     before = predict(x[TEST], samples=True)
-    after = calibrate(predict, x[CALIBRATION], y[CALIBRATION], CDFRecalibration())(x[TEST], samples=True)
+    after = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), CDFRecalibration())(x[TEST], samples=True)
     assert torch.equal(after.total, before.total) and torch.equal(after.mean, before.mean)
     errors = [metrics.quantile_calibration_error(p.cdf(y[TEST])) for p in (before, after)]
     assert errors[1] < errors[0] / 1.5
@@ -255,17 +256,18 @@ def test_cdf_recalibration_of_an_ensemble(regressor):
 
 
 def test_recalibrated_density_integrates_to_one():
-    from vbdl.calibration.cdf import RecalibratedPrediction
+    from vbdl.calibration.recalibrated import RecalibratedPrediction
 
     generator = torch.Generator().manual_seed(0)
     recalibration = CDFRecalibration().fit(torch.rand(30, generator=generator, dtype=torch.float64) ** 2)
     samples = torch.randn(4, 1, 1, 2, generator=generator, dtype=torch.float64) * 0.5
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    p = RecalibratedPrediction(zero, zero, zero, zero, zero, 4, samples=samples, recalibration=recalibration)
+    fields = ("mean", "total", "aleatoric", "epistemic", "standard_error")
+    p = RecalibratedPrediction(**dict.fromkeys(fields, zero), n_samples=4, samples=samples, recalibration=recalibration)
     grid = torch.linspace(-15, 15, 60_001, dtype=torch.float64)
     many = RecalibratedPrediction(
-        *(zero.expand(60_001, 1) for _ in range(5)),
-        4,
+        **dict.fromkeys(fields, zero.expand(60_001, 1)),
+        n_samples=4,
         samples=samples.expand(4, 60_001, 1, 2),
         recalibration=recalibration,
     )
@@ -280,7 +282,7 @@ def test_recalibrated_density_integrates_to_one():
 
 def test_recalibrated_joint_density_of_several_outputs_integrates_to_one():
     """Outputs that depend on each other through the draw: the product of the slopes alone is no density."""
-    from vbdl.calibration.cdf import RecalibratedPrediction
+    from vbdl.calibration.recalibrated import RecalibratedPrediction
 
     recalibration = CDFRecalibration().fit_scores(2 * torch.randn(400, generator=torch.Generator().manual_seed(0)))
     mean = torch.tensor([[-1.5, -1.0], [1.0, 1.5], [0.0, 0.2]], dtype=torch.float64)
@@ -289,7 +291,8 @@ def test_recalibrated_joint_density_of_several_outputs_integrates_to_one():
     grid = torch.cartesian_prod(side, side)
     zero = torch.zeros(1, 1, dtype=torch.float64).expand(len(grid), 2)
     many = samples.expand(3, len(grid), 2, 2)
-    p = RecalibratedPrediction(zero, zero, zero, zero, zero, 3, samples=many, recalibration=recalibration)
+    fields = ("mean", "total", "aleatoric", "epistemic", "standard_error")
+    p = RecalibratedPrediction(**dict.fromkeys(fields, zero), n_samples=3, samples=many, recalibration=recalibration)
     density = p.log_prob(grid).exp().reshape(401, 401)
     assert float(torch.trapezoid(torch.trapezoid(density, side), side)) == pytest.approx(1.0, abs=1e-3)
     # and its margins are the recalibrated ones
@@ -299,9 +302,9 @@ def test_recalibrated_joint_density_of_several_outputs_integrates_to_one():
 
 def test_recalibrations_follow_each_other_and_keep_what_was_added(regressor):
     predict, x, y = regressor
-    widened = calibrate(predict, x[CALIBRATION], y[CALIBRATION], AbsoluteIntervals(0.1))
-    once = calibrate(widened, x[CALIBRATION], y[CALIBRATION], CDFRecalibration())
-    twice = calibrate(once, x[CALIBRATION], 2 * y[CALIBRATION], CDFRecalibration())
+    widened = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), AbsoluteIntervals(0.1))
+    once = calibrate(widened, (x[CALIBRATION], y[CALIBRATION]), CDFRecalibration())
+    twice = calibrate(once, (x[CALIBRATION], 2 * y[CALIBRATION]), CDFRecalibration())
     before, p = once(x[TEST], samples=True), twice(x[TEST], samples=True)
     assert torch.equal(p.lower, widened(x[TEST]).lower) and torch.equal(before.upper, widened(x[TEST]).upper)
     second = twice.likelihood.method
@@ -310,13 +313,13 @@ def test_recalibrations_follow_each_other_and_keep_what_was_added(regressor):
     again = pickle.loads(pickle.dumps(p))
     assert torch.equal(again.lower, p.lower) and torch.equal(again.quantile(0.3), p.quantile(0.3))
     with pytest.raises(ValueError, match="StdScaling would change the mixture that CDFRecalibration was fitted to"):
-        calibrate(once, x[CALIBRATION], y[CALIBRATION], StdScaling())
+        calibrate(once, (x[CALIBRATION], y[CALIBRATION]), StdScaling())
 
 
 def test_a_recalibration_of_version_0_1_gives_what_it_gave(regressor, tmp_path):
     """The artefact holds knots and values of the empirical distribution; version 0.1 read them as written out here."""
     predict, x, y = regressor
-    made = calibrate(predict, x[CALIBRATION], y[CALIBRATION], CDFRecalibration())
+    made = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), CDFRecalibration())
     method = made.likelihood.method
     u = predict(x[CALIBRATION], samples=True).cdf(y[CALIBRATION]).double().flatten().unique()
     inside = u[(u > 0) & (u < 1)]
@@ -343,7 +346,7 @@ def test_a_recalibration_of_version_0_1_gives_what_it_gave(regressor, tmp_path):
 @pytest.mark.parametrize("method", [AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)])
 def test_intervals_cover(method, regressor):
     predict, x, y = regressor
-    p = calibrate(predict, x[CALIBRATION], y[CALIBRATION], method)(x[TEST])
+    p = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), method)(x[TEST])
     covered = metrics.covered(p.lower, p.upper, y[TEST])
     assert covered.shape == (600, 2)
     # 600 test and 500 calibration rows: three standard deviations of the coverage are 0.055
@@ -352,7 +355,7 @@ def test_intervals_cover(method, regressor):
 
 def test_the_action_travels_with_the_predictor(classifier, rows):
     x, y = rows
-    calibrated = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature())
+    calibrated = calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), Temperature())
     cost = 1 - torch.eye(3)
     deciding = with_decision(calibrated, ExpectedCost(cost, 0.3))
     p = deciding(x[TEST])
@@ -363,12 +366,12 @@ def test_the_action_travels_with_the_predictor(classifier, rows):
     with pytest.raises(ValueError, match="decides already"):
         with_decision(deciding, rule)
     with pytest.raises(ValueError, match="calibrate first"):
-        calibrate(deciding, x[CALIBRATION], y[CALIBRATION], Temperature())
+        calibrate(deciding, (x[CALIBRATION], y[CALIBRATION]), Temperature())
 
 
 def test_predictions_with_further_fields_are_pickled(classifier, rows):
     x, y = rows
-    conformal = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1))
+    conformal = calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), ConformalSets(0.1))
     p = with_decision(conformal, Referral("confidence", 0.2))(x[TEST])
     for found in (pickle.loads(pickle.dumps(p)), copy.deepcopy(p)):
         assert type(found) is type(p) and torch.equal(found.sets, p.sets) and torch.equal(found.action, p.action)
@@ -378,7 +381,7 @@ def test_predictions_with_further_fields_are_pickled(classifier, rows):
 def test_a_row_does_not_depend_on_its_batch(classifier, rows):
     x, y = rows
     deciding = with_decision(
-        calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Temperature("probs")), Referral("total", 0.6)
+        calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), Temperature("probs")), Referral("total", 0.6)
     )
     together = deciding(x[TEST])
     alone = deciding(x[850:851])
@@ -388,35 +391,54 @@ def test_a_row_does_not_depend_on_its_batch(classifier, rows):
 def test_refusals(classifier, regressor, rows):
     x, y = rows
     with pytest.raises(TypeError, match="Predictor"):
-        calibrate(_mlp(3), x, y, Temperature())
+        calibrate(_mlp(3), (x, y), Temperature())
     with pytest.raises(TypeError, match="calibrator"):
-        calibrate(classifier, x[CALIBRATION], y[CALIBRATION], nn.Linear(1, 1))
+        calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), nn.Linear(1, 1))
     with pytest.raises(ValueError, match="no rows"):
-        calibrate(classifier, x[:0], y[:0], Temperature())
+        calibrate(classifier, (x[:0], y[:0]), Temperature())
     with pytest.raises(ValueError, match="targets"):
-        calibrate(classifier, x[CALIBRATION], y[:10], Temperature())
+        calibrate(classifier, (x[CALIBRATION], y[:10]), Temperature())
     with pytest.raises(ValueError, match="class 2 .* has no row"):
         keep = (y != 2).nonzero().squeeze(1)
         keep = keep[keep >= 300]
-        calibrate(classifier, x[keep], y[keep], Isotonic())
+        calibrate(classifier, (x[keep], y[keep]), Isotonic())
     for method in (StdScaling(), CDFRecalibration(), AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)):
         with pytest.raises(ValueError, match=f"{type(method).__name__} is for regressions"):
-            calibrate(classifier, x[CALIBRATION], y[CALIBRATION], method)
+            calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), method)
     predict, x_of, y_of = regressor
     with pytest.raises(ValueError, match="ConformalSets is for classes"):
-        calibrate(predict, x_of[CALIBRATION], y_of[CALIBRATION], ConformalSets(0.1))
+        calibrate(predict, (x_of[CALIBRATION], y_of[CALIBRATION]), ConformalSets(0.1))
     with pytest.raises(ValueError, match="not finite"):
-        calibrate(classifier, x[CALIBRATION] * float("nan"), y[CALIBRATION], Temperature())
+        calibrate(classifier, (x[CALIBRATION] * float("nan"), y[CALIBRATION]), Temperature())
 
 
 @pytest.mark.slow
 def test_calibration_and_action_compile(classifier, rows):
     x, y = rows
-    calibrated = calibrate(classifier, x[CALIBRATION], y[CALIBRATION], Isotonic())
+    calibrated = calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), Isotonic())
     both = with_decision(
-        calibrate(calibrated, x[CALIBRATION], y[CALIBRATION], ConformalSets(0.1)), Referral("total", 0.6)
+        calibrate(calibrated, (x[CALIBRATION], y[CALIBRATION]), ConformalSets(0.1)), Referral("total", 0.6)
     )
     eager, compiled = both(x[TEST]), both.replace(compile=True)(x[TEST])
     np.testing.assert_allclose(compiled.probs, eager.probs, atol=1e-5)
     assert float((compiled.sets != eager.sets).double().mean()) < 0.01
     assert float((compiled.action != eager.action).double().mean()) < 0.01
+
+
+def test_the_form_of_version_0_1_still_works_and_says_what_to_write(classifier, rows):
+    predict, x, y = classifier, rows[0][CALIBRATION], rows[1][CALIBRATION]
+    new = calibrate(predict, (x, y), Temperature())
+    for old in (
+        lambda: calibrate(predict, x, y, Temperature()),
+        lambda: calibrate(predict, x, y, method=Temperature(), allow_overlap=False),
+        lambda: calibrate(predictor=predict, x=x, y=y, method=Temperature()),
+    ):
+        with pytest.warns(DeprecationWarning, match=r"write calibrate\(predictor, \(x, y\), method\)") as warned:
+            calibrated = old()
+        assert warned[0].filename == __file__  # at the line to change
+        assert torch.equal(calibrated(x).probs, new(x).probs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(predict, data=(x, y), method=Temperature())
+    with pytest.raises(TypeError, match=r"as a pair \(x, y\), got Tensor"):
+        calibrate(predict, x, Temperature())

@@ -96,7 +96,7 @@ def test_the_predictor_can_be_calibrated(cancer):
     x, x_test, y, y_test = cancer
     found = vbdl.VBDLClassifier(**QUICK).fit(x, y)
     rows, labels = found._tensor(x_test), np.searchsorted(found.classes_, y_test)
-    calibrated = vbdl.calibrate(found.predictor_, rows[:80], labels[:80], vbdl.ConformalSets(alpha=0.1))
+    calibrated = vbdl.calibrate(found.predictor_, (rows[:80], labels[:80]), vbdl.ConformalSets(alpha=0.1))
     assert calibrated(rows[80:]).sets.shape == (len(y_test) - 80, 2)
 
 

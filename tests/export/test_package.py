@@ -249,7 +249,7 @@ def decided() -> vbdl.Predictor:
     predict = build("dropout", tiles=(8,))
     x = rows("dropout", 60)
     y = torch.where(torch.arange(60) % 4 == 0, torch.arange(60) % 3, predict(x).label)
-    calibrated = vbdl.calibrate(predict, x, y, calibration.Temperature("probs"))
+    calibrated = vbdl.calibrate(predict, (x, y), calibration.Temperature("probs"))
     return vbdl.with_decision(calibrated, vbdl.decision.Referral("total", 0.9))
 
 

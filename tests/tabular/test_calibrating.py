@@ -135,7 +135,7 @@ def test_the_two_scores_are_those_of_calibrate():
         for fold in rows.divided(5, 0):
             rest = torch.tensor([i for i in range(len(x)) if i not in set(fold.tolist())])
             method = vbdl.Temperature() if t.ndim == 1 else vbdl.StdScaling()
-            q = vbdl.calibrate(p, x[rest], rows.y[rest], method)
+            q = vbdl.calibrate(p, (x[rest], rows.y[rest]), method)
             each.append(-q(x[fold], samples=True).log_prob(rows.y[fold]))
         assert f"{float(torch.cat(each).mean()):.3g}"[:4] in note
 

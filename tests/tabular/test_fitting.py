@@ -177,7 +177,7 @@ def test_an_outcome_of_no_probability_is_an_infinite_nll_and_no_error():
     x, y = found.schema.encode(table).x, found.schema.target.encode(table.column("y"))[0]
     plain = found.predictor.replace(likelihood=Categorical())
     # fitted to so few rows the curve reaches 0 and 1, and other rows disagree
-    scores = evaluate(calibrate(plain, x[:30], y[:30], Isotonic()), x[30:], y[30:], found.schema.target)
+    scores = evaluate(calibrate(plain, (x[:30], y[:30]), Isotonic()), x[30:], y[30:], found.schema.target)
     assert scores["NLL"].value == np.inf and 0.5 < scores["accuracy"].value < 1 and "inf" in str(scores)
     assert scores.to_dict()["scores"]["NLL"]["value"] is None
 
