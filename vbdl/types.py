@@ -323,6 +323,9 @@ class Calibrator(nn.Module):
     one_logit: bool = False
     """For "logits": whether it can also calibrate the one logit of yes and no, which `fit` is given as (0, logit)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @property
     def recalibration(self) -> Recalibration | None:
         """What becomes of the distribution function of a regression; None where it stays."""
@@ -355,7 +358,11 @@ class Decision(nn.Module):
     reads_distribution: bool = False
     """Whether it reads prediction.distribution, the calibrated predictive of a regression: every draw is then kept."""
     reads_draws: bool = False
-    """Whether it reads prediction.per_draw, the mean over the draws of what `per_draw` makes of each."""
+    """Whether it reads prediction.per_draw, the mean over the draws of what `per_draw` makes of each. If a calibrator has
+    changed the draws, prediction.distribution is given in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def per_draw(self, parameters: Tensor) -> Tensor:
         """(samples, batch, ...) parameters of p(y | x) -> (samples, batch), for decisions that read draws."""
