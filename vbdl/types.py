@@ -358,8 +358,8 @@ class Decision(nn.Module):
     reads_distribution: bool = False
     """Whether it reads prediction.distribution, the calibrated predictive of a regression: every draw is then kept."""
     reads_draws: bool = False
-    """Whether it reads prediction.per_draw, the mean over the draws of what `per_draw` makes of each. If a calibrator has
-    changed the draws, prediction.distribution is given in its place."""
+    """Whether it reads prediction.per_draw, the mean over the draws of what `per_draw` makes of each. If a calibrator
+    has changed the draws, prediction.distribution is given in its place."""
 
     def __init__(self) -> None:
         super().__init__()
