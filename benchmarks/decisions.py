@@ -222,10 +222,10 @@ def credit(data: Path) -> dict:
             (referred, decision.ExpectedCost(cost, refer_cost)),
         ):
             p = decision.with_decision(predictor, rule)(x[test])
-            into.append(decision.realised_cost(p.action, bad[test], cost, refer_cost))
+            into.append(decision.realized_cost(p.action, bad[test], cost, refer_cost))
             if into is referred:
                 shares.append(float((p.action == decision.REFER).double().mean()))
-        base.append(decision.realised_cost(torch.ones_like(test), bad[test], cost))
+        base.append(decision.realized_cost(torch.ones_like(test), bad[test], cost))
     a, b, c = torch.cat(plain), torch.cat(referred), torch.cat(base)
     difference = metrics.compare(b, a)
     print(f"\nGerman credit, cost per applicant over 5 splits ({a.numel()} decisions)")

@@ -85,7 +85,7 @@ def test_mahalanobis_and_knn_find_what_lies_elsewhere():
     label = torch.arange(600) >= 300
     # away from all rows, and between the classes: the relative distance is blind to the first
     for shift, detectors in (
-        ([0.0, 0, 4, 0], (ood.Mahalanobis().fit(x, y), ood.KNN(5, normalise=False).fit(x))),
+        ([0.0, 0, 4, 0], (ood.Mahalanobis().fit(x, y), ood.KNN(5, normalize=False).fit(x))),
         ([4.0, 0, 0, 0], (ood.Mahalanobis().fit(x, y), ood.Mahalanobis(True).fit(x, y))),
     ):
         odd = _blobs(300, 2, shift=torch.tensor(shift))[0]
@@ -135,7 +135,7 @@ def test_features_of_another_width_are_refused(score):
 
 def test_a_row_of_the_fit_has_distance_zero_to_itself():
     x = _blobs(50, 0)[0] + 1e5
-    assert float(ood.KNN(1, normalise=False).fit(x)(x).max()) == 0.0
+    assert float(ood.KNN(1, normalize=False).fit(x)(x).max()) == 0.0
 
 
 @pytest.mark.parametrize("n, rate", [(100, 0.1), (59, 0.05), (1000, 0.05), (40, 0.3)])
@@ -246,3 +246,10 @@ def test_features_are_the_inputs_of_a_layer():
     shared = torch.nn.Sequential(layer := torch.nn.Linear(3, 3), layer)
     with pytest.raises(ValueError, match="called 2 times"):
         ood.features(shared, "0", [x])
+
+
+def test_the_british_argument_is_deprecated():
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+    with pytest.warns(DeprecationWarning, match="write normalize="):
+        old = ood.KNN(1, normalise=False)
+    assert torch.equal(old.fit(x)(x + 1), ood.KNN(1, normalize=False).fit(x)(x + 1))

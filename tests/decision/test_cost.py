@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vbdl.decision import REFER, ExpectedCost, decide, realised_cost
+from vbdl import decision
+from vbdl.decision import REFER, ExpectedCost, decide, realized_cost
 from vbdl.decision.distribution import Evidence
 
 
@@ -57,15 +58,23 @@ def test_broken_probabilities_are_referred():
     assert decide(probs, 1 - torch.eye(2)).tolist() == [0, REFER]
 
 
-def test_realised_cost_and_refusals():
+def test_realized_cost_and_refusals():
     cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])
-    paid = realised_cost(torch.tensor([0, 1, REFER]), torch.tensor([1, 0, 1]), cost, 0.5)
+    paid = realized_cost(torch.tensor([0, 1, REFER]), torch.tensor([1, 0, 1]), cost, 0.5)
     assert paid.tolist() == [5.0, 1.0, 0.5]
     with pytest.raises(ValueError, match="give refer_cost"):
-        realised_cost(torch.tensor([REFER]), torch.tensor([1]), cost)
+        realized_cost(torch.tensor([REFER]), torch.tensor([1]), cost)
     with pytest.raises(ValueError, match="2 classes"):
         decide(torch.ones(1, 3) / 3, cost)
     with pytest.raises(ValueError, match="NaN or infinite"):
         ExpectedCost(torch.tensor([[math.inf]]))
     with pytest.raises(ValueError, match=r"\(classes, actions\)"):
         ExpectedCost(torch.zeros(3))
+
+
+def test_the_british_name_is_deprecated():
+    actions, y, cost = torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([[0.0, 1.0], [5.0, 0.0]])
+    with pytest.warns(DeprecationWarning, match="called realized_cost"):
+        assert decision.realised_cost(actions, y, cost).tolist() == realized_cost(actions, y, cost).tolist()
+    with pytest.raises(AttributeError, match="no attribute 'realised_costs'"):
+        decision.realised_costs  # noqa: B018

@@ -24,20 +24,20 @@ _P = ParamSpec("_P")
 def _accepts_x_and_y(function: Callable[_P, Predictor]) -> Callable[_P, Predictor]:
     """The function, which also takes (predictor, x, y, method), the form of version 0.1, with a warning."""
     old_form = inspect.signature(lambda predictor, x, y, method, *, allow_overlap=False: None)
+    new_form: Callable[..., Predictor] = function
 
     @functools.wraps(function)
     def either(*args, **kwargs):
         try:
             old = old_form.bind(*args, **kwargs).arguments
         except TypeError:
-            return function(*args, **kwargs)
+            return new_form(*args, **kwargs)
         warnings.warn(
             "calibrate(predictor, x, y, method) is deprecated: write calibrate(predictor, (x, y), method)",
             DeprecationWarning,
             stacklevel=2,
         )
-        predictor, x, y, method, *_ = old.values()
-        return function(predictor, (x, y), method, **{n: old[n] for n in old if n == "allow_overlap"})
+        return new_form(data=(old.pop("x"), old.pop("y")), **old)
 
     return either
 

@@ -22,7 +22,7 @@ class CDFRecalibration(Calibrator):
 
     For any predictive with a distribution function (Gaussian, mixture, somebody else's). R is a curve between normal
     scores, Φ⁻¹(F) -> Φ⁻¹(F'): a quadratic spline, straight beyond its last knots, fitted by maximum likelihood. A wrong
-    scale or centre is a straight line of it, so that tails without calibration rows are scaled as the others are. The
+    scale or center is a straight line of it, so that tails without calibration rows are scaled as the others are. The
     number of knots grows with the rows (BIC); of a calibrated predictive it is none, and R changes nothing.
     The empirical distribution of F(y), which the paper takes, has no density: its spacings lose 0.42 nats a row,
     however many rows there are.

@@ -27,7 +27,7 @@ class EnsembleTemperature(Calibrator):
         self.register_buffer("weights", torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
 
     def fit(self, probs: Tensor, y: Tensor) -> "EnsembleTemperature":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Minimises the NLL."""
+        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Minimizes the NLL."""
         probs, y = check_probs_and_labels(probs, y)
         log_p, classes = probs.clamp(min=TINY).log(), probs.shape[1]
         picked = probs.gather(1, y[:, None]).squeeze(1)

@@ -19,7 +19,7 @@ from vbdl.types import Calibrator, State
 
 
 class StdScaling(Calibrator):
-    """std -> scale · std, the mean stays; scale > 0 minimises the negative log-likelihood.
+    """std -> scale · std, the mean stays; scale > 0 minimizes the negative log-likelihood.
 
     per_output: a scale for each output, or one for all. Outputs are the last axis, or the likelihood's channel_axis;
     every other axis (time, pixels) shares their scales. A mixture is stretched about its own mean, means_s -> mean +
@@ -54,8 +54,8 @@ class StdScaling(Calibrator):
         if mean.ndim == y.ndim + 1:
             means, stds, target, log_weights = check_mixture(mean, std, y, None)
             assert target is not None
-            centre = means.mean(dim=0)
-            self.log_scale = self._fit_mixture(means - centre, stds, target - centre, log_weights, output_axis)
+            center = means.mean(dim=0)
+            self.log_scale = self._fit_mixture(means - center, stds, target - center, log_weights, output_axis)
             return self
         mean, y = check_targets(mean, y)
         z2 = ((y - mean) / check_std(std, mean.shape)) ** 2
@@ -97,8 +97,8 @@ class StdScaling(Calibrator):
 
     def mixture(self, means: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
         """(samples, batch) or (samples, batch, ...) -> the stretched mixture"""
-        scale, centre = self.scale.to(means.dtype), means.mean(dim=0)
-        return centre + scale * (means - centre), scale * stds
+        scale, center = self.scale.to(means.dtype), means.mean(dim=0)
+        return center + scale * (means - center), scale * stds
 
     def variance(self, variance: Tensor) -> Tensor:
         """total, aleatoric or epistemic (batch, ...), squared target units -> the scaled one"""
@@ -120,7 +120,7 @@ class StdScaling(Calibrator):
     def samples(self, samples: Tensor) -> Tensor:
         """The components of the stretched mixture, (samples, batch, ..., 2)."""
         mean, log_variance = samples.unbind(-1)
-        centre = mean.mean(dim=0)
+        center = mean.mean(dim=0)
         scale = self.scale.to(mean.dtype)
-        stretched = centre + scale * (mean - centre)
+        stretched = center + scale * (mean - center)
         return torch.stack((stretched, log_variance + 2 * self.log_scale.to(mean.dtype)), dim=-1)

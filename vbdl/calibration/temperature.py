@@ -47,7 +47,7 @@ class Temperature(Calibrator):
         return f"temperature={self.temperature:.6g}, acts_on={self.acts_on!r}"
 
     def fit(self, outputs: Tensor, y: Tensor) -> "Temperature":
-        """Minimises the negative log-likelihood.
+        """Minimizes the negative log-likelihood.
 
         outputs: for "logits" (batch, classes) or (samples, batch, classes); for "probs" (batch, classes), or (batch,)
         of class 1;  y: (batch,).  Returns self.

@@ -4,13 +4,16 @@ Everything takes any predictive: a prediction of vbdl, or somebody else's probab
 tensors.
 """
 
+import warnings
+from collections.abc import Callable
+
 from vbdl.decision.anomaly import AnomalyFlags as AnomalyFlags
 from vbdl.decision.backtest import Backtest as Backtest
 from vbdl.decision.backtest import backtest as backtest
 from vbdl.decision.cost import REFER as REFER
 from vbdl.decision.cost import ExpectedCost as ExpectedCost
 from vbdl.decision.cost import decide as decide
-from vbdl.decision.cost import realised_cost as realised_cost
+from vbdl.decision.cost import realized_cost as realized_cost
 from vbdl.decision.deciding import DecidingLikelihood as DecidingLikelihood
 from vbdl.decision.deciding import with_decision as with_decision
 from vbdl.decision.drive import Drive as Drive
@@ -32,3 +35,10 @@ from vbdl.decision.risk import TailRisk as TailRisk
 from vbdl.decision.risk import gaussian_tail as gaussian_tail
 from vbdl.decision.risk import mixture_tail as mixture_tail
 from vbdl.decision.risk import sample_tail as sample_tail
+
+
+def __getattr__(name: str) -> Callable:
+    if name == "realised_cost":  # its name in version 0.1
+        warnings.warn("realised_cost is deprecated: it is called realized_cost", DeprecationWarning, stacklevel=2)
+        return realized_cost
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

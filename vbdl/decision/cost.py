@@ -81,8 +81,8 @@ def decide(probs: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tens
     return ExpectedCost(cost, refer_cost)(probs)
 
 
-def realised_cost(actions: Tensor, y: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
-    """What each decision has cost now that the class is known: actions, y (batch,) -> (batch,)"""
+def realized_cost(actions: Tensor, y: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
+    """The cost that each decision turned out to have, given the class: actions, y (batch,) -> (batch,)"""
     cost = torch.as_tensor(cost, dtype=torch.float64, device=actions.device)
     referred = actions == REFER
     if bool(referred.any()) and refer_cost is None:

@@ -54,12 +54,12 @@ class Distribution:
         if self.recalibration is None:
             return mean, averaged(self.std.square() + (self.mean - mean).square(), self.weights)
         # by parts, around a point in the middle: E(y - c) = ∫ P(y > c + t) - P(y < c - t) dt
-        centre = self.quantile(0.5)
-        far, weight = self._nodes(centre)
-        above, below = self._level(centre + far, 1), self._level(centre - far, -1)
+        center = self.quantile(0.5)
+        far, weight = self._nodes(center)
+        above, below = self._level(center + far, 1), self._level(center - far, -1)
         first = (weight * (above - below)).sum(0)
         second = 2 * (weight * far * (above + below)).sum(0)
-        return centre + first, second - first.square()
+        return center + first, second - first.square()
 
     def moved(self, y: Tensor) -> Tensor:
         """(batch, ...) the value of the mixture before recalibration that has the level of y after it."""

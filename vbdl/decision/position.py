@@ -35,7 +35,7 @@ def mean_variance_position(mean: Tensor, variance: Tensor, risk_aversion: float 
 
 
 def kelly_position(returns: Tensor, fraction: float = 0.5, limit: float = 1.0) -> Tensor:
-    """fraction times the position w that maximises the mean of log(1 + w r) over the samples, |w| <= limit.
+    """fraction times the position w that maximizes the mean of log(1 + w r) over the samples, |w| <= limit.
 
     returns: (samples, batch), draws of the simple return from the predictive with its noise, each > -1. The predictive
     counts every parameter draw, so a model unsure of the sign of the mean bets less.

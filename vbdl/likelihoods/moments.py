@@ -27,11 +27,11 @@ def merge_deviation(n_a: Tensor, mean_a: Tensor, a: Tensor, n_b: Tensor, mean_b:
     return a + b + (mean_b - mean_a).square() * (n_a * n_b / (n_a + n_b))
 
 
-def merge_moments(a: State, b: State, centre: str, *means: str) -> State:
-    """Running sums of the union of two sets: the count "n", the mean `centre` with its "deviation", further means."""
+def merge_moments(a: State, b: State, center: str, *means: str) -> State:
+    """Running sums of the union of two sets: the count "n", the mean `center` with its "deviation", further means."""
     n_a, n_b = a["n"], b["n"]
-    merged = {name: merge_mean(n_a, a[name], n_b, b[name]) for name in (centre, *means)}
-    merged["deviation"] = merge_deviation(n_a, a[centre], a["deviation"], n_b, b[centre], b["deviation"])
+    merged = {name: merge_mean(n_a, a[name], n_b, b[name]) for name in (center, *means)}
+    merged["deviation"] = merge_deviation(n_a, a[center], a["deviation"], n_b, b[center], b["deviation"])
     merged["n"] = n_a + n_b
     # in the order they came, by which compiled calls know them; what is not named here is merged by the caller
     return {name: merged[name] for name in a if name in merged}

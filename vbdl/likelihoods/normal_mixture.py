@@ -211,10 +211,10 @@ class NormalLikelihood(Likelihood):
     def summarize(self, parameters: Tensor) -> State:
         """(samples, batch, ..., 2) mean and log-variance -> running sums"""
         mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
-        n, centre, deviation = moments(mean)
-        summary = {"n": n, "mean": centre, "deviation": deviation, "aleatoric": log_variance.exp().mean(0)}
+        n, center, deviation = moments(mean)
+        summary = {"n": n, "mean": center, "deviation": deviation, "aleatoric": log_variance.exp().mean(0)}
         if self.covariance:
-            apart = self._outputs_last(mean - centre, mean.ndim - 1)
+            apart = self._outputs_last(mean - center, mean.ndim - 1)
             summary["products"] = torch.einsum("s...i,s...j->...ij", apart, apart)
         return summary
 

@@ -57,7 +57,7 @@ def check_probs(probs: Tensor, name: str = "probs", empty: bool = False) -> Tens
     if bool(wrong.any()):
         row = _first_row(wrong)
         raise ValueError(
-            f"row {row} of {name} sums to {float(values[row].sum()):.6g}, not to one; normalise the rows first"
+            f"row {row} of {name} sums to {float(values[row].sum()):.6g}, not to one; normalize the rows first"
         )
     return values
 

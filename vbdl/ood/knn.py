@@ -3,6 +3,8 @@
 Sun, Ming, Zhu, Li, Out-of-Distribution Detection with Deep Nearest Neighbors, 2022, https://arxiv.org/abs/2204.06507
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -13,22 +15,26 @@ _PAIRS = 4_000_000  # distances held at a time: 32 MiB
 
 
 class KNN(nn.Module):
-    """Euclidean distance to the k-th nearest of the fitted rows; normalise: features scaled to length one first, as the
-    paper does. Assumes no density, and works for regression as it is.
+    """Euclidean distance to the k-th nearest of the fitted rows.
+
+    normalize: features are first scaled to length one, as in the paper; normalise: its name in version 0.1.
     """
 
     rows: Tensor | None
 
-    def __init__(self, k: int = 10, normalise: bool = True):
+    def __init__(self, k: int = 10, normalize: bool = True, *, normalise: bool | None = None):
         super().__init__()
+        if normalise is not None:
+            warnings.warn("KNN(normalise=) is deprecated: write normalize=", DeprecationWarning, stacklevel=2)
+            normalize = normalise
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        self.k, self.normalise = k, normalise
+        self.k, self.normalize = k, normalize
         self.register_buffer("rows", None)  # (n, features)
 
     def _features(self, features: Tensor) -> Tensor:
         f = features.to(torch.float64)
-        if not self.normalise:
+        if not self.normalize:
             return f
         length = torch.linalg.vector_norm(f, dim=1, keepdim=True)
         return f / torch.where(length > 0, length, 1.0)
@@ -45,13 +51,13 @@ class KNN(nn.Module):
         """(batch, features) -> (batch,) float64"""
         if self.rows is None:
             raise RuntimeError("KNN has not been fitted: call fit first")
-        asked = self._features(check_features(features, self.rows.shape[1]))
-        if asked.shape[0] == 0:
-            return asked.new_zeros(0)
+        queries = self._features(check_features(features, self.rows.shape[1]))
+        if queries.shape[0] == 0:
+            return queries.new_zeros(0)
         block = max(1, _PAIRS // self.rows.shape[0])
         # the direct formula: cdist's matmul shortcut is wrong by 1e-4 where rows coincide
         parts = [
             torch.cdist(chunk, self.rows, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(self.k).values
-            for chunk in asked.split(block)
+            for chunk in queries.split(block)
         ]
         return torch.cat(parts)
