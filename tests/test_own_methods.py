@@ -24,7 +24,7 @@ from vbdl.bench.runner import Settings, Suite
 from vbdl.bench.source import Source
 from vbdl.bench.stacked import stacked_parameters
 from vbdl.distributed import _Share
-from vbdl.types import Likelihood, Posterior, State
+from vbdl.types import Likelihood, Posterior, Prediction, State
 
 N, FEATURES, CLASSES, MEMBERS, SAMPLES = 60, 11, 5, 3, 7
 
@@ -218,17 +218,15 @@ OWN = {
 # -- a likelihood
 
 
-@dataclass(frozen=True)
-class LaplacePrediction:
+@dataclass(frozen=True, kw_only=True)
+class LaplacePrediction(Prediction):
     """A mean and its variances in squared target units, (batch, outputs) each."""
 
     mean: Tensor
-    total: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
-    standard_error: Tensor
-    n_samples: int
-    samples: Tensor | None = None
+
+    @property
+    def parameters_shape(self) -> tuple[int, ...]:
+        return (*self.mean.shape, 2)
 
     @property
     def std(self) -> Tensor:
@@ -449,12 +447,12 @@ def test_a_likelihood_is_calibrated(posterior, likelihood, data):
     q, noise, _ = usual(posterior, likelihood)
     x = data[0] + 1.0
     before = predicted(q, noise)
-    after = vbdl.calibrate(before, x, data[1], vbdl.calibration.AbsoluteIntervals(0.2))
+    after = vbdl.calibrate(before, (x, data[1]), vbdl.calibration.AbsoluteIntervals(0.2))
     p = after(x)
     assert_equal(p, before(x))
     assert bool((p.lower < p.upper).all())
     with pytest.raises(ValueError, match="were trained on"):
-        vbdl.calibrate(before, *data, vbdl.calibration.AbsoluteIntervals(0.2))
+        vbdl.calibrate(before, data, vbdl.calibration.AbsoluteIntervals(0.2))
 
 
 @each_posterior
