@@ -11,6 +11,7 @@ from scipy import stats
 from torch import nn
 
 import vbdl
+from vbdl.artefact.modules import describe, rebuild
 from vbdl.decision import (
     AnomalyFlags,
     Drive,
@@ -24,7 +25,6 @@ from vbdl.decision import (
     with_decision,
 )
 from vbdl.decision.distribution import Evidence
-from vbdl.decision.stored import describe, rebuild
 from vbdl.engine import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
