@@ -77,7 +77,7 @@ def check_trained(name: str, steps: int, compile: bool) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 10])  # the first of ten shows in the rest
 def test_members_train_as_alone(name, steps):
     check_trained(name, steps, compile=False)
 
