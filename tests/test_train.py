@@ -85,7 +85,7 @@ def test_stacked_training_is_training_one_by_one(name, validation, data):
             assert history.best_epoch[m] == one.best_epoch[0]
 
 
-@pytest.mark.parametrize("name", ["batch-norm", "dropout", "mean-field"])
+@pytest.mark.parametrize("name", ["batch-norm", pytest.param("dropout", marks=pytest.mark.slow), "mean-field"])
 def test_compiled_training_is_eager_training(name, data):
     results = []
     for compile in (False, True):

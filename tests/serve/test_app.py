@@ -440,6 +440,7 @@ def test_a_client_that_leaves_is_not_computed_for(arrays_model):
         await asyncio.sleep(0.05)
         for task in others:
             task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         held.free.set()
         assert (await first).status_code == 200
         assert (await client.post("/v1/predict", json=BODY)).status_code == 200
