@@ -1,11 +1,19 @@
 # Two commands for a fresh machine: `make demo` (the main job) and `make test`. Both set themselves up:
-# a virtual environment in .venv with the versions of constraints.txt.
+# a virtual environment in .venv with the versions of constraints.txt. With TORCH=version they set up and use
+# .venv-torch-version, which has that torch instead.
 PYTHON ?= python3
-VENV := .venv
+WORKERS ?= 2
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test test-slow gpu check lint types imports format clean
+# What `make quick` tests: the contract on one network, uncompiled and in one thread, and the units that need no second.
+QUICK := tests/test_contract.py tests/likelihoods tests/metrics tests/posteriors tests/test_graph.py \
+  tests/test_splitting.py tests/test_refusals.py tests/test_readme.py
+QUICK += -k "not cnn and not transformer and not compil and not thread and not pickle"
+
+.PHONY: demo bench test test-slow slowest gpu quick quick-tests check lint types imports format clean
 
 demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that needs no download
 	$(BIN)/vbdl demo
@@ -14,14 +22,23 @@ bench: $(VENV)/.ok  ## the suite on data that needs no download, and its page; V
 	$(BIN)/vbdl bench $(BENCH)
 	$(BIN)/vbdl report vbdl-bench
 
-test: $(VENV)/.ok  ## the tests, about fourteen minutes on two cores
-	$(BIN)/pytest -n 2 --dist worksteal
+test: $(VENV)/.ok  ## the tests, about ten minutes on two cores; TORCH=2.11.0 for another torch, TESTS="tests/nn" for some
+	$(PYTEST) $(TESTS)
 
 test-slow: $(VENV)/.ok  ## what is marked slow
 	$(BIN)/pytest -m "slow and not gpu"
 
+slowest: $(VENV)/.ok  ## the tests, and the table of the slowest twenty in docs/testing.md
+	$(PYTEST) --slowest docs/testing.md
+
 gpu: $(VENV)/.ok  ## on a machine with one: its tests, then the kernel benchmarks, under ten minutes
 	$(BIN)/python benchmarks/gpu.py
+
+quick: $(VENV)/.ok  ## while you work: under a minute; what pre-commit runs
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going types quick-tests lint imports
+
+quick-tests: $(VENV)/.ok
+	$(PYTEST) -q $(QUICK)
 
 check: lint types imports  ## everything but the tests
 
@@ -42,9 +59,10 @@ format: $(VENV)/.ok
 $(VENV)/.ok: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): 3.2 GB on disk with the CPU build of torch, and some GB more where only the CUDA build is offered."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch -c constraints.txt  # first and pinned, before a range can pull another build
-	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d') constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet torch -c $(VENV)/constraints.txt  # first and pinned, before a range can pull another build
+	$(BIN)/pip install --quiet -e '.[dev]' -c $(VENV)/constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) vbdl-demo vbdl-bench .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* vbdl-demo vbdl-bench .pytest_cache .ruff_cache .hypothesis

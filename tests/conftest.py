@@ -1,10 +1,14 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the table of the slowest of them."""
 
+import ast
+import collections
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +16,13 @@ def _reproducible():
     """The same random numbers in every test, whichever ran before it, and no more threads than the small tests need."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Compiled calls run as they were traced: for tests of what is traced and kept, not of Inductor's code."""
+    for module in ("vbdl.program", "vbdl.step"):
+        monkeypatch.setattr(f"{module}.compile_graph", lambda graph, inputs: graph)
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +33,38 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set VBDL_DATA to the folder that holds cifar_probs and the others")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slowest", metavar="FILE", help="replace the table at the end of FILE by the slowest 20 tests")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    file = config.getoption("--slowest")
+    if file is None:
+        return
+    seconds: collections.Counter[str] = collections.Counter()
+    cases: dict[str, set[str]] = collections.defaultdict(set)
+    for report in [r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")]:
+        test = report.nodeid.partition("[")[0]
+        seconds[test] += report.duration
+        cases[test].add(report.nodeid)
+    rows = ["| seconds | cases | test | what it buys |", "| --- | --- | --- | --- |"]
+    for test, total in seconds.most_common(20):
+        rows.append(f"| {total:.0f} | {len(cases[test])} | `{test}` | {_purpose(test)} |")
+    kept = Path(file).read_text().partition("| seconds |")[0]
+    Path(file).write_text(kept + "\n".join(rows) + "\n")
+    terminalreporter.write_line(f"the slowest 20 tests are in {file}")
+
+
+def _purpose(test: str) -> str:
+    """The first sentence of the test's docstring, or of its file's where its name says the rest."""
+    file, name = test.split("::")[0], test.split("::")[-1]
+    tree = ast.parse((ROOT / file).read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    text = (ast.get_docstring(functions[name]) if name in functions else None) or ast.get_docstring(tree) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")

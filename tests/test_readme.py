@@ -24,9 +24,8 @@ def run_blocks(folder, monkeypatch) -> dict:
     return names
 
 
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, traced_only):
     """Uncompiled, as the same graph; the slow test compiles."""
-    monkeypatch.setattr("vbdl.program.compile_graph", lambda graph, inputs: graph)
     assert blocks()
     names = run_blocks(tmp_path, monkeypatch)
     p = names["p"]

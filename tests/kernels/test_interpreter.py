@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the other process")
 def test_kernels_in_the_interpreter():
     """Everything marked `interpreter`; what it prints is shown when it fails."""
