@@ -614,3 +614,77 @@ def test_batches_of_several_shapes_have_their_targets_checked_by_their_own():
     vbdl.fit(make(), loader((3, 3), (4, 4), (3, 3)), vbdl.Gaussian(2), epochs=2, compile=False)
     with pytest.raises(ValueError, match="do not fit outputs"):
         vbdl.fit(make(), loader((3, 3), (4, 3)), vbdl.Gaussian(2), epochs=2, compile=False)
+
+
+class Doing(nn.Module):
+    """A network that does something to what it hands on."""
+
+    def __init__(self, something):
+        super().__init__()
+        self.inside, self.something = dropping(), something
+
+    def forward(self, x):
+        return self.something(self, x)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, OUTPUTS)
+
+    def forward(self, x):
+        lengths = (x != 0).sum(1).clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(2), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][0])
+
+
+NOT_PREDICTED = {
+    "a packed sequence": (lambda: vbdl.DeepEnsemble(Packed(), 2), "cannot be traced.*packed sequence"),
+    "an if on a tensor": (
+        lambda: vbdl.MCDropout(Doing(lambda net, x: net.inside(x if bool(x.sum() > 0) else -x))),
+        "cannot be traced",
+    ),
+    "noise of torch": (
+        lambda: vbdl.DeepEnsemble(Doing(lambda net, x: net.inside(x) + torch.randn(len(x), 1)), 2),
+        "draws from torch's generator",
+    ),
+    "dropout beside the output": (
+        lambda: vbdl.MCDropout(Doing(lambda net, x: (net.inside(x), net.inside[0](x))[1][:, :OUTPUTS])),
+        "nothing random reaches the output",
+    ),
+    "two outputs": (lambda: vbdl.MCDropout(Doing(lambda net, x: (net.inside(x), x))), "returned tuple"),
+    "mixed rows": (
+        lambda: vbdl.DeepEnsemble(Doing(lambda net, x: net.inside(x) - net.inside(x).mean(0)), 2),
+        "depends on the other rows",
+    ),
+    "one mixing of two architectures": (
+        lambda: vbdl.DeepEnsemble([plain(), Doing(lambda net, x: net.inside(x) - net.inside(x).mean(0))]),
+        "depends on the other rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("name", NOT_PREDICTED)
+def test_what_could_not_be_predicted_is_refused_before_it_is_trained(name, loaded, data):
+    make, words = NOT_PREDICTED[name]
+    q, likelihood = make(), vbdl.Gaussian(OUTPUTS)
+    with pytest.raises((ValueError, TypeError), match=words) as in_prediction:
+        vbdl.Predictor(q, likelihood, compile=False)(data[0])
+    before = state(q)
+    with pytest.raises((ValueError, TypeError), match=words) as in_training:
+        given = DataLoader(TensorDataset(*data), batch_size=16) if loaded else data
+        vbdl.fit(q, given, likelihood, epochs=1, compile=False)
+    assert type(in_training.value) is type(in_prediction.value)
+    assert str(in_training.value) == str(in_prediction.value)
+    if not (loaded and len(q.parts) > 1):  # a loader's rows are not known before the first of them is trained on
+        assert_same(before, state(q), rtol=0, atol=0)
+
+
+def test_what_is_random_in_training_alone_is_trained(data):
+    net = Doing(lambda net, x: net.inside(x + torch.randn_like(x) if net.training else x))
+    for q in (vbdl.MCDropout(net), vbdl.DeepEnsemble(net, 2)):
+        before = torch.get_rng_state()
+        vbdl.fit(q, data, likelihood := vbdl.Gaussian(OUTPUTS), epochs=1, compile=False)
+        assert torch.equal(before, torch.get_rng_state())
+        assert vbdl.Predictor(q, likelihood, compile=False)(data[0]).mean.shape == (N, OUTPUTS)

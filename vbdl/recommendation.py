@@ -147,14 +147,12 @@ def _measure(name: str, posterior: Any, likelihood: Any, parts: Any, share: floa
         options: dict[str, Any] = {"validation": parts["stop"], "seed": seed, "progress": False, "compile": False}
         options["batch_size"] = max(16, min(128, len(parts["train"][1]) // 10))
         begun = time.perf_counter()
-        # what an epoch takes is seen on a copy; the first call also pays for setting up, so two are timed
+        # what an epoch takes is seen on a copy; the first call also pays for setting up, so the second is timed
         pilot, pilot_likelihood = copy.deepcopy(posterior), copy.deepcopy(likelihood)
-        fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options)
-        second = time.perf_counter()
-        fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options)
-        now = time.perf_counter()
-        left = share - (now - begun)
-        epochs = max(1, min(_MAX_EPOCHS, int(left / max(now - second, 1e-4))))
+        for _ in range(2):
+            one_epoch = fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options).seconds
+        left = share - (time.perf_counter() - begun)
+        epochs = max(1, min(_MAX_EPOCHS, int(left / max(one_epoch, 1e-4))))
         history = fit(posterior, parts["train"], likelihood, epochs=epochs, patience=max(5, epochs // 5), **options)
         epochs, training = history.epochs, history.seconds
     predictor = Predictor(posterior, likelihood, seed=seed, compile=compile, tiles=(1, 64))

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from vbdl.data import outside_range
+from vbdl.data import check_rows, outside_range, whole
+from vbdl.row_checks import check_predictable
 from vbdl.stacking import replicate
 from vbdl.training_options import TrainingOptions
 from vbdl.training_run import History, TrainingRun
@@ -62,7 +64,8 @@ def fit(
     checkpoint: a file to save to every `checkpoint_every` epochs, and to go on from if it is there: the result is that
         of an uninterrupted run.
 
-    Raises ValueError for bad data, FloatingPointError where the loss stops being finite.
+    Raises ValueError for bad data, and before the first step for what a predictor would refuse, like a network that
+    cannot be traced or that mixes rows; FloatingPointError where the loss stops being finite.
     """
     options = TrainingOptions(
         epochs=epochs,
@@ -125,6 +128,10 @@ def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options:
 
     if options.checkpoint is not None or options.member_rows is not None:
         raise ValueError("checkpoint and member_rows need members of one architecture")
+    if not isinstance(data, DataLoader):
+        data = whole(data)
+        check_rows(*data)
+        check_predictable(posterior, likelihood, data[0])  # all of them before the first is trained
     total, trained, start = History(), [], 0
     for part in posterior.parts:
         own = copy.deepcopy(likelihood)
