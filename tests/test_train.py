@@ -1,6 +1,8 @@
 """Training: stacked equals separate, compiled equals eager, resumed equals uninterrupted, bad data is named."""
 
 import copy
+import dataclasses
+import inspect
 import pickle
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 import vbdl
 from vbdl import train
 from vbdl.data import holdout
+from vbdl.training_options import TrainingOptions
 
 N, FEATURES, OUTPUTS = 71, 5, 2
 
@@ -197,13 +200,18 @@ def test_bootstrap_and_member_rows_choose_the_rows(data):
     assert drawn[0] != drawn[1] and all(0.5 * N < len(d) < 0.75 * N for d in drawn)  # 1 - 1/e of the rows
 
 
-def _options(**given):
-    import inspect
+def _options(**options):
+    return TrainingOptions(compile=False, **options)
 
-    defaults = {
-        n: p.default for n, p in inspect.signature(vbdl.fit).parameters.items() if p.default is not inspect._empty
-    }
-    return {**defaults, "compile": False, **given}
+
+def test_options_are_the_arguments_of_fit_with_its_defaults():
+    arguments = inspect.signature(vbdl.fit).parameters.values()
+    expected = {p.name: p.default for p in arguments if p.kind is p.KEYWORD_ONLY}
+    fields = {f.name: f.default for f in dataclasses.fields(TrainingOptions)}
+    assert fields.pop("holdout_seed") is None
+    assert fields == expected
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainingOptions().epochs = 3  # type: ignore[misc]
 
 
 def test_validation_rows_are_not_trained_on(data):
@@ -215,8 +223,9 @@ def test_validation_rows_are_not_trained_on(data):
         vbdl.Gaussian(OUTPUTS),
         _options(validation=0.25),
     )
+    assert run.data.validation is not None
     trained = {float(v) for x, _ in run.data.epoch(0) for v in x.flatten()}
-    assert trained.isdisjoint(float(v) for v in run.validation[0].flatten())
+    assert trained.isdisjoint(float(v) for v in run.data.validation[0].flatten())
 
 
 def test_early_stopping_keeps_the_best_epoch(data):
@@ -339,6 +348,7 @@ def test_bad_data_is_named(data):
         (DataLoader(TensorDataset(x.double(), y)), "float64 and the module's parameters torch.float32: convert"),
         ("data.csv", "inputs, targets"),
         (DataLoader(TensorDataset(holed, y), batch_size=16), "1 input rows are not finite"),
+        (DataLoader(TensorDataset(x, late), batch_size=4), "target of row 3 is not finite"),  # of the second batch
         (DataLoader(TensorDataset(x, x, y)), "yields .inputs, targets., got 3 of them: several inputs are"),
         ([{"x": x, "y": y}, 1, 2], "inputs, targets"),
         (DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)]), "got a dict of .'x', 'y'"),
@@ -375,7 +385,7 @@ def test_bad_data_is_named(data):
             vbdl.fit(q, data, wrong)
         with pytest.raises(TypeError, match=words):
             vbdl.Predictor(q, wrong)
-    with pytest.raises(TypeError, match="made already, SGD"):
+    with pytest.raises(TypeError, match="function of the parameters.*got an instance of SGD"):
         vbdl.fit(q, data, likelihood, optimizer=torch.optim.SGD(q.parameters()))
 
 
@@ -571,3 +581,110 @@ def test_a_network_that_keeps_activations_predicts_after_a_loop_of_ones_own(wrap
     q, likelihood = wrap(Keeping()), vbdl.Gaussian(OUTPUTS)
     q.loss(*data, likelihood).backward()
     assert vbdl.Predictor(q, likelihood, compile=False)(data[0]).mean.isfinite().all()
+
+
+class Counted(nn.Linear):
+    """Counts its calls; every copy adds to the same count."""
+
+    calls = 0
+
+    def forward(self, x):
+        Counted.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("wrap", [vbdl.MCDropout, lambda n: vbdl.MeanField(n, N), lambda n: vbdl.DeepEnsemble(n, 2)])
+def test_the_network_runs_once_a_step_and_a_few_times_before(wrap, data):
+    loader = DataLoader(TensorDataset(*data), batch_size=17)
+    calls = {}
+    for epochs in (1, 5):
+        q = wrap(nn.Sequential(Counted(FEATURES, 7), nn.Dropout(0.2), nn.Linear(7, OUTPUTS)))
+        Counted.calls = 0
+        vbdl.fit(q, loader, vbdl.Gaussian(OUTPUTS), epochs=epochs, compile=False)
+        calls[epochs] = Counted.calls
+    assert calls[5] - calls[1] == 4 * len(loader)
+    assert calls[1] - len(loader) <= 25  # to find dropout and the output's shape, and to see that it can be predicted
+
+
+def test_batches_of_several_shapes_have_their_targets_checked_by_their_own():
+    def loader(*lengths):
+        return DataLoader([(torch.randn(8, n, FEATURES), torch.randn(8, m, 2)) for n, m in lengths], batch_size=None)
+
+    make = lambda: vbdl.DeepEnsemble(nn.Linear(FEATURES, 2), 2)
+    vbdl.fit(make(), loader((3, 3), (4, 4), (3, 3)), vbdl.Gaussian(2), epochs=2, compile=False)
+    with pytest.raises(ValueError, match="do not fit outputs"):
+        vbdl.fit(make(), loader((3, 3), (4, 3)), vbdl.Gaussian(2), epochs=2, compile=False)
+
+
+class Doing(nn.Module):
+    """A network that does something to what it hands on."""
+
+    def __init__(self, something):
+        super().__init__()
+        self.inside, self.something = dropping(), something
+
+    def forward(self, x):
+        return self.something(self, x)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, OUTPUTS)
+
+    def forward(self, x):
+        lengths = (x != 0).sum(1).clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(2), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][0])
+
+
+NOT_PREDICTED = {
+    "a packed sequence": (lambda: vbdl.DeepEnsemble(Packed(), 2), "cannot be traced.*packed sequence"),
+    "an if on a tensor": (
+        lambda: vbdl.MCDropout(Doing(lambda net, x: net.inside(x if bool(x.sum() > 0) else -x))),
+        "cannot be traced",
+    ),
+    "noise of torch": (
+        lambda: vbdl.DeepEnsemble(Doing(lambda net, x: net.inside(x) + torch.randn(len(x), 1)), 2),
+        "draws from torch's generator",
+    ),
+    "dropout beside the output": (
+        lambda: vbdl.MCDropout(Doing(lambda net, x: (net.inside(x), net.inside[0](x))[1][:, :OUTPUTS])),
+        "nothing random reaches the output",
+    ),
+    "two outputs": (lambda: vbdl.MCDropout(Doing(lambda net, x: (net.inside(x), x))), "returned tuple"),
+    "mixed rows": (
+        lambda: vbdl.DeepEnsemble(Doing(lambda net, x: net.inside(x) - net.inside(x).mean(0)), 2),
+        "depends on the other rows",
+    ),
+    "one mixing of two architectures": (
+        lambda: vbdl.DeepEnsemble([plain(), Doing(lambda net, x: net.inside(x) - net.inside(x).mean(0))]),
+        "depends on the other rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("name", NOT_PREDICTED)
+def test_what_could_not_be_predicted_is_refused_before_it_is_trained(name, loaded, data):
+    make, words = NOT_PREDICTED[name]
+    q, likelihood = make(), vbdl.Gaussian(OUTPUTS)
+    with pytest.raises((ValueError, TypeError), match=words) as in_prediction:
+        vbdl.Predictor(q, likelihood, compile=False)(data[0])
+    before = state(q)
+    with pytest.raises((ValueError, TypeError), match=words) as in_training:
+        given = DataLoader(TensorDataset(*data), batch_size=16) if loaded else data
+        vbdl.fit(q, given, likelihood, epochs=1, compile=False)
+    assert type(in_training.value) is type(in_prediction.value)
+    assert str(in_training.value) == str(in_prediction.value)
+    if not (loaded and len(q.parts) > 1):  # a loader's rows are not known before the first of them is trained on
+        assert_same(before, state(q), rtol=0, atol=0)
+
+
+def test_what_is_random_in_training_alone_is_trained(data):
+    net = Doing(lambda net, x: net.inside(x + torch.randn_like(x) if net.training else x))
+    for q in (vbdl.MCDropout(net), vbdl.DeepEnsemble(net, 2)):
+        before = torch.get_rng_state()
+        vbdl.fit(q, data, likelihood := vbdl.Gaussian(OUTPUTS), epochs=1, compile=False)
+        assert torch.equal(before, torch.get_rng_state())
+        assert vbdl.Predictor(q, likelihood, compile=False)(data[0]).mean.shape == (N, OUTPUTS)

@@ -1,4 +1,4 @@
-"""A training run on disk: safetensors for every tensor, JSON in its header for the rest. No pickle."""
+"""Checkpoints of a training run: a safetensors file, with everything that is no tensor as JSON in its header."""
 
 import json
 import os
@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, history: Any, epoch: int) -> None:
-    """Written beside the old file and renamed over it, so that there is a whole one at every moment."""
+    """Write a checkpoint beside the old file and rename it over that, so that a whole file exists at every moment."""
     path = Path(path)
     flat = dict(tensors)
     state = optimizer.state_dict()
@@ -40,7 +40,7 @@ def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, histo
 
 
 def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
-    """The tensors, the epoch to go on with and the history; optimizer and schedule are brought up to date."""
+    """Restore optimizer and schedule from a checkpoint; returns its tensors, the next epoch and the history."""
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("vbdl")
@@ -71,7 +71,7 @@ def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, 
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold of a schedule's state; the rest is made anew by its constructor."""
+    """The entries of a schedule's state that JSON can hold; its constructor makes the others again."""
     kept = {}
     for name, value in state.items():
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Training data in the forms people have it in, and the order each member sees it in."""
+"""Training data: the forms it is taken in, the checks of its rows, and the order in which each member sees them."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from vbdl.types import Inputs
 
 
 def as_tensor(value: Any) -> Any:
-    """Arrays as tensors, in whatever structure they come."""
+    """The value with every NumPy array in it replaced by a tensor; lists become tuples."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, dict):
@@ -26,7 +26,7 @@ def as_tensor(value: Any) -> Any:
 
 
 def whole(data: Any) -> tuple[Inputs, Tensor]:
-    """(inputs, targets) of everything: arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs."""
+    """All rows as (inputs, targets), from arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs."""
     if isinstance(data, TensorDataset):
         *x, y = data.tensors
         return (x[0] if len(x) == 1 else tuple(x)), y
@@ -46,21 +46,21 @@ def whole(data: Any) -> tuple[Inputs, Tensor]:
     )
 
 
-def _pair(found: Any, whose: str) -> tuple[Any, Any]:
-    """(inputs, targets), or TypeError that says what there is instead."""
-    if isinstance(found, Sequence) and len(found) == 2:
-        return found[0], found[1]
-    what = f"a dict of {list(found)}" if isinstance(found, Mapping) else type(found).__name__
-    if isinstance(found, Sequence):
-        what = f"{len(found)} of them"
+def _pair(item: Any, source: str) -> tuple[Any, Any]:
+    """The item split into inputs and targets; TypeError for an item that is no pair. source: where it comes from."""
+    if isinstance(item, Sequence) and len(item) == 2:
+        return item[0], item[1]
+    what = f"a dict of {list(item)}" if isinstance(item, Mapping) else type(item).__name__
+    if isinstance(item, Sequence):
+        what = f"{len(item)} of them"
     raise TypeError(
-        f"{whose} (inputs, targets), got {what}: several inputs are a tuple, or a dict by argument name, in the first "
+        f"{source} (inputs, targets), got {what}: several inputs are a tuple, or a dict by argument name, in the first "
         f"place"
     )
 
 
 def check_rows(x: Inputs, y: Tensor) -> None:
-    """ValueError where inputs and targets disagree in number, there are none, or inputs are not finite."""
+    """Raise ValueError if inputs and targets differ in their number of rows, have no rows, or hold NaN or infinity."""
     if not all(isinstance(t, Tensor) for t in tensors(x)):
         raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name")
     sizes = {t.shape[0] for t in [*tensors(x), y]}
@@ -75,12 +75,12 @@ def check_rows(x: Inputs, y: Tensor) -> None:
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype | None:
-    """Of its parameters; None where none is floating."""
+    """The dtype of the module's first floating-point parameter, or None if it has none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
-    """ValueError where inputs are of another floating dtype than the module's parameters, which are of this one."""
+    """Raise ValueError if an input has another floating dtype than the module's parameters. floating: their dtype."""
     for t in tensors(x):
         if floating is not None and t.is_floating_point() and t.dtype != floating:
             raise ValueError(
@@ -89,44 +89,46 @@ def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
 
 
 def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) -> ValueError:
-    """The error for rows that the module raised this one for."""
+    """A ValueError that names the rows' shapes and dtypes and wraps the module's own error."""
     if module is not None and (said := outside_range(x, error, [module])) is not None:
         return said
-    found = tensors(x)
-    shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in found)
+    leaves = tensors(x)
+    shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in leaves)
     hint = ""
-    if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in found):
+    if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
         hint = "; integers that are no indices are converted with x.to(torch.float32)"
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
 
 
 def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:
-    """A ValueError that names the ids and the embeddings that do not hold them, where this error of torch, or of
-    compiled code, is about an index out of range; None for another error."""
+    """A ValueError that names the ids in the inputs and the embeddings that are too small for them.
+
+    error: what torch or compiled code raised. Returns None if that is about anything but an index out of range.
+    """
     if not re.search(r"index out of range in self|index out of bounds|not in the valid range", str(error)):
         return None
-    found = [t for t in tree_leaves(x) if isinstance(t, Tensor) and not t.is_floating_point() and t.numel()]
+    ids = [t for t in tree_leaves(x) if isinstance(t, Tensor) and not t.is_floating_point() and t.numel()]
     tables = [
         (name.removeprefix("inner."), type(m).__name__, m.num_embeddings)
         for module in modules
         for name, m in module.named_modules()
         if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     ]
-    if found:
-        low, high = min(int(t.min()) for t in found), max(int(t.max()) for t in found)
+    if ids:
+        low, high = min(int(t.min()) for t in ids), max(int(t.max()) for t in ids)
         small = [f"'{m}' ({kind}) takes 0 to {n - 1}" for m, kind, n in dict.fromkeys(tables) if low < 0 or high >= n]
         if small:
             return ValueError(f"the ids in the inputs run from {low} to {high}, and module {', '.join(small)}")
     return ValueError(
-        "an index that the module makes of its inputs is outside of what it indexes: look whether ids and lengths are "
+        "an index that the module makes of its inputs is outside of what it indexes: check that ids and lengths are "
         "those that it was made for"
     )
 
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on and to validate on, apart."""
+    """Two disjoint sets of row numbers, ascending: those to train on, and a random fraction of all to validate on."""
     if not 0 < fraction < 1:
-        raise ValueError(f"validation is a share of the rows between 0 and 1, or data; got {fraction}")
+        raise ValueError(f"fraction is a share of the rows between 0 and 1, got {fraction}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = round(n * fraction)
     if not 0 < held < n:
@@ -135,20 +137,19 @@ def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def take(x: Inputs, rows: Tensor) -> Inputs:
-    """These rows of every input."""
+    """The rows with these numbers, of every input."""
     return map_inputs(lambda t: t[rows], x)
 
 
 class Rows:
-    """Batches of an in-memory data set: for each member its own rows in its own order, or one order for all.
+    """Batches of a data set in memory: each member sees its own rows in its own order, or all see one order.
 
-    rows: (members, n) row numbers, or (1, n) shared by all.  A batch is (x, y) with a leading members axis when each
-    has its own.  The order is a function of (seed of the member, epoch), so a resumed run sees what it would have.
+    rows: (members, n) row numbers, or (1, n) shared by all. own: whether each member has its own batches; a batch
+    (x, y) then has a leading members axis. The order of an epoch is a function of the member's seed and the epoch, so
+    that a resumed run sees the rows that an uninterrupted one sees.
     """
 
     def __init__(self, x: Inputs, y: Tensor, rows: Tensor, batch_size: int, seeds: list[int], own: bool):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, got {batch_size}")
         self.x, self.y, self.rows, self.batch_size, self.seeds, self.own = x, y, rows, batch_size, seeds, own
 
     def __len__(self) -> int:
@@ -167,7 +168,7 @@ class Rows:
 
 
 class Batches:
-    """A DataLoader's batches: (inputs, targets), the same for all members."""
+    """Batches of a DataLoader, (inputs, targets), the same for all members."""
 
     own = False
 

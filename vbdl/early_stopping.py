@@ -1,4 +1,4 @@
-"""Early stopping, each member by its own validation likelihood: the state of its best epoch is what it keeps."""
+"""Early stopping: each member keeps the state of the epoch at which its own validation likelihood was best."""
 
 import math
 
@@ -9,9 +9,10 @@ from vbdl.types import State
 
 
 class BestEpochs:
-    """The best state so far of every member.
+    """The state of every member at its best epoch so far.
 
-    by_member: names of entries with a leading members axis; the others belong to all and follow the latest best.
+    by_member: names of entries with a leading members axis. An entry without one belongs to all members, and is kept
+    from the last epoch at which any member became better.
     """
 
     def __init__(self, members: int, patience: int | None, by_member: frozenset[str]):
@@ -23,7 +24,7 @@ class BestEpochs:
         self.kept: State = {}
 
     def update(self, epoch: int, nll: Tensor, state: State) -> None:
-        """Keep the state of members that became better; stop those that have not for long enough. nll: (members,)"""
+        """Keep the state of members whose validation loss fell, and stop those out of patience. nll: (members,)"""
         better = self.active & (nll < self.best)
         self.best = torch.where(better, nll, self.best)
         self.epoch = torch.where(better, epoch, self.epoch)
@@ -40,8 +41,8 @@ class BestEpochs:
             self.active &= self.waited < self.patience
 
     def last(self, epochs: int) -> int:
-        """How many epochs there will be, at most `epochs`, if no member becomes better any more: what is known now of
-        when training stops. Asked after `update`."""
+        """The number of epochs after which training stops if no member becomes better again, at most `epochs`. Call it
+        after `update`."""
         if self.patience is None:
             return epochs
         now = int((self.epoch + self.waited).max()) + 1
@@ -54,18 +55,18 @@ class BestEpochs:
         return not bool(self.active.any())
 
     def restore(self, state: State) -> None:
-        """Bring the state back to what was kept, if anything was."""
+        """Copy the kept entries, if there are any, into this state."""
         with torch.no_grad():
             for name, kept in self.kept.items():
                 state[name].copy_(kept)
 
     def tensors(self) -> State:
-        """All of it, for a checkpoint."""
-        own = {"best": self.best, "epoch": self.epoch, "waited": self.waited, "active": self.active}
-        return own | {f"kept.{name}": t for name, t in self.kept.items()}
+        """Everything that `load` needs to go on from here, for a checkpoint."""
+        numbers = {"best": self.best, "epoch": self.epoch, "waited": self.waited, "active": self.active}
+        return numbers | {f"kept.{name}": t for name, t in self.kept.items()}
 
-    def load(self, found: State, device: torch.device) -> None:
-        """What `tensors` gave."""
-        self.best, self.epoch = found["best"], found["epoch"]
-        self.waited, self.active = found["waited"], found["active"]
-        self.kept = {n.removeprefix("kept."): t.to(device) for n, t in found.items() if n.startswith("kept.")}
+    def load(self, saved: State, device: torch.device) -> None:
+        """Take over what `tensors` returned in an earlier run."""
+        self.best, self.epoch = saved["best"], saved["epoch"]
+        self.waited, self.active = saved["waited"], saved["active"]
+        self.kept = {n.removeprefix("kept."): t.to(device) for n, t in saved.items() if n.startswith("kept.")}

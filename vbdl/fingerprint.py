@@ -1,4 +1,4 @@
-"""Fingerprints of rows: enough to say that a row was seen, too little to say what was in it."""
+"""Fingerprints of rows: hashes that tell whether a row was seen before, and not what was in it."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ _ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the golden ratio
 
 
 def _mix(v: Tensor) -> Tensor:
-    """A bijection of int64 that spreads every bit (splitmix64's rounds; int64 arithmetic wraps)."""
+    """Mix the bits of each int64 by a bijection (splitmix64's rounds; int64 arithmetic wraps)."""
     v = (v ^ (v >> 30)) * -4658895280553007687
     v = (v ^ (v >> 27)) * -7723592293110705685
     return v ^ (v >> 31)
 
 
 def fingerprints(x: Inputs) -> Tensor:
-    """One number a row of the inputs, (batch,) int64: equal for equal rows, different for others but for
-    one pair in about 2^64. Floats count as float32, and -0.0 as 0.0. Labels are not part of it.
+    """Hash each row of the inputs to one int64, (batch,): equal rows have equal hashes, and two different rows have
+    equal ones with a probability of about 2^-64. Floats count as float32, and -0.0 as 0.0. Labels are not part of it.
     """
     total = None
     for t in tensors(x):

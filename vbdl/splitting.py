@@ -1,4 +1,4 @@
-"""Splits of a data set into parts that cannot overlap: by row, by group, by time."""
+"""Splits of a data set into disjoint parts: by row, by class, by group or by time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def split(
     time: Tensor | Sequence | np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Row numbers of each part, by its name: int64, ascending, disjoint, together all n rows.
+    """Divide n rows into named parts: the row numbers of each, int64, ascending, disjoint, together all n.
 
     Args:
         n: rows of the data set.
@@ -82,7 +82,7 @@ def _column(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor
 
 
 def _codes(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
-    """Whole numbers 0, 1, ... for the distinct values, which may be strings."""
+    """Number the distinct values, which may be strings, 0, 1, ...: the number of each row."""
     if not isinstance(values, Tensor):
         values = list(values)
         if any(isinstance(v, str) for v in values):
@@ -92,7 +92,7 @@ def _codes(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
 
 
 def _consecutive(n: int, shares: list[float]) -> Tensor:
-    """Part of each of n places in a row: cuts at the rounded running shares."""
+    """The part of each of n places in a row, cut at the rounded cumulative shares."""
     ends = [round(n * sum(shares[: i + 1])) for i in range(len(shares))]
     return torch.bucketize(torch.arange(n), torch.tensor(ends[:-1], dtype=torch.int64), right=True)
 

@@ -1,4 +1,4 @@
-"""One step of training: forward, backward and what they change, traced once a batch shape and compiled."""
+"""One step of training, the forward and backward pass and the update of buffers, compiled once for each batch shape."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger("vbdl")
 
 
 class Losses(nn.Module):
-    """Posterior and likelihood as one module, whose call is each member's loss."""
+    """Posterior and likelihood as one module whose forward returns the loss of each member."""
 
     def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool):
         super().__init__()
@@ -30,7 +30,7 @@ class Losses(nn.Module):
 
 
 class Step:
-    """Losses of the members for a batch; gradients are left in the parameters."""
+    """Computes the losses of a batch and leaves their gradients in the parameters' `grad`."""
 
     def __init__(self, losses: Losses, compiled: bool):
         self.losses, self.compiled = losses, compiled
@@ -41,7 +41,7 @@ class Step:
         self._calls: dict[Any, Callable] = {}
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
-        """(members,) nats a row, before the step is taken"""
+        """The loss of each member before the optimizer's step, (members,), nats a row."""
         if not self.compiled:
             return self._plain(x, y)
         fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
@@ -58,7 +58,7 @@ class Step:
         with torch.no_grad():
             losses, *gradients = self._calls[key](*flat)
         for p, gradient in zip(self.trained.values(), gradients, strict=True):
-            # a fused optimiser reads memory in order and takes the parameter's layout for granted
+            # a fused optimizer reads memory in order and takes the parameter's layout for granted
             p.grad = gradient.contiguous()
         return losses
 
@@ -68,7 +68,7 @@ class Step:
         return losses.detach()
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
-        """The step as a graph, or None for a network that runs and cannot be traced, which is said once."""
+        """The graph of the step; None, with one warning, if the network runs but cannot be traced."""
         try:
             return self._trace(whole, flat)
         except Exception as error:  # what the network computes may depend on values: torch says so in many ways
@@ -83,7 +83,7 @@ class Step:
         return trace(whole, *flat, aligned=False)
 
     def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
-        """Losses and gradients as a function of a flat list: trained entries, fixed ones, inputs, targets."""
+        """A function of a flat list (trained entries, fixed ones, inputs, targets) to losses and gradients."""
         count = len(self.trained)
 
         def whole(*flat: Tensor) -> tuple[Tensor, ...]:

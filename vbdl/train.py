@@ -6,14 +6,18 @@ early stopping, so that the result is that of training them one by one, to float
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from vbdl.data import outside_range
+from vbdl.data import check_rows, outside_range, whole
+from vbdl.row_checks import check_predictable
 from vbdl.stacking import replicate
+from vbdl.training_options import TrainingOptions
 from vbdl.training_run import History, TrainingRun
 from vbdl.types import Likelihood, Posterior, check_likelihood, is_posterior
 
@@ -60,32 +64,34 @@ def fit(
     checkpoint: a file to save to every `checkpoint_every` epochs, and to go on from if it is there: the result is that
         of an uninterrupted run.
 
-    Raises ValueError for bad data, FloatingPointError where the loss stops being finite.
+    Raises ValueError for bad data, and before the first step for what a predictor would refuse, like a network that
+    cannot be traced or that mixes rows; FloatingPointError where the loss stops being finite.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs is at least 1, got {epochs}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience is at least 1 epoch without a gain, got {patience}")
-    if patience is not None and validation is None:
-        raise ValueError("patience needs validation= to judge by")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm is a positive length of the gradient, got {clip_norm}")
-    if kl_warmup < 0:
-        raise ValueError(f"kl_warmup is a number of epochs, 0 for none, got {kl_warmup}")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every is at least 1 epoch, got {checkpoint_every}")
+    options = TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        schedule=schedule,
+        validation=validation,
+        patience=patience,
+        clip_norm=clip_norm,
+        kl_warmup=kl_warmup,
+        bootstrap=bootstrap,
+        member_rows=member_rows,
+        seed=seed,
+        compile=compile,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
     if not is_posterior(posterior):
         raise TypeError(
             f"fit trains a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
             f"vbdl.MeanField or vbdl.DeepEnsemble"
         )
     check_likelihood(likelihood)
-    if optimizer is not None and not callable(optimizer):
-        raise TypeError(
-            f"optimizer makes one of the parameters, like lambda ps: torch.optim.SGD(ps, lr=0.1); got one that is made "
-            f"already, {type(optimizer).__name__}"
-        )
-    options = {name: value for name, value in locals().items() if name not in ("posterior", "data", "likelihood")}
     _check_gradients(posterior)
     try:
         if len(posterior.parts) > 1:
@@ -116,17 +122,21 @@ def _check_gradients(posterior: Posterior) -> None:
                 )
 
 
-def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options: dict[str, Any]) -> History:
+def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options: TrainingOptions) -> History:
     """Members of different architectures: one architecture after the other."""
     import copy
 
-    if options["checkpoint"] is not None or options["member_rows"] is not None:
+    if options.checkpoint is not None or options.member_rows is not None:
         raise ValueError("checkpoint and member_rows need members of one architecture")
+    if not isinstance(data, DataLoader):
+        data = whole(data)
+        check_rows(*data)
+        check_predictable(posterior, likelihood, data[0])  # all of them before the first is trained
     total, trained, start = History(), [], 0
     for part in posterior.parts:
         own = copy.deepcopy(likelihood)
-        ours = {**options, "seed": options["seed"] + start, "held_by": options["seed"]}
-        one = TrainingRun(part, data, own, ours).run()
+        part_options = replace(options, seed=options.seed + start, holdout_seed=options.seed)
+        one = TrainingRun(part, data, own, part_options).run()
         trained.append(own)
         start += part.n_members
         total.best_epoch += one.best_epoch

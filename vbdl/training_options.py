@@ -1,0 +1,64 @@
+"""What `vbdl.fit` is asked for, checked in one place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The arguments of `vbdl.fit`, with its defaults; ValueError or TypeError for a value that no training can have."""
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    schedule: Callable[[torch.optim.Optimizer], Any] | str | None = None
+    validation: float | tuple[Any, Any] | None = None
+    patience: int | None = None
+    clip_norm: float | None = None
+    kl_warmup: int = 0
+    bootstrap: bool = False
+    member_rows: Tensor | None = None
+    seed: int = 0
+    compile: bool | None = None
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 10
+    progress: bool | None = None
+    holdout_seed: int | None = None  # of the rows held out for validation; `seed` unless given
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs is at least 1, got {self.epochs}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, got {self.batch_size}")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise TypeError(
+                f"optimizer must be a function of the parameters, e.g. lambda ps: torch.optim.SGD(ps, lr=0.1); got an "
+                f"instance of {type(self.optimizer).__name__}"
+            )
+        if not (self.schedule is None or self.schedule == "cosine" or callable(self.schedule)):
+            raise ValueError(f"schedule is 'cosine' or a function of the optimizer, got {self.schedule!r}")
+        if self.holds_out and not 0 < self.validation < 1:  # type: ignore[operator]
+            raise ValueError(f"validation is a share of the rows between 0 and 1, or data; got {self.validation}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is at least 1 epoch without a gain, got {self.patience}")
+        if self.patience is not None and self.validation is None:
+            raise ValueError("patience counts epochs without a gain on validation rows: give validation= too")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is a positive length of the gradient, got {self.clip_norm}")
+        if self.kl_warmup < 0:
+            raise ValueError(f"kl_warmup is a number of epochs, 0 for none, got {self.kl_warmup}")
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every is at least 1 epoch, got {self.checkpoint_every}")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether validation is a share of the rows, to be held out from training."""
+        return isinstance(self.validation, Real)
