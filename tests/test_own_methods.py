@@ -308,7 +308,7 @@ def _lines(suite) -> dict:
     return {
         name: test
         for name, test in vars(suite).items()
-        if any(mark.name == "parametrize" and mark.args[0] == "posterior" for mark in getattr(test, "pytestmark", ()))
+        if any(mark.name == "parametrize" and "posterior" in mark.args[0] for mark in getattr(test, "pytestmark", ()))
     }
 
 

@@ -117,7 +117,8 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
     """
     config = getattr(type(module), "config", None)  # a method, not an attribute or a submodule of that name
     if callable(config):
-        return dict(config(module))
+        arguments: Any = config(module)
+        return dict(arguments)
     values: dict[str, Any] = {}
     for argument in inspect.signature(type(module)).parameters:
         try:

@@ -92,8 +92,9 @@ def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ())
         return _build_single(description, make, trust)
     parts = []
     for group in description.members:
-        plain = isinstance(group.member, Plain)
-        one = make(group.member.network) if plain else _build_single(group.member, make, trust)
+        one = (
+            make(group.member.network) if isinstance(group.member, Plain) else _build_single(group.member, make, trust)
+        )
         parts.append(DeepEnsemble([one] * group.count, seed=description.seed, shared=group.shared))
     return parts[0] if len(parts) == 1 else DeepEnsemble.joined(parts)
 
