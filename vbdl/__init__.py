@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vbdl.compile_cache import give_place
+from vbdl.methods import METHODS
 
 give_place()
 
@@ -65,9 +66,7 @@ _HOME = {
     "BayesianLinear": "nn.layers",
     "Normal": "nn.priors",
     "ScaleMixture": "nn.priors",
-    "DeepEnsemble": "posteriors.ensemble",
-    "MCDropout": "posteriors.mc_dropout",
-    "MeanField": "posteriors.mean_field",
+    **{method.class_name: method.module.removeprefix("vbdl.") for method in METHODS.values()},
     "fit": "train",
     "split": "splitting",
     "recommend": "recommendation",

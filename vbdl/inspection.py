@@ -10,6 +10,7 @@ from vbdl.data import as_tensor
 from vbdl.engine import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.methods import METHODS
 from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.stacking import arguments, check_network, copied
@@ -54,7 +55,10 @@ class Report:
                 lines.append(f"  {title}:")
                 lines += [f"    {entry}" for entry in entries]
         if not self.stochastic:
-            lines.append("  nothing in it drops units: use DeepEnsemble or MeanField, or add dropout and train")
+            others = " or ".join(sorted(m.class_name for m in METHODS.values() if not m.needs_dropout))
+            lines.append(f"  nothing in it drops units: use {others}, or add dropout and train")
+        lines.append("  methods, and when to choose them:")
+        lines += [f"    {m.class_name}: {m.when}" for m in METHODS.values()]
         if self.plan is not None:
             lines.append("  plan for MCDropout:")
             lines += [f"    {line}" for line in self.plan.splitlines()]

@@ -3,7 +3,6 @@
 import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +13,22 @@ from vbdl.data import take, whole
 from vbdl.engine import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.methods import METHODS
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
-from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.posteriors.mean_field import MeanField
 from vbdl.splitting import split
 from vbdl.stacking import check_network, copied, map_inputs, tensors
 from vbdl.train import fit
 
 _MAX_EPOCHS = 300
 _LATENCY_CALLS = 20
+_N_MEMBERS = 3  # of an ensemble
 
 
 @dataclass(frozen=True)
 class Measured:
     """One method, as it did on the rows held out."""
 
-    method: str
+    method: str  # the name of its class
     nll: Interval | None  # nats a row, mean and 95 % interval; None where it could not be tried
     worse_by: Interval | None  # than the best, paired over rows, 95 %; None for the best itself
     latency: float  # seconds, median of one row
@@ -43,7 +41,7 @@ class Measured:
 class Recommendation:
     """The method to start with, and what speaks for it."""
 
-    method: str
+    method: str  # the name of its class
     reason: str
     rule: str  # what the rule alone would have said, and why
     table: tuple[Measured, ...]
@@ -78,7 +76,7 @@ def recommend(
     seed: int = 0,
     compile: bool = False,
 ) -> Recommendation:
-    """Trains a small version of MC dropout, mean-field and a deep ensemble, and compares them on held-out rows.
+    """Train a small version of every method of `vbdl.methods`, and compare them on held-out rows.
 
     Args:
         module: the network; it is copied and stays as it is.
@@ -86,7 +84,7 @@ def recommend(
             stopping.
         likelihood: Categorical for whole-number targets and Gaussian for others, unless given.
         budget: seconds for all training together, about: the last epoch of each method is finished.
-        trained: the module is trained already and should be used as it is; only dropout can do that.
+        trained: the module is trained already and should be used as it is, which MC dropout can do.
         seed: of the split, the training and the draws.
         compile: compile the predictors before their latency is measured, which takes some ten seconds each.
 
@@ -109,15 +107,14 @@ def recommend(
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
     rule = _rule(n_train, n_weights, budget, trained)
-    candidates: dict[str, Callable[[], Any]] = {"MCDropout": lambda: MCDropout(copied(module), seed=seed)}
-    if not trained:
-        candidates["MeanField"] = lambda: MeanField(copied(module), n_data=n_train, seed=seed)
-        candidates["DeepEnsemble"] = lambda: DeepEnsemble(copied(module), n_members=3, seed=seed)
+    candidates = [method for method in METHODS.values() if method.takes_trained or not trained]
     found, scores = {}, {}
-    for name, make in candidates.items():
+    for method in candidates:
+        name = method.class_name
         try:
+            posterior = method.make(copied(module), n_data=n_train, n_members=_N_MEMBERS, seed=seed)
             found[name], scores[name] = _measure(
-                name, make(), likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
+                name, posterior, likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
             )
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
             # a network without dropout, say, or a loss that diverges: the others can still be compared

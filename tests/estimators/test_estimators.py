@@ -60,7 +60,7 @@ def test_probabilities_are_as_good_as_a_logistic_regressions(cancer):
     assert (parts["epistemic"] >= 0).all() and parts["epistemic"].mean() > 1e-3
 
 
-@pytest.mark.parametrize("method", ["ensemble", "dropout", "mean-field"])
+@pytest.mark.parametrize("method", ["deep-ensemble", "mc-dropout", "mean-field"])
 def test_a_std_that_holds_the_truth_as_often_as_it_says(method):
     x, y = load_diabetes(return_X_y=True)
     x, x_test, y, y_test = train_test_split(x, y, test_size=0.3, random_state=0)

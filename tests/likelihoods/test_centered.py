@@ -17,14 +17,14 @@ Y = np.round(64 * (5 * X + np.random.default_rng(1).normal(size=500))) / 64
 OFFSETS = [2_460_000.0, 5_700_000.0, -1.7e9, 1e12]  # Julian days, meters north, seconds, milliseconds
 
 
-def _fitted(offset, method="ensemble", noise=None):
+def _fitted(offset, method="deep-ensemble", noise=None):
     settings = Settings(method=method, noise=noise, **FAST)
     return fit_table({"x": X, "y": offset + Y}, "y", settings, progress=False)
 
 
 @pytest.mark.parametrize("noise", ["constant", "per-row"])
 @pytest.mark.parametrize(
-    "method", ["ensemble", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dropout", "mean-field"))]
+    "method", ["deep-ensemble", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mc-dropout", "mean-field"))]
 )
 def test_a_table_far_from_zero_is_a_table_near_it(method, noise):
     near = _fitted(0.0, method, noise)
@@ -81,7 +81,7 @@ def test_it_is_saved_loaded_and_written_in_float64(tmp_path):
     assert str(written["mean"].type) == "double" and str(written["std"].type) == "float"
 
 
-@pytest.mark.parametrize("method", ["ensemble", "dropout", "mean-field"])
+@pytest.mark.parametrize("method", ["deep-ensemble", "mc-dropout", "mean-field"])
 @pytest.mark.parametrize("noise", ["constant", "per-row"])
 def test_the_estimator_far_from_zero_and_its_inputs_too(method, noise):
     made = []

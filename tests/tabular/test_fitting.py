@@ -34,7 +34,7 @@ def numbers_table(n=500, seed=0):
     return pa.table({"a": a, "b": b, "y": 5_000 + 300 * a - 100 * b + 30 * random.normal(size=n)})
 
 
-@pytest.fixture(scope="module", params=["ensemble", "dropout", "mean-field"])
+@pytest.fixture(scope="module", params=["deep-ensemble", "mc-dropout", "mean-field"])
 def classified(request):
     return fit_table(classes_table(), "y", Settings(method=request.param, **SMALL), progress=False)
 
@@ -134,7 +134,7 @@ def test_a_split_by_time_and_by_group():
         ({"coverage": 1.0}, "coverage"),
         ({"members": 0}, "at least 1"),
         ({"shares": {"train": 1.0}}, "shares"),
-        ({"method": "dropout", "dropout": 0.0}, "above 0"),
+        ({"method": "mc-dropout", "dropout": 0.0}, "above 0"),
         ({"dropout": 1.0}, "dropout lies in"),
         ({"dropout": -0.5}, "dropout lies in"),
         ({"batch_size": 0}, "batch_size is at least 1"),

@@ -49,6 +49,11 @@ def load_builtin() -> None:
     """Register what vbdl brings."""
     from vbdl.bench.datasets import bundled, images, tabular, uci  # noqa: F401
     from vbdl.bench.methods import deep_ensemble, linear, mc_dropout, mean_field, single  # noqa: F401
+    from vbdl.bench.methods.training import without_protocol
+    from vbdl.methods import METHODS as TABLE
+
+    for name in TABLE.keys() - METHODS.keys():  # a method without a file of its own is trained like any other
+        method(name)(without_protocol(TABLE[name]))
 
 
 def load_plugin(path: Path) -> None:

@@ -21,9 +21,7 @@ from vbdl.bench.networks import mlp
 from vbdl.bench.provenance import provenance
 from vbdl.engine import Predictor
 from vbdl.likelihoods.categorical import Categorical
-from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.posteriors.mean_field import MeanField
+from vbdl.methods import METHODS
 
 FEATURES, CLASSES = 32, 10
 USUAL = {"draws": 32, "members": 5, "width": 128, "batch": 64}
@@ -35,7 +33,6 @@ SIZES = {
     "rows": (64, 512, 4096),  # in tiles of the usual batch
 }
 MEMORY_DRAWS = (32, 128, 512, 2048)
-ENDLESS = ("mc-dropout", "mean-field")
 
 _STATUS = Path("/proc/self/status")
 
@@ -43,21 +40,20 @@ _STATUS = Path("/proc/self/status")
 def cells() -> Iterator[tuple[str, str, int, str]]:
     """(quantity, axis, size, method): every size of every axis, for the methods that it means something to."""
     for axis, sizes in SIZES.items():
-        methods = {"draws": ENDLESS, "members": ("deep-ensemble",)}.get(axis, (*ENDLESS, "deep-ensemble"))
-        yield from (("seconds", axis, size, method) for method in methods for size in sizes)
-    yield from (("bytes", "draws", size, method) for method in ENDLESS for size in MEMORY_DRAWS)
+        for name, method in METHODS.items():
+            if axis not in ("draws", "members") or method.has_members == (axis == "members"):
+                yield from (("seconds", axis, size, name) for size in sizes)
+    drawn = [name for name, method in METHODS.items() if not method.has_members]
+    yield from (("bytes", "draws", size, name) for name in drawn for size in MEMORY_DRAWS)
 
 
 def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
     """An untrained network of these sizes, two hidden layers: cost does not depend on the weights."""
     torch.manual_seed(0)
-    network: nn.Module = mlp(FEATURES, at["width"], 0.0 if method != "mc-dropout" else 0.2, CLASSES)
-    posterior: Any
-    if method == "deep-ensemble":
-        posterior, draws = DeepEnsemble(network, at["members"]), None
-    else:
-        posterior = MCDropout(network) if method == "mc-dropout" else MeanField(network, n_data=1000)
-        draws = at["draws"]
+    entry = METHODS[method]
+    network: nn.Module = mlp(FEATURES, at["width"], 0.2 if entry.needs_dropout else 0.0, CLASSES)
+    posterior = entry.make(network, n_members=at["members"], n_data=1000)
+    draws = None if entry.has_members else at["draws"]
     return Predictor(posterior, Categorical(), draws, tiles=(at["batch"],), compile=compile)
 
 

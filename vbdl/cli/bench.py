@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vbdl.methods import METHODS
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -17,7 +19,7 @@ class Bench:
     """bundled (no download), uci, images, medical, credit, quality (these four) or own (yours)."""
     sets: tuple[str, ...] = ()
     """Data sets by name, in place of a suite."""
-    methods: tuple[str, ...] = ("mc-dropout", "mean-field", "deep-ensemble")
+    methods: tuple[str, ...] = tuple(METHODS)
     """Methods by name; also linear and single."""
     data: Path | None = field(default_factory=lambda: Path(p) if (p := os.environ.get("VBDL_DATA")) else None)
     """Folder of data sets; VBDL_DATA unless given. What it lacks is asked for on OpenML."""

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from vbdl.methods import METHODS
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -21,8 +23,8 @@ class Fit:
     """Column to predict."""
     out: Path = Path("model.vbdl")
     """Folder of the model. Its figures are written beside it, to NAME-figures."""
-    method: Literal["ensemble", "dropout", "mean-field"] = "ensemble"
-    """What is random about the network."""
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "deep-ensemble"
+    """How the uncertainty of the network's weights is described."""
     task: Literal["classification", "regression"] | None = None
     """In place of what the target's cells say."""
     ignore: tuple[str, ...] = ()

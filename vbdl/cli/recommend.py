@@ -9,7 +9,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Recommend:
-    """Train small versions of MC dropout, mean-field and an ensemble on a table, and say which to use, and why."""
+    """Train a small version of every method on a table, and say which to use, and why."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """File, or folder of files."""
@@ -37,13 +37,15 @@ class Recommend:
     def __call__(self) -> None:
         import torch
 
+        from vbdl.methods import METHODS
         from vbdl.tabular.inference import kinds_of
         from vbdl.tabular.recommending import recommend_table
 
         torch.set_num_threads(1)
         kinds = kinds_of(self.numeric, self.categorical, self.date)
-        print(
-            recommend_table(
-                self.data, self.target, self.budget, self.task, self.ignore, self.width, self.depth, self.seed, kinds
-            )
+        recommendation = recommend_table(
+            self.data, self.target, self.budget, self.task, self.ignore, self.width, self.depth, self.seed, kinds
         )
+        print(recommendation)
+        name = next(m.name for m in METHODS.values() if m.class_name == recommendation.method)
+        print(f"to train:  vbdl fit {self.data} --target {self.target} --method {name}")

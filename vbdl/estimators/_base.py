@@ -6,16 +6,12 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import nn
 
 from vbdl.engine import Predictor
-from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.posteriors.mean_field import MeanField
-from vbdl.tabular.network import TabularNetwork
+from vbdl.methods import method_of
+from vbdl.tabular.network import INITIAL_STD, TabularNetwork
 from vbdl.train import fit
 
-METHODS = ("ensemble", "dropout", "mean-field")
 _MIN_VALIDATION = 10  # rows below which stopping early would follow chance
 
 
@@ -25,7 +21,7 @@ class Estimator(BaseEstimator):
     def __init__(
         self,
         *,
-        method: str = "ensemble",
+        method: str = "deep-ensemble",
         n_members: int = 5,
         n_samples: int = 64,
         hidden: tuple[int, ...] | int = (64, 64),
@@ -67,8 +63,7 @@ class Estimator(BaseEstimator):
 
     def _fit(self, x: np.ndarray, y: torch.Tensor, outputs: int, head: dict[str, Any]) -> None:
         """Train on checked rows; head: the network's arguments that are about the target."""
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is none of {', '.join(METHODS)}")
+        method = method_of(self.method)
         seed = self._seed()
         self.mean_ = x.mean(axis=0) if self.standardise else np.zeros(x.shape[1])
         scale = x.std(axis=0) if self.standardise else np.ones(x.shape[1])
@@ -87,20 +82,19 @@ class Estimator(BaseEstimator):
         widths = (self.hidden,) if isinstance(self.hidden, int) else tuple(self.hidden)
         if len(set(widths)) != 1:
             raise ValueError(f"hidden is the width of each hidden layer, all the same; got {self.hidden}")
-        rate = self.dropout if self.method != "mean-field" else 0.0
+        rate = self.dropout if method.dropout else 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = TabularNetwork(x.shape[1], outputs, widths[0], len(widths), rate, **head)
         likelihood = self._likelihood(len(y))
-        if self.method == "ensemble":
-            posterior: Any = DeepEnsemble(network, self.n_members, seed=seed)
-        elif self.method == "dropout":
-            posterior = MCDropout(network, seed=seed)
-        else:
-            prior = {
-                f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(network.layers) if isinstance(m, nn.Linear)
-            }
-            posterior = MeanField(network, len(y), prior_std=prior, initial_std=0.02, seed=seed)
+        posterior = method.make(
+            network,
+            n_members=self.n_members,
+            n_data=len(y),
+            prior_std=network.prior_std(),
+            initial_std=INITIAL_STD,
+            seed=seed,
+        )
         history = fit(
             posterior,
             (rows, y),
@@ -108,7 +102,7 @@ class Estimator(BaseEstimator):
             epochs=self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
-            weight_decay=self.weight_decay if self.method != "mean-field" else 0.0,
+            weight_decay=method.training.get("weight_decay", self.weight_decay),
             validation=validation,
             patience=None if validation is None else self.patience,
             clip_norm=5.0,
@@ -121,7 +115,7 @@ class Estimator(BaseEstimator):
         self._predictor = self._made()  # here, because predicting may change no attribute
 
     def _made(self) -> Predictor:
-        samples = None if self.method == "ensemble" else self.n_samples
+        samples = None if method_of(self.method).has_members else self.n_samples
         return Predictor(self.posterior_, self.likelihood_, samples, compile=self.compile)
 
     def _seed(self) -> int:

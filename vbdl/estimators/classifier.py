@@ -14,7 +14,8 @@ from vbdl.likelihoods.categorical import Categorical
 class VBDLClassifier(ClassifierMixin, Estimator):
     """A small multilayer perceptron with a posterior over its weights, for rows of numbers.
 
-    method: "ensemble" of n_members, "dropout" or "mean-field", with n_samples draws in a prediction.
+    method: "deep-ensemble" of n_members, or "mc-dropout", "mean-field" or another of `vbdl.methods` with n_samples
+    draws in a prediction.
     hidden: widths of the hidden layers, all the same. validation_fraction: rows held out to stop training by, after
     `patience` epochs without a gain; 0 trains for `epochs`. standardise: inputs by their mean and std, which is what
     the settings are made for. compile: training and prediction; for many rows.

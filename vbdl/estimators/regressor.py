@@ -23,7 +23,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
     def __init__(
         self,
         *,
-        method: str = "ensemble",
+        method: str = "deep-ensemble",
         n_members: int = 5,
         n_samples: int = 64,
         hidden: tuple[int, ...] | int = (64, 64),

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+INITIAL_STD = 0.02  # of weights with a normal of their own each, before training
+
 
 class TabularNetwork(nn.Module):
     """(batch, inputs) -> (batch, outputs): hidden layers of one width, each with ReLU and dropout.
@@ -39,6 +41,10 @@ class TabularNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, outputs * (2 if log_variance else 1)))
         self.outputs, self.log_variance = outputs, log_variance
         self.target_mean, self.target_std = target_mean, target_std
+
+    def prior_std(self) -> dict[str, float]:
+        """The std of each layer's prior, by name: the size that its own initialization has at this width."""
+        return {f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(self.layers) if isinstance(m, nn.Linear)}
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layers(x)

@@ -34,7 +34,7 @@ def recommend_table(
     encoded = schema.encode(table)
     y, given = schema.target.encode(table.column(target))
     rows = encoded.kept & given
-    settings = Settings(method="dropout", width=width, depth=depth, seed=seed)
+    settings = Settings(method="mc-dropout", width=width, depth=depth, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = TabularNetwork(**settings.network_arguments(schema, len(y)))

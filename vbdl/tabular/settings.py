@@ -9,24 +9,12 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
-from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.posteriors.mean_field import MeanField
+from vbdl.methods import Method, method_of
 from vbdl.splitting import DEFAULT_SHARES
-from vbdl.tabular.network import TabularNetwork
+from vbdl.tabular.network import INITIAL_STD, TabularNetwork
 from vbdl.tabular.schema import Schema
 
-Method = Literal["ensemble", "dropout", "mean-field"]
 Noise = Literal["constant", "per-row"]
-
-# learning rate, patience and rate of dropout of each method; see docs/tables.md for what they reach
-_TRAINING: dict[str, dict[str, Any]] = {
-    "ensemble": {"lr": 1e-3, "patience": 20},
-    "dropout": {"lr": 1e-3, "patience": 40},
-    "mean-field": {"lr": 5e-3, "patience": 60},
-}
-_DROPOUT = {"ensemble": 0.1, "dropout": 0.1, "mean-field": 0.0}
-
 
 _ROWS_WORTH_COMPILING = 50_000
 
@@ -35,7 +23,7 @@ _ROWS_WORTH_COMPILING = 50_000
 class Settings:
     """What `fit_table` can be told. None: chosen by method and size of the table."""
 
-    method: Method = "ensemble"
+    method: str = "deep-ensemble"  # a name in `vbdl.methods`
     members: int = 5  # of the ensemble
     draws: int = 64  # of the others
     width: int = 128
@@ -52,8 +40,7 @@ class Settings:
     shares: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
 
     def __post_init__(self):
-        if self.method not in _TRAINING:
-            raise ValueError(f"method {self.method!r} is none of {', '.join(_TRAINING)}")
+        object.__setattr__(self, "method", method_of(self.method).name)
         if not 0.0 <= self.coverage < 1.0:
             raise ValueError(f"coverage lies in [0, 1), got {self.coverage}")
         if set(self.shares) != set(DEFAULT_SHARES):
@@ -65,11 +52,15 @@ class Settings:
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout lies in [0, 1), got {self.dropout}")
 
+    @property
+    def _method(self) -> Method:
+        return method_of(self.method)
+
     def network_arguments(self, schema: Schema, n_train: int) -> dict[str, Any]:
         """Arguments of the `TabularNetwork`."""
-        target, rate = schema.target, _DROPOUT[self.method] if self.dropout is None else self.dropout
-        if self.method == "dropout" and rate == 0:
-            raise ValueError("method dropout needs a rate of dropout above 0")
+        target, rate = schema.target, self._method.dropout if self.dropout is None else self.dropout
+        if self._method.needs_dropout and rate == 0:
+            raise ValueError(f"method {self.method} needs a rate of dropout above 0")
         return {
             "inputs": len(schema.features),
             "outputs": 1 if target.classes is None else len(target.classes),
@@ -93,34 +84,33 @@ class Settings:
         return Centered(found, schema.target.mean) if schema.target.far else found
 
     def posterior(self, network: TabularNetwork, n_train: int) -> Any:
-        if self.method == "ensemble":
-            return DeepEnsemble(network, self.members, seed=self.seed)
-        if self.method == "dropout":
-            return MCDropout(network, seed=self.seed)
-        # a prior of the size that the layers' own initialisation has in a network of this width
-        prior = {f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(network.layers) if isinstance(m, nn.Linear)}
-        return MeanField(network, n_train, prior_std=prior, initial_std=0.02, seed=self.seed)
+        return self._method.make(
+            network,
+            n_members=self.members,
+            n_data=n_train,
+            prior_std=network.prior_std(),
+            initial_std=INITIAL_STD,
+            seed=self.seed,
+        )
 
     @property
     def n_samples(self) -> int | None:
-        return None if self.method == "ensemble" else self.draws
+        return None if self._method.has_members else self.draws
 
     def training(self, n_train: int) -> dict[str, Any]:
         """Arguments of `vbdl.fit`."""
-        own = dict(_TRAINING[self.method])
-        own["lr"] = own["lr"] if self.lr is None else self.lr
-        own["patience"] = own["patience"] if self.patience is None else self.patience
+        given = {"lr": self.lr, "patience": self.patience}
+        chosen = {name: value for name, value in given.items() if value is not None}
         batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
         # early stopping ends most trainings long before `epochs`: compiling pays where an epoch is long
         large = n_train >= _ROWS_WORTH_COMPILING
-        found = {
+        return {
             "compile": None if large else False,
             "epochs": self.epochs,
             "batch_size": batch,
             "seed": self.seed,
             "clip_norm": 5.0,
-            **own,
+            "weight_decay": self.weight_decay,
+            **self._method.training,
+            **chosen,
         }
-        if self.method == "mean-field":
-            return {**found, "kl_warmup": 30}
-        return {**found, "weight_decay": self.weight_decay}

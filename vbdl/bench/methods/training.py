@@ -11,6 +11,7 @@ from vbdl.bench.task import Each, Run, Stacked, Task
 from vbdl.engine import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.methods import Method
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.train import History, fit
 
@@ -88,6 +89,17 @@ def train(
 def recipe(task: Task, **own: Any) -> dict[str, Any]:
     """Options of `train` for a set without a published protocol."""
     return {"epochs": 60, "batch_size": 64, "lr": 3e-3, "schedule": "cosine", **task.recipe, **own}
+
+
+def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
+    """A function that trains this method on a set with the set's own recipe, and no published protocol."""
+
+    def trained(task: Task, run: Run) -> Stacked | Each:
+        wrap = lambda network: method.make(network, n_data=task.n_train, seed=run.seed)
+        return plain(task, run, wrap, method.dropout, "fit")
+
+    trained.__doc__ = f"{method.words}, without a published protocol"
+    return trained
 
 
 def plain(task: Task, run: Run, wrap: Callable[[nn.Module], Any], p: float, name: str, **own: Any) -> Stacked | Each:

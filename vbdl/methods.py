@@ -1,0 +1,90 @@
+"""The table of methods: what the command line, the estimators, `recommend`, `inspect`, the suite and model cards know.
+
+A method is one file in `vbdl/posteriors/` and one entry here. Its class is imported when it is used, not before.
+"""
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to be uncertain about the weights of a network."""
+
+    name: str  # in commands, estimators and the suite: "mc-dropout"
+    module: str  # "vbdl.posteriors.mc_dropout"
+    class_name: str  # "MCDropout"
+    words: str  # in a sentence: "MC dropout"
+    when: str  # when to choose it
+    arguments: tuple[str, ...]  # those of the class, after the network, that a caller may know
+    dropout: float = 0.1  # rate of the networks that vbdl makes for it
+    needs_dropout: bool = False  # a network without dropout is refused
+    takes_trained: bool = False  # a network that is trained already can be used as it is
+    training: Mapping[str, Any] = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
+    old_names: tuple[str, ...] = ()  # that still work, with a warning
+
+    @property
+    def has_members(self) -> bool:
+        """Whether its draws are networks of their own, so that a prediction takes every one of them."""
+        return "n_members" in self.arguments
+
+    def load(self) -> type:
+        """The class."""
+        return vars(importlib.import_module(self.module))[self.class_name]
+
+    def make(self, network: Any, **known: Any) -> Any:
+        """The posterior over this network, with those of the known arguments that the class takes."""
+        return self.load()(network, **{name: value for name, value in known.items() if name in self.arguments})
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method(
+            name="mc-dropout",
+            module="vbdl.posteriors.mc_dropout",
+            class_name="MCDropout",
+            words="MC dropout",
+            when="the network has dropout and is trained already, or there is time to train one network only",
+            arguments=("seed",),
+            needs_dropout=True,
+            takes_trained=True,
+            training={"lr": 1e-3, "patience": 40},
+            old_names=("dropout",),
+        ),
+        Method(
+            name="mean-field",
+            module="vbdl.posteriors.mean_field",
+            class_name="MeanField",
+            words="mean-field variational inference",
+            when="rows are few, fewer than a tenth of the weights or than 1000, so that the prior counts",
+            arguments=("n_data", "prior_std", "initial_std", "seed"),
+            dropout=0.0,
+            training={"lr": 5e-3, "patience": 60, "kl_warmup": 30, "weight_decay": 0.0},
+        ),
+        Method(
+            name="deep-ensemble",
+            module="vbdl.posteriors.ensemble",
+            class_name="DeepEnsemble",
+            words="deep ensemble",
+            when="there are rows enough, and time to train several networks",
+            arguments=("n_members", "seed"),
+            training={"lr": 1e-3, "patience": 20},
+            old_names=("ensemble",),
+        ),
+    )
+}
+
+
+def method_of(name: str) -> Method:
+    """The method of this name; ValueError for an unknown one, DeprecationWarning for an old one."""
+    if name in METHODS:
+        return METHODS[name]
+    for method in METHODS.values():
+        if name in method.old_names:
+            warnings.warn(f"the method {name!r} is called {method.name!r} now", DeprecationWarning, stacklevel=2)
+            return method
+    raise ValueError(f"method {name!r} is none of {', '.join(METHODS)}")
