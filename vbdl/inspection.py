@@ -55,7 +55,7 @@ class Report:
                 lines.append(f"  {title}:")
                 lines += [f"    {entry}" for entry in entries]
         if not self.stochastic:
-            others = " or ".join(m.class_name for m in METHODS.values() if not m.needs_dropout)
+            others = " or ".join(sorted(m.class_name for m in METHODS.values() if not m.needs_dropout))
             lines.append(f"  nothing in it drops units: use {others}, or add dropout and train")
         lines.append("  methods, and when to choose them:")
         lines += [f"    {m.class_name}: {m.when}" for m in METHODS.values()]
