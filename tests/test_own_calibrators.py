@@ -265,13 +265,13 @@ CALIBRATORS = {
     "StdScaling": (calibration.StdScaling, _numbers),
     "AbsoluteIntervals": (lambda: calibration.AbsoluteIntervals(0.1), _numbers),
 }
-DECISIONS = {  # made for predictions, so that about half of them are decided one way
-    "own classes": (lambda p: Cautious(float(p.confidence.median())), _classes),
+DECISIONS = {  # made for predictions, with thresholds between two of them
+    "own classes": (lambda p: Cautious(float(p.confidence.quantile(0.5))), _classes),
     "own distribution": (lambda p: Worst(), _numbers),
     "own draws": (lambda p: Negative(), _numbers),
-    "Referral": (lambda p: decision.Referral("total", float(p.total.median())), _classes),
+    "Referral": (lambda p: decision.Referral("total", float(p.total.quantile(0.5))), _classes),
     "ExpectedCost": (
-        lambda p: decision.ExpectedCost(1 - torch.eye(3), 1 - float(p.confidence.median())),
+        lambda p: decision.ExpectedCost(1 - torch.eye(3), 1 - float(p.confidence.quantile(0.5))),
         _classes,
     ),
     "Risk": (lambda p: decision.Risk(), _numbers),
