@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vbdl import metrics as metrics
     from vbdl import ood as ood
     from vbdl.artefact.loading import load as load
+    from vbdl.artefact.modules import register as register
+    from vbdl.artefact.saving import save as save
     from vbdl.batch.predicting import predict_table as predict_table
     from vbdl.calibration.calibrate import calibrate as calibrate
     from vbdl.calibration.conformal import ConformalSets as ConformalSets
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 _HOME = {
     "Predictor": "engine",
     "load": "artefact.loading",
+    "register": "artefact.modules",
+    "save": "artefact.saving",
     "predict_table": "batch.predicting",
     "VBDLClassifier": "estimators.classifier",
     "VBDLRegressor": "estimators.regressor",

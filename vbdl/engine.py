@@ -296,17 +296,9 @@ class Predictor:
         vars(self).update({**state, "_lock": threading.RLock()})
 
     def save(self, folder: str | Path, **options: Any) -> Path:
-        """Write an artefact: safetensors, a manifest in JSON, a model card. `vbdl.load(folder)` predicts the same.
-
-        options: extras, metrics, example, architecture, arguments, overwrite; see `vbdl.artefact.saving.save`.
-        """
+        """Write this predictor as an artefact, which `vbdl.load` reads: `vbdl.save(self, folder, **options)`."""
         from vbdl.artefact.saving import save
 
-        if self.estimator != "sampling":
-            raise ValueError(
-                "an artefact predicts by sampling: save replace(estimator='sampling'), and after loading take "
-                "replace(estimator='moments')"
-            )
         return save(self, folder, **options)
 
     def export(self, folder: str | Path, **options: Any) -> Any:

@@ -226,6 +226,31 @@ MANIFESTS = {
         put("likelihood/class", "os.system"),
         "not among what can be stored",
     ),
+    "a likelihood to import": ("dropout", put("likelihood/class", "antigravity:X"), "runs code"),
+    "a decision to import": (
+        "dropout",
+        put("likelihood/arguments/decision", {"module": {"class": "this:X", "arguments": {}}}),
+        "runs code",
+    ),
+    "a layer to import": ("dropout", put(f"{LAYERS}/1", {"name": "antigravity:X"}), "runs code"),
+    "a layer of vbdl to import": ("dropout", put(f"{LAYERS}/1", {"name": "vbdl.cli:main"}), "runs code"),
+    "a method to import": (
+        "dropout",
+        lambda m: m.update(
+            posterior={
+                "type": "registered",
+                "name": "antigravity:X",
+                "network": m["posterior"]["network"],
+                "arguments": {},
+            }
+        ),
+        "runs code",
+    ),
+    "a method that is an expression": (
+        "dropout",
+        lambda m: m.update(posterior={"type": "registered", "name": "os:system('x')", "network": {}, "arguments": {}}),
+        "regex",
+    ),
     "a calibrator for a likelihood": (
         "dropout",
         put("likelihood", {"class": "Referral", "arguments": {}}),

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import nn
 
 import vbdl
+from vbdl.artefact.modules import describe, rebuild
 from vbdl.decision import (
     AnomalyFlags,
     Drive,
@@ -23,7 +24,6 @@ from vbdl.decision import (
     path_risk,
     with_decision,
 )
-from vbdl.decision.stored import describe, rebuild
 from vbdl.engine import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical

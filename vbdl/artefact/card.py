@@ -1,8 +1,20 @@
 """The model card: what a person reads first, made from the manifest alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from vbdl.artefact.manifest import Dropout, Ensemble, Layers, Manifest, MeanField, Plain, Reference, Supplied
+from vbdl.artefact.manifest import (
+    Dropout,
+    Ensemble,
+    Layer,
+    Layers,
+    Manifest,
+    Plain,
+    Reference,
+    Registered,
+    Single,
+    Supplied,
+)
 
 
 def card(manifest: Manifest) -> str:
@@ -55,7 +67,8 @@ def fields(described: dict[str, Any]) -> list[str]:
     if inner is not None:
         outer = [arguments.get(key, {}).get("module", {}).get("class") for key in ("method", "decision")]
         return [*fields(inner), *(name for cls in outer for name in _ADDED.get(str(cls), ()))]
-    own = ["probs", "label"] if described.get("class") in ("Categorical", "Bernoulli") else ["mean", "std"]
+    name = str(described.get("class"))
+    own = ["probs", "label"] if name in ("Categorical", "Bernoulli") else [] if ":" in name else ["mean", "std"]
     return [*own, "total", "aleatoric", "epistemic"]
 
 
@@ -74,9 +87,39 @@ def _needed(manifest: Manifest) -> str:
     each = [g.member.network for g in q.members] if isinstance(q, Ensemble) else [q.network]
     if any(isinstance(a, Supplied) for a in each):
         return ", module=network" if len(each) == 1 else ", module=networks"
-    names = dict.fromkeys(a.target.partition(".")[0].partition(":")[0] for a in each if isinstance(a, Reference))
-    trusted = [name for name in names if name != "vbdl"]
+    packages = dict.fromkeys(target.partition(".")[0].partition(":")[0] for target in _imported(manifest))
+    trusted = [name for name in packages if name != "vbdl"]
     return f", trust=({', '.join(map(repr, trusted))},)" if trusted else ""
+
+
+def _imported(manifest: Manifest) -> Iterator[str]:
+    """Every "module:name" that load imports."""
+    q = manifest.posterior
+    for single in [g.member for g in q.members] if isinstance(q, Ensemble) else [q]:
+        if isinstance(single, Registered):
+            yield single.name
+        if isinstance(single.network, Reference):
+            yield single.network.target
+        if isinstance(single.network, Layers):
+            yield from _classes_of_layers(single.network.root)
+    yield from _classes(manifest.likelihood)
+
+
+def _classes_of_layers(layer: Layer) -> Iterator[str]:
+    """The registered classes among a layer and all below it."""
+    if ":" in layer.name:
+        yield layer.name
+    for child in layer.children.values():
+        yield from _classes_of_layers(child)
+
+
+def _classes(described: dict[str, Any]) -> Iterator[str]:
+    """The registered classes of a stored module and of all in its arguments."""
+    if ":" in str(described.get("class")):
+        yield str(described["class"])
+    for value in described.get("arguments", {}).values():
+        if isinstance(value, dict) and isinstance(value.get("module"), dict):
+            yield from _classes(value["module"])
 
 
 def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -105,7 +148,9 @@ def method(manifest: Manifest) -> str:
     return _single(q)
 
 
-def _single(q: Dropout | MeanField) -> str:
+def _single(q: Single) -> str:
+    if isinstance(q, Registered):
+        return _class_name(q.name)
     return "MC dropout" if isinstance(q, Dropout) else "Mean-field variational inference"
 
 
@@ -117,8 +162,9 @@ def network(manifest: Manifest) -> str:
 
 def _architecture(a: Any) -> str:
     if isinstance(a, Layers):
-        inside = [child.name for child in a.root.children.values()]
-        return f"{a.root.name}({', '.join(inside)})" if inside else a.root.name
+        inside = [_class_name(child.name) for child in a.root.children.values()]
+        name = _class_name(a.root.name)
+        return f"{name}({', '.join(inside)})" if inside else name
     if isinstance(a, Reference):
         made = f"made by `{_plain(a.target)}`"
         return made if a.target.startswith("vbdl.") else f"{made}, to be trusted by the caller of load"
@@ -135,13 +181,18 @@ def likelihood(described: dict[str, Any]) -> str:
     """Outermost last: Categorical, calibrated by Temperature, deciding by Referral."""
     arguments = described.get("arguments", {})
     inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
-    name = _plain(str(described.get("class")))
+    name = _class_name(described.get("class"))
     if inner is None:
         return name
     for key, word in (("method", "calibrated by"), ("decision", "deciding by")):
         if key in arguments:
-            return f"{likelihood(inner)}, {word} {_plain(str(arguments[key].get('module', {}).get('class')))}"
+            return f"{likelihood(inner)}, {word} {_class_name(arguments[key].get('module', {}).get('class'))}"
     return f"{likelihood(inner)} in {name}"
+
+
+def _class_name(stored: object) -> str:
+    """The class, without the module that a registered one is stored with."""
+    return _plain(str(stored).rpartition(":")[2])
 
 
 def _count(shape: list[int]) -> int:

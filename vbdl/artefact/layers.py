@@ -1,17 +1,18 @@
-"""Layers of torch.nn and of vbdl.nn as names and arguments, and back. What is in no list here is not made.
+"""Layers of torch.nn, of vbdl.nn and registered ones as names and arguments, and back. No other layer is made.
 
 Arguments are read off a layer's attributes, by the names of its constructor. Whether that was right is not assumed:
 `vbdl.artefact.networks` makes the network again when it is saved, and compares.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vbdl.arguments import check_arguments
+from vbdl.artefact import modules
 from vbdl.artefact.manifest import ArtefactError, Layer
 from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
 from vbdl.nn.priors import Normal, Prior, ScaleMixture
@@ -31,7 +32,7 @@ ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d Reflecti
 ReplicationPad1d ReplicationPad2d ReplicationPad3d CircularPad1d CircularPad2d
 Upsample PixelShuffle PixelUnshuffle ChannelShuffle Embedding EmbeddingBag
 """
-PLAIN: dict[str, type[nn.Module]] = {n: getattr(nn, n) for n in _PLAIN.split() if hasattr(nn, n)}
+PLAIN: dict[str, type[nn.Module]] = {n: getattr(nn, n) for n in _PLAIN.split()}
 BAYESIAN = {c.__name__: c for c in (BayesianLinear, BayesianConv1d, BayesianConv2d, BayesianConv3d)}
 _MADE_BY_TORCH = ("device", "dtype")
 
@@ -54,23 +55,31 @@ def describe(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> La
         return Layer(name, _bayesian_arguments(module, prefix, values))
     if type(module) is nn.TransformerEncoderLayer:
         return Layer(name, _transformer_arguments(module))
+    if modules.is_registered(type(module)):
+        arguments = {n: _to_json(v) for n, v in modules.arguments_of(module).items()}
+        return Layer(modules.registered_name(type(module)), arguments)
     raise Undescribed(f"{type(module).__module__}.{type(module).__qualname__} is not a layer of torch.nn that is known")
 
 
-def build(layer: Layer) -> nn.Module:
-    """The layer with fresh weights. ArtefactError for a class that is in no list and for arguments it does not take."""
+def build(layer: Layer, trust: Sequence[str] = ()) -> nn.Module:
+    """The layer with fresh weights. ArtefactError for an unknown class and for arguments that it does not take.
+
+    trust: packages that the class of a registered layer may be imported from.
+    """
     if layer.name == "Sequential":
         if layer.arguments:
             raise ArtefactError("a Sequential takes no arguments")
         made = nn.Sequential()
         for name, child in layer.children.items():
             try:
-                made.add_module(name, build(child))
+                made.add_module(name, build(child, trust))
             except (KeyError, TypeError) as error:
                 raise ArtefactError(f"{name!r} cannot name a layer: {error}") from None
         return made
     if layer.children:
-        raise ArtefactError(f"{layer.name} has no layers inside")
+        raise ArtefactError(f"{layer.name[:80]} has no layers inside")
+    if ":" in layer.name:
+        return _registered(modules.registered_class(layer.name, trust), layer)
     kind = {**PLAIN, **BAYESIAN, "TransformerEncoderLayer": nn.TransformerEncoderLayer}.get(layer.name)
     if kind is None:
         raise ArtefactError(f"{layer.name[:80]!r} is not among the layers that an artefact may name")
@@ -90,6 +99,14 @@ def build(layer: Layer) -> nn.Module:
         return kind(**arguments)
     except Exception as error:  # constructors refuse nonsense in many ways
         raise ArtefactError(f"{layer.name} cannot be made with these arguments: {error}") from None
+
+
+def _registered(cls: type[nn.Module], layer: Layer) -> nn.Module:
+    """A layer of the user's own, with fresh weights."""
+    try:
+        return cls(**modules.decode(cls, {n: _from_json(v) for n, v in layer.arguments.items()}, {}, ()))
+    except Exception as error:  # constructors refuse nonsense in many ways
+        raise ArtefactError(f"{layer.name} cannot be made with these arguments: {error}") from error
 
 
 def prior_of(constants: Any) -> Prior:

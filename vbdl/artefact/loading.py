@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 from vbdl_kernels import CONTRACT
 
-from vbdl.artefact import networks, posteriors
+from vbdl.artefact import modules, networks, posteriors
 from vbdl.artefact.files import locate, read_whole
 from vbdl.artefact.manifest import (
     MANIFEST,
@@ -22,11 +22,11 @@ from vbdl.artefact.manifest import (
     Manifest,
     Plain,
     Reference,
+    Registered,
     decode,
 )
 from vbdl.artefact.saving import TRAINING_ROWS
 from vbdl.artefact.tensors import DTYPES, read_share, read_tensors
-from vbdl.decision import stored
 from vbdl.engine import DEFAULT_TILES, INVARIANT_TILES, Predictor
 from vbdl.types import Likelihood
 
@@ -42,7 +42,8 @@ def load(
 
     module: the network (or one for each architecture of an ensemble), where the artefact does not describe it; its
         weights are of no importance.
-    trust: packages that an artefact may import its network from. Importing runs code: name only your own.
+    trust: packages that an artefact may import its network from, and classes that were registered (`vbdl.register`).
+        Importing runs code: name only your own.
     settings: other settings of Predictor than those saved (compile, device, n_samples, seed, tiles, ...);
         batch_invariant=True replaces tiles that nobody chose by one size, so that a row has the same bits in any batch.
 
@@ -134,7 +135,7 @@ def read_parts(
     stated = {n: e for n, e in manifest.tensors.items() if n.startswith("posterior.")}
     shapes = {n.removeprefix("posterior."): tuple(e.shape) for n, e in stated.items()}
     with networks.quiet_generator():
-        if module is None and all(_is_ours(a) for a in posteriors.architectures(manifest.posterior)):
+        if module is None and _is_ours(manifest.posterior):
             # first without memory, so that a description of a huge network is refused and not allocated
             with torch.device("meta"):
                 _check_shapes(_posterior(manifest, None, trust), shapes)
@@ -150,7 +151,7 @@ def read_parts(
         posterior.training_rows = seen
     elif manifest.training_rows:
         raise ArtefactError("the fingerprints of the training rows are missing")
-    likelihood = _likelihood(manifest, tensors)
+    likelihood = _likelihood(manifest, tensors, trust)
     given = manifest.settings
     saved = {
         "n_samples": given.n_samples,
@@ -192,16 +193,19 @@ def _of_members(manifest: Manifest, own: range) -> Manifest:
     return replace(manifest, posterior=replace(manifest.posterior, members=members), tensors=tensors)
 
 
-def _is_ours(architecture: Any) -> bool:
-    return isinstance(architecture, Layers) or (
-        isinstance(architecture, Reference) and architecture.target.startswith("vbdl.")
+def _is_ours(description: Any) -> bool:
+    """Whether the posterior is one of vbdl, of networks whose classes are of torch or vbdl or registered."""
+    singles = [group.member for group in description.members] if isinstance(description, Ensemble) else [description]
+    return not any(isinstance(single, Registered) for single in singles) and all(
+        isinstance(a, Layers) or (isinstance(a, Reference) and a.target.startswith("vbdl."))
+        for a in posteriors.architectures(description)
     )
 
 
 def _posterior(manifest: Manifest, module: Any, trust: Sequence[str]) -> Any:
     maker = networks.Maker(module, trust)
     try:
-        return posteriors.build(manifest.posterior, maker.make)
+        return posteriors.build(manifest.posterior, maker.make, trust)
     except ArtefactError:
         raise
     except Exception as error:  # networks and posteriors refuse nonsense in many ways
@@ -242,7 +246,7 @@ def _fill(posterior: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own.data = t.clone()  # in memory of its own, aligned as torch aligns
 
 
-def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Any:
+def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor], trust: Sequence[str]) -> Any:
     own = {n.removeprefix("likelihood."): t for n, t in tensors.items() if n.startswith("likelihood.")}
     if len(own) + sum(n.startswith("posterior.") for n in tensors) + (TRAINING_ROWS in tensors) != len(tensors):
         raise ArtefactError("the file holds tensors that are neither of the posterior nor of the likelihood")
@@ -250,12 +254,12 @@ def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Any:
         if t.is_floating_point() and bool(t.isnan().any()):
             raise ArtefactError(f"likelihood.{name} holds NaN")
     try:
-        likelihood = stored.rebuild(manifest.likelihood, own)
+        likelihood = modules.rebuild(manifest.likelihood, own, trust)
         if {n: tuple(t.shape) for n, t in likelihood.state_dict().items()} != {
             n: tuple(t.shape) for n, t in own.items()
         }:
             raise ArtefactError("the likelihood described has other tensors than the file")
-        again = stored.describe(likelihood)
+        again = modules.describe(likelihood)
     except ArtefactError:
         raise
     except Exception as error:  # constructors refuse nonsense in many ways

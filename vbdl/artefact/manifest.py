@@ -1,7 +1,7 @@
 """What an artefact says about itself: `manifest.json`, read strictly. Imports no torch.
 
-Nothing in it is executed or imported on its own: classes are looked up in lists (`vbdl.artefact.networks`,
-`vbdl.decision.stored`), the rest is numbers and names.
+Nothing in it is executed or imported on its own: classes are looked up in the registry (`vbdl.artefact.modules`) and in
+the list of layers (`vbdl.artefact.layers`), the rest is numbers and names.
 """
 
 import json
@@ -30,6 +30,7 @@ Size = Annotated[int, Meta(ge=0, le=2**40)]
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Rate = Annotated[float, Meta(ge=0.0, lt=1.0)]
+Target = Annotated[str, Meta(max_length=512, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]  # "module:name"
 
 
 class TensorEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +58,7 @@ class Layers(Struct, frozen=True, forbid_unknown_fields=True, tag="layers", omit
 class Reference(Struct, frozen=True, forbid_unknown_fields=True, tag="reference"):
     """A network that a function or class makes, `module:name`, imported only where the caller of load trusts it."""
 
-    target: Annotated[str, Meta(max_length=512, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+    target: Target
     arguments: dict[str, Any]
     settings: dict[str, str]  # what has to be the same in the network that is made
 
@@ -73,6 +74,8 @@ Architecture = Layers | Reference | Supplied
 
 
 class Dropout(Struct, frozen=True, forbid_unknown_fields=True, tag="MCDropout"):
+    """MC dropout: `vbdl.MCDropout` of the network with these arguments."""
+
     network: Architecture
     p: Rate | dict[str, Rate] | None
     deterministic: list[str]
@@ -80,6 +83,8 @@ class Dropout(Struct, frozen=True, forbid_unknown_fields=True, tag="MCDropout"):
 
 
 class MeanField(Struct, frozen=True, forbid_unknown_fields=True, tag="MeanField"):
+    """Mean-field variational inference: `vbdl.MeanField` of the network with these arguments."""
+
     network: Architecture
     n_data: Count
     priors: dict[str, list[float]] | None  # by parameter; None where the layers have them
@@ -88,19 +93,34 @@ class MeanField(Struct, frozen=True, forbid_unknown_fields=True, tag="MeanField"
     seed: Seed
 
 
-class Plain(Struct, frozen=True, forbid_unknown_fields=True, tag="network"):
+class Registered(Struct, frozen=True, forbid_unknown_fields=True, tag="registered"):
+    """A method of the user's own, by "module:Class": made as Class(network, **arguments), see `vbdl.register`."""
+
+    name: Target
     network: Architecture
+    arguments: dict[str, Any]
+
+
+class Plain(Struct, frozen=True, forbid_unknown_fields=True, tag="network"):
+    """A network as the member of an ensemble."""
+
+    network: Architecture
+
+
+Single = Dropout | MeanField | Registered
 
 
 class Members(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Members of an ensemble of one architecture; shared: names of the entries that they hold together."""
 
     count: Annotated[int, Meta(ge=1, le=MAX_MEMBERS)]
-    member: Plain | Dropout | MeanField
+    member: Plain | Single
     shared: list[str] = []
 
 
 class Ensemble(Struct, frozen=True, forbid_unknown_fields=True, tag="DeepEnsemble"):
+    """A deep ensemble: `vbdl.DeepEnsemble` of groups of members, one group for each architecture."""
+
     members: Annotated[list[Members], Meta(min_length=1, max_length=MAX_MEMBERS)]
     seed: Seed
 
@@ -134,6 +154,8 @@ class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Versions(Struct, frozen=True, forbid_unknown_fields=True):
+    """What wrote the artefact."""
+
     vbdl: str
     torch: str
     noise: int  # of the counters that draws are made from, `vbdl_kernels.CONTRACT`
@@ -144,8 +166,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 
     format: int
     versions: Versions
-    posterior: Dropout | MeanField | Ensemble
-    likelihood: dict[str, Any]  # with the calibration and the decision in it, see vbdl.decision.stored
+    posterior: Single | Ensemble
+    likelihood: dict[str, Any]  # with the calibration and the decision in it, see vbdl.artefact.modules
     settings: Settings
     inputs: Inputs | None
     tensors: dict[Name, TensorEntry]

@@ -6,7 +6,6 @@ A name is imported only where the caller allows it, because importing runs code;
 
 import contextlib
 import copy
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from vbdl.architecture import architecture as described_lines
 from vbdl.architecture import constants
 from vbdl.artefact import layers
 from vbdl.artefact.manifest import Architecture, ArtefactError, Layers, Reference, Supplied, check_json
+from vbdl.artefact.trust import import_named, is_trusted, untrusted
 from vbdl.stacking import state_of
 
 _NUMBERED = "first_layer"  # of a Bayesian layer, which the posterior around it numbers
@@ -71,7 +71,7 @@ class Maker:
                 check_same(network, architecture.settings, "the module given has", ArtefactError)
             return network
         if isinstance(architecture, Layers):
-            return _layers(architecture)
+            return _layers(architecture, self._trust)
         if isinstance(architecture, Supplied):
             raise ArtefactError(
                 f"the network of this artefact is a {architecture.name}, which it does not describe: "
@@ -87,17 +87,14 @@ class Maker:
     def _check_trust(self, target: str) -> None:
         path, _, name = target.partition(":")
         parts = path.split(".")
-        if any(path == t or path.startswith(f"{t}.") for t in self._trust):
+        if is_trusted(path, self._trust):
             return
         # layers of vbdl itself: classes of networks, whose constructors touch nothing outside
         if parts[0] == "vbdl" and not any(p.startswith("_") for p in [*parts, *name.split(".")]):
             found = _import(target)
             if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == path:
                 return
-        raise ArtefactError(
-            f"the artefact asks to import {target[:120]!r}, which runs code: where you trust it, "
-            f"load(folder, trust=({parts[0][:60]!r},)), or give the network with module="
-        )
+        raise untrusted(target, ", or give the network with module=")
 
 
 @contextlib.contextmanager
@@ -107,8 +104,8 @@ def quiet_generator() -> Iterator[None]:
         yield
 
 
-def _layers(description: Layers) -> nn.Module:
-    made = layers.build(description.root)
+def _layers(description: Layers, trust: Sequence[str] = ()) -> nn.Module:
+    made = layers.build(description.root, trust)
     for name, first in description.ties.items():
         owner, _, leaf = name.rpartition(".")
         try:
@@ -128,16 +125,10 @@ def _ties(network: nn.Module) -> dict[str, str]:
 
 
 def _import(target: str) -> Any:
-    path, _, name = target.partition(":")
-    try:
-        found: Any = importlib.import_module(path)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ArtefactError(f"{target[:120]!r} cannot be imported: {error}") from None
-    if not callable(found):
+    maker = import_named(target)
+    if not callable(maker):
         raise ArtefactError(f"{target[:120]!r} is not a function or class that makes a network")
-    return found
+    return maker
 
 
 def settings(network: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Posteriors as descriptions, and back: a function each way for every method."""
+"""Posteriors as descriptions, and back: a function each way for every method of vbdl, one for all registered ones."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vbdl.artefact import modules
 from vbdl.artefact.layers import prior_of
-from vbdl.artefact.manifest import Architecture, ArtefactError, Dropout, Ensemble, MeanField, Members, Plain
+from vbdl.artefact.manifest import (
+    Architecture,
+    ArtefactError,
+    Dropout,
+    Ensemble,
+    MeanField,
+    Members,
+    Plain,
+    Registered,
+    Single,
+    check_json,
+)
 from vbdl.nn.sampled import SampledNetwork
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
@@ -20,20 +32,20 @@ Make = Callable[[Architecture], nn.Module]
 _TYPE = "type:"  # before the name of a class, where a choice of modules is not by their names
 
 
-def describe(posterior: Any, network: Describe) -> Dropout | MeanField | Ensemble:
-    """The posterior without its tensors; `network` describes a network. ValueError for an unknown method."""
+def describe(posterior: Any, network: Describe) -> Single | Ensemble:
+    """The posterior without its tensors; `network` describes a network. ValueError for a method not registered."""
     if isinstance(posterior, DeepEnsemble):
         members = [Members(part.n_members, _member(part, network), list(part.shared())) for part in posterior.parts]
-        return Ensemble(members, getattr(posterior, "seed", 0))
+        return Ensemble(members, posterior.parts[0].seed if len(members) == 1 else 0)
     return _single(posterior, state_of(posterior.module), network)
 
 
-def _member(part: DeepEnsemble, network: Describe) -> Plain | Dropout | MeanField:
+def _member(part: DeepEnsemble, network: Describe) -> Plain | Single:
     values = part.member(0)
     return Plain(network(part.module, values)) if part.base is None else _single(part.base, values, network)
 
 
-def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Dropout | MeanField:
+def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Single:
     """values: tensors of posterior.module by name, where its own are on the meta device."""
     inner = {n.removeprefix("inner."): t for n, t in values.items() if n.startswith("inner.")}
     if type(posterior) is MCDropout:
@@ -50,24 +62,47 @@ def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> 
             initial = math.exp(module.log_std.initial)
         found = network(module.inner, inner)
         return MeanField(found, module.n_data, priors, initial, posterior.n_samples, posterior.seed)
-    raise ValueError(
-        f"{type(posterior).__name__} is not among the posteriors that an artefact holds: MCDropout, MeanField and "
-        f"DeepEnsemble"
-    )
+    return _registered(posterior, values, network)
 
 
-def build(description: Dropout | MeanField | Ensemble, make: Make) -> Any:
-    """A posterior of this description whose tensors are of no importance; `make` makes a network."""
+def _registered(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Registered:
+    """A method of the user's own: class(network, **config()) makes it again."""
+    name = modules.registered_name(type(posterior))
+    paths = [n for n, m in posterior.module.named_modules() if m is posterior.user_network]
+    if not paths:
+        raise ValueError(f"{name}: the network of this posterior is not in its module, so it cannot be stored")
+    prefix = f"{paths[0]}." if paths[0] else ""
+    inner = {n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)}
+    try:
+        arguments = dict(posterior.config())
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from None
+    if tensors := [n for n, v in arguments.items() if isinstance(v, Tensor)]:
+        raise ValueError(f"config() of {name} has the tensor {tensors[0]!r}: return numbers or lists of them")
+    encoded = {n: modules.encode(v, n) for n, v in arguments.items()}
+    return Registered(name, network(posterior.user_network, inner), check_json(encoded, f"config() of {name}"))
+
+
+def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ()) -> Any:
+    """A posterior of this description whose tensors do not matter yet.
+
+    make: makes a network. trust: packages that the class of a registered method may be imported from.
+    """
     if not isinstance(description, Ensemble):
-        return _build_single(description, make)
+        return _build_single(description, make, trust)
     parts = []
     for group in description.members:
-        one = _build_single(group.member, make) if not isinstance(group.member, Plain) else make(group.member.network)
+        plain = isinstance(group.member, Plain)
+        one = make(group.member.network) if plain else _build_single(group.member, make, trust)
         parts.append(DeepEnsemble([one] * group.count, seed=description.seed, shared=group.shared))
     return parts[0] if len(parts) == 1 else DeepEnsemble.joined(parts)
 
 
-def _build_single(description: Dropout | MeanField, make: Make) -> Any:
+def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Any:
+    if isinstance(description, Registered):  # its class first: nothing is made for one that is not trusted
+        cls: Any = modules.registered_class(description.name, trust)
+        arguments = modules.decode(cls, description.arguments, {}, trust)
+        return cls(make(description.network), **arguments)
     network = make(description.network)
     if isinstance(description, Dropout):
         stays = [_type(network, d) if d.startswith(_TYPE) else d for d in description.deterministic]
@@ -85,7 +120,7 @@ def _build_single(description: Dropout | MeanField, make: Make) -> Any:
     )
 
 
-def architectures(description: Dropout | MeanField | Ensemble) -> Sequence[Architecture]:
+def architectures(description: Single | Ensemble) -> Sequence[Architecture]:
     """Of each part, in order."""
     if isinstance(description, Ensemble):
         return [group.member.network for group in description.members]

@@ -1,4 +1,4 @@
-"""A predictor on disk."""
+"""Saving a predictor as an artefact: `vbdl.save`."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vbdl_kernels import CONTRACT
 
 import vbdl
-from vbdl.artefact import networks, posteriors
+from vbdl.artefact import modules, networks, posteriors
 from vbdl.artefact.card import card
 from vbdl.artefact.files import locate, write_folder
 from vbdl.artefact.manifest import (
@@ -31,7 +31,6 @@ from vbdl.artefact.manifest import (
     encode,
 )
 from vbdl.artefact.tensors import CODES, entries, to_bytes
-from vbdl.decision import stored
 from vbdl.engine import Predictor
 from vbdl.stacking import tensors as tensors_of
 
@@ -82,6 +81,11 @@ def contents(
     arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, bytes]:
     """The files of the artefact by name, not written yet; arguments as for `save`."""
+    if predictor.estimator != "sampling":
+        raise ValueError(
+            "an artefact predicts by sampling: save replace(estimator='sampling'), and after loading take "
+            "replace(estimator='moments')"
+        )
     before = predictor.manifest
     if extras is None and before is not None:
         extras = before.extras
@@ -105,7 +109,7 @@ def contents(
         format=FORMAT,
         versions=Versions(vbdl.__version__, str(torch.__version__), CONTRACT),
         posterior=description,
-        likelihood=check_json(json.loads(json.dumps(stored.describe(predictor.likelihood))), "the likelihood"),
+        likelihood=check_json(json.loads(json.dumps(modules.describe(predictor.likelihood))), "the likelihood"),
         settings=_settings(predictor),
         inputs=inputs_of(predictor, example),
         tensors=entries(tensors),

@@ -35,7 +35,7 @@ class Calibrate:
     overwrite: bool = False
     """Replace a model that is there."""
     trust: tuple[str, ...] = ()
-    """Packages that the model may import its network from. Importing runs code: name only your own."""
+    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
 
     def __call__(self) -> None:
         from vbdl.tabular.recalibrating import recalibrate

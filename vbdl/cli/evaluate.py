@@ -23,7 +23,7 @@ class Evaluate:
     json: bool = False
     """Print JSON."""
     trust: tuple[str, ...] = ()
-    """Packages that the model may import its network from. Importing runs code: name only your own."""
+    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
 
     def __call__(self) -> None:
         import json

@@ -25,7 +25,7 @@ class Export:
     example: Path | None = None
     """Rows like the real ones to compare on, as a NumPy file (.npy); random normal numbers unless given."""
     trust: tuple[str, ...] = ()
-    """Packages that the model may import its network from. Importing runs code: name only your own."""
+    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
     rebuild: bool = False
     """Compile again even where the package of this model is there and fits."""
 

@@ -52,7 +52,7 @@ class Predict:
     verify: bool = False
     """Read every part that is there, to see that it is as it was written; else only where size or time has changed."""
     trust: tuple[str, ...] = ()
-    """Packages that the model may import its network from. Importing runs code: name only your own."""
+    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
 
     def __call__(self) -> int:
         from vbdl.batch.predicting import predict_table

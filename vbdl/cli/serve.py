@@ -35,7 +35,7 @@ class Serve:
     tls_key: Path | None = None
     """Key file (PEM) for HTTPS."""
     trust: tuple[str, ...] = ()
-    """Packages that the artefact may import its network from."""
+    """Packages that the artefact may import its network and registered classes from."""
     tiles: tuple[int, ...] = ()
     """Batch sizes to compile for; the artefact's unless given. 1 64 answers single rows sooner, rounding apart."""
     device: str | None = None

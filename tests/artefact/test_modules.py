@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from vbdl import calibration
+from vbdl.artefact.modules import describe, rebuild
 from vbdl.calibration import CalibratedLikelihood
 from vbdl.decision import AnomalyFlags, ExpectedCost, Referral
 from vbdl.decision.deciding import DecidingLikelihood
-from vbdl.decision.stored import describe, rebuild
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian

@@ -1,0 +1,212 @@
+"""The registry of classes that an artefact may name, and modules as a name with plain arguments, and back.
+
+What vbdl brings is stored under the name of its class, "Temperature"; a class of the user's own, opened by
+`vbdl.register`, under "package.module:Class". A stored module is data: its class is looked up here, its arguments are
+numbers, texts, lists, other modules or tensors, and its tensors are put where the class has them. A class of the user's
+own that this process has not registered is imported only from the packages in `trust`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from torch import Tensor, nn
+
+from vbdl import calibration
+from vbdl.arguments import check_arguments
+from vbdl.artefact.manifest import ArtefactError
+from vbdl.artefact.trust import import_named, is_trusted, untrusted
+from vbdl.decision.anomaly import AnomalyFlags
+from vbdl.decision.cost import ExpectedCost
+from vbdl.decision.deciding import DecidingLikelihood
+from vbdl.decision.handover import HandOver
+from vbdl.decision.path_risk import PathBounds
+from vbdl.decision.referral import Certificate, Referral
+from vbdl.decision.risk import Risk
+from vbdl.likelihoods.bernoulli import Bernoulli
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.likelihoods.centered import Centered
+from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
+
+_LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
+_CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
+_DECISIONS = (AnomalyFlags, DecidingLikelihood, ExpectedCost, HandOver, PathBounds, Referral, Risk)
+# layers and posteriors of vbdl have more than plain arguments: `vbdl.artefact.layers` and `vbdl.artefact.posteriors`
+_BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS)}
+_REGISTERED: dict[str, type[nn.Module]] = {}  # by "module:Class"
+
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def register(cls: Class) -> Class:
+    """Let predictors be saved and loaded with this class of your own; use it as a decorator.
+
+        @vbdl.register
+        class Sharpened(nn.Module):
+            acts_on = "probs"
+            def __init__(self, power: float = 2.0): ...
+
+    cls: a posterior, likelihood, calibration, decision or layer, an `nn.Module` at the top level of a module. It is
+        stored as its name and the arguments of its constructor: what `config()` returns where the class has that
+        method, else the attributes of the arguments' names. Its parameters and buffers are stored beside it.
+
+    Another process loads such a predictor with `vbdl.load(folder, trust=("package",))`, which imports the class.
+    Raises TypeError for what is no class of modules, ValueError for a class that cannot be imported by its name.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register takes a class of nn.Module, got {cls!r}")
+    if "<locals>" in cls.__qualname__:
+        raise ValueError(
+            f"{cls.__qualname__} is defined inside a function, where load cannot import it: define it at the top level "
+            f"of a module"
+        )
+    _REGISTERED[f"{cls.__module__}:{cls.__qualname__}"] = cls
+    return cls
+
+
+def is_registered(cls: type) -> bool:
+    """Whether this very class, not one it inherits from, was opened by `register`."""
+    return _REGISTERED.get(f"{cls.__module__}:{cls.__qualname__}") is cls
+
+
+def registered_name(cls: type) -> str:
+    """The name "module:Class" that this class is stored under; ValueError where it was not registered."""
+    if not is_registered(cls):
+        raise ValueError(
+            f"{cls.__name__} is not among what can be stored: register it, with @vbdl.register above its class"
+        )
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def registered_class(name: str, trust: Sequence[str]) -> type[nn.Module]:
+    """The class that is stored under "module:Class". ArtefactError where the caller of load does not trust it."""
+    if name not in _REGISTERED:
+        if not is_trusted(name.partition(":")[0], trust):
+            raise untrusted(name)
+        import_named(name)
+        if name not in _REGISTERED:
+            raise ArtefactError(f"{name[:120]!r} is not registered: put @vbdl.register above the class, and load again")
+    return _REGISTERED[name]
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """What `rebuild` needs beside `module.state_dict()`: a dict that JSON can hold.
+
+    ValueError for a module whose class is not registered: a predictor with such a decision is saved without it, and
+    the decision is put on again after loading.
+    """
+    name = _stored_name(type(module))
+    encoded = {argument: encode(value, argument) for argument, value in arguments_of(module).items()}
+    description: dict[str, Any] = {"class": name, "arguments": {a: v for a, v in encoded.items() if v is not None}}
+    if isinstance(module, Referral) and module.certificate is not None:
+        description["certificate"] = dataclasses.asdict(module.certificate)
+    members = vars(module).get("n_members")
+    if members is not None:
+        description["n_members"] = members
+    return description
+
+
+def arguments_of(module: nn.Module) -> dict[str, Any]:
+    """The arguments that make this module again, by name: `config()`, or the attributes of the constructor's names.
+
+    ValueError for a class of the user's own that does not keep one of them.
+    """
+    config = getattr(type(module), "config", None)  # a method, not an attribute or a submodule of that name
+    if callable(config):
+        return dict(config(module))
+    values: dict[str, Any] = {}
+    for argument in inspect.signature(type(module)).parameters:
+        try:
+            values[argument] = getattr(module, argument)
+        except AttributeError:
+            # the classes of vbdl keep what they do not have under its name in a parameter or a buffer
+            if is_registered(type(module)):
+                raise ValueError(
+                    f"{type(module).__name__} does not keep the argument {argument!r} of its constructor, so it cannot "
+                    f"be stored: set self.{argument}, or define config(), which returns the arguments by name"
+                ) from None
+    return values
+
+
+def encode(value: Any, name: str) -> Any:
+    """One argument as JSON: a module as its description, a tensor as its name in the module's state."""
+    if isinstance(value, nn.Module):
+        return {"module": describe(value)}
+    if isinstance(value, Tensor):
+        return {"tensor": name}
+    return _lists(value)
+
+
+def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:
+    """The module of a description and a state dict. ValueError for an unknown class, argument or tensor."""
+    cls = _class_named(description.get("class"), trust)
+    arguments = decode(cls, description.get("arguments", {}), state, trust)
+    module: Any = cls(**arguments)
+    if "n_members" in description:
+        members = description["n_members"]
+        if type(members) is not int or members < 1:
+            raise ValueError(f"n_members is a number of members, not {str(members)[:40]!r}")
+        module.n_members = members
+    _fill(module, {n: t for n, t in state.items() if "." not in n})
+    if "certificate" in description:
+        module.certificate = msgspec.convert(description["certificate"], Certificate, strict=True)
+    return module
+
+
+def decode(
+    cls: type[nn.Module], stored: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str]
+) -> dict[str, Any]:
+    """The arguments of a constructor that `encode` stored, of the types that it names.
+
+    state: the tensors of the module that it makes.
+    """
+    allowed = inspect.signature(cls).parameters
+    arguments: dict[str, Any] = {}
+    for argument, value in stored.items():
+        if argument not in allowed:
+            raise ValueError(f"{cls.__name__} has no argument {argument!r}")
+        if isinstance(value, Mapping) and "module" in value:
+            prefix = argument + "."
+            inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            arguments[argument] = rebuild(value["module"], inner, trust)
+        elif isinstance(value, Mapping) and "tensor" in value:
+            if argument not in state:
+                raise ValueError(f"the state of {cls.__name__} has no tensor {argument!r}")
+            t = state[argument]
+            arguments[argument] = t if t.ndim else t.item()
+        else:
+            arguments[argument] = value
+    check_arguments(cls, {n: v for n, v in arguments.items() if not isinstance(v, Tensor | nn.Module)})
+    return arguments
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The tensors of the module itself in place of those that its constructor made, whatever their shape was."""
+    own = {*module._parameters, *module._buffers}
+    for name, t in state.items():
+        if name not in own:
+            raise ValueError(f"{type(module).__name__} has no tensor {name!r}")
+        if name in module._parameters:
+            setattr(module, name, nn.Parameter(t.clone(), requires_grad=t.is_floating_point()))
+        else:
+            module.register_buffer(name, t.clone())
+
+
+def _stored_name(cls: type) -> str:
+    return cls.__name__ if _BUILT_IN.get(cls.__name__) is cls else registered_name(cls)
+
+
+def _class_named(name: Any, trust: Sequence[str]) -> type[nn.Module]:
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    if isinstance(name, str) and ":" in name:
+        return registered_class(name, trust)
+    raise ValueError(f"{name!r} is not among what can be stored: {sorted(_BUILT_IN)}, and registered classes")
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    return [_lists(v) for v in value] if isinstance(value, tuple) else value

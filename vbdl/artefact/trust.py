@@ -1,0 +1,33 @@
+"""Imports that a stored name asks for. Importing runs code, so only the caller of load can allow it."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from vbdl.artefact.manifest import ArtefactError
+
+
+def is_trusted(path: str, trust: Sequence[str]) -> bool:
+    """Whether the module `path` is one of the packages in `trust`, or inside one."""
+    return any(path == package or path.startswith(f"{package}.") for package in trust)
+
+
+def untrusted(target: str, otherwise: str = "") -> ArtefactError:
+    """The error for a name that the caller of load has not allowed; otherwise: what else the caller can do."""
+    package = target.partition(":")[0].partition(".")[0]
+    return ArtefactError(
+        f"the artefact asks to import {target[:120]!r}, which runs code: where you trust it, "
+        f"load(folder, trust=({package[:60]!r},)){otherwise}"
+    )
+
+
+def import_named(target: str) -> Any:
+    """The object that "module:name" names. ArtefactError where it cannot be imported."""
+    path, _, name = target.partition(":")
+    try:
+        value: Any = importlib.import_module(path)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArtefactError(f"{target[:120]!r} cannot be imported: {error}") from None
+    return value
