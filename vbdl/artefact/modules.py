@@ -102,7 +102,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     encoded = {argument: encode(value, argument) for argument, value in arguments_of(module).items()}
     description: dict[str, Any] = {"class": name, "arguments": {a: v for a, v in encoded.items() if v is not None}}
     if isinstance(module, Referral) and module.certificate is not None:
-        description["certificate"] = dataclasses.asdict(module.certificate)
+        # what 0.1 did not record is left out, so that its certificates are described as they were
+        description["certificate"] = {n: v for n, v in dataclasses.asdict(module.certificate).items() if v is not None}
     members = vars(module).get("n_members")
     if members is not None:
         description["n_members"] = members
