@@ -48,15 +48,14 @@ STATE = types.SimpleNamespace(warm=True, failed="")
 @contextlib.contextmanager
 def served(limits, patiently=False, bound=None, **options):
     """A server in a thread; yields its port."""
-    given = None if bound is None else [bound]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1] if bound is None else bound.getsockname()[1]
+    bound = bound or socket.create_server(("127.0.0.1", 0))  # a port that was only looked for may be taken by then
+    port = bound.getsockname()[1]
     config = uvicorn.Config(
         service, port=port, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=1, **options
     )
     server = listening.Server(config, limits, patiently)
     SERVERS[:] = [server]
-    thread = threading.Thread(target=server.run, args=(given,), daemon=True)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     try:
         while not server.started and not patiently:
