@@ -134,8 +134,10 @@ def test_samples_are_kept_when_asked_for():
     torch.testing.assert_close(p.samples.softmax(-1).mean(0), p.probs, **ROUNDING)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(
+    "compile, chunk_size",
+    [(False, None), (False, 3), (True, None), pytest.param(True, 3, marks=pytest.mark.slow)],
+)
 def test_autocast_around_a_call_changes_nothing(compile, chunk_size):
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, 5))
     make = lambda: predictor(MCDropout(net), compile=compile, chunk_size=chunk_size)
@@ -192,7 +194,10 @@ def test_a_predictor_of_a_class_made_in_a_function_is_pickled():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("likelihood, outputs", [(Categorical(), 5), (Gaussian(2), 2), (Bernoulli(), 1)])
+@pytest.mark.parametrize(
+    "likelihood, outputs",
+    [(Categorical(), 5), (Gaussian(2), 2), pytest.param(Bernoulli(), 1, marks=pytest.mark.slow)],
+)
 def test_chunks_of_a_network_in_float64_are_one_call(likelihood, outputs, compile):
     """Compiled sums read the bytes that they are given: carried sums of another dtype were other numbers."""
     q, x = MCDropout(network(outputs).double()), torch.randn(9, 3, dtype=torch.float64)

@@ -85,7 +85,7 @@ def test_stacked_training_is_training_one_by_one(name, validation, data):
             assert history.best_epoch[m] == one.best_epoch[0]
 
 
-@pytest.mark.parametrize("name", ["batch-norm", "dropout", "mean-field"])
+@pytest.mark.parametrize("name", ["batch-norm", pytest.param("dropout", marks=pytest.mark.slow), "mean-field"])
 def test_compiled_training_is_eager_training(name, data):
     results = []
     for compile in (False, True):
@@ -280,7 +280,7 @@ def test_data_in_the_forms_people_have_it(form, data):
     assert np.mean(history.train_loss[-1]) < np.mean(history.train_loss[0])
 
 
-def test_several_inputs_by_position_and_by_name(data):
+def test_several_inputs_by_position_and_by_name(data, traced_only):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -442,7 +442,7 @@ def test_recurrent_networks_train_one_after_the_other(make):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("old", [False, True])
-def test_spectral_norms_train_one_after_the_other(old, compile, data):
+def test_spectral_norms_train_one_after_the_other(old, compile, data, traced_only):
     spectral_norm = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
     vector = "0.weight_u" if old else "0.parametrizations.weight.0._u"
     members = [nn.Sequential(spectral_norm(nn.Linear(FEATURES, 7)), nn.Linear(7, OUTPUTS)) for _ in range(2)]
@@ -477,7 +477,7 @@ class Centring(nn.Linear):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("wrap", [lambda n: vbdl.MeanField(n, N), lambda n: vbdl.DeepEnsemble(n, 2)])
-def test_a_buffer_that_is_assigned_is_kept_as_one_that_is_written_to(wrap, compile, data):
+def test_a_buffer_that_is_assigned_is_kept_as_one_that_is_written_to(wrap, compile, data, traced_only):
     x, y = data
     states = []
     for assigns in (True, False):
@@ -554,7 +554,7 @@ class Keeping(nn.Module):
         lambda n: vbdl.DeepEnsemble([n, plain()]),
     ],
 )
-def test_a_network_that_keeps_activations_is_copied_before_and_after_training(wrap, compile, data):
+def test_a_network_that_keeps_activations_is_copied_before_and_after_training(wrap, compile, data, traced_only):
     net, likelihood = Keeping(), vbdl.Gaussian(OUTPUTS)
     net(data[0])
     q = wrap(net)

@@ -50,7 +50,15 @@ def rows():
     return torch.randn(60, 3, generator=generator), torch.arange(60) % 2
 
 
-@pytest.fixture(scope="module", params=["dropout", "ensemble", "mean-field", "two architectures"])
+# by default a posterior of one network and one of a list of them, which are stored in two ways
+@pytest.fixture(
+    scope="module",
+    params=[
+        "dropout",
+        "two architectures",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("ensemble", "mean-field")),
+    ],
+)
 def saved(request, tmp_path_factory):
     torch.manual_seed(0)
     q = {

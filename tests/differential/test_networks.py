@@ -35,6 +35,11 @@ ALIKE = {"rtol": 1e-6, "atol": 1e-9}  # float64; the statistics of a prediction 
 LR = 0.05
 
 
+def sampled(names):
+    """One in four by default, the others slow: for what every layer of the zoo shows in another test already."""
+    return [n if k % 4 == 0 else pytest.param(n, marks=pytest.mark.slow) for k, n in enumerate(names)]
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     with warnings.catch_warnings():
@@ -77,7 +82,7 @@ def check_trained(name: str, steps: int, compile: bool) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 10])  # the first of ten shows in the rest
 def test_members_train_as_alone(name, steps):
     check_trained(name, steps, compile=False)
 
@@ -130,7 +135,7 @@ def test_a_gradient_written_by_hand_is_refused_and_not_another(name):
         predict(x.requires_grad_())
 
 
-@pytest.mark.parametrize("name", [name for name in TAKEN if ZOO[name].like != "ids" and name not in BY_HAND])
+@pytest.mark.parametrize("name", sampled(n for n in TAKEN if ZOO[n].like != "ids" and n not in BY_HAND))
 def test_a_prediction_has_the_gradient_of_its_members(name):
     nets = [network(name, seed)[0].eval() for seed in range(2)]
     x, y = (network(name)[1].requires_grad_() for _ in range(2))
@@ -139,7 +144,7 @@ def test_a_prediction_has_the_gradient_of_its_members(name):
     torch.testing.assert_close(x.grad, y.grad, **ALIKE)
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", sampled(TAKEN))
 def test_a_draw_of_dropout_is_the_masked_network(name):
     net, x = network(name, dropout=0.3)
     q = MCDropout(net.eval()).eval()
@@ -190,7 +195,7 @@ def with_drawn_weights(net: nn.Module, q: MeanField, key: torch.Tensor) -> nn.Mo
     return drawn
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if n not in ("spectral norm", "orthogonal")])
+@pytest.mark.parametrize("name", sampled(n for n in TRAINED if n not in ("spectral norm", "orthogonal")))
 def test_a_step_of_mean_field_is_the_gradient_at_those_weights(name):
     net, x = network(name)
     q = MeanField(copy.deepcopy(net), ROWS, initial_std=0.1).train()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+slow = pytest.mark.slow  # by default one shape of every stage and dtype, since compiling one takes a second
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no compiler")
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may use, CUDA programming guide
@@ -168,17 +169,18 @@ def check_noise(loop, weights, budget):
 # instructions a weight of the inner loop. P10 of the design, for bfloat16: forward 18, input 17, parameters 22
 BUDGETS = [
     ("forward", BF16, 16, "ieee", 16),
-    ("forward", BF16, 32, "ieee", 17),
-    ("forward", BF16, 64, "ieee", 17),
+    pytest.param("forward", BF16, 32, "ieee", 17, marks=slow),
+    pytest.param("forward", BF16, 64, "ieee", 17, marks=slow),
     ("forward", BF16, 128, "ieee", 18),
-    ("forward", FP16, 16, "ieee", 16),
+    pytest.param("forward", FP16, 16, "ieee", 16, marks=slow),
     ("forward", FP32, 16, "tf32", 19),
-    ("forward", FP32, 64, "tf32", 20),  # the operand of a tf32 product is twice as many registers to arrange
+    # the operand of a tf32 product is twice as many registers to arrange
+    pytest.param("forward", FP32, 64, "tf32", 20, marks=slow),
     ("input_gradient", BF16, 16, "ieee", 17),
-    ("input_gradient", BF16, 64, "ieee", 17),
+    pytest.param("input_gradient", BF16, 64, "ieee", 17, marks=slow),
     ("input_gradient", FP32, 16, "tf32", 21),
     ("parameter_gradient", BF16, 16, "ieee", 22),
-    ("parameter_gradient", BF16, 64, "ieee", 22),
+    pytest.param("parameter_gradient", BF16, 64, "ieee", 22, marks=slow),
     ("parameter_gradient", FP32, 16, "tf32", 22),
 ]
 
@@ -191,7 +193,7 @@ def test_sampled_linear_on_hopper(stage, dtype, batch, precision, budget):
     assert machine.total("HGMMA", "HMMA") > 0
 
 
-@pytest.mark.parametrize("architecture", [80, 89])
+@pytest.mark.parametrize("architecture", [80, pytest.param(89, marks=slow)])
 @pytest.mark.parametrize("stage, dtype, batch, precision, budget", [BUDGETS[i] for i in (0, 5, 7, 10)])
 def test_sampled_linear_on_older_cards(architecture, stage, dtype, batch, precision, budget):
     machine, loop, weights = linear(stage, dtype, batch, precision, architecture=architecture)
@@ -200,7 +202,7 @@ def test_sampled_linear_on_older_cards(architecture, stage, dtype, batch, precis
     assert machine.total("HMMA") > 0
 
 
-@pytest.mark.parametrize("batch", [16, 64])
+@pytest.mark.parametrize("batch", [pytest.param(16, marks=slow), 64])
 @pytest.mark.parametrize("stage", ["forward", "input_gradient", "parameter_gradient"])
 def test_exact_float32_products_do_not_spill(stage, batch):
     machine, _, _ = linear(stage, FP32, batch, "ieee")
@@ -232,8 +234,10 @@ def test_sampler_on_older_cards(architecture):
 
 
 @pytest.mark.parametrize("dtype, precision", [(BF16, "ieee"), (FP32, "tf32")])
-@pytest.mark.parametrize("samples", [1, 100])
-@pytest.mark.parametrize("batch", [16, 64, 256])
+@pytest.mark.parametrize(
+    "samples, batch",
+    [(1, 16), (100, 256), *(pytest.param(*p, marks=slow) for p in ((1, 64), (1, 256), (100, 16), (100, 64)))],
+)
 def test_local_and_masked_linear_on_hopper(batch, samples, dtype, precision):
     from vbdl_kernels import local_reparameterised_linear_kernel, masked_linear_kernel
 
@@ -265,9 +269,20 @@ def test_local_and_masked_linear_on_hopper(batch, samples, dtype, precision):
 # padded to a power of two, of which a thread leaves out what it knows
 @pytest.mark.parametrize(
     "classes, batch, budget",
-    [(10, 2**17, 21), (10, 32, 23), (16, 2**16, 16), (20, 2**15, 21), (32, 2**16, 16), (43, 2**14, 21), (43, 32, 23)]
-    + [(64, 2**14, 16), (100, 2**13, 20), (100, 32, 22), (128, 2**13, 17), (250, 2**12, 17), (256, 2**12, 17)]
-    + [(1000, 2**10, 17)],
+    [
+        (10, 2**17, 21),
+        (10, 32, 23),
+        (16, 2**16, 16),
+        (43, 2**14, 21),
+        (100, 32, 22),
+        (256, 2**12, 17),
+        (1000, 2**10, 17),
+    ]
+    + [
+        pytest.param(*p, marks=slow)
+        for p in [(20, 2**15, 21), (32, 2**16, 16), (43, 32, 23), (64, 2**14, 16), (100, 2**13, 20), (128, 2**13, 17)]
+        + [(250, 2**12, 17)]
+    ],
 )
 def test_predictive_statistics_on_hopper(classes, batch, budget):
     from vbdl_kernels import predictive_statistics_kernel

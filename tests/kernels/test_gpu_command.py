@@ -55,7 +55,7 @@ def test_the_sections_fit_the_limit():
     assert together + sum(gpu.LIMITS[name] for name in alone) + 2 * gpu._GRACE * (len(alone) + 1) <= gpu.LIMIT
 
 
-@pytest.mark.long
+@pytest.mark.slow  # half a minute; what it starts is tested where it is, and a GPU's own run shows the rest
 def test_everything_that_needs_no_gpu_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--check", "--out", str(tmp_path)],

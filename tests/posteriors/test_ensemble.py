@@ -274,7 +274,7 @@ def test_what_is_held_once_follows_a_change_of_dtype_a_copy_and_a_pickle(dtype):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_training_leaves_a_frozen_backbone_as_it_is(compile):
+def test_training_leaves_a_frozen_backbone_as_it_is(compile, traced_only):
     net = frozen_backbone()
     before = {n: t.clone() for n, t in net.state_dict().items() if n.startswith("0.")}
     data = torch.randn(64, 8) * 3 + 1, torch.arange(64) % 2
