@@ -35,7 +35,12 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
 def pytest_collection_modifyitems(items):
+    for item in items:
+        where = item.get_closest_marker("slow_where")
+        if where and "callspec" in vars(item) and where.args[0](item.callspec.params):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -111,6 +111,15 @@ two_networks = cells(("mlp", "transformer"))  # where another one could show not
 each_posterior = pytest.mark.parametrize("posterior", POSTERIORS)
 
 
+def _shown_by_others(cell: dict) -> bool:
+    """Whether a method on this network and an ensemble of it on the first one show what this cell would."""
+    ensembles = ("ensemble of trained networks", "ensemble of dropout", "ensemble of mean-field")
+    return cell.get("posterior") in ensembles and cell.get("network", "mlp") != "mlp"
+
+
+pytestmark = pytest.mark.slow_where(_shown_by_others)
+
+
 def build(posterior: str, network: str) -> nn.Module:
     torch.manual_seed(3)
     return POSTERIORS[posterior](NETWORKS[network][0])

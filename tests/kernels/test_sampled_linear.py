@@ -276,9 +276,13 @@ def assert_equal_to(found, expected, dtype, length):
     assert float((found.double() - expected.double()).abs().max()) <= tolerance(dtype, max(length, 4)) * scale
 
 
+# an input that all samples share is read with a stride of zero, at every shape alike
 @pytest.mark.interpreter
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape, shared",
+    [(s, False) for s in SHAPES]
+    + [(s, True) if s in SHAPES[1::2] else pytest.param(s, True, marks=pytest.mark.slow) for s in SHAPES],
+)
 def test_kernels_match_the_reference(shape, shared, poisoned, dtype=torch.float32):
     samples, batch, n_in, n_out = shape
     x, mean, std, bias_mean, bias_std, key = problem(*shape, dtype, shared)
