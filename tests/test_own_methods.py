@@ -1,7 +1,7 @@
 """Methods of one's own: a posterior of each sort and a likelihood, made of `vbdl.types` alone, keep every promise.
 
 Nothing in vbdl knows their names. Each posterior passes the whole contract suite, and is trained, resumed, saved,
-exported, calibrated, served, compared and shared out like those of vbdl.
+exported, calibrated, served, compared and shared out like those of vbdl. The table of methods gets one line for it.
 """
 
 import copy
@@ -23,7 +23,10 @@ from vbdl.bench import registry
 from vbdl.bench.runner import Settings, Suite
 from vbdl.bench.source import Source
 from vbdl.bench.stacked import stacked_parameters
+from vbdl.cli import main
 from vbdl.distributed import _Share
+from vbdl.methods import METHODS, Method
+from vbdl.serve.model import Model as Served
 from vbdl.types import Likelihood, Posterior, Prediction, State
 
 N, FEATURES, CLASSES, MEMBERS, SAMPLES = 60, 11, 5, 3, 7
@@ -46,6 +49,7 @@ class NoisyOutputs(nn.Module):
         return outputs * (1 + self.log_scale.exp() * noise.to(outputs.dtype))
 
 
+@vbdl.register
 class DrawnInside(Posterior):
     """Draws by key inside the module."""
 
@@ -73,6 +77,7 @@ class DrawnInside(Posterior):
         return likelihood.training_loss(likelihood(outputs), y).mean().reshape(1)
 
 
+@vbdl.register
 class DrawnWeights(Posterior):
     """Entries made in `draws`: normals about the weights' mean over epochs, as in SWAG (Maddox et al., 2019).
 
@@ -129,6 +134,7 @@ def _stacked_losses(q: Posterior, entries: State, x, y, likelihood, own_rows: bo
     return torch.stack(losses)
 
 
+@vbdl.register
 class Members(Posterior):
     """Members: networks that start apart, all of whose entries are their own."""
 
@@ -176,6 +182,7 @@ class ScaledOutputs(nn.Module):
         return self.inner(*inputs) * self.scale
 
 
+@vbdl.register
 class SharedWeights(Posterior):
     """Members that share weights: each scales the outputs of one network, as in BatchEnsemble (Wen et al., 2020)."""
 
@@ -233,6 +240,7 @@ class LaplacePrediction(Prediction):
         return self.total.sqrt()
 
 
+@vbdl.register
 class LaplaceNoise(Likelihood):
     """y = output + noise, noise ~ Laplace(0, scale): a scale that each member learns, in a unit that all share."""
 
@@ -519,3 +527,74 @@ def test_a_network_is_inspected_and_its_plan_explained(posterior):
     q = OWN[posterior](network())
     assert "Linear" in str(vbdl.inspect(q.user_network, torch.zeros(3, FEATURES)))
     assert "strategy" in predicted(q, vbdl.Gaussian(2)).explain(torch.zeros(3, FEATURES))
+
+
+@each_posterior
+@each_likelihood
+def test_a_saved_predictor_predicts_the_same(posterior, likelihood, data, tmp_path):
+    q, noise, _ = usual(posterior, likelihood)
+    predict = predicted(q, noise)
+    predict.save(tmp_path / "model", example=data[0])
+    loaded = vbdl.load(tmp_path / "model")
+    assert_equal(loaded(data[0]), predict(data[0]))
+    with pytest.raises(ValueError, match="were trained on"):
+        vbdl.calibrate(loaded, data, vbdl.calibration.AbsoluteIntervals(0.2))
+
+
+@each_posterior
+@each_likelihood
+def test_a_saved_predictor_is_served(posterior, likelihood, data, tmp_path):
+    q, noise, _ = usual(posterior, likelihood)
+    predicted(q, noise, tiles=64).save(tmp_path / "model", example=data[0])
+    served = Served(tmp_path / "model")
+    served.warm_up()
+    answer = served.answer(served.predictor(data[0]), {})["predictions"]
+    assert len(answer) == N and {"mean", "total", "epistemic"} <= answer[0].keys()
+    assert served.about()["method"]
+
+
+@pytest.fixture
+def in_the_table(request, monkeypatch):
+    """The method of this test under the name "own" in the table of methods, its only line."""
+    cls = OWN[request.getfixturevalue("posterior")]
+    line = Method(
+        name="own",
+        module=__name__,
+        class_name=cls.__name__,
+        words="a method of one's own",
+        when="nothing else will do",
+        arguments=("n_members",) if cls is Members else (),
+        dropout=0.0,
+    )
+    monkeypatch.setitem(METHODS, "own", line)
+    return line
+
+
+@each_posterior
+def test_an_estimator_takes_it(posterior, in_the_table, data):
+    x, y = data[0].numpy(), data[1][:, 0].numpy()
+    model = vbdl.VBDLRegressor(method="own", n_members=MEMBERS, n_samples=3, hidden=(8,), epochs=2, random_state=0)
+    assert model.fit(x, y).predict(x).shape == (N,)
+    assert type(model.posterior_) is OWN[posterior]
+
+
+@each_posterior
+def test_it_is_recommended_and_inspected(posterior, in_the_table, data, monkeypatch):
+    for name in [n for n in METHODS if n != "own"]:
+        monkeypatch.delitem(METHODS, name)
+    found = vbdl.recommend(network(), data, vbdl.Gaussian(2), budget=0.5)
+    assert found.method == OWN[posterior].__name__ and found.table[0].note == ""
+    assert f"{OWN[posterior].__name__}: nothing else will do" in str(vbdl.inspect(network()))
+
+
+@each_posterior
+def test_the_command_line_trains_and_predicts_with_it(posterior, in_the_table, tmp_path, monkeypatch, capsys):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 2, generator=generator)
+    lines = [f"{a:.4f},{b:.4f},{a + b:.4f}" for a, b in x.tolist()]
+    (tmp_path / "table.csv").write_text("\n".join(["a,b,y", *lines]))
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "2", "--width", "8", "--draws", "3", "--members", "3"]
+    assert main(["fit", "table.csv", "--target", "y", "--method", "own", *options]) == 0, capsys.readouterr()
+    assert main(["predict", "model.vbdl", "table.csv", "out.csv"]) == 0, capsys.readouterr()
+    assert len(Path("out.csv").read_text().splitlines()) == 121
