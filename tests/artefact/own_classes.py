@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import vbdl
-from vbdl.types import Posterior
+from vbdl.types import Calibrator, Posterior
 
 
 @vbdl.register
@@ -40,7 +40,7 @@ class Halved(vbdl.Categorical):
 
 
 @vbdl.register
-class Powered(nn.Module):
+class Powered(Calibrator):
     """p^power, normalized; the power is the largest that leaves the mean confidence at or below the accuracy."""
 
     acts_on = "probs"

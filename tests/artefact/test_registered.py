@@ -38,7 +38,7 @@ def of_likelihood() -> vbdl.Predictor:
 
 
 def of_calibration() -> vbdl.Predictor:
-    return vbdl.calibrate(of_likelihood(), X, Y, Powered((0.25, 0.5)))
+    return vbdl.calibrate(of_likelihood(), (X, Y), Powered((0.25, 0.5)))
 
 
 def of_decision() -> vbdl.Predictor:
@@ -110,7 +110,7 @@ def test_the_command_line_trusts_by_name(tmp_path):
     assert refused.returncode != 0 and "trust=('own_classes',)" in refused.stderr
     done = run("--trust", "own_classes")
     assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "out.npy").ravel().tolist() == of_decision()(X).action.tolist()
+    assert np.load(tmp_path / "out.npy")["action"].tolist() == of_decision()(X).action.tolist()
 
 
 def test_a_trusted_class_has_to_be_registered(tmp_path):

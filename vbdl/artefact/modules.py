@@ -45,7 +45,7 @@ def register(cls: Class) -> Class:
     """Let predictors be saved and loaded with this class of your own; use it as a decorator.
 
         @vbdl.register
-        class Sharpened(nn.Module):
+        class Sharpened(vbdl.types.Calibrator):
             acts_on = "probs"
             def __init__(self, power: float = 2.0): ...
 
