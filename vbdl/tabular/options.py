@@ -1,4 +1,4 @@
-"""How a table's model is made and trained, and what was found to work for small and middling tables."""
+"""The options of `fit_table`, with defaults that work for tables of hundreds to some hundred thousand rows."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,8 +32,8 @@ _ROWS_WORTH_COMPILING = 50_000
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `fit_table` can be told. None: chosen by method and size of the table."""
+class TableOptions:
+    """How `fit_table` builds, trains and calibrates a model. None: chosen by the method and the size of the table."""
 
     method: Method = "ensemble"
     members: int = 5  # of the ensemble
@@ -89,8 +89,8 @@ class Settings:
         if schema.target.classes is not None:
             return Categorical()
         per_row, std = self.noise_of(n_train) == "per-row", schema.target.std
-        found = HeteroscedasticGaussian(beta=0.5, unit=std) if per_row else Gaussian(std=std)
-        return Centered(found, schema.target.mean) if schema.target.far else found
+        gaussian = HeteroscedasticGaussian(beta=0.5, unit=std) if per_row else Gaussian(std=std)
+        return Centered(gaussian, schema.target.mean) if schema.target.far else gaussian
 
     def posterior(self, network: TabularNetwork, n_train: int) -> Any:
         if self.method == "ensemble":
@@ -107,20 +107,20 @@ class Settings:
 
     def training(self, n_train: int) -> dict[str, Any]:
         """Arguments of `vbdl.fit`."""
-        own = dict(_TRAINING[self.method])
-        own["lr"] = own["lr"] if self.lr is None else self.lr
-        own["patience"] = own["patience"] if self.patience is None else self.patience
+        defaults = dict(_TRAINING[self.method])
+        defaults["lr"] = defaults["lr"] if self.lr is None else self.lr
+        defaults["patience"] = defaults["patience"] if self.patience is None else self.patience
         batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
         # early stopping ends most trainings long before `epochs`: compiling pays where an epoch is long
         large = n_train >= _ROWS_WORTH_COMPILING
-        found = {
+        options = {
             "compile": None if large else False,
             "epochs": self.epochs,
             "batch_size": batch,
             "seed": self.seed,
             "clip_norm": 5.0,
-            **own,
+            **defaults,
         }
         if self.method == "mean-field":
-            return {**found, "kl_warmup": 30}
-        return {**found, "weight_decay": self.weight_decay}
+            return {**options, "kl_warmup": 30}
+        return {**options, "weight_decay": self.weight_decay}
