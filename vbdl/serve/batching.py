@@ -252,11 +252,9 @@ def _settle(future: asyncio.Future, answer: object) -> None:
 
 def rows_of(prediction: Any, start: int, stop: int) -> Any:
     """The rows [start, stop) of a prediction; the first axis of each of its tensors is the batch."""
-    cut = {
-        field.name: value[start:stop] if isinstance(value := getattr(prediction, field.name), Tensor) else value
-        for field in dataclasses.fields(prediction)
-    }
-    return dataclasses.replace(prediction, **cut)
+    values = {field.name: vars(prediction)[field.name] for field in dataclasses.fields(prediction)}
+    rows = {name: value[start:stop] for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(prediction, **rows)
 
 
 def _alike(a: Inputs, b: Inputs) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -104,7 +104,7 @@ class Serving:
         write = partial(self._write, prediction, notes, as_arrow)
         return await _beside(write) if rows * prediction.total[0].numel() > 256 else write()
 
-    def _write(self, prediction: Any, notes: Notes, as_arrow: bool) -> tuple[str, bytes]:
+    def _write(self, prediction: Prediction, notes: Notes, as_arrow: bool) -> tuple[str, bytes]:
         if as_arrow:
             return ARROW, arrow.write(self.model.columns(prediction))
         return "application/json", msgspec.json.encode(self.model.answer(prediction, notes))
@@ -144,7 +144,7 @@ class Serving:
 
 
 def _refuse_not_finite(prediction: Prediction) -> None:
-    """Raise Refused if a row\'s probabilities or mean are not finite."""
+    """Raise Refused if a row's probabilities or mean are not finite."""
     means = prediction.mean if prediction.probs is None else prediction.probs
     finite = means.isfinite().flatten(1).all(1) if means.ndim > 1 else means.isfinite()
     if not bool(finite.all()):
