@@ -59,10 +59,10 @@ class Merged:
             )
         if self.out.exists() and self.about is None:
             raise ValueError(
-                f"{self.out} is there already, and not of a job that could be gone on with: {restart} replaces it"
+                f"{self.out} is there already, and no job that can be resumed wrote it: {restart} replaces it"
             )
         if self.quarantine_path.exists() and not self._wrote_quarantine():
-            raise ValueError(f"{self.quarantine_path} is there already, and of no job: {restart} replaces it")
+            raise ValueError(f"{self.quarantine_path} is there already, and no job wrote it: {restart} replaces it")
 
     def _wrote_quarantine(self) -> bool:
         """Whether the job of the manifest wrote the quarantine file, and nobody changed it since."""
@@ -101,7 +101,7 @@ class Merged:
         written = identity(staged)
         if target.exists() and not replace and not is_as_recorded(target, written, None):
             raise ValueError(
-                f"{target} is there, and not what the job makes: move it, or replace it with restart=True (--restart)"
+                f"{target} is there already with other content: move it, or replace it with restart=True (--restart)"
             )
         os.replace(staged, target)
         sync(target.parent)

@@ -107,7 +107,7 @@ def predict_table(
     begun = time.monotonic()
     merged, damaged, replace = None if folder == out else Merged(out), [], restart
     if folder != out and folder.is_symlink():
-        raise ValueError(f"{folder} is a link, and the place for unfinished parts: remove it")
+        raise ValueError(f"{folder} is a link, but the job needs a folder of that name for unfinished parts: remove it")
     if merged is not None and not restart:
         if merged.about is not None and merged.about["settings"] == settings:
             damaged, replace = merged.damaged(verify), True
