@@ -151,13 +151,12 @@ def fit_table(
     history = fit(
         posterior,
         (x["train"], targets["train"]),
-        likelihood,  # type: ignore[arg-type]
+        likelihood,
         validation=validation,
         progress=progress,
         **settings.training(n_train),
     )
-    options = {"batch_invariant": True, "compile": False}
-    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, **options)  # type: ignore[arg-type]
+    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, batch_invariant=True, compile=False)
     for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
     for_calibration = unseen_rows(for_calibration, x["train"])
     calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)

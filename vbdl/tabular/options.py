@@ -15,6 +15,7 @@ from vbdl.posteriors.mean_field import MeanField
 from vbdl.splitting import DEFAULT_SHARES
 from vbdl.tabular.network import TabularNetwork
 from vbdl.tabular.schema import Schema
+from vbdl.types import Likelihood, Posterior
 
 Method = Literal["ensemble", "dropout", "mean-field"]
 Noise = Literal["constant", "per-row"]
@@ -85,14 +86,14 @@ class TableOptions:
         """A noise level a row is a second function to learn, for which there have to be rows."""
         return self.noise or ("per-row" if n_train >= 400 else "constant")
 
-    def likelihood(self, schema: Schema, n_train: int) -> nn.Module:
+    def likelihood(self, schema: Schema, n_train: int) -> Likelihood:
         if schema.target.classes is not None:
             return Categorical()
         per_row, std = self.noise_of(n_train) == "per-row", schema.target.std
         gaussian = HeteroscedasticGaussian(beta=0.5, unit=std) if per_row else Gaussian(std=std)
         return Centered(gaussian, schema.target.mean) if schema.target.far else gaussian
 
-    def posterior(self, network: TabularNetwork, n_train: int) -> Any:
+    def posterior(self, network: TabularNetwork, n_train: int) -> Posterior:
         if self.method == "ensemble":
             return DeepEnsemble(network, self.members, seed=self.seed)
         if self.method == "dropout":
