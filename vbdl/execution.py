@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from vbdl.autograd import only_forwards
 from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
-from vbdl.handwritten import only_forwards
 from vbdl.model import Model
 from vbdl.plan import Plan, choose
 from vbdl.program import Program, Ready, tracing

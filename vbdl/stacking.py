@@ -20,7 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vbdl.recomputing import activations_kept
+from vbdl.autograd import activations_kept
 from vbdl.types import Inputs, Likelihood, State
 
 

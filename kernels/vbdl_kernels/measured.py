@@ -1,104 +1,31 @@
-"""The constants of `regime.Card`, measured on the device once and kept in a file for each device.
+"""Measure the constants of `card.Card` on the current device.
 
-    python -m vbdl_kernels.measured        measures the current device, some seconds, and prints what it found
-
-The file is in $XDG_CACHE_HOME/vbdl (~/.cache/vbdl), named by the format, the device and the versions of torch and
-triton. It is written whole or not at all, and one that cannot be read is as none.
+python -m vbdl_kernels.measured        some seconds; prints what it measured, and keeps it for this device
 """
 
-import contextlib
-import functools
 import json
-import math
-import os
-import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
-FORMAT = 3
+from vbdl_kernels.card import Card, device_name, keep
+from vbdl_kernels.mlp import WIDEST, ensemble_mlp
+from vbdl_kernels.philox import make_key
+from vbdl_kernels.regime import always
+from vbdl_kernels.sampled_linear import sampled_linear
+
 Timer = Callable[[str, Callable[[], object]], float]  # (name of the operation, its call) -> seconds
-
-
-def device_name() -> str | None:
-    """The current accelerator, or None on a CPU."""
-    return _name(torch.cuda.current_device()) if torch.cuda.is_available() else None
-
-
-@functools.cache
-def _name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-def path_of(name: str) -> Path:
-    return _path(name, os.environ.get("XDG_CACHE_HOME"))
-
-
-@functools.cache  # asked for in every call of an operator, and the version of a package takes 300 us to find
-def _path(name: str, root: str | None) -> Path:
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    slug = re.sub(r"[^a-z0-9.]+", "-", f"{name}-torch-{torch.__version__}-triton-{triton}".lower())
-    return Path(root or Path.home() / ".cache") / "vbdl" / f"regime-{FORMAT}-{slug}.json"
-
-
-def constants(names: Sequence[str]) -> dict[str, float] | None:
-    """What was measured on the current device, if all of these were."""
-    device = device_name()
-    return None if device is None else _read(path_of(device), tuple(names))
-
-
-@functools.cache
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, float] | None:
-    try:
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
-            return None
-        kept = {n: float(found["constants"][n]) for n in names}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    # zero rows: there the fused kernel was never the slower one, or never measured
-    sound = all(math.isfinite(v) and (v > 0 or (v == 0 and n.endswith("_rows"))) for n, v in kept.items())
-    return kept if sound else None
-
-
-def keep(name: str, found: dict[str, float]) -> Path:
-    """Write the constants of a device; readers see the old file or the new one."""
-    path = path_of(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"format": FORMAT, "device": name, "constants": found}, file, indent=1)
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise
-    _read.cache_clear()
-    return path
-
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024)  # where the fused kernel and the sampler are compared
 
 
 def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int = 8) -> dict[str, float]:
-    """Constants of `regime.Card`, from operations on layers of size x size and one small network.
+    """The constants of `card.Card`, from operations on layers of size x size and one small network.
 
     Products of float32 follow `torch.set_float32_matmul_precision`; what it was on entry is set back.
     """
-    from vbdl_kernels.mlp import WIDEST, ensemble_mlp
-    from vbdl_kernels.philox import make_key
-    from vbdl_kernels.regime import Card, always
-    from vbdl_kernels.sampled_linear import sampled_linear
-
     rows, many = 128, 1024  # a product of few rows is bound by reading its weights
     make = lambda *shape: torch.randn(shape, device=device)
     weights = make(samples, size, size)
@@ -165,9 +92,6 @@ def _host(call: Callable[[], object], times: int = 50) -> float:
 
 def _crossing(timed: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, key: torch.Tensor) -> float:
     """The most of ROWS up to which the fused kernel is the faster; half the first where it never is."""
-    from vbdl_kernels.regime import always
-    from vbdl_kernels.sampled_linear import sampled_linear
-
     fastest = ROWS[0] / 2
     for rows in ROWS:
         x = torch.randn(rows, mean.shape[1], device=mean.device).to(mean.dtype)

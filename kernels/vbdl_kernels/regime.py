@@ -1,7 +1,6 @@
-"""Which way of executing drawn layers is cheapest on a GPU: a cost model, and measured constants where there are any.
+"""A cost model of the ways to execute drawn layers on a GPU: it predicts seconds and chooses the cheapest.
 
-The defaults below are of an H100 (`benchmarks/results/gpu-h100.md`). `measured.py` measures a device's own, which are
-used from then on.
+It computes with the constants of `card.py`.
 
     estimates, choose    one layer: local reparameterisation, fused, sampler and product, weights drawn before
     of_network           a small network: one launch for all of it, or layer by layer
@@ -12,34 +11,10 @@ used from then on.
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from vbdl_kernels.measured import constants
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a card does a second, and what a launch costs. Defaults: an H100, products at 65 % of the data sheet."""
-
-    normals: float = 0.97e12  # drawn inside a product of few rows
-    half_flops: float = 0.65 * 989e12  # tensor cores, bfloat16 and float16
-    float_flops: float = 0.65 * 494e12  # tensor cores, tf32
-    exact_flops: float = 51e12  # float32 without tensor cores
-    bytes: float = 3.0e12  # of main memory, read and written
-    launch: float = 1.2e-6  # seconds between two kernels in a CUDA graph
-    dispatch: float = 20e-6  # seconds of the host to start a kernel outside of one; not measured on that card
-    overlap: float = 0.66  # of noise and product, the part of the shorter that the longer does not hide
-    step: float = 1.2e-6  # seconds of one layer of a small network inside one program: latency, not work
-    programs: float = 264.0  # of such networks at once
-    half_rows: float = 0.0  # rows up to which the fused kernel was measured to be the faster; 0: by the model
-    float_rows: float = 0.0  # the same in float32
-
-
-def device_card() -> Card:
-    """The constants measured on the current device, or the defaults."""
-    return Card(**(constants(tuple(Card.__dataclass_fields__)) or {}))
+from vbdl_kernels.card import Card, device_card
 
 
 def is_exact(element_size: int) -> bool:

@@ -101,11 +101,6 @@ def sample_weights_backward(
     store_tile(d_std + offset + 96, s3, mask3, MASKED)
 
 
-def _rows_columns(shape: torch.Size) -> tuple[int, int]:
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, shape.numel() // rows if rows else 0
-
-
 def _config(rows: int) -> dict:
     """A vector is one row and a small matrix a few: their programs are narrow in rows and wide in columns."""
     if rows < 8:

@@ -3,8 +3,11 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from torch import nn
 
-from vbdl.tabular import Settings, fit_table
+import vbdl
+from vbdl.tabular import TableOptions, fit_table
 
 
 def make_table(n, seed):
@@ -24,7 +27,7 @@ def make_table(n, seed):
 
 @pytest.fixture(scope="session")
 def fitted():
-    settings = Settings(width=16, depth=1, members=3, epochs=8, lr=1e-2, batch_size=64)
+    settings = TableOptions(width=16, depth=1, members=3, epochs=8, lr=1e-2, batch_size=64)
     return fit_table(make_table(500, 0), "y", settings, ignore=("id",), progress=False)
 
 
@@ -38,3 +41,12 @@ def model(fitted, tmp_path_factory):
 @pytest.fixture(scope="session")
 def rows():
     return make_table(2_000, 1)
+
+
+@pytest.fixture(scope="session")
+def network():
+    """An ensemble of two inputs and two classes that is traced once, not in each of many jobs."""
+    torch.manual_seed(0)
+    predictor = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(2, 2), 2), vbdl.Categorical(), compile=False, tiles=(64,))
+    predictor.replace = lambda **settings: predictor
+    return predictor

@@ -8,7 +8,6 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-import torch
 from torch import nn
 
 import vbdl
@@ -16,14 +15,6 @@ import vbdl.cli
 from vbdl.batch.folder import Folder
 
 OPTIONS = {"chunk_rows": 20, "tile": 64, "compile": False, "progress": False, "workers": 1}
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    found = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(2, 2), 2), vbdl.Categorical(), compile=False, tiles=(64,))
-    found.replace = lambda **settings: found  # traced once
-    return found
 
 
 def write(path, seed=0):

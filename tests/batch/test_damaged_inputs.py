@@ -13,7 +13,6 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-import torch
 from torch import nn
 
 import vbdl
@@ -21,14 +20,6 @@ import vbdl.cli
 
 OPTIONS = {"chunk_rows": 40, "tile": 64, "compile": False, "progress": False, "workers": 1}
 BUDGET = 2.5  # seconds for each format
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    found = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(2, 2), 2), vbdl.Categorical(), compile=False, tiles=(64,))
-    found.replace = lambda **settings: found  # traced once
-    return found
 
 
 def one_line(said, name):

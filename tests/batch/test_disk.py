@@ -8,21 +8,11 @@ import sys
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
-from torch import nn
 
 import vbdl
 
 OPTIONS = {"chunk_rows": 100, "tile": 64, "compile": False, "progress": False, "workers": 1}
 NOBODY = 65_534
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    found = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(2, 2), 2), vbdl.Categorical(), compile=False, tiles=(64,))
-    found.replace = lambda **settings: found  # traced once
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pytest
-import torch
-from torch import nn
 
 import vbdl
 
@@ -62,14 +60,6 @@ class Steps:
             with contextlib.suppress(OSError):
                 place = os.readlink(f"/proc/self/fd/{place}")
         return isinstance(place, str | os.PathLike) and os.fspath(place).startswith(self.folder)
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    found = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(2, 2), 2), vbdl.Categorical(), compile=False, tiles=(64,))
-    found.replace = lambda **settings: found  # traced once, not in each of some thousand jobs
-    return found
 
 
 def table(rows, seed=0):

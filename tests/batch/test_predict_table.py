@@ -555,3 +555,35 @@ def test_the_output_is_free_again_after_a_mistake(model, rows, tmp_path):
         with pytest.raises(ValueError, match=said):
             vbdl.predict_table(model, data, out, **SMALL, **options)
     assert vbdl.predict_table(model, source, out, **SMALL).rows == 2_000
+
+
+def test_the_old_name_of_the_report_is_deprecated(model, rows, tmp_path):
+    import vbdl.batch.report
+
+    with pytest.warns(DeprecationWarning, match="JobReport"):
+        old = vbdl.batch.report.Report
+    assert isinstance(vbdl.predict_table(model, rows, tmp_path / "out", **SMALL), old)
+
+
+def test_a_source_of_ones_own_inherits_its_version(network, tmp_path):
+    from vbdl.batch.sources import Chunk, Source
+
+    class Doubled(Source):
+        name = "doubled"
+
+        def state(self):
+            return {"name": self.name, "rows": 3}
+
+        def count(self):
+            return 3
+
+        def chunks(self, size, skip):
+            if not skip(0):
+                yield Chunk(0, np.arange(3), torch.arange(15.0).reshape(3, 5))
+
+    source = Doubled()
+    assert source.version() == source.state()
+    assert vbdl.predict_table(network, source, tmp_path / "out", **SMALL).rows == 3
+    assert vbdl.predict_table(network, [source], **SMALL).num_rows == 3
+    with pytest.raises(ValueError, match="keep is for columns of tables"):
+        vbdl.predict_table(network, source, keep=("id",), **SMALL)

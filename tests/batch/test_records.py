@@ -9,21 +9,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import vbdl
 import vbdl.batch.writing as writing
 from vbdl.batch.records import job_of, signed
 
 OPTIONS = {"chunk_rows": 10, "tile": 64, "compile": False, "progress": False, "workers": 1}
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    found = vbdl.Predictor(vbdl.DeepEnsemble(nn.Linear(2, 2), 2), vbdl.Categorical(), compile=False, tiles=(64,))
-    found.replace = lambda **settings: found  # traced once
-    return found
 
 
 @pytest.fixture(scope="module")

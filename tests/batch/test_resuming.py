@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 import vbdl
+from vbdl.batch.parts import PartWriter
 
 # a child for each line of input, forked from a process that has imported everything and started nothing
 FORKS = """
@@ -157,9 +158,7 @@ def test_thirty_killed_jobs(jobs, model, data, tmp_path):
 @pytest.fixture
 def half_done(model, data, tmp_path):
     """A job that stopped in the middle, by an error of the disk."""
-    import vbdl.batch.folder as folder
-
-    calls, write = [], folder.write_part
+    calls, write = [], PartWriter.write
 
     def failing(*arguments):
         calls.append(arguments)
@@ -168,7 +167,7 @@ def half_done(model, data, tmp_path):
         return write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "write_part", failing)
+        patch.setattr(PartWriter, "write", failing)
         with pytest.raises(OSError, match="No space left"):
             vbdl.predict_table(model, data, tmp_path / "out", **OPTIONS)
     return tmp_path / "out"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from vbdl_kernels import measured, regime
+from vbdl_kernels import card, measured, regime
 
 TIMES = {  # seconds of a card that draws slowly and multiplies fast
     "launch": 1e-6, "copy": 2e-3, "product bfloat16": 1e-4, "product float32": 2e-3, "product tf32": 2e-4,
@@ -15,13 +15,13 @@ TIMES = {  # seconds of a card that draws slowly and multiplies fast
 
 
 @pytest.fixture
-def card(monkeypatch, tmp_path):
+def constants_file(monkeypatch, tmp_path):
     """A device of this name, whose files are in a folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measured, "device_name", lambda: "Card 9000")
-    measured._read.cache_clear()
-    yield measured.path_of("Card 9000")
-    measured._read.cache_clear()
+    monkeypatch.setattr(card, "device_name", lambda: "Card 9000")
+    card._read.cache_clear()
+    yield card.path_of("Card 9000")
+    card._read.cache_clear()
 
 
 def measure():
@@ -37,7 +37,7 @@ def measure():
     return found
 
 
-def test_measured_constants_decide(card):
+def test_measured_constants_decide(constants_file):
     before = regime.choose(32, 16, 4096, 4096, memory_budget=2**33)
     assert before == "fused" and regime.device_card() == regime.Card()
     found = measure()
@@ -52,41 +52,41 @@ def test_measured_constants_decide(card):
     assert torch.get_float32_matmul_precision() == "highest"  # as it was
     # a card that multiplies as the default one but draws a hundredth as fast draws no row twice
     slow = {**vars(regime.Card()), "normals": 1.6e10}  # and where no crossing was measured
-    measured.keep("Card 9000", slow)
+    card.keep("Card 9000", slow)
     assert regime.device_card() == regime.Card(**slow)
     assert regime.choose(32, 256, 4096, 4096, memory_budget=2**33) == "sampler"
-    assert json.loads(card.read_text())["device"] == "Card 9000"
-    assert [p.name for p in card.parent.iterdir()] == [card.name]  # nothing half written beside it
+    assert json.loads(constants_file.read_text())["device"] == "Card 9000"
+    assert [p.name for p in constants_file.parent.iterdir()] == [constants_file.name]  # nothing half written beside it
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", '{"format": 1}', '{"format": 99, "constants": {}}', '{"format": 3, "constants": {"normals": "x"}}'],
 )
-def test_a_file_that_cannot_be_read_is_as_none(card, content):
-    card.parent.mkdir(parents=True)
-    card.write_text(content)
+def test_a_file_that_cannot_be_read_is_as_none(constants_file, content):
+    constants_file.parent.mkdir(parents=True)
+    constants_file.write_text(content)
     assert regime.device_card() == regime.Card()
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_constants_that_cannot_be_are_refused(card, value):
-    measured.keep("Card 9000", {**vars(regime.Card()), "normals": value})
+def test_constants_that_cannot_be_are_refused(constants_file, value):
+    card.keep("Card 9000", {**vars(regime.Card()), "normals": value})
     assert regime.device_card() == regime.Card()
 
 
-def test_a_write_that_fails_leaves_the_old_file(card, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(constants_file, monkeypatch):
     good = {**vars(regime.Card()), "normals": 2e12}
-    measured.keep("Card 9000", good)
+    card.keep("Card 9000", good)
     with pytest.raises(TypeError):
-        measured.keep("Card 9000", {"normals": object()})  # type: ignore[dict-item]
+        card.keep("Card 9000", {"normals": object()})  # type: ignore[dict-item]
     assert regime.device_card().normals == 2e12
-    assert len(list(card.parent.iterdir())) == 1
+    assert len(list(constants_file.parent.iterdir())) == 1
 
 
 def test_without_an_accelerator_there_is_nothing_to_read():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without an accelerator; the GPU tests measure this one")
-    assert measured.device_name() is None and regime.device_card() == regime.Card()
+    assert card.device_name() is None and regime.device_card() == regime.Card()
     with pytest.raises(SystemExit, match="no accelerator"):
         measured.main()

@@ -8,7 +8,7 @@ import vbdl
 from vbdl.batch.output import fields
 from vbdl.calibration import CQR, AbsoluteIntervals, CDFRecalibration, NormalisedIntervals, StdScaling
 from vbdl.likelihoods.centered import Centered
-from vbdl.tabular import Settings, fit_table
+from vbdl.tabular import TableOptions, fit_table
 
 FAST = {"members": 2, "width": 16, "epochs": 8, "lr": 1e-2, "draws": 8}
 X = np.random.default_rng(0).normal(size=500)
@@ -18,7 +18,7 @@ OFFSETS = [2_460_000.0, 5_700_000.0, -1.7e9, 1e12]  # Julian days, meters north,
 
 
 def _fitted(offset, method="deep-ensemble", noise=None):
-    settings = Settings(method=method, noise=noise, **FAST)
+    settings = TableOptions(method=method, noise=noise, **FAST)
     return fit_table({"x": X, "y": offset + Y}, "y", settings, progress=False)
 
 

@@ -80,9 +80,9 @@ def table_model(tmp_path_factory):
             "outcome": ["good" if g else "bad" for g in good.tolist()],
         }
     )
-    from vbdl.tabular import Settings, fit_table
+    from vbdl.tabular import TableOptions, fit_table
 
-    fitted = fit_table(table, "outcome", Settings(members=3, epochs=5), kinds={"day": "date"}, progress=False)
+    fitted = fit_table(table, "outcome", TableOptions(members=3, epochs=5), kinds={"day": "date"}, progress=False)
     folder = tmp_path_factory.mktemp("table") / "loans"
     fitted.save(folder)
     return folder

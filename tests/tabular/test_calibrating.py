@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.tabular import Settings, fit_table
+from vbdl.tabular import TableOptions, fit_table
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default
 
 _SHARES = {"train": 0.3, "validation": 0.1, "calibration": 0.5, "test": 0.1}
@@ -39,7 +39,7 @@ def test_sets_and_intervals_hold_what_they_promise_in_any_order_of_rows(order, t
     columns, word, amount = _table(order, 4_000, 0)
     options = {"group": "who"} if order == "grouped" else {"ignore": ("who",)}
     y = word if task == "classification" else amount
-    found = fit_table({**columns, "y": y}, "y", Settings(**_FAST), progress=False, **options)
+    found = fit_table({**columns, "y": y}, "y", TableOptions(**_FAST), progress=False, **options)
     columns, word, amount = _table("shuffled", 4_000, 1)
     p = found.predictor(found.schema.tensor({**columns}))
     if task == "classification":
@@ -79,7 +79,7 @@ def test_rows_that_belong_together_calibrate_together(parts):
 def test_the_halves_are_by_group_and_time_where_the_split_is():
     random = np.random.default_rng(0)
     data = {"x": random.normal(size=800), "who": np.arange(800) // 8, "y": random.choice(["u", "v"], 800)}
-    settings = Settings(**{**_FAST, "epochs": 1})
+    settings = TableOptions(**{**_FAST, "epochs": 1})
     for option in ("group", "time"):
         found = fit_table(data, "y", settings, **{option: "who"}, progress=False)
         sets, scaling = found.predictor.likelihood, found.predictor.likelihood.likelihood
@@ -123,7 +123,7 @@ def test_the_two_scores_are_those_of_calibrate():
     """Cross-fitted by hand, each fold predicted by a predictor that was calibrated on the others."""
     data = _table("shuffled", 600, 0)
     for y in data[1:]:
-        found = fit_table({**data[0], "y": y}, "y", Settings(**{**_FAST, "coverage": 0.0}), progress=False)
+        found = fit_table({**data[0], "y": y}, "y", TableOptions(**{**_FAST, "coverage": 0.0}), progress=False)
         [note] = [n for n in found.notes if "held-out" in n]
         p = found.predictor
         p = p.replace(likelihood=getattr(p.likelihood, "likelihood", p.likelihood))

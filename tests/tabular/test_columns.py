@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vbdl.tabular import Schema, infer
-from vbdl.tabular.inference import MIN_ROWS
+from vbdl.tabular.column_inference import MIN_ROWS
 
 
 def table(n=200, seed=0):

@@ -7,7 +7,7 @@ import torch
 
 from vbdl.calibration import Isotonic, calibrate
 from vbdl.likelihoods.categorical import Categorical
-from vbdl.tabular import Settings, fit_table
+from vbdl.tabular import TableOptions, fit_table
 from vbdl.tabular.evaluation import evaluate
 
 SMALL = {"width": 16, "depth": 1, "members": 2, "draws": 8, "epochs": 15, "lr": 1e-2, "batch_size": 64}
@@ -36,7 +36,7 @@ def numbers_table(n=500, seed=0):
 
 @pytest.fixture(scope="module", params=["deep-ensemble", "mc-dropout", "mean-field"])
 def classified(request):
-    return fit_table(classes_table(), "y", Settings(method=request.param, **SMALL), progress=False)
+    return fit_table(classes_table(), "y", TableOptions(method=request.param, **SMALL), progress=False)
 
 
 def test_classes_are_learned_with_every_method(classified):
@@ -56,7 +56,7 @@ def test_parts_are_what_the_settings_say(classified):
 
 @pytest.fixture(scope="module", params=["constant", "per-row"])
 def regressed(request):
-    return fit_table(numbers_table(), "y", Settings(noise=request.param, **{**SMALL, "epochs": 40}), progress=False)
+    return fit_table(numbers_table(), "y", TableOptions(noise=request.param, **{**SMALL, "epochs": 40}), progress=False)
 
 
 def test_a_number_is_predicted_in_its_own_unit(regressed):
@@ -76,7 +76,7 @@ def test_training_in_the_unit_of_the_target_is_training_on_standardised_targets(
     data = numbers_table()
     y = np.array(data["y"])
     other = data.set_column(2, "y", pa.array((y - shift) / unit))
-    settings = Settings(noise=noise, **{**SMALL, "epochs": 3})
+    settings = TableOptions(noise=noise, **{**SMALL, "epochs": 3})
     a = fit_table(data, "y", settings, progress=False)
     b = fit_table(other, "y", settings, progress=False)
     assert a.evaluation["RMSE"].value == pytest.approx(unit * b.evaluation["RMSE"].value, rel=1e-3)
@@ -85,7 +85,7 @@ def test_training_in_the_unit_of_the_target_is_training_on_standardised_targets(
 
 def test_the_same_seed_is_the_same_model_and_torchs_generator_is_left_alone():
     before = torch.get_rng_state()
-    settings = Settings(**{**SMALL, "epochs": 2})
+    settings = TableOptions(**{**SMALL, "epochs": 2})
     found = [fit_table(classes_table(200), "y", settings, progress=False) for _ in range(2)]
     assert torch.equal(before, torch.get_rng_state())
     x = found[0].schema.tensor(classes_table(20))
@@ -95,20 +95,20 @@ def test_the_same_seed_is_the_same_model_and_torchs_generator_is_left_alone():
 def test_rows_without_a_target_are_left_out_and_said():
     data = classes_table(200)
     y = [None if i < 10 else v for i, v in enumerate(data["y"].to_pylist())]
-    found = fit_table(data.set_column(3, "y", pa.array(y)), "y", Settings(**{**SMALL, "epochs": 1}), progress=False)
+    found = fit_table(data.set_column(3, "y", pa.array(y)), "y", TableOptions(**{**SMALL, "epochs": 1}), progress=False)
     assert int(torch.cat(list(found.rows.values())).min()) == 10
     assert any("10 of 200 rows have no y" in note for note in found.notes)
     data = numbers_table(200)
     y = np.where(np.arange(200) < 50, np.nan, data["y"].to_numpy())  # as Parquet files of pandas have it, and not null
     data = data.set_column(data.column_names.index("y"), "y", pa.array(y))
-    found = fit_table(data, "y", Settings(**{**SMALL, "epochs": 1}), progress=False)
+    found = fit_table(data, "y", TableOptions(**{**SMALL, "epochs": 1}), progress=False)
     assert any("50 of 200 rows have no y" in note for note in found.notes)
     assert [len(rows) for rows in found.rows.values()] == [105, 15, 15, 15]
 
 
 def test_repeated_rows_are_calibrated_on_new_ones_all_the_same():
     data = classes_table(150)
-    found = fit_table(pa.concat_tables([data, data]), "y", Settings(**{**SMALL, "epochs": 1}), progress=False)
+    found = fit_table(pa.concat_tables([data, data]), "y", TableOptions(**{**SMALL, "epochs": 1}), progress=False)
     assert any("repeat" in note for note in found.notes)
     assert int(found.predictor.likelihood.n_overlap) == 0
 
@@ -119,7 +119,7 @@ def test_a_split_by_time_and_by_group():
         .append_column("day", pa.array(np.arange(300)))
         .append_column("who", pa.array(np.arange(300) // 3))
     )
-    settings = Settings(**{**SMALL, "epochs": 1})
+    settings = TableOptions(**{**SMALL, "epochs": 1})
     by_time = fit_table(data, "y", settings, time="day", progress=False)
     assert "day" not in by_time.schema.names and int(by_time.rows["train"].max()) < int(by_time.rows["test"].min())
     by_group = fit_table(data, "y", settings, group="who", ignore=("day",), progress=False)
@@ -142,7 +142,7 @@ def test_a_split_by_time_and_by_group():
 )
 def test_settings_that_make_no_sense(options, said):
     with pytest.raises(ValueError, match=said):
-        fit_table(classes_table(100), "y", Settings(**options), progress=False)
+        fit_table(classes_table(100), "y", TableOptions(**options), progress=False)
 
 
 def test_tables_that_cannot_be_used():
@@ -164,7 +164,7 @@ def test_a_target_whose_noise_cannot_be_modelled_is_refused_before_training(fact
 def test_an_evaluation_is_json():
     import json
 
-    found = fit_table(numbers_table(200), "y", Settings(**{**SMALL, "epochs": 1}), progress=False).evaluation
+    found = fit_table(numbers_table(200), "y", TableOptions(**{**SMALL, "epochs": 1}), progress=False).evaluation
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"] == 20
     assert "RMSE" in str(found)
     with pytest.raises(KeyError, match="no score"):
@@ -172,7 +172,7 @@ def test_an_evaluation_is_json():
 
 
 def test_an_outcome_of_no_probability_is_an_infinite_nll_and_no_error():
-    found = fit_table(classes_table(), "y", Settings(**{**SMALL, "epochs": 3}), progress=False)
+    found = fit_table(classes_table(), "y", TableOptions(**{**SMALL, "epochs": 3}), progress=False)
     table = classes_table(400, 1)
     x, y = found.schema.encode(table).x, found.schema.target.encode(table.column("y"))[0]
     plain = found.predictor.replace(likelihood=Categorical())
@@ -186,9 +186,16 @@ def test_a_temperature_without_an_end_is_not_taken():
     """Noise has no best temperature: it runs to its limit, and the predictions stay as they were."""
     random = np.random.default_rng(1)
     data = {"a": random.normal(size=400), "y": [str(v) for v in random.integers(0, 2, 400)]}
-    found = [fit_table(data, "y", Settings(**{**SMALL, "epochs": 2}, seed=s), progress=False) for s in range(4)]
+    found = [fit_table(data, "y", TableOptions(**{**SMALL, "epochs": 2}, seed=s), progress=False) for s in range(4)]
     ended = [f for f in found if any("no temperature was fitted" in n for n in f.notes)]
     for f in found:
         nll = f.evaluation["NLL"]
         assert nll.lower < nll.simplest + 0.1
     assert ended, "none of these seeds ran to the limit: the test shows nothing"
+
+
+def test_the_old_name_of_the_options_is_deprecated():
+    import vbdl.tabular
+
+    with pytest.warns(DeprecationWarning, match="TableOptions"):
+        assert vbdl.tabular.Settings is TableOptions

@@ -9,11 +9,11 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from vbdl.tabular import Schema, Settings, fit_table
+from vbdl.tabular import Schema, TableOptions, fit_table
 from vbdl.tabular.reading import NULLS, Reading
 from vbdl.tabular.target import fit_target
 
-QUICK = Settings(epochs=1, members=2, width=8, depth=1)
+QUICK = TableOptions(epochs=1, members=2, width=8, depth=1)
 WORDS = [*NULLS, None, " NA ", "  "]
 KEPT = ["-", "missing", "na", "none"]  # words of a column of words, unless they are said to mean nothing
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from vbdl.tabular import Settings, fit_table, infer
+from vbdl.tabular import TableOptions, fit_table, infer
 from vbdl.tabular.numerals import Ambiguous, Mostly, recognise
 from vbdl.tabular.reading import Reading
 
@@ -90,7 +90,7 @@ def _table(n=300):
     }
 
 
-QUICK = Settings(epochs=1, members=2, width=8, depth=1)
+QUICK = TableOptions(epochs=1, members=2, width=8, depth=1)
 
 
 def test_a_table_of_them_is_numbers_and_says_so():

@@ -1,1 +1,1 @@
-"""Batch inference: rows of files, tables and data sets in, files of predictions out."""
+"""Batch inference reads the rows of files, tables and data sets and writes files of predictions."""

@@ -1,18 +1,17 @@
-"""The hidden folder of parts of a job whose output is one file, when it is done."""
+"""Deletion of the hidden folder of parts, after the parts have become one file."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from vbdl.batch.locking import lock
 from vbdl.batch.naming import JOURNAL, LOCK, MANIFEST, QUARANTINE, Names, files_below
-from vbdl.batch.records import read_records
+from vbdl.batch.records import JobRecord, read_records
 
 
-def discard(path: Path, settings: dict[str, Any]) -> None:
-    """Deletes what a job of these settings has left in its hidden folder, and the folder, where nothing else is in it;
-    not where another job's records are there, or another process is at work in it."""
+def discard(path: Path, settings: JobRecord) -> None:
+    """Delete the files of this job from its hidden folder, and the folder if it is empty then. Does nothing if the
+    folder holds the records of another job or another process works in it."""
     if path.is_symlink() or not path.is_dir():
         return
     try:
@@ -28,8 +27,8 @@ def discard(path: Path, settings: dict[str, Any]) -> None:
 
 
 def delete_all(path: Path, names: Names) -> None:
-    """Deletes what a job of these names has written, and the folder, where nothing else is in it. The records go last:
-    until then they say what the rest is."""
+    """Delete the files of the job with these names, and the folder if it is empty then. The records go last, because
+    until then they say what the other files are."""
     for name in files_below(path):
         if name != JOURNAL and (names.is_part(name) or names.is_in_work(name)):
             (path / name).unlink(missing_ok=True)

@@ -1,31 +1,40 @@
-"""What is to be read: sources of whatever data `predict_table` is given."""
+"""The sources of the data that `predict_table` is called with: files, folders, tables, arrays, data sets."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from vbdl.batch.naming import part_name
-from vbdl.batch.sources import IMAGES, ArrayFile, DatasetSource, ImageFolder, ImageRow, MemoryTable, Source, printable
+from vbdl.batch.options import Options
+from vbdl.batch.sources import (
+    IMAGES,
+    ArrayFile,
+    DatasetSource,
+    ImageFolder,
+    ImageRow,
+    Items,
+    MemoryTable,
+    Source,
+    printable,
+)
 from vbdl.batch.table_file import TableFile
-from vbdl.batch.worker import Options
 from vbdl.tabular import Schema, as_table
 from vbdl.tabular.columns import Numeric
 from vbdl.tabular.reading import SUFFIXES, files_of, format_of
 
 
-def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageRow | None = None) -> list[Source]:
-    """The sources of data in any form that `predict_table` takes, in order. Names are what parts are called after.
-    image: what the model takes of an image."""
+def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageRow | None = None) -> Sequence[Source]:
+    """The sources of `data` in order; parts are named after the sources. image: what the model takes of an image."""
     if isinstance(data, str | Path):
         return _files(Path(data), schema, options, image)
-    given: list[Any] = data if isinstance(data, list) else [data]
-    if given and all(hasattr(s, "chunks") and hasattr(s, "state") for s in given):
-        return given
+    several = data if isinstance(data, list) else [data]
+    if several and all(isinstance(s, Source) for s in several):
+        return several
     if isinstance(data, torch.utils.data.Dataset):
-        return [DatasetSource(data)]
+        return [DatasetSource(cast(Items, data))]
     if type(data).__module__ == "numpy" or isinstance(data, torch.Tensor):
         return [DatasetSource(torch.as_tensor(data), pairs=False)]
     return [MemoryTable(as_table(data))]
@@ -44,24 +53,24 @@ def _files(path: Path, schema: Schema | None, options: Options, image: ImageRow 
         tables = files_of(path)
         names = [printable(path.name)]
     wanted, text, numbers, verbatim = _columns(schema, options)
-    found: list[Source] = []
+    sources: list[Source] = []
     for file, name in zip(tables, names, strict=True):
         if file.suffix.lower() == ".npy":
-            found.append(ArrayFile(file, name))
+            sources.append(ArrayFile(file, name))
         elif format_of(file):
             reading = None if schema is None else schema.files
-            found.append(TableFile(file, name, wanted, numbers, text, verbatim, reading))
+            sources.append(TableFile(file, name, wanted, numbers, text, verbatim, reading))
         else:
             raise ValueError(f"{file} is none of {', '.join((*SUFFIXES, '.npy'))}")
     stems = [part_name(n, 0, "parquet") for n in names]
     for stem in stems:
         if stems.count(stem) > 1:
             raise ValueError(f"two inputs would be written to {stem}: give files names that differ before the suffix")
-    return found
+    return sources
 
 
 def _check_readable(path: Path) -> None:
-    """OSError where a folder below cannot be looked into: its files would be left out without a word."""
+    """Raise OSError if a folder below cannot be read, because its files would be missed silently."""
 
     def said(error: OSError) -> None:
         raise error
@@ -78,8 +87,8 @@ def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str], list[str]]:
-    """Columns to read, and which of them are words, which numbers, and which cells to carry over as they stand, where a
-    file does not say."""
+    """(columns to read, columns of text, columns of numbers, columns whose cells are carried over verbatim): for files
+    that do not store the types of their columns."""
     if schema is None:
         inputs = list(options.inputs or ())
         verbatim = [name for name in options.keep if name not in inputs]

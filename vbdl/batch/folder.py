@@ -1,4 +1,4 @@
-"""A folder of finished parts, which a kill at any moment leaves whole, and which the next run goes on from.
+"""A folder of finished parts: a kill at any moment leaves it consistent, and the next run resumes the job from it.
 
 A part is written under a hidden name and brought to the disk (fsync); the journal says what it holds; then it gets its
 name. So there is no part that the journal does not know, and one that the journal knows and that is not there, or is
@@ -6,7 +6,7 @@ not as it says, is computed again, with the same bytes. At the end the manifest 
 leading `.` or `_` are not read by Arrow, Spark and their kind.
 """
 
-import hashlib
+import io
 import itertools
 import json
 import logging
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from vbdl.batch.deleting import delete_all
 from vbdl.batch.locking import lock
@@ -27,20 +27,22 @@ from vbdl.batch.naming import (
     QUARANTINE_PARTS,
     SET_ASIDE,
     Names,
-    check_place,
     files_below,
     inside,
     part_name,
-    quarantine_name,
 )
-from vbdl.batch.records import Records, job_of, read_records, signed
-from vbdl.batch.writing import identity, is_as_recorded, sync, temporary, with_source, write_atomic, write_table
+from vbdl.batch.parts import PartWriter
+from vbdl.batch.quarantine import Quarantine, gather
+from vbdl.batch.records import DraftEntry, JobRecord, Manifest, PartEntry, Records, job_of, read_records, signed
+from vbdl.batch.sources import printable
+from vbdl.batch.worker import Result
+from vbdl.batch.writing import is_as_recorded, sync, write_atomic
 
 logger = logging.getLogger("vbdl")
 
 
 class Folder:
-    """The output of a job. Opened by one process at a time.
+    """The folder that a job writes its parts to; one process at a time can open it.
 
     settings: what the job is, as JSON holds it: another job in the same folder is refused. named: parts have a column
     `source`, for those that become one file. verify: read every part again, also where size and time say that it is as
@@ -53,7 +55,7 @@ class Folder:
     def __init__(
         self,
         path: Path,
-        settings: dict[str, Any],
+        settings: JobRecord,
         kind: str = "parquet",
         restart: bool = False,
         named: bool = False,
@@ -61,17 +63,17 @@ class Folder:
     ):
         if kind not in FORMATS:
             raise ValueError(f"format {kind!r} is none of {', '.join(FORMATS)}")
-        self.path, self.kind, self.named = path, kind, named
+        self.path, self.parts = path, PartWriter(path, kind, named)
         self.settings = json.loads(json.dumps(settings))
         self.names, self._job = Names(self.settings), job_of(self.settings)
         if outside := [name for name in sorted(self.names.sources) if not inside(part_name(name, 0, kind))]:
             raise ValueError(f"a source called {outside[0]!r} would be written outside of {path}: give it a plain name")
-        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        self.done: dict[tuple[str, int], PartEntry] = {}
         self.failed: dict[str, str] = {}
         self.damaged: list[str] = []
-        self.finished: dict[str, Any] | None = None
-        self._journal: Any = None
-        self._reasons: dict[str, bytes] = {}
+        self.finished: Manifest | None = None
+        self._journal: io.FileIO | None = None
+        self._lock: int | None = None
         path.mkdir(parents=True, exist_ok=True)
         self._refuse_foreign()
         read_records(path, self.settings)  # refused before anything is touched
@@ -88,7 +90,7 @@ class Folder:
             raise
 
     def _refuse_foreign(self) -> None:
-        """ValueError, before anything is written, where the folder is somebody else's: a model, a folder of data."""
+        """Raise ValueError, before anything is written, if the folder holds files of no job: a model, a user's data."""
         if (self.path / MANIFEST).exists() or (self.path / JOURNAL).exists():
             return
         for place in sorted(self.path.iterdir()):
@@ -96,7 +98,7 @@ class Folder:
                 raise ValueError(f"{self.path} holds {place.name!r} and no journal of a job: choose an empty folder")
 
     def _to_be_kept(self, records: Records) -> bool:
-        """Whether there is something to go on with; ValueError where there is, and it is another job's."""
+        """Whether the folder holds work of this job. Raises ValueError if it holds work of another job."""
         there = [n for n in files_below(self.path) if n not in (LOCK, MANIFEST) and not self.names.is_in_work(n)]
         if not there and not (records.damaged and records.settings is None):
             return False  # a job that began here ended before its first part
@@ -118,15 +120,14 @@ class Folder:
         return True
 
     def _go_on(self, records: Records, verify: bool) -> None:
-        """Take over the parts that are as the records say; the others are computed again."""
+        """Resume the job: keep the parts that are as recorded; the others will be computed again."""
         manifest, since = records.finished, None if verify else records.written
-        if manifest is not None:
-            self._read_reasons(manifest)
+        quarantine = Quarantine(self.path, manifest)
         last = records.entries[-1]["part"] if records.entries and manifest is None else None
         entries = {(e["source"], e["chunk"]): e for e in records.entries}
         for key, entry in entries.items():
             place = self.path / entry["part"]
-            if is_as_recorded(place, entry, since) and self._has_reasons(entry, manifest):
+            if is_as_recorded(place, entry, since) and quarantine.holds(entry):
                 self.done[key] = entry
             elif entry["part"] != last or place.exists():  # the last line is written before its part has a name
                 self.damaged.append(entry["part"])
@@ -142,12 +143,12 @@ class Folder:
             return
         if manifest is not None:
             for entry in self.done.values():
-                self._split_off(entry)
+                quarantine.split_off(entry)
         self._begin(list(self.done.values()))
         with suppress(FileNotFoundError):
             os.unlink(self.path / MANIFEST)
 
-    def _begin(self, entries: list[dict[str, Any]]) -> None:
+    def _begin(self, entries: list[PartEntry]) -> None:
         lines = [signed({"settings": self.settings}, self._job), *entries]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomic(self.path / JOURNAL, lambda p: p.write_text(text))
@@ -156,12 +157,12 @@ class Folder:
 
     def _append_to_journal(self) -> None:
         handle = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self._journal = os.fdopen(handle, "wb", buffering=0)
+        self._journal = io.FileIO(handle, "wb")
 
     # -- deleting: only what this job, or the one whose records are here, has written
 
     def _clear(self, records: Records) -> None:
-        """What the job of the records has written, its records last, so that this can be done again after a kill.
+        """Delete what the recorded job wrote, its records last, so that a killed deletion can be repeated.
 
         A part that is not as it was written may be somebody's work: where this job does not write over it, it is
         renamed.
@@ -209,7 +210,7 @@ class Folder:
                 os.rmdir(folder)
 
     def _remove_empty(self, name: str) -> None:
-        """Folders that were made for the parts of a source, where nothing else is in them."""
+        """Remove the folders that were created for the parts of a source, if they are empty."""
         above = [self.path / p for p in Path(name).parents if p != Path(".")]
         if inside(name) and not any(folder.is_symlink() for folder in above):
             for folder in above:
@@ -217,50 +218,37 @@ class Folder:
                     os.rmdir(folder)
 
     def remove(self) -> None:
-        """Deletes the folder of a finished job, whose parts are somewhere else now, but for what others put there."""
+        """Delete the files of this job after its parts became one file, and the folder if it is empty then."""
         delete_all(self.path, self.names)
         self.close()
 
-    # -- quarantined rows: a file a part while the job runs, one file when it is done
+    # -- the sink of a run
 
-    def _read_reasons(self, manifest: dict[str, Any]) -> None:
-        """The lines of each part's rows in the one file of a finished job."""
-        with suppress(FileNotFoundError), open(self.path / QUARANTINE, "rb") as file:
-            for entry in manifest["parts"]:
-                self._reasons[entry["part"]] = b"".join(file.readline() for _ in range(entry["rejected"]))
+    @property
+    def rows_done(self) -> int:
+        return sum(entry["rows"] + entry["rejected"] for entry in self.done.values())
 
-    def _has_reasons(self, entry: dict[str, Any], manifest: dict[str, Any] | None) -> bool:
-        if not entry["rejected"]:
-            return True
-        lines = self._reasons.get(entry["part"]) if manifest is not None else None
-        if manifest is None:
-            with suppress(FileNotFoundError):
-                lines = (self.path / quarantine_name(entry["part"])).read_bytes()
-        if lines is None or lines.count(b"\n") != entry["rejected"]:
-            return False
-        return "quarantine" not in entry or entry["quarantine"] == hashlib.sha256(lines).hexdigest()
+    def is_done(self, source: str, chunk: int) -> bool:
+        return (source, chunk) in self.done
 
-    def _split_off(self, entry: dict[str, Any]) -> None:
-        if entry["rejected"]:
-            lines = self._reasons[entry["part"]]
-            write_atomic(self.path / quarantine_name(entry["part"]), lambda p: p.write_bytes(lines))
+    def write(self, source: str, chunk: int, result: Result) -> None:
+        self.record(self.parts.write(source, chunk, result))
 
-    # -- parts
+    def fail(self, source: str, error: Exception) -> None:
+        """Log and note why a source could not be read to its end or does not fit the model; the first reason counts,
+        because each of its chunks may fail by itself."""
+        if source not in self.failed:
+            reason = printable(" ".join(str(error).split()))
+            logger.warning("%s: %s", source, reason)
+            self.failed[source] = reason
 
-    def write(
-        self, source: str, chunk: int, table: Any, rejected: list[tuple[int, str]], cells: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """A part under a hidden name, and its entry for the journal; `record` gives it its name."""
-        part = part_name(source, chunk, self.kind)
-        table = with_source(table, source) if self.named else table
-        return write_part(self.path, part, self.kind, source, chunk, table, rejected, cells)
-
-    def record(self, entry: dict[str, Any]) -> None:
-        """Note the part in the journal, then give it its name."""
-        entry = dict(entry)
-        place = self.path / entry["part"]
-        partial = place.with_name(entry.pop("partial"))
+    def record(self, draft: DraftEntry) -> None:
+        """Note a part in the journal, then give it its name."""
+        place = self.path / draft["part"]
+        partial = place.with_name(draft["partial"])
+        entry = cast(PartEntry, {key: value for key, value in draft.items() if key != "partial"})
         entry = signed(entry, self._job)
+        assert self._journal is not None
         line = json.dumps(entry).encode() + b"\n"
         try:
             while line:  # a full disk may take a piece of it
@@ -274,73 +262,36 @@ class Folder:
         sync(place.parent)
         self.done[entry["source"], entry["chunk"]] = entry
 
-    def finish(self, order: Iterable[str]) -> dict[str, Any]:
-        """The manifest, in the order of the sources; nothing is written any more."""
+    def finish(self, order: Iterable[str]) -> Manifest:
+        """Write the manifest, with the parts in the order of the sources, in place of the journal; returns it."""
         place = {name: i for i, name in enumerate(order)}
         parts = sorted(self.done.values(), key=lambda e: (place[e["source"]], e["chunk"]))
-
-        def gathered(path: Path) -> None:
-            with open(path, "wb") as out:
-                for entry in parts:
-                    if entry["rejected"]:
-                        out.write((self.path / quarantine_name(entry["part"])).read_bytes())
-
-        if any(e["rejected"] for e in parts):
-            write_atomic(self.path / QUARANTINE, gathered)
+        gather(self.path, parts)
         known = {e["part"] for e in parts}
         for name in files_below(self.path):
             if self.names.is_part(name) and name not in known:
                 self._set_aside(name)
-        self.finished = signed(
-            {
-                "rows": sum(e["rows"] for e in parts),
-                "rejected": sum(e["rejected"] for e in parts),
-                "failed": {name: self.failed[name] for name in place if name in self.failed},
-                "parts": parts,
-                "settings": self.settings,
-            },
-            self._job,
-        )
+        manifest: Manifest = {
+            "rows": sum(e["rows"] for e in parts),
+            "rejected": sum(e["rejected"] for e in parts),
+            "failed": {name: self.failed[name] for name in place if name in self.failed},
+            "parts": parts,
+            "settings": self.settings,
+        }
+        self.finished = signed(manifest, self._job)
         text = json.dumps(self.finished, indent=1) + "\n"
         write_atomic(self.path / MANIFEST, lambda p: p.write_text(text))
-        self._journal.close()
+        self._close_journal()
         self._sweep()
         return self.finished
 
-    def close(self) -> None:
+    def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
-        os.close(self._lock) if self._lock >= 0 else None
-        self._lock = -1
 
-
-def write_part(
-    folder: Path,
-    part: str,
-    kind: str,
-    source: str,
-    chunk: int,
-    table: Any,
-    rejected: list[tuple[int, str]],
-    cells: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A part under a hidden name, `partial`, and its quarantined rows, on the disk; the entry says what they are."""
-    found: dict[str, Any] = {"part": part, "source": source, "chunk": chunk, "rows": table.num_rows}
-    found |= {"rejected": len(rejected), **{k: v for k, v in (cells or {}).items() if v}}
-    for name in (part, quarantine_name(part)):
-        check_place(folder, name)
-    if rejected:
-        lines = "".join(json.dumps({"source": source, "row": r, "reason": why}) + "\n" for r, why in rejected).encode()
-        write_atomic(folder / quarantine_name(part), lambda p: p.write_bytes(lines))
-        found["quarantine"] = hashlib.sha256(lines).hexdigest()
-    path = folder / part
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary(path)
-    try:
-        write_table(table, partial, kind)
-        sync(partial)
-        return {**found, **identity(partial), "partial": partial.name}
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(partial)
-        raise
+    def close(self) -> None:
+        """Close the journal and let other processes lock the folder."""
+        self._close_journal()
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None

@@ -1,21 +1,24 @@
-"""Input columns that are carried over to the output."""
+"""Conversion of the input columns that are carried over to the output."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vbdl.tabular.cells import combined, floats
 from vbdl.tabular.reading import arrow
 
+if TYPE_CHECKING:
+    import pyarrow
 
-def as_settled(column: Any, name: str, kept: Mapping[str, Any]) -> Any:
-    """A kept column as one array of the type that was settled."""
+
+def as_settled(column: "pyarrow.ChunkedArray", name: str, kept: "Mapping[str, pyarrow.DataType]") -> "pyarrow.Array":
+    """A kept column as one array of the type that all parts of the job have."""
     pa = arrow()
-    column, kind = combined(column), kept.get(name)
-    if kind is None or column.type == kind:
-        return column
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_floating(kind) and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        values, missing, _ = floats(column, name)
+    array, kind = combined(column), kept.get(name)
+    if kind is None or array.type == kind:
+        return array
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_floating(kind) and (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+        values, missing, _ = floats(array, name)
         return pa.array(values, kind, mask=missing)
-    return column.cast(kind)
+    return array.cast(kind)

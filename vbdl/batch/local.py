@@ -1,115 +1,167 @@
-"""The engine of one machine: rows are read, computed and written at the same time, a chunk at each stage."""
+"""The engine of one machine reads, computes and writes at the same time, a chunk at each stage."""
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Generic, TypeVar
 
+import torch
+
+from vbdl.batch.run import Run, Sink
 from vbdl.batch.sources import Chunk, Source
 from vbdl.batch.worker import Misfit, Result, Worker
 
-_DONE = object()
+T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Another stage has ended."""
+    """Raised in a stage of the pipeline after another stage has ended."""
 
 
-def run(
-    worker: Worker,
-    sources: list[Source],
-    done: Callable[[str, int], bool],
-    write: Callable[[Source, Chunk, Result], None],
-    failed: Callable[[Source, Exception], None],
-    size: int,
-) -> None:
-    """Every chunk that is not done: read in one thread, computed in this one, written in a third.
+def run_local(run: Run[Sink], threads: int | None) -> None:
+    """Compute every chunk that is not done in this process.
 
-    At most one chunk waits between two stages, so that memory holds a few chunks, however many rows there are.
-    An error of a source, or that it does not fit the model, is given to `failed`, and the next source is read; any
-    other ends the run.
+    threads: that compute; all cores unless given.
     """
-    read: queue.Queue[Any] = queue.Queue(maxsize=1)
-    written: queue.Queue[Any] = queue.Queue(maxsize=1)
-    stop = threading.Event()
-    errors: list[BaseException] = []
-    unfit: set[str] = set()
+    job = run.job
+    with _threads(threads) as count:
+        worker = Worker(job, count)
+        worker.compile()
+        with run:
+            _Pipeline(run, worker).run()
 
-    def reading() -> None:
-        for source in sources:
-            try:
-                for chunk in source.chunks(size, lambda number, s=source: done(s.name, number)):
-                    if source.name in unfit:
-                        break
-                    _put(read, (source, chunk), stop)
-            except (ValueError, OSError) as error:
-                _put(read, (source, error), stop)
-        _put(read, _DONE, stop)
 
-    def writing() -> None:
-        for source, chunk, result in _items(written, stop):
-            write(source, chunk, result)
+class _Pipeline:
+    """Reads chunks in one thread, computes them in the calling one, writes their results in a third.
 
-    def guarded(stage: Callable[[], None]) -> None:
+    At most one chunk waits between two stages, so that memory holds a few chunks, however many rows there are. A
+    source that cannot be read or does not fit the model fails alone; any other error ends the run.
+    """
+
+    def __init__(self, run: Run[Sink], worker: Worker):
+        self._run, self._worker = run, worker
+        self._stop = threading.Event()
+        self._read: _Handover[tuple[Source, Chunk | Exception]] = _Handover(self._stop)
+        self._computed: _Handover[tuple[Source, Chunk, Result]] = _Handover(self._stop)
+        self._errors: list[BaseException] = []
+        self._misfits: set[str] = set()
+
+    def run(self) -> None:
+        reader = threading.Thread(target=self._guarded, args=(self._reading,), daemon=True)
+        writer = threading.Thread(target=self._guarded, args=(self._writing,), daemon=True)
+        reader.start()
+        writer.start()
+        try:
+            self._computing()
+            writer.join()
+        except Stopped:
+            pass
+        finally:
+            self._stop.set()
+            reader.join()
+            writer.join()
+        if self._errors:
+            raise self._errors[0]
+
+    def _guarded(self, stage: Callable[[], None]) -> None:
         try:
             stage()
         except Stopped:
             pass
         except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-            stop.set()
+            self._errors.append(error)
+            self._stop.set()
 
-    threads = [threading.Thread(target=guarded, args=(stage,), daemon=True) for stage in (reading, writing)]
-    for thread in threads:
-        thread.start()
-    try:
-        for source, found in _items(read, stop):
-            if isinstance(found, Exception):
-                failed(source, found)
+    def _reading(self) -> None:
+        run = self._run
+        for source in run.job.sources:
+            is_done = lambda number, name=source.name: run.sink.is_done(name, number)
+            try:
+                for chunk in source.chunks(run.job.options.chunk_rows, is_done):
+                    if source.name in self._misfits:
+                        break
+                    self._read.put((source, chunk))
+            except (ValueError, OSError) as error:
+                self._read.put((source, error))
+        self._read.end()
+
+    def _computing(self) -> None:
+        size = self._run.job.options.chunk_rows
+        for source, chunk in self._read:
+            if isinstance(chunk, Exception):
+                self._run.fail(source.name, chunk)
                 continue
-            if source.name in unfit:
+            if source.name in self._misfits:
                 continue
             try:
-                result = worker.compute(found)
+                result = self._worker.compute(chunk)
             except ValueError as error:
-                said = ValueError(f"{source.name}, rows {found.number * size} and after: {error}")
+                named = ValueError(f"{source.name}, rows {chunk.number * size} and after: {error}")
                 if not isinstance(error, Misfit):
-                    raise said from error
-                unfit.add(source.name)
-                failed(source, said)
+                    raise named from error
+                self._misfits.add(source.name)
+                self._run.fail(source.name, named)
                 continue
-            _put(written, (source, found, result), stop)
-        _put(written, _DONE, stop)
-        threads[1].join()
-    except Stopped:
-        pass
+            self._computed.put((source, chunk, result))
+        self._computed.end()
+
+    def _writing(self) -> None:
+        for source, chunk, result in self._computed:
+            self._run.write(source, chunk.number, result)
+
+
+class _Handover(Generic[T]):
+    """Hands items from one thread to another, with at most one waiting. Both ends raise Stopped once `stop` is set."""
+
+    def __init__(self, stop: threading.Event):
+        self._queue: queue.Queue[T | None] = queue.Queue(maxsize=1)
+        self._stop = stop
+
+    def put(self, item: T | None) -> None:
+        while True:
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def end(self) -> None:
+        """Tell the receiving thread that no item follows."""
+        self.put(None)
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            try:
+                item = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                if self._stop.is_set():
+                    raise Stopped from None
+                continue
+            if item is None:
+                return
+            yield item
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[int]:
+    """Yield the number of computing threads; inside, torch uses one thread in each, so that they do not compete."""
+    if count is not None and count < 1:
+        raise ValueError(f"workers is at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield count or available_cores()
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+        torch.set_num_threads(before)
 
 
-def _put(q: queue.Queue, item: Any, stop: threading.Event) -> None:
-    while True:
-        if stop.is_set():
-            raise Stopped
-        try:
-            q.put(item, timeout=0.1)
-            return
-        except queue.Full:
-            continue
-
-
-def _items(q: queue.Queue, stop: threading.Event) -> Iterator[Any]:
-    while True:
-        try:
-            item = q.get(timeout=0.1)
-        except queue.Empty:
-            if stop.is_set():
-                raise Stopped from None
-            continue
-        if item is _DONE:
-            return
-        yield item
+def available_cores() -> int:
+    """The cores that this process may use, or OMP_NUM_THREADS if that is fewer."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(threads)) if threads.isdigit() and int(threads) > 0 else cores

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock lets one process at a time write to a folder."""
 
 import errno
 import fcntl
@@ -9,23 +9,23 @@ from vbdl.batch.naming import LOCK, check_place
 
 
 def lock(path: Path) -> int:
-    """An open file that no other process can lock meanwhile. ValueError where one has it."""
+    """Lock the folder; returns the open lock file. Raises ValueError if another process holds the lock."""
     for _ in range(100):
         try:
-            found = _open_lock(path / LOCK)
+            handle = _open_lock(path / LOCK)
         except FileNotFoundError:  # removed with its folder by the process that had it
             path.mkdir(parents=True, exist_ok=True)
             continue
         try:
-            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(found), os.lstat(path / LOCK)):
-                return found
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.lstat(path / LOCK)):
+                return handle
         except FileNotFoundError:
             pass
         except BlockingIOError:
-            os.close(found)
+            os.close(handle)
             break
-        os.close(found)
+        os.close(handle)
     raise ValueError(f"another job is writing to {path}")
 
 

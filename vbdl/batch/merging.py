@@ -1,22 +1,25 @@
-"""Parts as one file, with its manifest and its quarantine beside it."""
+"""The parts of a finished job become one file, with a manifest and the quarantined rows beside it."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from vbdl.batch.arrays import join_arrays
 from vbdl.batch.folder import Folder
 from vbdl.batch.naming import QUARANTINE, STAGED, check_place
-from vbdl.batch.records import is_manifest, job_of, parsed, signed, written_at
+from vbdl.batch.records import FileIdentity, JobRecord, Manifest, is_manifest, job_of, parsed, signed, written_at
 from vbdl.batch.writing import identity, is_as_recorded, parquet_options, sink, sync, temporary
 from vbdl.tabular.reading import arrow
 
+if TYPE_CHECKING:
+    import pyarrow
+
 
 class Merged:
-    """An output that is one file, and what lies beside it. ValueError where that is not a job's.
+    """An output file and the two files beside it: its manifest and its quarantined rows.
 
     about: the manifest of the job that wrote it, None where there is none.
     """
@@ -25,28 +28,30 @@ class Merged:
         self.out = out
         self.manifest_path = out.with_name(f"{out.name}.manifest.json")
         self.quarantine_path = out.with_name(f"{out.name}.quarantine.jsonl")
-        self.about: dict[str, Any] | None = None
-        self.readable = True
+        self.about: Manifest | None = None
+        self._readable = True
         if check_place(out.parent, self.manifest_path.name):
-            self.about = parsed(self.manifest_path.read_bytes())
-            self.readable = self.about is not None and is_manifest(self.about)
+            record = parsed(self.manifest_path.read_bytes())
+            if record is not None and is_manifest(record):
+                self.about = record
+            self._readable = self.about is not None
 
     def damaged(self, verify: bool) -> list[str]:
-        """Names of the files that are not as the manifest says."""
+        """The names of the files whose content is not what the manifest says."""
         assert self.about is not None
         since = None if verify else written_at(self.manifest_path)
-        found = []
+        damaged = []
         for path, key in ((self.out, "output"), (self.quarantine_path, "quarantine")):
             record = self.about.get(key)  # none in manifests of vbdl 0.1
-            there = path.exists() if record is None else is_as_recorded(path, record, since)
-            if not there and (record is not None or key == "output"):
-                found.append(path.name)
-        return found
+            intact = path.exists() if record is None else is_as_recorded(path, record, since)
+            if not intact and (record is not None or key == "output"):
+                damaged.append(path.name)
+        return damaged
 
-    def check_free(self, settings: dict[str, Any]) -> None:
-        """ValueError where a job that begins would write over what is not its own."""
+    def check_free(self, settings: JobRecord) -> None:
+        """Raise ValueError if a new job would overwrite a file that it did not write."""
         restart = "restart=True (--restart)"
-        if not self.readable:
+        if not self._readable:
             raise ValueError(f"{self.manifest_path} is damaged, or no manifest of a job: {restart} replaces it")
         if self.out.exists() and self.about is not None and self.about["settings"] != settings:
             raise ValueError(
@@ -54,52 +59,53 @@ class Merged:
             )
         if self.out.exists() and self.about is None:
             raise ValueError(
-                f"{self.out} is there already, and not of a job that could be gone on with: {restart} replaces it"
+                f"{self.out} is there already, and no job that can be resumed wrote it: {restart} replaces it"
             )
-        if self.quarantine_path.exists() and not self._wrote(self.quarantine_path, "quarantine"):
-            raise ValueError(f"{self.quarantine_path} is there already, and of no job: {restart} replaces it")
+        if self.quarantine_path.exists() and not self._wrote_quarantine():
+            raise ValueError(f"{self.quarantine_path} is there already, and no job wrote it: {restart} replaces it")
 
-    def _wrote(self, path: Path, key: str) -> bool:
-        """Whether the job of the manifest wrote this file, and it is as it was."""
-        if self.about is None or not self.readable:
+    def _wrote_quarantine(self) -> bool:
+        """Whether the job of the manifest wrote the quarantine file, and nobody changed it since."""
+        if self.about is None:
             return False
-        record = self.about.get(key)
-        return bool(self.about["rejected"]) if record is None else is_as_recorded(path, record, None)
+        record = self.about.get("quarantine")
+        written = bool(self.about["rejected"])
+        return written if record is None else is_as_recorded(self.quarantine_path, record, None)
 
-    def write(self, job: Folder, replace: bool) -> dict[str, Any]:
-        """One part after the other into the file, then its manifest; the manifest. It can be done again after a kill at
-        any moment, to the same bytes. replace: whether files that hold something else may be written over."""
+    def write(self, job: Folder, replace: bool) -> Manifest:
+        """Write one part after the other into the file, then its manifest, which is returned. After a kill at any
+        moment it can be called again and writes the same bytes. replace: overwrite files of another content."""
         manifest = job.finished
         assert manifest is not None
         if not manifest["parts"]:
             raise ValueError(f"there is nothing to write: {'; '.join(manifest['failed'].values())}")
-        made = {k: v for k, v in manifest.items() if k != "check"}
+        merged = cast(Manifest, {key: value for key, value in manifest.items() if key != "check"})
         if manifest["rejected"]:
             copy = lambda path: shutil.copyfile(job.path / QUARANTINE, path)  # noqa: E731
-            made["quarantine"] = self._place(job, self.quarantine_path, copy, replace)
-        elif self.quarantine_path.exists() and self._wrote(self.quarantine_path, "quarantine"):
+            merged["quarantine"] = self._place(job, self.quarantine_path, copy, replace)
+        elif self.quarantine_path.exists() and self._wrote_quarantine():
             os.unlink(self.quarantine_path)
         # a part without a row may not know its columns, where no row of its chunk could be used
         with_rows = [e for e in manifest["parts"] if e["rows"]] or manifest["parts"][:1]
         parts = [job.path / e["part"] for e in with_rows]
-        made["output"] = self._place(job, self.out, lambda path: _merge(path, parts, job.kind), replace)
-        made = signed(made, job_of(manifest["settings"]))
-        text = json.dumps(made, indent=1) + "\n"
+        merged["output"] = self._place(job, self.out, lambda path: _merge(path, parts, job.parts.kind), replace)
+        merged = signed(merged, job_of(manifest["settings"]))
+        text = json.dumps(merged, indent=1) + "\n"
         self._place(job, self.manifest_path, lambda path: path.write_text(text), True)
-        return made
+        return merged
 
-    def _place(self, job: Folder, target: Path, write: Callable[[Path], object], replace: bool) -> dict[str, Any]:
+    def _place(self, job: Folder, target: Path, write: Callable[[Path], object], replace: bool) -> FileIdentity:
         staged = temporary(job.path / STAGED)
         write(staged)
         sync(staged)
-        made = identity(staged)
-        if target.exists() and not replace and not is_as_recorded(target, made, None):
+        written = identity(staged)
+        if target.exists() and not replace and not is_as_recorded(target, written, None):
             raise ValueError(
-                f"{target} is there, and not what the job makes: move it, or replace it with restart=True (--restart)"
+                f"{target} is there already with other content: move it, or replace it with restart=True (--restart)"
             )
         os.replace(staged, target)
         sync(target.parent)
-        return made
+        return written
 
 
 def _merge(out: Path, parts: Sequence[Path], kind: str) -> None:
@@ -117,28 +123,34 @@ def _merge(out: Path, parts: Sequence[Path], kind: str) -> None:
     elif kind == "parquet":
         import pyarrow.parquet
 
-        with sink(out) as file:
-            writer: Any = None
-            for path in parts:
-                with pa.OSFile(os.fsencode(path), "rb") as part:
-                    table = pyarrow.parquet.ParquetFile(part).read()
-                if writer is None:
-                    writer = pyarrow.parquet.ParquetWriter(file, table.schema, **parquet_options(table.schema))
-                writer.write_table(table)
-            writer.close()
+        read = lambda part: pyarrow.parquet.ParquetFile(part).read()  # noqa: E731
+        new = lambda file, schema: pyarrow.parquet.ParquetWriter(file, schema, **parquet_options(schema))  # noqa: E731
+        _copy_tables(out, parts, read, new)
     else:
-        with sink(out) as file:
-            writer = None
-            for path in parts:
-                with pa.OSFile(os.fsencode(path), "rb") as part:
-                    table = pa.ipc.open_file(part).read_all()
-                writer = writer or pa.ipc.new_file(file, table.schema)
-                writer.write_table(table)
-            writer.close()
+        _copy_tables(out, parts, lambda part: pa.ipc.open_file(part).read_all(), pa.ipc.new_file)
 
 
-def _header(file: Any) -> bytes:
-    """The line of names, which may have line breaks between quotes."""
+def _copy_tables(
+    out: Path,
+    parts: Sequence[Path],
+    read: "Callable[[pyarrow.OSFile], pyarrow.Table]",
+    new: "Callable[[pyarrow.OSFile, pyarrow.Schema], Any]",
+) -> None:
+    """Copy the tables of all parts to one file. new: opens a writer of Parquet or of Arrow."""
+    with sink(out) as file:
+        writer = None
+        for path in parts:
+            with arrow().OSFile(os.fsencode(path), "rb") as part:
+                table = read(part)
+            if writer is None:
+                writer = new(file, table.schema)
+            writer.write_table(table)
+        assert writer is not None
+        writer.close()
+
+
+def _header(file: BinaryIO) -> bytes:
+    """The header of a CSV file; quoted names in it may contain line breaks."""
     header = file.readline()
     while header.count(b'"') % 2 and (more := file.readline()):
         header += more

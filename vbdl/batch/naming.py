@@ -1,4 +1,4 @@
-"""The names of the files that a job writes, and which files of a folder can only be that job's.
+"""The names of the files that a job writes, by which a file is recognised as that job's.
 
 Whatever is read back from a disk is checked against these names before anything is replaced or deleted.
 """
@@ -8,7 +8,6 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 JOURNAL, MANIFEST, QUARANTINE, LOCK = "_journal.jsonl", "_manifest.json", "_quarantine.jsonl", "_lock"
 QUARANTINE_PARTS = "_quarantine"  # the folder of quarantined rows, a file a part, until they are gathered
@@ -21,7 +20,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<chunk>\d{5,18})(?P<suffix>\.[a-z]+)", re.D
 
 
 def part_name(source: str, chunk: int, kind: str) -> str:
-    """The name of a part: its source's, without the suffix of that, and the chunk's number."""
+    """The file name of a part: the name of its source without suffix, and the number of the chunk."""
     return f"{_stem(source)}-{chunk:05d}{FORMATS[kind]}"
 
 
@@ -35,7 +34,7 @@ def quarantine_name(part: str) -> str:
 
 
 def inside(name: str) -> bool:
-    """Whether a name of a part, relative to a folder, can only lie in that folder or below."""
+    """Whether a relative file name stays inside the folder it is resolved in."""
     try:
         os.fsencode(name)
     except UnicodeError:
@@ -45,9 +44,9 @@ def inside(name: str) -> bool:
 
 
 class Names:
-    """The files that a job of these settings writes into its folder. Settings read from a disk may be anything."""
+    """Recognises the files that a job with these settings writes. Settings read from a disk may be anything."""
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings: object):
         told = settings if isinstance(settings, dict) else {}
         kind, states = told.get("format"), told.get("input")
         names = [s.get("name") for s in states if isinstance(s, dict)] if isinstance(states, list) else []
@@ -56,19 +55,21 @@ class Names:
         self._stems = {stem for name in self.sources if inside(stem := _stem(name))}
 
     def is_part(self, name: str) -> bool:
-        found = _PART.fullmatch(name)
-        if found is None or self.kind is None or found["stem"] not in self._stems:
+        match = _PART.fullmatch(name)
+        if match is None or self.kind is None or match["stem"] not in self._stems:
             return False
-        return name == f"{found['stem']}-{int(found['chunk']):05d}{FORMATS[self.kind]}"
+        return name == f"{match['stem']}-{int(match['chunk']):05d}{FORMATS[self.kind]}"
 
-    def is_the_part_of(self, name: str, source: Any, chunk: Any) -> bool:
-        """Whether the job would have called this chunk of this source so."""
+    def is_the_part_of(self, name: str, source: object, chunk: object) -> bool:
+        """Whether this is the name that the job gives to this chunk of this source."""
         if self.kind is None or not isinstance(source, str) or source not in self.sources:
             return False
-        return type(chunk) is int and chunk >= 0 and inside(name) and name == part_name(source, chunk, self.kind)
+        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 0:
+            return False
+        return inside(name) and name == part_name(source, chunk, self.kind)
 
     def is_in_work(self, name: str) -> bool:
-        """Whether it is a file that is gone when the job is done: its journal, or what is not written to its end."""
+        """Whether the file exists only while the job runs: its journal, or a file that is not completely written."""
         above, _, last = name.rpartition("/")
         if (unfinished := _TEMPORARY.fullmatch(last)) is not None:
             whole = f"{above}/{unfinished['name']}" if above else unfinished["name"]
@@ -79,8 +80,8 @@ class Names:
 
 
 def check_place(folder: Path, name: str) -> bool:
-    """Whether there is a file of this name in the folder. ValueError where there is anything but a file, or where
-    the way to it leads through a link: it would be read, replaced or deleted somewhere else."""
+    """Whether the folder contains a file of this name. Raises ValueError if the name is of a link or a folder, or its
+    path leads through a link: the file would be read, replaced or deleted somewhere else."""
     path = folder
     words = name.split("/")
     for number, word in enumerate(words):
@@ -97,8 +98,8 @@ def check_place(folder: Path, name: str) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Names, relative to the folder, of all files in it and below; no link is followed. Files may go meanwhile: an
-    actor of a killed job ends by itself."""
+    """The relative names of all files in the folder and below; links are not followed. Files may vanish meanwhile,
+    because an actor of a killed job ends by itself."""
     for above, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):

@@ -1,107 +1,140 @@
-"""The engine of many machines: Ray Data hands out chunks, actors that hold the compiled predictor read, compute and
-write them.
+"""The engine of many machines: Ray Data hands out chunks, and actors with a compiled predictor read, compute and write
+them.
 
 What travels is the description of a chunk and, back, the journal's entry of a part: rows go from the input's storage
 to an actor and from there to the output's, which on several machines is storage that all of them see. An actor leaves
-a part under a hidden name; the job notes it in the journal and gives it its name. Parts are the local engine's, written
-by the same code, with the same bytes: nothing depends on the order in which actors finish,
-vectors stay plain Arrow lists, and no reader meets a half-written file. Ray's own checkpoint (`CheckpointConfig`) is
-not used, because it promises none of this; the folder's journal is what a killed job goes on from.
+a part under a hidden name; the driver notes it in the journal and gives it its name. Parts are the local engine's,
+written by the same code, with the same bytes: nothing depends on the order in which actors finish, vectors stay plain
+Arrow lists, and no reader meets a half-written file. Ray's own checkpoint (`CheckpointConfig`) is not used, because it
+promises none of this; a killed job is resumed from the folder's journal.
 """
 
+import dataclasses
 import json
 import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypedDict
 
-from vbdl.batch.folder import Folder, write_part
-from vbdl.batch.naming import part_name
-from vbdl.batch.settling import Settled
-from vbdl.batch.sources import Source
+from vbdl.batch.folder import Folder
+from vbdl.batch.job import Job
+from vbdl.batch.parts import PartWriter
+from vbdl.batch.records import DraftEntry
+from vbdl.batch.run import Run
+from vbdl.batch.sources import Chunk
 from vbdl.batch.table_file import TableFile
 from vbdl.batch.worker import Misfit, Worker
-from vbdl.batch.writing import with_source
 from vbdl.engine import Predictor
-from vbdl.tabular import Schema
 from vbdl.tabular.reading import format_of
-
-logger = logging.getLogger("vbdl")
 
 INSTALL = "the engine 'ray' needs Ray 2.59 or later: pip install 'vbdl[ray]'"
 _SPARE = 0.5  # of a CPU, left for what is no actor: with none left a job can wait for itself for ever
 _STALLED = 600.0  # seconds without a part after which a job is given up
 
 
-def run_ray(
-    model: Any,
-    schema: Schema | None,
-    settled: Settled,
-    job: Folder,
-    workers: int | None,
-    on_error: str,
-    progress: bool | None,
-    ray_options: Mapping[str, Any],
-) -> None:
-    """Every chunk that is not done, on Ray. workers: actors; all CPUs but one unless given.
+class Unit(TypedDict):
+    """The work that an actor gets at a time: one chunk of a source, or the whole source if chunk is None."""
 
-    ray_options: for `ray.init`, where Ray is not running yet. ValueError where the actors could never start.
+    source: str
+    chunk: int | None
+
+
+class Written(TypedDict):
+    """The report of an actor on a chunk: the part that it wrote, or no part if the run stops at a rejected row."""
+
+    source: str
+    entry: DraftEntry | None
+    rejected: list[tuple[int, str]]
+
+
+class Failed(TypedDict):
+    """The report of an actor on a source that could not be read to its end, or does not fit the model."""
+
+    source: str
+    failed: str
+
+
+class Ended(TypedDict):
+    """The report of an actor on an error that ends the run."""
+
+    error: str
+
+
+Outcome = Written | Failed | Ended
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The description of a run that every actor gets when it starts."""
+
+    job: Job
+    parts: PartWriter
+    done: frozenset[tuple[str, int]]  # (source, chunk)
+    stops: bool
+    on_gpu: bool
+
+
+def run_ray(run: Run[Folder], actors: int | None, options: Mapping[str, Any]) -> None:
+    """Compute every chunk that is not done, on Ray.
+
+    actors: all CPUs but one unless given. options: for `ray.init`, where Ray is not running yet. ValueError if the
+    actors could never start.
     """
-    from vbdl.batch.predicting import _Rows, fail, stop_at
-
-    sources, options = settled.sources, settled.options
-    ray = _start(ray_options)
-    workers, share, gpus = _resources(ray, workers)
-    units = _units(sources, options.chunk_rows, job)
-    with _Rows(sources, progress) as bar:
-        for entry in job.done.values():
-            bar.add(entry["rows"] + entry["rejected"], timed=False)
+    ray = _start(options)
+    actors, share, gpus = _resources(ray, actors)
+    job, folder = run.job, run.sink
+    units = _units(job, folder)
+    with run:
         if not units:
             return
-        named = {s.name: s for s in sources}
-        arguments = {
-            "model": _portable(model), "schema": schema, "sources": named, "options": options, "kept": settled.kept,
-            "folder": str(job.path.resolve()), "kind": job.kind, "named": job.named, "done": list(job.done),
-            "gpu": gpus > 0, "on_error": on_error,
-        }  # fmt: skip
+        model = job.model if isinstance(job.model, Predictor) else Path(job.model).resolve()
+        assignment = Assignment(
+            job=dataclasses.replace(job, model=model),
+            parts=dataclasses.replace(folder.parts, folder=folder.path.resolve()),
+            done=frozenset(folder.done),
+            stops=run.stops,
+            on_gpu=gpus > 0,
+        )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1 << 20  # descriptions are small: a block each, so that actors share them out
         data = ray.data.from_items([{"unit": json.dumps(u)} for u in units], override_num_blocks=len(units))
-        made = data.map_batches(
+        computed = data.map_batches(
             _Actor,
-            fn_constructor_kwargs={"arguments": arguments},
+            fn_constructor_kwargs={"assignment": assignment},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(units))),
             num_cpus=share,
             num_gpus=gpus,
         )
         last = time.monotonic()
-        for row in made.iter_rows():
-            for found in json.loads(row["entries"]):
+        for row in computed.iter_rows():
+            for outcome in json.loads(row["outcomes"]):
                 last = time.monotonic()
-                _settle(found, named, job, on_error, bar, fail, stop_at)
+                _settle(run, outcome)
             if time.monotonic() - last > _STALLED:
-                raise RuntimeError(f"no part was finished in {_STALLED:.0f} s: the job can be gone on with")
+                raise RuntimeError(f"no part was finished in {_STALLED:.0f} s: start the same job again to resume it")
 
 
-def _settle(found, named, job, on_error, bar, fail, stop_at) -> None:
-    if "error" in found:
-        raise ValueError(found["error"])
-    source = named[found["source"]]
-    if "failed" in found:
-        fail(job, source, ValueError(found["failed"]), on_error)
+def _settle(run: Run[Folder], outcome: Outcome) -> None:
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    if "failed" in outcome:
+        run.fail(outcome["source"], ValueError(outcome["failed"]))
         return
-    stop_at(source, [tuple(r) for r in found["first"]], on_error)
-    job.record(found["entry"])
-    bar.add(found["entry"]["rows"] + found["entry"]["rejected"])
+    run.check_rejected(outcome["source"], outcome["rejected"])
+    entry = outcome["entry"]
+    assert entry is not None
+    run.sink.record(entry)
+    run.count(entry["rows"] + entry["rejected"])
 
 
-def _start(options: Mapping[str, Any]) -> Any:
-    """Ray, its usage reports off; the cluster of RAY_ADDRESS, or one of this machine."""
+def _start(options: Mapping[str, Any]) -> ModuleType:
+    """The module ray, connected to the cluster of RAY_ADDRESS or to a new one here, without usage reports."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -113,109 +146,90 @@ def _start(options: Mapping[str, Any]) -> Any:
     if version < (2, 59):  # tables with Ray's extension types ran code when they were read
         raise ValueError(f"{INSTALL}; this is {ray.__version__}")
     if not ray.is_initialized():
-        given = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
-        ray.init(**{**given, **options})
+        defaults = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
+        ray.init(**{**defaults, **options})
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     return ray
 
 
-def _resources(ray: Any, workers: int | None) -> tuple[int, float, float]:
-    """Actors, and the CPUs and GPUs of each. ValueError where they would wait for ever."""
+def _resources(ray: ModuleType, actors: int | None) -> tuple[int, float, float]:
+    """(actors, CPUs of each, GPUs of each). Raises ValueError if the actors would wait for ever."""
     total = float(ray.cluster_resources().get("CPU", 0))
     free = float(ray.available_resources().get("CPU", 0))
     gpus = float(ray.cluster_resources().get("GPU", 0))
-    if workers is None:
-        workers = max(1, int(gpus) if gpus else int(total) - 1)
-    if workers < 1:
-        raise ValueError(f"workers is at least 1, got {workers}")
-    share = min(1.0, (total - _SPARE) / workers)
+    if actors is None:
+        actors = max(1, int(gpus) if gpus else int(total) - 1)
+    if actors < 1:
+        raise ValueError(f"workers is at least 1, got {actors}")
+    share = min(1.0, (total - _SPARE) / actors)
     if share <= 0:
         raise ValueError(f"the cluster has {total:g} CPUs, and a job needs more than {_SPARE}")
     share = int(share * 10_000) / 10_000  # Ray counts in ten-thousandths
-    if workers * share > free:
+    if actors * share > free:
         raise ValueError(
-            f"{workers} actors need {workers * share:.2g} CPUs and {free:g} of {total:g} are free: the job would wait "
+            f"{actors} actors need {actors * share:.2g} CPUs and {free:g} of {total:g} are free: the job would wait "
             f"for other work on this cluster to end. Start it with fewer workers, or later"
         )
-    return workers, share, gpus / workers if gpus else 0.0
+    return actors, share, gpus / actors if gpus else 0.0
 
 
-def _units(sources: list[Source], size: int, job: Folder) -> list[dict[str, Any]]:
-    """What an actor is given at a time: a chunk where a source can be entered at any row, else a whole source."""
-    units = []
-    for source in sources:
+def _units(job: Job, folder: Folder) -> list[Unit]:
+    """The chunks that are not done, and, for a source that cannot be entered at any row, the whole source."""
+    units: list[Unit] = []
+    for source in job.sources:
         entered_anywhere = not (isinstance(source, TableFile) and format_of(source.path) in ("csv", "ipc"))
         rows = source.count() if entered_anywhere else None
         if rows is None:
             units.append({"source": source.name, "chunk": None})
             continue
-        wanted = [n for n in range(-(-rows // size)) if (source.name, n) not in job.done]
-        units += [{"source": source.name, "chunk": n} for n in wanted]
+        chunks = range(-(-rows // job.options.chunk_rows))
+        units += [Unit(source=source.name, chunk=n) for n in chunks if not folder.is_done(source.name, n)]
     return units
 
 
-def _portable(model: Any) -> Any:
-    """A saved model by its folder, another as what it is made of."""
-    if not isinstance(model, Predictor):
-        return str(Path(model).resolve())
-    settings = model.settings
-    kept = {"memory_budget": settings.memory_budget, "chunk_size": settings.chunk_size, "autocast": settings.autocast}
-    return model.posterior, model.likelihood, model.n_samples, model.seed, {**kept, "joint": settings.joint}
-
-
 class _Actor:
-    """Holds the predictor; takes descriptions of chunks, gives entries of the parts it has written."""
+    """Holds a predictor; computes and writes the chunks that it gets, and returns their journal entries."""
 
-    def __init__(self, arguments: dict[str, Any]):
+    def __init__(self, assignment: Assignment):
         import torch
 
         torch.set_num_threads(1)
-        self.a = arguments
-        model = arguments["model"]
-        if isinstance(model, tuple):
-            posterior, likelihood, n_samples, seed, settings = model
-            model = Predictor(posterior, likelihood, n_samples, seed, **settings)
-        self.worker = Worker(model, arguments["options"], arguments["schema"], kept=arguments["kept"])
-        if arguments["gpu"]:
-            self.worker.predictor = self.worker.predictor.replace(device="cuda")
-        self.done = set(map(tuple, arguments["done"]))
+        self._assignment, self._job = assignment, assignment.job
+        self._sources = {source.name: source for source in self._job.sources}
+        self._worker = Worker(self._job)
+        if assignment.on_gpu:
+            self._worker.predictor = self._worker.predictor.replace(device="cuda")
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        found = [entry for unit in batch["unit"] for entry in self._unit(json.loads(str(unit)))]
-        return {"entries": [json.dumps(found)]}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        outcomes = [outcome for unit in batch["unit"] for outcome in self._unit(json.loads(str(unit)))]
+        return {"outcomes": [json.dumps(outcomes)]}
 
-    def _unit(self, unit: dict[str, Any]) -> list[dict[str, Any]]:
-        name, wanted = unit["source"], unit["chunk"]
-        source, size = self.a["sources"][name], self.a["options"].chunk_rows
-        found: list[dict[str, Any]] = []
+    def _unit(self, unit: Unit) -> list[Outcome]:
+        name, wanted, size = unit["source"], unit["chunk"], self._job.options.chunk_rows
+        outcomes: list[Outcome] = []
 
         def skip(number: int) -> bool:
-            return (name, number) in self.done or (wanted is not None and number < wanted)
+            return (name, number) in self._assignment.done or (wanted is not None and number < wanted)
 
         try:
-            for chunk in source.chunks(size, skip):
+            for chunk in self._sources[name].chunks(size, skip):
                 try:
-                    found.append(self._part(name, chunk))
+                    outcomes.append(self._part(name, chunk))
                 except ValueError as error:
-                    said = f"{name}, rows {chunk.number * size} and after: {error}"
+                    message = f"{name}, rows {chunk.number * size} and after: {error}"
                     if not isinstance(error, Misfit):
-                        return [{"error": said}]
-                    found.append({"source": name, "failed": said})
+                        return [{"error": message}]
+                    outcomes.append({"source": name, "failed": message})
                     break
                 if wanted is not None:
                     break
         except (ValueError, OSError) as error:
-            found.append({"source": name, "failed": str(error)})
-        return found
+            outcomes.append({"source": name, "failed": str(error)})
+        return outcomes
 
-    def _part(self, name: str, chunk: Any) -> dict[str, Any]:
-        result = self.worker.compute(chunk)
-        if self.a["on_error"] == "stop" and result.rejected:
-            return {"source": name, "first": result.rejected[:1], "entry": None}
-        part = part_name(name, chunk.number, self.a["kind"])
-        folder, kind = Path(self.a["folder"]), self.a["kind"]
-        table = result.table
-        if self.a["named"]:
-            table = with_source(table, name)
-        entry = write_part(folder, part, kind, name, chunk.number, table, result.rejected, asdict(result.cells))
-        return {"source": name, "first": result.rejected[:1], "entry": entry}
+    def _part(self, name: str, chunk: Chunk) -> Outcome:
+        result = self._worker.compute(chunk)
+        if self._assignment.stops and result.rejected:
+            return {"source": name, "entry": None, "rejected": result.rejected[:1]}
+        entry = self._assignment.parts.write(name, chunk.number, result)
+        return {"source": name, "entry": entry, "rejected": []}

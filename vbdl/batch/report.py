@@ -1,16 +1,18 @@
-"""What a batch job has done, for people and programs."""
+"""The report of a batch job, for people and programs."""
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from vbdl.batch.records import Manifest, PartEntry
 from vbdl.batch.sources import printable
 
 
 @dataclass
-class Report:
-    """What a job has done, all its runs together but for the seconds. resumed: parts that were there from before."""
+class JobReport:
+    """What a job did in all its runs together, in the seconds of the last one. resumed: parts of earlier runs."""
 
     rows: int
     rejected: int
@@ -58,12 +60,12 @@ def _counted(n: int, word: str) -> str:
 
 
 def report_of(
-    manifest: dict[str, Any], seconds: float, resumed: int, out: Path, quarantine: Path, damaged: list[str]
-) -> Report:
-    """A job's report, from its manifest. damaged: names of files that are written again."""
+    manifest: Manifest, seconds: float, resumed: int, out: Path, quarantine: Path, damaged: list[str]
+) -> JobReport:
+    """The report of the job with this manifest. damaged: names of the files that were written again."""
     parts = manifest["parts"]
     path = quarantine if manifest["rejected"] else None
-    return Report(
+    return JobReport(
         rows=manifest["rows"],
         rejected=manifest["rejected"],
         seconds=seconds,
@@ -79,7 +81,7 @@ def report_of(
     )
 
 
-def _summed(parts: list[dict[str, Any]], key: str) -> dict[str, int]:
+def _summed(parts: list[PartEntry], key: Literal["unseen", "filled"]) -> dict[str, int]:
     total: dict[str, int] = {}
     for entry in parts:
         for name, count in entry.get(key, {}).items():
@@ -93,3 +95,10 @@ def _first_lines(path: Path | None) -> list[str]:
     with open(path) as file:
         lines = [json.loads(line) for _, line in zip(range(3), file, strict=False)]
     return [f"{e['source']}, row {e['row']}: {e['reason']}" for e in lines]
+
+
+def __getattr__(name: str) -> type[JobReport]:
+    if name != "Report":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("vbdl.batch.report.Report is called JobReport now", DeprecationWarning, stacklevel=2)
+    return JobReport

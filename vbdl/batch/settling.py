@@ -1,53 +1,46 @@
-"""What is the same in all parts of a job, settled before the first row is computed: inputs, and types of kept columns.
+"""All parts of a job have the same inputs and the same types of kept columns: both are settled before the first row.
 
 Each file has its own idea of a column's type, and the first rows of a CSV file say little about the later ones.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vbdl.batch.sources import Source
+from vbdl.batch.job import Job
 from vbdl.batch.table_file import TableFile
-from vbdl.batch.worker import Options
-from vbdl.tabular import Schema
 from vbdl.tabular.reading import arrow
 
-
-@dataclass
-class Settled:
-    """A job's sources and options, and the Arrow types of the input columns in its output."""
-
-    sources: list[Source]
-    options: Options
-    kept: dict[str, Any]
+if TYPE_CHECKING:
+    import pyarrow
 
 
-def settle(sources: list[Source], options: Options, schema: Schema | None) -> Settled:
-    """Look at every file once. ValueError where a kept column has types that no one column can hold."""
+def settle(job: Job) -> Job:
+    """The job with its inputs and the types of its kept columns filled in, from one look at each file. Raises
+    ValueError if the types of a kept column have no type in common."""
+    sources, options, keep = job.sources, job.options, job.options.keep
     files = [s for s in sources if isinstance(s, TableFile)]
-    if schema is None and options.inputs is None and (inputs := _inputs(files, options.keep)) is not None:
+    if job.schema is None and options.inputs is None and (inputs := _inputs(files, keep)) is not None:
         options = dataclasses.replace(options, inputs=tuple(inputs))
-        columns = list(dict.fromkeys([*inputs, *options.keep]))
-        sources = [
+        columns = list(dict.fromkeys([*inputs, *keep]))
+        sources = tuple(
             dataclasses.replace(s, columns=columns, numeric=inputs) if isinstance(s, TableFile) else s for s in sources
-        ]
+        )
         files = [s for s in sources if isinstance(s, TableFile)]
-    kept: dict[str, Any] = {}
-    if options.keep and files:
+    kept: dict[str, pyarrow.DataType] = {}
+    if keep and files:
         types = [(file.name, known) for file in files if (known := file.types()) is not None]
-        for name in options.keep:
+        for name in keep:
             of_files = [(file, known[name]) for file, known in types if name in known]
             if of_files:
                 kept[name] = _common(name, of_files)
-    return Settled(sources, options, kept)
+    return dataclasses.replace(job, sources=sources, options=options, kept=kept)
 
 
 def _inputs(files: Sequence[TableFile], keep: Sequence[str]) -> list[str] | None:
-    """The columns of numbers of the first file, which are then those of all; None where it has vectors, or nothing."""
+    """The columns of numbers in the first file, which all files must have; None if it has vectors or no numbers."""
     if not any(file.is_csv for file in files):
         return None
     types = next((known for file in files if (known := file.types(every=True)) is not None), {})
@@ -58,8 +51,8 @@ def _inputs(files: Sequence[TableFile], keep: Sequence[str]) -> list[str] | None
     return [n for n in numbers if n not in keep] or None
 
 
-def _common(name: str, types: Sequence[tuple[str, Any]]) -> Any:
-    """The narrowest type that holds all cells as they are: a number where that is exact, text where it is not."""
+def _common(name: str, types: "Sequence[tuple[str, pyarrow.DataType]]") -> "pyarrow.DataType":
+    """The narrowest type that holds all cells exactly: a number type if there is one, else text."""
     pa = arrow()
     check = pa.types
     distinct = list(dict.fromkeys(kind for _, kind in types if not check.is_null(kind)))
@@ -81,6 +74,6 @@ def _common(name: str, types: Sequence[tuple[str, Any]]) -> Any:
     return pa.large_string() if any(check.is_large_string(kind) for kind in plain) else pa.string()
 
 
-def _holds(kind: Any, low: int, high: int) -> bool:
+def _holds(kind: "pyarrow.DataType", low: int, high: int) -> bool:
     limits = np.iinfo(kind.to_pandas_dtype())
     return bool(limits.min <= low and high <= limits.max)

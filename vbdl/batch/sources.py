@@ -1,4 +1,4 @@
-"""Where rows come from: arrays, images, tables in memory and data sets, a chunk at a time (files of tables:
+"""Sources of rows, read a chunk at a time: arrays, images, tables in memory and data sets (files of tables are in
 `vbdl.batch.table_file`).
 
 A source cuts its rows into chunks of a given size, numbered from 0, whatever pieces its file is stored in. Chunks that
@@ -13,13 +13,20 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vbdl.tabular.reading import files_of
+from vbdl.types import Inputs
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+"""What JSON holds."""
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _DIMENSIONS = 32  # of an array: NumPy's own limit is 64, and a network's input has a handful
@@ -31,36 +38,40 @@ class Chunk:
 
     number: int
     rows: np.ndarray  # (n,) int64 row numbers in the source
-    data: Any  # a pyarrow.Table, or tensors in the form the network takes, of the same n rows
+    data: "pyarrow.Table | Inputs"  # the same n rows
     rejected: list[tuple[int, str]] = field(default_factory=list)  # (row number, reason), rows that are not in data
 
 
+@runtime_checkable
 class Source(Protocol):
-    """One file, table or data set."""
+    """One file, table or data set. Inherit from it: `version` has a default."""
 
     name: str
 
-    def state(self) -> dict[str, Any]:
-        """What changes when the source does, and is the same for a copy with the same times. A source that can change
-        while it is read has `version()` too, which differs after any write or replacement."""
+    def state(self) -> dict[str, Json]:
+        """JSON that changes when the source does, and is equal for a copy of a file with the same times."""
         ...
 
+    def version(self) -> object:
+        """A value that differs after the source was written to or replaced; it is compared before and after reading.
+
+        `state()`, unless the source can change while it is read.
+        """
+        return self.state()
+
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
-        """Chunks of `size` rows, those not wanted left out. ValueError with the place where it cannot be read."""
+        """Chunks of `size` rows, without those that `skip(number)` is true for. ValueError that names the place where
+        the source cannot be read."""
         ...
 
     def count(self) -> int | None:
-        """Rows, where that is known without reading them."""
+        """The number of rows, or None if it is not known before they are read."""
         ...
 
 
-def version_of(source: Source) -> Any:
-    """What is compared before and after a source is read."""
-    return source.version() if hasattr(source, "version") else source.state()  # type: ignore[attr-defined]
-
-
 def file_version(path: Path) -> tuple[int, ...] | None:
-    """What differs after a file was written to, replaced (None: removed), or given other times or permissions."""
+    """A value that differs after a file was written to, replaced, or given other times or permissions; None if there is
+    no file."""
     try:
         about = os.stat(path)
     except OSError:
@@ -69,7 +80,7 @@ def file_version(path: Path) -> tuple[int, ...] | None:
 
 
 def printable(text: str) -> str:
-    """Text in which bytes of a file's name that are not UTF-8 are written as %E9."""
+    """The text with bytes of file names that are not UTF-8 written like %E9."""
     return re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text)
 
 
@@ -78,16 +89,16 @@ def one_line(error: BaseException) -> str:
 
 
 @dataclass
-class ArrayFile:
+class ArrayFile(Source):
     """A .npy file of numbers, rows first."""
 
     path: Path
     name: str
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Json]:
         return file_state(self.path, self.name)
 
-    def version(self) -> Any:
+    def version(self) -> tuple[int, ...] | None:
         return file_version(self.path)
 
     def count(self) -> int | None:
@@ -97,7 +108,7 @@ class ArrayFile:
             return None  # said where it is read
 
     def _header(self) -> tuple[tuple[int, ...], np.dtype, int]:
-        """(shape, dtype, place of the first number); no more rows than the file has room for are believed."""
+        """(shape, dtype, byte offset of the first number). Raises ValueError for a shape that is no shape of rows."""
         with open(self.path, "rb") as file:
             try:
                 version = np.lib.format.read_magic(file)
@@ -137,15 +148,15 @@ class ArrayFile:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """What a model takes of an image: (channels, height, width), (height, width, channels) or (height, width), of
-    numbers in [0, 1] where its dtype is floating, and of bytes where not."""
+    """The shape and dtype that a model takes of an image: (channels, height, width), (height, width, channels) or
+    (height, width), with numbers in [0, 1] if the dtype is floating-point, else 0 to 255."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
     @property
     def mode(self) -> str | None:
-        """The mode of Pillow with these channels; None where they are those of no image."""
+        """The mode of Pillow with this number of channels, or None if no mode has it."""
         return {1: "L", 3: "RGB", 4: "RGBA"}.get(self._channels)
 
     @property
@@ -155,20 +166,20 @@ class ImageRow:
         return self.shape[0] if self.shape[0] in (1, 3, 4) else self.shape[-1]
 
     def of(self, values: np.ndarray) -> Tensor:
-        """The row of (height, width, channels) bytes. ValueError for an image of another size."""
-        found = torch.from_numpy(values)
+        """The row for an image of (height, width, channels) bytes. Raises ValueError for an image of another size."""
+        row = torch.from_numpy(values)
         if len(self.shape) == 2:
-            found = found.squeeze(2)
+            row = row.squeeze(2)
         elif self.shape[0] in (1, 3, 4):
-            found = found.permute(2, 0, 1)
-        if tuple(found.shape) != self.shape:
-            raise ValueError(f"the image is {tuple(found.shape)}, and the model takes {self.shape}")
-        return found.to(self.dtype) / 255 if self.dtype.is_floating_point else found.to(self.dtype)
+            row = row.permute(2, 0, 1)
+        if tuple(row.shape) != self.shape:
+            raise ValueError(f"the image is {tuple(row.shape)}, and the model takes {self.shape}")
+        return row.to(self.dtype) / 255 if self.dtype.is_floating_point else row.to(self.dtype)
 
 
 @dataclass
-class ImageFolder:
-    """Images of a folder and below, by name. (channels, height, width) in [0, 1], all of one size.
+class ImageFolder(Source):
+    """The images in a folder and below, sorted by name, as (channels, height, width) in [0, 1]; all have one size.
 
     row: of the model, in place of that. transform: (channels, height, width) -> what the network takes, for one image.
     """
@@ -178,18 +189,17 @@ class ImageFolder:
     mode: str = "RGB"  # of Pillow: "L" for grey
     transform: Callable[[Tensor], Tensor] | None = None
     row: ImageRow | None = None
-    identity = "path"
 
     def __post_init__(self):
         self.files = files_of(self.path, IMAGES)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Json]:
         return {
             "name": self.name,
             "files": [file_state(f, printable(str(f.relative_to(self.path)))) for f in self.files],
         }
 
-    def version(self) -> Any:
+    def version(self) -> list[tuple[int, ...] | None]:
         return [file_version(f) for f in self.files]
 
     def count(self) -> int | None:
@@ -226,19 +236,27 @@ class ImageFolder:
         values = values[..., None] if values.ndim == 2 else values
         if row is not None:
             return row.of(values)
-        found = torch.from_numpy(values).permute(2, 0, 1).float() / 255
-        return found if self.transform is None else self.transform(found)
+        pixels = torch.from_numpy(values).permute(2, 0, 1).float() / 255
+        return pixels if self.transform is None else self.transform(pixels)
+
+
+class Items(Protocol):
+    """A map-style data set of torch, or anything else of a length with items by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass
-class DatasetSource:
+class DatasetSource(Source):
     """A map-style data set of inputs, or of (input, target) pairs, whose targets are not looked at."""
 
-    dataset: Any
+    dataset: Items
     name: str = "dataset"
     pairs: bool | None = None  # whether an item is (input, target); tuples of two are, unless told otherwise
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Json]:
         return {"name": self.name, "rows": len(self.dataset)}
 
     def count(self) -> int | None:
@@ -266,13 +284,13 @@ class DatasetSource:
 
 
 @dataclass
-class MemoryTable:
-    """A pyarrow.Table."""
+class MemoryTable(Source):
+    """A pyarrow.Table in memory."""
 
-    table: Any
+    table: "pyarrow.Table"
     name: str = "table"
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Json]:
         return {"name": self.name, "rows": self.table.num_rows, "bytes": self.table.nbytes}
 
     def count(self) -> int | None:
@@ -285,6 +303,6 @@ class MemoryTable:
                 yield Chunk(number, np.arange(number * size, number * size + part.num_rows), part)
 
 
-def file_state(path: Path, name: str) -> dict[str, Any]:
+def file_state(path: Path, name: str) -> dict[str, Json]:
     about = os.stat(path)
     return {"name": name, "bytes": about.st_size, "modified": about.st_mtime_ns}

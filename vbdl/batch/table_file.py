@@ -1,19 +1,23 @@
-"""Rows of CSV, Parquet and Arrow files, a chunk at a time."""
+"""Files of tables are read a chunk at a time: Parquet and Arrow here, CSV in `vbdl.batch.csv_file`."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vbdl.batch.sources import Chunk, file_state, file_version, one_line
-from vbdl.tabular.reading import Reading, arrow, compute, csv_options, format_of, read_options
+from vbdl.batch.csv_file import CsvFile
+from vbdl.batch.sources import Chunk, Json, Source, file_state, file_version, one_line
+from vbdl.tabular.reading import Reading, arrow, format_of
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
-def rechunked(batches: Iterator[Any], size: int, first: int) -> Iterator[tuple[int, Any]]:
+def rechunked(batches: "Iterator[pyarrow.RecordBatch]", size: int, first: int) -> "Iterator[tuple[int, pyarrow.Table]]":
     """(number, table) of `size` rows from record batches of any size; `first` is the number of the first."""
     pa = arrow()
     held, rows, number = [], 0, first
@@ -31,8 +35,8 @@ def rechunked(batches: Iterator[Any], size: int, first: int) -> Iterator[tuple[i
 
 
 @dataclass
-class TableFile:
-    """A CSV, Parquet or Arrow file. columns: those to read, all unless given."""
+class TableFile(Source):
+    """A CSV, Parquet or Arrow file. columns: the columns to read; all unless given."""
 
     path: Path
     name: str
@@ -46,10 +50,10 @@ class TableFile:
     def is_csv(self) -> bool:
         return format_of(self.path) == "csv"
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Json]:
         return file_state(self.path, self.name)
 
-    def version(self) -> Any:
+    def version(self) -> tuple[int, ...] | None:
         return file_version(self.path)
 
     def count(self) -> int | None:
@@ -63,9 +67,9 @@ class TableFile:
         except (arrow().ArrowException, OSError):
             return None  # said where it is read
 
-    def types(self, every: bool = False) -> dict[str, Any] | None:
-        """Arrow types of the columns as they are read, or, every, of all in the file; None where it cannot be read,
-        which is said where it is."""
+    def types(self, every: bool = False) -> "dict[str, pyarrow.DataType] | None":
+        """The Arrow types of the columns that are read, or, if `every`, of all columns. None if the file cannot be
+        read: reading its rows says why."""
         pa = arrow()
         if self.is_csv and not every:
             known = dict.fromkeys((*self.text, *self.verbatim), pa.string())
@@ -75,12 +79,12 @@ class TableFile:
         except Exception:
             return None
 
-    def _schema(self) -> tuple[list[str], list[Any]]:
+    def _schema(self) -> "tuple[list[str], list[pyarrow.DataType]]":
         pa = arrow()
         kind = format_of(self.path)
         if kind == "csv":
-            with self._csv_reader(self._csv_options({})) as reader:
-                return reader.schema.names, reader.schema.types
+            header = self._csv().header()
+            return header.names, header.types
         with self._open() as file:
             if kind == "parquet":
                 import pyarrow.parquet
@@ -90,15 +94,18 @@ class TableFile:
                 schema = (pa.ipc.open_stream(file) if _is_stream(file) else pa.ipc.open_file(file)).schema
             return schema.names, schema.types
 
-    def _open(self) -> Any:
-        """The file for Arrow, whatever bytes its name is of."""
+    def _csv(self) -> CsvFile:
+        return CsvFile(self.path, self.columns, self.numeric, self.text, self.verbatim, self.reading, self._check)
+
+    def _open(self) -> "pyarrow.OSFile":
+        """The file, open for Arrow to read, also where its name is not UTF-8."""
         return arrow().OSFile(os.fsencode(self.path), "rb")
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
         kind = format_of(self.path)
-        read = {"parquet": self._parquet, "ipc": self._ipc, "csv": self._csv}.get(kind or "")
-        if read is None:
+        if kind not in ("parquet", "ipc", "csv"):
             raise ValueError(f"{self.path} is not a table")
+        read = {"parquet": self._parquet, "ipc": self._ipc, "csv": self._csv().chunks}[kind]
         try:
             yield from read(size, skip)
         except FileNotFoundError:
@@ -110,9 +117,14 @@ class TableFile:
             raise ValueError(f"{self.path} cannot be read as {kind}: {one_line(error)}") from error
 
     def _simple(
-        self, batches: Iterator[Any], schema: Any, size: int, first: int, skip: Callable[[int], bool]
+        self,
+        batches: "Iterator[pyarrow.RecordBatch]",
+        schema: "pyarrow.Schema",
+        size: int,
+        first: int,
+        skip: Callable[[int], bool],
     ) -> Iterator[Chunk]:
-        """schema: of the batches, for a file without any."""
+        """The chunks of `size` rows in these batches. schema: for a file without any batch."""
         empty = first == 0
         for number, table in rechunked(batches, size, first):
             empty = False
@@ -155,143 +167,30 @@ class TableFile:
             batches = iter(reader) if stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
             yield from self._simple(_validated(batches, columns), schema, size, 0, skip)
 
-    def _csv(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
-        """Numbers as numbers; where a cell is not of the type that its column had until then, the file again with every
-        cell as text."""
-        last = -1
-        try:
-            for chunk in self._csv_as(size, skip, text=False):
-                yield chunk
-                last = chunk.number
-        except arrow().ArrowInvalid as error:
-            if "conversion error" not in str(error).lower():
-                raise
-            yield from self._csv_as(size, lambda number: number <= last or skip(number), text=True)
 
-    def _csv_options(self, types: Mapping[str, Any]) -> dict[str, Any]:
-        options = csv_options(self.path, types, self.reading)
-        # done here for each column, because the cells of some stay as they are
-        options["convert_options"].strings_can_be_null = False
-        options["parse_options"].invalid_row_handler = lambda row: "skip"
-        return options
-
-    def _csv_reader(self, options: Mapping[str, Any]) -> Any:
-        from pyarrow import csv
-
-        raw = self._open()
-        if self.path.name.lower().endswith(".gz"):
-            raw = arrow().CompressedInputStream(raw, "gzip")
-        return csv.open_csv(raw, read_options(self.reading, use_threads=False), **options)
-
-    def _csv_types(self, text: bool) -> dict[str, Any]:
-        """The types that are not left to the first rows."""
-        pa = arrow()
-        words = dict.fromkeys((*self.text, *self.verbatim), pa.string())
-        types = {**dict.fromkeys(self.numeric, pa.float64()), **words}
-        with self._csv_reader(self._csv_options({})) as header:
-            names = header.schema.names
-            self._check(names)
-            undecided = [f.name for f in header.schema if text or pa.types.is_null(f.type)]
-        if not text:
-            undecided = [name for name in undecided if name not in types]
-        wanted = names if self.columns is None else self.columns
-        return {**types, **{name: pa.string() for name in undecided if name in wanted}}
-
-    def _csv_as(self, size: int, skip: Callable[[int], bool], text: bool) -> Iterator[Chunk]:
-        pa = arrow()
-        bad: dict[int, str] = {}
-
-        def invalid(row: Any) -> str:
-            # `number` counts lines of the file from 1, the header among them
-            bad[row.number - 2] = (
-                f"the row has {row.actual_columns} cells, and there are {row.expected_columns} columns"
-            )
-            return "skip"
-
-        options = self._csv_options(self._csv_types(text))
-        options["parse_options"].invalid_row_handler = invalid
-        options["convert_options"].include_columns = list(self.columns or [])
-        reader = self._csv_reader(options)
-        nulls = pa.array(options["convert_options"].null_values, pa.string())
-        next_row, number = 0, 0
-        held: list[Any] = []
-        places: list[int] = []
-        reported: set[int] = set()
-
-        def cut(table: Any, rows: list[int]) -> Chunk:
-            low, high = number * size, (number + 1) * size
-            mine = sorted(r for r in bad if low <= r < high and r not in reported)
-            reported.update(mine)
-            return Chunk(number, np.array(rows, np.int64), table, [(r, bad[r]) for r in mine])
-
-        for batch in _csv_batches(reader):
-            batch = _without_words_for_missing(batch, nulls, self.verbatim)
-            rows = []
-            while len(rows) < len(batch):  # good rows take the numbers that no bad one has
-                if next_row not in bad:
-                    rows.append(next_row)
-                next_row += 1
-            at = 0
-            while at < len(rows):
-                end = (number + 1) * size
-                stop = int(np.searchsorted(rows, end))
-                held.append(batch.slice(at, stop - at))
-                places += rows[at:stop]
-                at = stop
-                if at < len(rows):  # the next row is of the next chunk
-                    if not skip(number):
-                        yield cut(pa.Table.from_batches(held), places)
-                    held, places, number = [], [], number + 1
-        final = max([*places[-1:], *(r for r in bad if r not in reported), 0])  # a file without rows is a chunk too
-        empty = reader.schema.empty_table()
-        while number * size <= final:
-            mine = pa.Table.from_batches([b for b in held if len(b)], reader.schema) if held else empty
-            if not skip(number):
-                yield cut(mine, places)
-            held, places, number = [], [], number + 1
-
-
-def _selected(schema: Any, columns: Sequence[str] | None) -> Any:
+def _selected(schema: "pyarrow.Schema", columns: Sequence[str] | None) -> "pyarrow.Schema":
     return schema if columns is None else arrow().schema([schema.field(name) for name in columns])
 
 
-def _is_stream(raw: Any) -> bool:
-    """Whether an Arrow file is a stream of batches, without a table of contents."""
-    found = raw.read(6) != b"ARROW1"
+def _is_stream(raw: "pyarrow.OSFile") -> bool:
+    """Whether an Arrow file has the stream format, without a footer that lists its batches."""
+    is_stream = raw.read(6) != b"ARROW1"
     raw.seek(0)
-    return found
+    return is_stream
 
 
-def _validated(batches: Iterator[Any], columns: Sequence[str] | None) -> Iterator[Any]:
-    """Batches whose cells lie where they are said to lie: in a damaged file they may lie in anybody's memory."""
+def _validated(
+    batches: "Iterator[pyarrow.RecordBatch]", columns: Sequence[str] | None
+) -> "Iterator[pyarrow.RecordBatch]":
+    """Yield the batches after checking their offsets, which in a damaged file may point anywhere in memory."""
     for batch in batches:
         chosen = batch if columns is None else batch.select(list(columns))
         chosen.validate(full=True)
         yield chosen
 
 
-def _without_words_for_missing(batch: Any, nulls: Any, verbatim: Sequence[str]) -> Any:
-    """Null for `NA` and its like in columns of text."""
-    pa, pc = arrow(), compute()
-    columns = [
-        pc.if_else(pc.is_in(column, value_set=nulls), None, column)
-        if pa.types.is_string(field.type) and field.name not in verbatim
-        else column
-        for field, column in zip(batch.schema, batch.columns, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
-
-
-def _csv_batches(reader: Any) -> Iterator[Any]:
-    while True:
-        try:
-            yield reader.read_next_batch()
-        except StopIteration:
-            return
-
-
 def _resume_at(size: int, skip: Callable[[int], bool]) -> int:
-    """The first chunk that is wanted (later ones may be done too)."""
+    """The number of the first chunk that is not to be skipped."""
     number = 0
     while skip(number):
         number += 1
@@ -299,7 +198,7 @@ def _resume_at(size: int, skip: Callable[[int], bool]) -> int:
 
 
 def _first_needed(groups: list[int], row: int) -> tuple[int, int]:
-    """The row group that holds this row, and which of its rows it is."""
+    """(row group that holds this row, number of the row in it)."""
     for number, rows in enumerate(groups):
         if row < rows:
             return number, row
@@ -307,8 +206,8 @@ def _first_needed(groups: list[int], row: int) -> tuple[int, int]:
     return len(groups), 0
 
 
-def _dropped(batches: Iterator[Any], rows: int) -> Iterator[Any]:
-    """The batches without their first rows."""
+def _dropped(batches: "Iterator[pyarrow.RecordBatch]", rows: int) -> "Iterator[pyarrow.RecordBatch]":
+    """Yield the batches without their first `rows` rows."""
     for batch in batches:
         if rows >= len(batch):
             rows -= len(batch)

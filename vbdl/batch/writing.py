@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tables in the formats of the output."""
+"""Atomic writing of files, and of tables in the formats of the output."""
 
 import hashlib
 import json
@@ -6,25 +6,29 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vbdl.batch.arrays import write_array
+from vbdl.batch.records import FileIdentity
 from vbdl.tabular.reading import arrow
 
+if TYPE_CHECKING:
+    import pyarrow
 
-def temporary(path: Path, folder: Path | None = None) -> Path:
-    """A new empty file under a hidden name that no other process has, in the folder of `path` unless told another."""
+
+def temporary(path: Path) -> Path:
+    """Create an empty file beside `path`, under a hidden name that no other process has."""
     while True:
-        found = (folder or path.parent) / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        hidden = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            os.close(os.open(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.close(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             continue
-        return found
+        return hidden
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside this path, bring it to the disk, rename it: there is a whole file or none."""
+    """Write a file atomically: `write` writes a temporary file, which is brought to the disk and renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary(path)
     try:
@@ -37,7 +41,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,14 +49,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def identity(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+def identity(path: Path) -> FileIdentity:
+    """The size and the SHA-256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def is_as_recorded(path: Path, record: dict[str, Any], since: int | None) -> bool:
+def is_as_recorded(path: Path, record: FileIdentity, since: int | None) -> bool:
     """Whether a file is there with the recorded size and content.
 
     since: a time in nanoseconds; the content of a file that was neither written, renamed nor replaced at or after it
@@ -69,13 +73,13 @@ def is_as_recorded(path: Path, record: dict[str, Any], since: int | None) -> boo
     return identity(path)["sha256"] == record["sha256"]
 
 
-def sink(path: Path) -> Any:
-    """The file, to be written by Arrow: names that are not UTF-8 too."""
+def sink(path: Path) -> "pyarrow.OSFile":
+    """The file, open for Arrow to write to, also where its name is not UTF-8."""
     return arrow().OSFile(os.fsencode(path), "wb")
 
 
-def write_table(table: Any, path: Path, kind: str) -> None:
-    """A table in one of FORMATS; the same table gives the same bytes."""
+def write_table(table: "pyarrow.Table", path: Path, kind: str) -> None:
+    """Write a table in one of FORMATS; equal tables give equal bytes."""
     pa = arrow()
     if kind == "npy":
         write_array(path, flat(table, fixed=False))
@@ -94,20 +98,21 @@ def write_table(table: Any, path: Path, kind: str) -> None:
                 writer.write_table(table)
 
 
-def parquet_options(schema: Any) -> dict[str, Any]:
-    """Dictionaries where words repeat; numbers are written as they are, which is faster and no larger."""
+def parquet_options(schema: "pyarrow.Schema") -> dict[str, Any]:
+    """The options for writing Parquet: dictionaries for text only, because numbers are written faster without and no
+    larger."""
     words = [f.name for f in schema if arrow().types.is_string(f.type)]
     return {"use_dictionary": words, "write_statistics": False}
 
 
-def with_source(table: Any, source: str) -> Any:
-    """The table with its source in every row."""
+def with_source(table: "pyarrow.Table", source: str) -> "pyarrow.Table":
+    """The table with a first column `source` that holds the name of its source."""
     pa = arrow()
     return table.add_column(0, "source", pa.array([source] * table.num_rows, pa.string()))
 
 
-def flat(table: Any, fixed: bool = True) -> Any:
-    """Lists as text, for formats that have no cells for them; fixed: also those of one length."""
+def flat(table: "pyarrow.Table", fixed: bool = True) -> "pyarrow.Table":
+    """The table with lists written as text, for formats without lists. fixed: also lists of one length."""
     pa = arrow()
     for place, column in enumerate(table.schema):
         if pa.types.is_nested(column.type) and (fixed or not pa.types.is_fixed_size_list(column.type)):

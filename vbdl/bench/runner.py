@@ -159,11 +159,11 @@ class Suite:
             if (self.out / RESULTS).exists():
                 raise ValueError(f"{self.out} has results and no {ABOUT}: give another --out")
             about.write_text(json.dumps({"format": FORMAT, "settings": settings, "started": _now()}) + "\n")
-        found = {}
+        found: dict[tuple[str, str], dict[str, Any]] = {}
         for result in read_results(self.out):
             file = self.out / result.get("file", "")
             if "error" not in result and file.is_file():
-                found[result["dataset"], result["method"]] = result
+                found[result["dataset"], result["method"]] = {**result}
         return {pair: found[pair] for pair in self.wanted if pair in found}
 
     def _append(self, result: dict[str, Any]) -> None:

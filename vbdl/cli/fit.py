@@ -90,7 +90,7 @@ class Fit:
         import torch
 
         from vbdl.artefact.files import check_place, locate
-        from vbdl.tabular import Settings, fit_table
+        from vbdl.tabular import TableOptions, fit_table
         from vbdl.tabular.inference import kinds_of
 
         if self.threads < 0:
@@ -101,7 +101,7 @@ class Fit:
             torch.set_num_threads(self.threads)
         check_place(self.out, locate if self.overwrite else None)
         shares = {"train": 1 - 3 * self.test, "validation": self.test, "calibration": self.test, "test": self.test}
-        settings = Settings(
+        settings = TableOptions(
             self.method, self.members, self.draws, self.width, self.depth, self.dropout, self.noise, self.epochs,
             self.batch_size, self.lr, self.weight_decay, self.patience, self.coverage, self.seed, shares,
         )  # fmt: skip

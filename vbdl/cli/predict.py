@@ -9,7 +9,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict every row of files of any size, in memory of a few chunks; go on where a killed run stopped.
+    """Predict every row of files of any size, holding a few chunks in memory; resume a job that was killed.
 
     Reads CSV, Parquet, Arrow and .npy files, or a folder of them or of images; writes .parquet, .csv, .arrow,
     .npy, or a folder of parts. Rows that cannot be used, or that the model raises on, are left out and listed with
@@ -27,30 +27,30 @@ class Predict:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """File or folder to write."""
     columns: tuple[str, ...] = ()
-    """Of the output: prediction probabilities confidence mean std total aleatoric epistemic lower upper set action
-    standard_error. Everything there is but confidence and standard_error unless given."""
+    """Columns of the output: prediction probabilities confidence mean std total aleatoric epistemic lower upper set
+    action standard_error. All that the model has but confidence and standard_error unless given."""
     keep: tuple[str, ...] = ()
     """Input columns to carry over, an id for instance; from CSV as the text that they are."""
     interval: float = 0.0
-    """Level of the central interval of a regression in lower and upper, in place of the calibrated one."""
+    """Level of the central interval in lower and upper of a regression, in place of the calibrated interval."""
     inputs: tuple[str, ...] = ()
-    """Columns that a model which was not made from a table takes, in its order."""
+    """Input columns, in order, of a model that was not trained on a table."""
     engine: Literal["local", "ray"] = "local"
-    """This process, or Ray."""
+    """Engine: this process, or Ray."""
     workers: int | None = None
-    """Threads, or actors of Ray; by the cores there are unless given. Results do not depend on it."""
+    """Number of threads, or of Ray's actors; as many as there are cores unless given. Results do not depend on it."""
     chunk_rows: int = 65_536
-    """Rows read, computed and written at a time: memory, and what is done again after a kill."""
+    """Rows that are read, computed and written at a time; a killed job repeats at most the chunks at work."""
     format: Literal["parquet", "csv", "arrow", "npy"] | None = None
-    """Of the parts in a folder."""
+    """Format of the parts in a folder."""
     on_error: Literal["quarantine", "stop"] = "quarantine"
-    """What happens at a row that cannot be used."""
+    """Whether a row that cannot be used is quarantined, or stops the job."""
     compile: bool | None = None
-    """Compile the model; where there are rows enough to pay for it unless given."""
+    """Compile the model; unless given, if there are enough rows to repay the compilation."""
     restart: bool = False
-    """Write the output again, whatever job it is of."""
+    """Write the output again, even if another job wrote it."""
     verify: bool = False
-    """Read every part that is there, to see that it is as it was written; else only where size or time has changed."""
+    """Check the content of every part that is there; otherwise only of parts whose size or time has changed."""
     trust: tuple[str, ...] = ()
     """Packages to import the network and registered classes from. Importing runs code: name only your own."""
 

@@ -23,7 +23,7 @@ class Serve:
     port: int = 8000
     """Port to listen on."""
     workers: int = 1
-    """Processes, each with the model."""
+    """Number of worker processes, each with its own copy of the model."""
     threads: int = 1
     """Threads of torch in each worker; 0 leaves the choice to torch."""
     token_file: Path | None = None
@@ -37,25 +37,25 @@ class Serve:
     trust: tuple[str, ...] = ()
     """Packages that the artefact may import its network and registered classes from."""
     tiles: tuple[int, ...] = ()
-    """Batch sizes to compile for; the artefact's unless given. 1 64 answers single rows sooner, rounding apart."""
+    """Batch sizes to compile for; the artefact's unless given. 1 64 answers single rows sooner, equal to rounding."""
     device: str | None = None
-    """Where to run."""
+    """Device to compute on, like cpu or cuda."""
     compile: bool = True
     """Compile the model at the start."""
     batch_rows: int = 256
-    """Rows computed together at most."""
+    """Largest number of rows that are computed together."""
     batch_wait_ms: float = 0.0
     """Milliseconds a request may wait for others. Requests that come during a batch are put together anyway."""
     queue_rows: int = 8192
-    """Rows that may wait; beyond that requests are refused with 503 and Retry-After."""
+    """Largest number of rows that wait; further requests are refused with 503 and Retry-After."""
     max_rows: int = 4096
-    """Rows of one request."""
+    """Largest number of rows in a request."""
     max_mib: float = 8.0
-    """Size of a request's body."""
+    """Largest size of a request's body, in MiB."""
     patience: float = 10.0
     """Seconds that a client may take over each step: a handshake, headers, a body, its next request, an answer."""
     max_connections: int = 1000
-    """Connections of one process; beyond them only probes are answered."""
+    """Largest number of connections of a process; beyond it only probes are answered."""
     deadline: float = 30.0
     """Seconds until a request is answered with 504; clients may ask for less by X-Deadline-Ms."""
 

@@ -1,4 +1,4 @@
-"""What is measured of a trained method: how right it is, what it says it does not know, and how fast it says so."""
+"""Evaluation of a trained method: scores, uncertainty on test and out-of-distribution rows, and speed."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ BINS = 10  # of the calibration error
 
 @dataclass
 class Speed:
-    """Rows a second of both, medians of runs in turn, and the check that both say the same."""
+    """Rows per second of the tutorial loop and of vbdl, medians of alternating runs, and how far outputs differ."""
 
     loop: float
     vbdl: float
@@ -29,7 +29,7 @@ class Speed:
 
 @dataclass
 class Result:
-    """A method on a task; variances in squared target units, entropies in nats."""
+    """The evaluation of a method on a task; variances in squared target units, entropies in nats."""
 
     trained: Trained
     test: Any  # the prediction, its samples kept
@@ -45,7 +45,7 @@ def predictor(trained: Trained, compile: bool, seed: int = 0) -> Predictor:
 
 
 def evaluate(trained: Trained, timed: bool = True) -> Result:
-    """Every score of the table. The timed predictor is compiled, the one for the scores needs not be: same draws."""
+    """Compute every score of the table. The timed predictor is compiled; the one for scores makes the same draws."""
     task, predict = trained.task, predictor(trained, compile=False)
     result = Result(trained, predict(task.x["test"], samples=True), predict(task.x["ood"], samples=True))
     y = task.y["test"]
@@ -83,7 +83,7 @@ def _regression_scores(result: Result, y: Tensor, y_std: float) -> dict[str, flo
 
 
 def speed(trained: Trained, eager: Predictor, seconds: float = 1.0) -> Speed:
-    """The compiled predictor and the tutorial loop on one batch, checked against each other, then timed in turn."""
+    """Time the compiled predictor and the tutorial loop in turn on one batch, after comparing their outputs."""
     x = trained.task.x["test"][:ROWS]
     compiled, tutorial = predictor(trained, compile=True), loop(trained)
     begun = time.perf_counter()
@@ -108,7 +108,7 @@ def speed(trained: Trained, eager: Predictor, seconds: float = 1.0) -> Speed:
 
 
 def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
-    """How far the loop's samples are from vbdl's: 0 where they are equal, about 1 where chance explains all of it.
+    """The distance between the samples of the loop and of vbdl: 0 if equal, about 1 if they differ by chance only.
 
     Root mean square over outputs of (difference of the two means) / (its standard error); for an ensemble, which has
     nothing random, the largest relative difference. RuntimeError where they do not agree: a time would mean nothing.
@@ -123,16 +123,16 @@ def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
     if trained.task.regression:
         ours, theirs = ours[..., 0], theirs[..., 0]
     if not endless:
-        found = float((ours - theirs).abs().max() / theirs.abs().max())
-        agree = found < 1e-4
+        distance = float((ours - theirs).abs().max() / theirs.abs().max())
+        agree = distance < 1e-4
     else:
         error = ((ours.var(0) + theirs.var(0)) / n_samples).sqrt().clamp_min(1e-12)
-        found = float(((ours.mean(0) - theirs.mean(0)) / error).square().mean().sqrt())
+        distance = float(((ours.mean(0) - theirs.mean(0)) / error).square().mean().sqrt())
         spread = float((ours.std(0) / theirs.std(0).clamp_min(1e-12)).median())
         # rows share a draw, so their differences go together: the root mean square varies more than rows are many
-        agree = found < 2.5 and 0.9 < spread < 1.1
+        agree = distance < 2.5 and 0.9 < spread < 1.1
     if not agree:
         raise RuntimeError(
-            f"{trained.task.name}, {trained.method}: the tutorial loop and vbdl do not say the same ({found:.3g})"
+            f"{trained.task.name}, {trained.method}: the tutorial loop and vbdl do not say the same ({distance:.3g})"
         )
-    return found
+    return distance

@@ -67,10 +67,10 @@ def _standardised(values: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor, Te
 
 def breast_cancer(seed: int = 0) -> Task:
     """569 biopsies, 30 measurements of cell nuclei: benign (1) or malignant (0)."""
-    found = _sklearn().load_breast_cancer()
-    y = torch.from_numpy(found.target).to(torch.int64)
+    data = _sklearn().load_breast_cancer()
+    y = torch.from_numpy(data.target).to(torch.int64)
     rows = split(len(y), _SHARES, stratify=y, seed=seed)
-    values, _, _ = _standardised(found.data, rows["train"])
+    values, _, _ = _standardised(data.data, rows["train"])
     x = _parts(values, rows)
     generator = torch.Generator().manual_seed(seed)
     columns = [x["test"][torch.randperm(len(x["test"]), generator=generator), j] for j in range(values.shape[1])]
@@ -87,10 +87,10 @@ def breast_cancer(seed: int = 0) -> Task:
 
 def digits(seed: int = 0) -> Task:
     """1797 handwritten digits of 8 x 8 pixels."""
-    found = _sklearn().load_digits()
-    y = torch.from_numpy(found.target).to(torch.int64)
+    data = _sklearn().load_digits()
+    y = torch.from_numpy(data.target).to(torch.int64)
     rows = split(len(y), _SHARES, stratify=y, seed=seed)
-    images = torch.from_numpy(found.images.astype(np.float32) / 16).unsqueeze(1)
+    images = torch.from_numpy(data.images.astype(np.float32) / 16).unsqueeze(1)
     x = _parts(images, rows)
     x["ood"] = x["test"].rot90(1, (2, 3)).contiguous()
     return Task(
@@ -106,10 +106,10 @@ def digits(seed: int = 0) -> Task:
 
 def diabetes(seed: int = 0) -> Task:
     """442 patients, 10 measurements: progression of the disease a year later, a score from 25 to 346."""
-    found = _sklearn().load_diabetes(scaled=False)
-    rows = split(len(found.target), _SHARES, seed=seed)
-    values, _, _ = _standardised(found.data, rows["train"])
-    target, _, std = _standardised(found.target, rows["train"])
+    data = _sklearn().load_diabetes(scaled=False)
+    rows = split(len(data.target), _SHARES, seed=seed)
+    values, _, _ = _standardised(data.data, rows["train"])
+    target, _, std = _standardised(data.target, rows["train"])
     x = _parts(values, rows)
     x["ood"] = 3 * x["test"]
     return Task(

@@ -146,8 +146,8 @@ def histograms(results: Sequence[Result], out: Path) -> Path:
                 )
             unknown = torch.cat([torch.zeros(len(test)), torch.ones(len(ood))]).bool()
             if float(torch.cat([test, ood]).std()) > 1e-6 * scale:
-                found = metrics.auroc(torch.cat([test, ood]), unknown)
-                panel.text(0.97, 0.94, f"AUROC {found:.2f}", transform=panel.transAxes, va="top", ha="right")
+                auroc = metrics.auroc(torch.cat([test, ood]), unknown)
+                panel.text(0.97, 0.94, f"AUROC {auroc:.2f}", transform=panel.transAxes, va="top", ha="right")
         axes[row, 0].set_ylabel("share of rows")
     figure.suptitle(f"{task.name.capitalize()}; out of distribution: {task.ood} (last bar: and above)", fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""The demo from end to end: train, compare, print, draw, save."""
+"""The demo from end to end: it trains, compares, prints, draws and saves."""
 
 import time
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from vbdl.demo import figures, models, table
-from vbdl.demo.compare import Result, evaluate
+from vbdl.demo import figures, table
+from vbdl.demo.compare import Result, evaluate, predictor
 from vbdl.demo.data import TASKS, curve
 from vbdl.demo.training import ENSEMBLE, METHODS, Trained, single, train
 from vbdl.progress import Progress
@@ -22,7 +22,7 @@ def run(
     timed: bool = True,
     console: Console | None = None,
 ) -> list[Result]:
-    """Everything into `out`; the results of all tasks.
+    """Run the demo, write figures and models to `out`, and return the results of all tasks.
 
     tasks: which data sets.  effort: share of the training, for a quick look.  timed: measure speed, which compiles.
     """
@@ -37,7 +37,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     begun = time.perf_counter()
-    found: list[Result] = []
+    all_results: list[Result] = []
     lines: list[Trained] = []
     steps = (len(loaded) + 1) * len(METHODS) + (len(loaded) * len(METHODS)) + 1
     with Progress("vbdl demo", steps) as bar:
@@ -49,18 +49,19 @@ def run(
                 results.append(evaluate(trained, timed))
                 if method == ENSEMBLE:
                     results.insert(0, evaluate(single(trained)))
-                models.save(trained, out / "models", seed)
+                folder = out / "models" / f"{task.name}-{method}".replace(" ", "-").lower()
+                predictor(trained, compile=True, seed=seed).save(folder, example=task.x["test"], overwrite=True)
                 bar.advance(f"{task.name}: {method} done")
-            found += results
+            all_results += results
         task = curve(seed)
         for method in METHODS:
             lines.append(train(task, method, seed, effort))
             bar.advance(f"{task.name}: {method} trained")
-        _draw(found, lines, out)
+        _draw(all_results, lines, out)
         bar.advance("figures drawn")
     for each in loaded:
-        table.show([r for r in found if r.trained.task is each], console)
-    table.note(found, console)
+        table.show([r for r in all_results if r.trained.task is each], console)
+    table.note(all_results, console)
     pictures = len(list(out.glob("*.png")))
     console.print(
         f"{pictures} figures (PNG, SVG) in {out}, {len(loaded) * len(METHODS)} models in {out / 'models'}; "
@@ -68,7 +69,7 @@ def run(
         highlight=False,
         soft_wrap=True,
     )
-    return found
+    return all_results
 
 
 def _draw(found: list[Result], lines: list[Trained], out: Path) -> None:

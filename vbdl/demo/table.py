@@ -9,7 +9,7 @@ from vbdl.demo.training import SINGLE
 
 
 def show(results: list[Result], console: Console) -> None:
-    """Two tables a task: what is predicted well and known not to be known, and how fast."""
+    """Print two tables for each task: scores with out-of-distribution detection, and speed."""
     task = results[0].trained.task
     console.print()
     console.print(
@@ -23,7 +23,7 @@ def show(results: list[Result], console: Console) -> None:
 
 
 def note(results: list[Result], console: Console) -> None:
-    """What the columns are."""
+    """Print what the columns of the tables are."""
     said = [
         "NLL in nats a row; ECE: expected calibration error; quant. error: distance of the predicted quantiles' "
         "frequencies from their levels.",

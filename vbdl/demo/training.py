@@ -22,7 +22,7 @@ RATES = {DROPOUT: 0.2, MEAN_FIELD: 0.0, ENSEMBLE: 0.1}  # of dropout in the netw
 
 @dataclass(frozen=True)
 class Method:
-    """How one method is built and trained; n_samples None is every member."""
+    """The construction and the training options of a method; n_samples None means every member."""
 
     build: Callable[[Task, nn.Module, int], nn.Module]  # (task, network, seed) -> posterior
     n_samples: int | None
@@ -46,7 +46,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class Trained:
-    """A posterior and its likelihood, and what training them took."""
+    """A posterior and its likelihood, with the seconds and epochs of their training."""
 
     task: Task
     method: str
@@ -58,7 +58,7 @@ class Trained:
 
 
 def build(task: Task, method: str, seed: int = 0) -> Trained:
-    """Untrained; the network's initialisation is a function of the seed."""
+    """Build an untrained posterior; the initialization of its network is a function of the seed."""
     how = METHODS[method]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -67,8 +67,8 @@ def build(task: Task, method: str, seed: int = 0) -> Trained:
 
 
 def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Trained:
-    """Built and trained; effort: share of the epochs, for trying the demo out."""
-    found = build(task, method, seed)
+    """Build and train a method. effort: share of the epochs, for trying the demo out."""
+    trained = build(task, method, seed)
     options = {
         "epochs": task.epochs,
         "batch_size": 64,
@@ -79,19 +79,19 @@ def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Traine
     }
     options["epochs"] = max(1, round(effort * options["epochs"]))
     history = fit(
-        found.posterior,
+        trained.posterior,
         (task.x["train"], task.y["train"]),
-        found.likelihood,
+        trained.likelihood,
         seed=seed,
         progress=False,
         **options,
     )
-    found.seconds, found.epochs = history.seconds, history.epochs
-    return found
+    trained.seconds, trained.epochs = history.seconds, history.epochs
+    return trained
 
 
 def single(ensemble: Trained) -> Trained:
-    """The ensemble's first member on its own: stacked training is the training of each (tests/test_train.py)."""
+    """The first member of an ensemble on its own, because stacked training trains each member (tests/test_train.py)."""
     task = ensemble.task
     network = task.network(task.rates.get(ENSEMBLE, RATES[ENSEMBLE]))
     network.load_state_dict(ensemble.posterior.member(0))

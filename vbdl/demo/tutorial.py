@@ -36,12 +36,12 @@ def _mean_field(trained: Trained) -> Loop:
 
     @torch.no_grad()
     def run(x: Tensor, n_samples: int) -> Tensor:
-        found = []
+        samples = []
         for _ in range(n_samples):
             for name, (mean, std) in normals.items():
                 weights[name].copy_(torch.addcmul(mean, std, torch.randn_like(mean)))
-            found.append(trained.likelihood(network(x)))
-        return torch.stack(found)
+            samples.append(trained.likelihood(network(x)))
+        return torch.stack(samples)
 
     return run
 

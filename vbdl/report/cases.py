@@ -1,18 +1,18 @@
-"""The rows a method was least sure of, and those out of distribution that it was surest of."""
+"""Single rows for the report: the test rows that a method was least sure of, and the strange rows it was surest of."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from vbdl.report.png import data_url
+from vbdl.report.run import RowsRecord
 
 _COLUMNS = 6  # features shown of a row of a table: those furthest from the training mean
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: an image or its most unusual features, and what was said of it."""
+    """A row of a data set, as an image or by its most unusual features, with its prediction."""
 
     row: int  # of the test part of the first split
     picture: str | None
@@ -24,24 +24,26 @@ class Case:
     epistemic: float
 
 
-def cases(tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, list[Case]]:
-    """By heading."""
-    found = {"Most uncertain test rows": _of_test(tensors, about)}
+def cases(tensors: dict[str, Tensor], about: RowsRecord) -> dict[str, list[Case]]:
+    """{heading: rows}: the test rows of the largest uncertainty, and the out-of-distribution rows of the smallest."""
+    by_heading = {"Most uncertain test rows": _of_test(tensors, about)}
     for index, name in enumerate(about["ood"]):
         total, epistemic = tensors[f"ood.{index}.total"][0], tensors[f"ood.{index}.epistemic"][0]
         rows = tensors[f"ood.{index}.row"].tolist()
-        made = []
-        for row, given in zip(rows, tensors[f"ood.{index}.input"], strict=True):
-            picture, features = _shown(given, about)
-            made.append(Case(row, picture, features, name, "", None, float(total[row]), float(epistemic[row])))
-        found[f"Least uncertain of {name}"] = made
-    return found
+        least_uncertain = []
+        for row, x in zip(rows, tensors[f"ood.{index}.input"], strict=True):
+            picture, features = _shown(x, about)
+            least_uncertain.append(
+                Case(row, picture, features, name, "", None, float(total[row]), float(epistemic[row]))
+            )
+        by_heading[f"Least uncertain of {name}"] = least_uncertain
+    return by_heading
 
 
-def _of_test(tensors: dict[str, Tensor], about: dict[str, Any]) -> list[Case]:
-    made = []
-    for row, given in zip(tensors["case.row"].tolist(), tensors["case.input"], strict=True):
-        picture, features = _shown(given, about)
+def _of_test(tensors: dict[str, Tensor], about: RowsRecord) -> list[Case]:
+    uncertain = []
+    for row, x in zip(tensors["case.row"].tolist(), tensors["case.input"], strict=True):
+        picture, features = _shown(x, about)
         if "label" in tensors:
             label, predicted = int(tensors["label"][0, row]), int(tensors["predicted"][0, row])
             truth, said = about["classes"][label], about["classes"][predicted]
@@ -53,11 +55,11 @@ def _of_test(tensors: dict[str, Tensor], about: dict[str, Any]) -> list[Case]:
             truth, said = f"{target:.4g}", f"{mean:.4g} ± {std:.2g}"
             right = abs(target - mean) <= 2 * std
         total, epistemic = float(tensors["total"][0, row]), float(tensors["epistemic"][0, row])
-        made.append(Case(row, picture, features, truth, said, right, total, epistemic))
-    return made
+        uncertain.append(Case(row, picture, features, truth, said, right, total, epistemic))
+    return uncertain
 
 
-def _shown(given: Tensor, about: dict[str, Any]) -> tuple[str | None, list[tuple[str, float]]]:
+def _shown(given: Tensor, about: RowsRecord) -> tuple[str | None, list[tuple[str, float]]]:
     if about["image"]:
         return data_url(given), []
     flat = given.flatten()

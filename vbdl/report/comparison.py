@@ -1,11 +1,10 @@
-"""Two runs, result by result: what became better or worse by more than chance."""
+"""Comparison of two runs, result by result: what became better or worse by more than chance."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from vbdl.report.run import StoredRun
+from vbdl.report.run import ResultRecord, StoredRun
 from vbdl.report.significance import Verdict, between
 
 # scores of one split whose mean over the test rows is stored row by row, and so can be paired
@@ -14,7 +13,7 @@ _OF_ROWS = {"accuracy": "loss", "nll": "nll", "ll": "nll", "rmse": "loss", "crps
 
 @dataclass(frozen=True)
 class Change:
-    """A score in both runs; verdict None where nothing can be paired."""
+    """A score in both runs; the verdict is None if their values cannot be paired."""
 
     dataset: str
     method: str
@@ -56,7 +55,7 @@ def compare_runs(before: StoredRun, after: StoredRun, alpha: float = 0.05) -> Co
     return Comparison(_holm(changes, alpha), [p for p in a if p not in b], [p for p in b if p not in a])
 
 
-def _changes(before: StoredRun, after: StoredRun, a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+def _changes(before: StoredRun, after: StoredRun, a: ResultRecord, b: ResultRecord) -> list[Change]:
     name = f"{a['dataset']} with {a['method']}"
     if (a["splits"], a["rows"]) != (b["splits"], b["rows"]):
         raise ValueError(
@@ -69,7 +68,7 @@ def _changes(before: StoredRun, after: StoredRun, a: dict[str, Any], b: dict[str
             key = "label" if "label" in rows[0][0] else "target"
             if not torch.equal(rows[0][0][key], rows[1][0][key]):
                 raise ValueError(f"{name}: the runs have other test rows")
-    found = []
+    changes = []
     for metric, ours in a["scores"].items():
         theirs = b["scores"].get(metric)
         if theirs is None or ours["value"] is None or theirs["value"] is None:
@@ -82,8 +81,8 @@ def _changes(before: StoredRun, after: StoredRun, a: dict[str, Any], b: dict[str
             verdict = _over_rows(rows[0][0][_OF_ROWS[metric]], rows[1][0][_OF_ROWS[metric]])
             if verdict is not None:
                 verdict = replace(verdict, difference=theirs["value"] - ours["value"])
-        found.append(Change(a["dataset"], a["method"], metric, ours["value"], theirs["value"], over, verdict))
-    return found
+        changes.append(Change(a["dataset"], a["method"], metric, ours["value"], theirs["value"], over, verdict))
+    return changes
 
 
 def _over_rows(before: torch.Tensor, after: torch.Tensor) -> Verdict | None:
@@ -92,20 +91,20 @@ def _over_rows(before: torch.Tensor, after: torch.Tensor) -> Verdict | None:
 
 
 def _holm(changes: list[Change], alpha: float) -> list[Change]:
-    """Verdicts again, with the p-values adjusted for how many there are."""
+    """The verdicts with p-values adjusted by Holm's method for the number of comparisons."""
     tested = sorted((c for c in changes if c.verdict is not None), key=lambda c: c.verdict.p_value)  # type: ignore[union-attr]
-    adjusted: dict[int, float] = {}
+    p_values: dict[int, float] = {}
     highest = 0.0
     for place, change in enumerate(tested):
         assert change.verdict is not None
         highest = max(highest, min(1.0, change.verdict.p_value * (len(tested) - place)))
-        adjusted[id(change)] = highest
-    found = []
+        p_values[id(change)] = highest
+    adjusted = []
     for change in changes:
         if change.verdict is None:
-            found.append(change)
+            adjusted.append(change)
             continue
-        p = adjusted[id(change)]
+        p = p_values[id(change)]
         word = "no difference found" if p >= alpha else "better" if change.verdict.errors > 0 else "worse"
-        found.append(replace(change, verdict=replace(change.verdict, p_value=p, word=word)))
-    return found
+        adjusted.append(replace(change, verdict=replace(change.verdict, p_value=p, word=word)))
+    return adjusted

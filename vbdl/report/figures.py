@@ -8,6 +8,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from vbdl import metrics
+from vbdl.report.run import RowsRecord
 from vbdl.report.svg import Chart
 
 BINS = 10
@@ -21,7 +22,7 @@ class Rows:
     method: str
     style: str  # its colour, c0, c1, ...
     tensors: dict[str, Tensor]
-    about: dict
+    about: RowsRecord
 
 
 def reliability(rows: Sequence[Rows]) -> Markup:

@@ -4,14 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vbdl.report import figures, speed
 from vbdl.report.cases import Case, cases
-from vbdl.report.run import StoredRun
+from vbdl.report.run import PublishedRecord, ResultRecord, ScoreRecord, StoredRun
 from vbdl.report.significance import Verdict, against_published, between
+
+T = TypeVar("T")
 
 _NAMES = {
     "rmse": "RMSE",
@@ -39,7 +41,7 @@ class Compared:
     column: str
     source: str
     splits: int
-    metrics: list[tuple[str, dict[str, Any], dict[str, Any], Verdict]]  # (name, ours, theirs, verdict)
+    metrics: list[tuple[str, ScoreRecord, PublishedRecord, Verdict]]  # (name, ours, theirs, verdict)
     notes: list[str]
 
 
@@ -47,7 +49,7 @@ class Compared:
 class Cell:
     """A score in the table of a data set."""
 
-    score: dict[str, Any]
+    score: ScoreRecord
     best: bool
     worse_than_best: bool  # by a paired test over the splits
 
@@ -66,14 +68,15 @@ def write(folder: Path, out: Path | None = None, speed_file: Path | None = None)
 
 
 def render(run: StoredRun, speed_file: Path | None = None) -> str:
-    """The page's text."""
+    """Render the page of a run as HTML."""
     environment = Environment(
         loader=PackageLoader("vbdl.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"number": number, "metric": lambda n: _NAMES.get(n, n), "minutes": minutes, "p": p_value}
     styles = {m: f"c{i % 8}" for i, m in enumerate(run.methods)}
     published = [c for d in run.datasets for r in run.of(d) for c in _published(r)]
-    settings = {n: run.results[0][n] for n in ("seed", "effort", "samples")}
+    first = run.results[0]
+    settings = {"seed": first["seed"], "effort": first["effort"], "samples": first["samples"]}
     return environment.get_template("report.html.j2").render(
         run=run,
         settings=settings,
@@ -95,11 +98,11 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
 
 
 def _total(found: list[float | None]) -> float | None:
-    """The sum, None where one is not known: older results lack it."""
+    """The sum, or None if a value is missing, as in older results."""
     return None if None in found else sum(f for f in found if f is not None)
 
 
-def _commit(result: dict[str, Any]) -> str:
+def _commit(result: ResultRecord) -> str:
     return (result["commit"] or "none")[:10] + (" + changes" if result["uncommitted"] else "")
 
 
@@ -120,7 +123,7 @@ def _exponent(value: float) -> int:
 
 
 def minutes(seconds: float) -> str:
-    """A time as a person would say it."""
+    """A time in seconds, minutes or hours, with the digits that matter."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -130,13 +133,13 @@ def p_value(value: float) -> str:
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 
-def _distinct(found: list[Any]) -> list[Any]:
-    return [json.loads(text) for text in dict.fromkeys(json.dumps(f, sort_keys=True) for f in found)]
+def _distinct(records: Sequence[T]) -> list[T]:
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(r, sort_keys=True) for r in records)]
 
 
-def _published(result: dict[str, Any]) -> list[Compared]:
+def _published(result: ResultRecord) -> list[Compared]:
     """The result beside each published column, RMSE and likelihood together."""
-    found = []
+    compared = []
     for name in dict.fromkeys(p["column"] for p in result["published"]):
         metrics = []
         for column in result["published"]:
@@ -149,25 +152,25 @@ def _published(result: dict[str, Any]) -> list[Compared]:
             first = metrics[0][2]
             notes = [n for n in (first.get("differs"), *result["notes"]) if n]
             args = (result["dataset"], result["method"], name, first["source"], result["splits"], metrics, notes)
-            found.append(Compared(*args))
-    return found
+            compared.append(Compared(*args))
+    return compared
 
 
 def _counts(published: list[Compared]) -> dict[str, dict[str, int]]:
     """How often each verdict was reached, by metric."""
-    found: dict[str, dict[str, int]] = {}
+    by_metric: dict[str, dict[str, int]] = {}
     for row in published:
         for name, _, _, verdict in row.metrics:
-            counts = found.setdefault(name, {"better": 0, "no difference found": 0, "worse": 0})
+            counts = by_metric.setdefault(name, {"better": 0, "no difference found": 0, "worse": 0})
             counts[verdict.word] += 1
-    return found
+    return by_metric
 
 
-def _section(run: StoredRun, dataset: str, styles: dict[str, str]) -> dict[str, Any]:
+def _section(run: StoredRun, dataset: str, styles: dict[str, str]) -> dict[str, object]:
     results = run.of(dataset)
     regression = results[0]["kind"] == "regression"
     loaded = [(r, run.rows(r)) for r in results]
-    rows = [figures.Rows(r["method"], styles[r["method"]], *found) for r, found in loaded if found is not None]
+    rows = [figures.Rows(r["method"], styles[r["method"]], *stored) for r, stored in loaded if stored is not None]
     drawn = []
     if rows:
         first = ("Calibration", figures.quantiles(rows)) if regression else ("Reliability", figures.reliability(rows))
@@ -190,10 +193,10 @@ def _section(run: StoredRun, dataset: str, styles: dict[str, str]) -> dict[str, 
     }
 
 
-def _table(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, Cell | None]]]]:
+def _table(results: Sequence[ResultRecord]) -> list[tuple[str, str, list[tuple[str, Cell | None]]]]:
     """(metric, unit, a cell a method): the best, and which are worse than it by more than chance."""
     metrics = dict.fromkeys(name for r in results for name in r["scores"])
-    found = []
+    lines = []
     for name in metrics:
         scored = {r["method"]: r["scores"][name] for r in results if name in r["scores"]}
         first = next(iter(scored.values()))
@@ -210,14 +213,16 @@ def _table(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[tuple
                 verdict = between(score["per_split"], scored[best]["per_split"], first["better"], alpha=0.05)
                 worse = verdict is not None and verdict.word == "worse"
             cells.append((r["method"], Cell(score, r["method"] == best and len(results) > 1, worse)))
-        found.append((name, first["unit"], cells))
-    return found
+        lines.append((name, first["unit"], cells))
+    return lines
 
 
-def _good(score: dict[str, Any]) -> float:
+def _good(score: ScoreRecord) -> float:
+    value = score["value"]
+    assert value is not None
     if score["better"] in ("higher", "lower"):
-        return score["value"] if score["better"] == "higher" else -score["value"]
-    return -abs(score["value"] - float(score["better"]))
+        return value if score["better"] == "higher" else -value
+    return -abs(value - float(score["better"]))
 
 
 __all__ = ["Case", "render", "write"]

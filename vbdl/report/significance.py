@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from scipy import stats
 
 from vbdl.metrics import compare
+from vbdl.report.run import PublishedRecord, ScoreRecord
 
 ALPHA = 0.01  # of a paired test over the splits, as the acceptance of the published columns asks
 ERRORS = 2.0  # combined standard errors, where only means and errors are published
@@ -31,25 +31,30 @@ def sign(better: str) -> float:
 
 
 def goodness(values: list[float], better: str) -> list[float]:
-    """Numbers of which more is better: the distance to a nominal value counts against it."""
+    """The values turned so that more is better: minus the distance if a nominal value is best."""
     if better in ("higher", "lower"):
         return [sign(better) * v for v in values]
     return [-abs(v - float(better)) for v in values]
 
 
-def against_published(score: dict[str, Any], column: dict[str, Any]) -> Verdict | None:
+def against_published(score: ScoreRecord, column: PublishedRecord) -> Verdict | None:
     """A paired t test where the authors gave each split's value, else the distance in combined standard errors."""
-    if score["standard_error"] is None:
+    if score["standard_error"] is None or score["value"] is None:
         return None
     direction = sign(score["better"])
     theirs = column["per_split"]
     if len(theirs) == len(score["per_split"]) > 1:
         a, b = (torch.tensor(v, dtype=torch.float64) for v in (score["per_split"], theirs))
-        found = compare(direction * a, direction * b)
+        test = compare(direction * a, direction * b)
         error = float((a - b).std()) / math.sqrt(len(a))
-        errors = 0.0 if error == 0 else found.difference / error
+        errors = 0.0 if error == 0 else test.difference / error
         return Verdict(
-            _word(errors, found.p_value < ALPHA), direction * found.difference, errors, found.p_value, True, len(a)
+            _word(errors, test.p_value < ALPHA),
+            direction * test.difference,
+            errors,
+            test.p_value,
+            True,
+            len(a),
         )
     error = math.hypot(score["standard_error"], column["standard_error"])
     errors = direction * (score["value"] - column["mean"]) / error
@@ -63,13 +68,13 @@ def between(ours: list[float], theirs: list[float], better: str, alpha: float = 
     if len(ours) != len(theirs) or len(ours) < 2 or None in ours or None in theirs:
         return None
     a, b = (torch.tensor(goodness(v, better), dtype=torch.float64) for v in (ours, theirs))
-    found = compare(a, b)
+    test = compare(a, b)
     error = float((a - b).std()) / math.sqrt(len(a))
     # every pair moved by the same amount: no spread to measure by, and no doubt either
-    errors = math.copysign(math.inf, found.difference) if error == 0 and found.difference else 0.0
-    errors = found.difference / error if error else errors
+    errors = math.copysign(math.inf, test.difference) if error == 0 and test.difference else 0.0
+    errors = test.difference / error if error else errors
     plain = sum(ours) / len(ours) - sum(theirs) / len(theirs)
-    return Verdict(_word(found.difference, found.p_value < alpha), plain, errors, found.p_value, True, len(a))
+    return Verdict(_word(test.difference, test.p_value < alpha), plain, errors, test.p_value, True, len(a))
 
 
 def _word(signed: float, settled: bool) -> str:

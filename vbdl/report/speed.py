@@ -12,13 +12,13 @@ from vbdl.report.svg import Chart
 def _lines(file: Path | None) -> list[dict[str, Any]]:
     if file is None or not Path(file).is_file():
         return []
-    found = []
+    lines = []
     for text in Path(file).read_text().splitlines():
         try:
-            found.append(json.loads(text))
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             continue
-    return found
+    return lines
 
 
 def table(file: Path | None) -> dict[str, Any] | None:
@@ -36,8 +36,8 @@ def table(file: Path | None) -> dict[str, Any] | None:
     for r in lines:
         cells.setdefault((r["workload"], r["batch"]), {})[r["contender"]] = r
     shown = [
-        (workload, batch, sorted(found.values(), key=lambda r: r["wall_s"]))
-        for (workload, batch), found in cells.items()
+        (workload, batch, sorted(contenders.values(), key=lambda r: r["wall_s"]))
+        for (workload, batch), contenders in cells.items()
     ]
     return {"machine": lines[-1].get("machine", {}), "cells": shown}
 
@@ -49,21 +49,21 @@ def scaling(file: Path) -> list[tuple[str, list[str], Markup]]:
     """(title, methods, chart) of cost or memory against each size that was varied, from `vbdl bench --scaling`."""
     lines = [r for r in _lines(file) if r.get("quantity") in _SHOWN]
     methods = list(dict.fromkeys(r["method"] for r in lines))
-    found = []
+    charts = []
     for quantity, axis in dict.fromkeys((r["quantity"], r["axis"]) for r in lines):
-        own = [r for r in lines if (r["quantity"], r["axis"]) == (quantity, axis)]
+        varied = [r for r in lines if (r["quantity"], r["axis"]) == (quantity, axis)]
         label, what, unit = _SHOWN[quantity]
-        sizes, values = [r["size"] for r in own], [max(r["value"], 1e-9) / unit for r in own]
+        sizes, values = [r["size"] for r in varied], [max(r["value"], 1e-9) / unit for r in varied]
         if len(set(sizes)) < 2:
             continue
         title = f"{what} against {_AXES.get(axis, axis)}"
         ends = (min(values) * 0.7, max(values) * 1.4)
         chart = Chart((min(sizes), max(sizes)), ends, axis, label, title, log_x=True, log_y=True)
         for index, method in enumerate(methods):
-            points = sorted((s, v) for r, s, v in zip(own, sizes, values, strict=True) if r["method"] == method)
+            points = sorted((s, v) for r, s, v in zip(varied, sizes, values, strict=True) if r["method"] == method)
             chart.line([p[0] for p in points], [p[1] for p in points], f"c{index}", method, dots=True)
-        found.append((title, methods, chart.svg()))
-    return found
+        charts.append((title, methods, chart.svg()))
+    return charts
 
 
 _AXES = {"batch": "rows of a batch", "rows": "rows in all"}

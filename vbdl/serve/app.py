@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -59,7 +58,7 @@ def app(
         text = serving.metrics.text(waiting, serving.warm)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8", headers=SAFE)
 
-    made = Starlette(
+    application = Starlette(
         routes=[
             Route("/v1/predict", serving, methods=["POST"]),
             get("/v1/model", lambda _: _json(model.about())),
@@ -74,8 +73,8 @@ def app(
         lifespan=serving.lifespan,
         exception_handlers={HTTPException: _http_error},
     )
-    made.add_middleware(partial(_Gate, serving=serving, token=token, hosts=hosts))  # type: ignore[arg-type]
-    return made
+    application.add_middleware(partial(_Gate, serving=serving, token=token, hosts=hosts))  # type: ignore[arg-type]
+    return application
 
 
 class _Gate:
@@ -132,13 +131,13 @@ class _Gate:
             if name not in self.hosts:
                 return Refused(421, "wrong_host", "this service is not known by that name; see --allow-host")
         if self.token is not None and scope["path"] not in _OPEN:
-            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.token):
+            kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+            if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token):
                 return Refused(401, "unauthorised", "send the token: Authorization: Bearer ...")
         return None
 
 
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     # numbers that are not finite become null
     return Response(msgspec.json.encode(value), status, {**SAFE, **(headers or {})}, "application/json")
 

@@ -1,18 +1,22 @@
-"""An Arrow IPC stream from a stranger: sizes are seen before anything is unpacked, offsets before use."""
+"""Arrow IPC streams in requests: sizes are checked before anything is unpacked, and offsets before they are used."""
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vbdl.serve.limits import Refused
 from vbdl.tabular.reading import compute
 
+if TYPE_CHECKING:
+    import pyarrow
+
+_VIEWS = ("string_view", "binary_view")
 UNPACKED = 32 * 2**20  # bytes that values which rows share may take once each row has its own
 
 
-def read(body: bytes, max_rows: int) -> Any:
-    """The stream as a table. Refused when it is damaged, compressed, or has too many rows."""
+def read(body: bytes, max_rows: int) -> "pyarrow.Table":
+    """Read a stream as a table. Raises Refused if it is damaged, compressed, or has too many rows."""
     import pyarrow as pa
 
     try:
@@ -46,8 +50,8 @@ def read(body: bytes, max_rows: int) -> Any:
     return table
 
 
-def write(columns: dict[str, Any]) -> bytes:
-    """Arrow arrays by name as an IPC stream."""
+def write(columns: "dict[str, pyarrow.Array]") -> bytes:
+    """Write Arrow arrays by name as an IPC stream."""
     import pyarrow as pa
 
     table = pa.table(columns)
@@ -57,8 +61,8 @@ def write(columns: dict[str, Any]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _longest(array: Any) -> int:
-    """Bytes of the longest value that rows of an array may share; 0 where each row has its own."""
+def _longest(array: "pyarrow.Array") -> int:
+    """The bytes of the longest value that several rows of an array may share; 0 if each row has its own."""
     import pyarrow as pa
 
     kind = array.type
@@ -66,7 +70,7 @@ def _longest(array: Any) -> int:
         return _bytes(array.dictionary)
     if pa.types.is_run_end_encoded(kind):
         return _bytes(array.values)
-    if kind in _views():
+    if str(kind) in _VIEWS:
         place = 16 * array.offset  # an int32 length begins each
         return int(np.frombuffer(array.buffers()[1], "<i4")[place // 4 :: 4][: len(array)].max(initial=0))
     if pa.types.is_nested(kind):
@@ -74,8 +78,8 @@ def _longest(array: Any) -> int:
     return 0
 
 
-def _bytes(array: Any) -> int:
-    """Bytes of the longest value of an array."""
+def _bytes(array: "pyarrow.Array") -> int:
+    """The bytes of the longest value of an array."""
     import pyarrow as pa
 
     kind = array.type
@@ -85,14 +89,8 @@ def _bytes(array: Any) -> int:
     return max(_longest(array), array.nbytes if pa.types.is_nested(kind) else 0)
 
 
-def _views() -> tuple[Any, ...]:
-    import pyarrow as pa
-
-    return tuple(getattr(pa, name)() for name in ("string_view", "binary_view") if hasattr(pa, name))
-
-
 def _header(metadata: bytes, dictionary: bool) -> tuple[int, bool]:
-    """Rows and whether buffers are compressed, from the flatbuffer of a message (format/Message.fbs of Arrow)."""
+    """(rows, whether buffers are compressed), read from the flatbuffer of a message (format/Message.fbs of Arrow)."""
     message = struct.unpack_from("<I", metadata, 0)[0]
     batch = _field(metadata, message, 2)
     if batch is None:
@@ -109,7 +107,7 @@ def _header(metadata: bytes, dictionary: bool) -> tuple[int, bool]:
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
-    """Place of a field of a flatbuffer's table, None where it is not given."""
+    """The byte offset of a field in a table of a flatbuffer, or None if the field is not set."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     size = struct.unpack_from("<H", data, vtable)[0]
     place = 4 + 2 * number

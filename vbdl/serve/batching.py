@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbdl.engine import Predictor
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
 from vbdl.stacking import rebuild, tensors
@@ -47,10 +48,10 @@ class _Job:
 class Batcher:
     """Predictions of a predictor, for coroutines of any loop."""
 
-    def __init__(self, predict: Callable[..., Any], limits: Limits, metrics: Metrics, anytime: bool = False):
+    def __init__(self, predict: Predictor, limits: Limits, metrics: Metrics, anytime: bool = False):
         """anytime: whether `predict` takes a deadline, in seconds, and meets it with fewer draws."""
         self._predict, self._limits, self._metrics, self._anytime = predict, limits, metrics, anytime
-        self._tile = max(getattr(predict, "tiles", (1,)))
+        self._tile = max(predict.tiles)
         self._waiting: deque[_Job] = deque()
         self._rows = 0  # that wait or are computed
         self._busy = 0.01  # seconds a batch takes, a running mean: what Retry-After is made of
@@ -68,7 +69,7 @@ class Batcher:
         rows: int,
         deadline: float,
         anytime: bool,
-        receive: Callable[[], Awaitable[Any]] | None = None,
+        receive: Callable[[], Awaitable[object]] | None = None,
     ) -> Any:
         """The prediction of these rows.
 
@@ -112,18 +113,18 @@ class Batcher:
 
     @property
     def rows(self) -> int:
-        """Rows that wait or are computed."""
+        """The number of rows that wait or are being computed."""
         return self._rows
 
     def close(self, seconds: float = 10.0) -> None:
-        """Finishes what waits and ends the thread; nothing new is taken."""
+        """Refuse new requests, answer those that wait, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join(seconds)
 
     def _work(self) -> None:
-        """The thread."""
+        """The loop of the thread: computes one batch after the other until the batcher is closed."""
         while True:
             with self._changed:
                 while (not self._waiting or self._planned) and not self._closed:
@@ -135,7 +136,7 @@ class Batcher:
             self._finish(batch)
 
     def _at_once(self) -> None:
-        """One tile of what waits, on the event loop; the thread goes on with what is left."""
+        """Compute one tile of the waiting rows on the event loop; the thread computes the others."""
         with self._changed:
             self._planned = False
             if self._computing or not self._waiting:
@@ -156,7 +157,7 @@ class Batcher:
             self._answer(job, answer)
 
     def _gather(self, limit: int) -> list[_Job]:
-        """Jobs that fit together into a batch of this many rows, waiting for more of them where that is allowed."""
+        """The next batch of at most `limit` rows; waits for more requests as long as batch_wait allows."""
         wait = self._limits.batch_wait
         while wait > 0 and not self._closed and sum(job.rows for job in self._waiting) < limit:
             left = self._waiting[0].arrived + wait - time.monotonic()
@@ -173,7 +174,7 @@ class Batcher:
         return batch
 
     def _compute(self, batch: list[_Job]) -> list[tuple[_Job, Any]]:
-        """The jobs that somebody still waits for, each with its prediction or an exception."""
+        """Compute the jobs whose clients still wait; returns each with its prediction or an exception."""
         now = time.monotonic()
         live = [job for job in batch if not job.dropped and job.deadline > now]
         if not live:
@@ -202,7 +203,7 @@ class Batcher:
         ends = list(itertools.accumulate(job.rows for job in live))
         return [(job, rows_of(prediction, end - job.rows, end)) for job, end in zip(live, ends, strict=True)]
 
-    def _answer(self, job: _Job, answer: Any) -> None:
+    def _answer(self, job: _Job, answer: object) -> None:
         if threading.get_ident() != self._thread.ident and job.loop is asyncio.get_running_loop():
             _settle(job.future, answer)
             return
@@ -211,13 +212,15 @@ class Batcher:
 
 
 class _Late(Exception):
-    """The deadline of a job has passed."""
+    """Raised when the deadline of a job has passed."""
 
 
 class _Watch:
     """Fails a future with Gone when the client leaves, once it has waited for long enough to be worth a task."""
 
-    def __init__(self, future: asyncio.Future, receive: Callable[[], Awaitable[Any]], loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self, future: asyncio.Future, receive: Callable[[], Awaitable[object]], loop: asyncio.AbstractEventLoop
+    ):
         self._future, self._receive, self._task = future, receive, None
         self._timer = loop.call_later(PATIENCE, self._begin)
 
@@ -238,7 +241,7 @@ def _fail(future: asyncio.Future, kind: type[Exception]) -> None:
     _settle(future, kind())
 
 
-def _settle(future: asyncio.Future, answer: Any) -> None:
+def _settle(future: asyncio.Future, answer: object) -> None:
     if future.done():
         return
     if isinstance(answer, Exception):
@@ -248,14 +251,12 @@ def _settle(future: asyncio.Future, answer: Any) -> None:
 
 
 def rows_of(prediction: Any, start: int, stop: int) -> Any:
-    """Rows [start, stop) of a prediction, every tensor of which has the batch first."""
-    cut = {
-        field.name: value[start:stop] if isinstance(value := getattr(prediction, field.name), Tensor) else value
-        for field in dataclasses.fields(prediction)
-    }
-    return dataclasses.replace(prediction, **cut)
+    """The rows [start, stop) of a prediction; the first axis of each of its tensors is the batch."""
+    values = {field.name: vars(prediction)[field.name] for field in dataclasses.fields(prediction)}
+    rows = {name: value[start:stop] for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(prediction, **rows)
 
 
 def _alike(a: Inputs, b: Inputs) -> bool:
-    """Whether two inputs can be put one after the other."""
+    """Whether two inputs have rows of the same shapes, so that they can be computed in one batch."""
     return [t.shape[1:] for t in tensors(a)] == [t.shape[1:] for t in tensors(b)]

@@ -1,4 +1,4 @@
-"""Large JSON bodies: what they hold is counted before any of it is built, and built piece by piece.
+"""Large JSON bodies are checked by counting brackets and commas before any value is built, then built in pieces.
 
 Eight MiB of `[],[],...` are three million lists, 200 MiB and seconds of everybody's time; as bytes they are counted in
 milliseconds. A body of the right structure is read a few thousand values at a time into the array that is returned, so
@@ -8,7 +8,6 @@ that other threads get their turn in between.
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +22,7 @@ _CELL = 4 * 2**10  # bytes of a cell, on average over a row: longer text is no c
 
 
 def outside_strings(text: bytes) -> bytes:
-    """Valid JSON without what is inside its strings, so that its brackets, colons and commas can be counted."""
+    """Valid JSON without the content of its strings, so that its brackets, colons and commas can be counted."""
     if b"\\" in text:
         text = text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     kept, inside = [], np.uint8(0)
@@ -44,13 +43,13 @@ def refuse_twice(text: bytes, keys: int) -> None:
         raise Refused(400, "bad_json", "a key is given twice in one object")
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         seen: set[str] = set()
         name = next(k for k, _ in pairs if k in seen or seen.add(k))
         raise Refused(400, "bad_json", f"the key {name[:60]!r} is given twice in one object")
-    return found
+    return unique
 
 
 def array(
@@ -61,7 +60,7 @@ def array(
     name: str,
     build: Callable[[bytes], np.ndarray],
 ) -> np.ndarray:
-    """Nested arrays of rows of this shape as an array of this dtype.
+    """Parse nested JSON arrays as an array of rows of this shape and dtype.
 
     text: valid JSON. build: values from a JSON array of them, checked, before they get the dtype.
     """
@@ -73,12 +72,12 @@ def array(
     rows = (opened - 1) // row.count(b"[") if shape else commas + 1
     # without its values a body is brackets and commas, and which ones its shape says
     values = b"truefalse" if dtype.kind == "b" else b"0123456789+-.eE"
-    found = text.translate(None, values + b" \t\r\n")
-    if len(found) != 1 + rows * (len(row) + 1) or found != b"[" + b",".join([row] * rows) + b"]":
+    skeleton = text.translate(None, values + b" \t\r\n")
+    if len(skeleton) != 1 + rows * (len(row) + 1) or skeleton != b"[" + b",".join([row] * rows) + b"]":
         raise Refused(
             422, "bad_body", f"rows of {name!r} have shape {list(shape)}: these are ragged, or hold something else"
         )
-    del found
+    del skeleton
     flat = np.empty(rows * math.prod(shape), dtype)
     at = 0
     for piece in _pieces(text) if flat.size else ():
@@ -89,7 +88,7 @@ def array(
 
 
 def _skeleton(shape: tuple[int, ...]) -> bytes:
-    """Brackets and commas of a row."""
+    """The brackets and commas that a row of this shape has in JSON."""
     return b"[" + b",".join([_skeleton(shape[1:])] * shape[0]) + b"]" if shape else b""
 
 
@@ -113,10 +112,10 @@ def rows(text: bytes, columns: int, max_rows: int, build: Callable[[bytes, int],
     if bare.count(b"[") != 1 or commas >= max(1, cells + objects) or cells > columns * objects:
         raise Refused(422, "bad_body", f"rows are objects of {columns} cells, and these hold something else")
     del bare
-    found = msgspec.json.decode(text, type=list[msgspec.Raw])
-    for start in range(0, len(found), ROWS):
+    raws = msgspec.json.decode(text, type=list[msgspec.Raw])
+    for start in range(0, len(raws), ROWS):
         yield [
-            build(_row(raw, columns, number), number) for number, raw in enumerate(found[start : start + ROWS], start)
+            build(_row(raw, columns, number), number) for number, raw in enumerate(raws[start : start + ROWS], start)
         ]
 
 

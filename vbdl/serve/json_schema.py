@@ -1,4 +1,4 @@
-"""What a model takes, as JSON Schema: a row of a table, an array, the body of a request."""
+"""JSON Schemas of the requests of a model: a row of a table, an array, a whole body."""
 
 import datetime
 from typing import Any
@@ -11,11 +11,14 @@ from vbdl.artefact.tensors import DTYPES
 from vbdl.tabular import Schema
 from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
 
+JsonObject = dict[str, Any]
+"""An object of JSON, like a JSON Schema."""
+
 LARGEST = 1e30  # of a number in a request: what float32 holds with room for a network
 
 
-def cell(column: Column) -> dict[str, Any]:
-    """JSON Schema of a cell."""
+def cell(column: Column) -> JsonObject:
+    """The JSON Schema of a cell."""
     if isinstance(column, Boolean):
         return {"type": ["boolean", "null"]}
     if isinstance(column, Categorical):
@@ -35,28 +38,28 @@ def written(column: Column) -> bool:
     return isinstance(column, Numeric) and column.written is not None
 
 
-def array(entry: InputEntry, name: str | None = None) -> dict[str, Any]:
-    """JSON Schema of a row of a tensor."""
+def array(entry: InputEntry, name: str | None = None) -> JsonObject:
+    """The JSON Schema of a row of an input tensor."""
     dtype = DTYPES[entry.dtype]
-    found: dict[str, Any]
+    schema: JsonObject
     if dtype.is_floating_point:
-        found = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
+        schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
     elif dtype == torch.bool:
-        found = {"type": "boolean"}
+        schema = {"type": "boolean"}
     else:
-        found = {"type": "integer", "minimum": torch.iinfo(dtype).min, "maximum": torch.iinfo(dtype).max}
+        schema = {"type": "integer", "minimum": torch.iinfo(dtype).min, "maximum": torch.iinfo(dtype).max}
     for size in reversed(entry.shape):
-        found = {"type": "array", "items": found, "minItems": size, "maxItems": size}
-    return found if name is None else {"title": name, **found}
+        schema = {"type": "array", "items": schema, "minItems": size, "maxItems": size}
+    return schema if name is None else {"title": name, **schema}
 
 
 def key_of(index: int, entry: InputEntry) -> str:
-    """What an input is called in a body, and in what is said of it: its keyword, or its position."""
+    """The name of an input in bodies and messages: its keyword, or its position."""
     return str(index) if entry.name is None else entry.name
 
 
-def row(schema: Schema) -> dict[str, Any]:
-    """JSON Schema of a row of a table."""
+def row(schema: Schema) -> JsonObject:
+    """The JSON Schema of a row of a table."""
     return {
         "type": "object",
         "properties": {column.name: cell(column) for column in schema.columns},
@@ -65,8 +68,8 @@ def row(schema: Schema) -> dict[str, Any]:
     }
 
 
-def body(schema: Schema | None, inputs: Signature | None, max_rows: int) -> dict[str, Any]:
-    """JSON Schema of the body of a request."""
+def body(schema: Schema | None, inputs: Signature | None, max_rows: int) -> JsonObject:
+    """The JSON Schema of the body of a request."""
     if schema is not None:
         rows = {"type": "array", "items": row(schema), "minItems": 1, "maxItems": max_rows}
         name, value = "rows", rows

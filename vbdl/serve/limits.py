@@ -1,11 +1,11 @@
-"""What the service accepts, and how long it waits."""
+"""The limits of the service: sizes, numbers and times; and its refusals."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Everything that a request can use up."""
+    """The limits on everything that requests can use up."""
 
     body_bytes: int = 8 * 2**20  # of one request, counted while it is read
     total_bytes: int = 64 * 2**20  # of all bodies that are being read or wait
@@ -29,7 +29,7 @@ class Limits:
 
 
 class Refused(Exception):
-    """An answer other than a prediction: a status, a word for programs, a sentence for people, in one line."""
+    """Raised to answer with an error: an HTTP status, a code for programs, one sentence for people."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
         message = " ".join(message.splitlines())[:500]  # parsers repeat what a stranger has sent
@@ -38,4 +38,4 @@ class Refused(Exception):
 
 
 class Gone(Exception):
-    """The client has left."""
+    """Raised when the client has closed the connection."""

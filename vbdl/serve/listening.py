@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """Accepts as many connections as limits and descriptors allow.
+    """A server that accepts as many connections as the limits and the file descriptors allow.
 
     patiently: whether it accepts none until the model is warm, because others do.
     """
@@ -72,9 +72,9 @@ class Server(uvicorn.Server):
 
 
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket for each address of a host."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for family, kind, protocol, _, address in dict.fromkeys(found):
+    """A bound socket for each address of the host."""
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, address in dict.fromkeys(addresses):
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -83,14 +83,14 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
             bound.bind(address)
         except OSError as error:
             bound.close()
-            if error.errno == errno.EADDRNOTAVAIL and len(found) > 1:
+            if error.errno == errno.EADDRNOTAVAIL and len(addresses) > 1:
                 continue  # a name may have an address that this machine has not
             raise OSError(f"{host}:{port}: {error.strerror}") from None
         yield bound
 
 
 def connections(limits: Limits) -> int:
-    """How many connections are taken: what the limits say, or fewer where descriptors do not last for more."""
+    """The number of connections to accept: the limit, or fewer if there are not enough file descriptors."""
     try:
         import resource
     except ImportError:  # Windows
@@ -140,7 +140,7 @@ class Accepting:
         self._loop.add_reader(self._listening, self._accept)
 
     def _accept(self) -> None:
-        """One connection, so that other workers get the next."""
+        """Accept one connection; other workers get the next."""
         try:
             connection, _ = self._listening.accept()
         except OSError as error:
@@ -178,7 +178,7 @@ class Accepting:
                 protocol.transport.abort()
 
     async def _begin(self, connection: socket.socket, reserved: bool) -> None:
-        """The protocol on a connection, after its handshake where there is TLS."""
+        """Start the protocol on a connection, after its handshake if there is TLS."""
         server, task = self._server, asyncio.current_task()
         assert task is not None
         ended = _Once(functools.partial(self._ended, task))
@@ -199,9 +199,11 @@ class Accepting:
             connection.setblocking(False)
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _, made = await self._loop.connect_accepted_socket(protocol, connection, ssl=server.config.ssl, **patience)
+            _, patient = await self._loop.connect_accepted_socket(
+                protocol, connection, ssl=server.config.ssl, **patience
+            )
             if task in self._reserve:
-                self._reserve[task] = made
+                self._reserve[task] = patient
         except asyncio.CancelledError:
             connection.close()
             ended()
@@ -216,9 +218,9 @@ class Accepting:
 
 
 class _Once:
-    """Calls a function, the first time only."""
+    """Calls a function the first time, and nothing after that."""
 
-    def __init__(self, call: Any):
+    def __init__(self, call: Callable[[], object]):
         self._call = call
 
     def __call__(self) -> None:
@@ -227,10 +229,10 @@ class _Once:
 
 
 class Worker(Process):
-    """A worker process with such a server, which accepts when its model is warm."""
+    """A worker process whose server accepts connections when its model is warm."""
 
     def target(self, sockets: list[socket.socket] | None = None) -> None:
-        """In the worker process."""
+        """Run the server in the worker process."""
         _ = self.server  # made here: the thread that answers the parent would make another one meanwhile
         threading.Thread(target=_end_with_parent, daemon=True).start()
         super().target(sockets)
@@ -248,7 +250,7 @@ class Worker(Process):
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would hold the port for good, and nobody would begin it again."""
+    """End this worker when its parent is killed; otherwise it would hold the port for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Counters in Prometheus' text format, written here: a client library for forty lines would be one more dependency.
+"""Counters in the text format of Prometheus, without the dependency on a client library.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/
 """
@@ -20,11 +20,11 @@ class _Histogram:
         self.sum += value
 
     def lines(self, name: str, labels: str) -> list[str]:
-        found, total = [], 0
+        text, total = [], 0
         for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
             total += count
-            found.append(f'{name}_bucket{{{labels},le="{bound}"}} {total}')
-        return [*found, f"{name}_sum{{{labels}}} {self.sum:.9g}", f"{name}_count{{{labels}}} {total}"]
+            text.append(f'{name}_bucket{{{labels},le="{bound}"}} {total}')
+        return [*text, f"{name}_sum{{{labels}}} {self.sum:.9g}", f"{name}_count{{{labels}}} {total}"]
 
 
 class Metrics:
@@ -38,7 +38,7 @@ class Metrics:
         self._epistemic, self._predicted = 0.0, 0
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """An answer, and how long it took."""
+        """Count an answer and the seconds that it took."""
         with self._lock:
             self._requests[route, status] = self._requests.get((route, status), 0) + 1
             if route == "predict":
@@ -49,7 +49,7 @@ class Metrics:
             self._refused[code] = self._refused.get(code, 0) + 1
 
     def batch(self, rows: int, seconds: float) -> None:
-        """A batch of rows that were computed together."""
+        """Count a batch of rows that were computed together."""
         with self._lock:
             self._rows.add(rows)
             self._compute.add(seconds)

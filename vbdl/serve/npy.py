@@ -51,24 +51,24 @@ def _header(text: bytes) -> tuple[bool, tuple[int, ...], np.dtype]:
     text = text.strip()
     if not (text.startswith(b"{") and text.endswith(b"}")):
         raise _bad("its header is no dictionary")
-    inner, at, found = text[1:-1].strip(), 0, {}
+    inner, at, fields = text[1:-1].strip(), 0, {}
     while at < len(inner):
         entry = _ENTRY.match(inner, at)
         value = None if entry is None else entry.group(_GROUPS[entry.group(1)])
-        if entry is None or value is None or entry.group(1) in found:
+        if entry is None or value is None or entry.group(1) in fields:
             raise _bad("its header says something else than one dtype, order and shape")
-        found[entry.group(1)] = value.decode()
+        fields[entry.group(1)] = value.decode()
         at = entry.end()
-    if len(found) != len(_GROUPS):
+    if len(fields) != len(_GROUPS):
         raise _bad("its header lacks the dtype, the order, or the shape")
-    kind = found[b"descr"].lstrip("<>|=")
+    kind = fields[b"descr"].lstrip("<>|=")
     if kind == "?":
         kind = "b1"
     if kind[0] not in _NUMBERS or not kind[1:] or int(kind[1:]) not in _NUMBERS[kind[0]]:
-        raise Refused(422, "bad_body", f"an array of numbers of at most 64 bits is taken, not of {found[b'descr']}")
-    shape = tuple(int(size) for size in found[b"shape"].split(",") if size.strip())
-    order = ">" if found[b"descr"].startswith(">") else "<"
-    return found[b"fortran_order"] == "True", shape, np.dtype(order + kind)
+        raise Refused(422, "bad_body", f"an array of numbers of at most 64 bits is taken, not of {fields[b'descr']}")
+    shape = tuple(int(size) for size in fields[b"shape"].split(",") if size.strip())
+    order = ">" if fields[b"descr"].startswith(">") else "<"
+    return fields[b"fortran_order"] == "True", shape, np.dtype(order + kind)
 
 
 def _bad(said: str) -> Refused:

@@ -1,9 +1,8 @@
 """The OpenAPI description of a service, from its model."""
 
-from typing import Any
-
 import vbdl
 from vbdl.serve import json_schema
+from vbdl.serve.json_schema import JsonObject
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
 
@@ -11,8 +10,8 @@ _NUMBER = {"type": ["number", "null"]}
 _ANY = {"description": "a number, or an array of numbers where outputs are several"}
 
 
-def document(model: Model, limits: Limits, token: bool) -> dict[str, Any]:
-    """OpenAPI 3.1, with the columns and shapes of this model's rows."""
+def document(model: Model, limits: Limits, token: bool) -> JsonObject:
+    """The OpenAPI 3.1 document, with the columns or shapes of this model's rows."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     refused = {
         "400": "the body cannot be read",
@@ -26,7 +25,7 @@ def document(model: Model, limits: Limits, token: bool) -> dict[str, Any]:
     if token:
         refused["401"] = "no token, or a wrong one"
     refused["421"] = "a Host header that is not allowed"
-    responses: dict[str, Any] = {status: {"description": said, "content": error} for status, said in refused.items()}
+    responses: JsonObject = {status: {"description": said, "content": error} for status, said in refused.items()}
     responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}}
     responses["200"] = {
         "description": "a prediction for each row, in their order",
@@ -42,14 +41,14 @@ def document(model: Model, limits: Limits, token: bool) -> dict[str, Any]:
         **(extra or {}),
     }
     probe = {"503": {"description": "not now", "content": {"application/json": {}}}}
-    body: dict[str, Any] = {
+    body: JsonObject = {
         "application/json": {"schema": json_schema.body(model.schema, model.manifest.inputs, limits.rows)}
     }
     binary = {"schema": {"type": "string", "format": "binary"}}
     body["application/vnd.apache.arrow.stream"] = binary
     if model.schema is None and len(model.bodies.entries) == 1:
         body["application/x-npy"] = binary
-    found: dict[str, Any] = {
+    openapi: JsonObject = {
         "openapi": "3.1.0",
         "info": {
             "title": model.name,
@@ -156,6 +155,6 @@ def document(model: Model, limits: Limits, token: bool) -> dict[str, Any]:
         },
     }
     if token:
-        found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"token": []}]
-    return found
+        openapi["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        openapi["security"] = [{"token": []}]
+    return openapi

@@ -37,7 +37,7 @@ class Patient(HttpToolsProtocol):
 
     # -- what uvicorn calls
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._wait()
 

@@ -1,4 +1,4 @@
-"""The same service on Ray Serve, for more machines than one. Needs `vbdl[ray]`.
+"""Deployment of the same service with Ray Serve on several machines. Needs `vbdl[ray]`.
 
     serve.run(vbdl.serve.ray.deployment("model", num_replicas=4), route_prefix="/")
 
@@ -35,7 +35,7 @@ def deployment(
     path, loading = str(Path(folder).resolve()), settings or {}
 
     def build() -> Starlette:
-        """In the replica, where Ray Serve begins and ends the application's lifespan."""
+        """Build the application in the replica; Ray Serve starts and ends its lifespan."""
         import torch
 
         if threads:

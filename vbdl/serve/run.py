@@ -1,4 +1,4 @@
-"""The service as a process, or several: uvicorn, with our server and protocol."""
+"""Running of the service in one or several processes of uvicorn, with vbdl's server and protocol."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """Where and how a model is served."""
+    """The options of a server: the model, its address, its processes, its limits."""
 
     model: str
     host: str = "127.0.0.1"
@@ -44,7 +44,7 @@ class Server:
 
 
 def run(server: Server) -> None:
-    """Serve until told to stop. ValueError or OSError for what a user can repair, before anything listens."""
+    """Serve until the process is stopped. Raises ValueError or OSError, before anything listens, for wrong options."""
     if server.workers < 1 or not 0 <= server.port <= 65535 or server.threads < 0:
         raise ValueError(f"workers are at least 1, a port lies in 0..65535: {server.workers} and {server.port}")
     if (server.tls_certificate is None) != (server.tls_key is None):
@@ -87,15 +87,15 @@ def run(server: Server) -> None:
 
 
 def worker() -> Starlette:
-    """The application of one of several worker processes."""
+    """Create the application in one of several worker processes."""
     logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
     return _made(told())
 
 
 def told() -> Server:
-    """What the parent told this worker process."""
-    found = json.loads(os.environ[_WORKER])
-    return Server(**{**found, "limits": Limits(**found["limits"]), "hosts": tuple(found["hosts"])})
+    """The options that the parent passed to this worker process."""
+    options = json.loads(os.environ[_WORKER])
+    return Server(**{**options, "limits": Limits(**options["limits"]), "hosts": tuple(options["hosts"])})
 
 
 def _made(server: Server) -> Starlette:

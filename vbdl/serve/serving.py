@@ -10,13 +10,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from vbdl.serve import arrow
 from vbdl.serve.batching import Batcher
+from vbdl.serve.bodies import Notes
 from vbdl.serve.counted import LARGE
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
@@ -33,11 +34,12 @@ SAFE = {
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in SAFE.items()]
 # where bodies of more than LARGE bytes are read: one at a time, so that eight of them take the memory of one
 _DECODING = ThreadPoolExecutor(1, "vbdl-serve-bodies")
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
 class Serving:
-    """A model that answers: ASGI for `POST /v1/predict`, the state that probes ask for, and the lifespan of both."""
+    """The ASGI application of `POST /v1/predict`, with the state for health probes and the lifespan of the service."""
 
     def __init__(self, model: Model, limits: Limits):
         self.model, self.limits, self.metrics = model, limits, Metrics()
@@ -46,7 +48,7 @@ class Serving:
         self._bytes = 0  # of bodies that are being read or wait
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: Any) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(self, _: object) -> AsyncIterator[dict[str, "Serving"]]:
         self.batcher = Batcher(self.model.predictor, self.limits, self.metrics, self.model.anytime)
         warming = asyncio.create_task(self._warm_up())
         try:
@@ -65,7 +67,7 @@ class Serving:
             self.failed = f"{type(error).__name__}: warming up failed, see the log"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request. Gone when the client leaves; what is refused is answered here."""
+        """Answer one request, refusals included. Raises Gone if the client leaves."""
         try:
             media, body = await self._predicted(dict(scope["headers"]), receive)
         except Refused as error:
@@ -75,7 +77,7 @@ class Serving:
         await respond(send, 200, media, body)
 
     async def _predicted(self, headers: dict[bytes, bytes], receive: Receive) -> tuple[str, bytes]:
-        """The media type of an answer, and the answer."""
+        """(media type, body) of the answer to a request."""
         arrived = time.monotonic()
         if not self.warm or self.batcher is None:
             raise Refused(503, "not_ready", self.failed or self.model.preparing, retry_after=5)
@@ -102,19 +104,19 @@ class Serving:
         write = partial(self._write, prediction, notes, as_arrow)
         return await _beside(write) if rows * prediction.total[0].numel() > 256 else write()
 
-    def _write(self, prediction: Any, notes: dict[str, Any], as_arrow: bool) -> tuple[str, bytes]:
+    def _write(self, prediction: Prediction, notes: Notes, as_arrow: bool) -> tuple[str, bytes]:
         if as_arrow:
             return ARROW, arrow.write(self.model.columns(prediction))
         return "application/json", msgspec.json.encode(self.model.answer(prediction, notes))
 
     def _deadline(self, asked: str) -> float:
-        """Seconds that the client has set."""
+        """The deadline of the client in seconds."""
         if not (asked.isascii() and asked.isdigit() and len(asked) <= 9 and int(asked) >= 1):
             raise Refused(422, "bad_deadline", "X-Deadline-Ms is a whole number of milliseconds, at least 1")
         return min(int(asked) / 1000, self.limits.deadline)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, held: list[int]) -> bytes:
-        """The body, counted while it comes: a length that is not stated, or wrong, changes nothing."""
+        """Read the body and count its bytes meanwhile, whatever length the header states."""
         limits, chunks, size = self.limits, [], 0
         stated = headers.get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > limits.body_bytes:
@@ -142,7 +144,7 @@ class Serving:
 
 
 def _refuse_not_finite(prediction: Prediction) -> None:
-    """Refuses a prediction of which a row's probabilities, or mean, are no numbers."""
+    """Raise Refused if a row's probabilities or mean are not finite."""
     means = prediction.mean if prediction.probs is None else prediction.probs
     finite = means.isfinite().flatten(1).all(1) if means.ndim > 1 else means.isfinite()
     if not bool(finite.all()):
@@ -152,7 +154,7 @@ def _refuse_not_finite(prediction: Prediction) -> None:
 
 
 async def respond(send: Send, status: int, media: str, body: bytes, extra: dict[str, str] | None = None) -> None:
-    """An answer and its headers."""
+    """Send an answer with its headers."""
     headers = [
         *_HEADERS,
         (b"content-type", media.encode()),
@@ -164,7 +166,7 @@ async def respond(send: Send, status: int, media: str, body: bytes, extra: dict[
 
 
 async def answer(error: Refused, send: Send) -> None:
-    """A refusal as an answer."""
+    """Send a refusal as an answer."""
     headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -174,13 +176,13 @@ async def answer(error: Refused, send: Send) -> None:
     await respond(send, error.status, "application/json", body, headers)
 
 
-async def _beside(work: Callable[[], Any]) -> Any:
-    """In a thread, so that a large request does not hold up small ones."""
+async def _beside(work: Callable[[], T]) -> T:
+    """Run `work` in a thread, so that a large request does not hold up small ones."""
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
-async def _alone(read: Callable[[], Any], deadline: float) -> Any:
-    """What reading a large body gives, in the thread for that. deadline: of time.monotonic, also of the wait for it."""
+async def _alone(read: Callable[[], T], deadline: float) -> T:
+    """Parse a large body in the thread for such bodies. deadline: in time.monotonic, the wait for that included."""
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             return await asyncio.get_running_loop().run_in_executor(_DECODING, _uncollected, read)
@@ -188,7 +190,7 @@ async def _alone(read: Callable[[], Any], deadline: float) -> Any:
         raise Refused(504, "deadline", "the deadline passed while a large body was read") from None
 
 
-def _uncollected(read: Callable[[], Any]) -> Any:
+def _uncollected(read: Callable[[], T]) -> T:
     """Runs it with the garbage collector paused: nothing of a body is garbage yet, and looking for some stops
     everybody."""
     was = gc.isenabled()

@@ -1,5 +1,5 @@
-"""What `fit_table` calibrates by default: probabilities or deviations where held-out scores gain by it, then sets or
-intervals, each on rows of its own."""
+"""The default calibration of `fit_table`: temperature or std scaling if held-out scores improve, then conformal sets or
+intervals, each fitted to rows of its own."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Rows that a predictor may be calibrated on, and how they may be divided.
+    """The rows that a predictor may be calibrated on, with the groups or times by which they may be divided.
 
     together: (rows,) rows of one number are never divided: a patient's, or equal ones. when: (rows,) their order in
     time, where the table was split by time: earlier rows then calibrate first. meant: rows may repeat training rows.
@@ -67,14 +67,14 @@ class CalibrationRows:
 
 @dataclass
 class Calibrated:
-    """A calibrated predictor, and what a user should know about it."""
+    """A calibrated predictor, and notes about its calibration for the user."""
 
     predictor: Predictor
     notes: list[str] = field(default_factory=list)
 
 
 def unseen_rows(rows: CalibrationRows, training: Tensor) -> CalibrationRows:
-    """The rows whose inputs no training row has, after encoding: a rare category in each makes equals of them."""
+    """The rows whose encoded inputs equal those of no training row; encoding makes rows with rare categories equal."""
     if rows.meant:
         return rows
     return rows.take((~torch.isin(fingerprints(rows.x), fingerprints(training))).nonzero().flatten())
@@ -83,48 +83,52 @@ def unseen_rows(rows: CalibrationRows, training: Tensor) -> CalibrationRows:
 def calibrate_by_default(predictor: Predictor, rows: CalibrationRows, coverage: float, seed: int) -> Calibrated:
     """Temperature or std scaling on one half of the rows, where it makes held-out rows of that half likelier, and
     conformal sets or intervals of this coverage (0: none) on the other half."""
-    made = Calibrated(predictor)
+    calibrated = Calibrated(predictor)
     if len(rows) < MIN_ROWS:
-        made.notes.append(f"{len(rows)} calibration rows are too few: the predictions are not calibrated")
-        return made
+        calibrated.notes.append(f"{len(rows)} calibration rows are too few: the predictions are not calibrated")
+        return calibrated
     halves = None
     if coverage > 0 and len(rows) >= 2 * MIN_ROWS:
         try:
             halves = rows.divided(2, seed)
         except ValueError:
-            made.notes.append("the calibration rows are of one group or instant: only sets or intervals are fitted")
+            calibrated.notes.append(
+                "the calibration rows are of one group or instant: only sets or intervals are fitted"
+            )
             halves = [torch.empty(0, dtype=torch.int64), torch.arange(len(rows))]
     elif coverage > 0:
-        made.notes.append(f"{len(rows)} calibration rows are too few for sets or intervals of {coverage:.0%} as well")
+        calibrated.notes.append(
+            f"{len(rows)} calibration rows are too few for sets or intervals of {coverage:.0%} as well"
+        )
     first = rows if halves is None else rows.take(halves[0])
     if len(first):
-        _scale(made, first, seed)
+        _scale(calibrated, first, seed)
     if halves is not None:
         rest, alpha = rows.take(halves[1]), 1 - coverage
         method: Any = NormalisedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
-        made.predictor = calibrate(made.predictor, (rest.x, rest.y), method, allow_overlap=rows.meant)
-    return made
+        calibrated.predictor = calibrate(calibrated.predictor, (rest.x, rest.y), method, allow_overlap=rows.meant)
+    return calibrated
 
 
-def _scale(made: Calibrated, rows: CalibrationRows, seed: int) -> None:
+def _scale(calibrated: Calibrated, rows: CalibrationRows, seed: int) -> None:
     method: Any = StdScaling() if rows.y.is_floating_point() else Temperature()
     name = "std scaling" if rows.y.is_floating_point() else "temperature"
     try:
-        scores = _cross_fitted(made.predictor, rows, method, seed)
+        scores = _cross_fitted(calibrated.predictor, rows, method, seed)
         if scores is None:
-            made.notes.append(f"no {name}: the calibration rows are of too few groups or instants to compare it")
+            calibrated.notes.append(f"no {name}: the calibration rows are of too few groups or instants to compare it")
             return
         none, with_it = scores
         said = f"NLL of {len(rows)} held-out calibration rows {with_it:.4g} with it, {none:.4g} without"
         if not with_it < none:
-            made.notes.append(f"no {name}, which would make predictions worse: {said}")
+            calibrated.notes.append(f"no {name}, which would make predictions worse: {said}")
             return
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "the temperature ended at its limit")
-            made.predictor = calibrate(made.predictor, (rows.x, rows.y), method, allow_overlap=rows.meant)
-        made.notes.append(f"{name} fitted: {said}")
+            calibrated.predictor = calibrate(calibrated.predictor, (rows.x, rows.y), method, allow_overlap=rows.meant)
+        calibrated.notes.append(f"{name} fitted: {said}")
     except UserWarning as error:
-        made.notes.append(f"no temperature was fitted: {error}")
+        calibrated.notes.append(f"no temperature was fitted: {error}")
 
 
 def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed: int) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""Cells of a table as numbers and words: whole Arrow columns, and single values of rows, by the same rules.
+"""Cells of a table become numbers and words by one set of rules, in whole Arrow columns and in single values.
 
 A missing cell is null, NaN, empty text or one of a column's own words for it. A cell that cannot be read is reported
 with a reason and never guessed at.
@@ -7,31 +7,34 @@ with a reason and never guessed at.
 import datetime
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vbdl.tabular import dates
 from vbdl.tabular.numerals import Written
-from vbdl.tabular.reading import NULLS, arrow, compute
+from vbdl.tabular.reading import NULLS, ArrowColumn, arrow, compute
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MISSING = tuple(NULLS)
 _DAY = 86_400.0  # seconds
 
 
 class Unreadable(ValueError):
-    """Why a cell cannot be used."""
+    """Raised for a cell that cannot be used, with the reason."""
 
 
-def plain(value: Any) -> Any:
-    """A cell of a row as Python's own type: NumPy's scalars as these, pandas' marks for a missing one as None."""
+def plain(value: object) -> object:
+    """The value of a cell as a built-in type of Python; None in place of pandas' NA and NaT."""
     if isinstance(value, np.generic):
         return value.item()
     return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
 def text(value: str | int | float | bool) -> str:
-    """The word for a category given in another type; what Arrow's cast to text writes."""
+    """The text of a category that is given as a number or truth value, as Arrow's cast to text writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -42,8 +45,8 @@ def text(value: str | int | float | bool) -> str:
 WHOLE = re.compile(r"-?\d+\.0+")
 
 
-def without(words: Any, missing: Sequence[str]) -> Any:
-    """An Arrow array of text, null where a cell is empty or one of these words."""
+def without(words: "pyarrow.Array", missing: Sequence[str]) -> "pyarrow.Array":
+    """The array of text with null in place of empty cells and of the words for missing."""
     import pyarrow as pa
 
     pc = compute()
@@ -51,14 +54,14 @@ def without(words: Any, missing: Sequence[str]) -> Any:
     return pc.if_else(pc.is_in(bare, value_set=pa.array(["", *missing], words.type)), None, words)
 
 
-def counted(words: Any) -> dict[str, int]:
-    """{word: how often} of an Arrow array of text, null not counted."""
-    found = compute().value_counts(words)
-    return {str(e["values"]): e["counts"] for e in found.to_pylist() if e["values"] is not None}
+def counted(words: "pyarrow.Array") -> dict[str, int]:
+    """{word: count} of an array of text; null is not counted."""
+    counts = compute().value_counts(words)
+    return {str(e["values"]): e["counts"] for e in counts.to_pylist() if e["values"] is not None}
 
 
-def texts(column: Any) -> Any:
-    """An Arrow column as one array of text."""
+def texts(column: ArrowColumn) -> "pyarrow.Array":
+    """The column as one array of text."""
     import pyarrow as pa
 
     pc = compute()
@@ -71,25 +74,24 @@ def texts(column: Any) -> Any:
     return column.cast(pa.string())
 
 
-def combined(column: Any) -> Any:
-    """A chunked column as one array."""
-    if hasattr(column, "combine_chunks"):
+def combined(column: ArrowColumn) -> "pyarrow.Array":
+    """The column as one array without chunks."""
+    pa = arrow()
+    if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-        if hasattr(column, "chunks"):  # an empty column has stayed chunked
-            import pyarrow as pa
-
+        if isinstance(column, pa.ChunkedArray):  # an empty column has stayed chunked
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     return column
 
 
-def is_text(kind: Any) -> bool:
+def is_text(kind: "pyarrow.DataType") -> bool:
     """Whether an Arrow type is of text."""
     types = arrow().types
     return types.is_string(kind) or types.is_large_string(kind)
 
 
-def decoded(column: Any) -> Any:
-    """An Arrow column as one array of its values' own type: no chunks, no dictionary."""
+def decoded(column: ArrowColumn) -> "pyarrow.Array":
+    """The column as one array without chunks and without dictionary encoding."""
     import pyarrow as pa
 
     column = combined(column)
@@ -97,11 +99,12 @@ def decoded(column: Any) -> Any:
 
 
 def floats(
-    column: Any, name: str, missing: Sequence[str] = MISSING, written: Written | None = None
+    column: ArrowColumn, name: str, missing: Sequence[str] = MISSING, written: Written | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """(rows,) float64 with NaN for what is missing, where it is missing, and the rows that cannot be read.
+    """Read a column of numbers: (values (rows,) float64 with NaN for missing cells, (rows,) bool missing, {row: reason}
+    of the cells that cannot be read).
 
-    missing: words that mean so. written: how text writes numbers, as programs do unless given.
+    missing: words for a missing cell. written: how text writes numbers; as programs do unless given.
     """
     import pyarrow as pa
 
@@ -123,14 +126,14 @@ def floats(
 
 
 def _apart(values: np.ndarray, rejected: dict[int, str]) -> tuple[np.ndarray, dict[int, str]]:
-    """(rows,) bool, where a value is missing and not one that cannot be read; and what cannot."""
+    """((rows,) bool missing, {row: reason} rejected): a cell that cannot be read does not count as missing."""
     missing = np.isnan(values)
     missing[list(rejected)] = False
     return missing, rejected
 
 
-def _parsed(column: Any, name: str, rejected: dict[int, str], written: Written | None) -> np.ndarray:
-    """Text as numbers; whole columns in one go, and cell by cell only where that fails."""
+def _parsed(column: "pyarrow.Array", name: str, rejected: dict[int, str], written: Written | None) -> np.ndarray:
+    """The numbers in an array of text: converted as a whole, or cell by cell if that fails."""
     import pyarrow as pa
 
     pc = compute()
@@ -143,38 +146,40 @@ def _parsed(column: Any, name: str, rejected: dict[int, str], written: Written |
 
     def number(word: str) -> float:
         try:
-            found = pa.scalar(word.strip()).cast(pa.float64()).as_py() if written is None else written.number(word)
+            value = pa.scalar(word.strip()).cast(pa.float64()).as_py() if written is None else written.number(word)
         except pa.ArrowInvalid:
-            found = None
-        if found is None:
+            value = None
+        if value is None:
             raise Unreadable(f"column {name!r}: {short(word)} is not a number")
-        return found
+        return value
 
     return _each(column, number, rejected)
 
 
-def _each(column: Any, read: Callable[[str], float], rejected: dict[int, str]) -> np.ndarray:
+def _each(column: "pyarrow.Array", read: Callable[[str], float], rejected: dict[int, str]) -> np.ndarray:
     """(rows,) what `read` makes of the cells of an Arrow array of text, NaN for null; each different cell is read once,
     and one that is Unreadable rejects its rows."""
     coded = column.dictionary_encode()
-    found, reasons = np.full(len(coded.dictionary), np.nan), {}
+    numbers, reasons = np.full(len(coded.dictionary), np.nan), {}
     for place, word in enumerate(coded.dictionary.to_pylist()):
         try:
-            found[place] = read(word)
+            numbers[place] = read(word)
         except Unreadable as error:
             reasons[place] = str(error)
     where = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     if reasons:
         for row in np.flatnonzero(np.isin(where, list(reasons))).tolist():
             rejected[row] = reasons[int(where[row])]
-    return np.append(found, np.nan)[where]
+    return np.append(numbers, np.nan)[where]
 
 
 TRUE, FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
 
 
-def booleans(column: Any, name: str, missing: Sequence[str] = MISSING) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """(rows,) 1, 0 or NaN for what is missing, where it is missing, and the rows that cannot be read."""
+def booleans(
+    column: ArrowColumn, name: str, missing: Sequence[str] = MISSING
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Read a column of truth values: (values 1, 0 or NaN for missing, (rows,) bool missing, {row: reason})."""
     import pyarrow as pa
 
     column = decoded(column)
@@ -199,9 +204,9 @@ def booleans(column: Any, name: str, missing: Sequence[str] = MISSING) -> tuple[
 
 
 def days(
-    column: Any, name: str, missing: Sequence[str] = MISSING, order: str = ""
+    column: ArrowColumn, name: str, missing: Sequence[str] = MISSING, order: str = ""
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """(rows,) days since 1970-01-01, NaN for what is missing, where it is missing, and the rows that cannot be read.
+    """Read a column of dates: (days since 1970-01-01 or NaN for missing, (rows,) bool missing, {row: reason}).
 
     order: of text and of whole numbers such as 20260131, see `vbdl.tabular.dates`.
     """
@@ -224,23 +229,23 @@ def days(
     return values, *_apart(values, rejected)
 
 
-def day(value: Any, name: str, order: str = "") -> float:
+def day(value: object, name: str, order: str = "") -> float:
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         try:
             return dates.micros(dates.instant(str(value), order)) / 1e6 / _DAY
         except dates.NoDate as error:
             raise Unreadable(f"column {name!r}: {error}") from error
     try:
-        when: Any = value
-        if isinstance(when, datetime.date) and not isinstance(when, datetime.datetime):
-            when = datetime.datetime(when.year, when.month, when.day)
+        if not isinstance(value, datetime.date):
+            raise TypeError
+        when = value if isinstance(value, datetime.datetime) else datetime.datetime(*value.timetuple()[:3])
         if when.tzinfo is None:
             when = when.replace(tzinfo=datetime.UTC)
         return dates.micros(when) / 1e6 / _DAY
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise Unreadable(f"column {name!r}: {short(value)} is not a date (2026-11-22 or 2026-11-22T18:30)") from error
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     said = repr(value)
     return said if len(said) <= 40 else said[:37] + "..."

@@ -1,4 +1,4 @@
-"""The kinds of input columns: what each remembers of the training rows, and how its cells become numbers.
+"""The kinds of input columns: each stores statistics of the training rows and encodes cells as numbers.
 
 A kind turns a whole Arrow column (`encode`) and a single Python value (`cell`) into the same float32 numbers, bit for
 bit: both compute in float64 and round once (`vbdl.tabular.cells`).
@@ -7,7 +7,6 @@ bit: both compute in float64 and round once (`vbdl.tabular.cells`).
 import datetime
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,12 +28,12 @@ from vbdl.tabular.cells import (
     without,
 )
 from vbdl.tabular.numerals import Written
-from vbdl.tabular.reading import compute
+from vbdl.tabular.reading import ArrowColumn, compute
 
 
 @dataclass
 class Block:
-    """A column as numbers: (rows, width) float64, and what was met on the way."""
+    """An encoded column: (rows, width) float64, the rows that were rejected, and counts of unusual cells."""
 
     values: np.ndarray
     rejected: dict[int, str] = field(default_factory=dict)  # row -> reason
@@ -43,13 +42,13 @@ class Block:
 
 
 class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """What all kinds share: a name, and the words that mean that a cell has no value."""
+    """The base of all kinds: a name, and the words for a missing cell."""
 
     name: str
     missing: tuple[str, ...] = MISSING
 
-    def is_missing(self, value: Any) -> bool:
-        """Whether a cell of a row has no value: None, NaN, an empty text or one of the words."""
+    def is_missing(self, value: object) -> bool:
+        """Whether a cell is missing: None, NaN, an empty text or one of the words for it."""
         if isinstance(value, str):
             word = value.strip()
             return not word or word in self.missing
@@ -57,8 +56,8 @@ class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Number(_Column, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """What columns of numbers share: standardised by the training rows' mean and deviation, a missing cell replaced by
-    their median and, where training had missing cells, told in a number of its own."""
+    """The base of all kinds of numbers. Values are standardised by the training rows' mean and std; a missing cell
+    becomes their median, and sets an indicator if training had missing cells."""
 
     mean: float
     std: float
@@ -89,18 +88,18 @@ class _Number(_Column, frozen=True, forbid_unknown_fields=True, kw_only=True, om
 
 
 class Numeric(_Number, frozen=True, tag="numeric", forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Numbers; text in a table is read as numbers where it can be.
+    """A column of numbers, or of text that can be read as numbers.
 
     written: how the training cells wrote them, where that was text that no program writes; rows may then have text too.
     """
 
     written: Written | None = None
 
-    def encode(self, column: Any) -> Block:
+    def encode(self, column: ArrowColumn) -> Block:
         values, missing, rejected = floats(column, self.name, self.missing, self.written)
         return self._scale(values, missing, rejected)
 
-    def cell(self, value: Any) -> list[float]:
+    def cell(self, value: object) -> list[float]:
         value = plain(value)
         if self.is_missing(value):
             return self._numbers(None)
@@ -118,13 +117,13 @@ class Numeric(_Number, frozen=True, tag="numeric", forbid_unknown_fields=True, k
 
 
 class Boolean(_Number, frozen=True, tag="boolean", forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """True and false, also as 1 and 0 or as text."""
+    """A column of truth values: true and false, 1 and 0, or text for them."""
 
-    def encode(self, column: Any) -> Block:
+    def encode(self, column: ArrowColumn) -> Block:
         values, missing, rejected = booleans(column, self.name, self.missing)
         return self._scale(values, missing, rejected)
 
-    def cell(self, value: Any) -> list[float]:
+    def cell(self, value: object) -> list[float]:
         value = plain(value)
         if self.is_missing(value):
             return self._numbers(None)
@@ -132,22 +131,22 @@ class Boolean(_Number, frozen=True, tag="boolean", forbid_unknown_fields=True, k
             value = bare in TRUE
         if value is not None and value not in (0, 1):  # True == 1 and False == 0
             raise Unreadable(f"column {self.name!r}: {short(value)} is neither true nor false")
-        return self._numbers(None if value is None else float(value))
+        return self._numbers(None if value is None else float(bool(value)))
 
 
 class Date(_Number, frozen=True, tag="date", forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Dates and instants as days since 1970-01-01, UTC where they have a zone.
+    """A column of dates or times, encoded as days since 1970-01-01; in UTC if they have a time zone.
 
     order: how text and numbers without marks between them say a date, see `vbdl.tabular.dates`.
     """
 
     order: str = ""
 
-    def encode(self, column: Any) -> Block:
+    def encode(self, column: ArrowColumn) -> Block:
         values, missing, rejected = days(column, self.name, self.missing, self.order)
         return self._scale(values, missing, rejected)
 
-    def cell(self, value: Any) -> list[float]:
+    def cell(self, value: object) -> list[float]:
         value = plain(value)
         return self._numbers(None if self.is_missing(value) else day(value, self.name, self.order))
 
@@ -155,7 +154,7 @@ class Date(_Number, frozen=True, tag="date", forbid_unknown_fields=True, kw_only
 class Categorical(
     _Column, frozen=True, tag="categorical", forbid_unknown_fields=True, kw_only=True, omit_defaults=True
 ):
-    """One of several words, or codes: a number of its own each, 1 for the category of the row and 0 for the others.
+    """A column of categories, words or codes, encoded one-hot: 1 for the category of the row and 0 for the others.
 
     What training had too rarely, or never, shares the number `other`; a missing cell has its own where training had
     missing cells, and is `other` where it had none.
@@ -169,7 +168,7 @@ class Categorical(
         known = [f"{self.name} = {c}" for c in self.categories]
         return [*known, f"{self.name} is another", *([f"{self.name} is missing"] if self.indicator else [])]
 
-    def encode(self, column: Any) -> Block:
+    def encode(self, column: ArrowColumn) -> Block:
         import pyarrow as pa
 
         pc = compute()
@@ -180,8 +179,8 @@ class Categorical(
             raise ValueError(f"column {self.name!r} holds {column.type}, not words or codes") from error
         missing = pc.is_null(words).to_numpy(zero_copy_only=False)
         # -1 where it is not among them
-        found = pc.index_in(words, value_set=pa.array(self.categories, pa.string()))
-        place = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        places = pc.index_in(words, value_set=pa.array(self.categories, pa.string()))
+        place = pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         unseen = (place < 0) & ~missing
         if unseen.any():
             other = pc.fill_null(pc.match_substring_regex(words, r"^-?\d+(\.0+)?$"), False)
@@ -195,7 +194,7 @@ class Categorical(
         values[np.arange(len(place)), place] = 1.0
         return Block(values, {}, int(missing.sum()), int(unseen.sum()))
 
-    def cell(self, value: Any) -> list[float]:
+    def cell(self, value: object) -> list[float]:
         value = plain(value)
         numbers = [0.0] * (len(self.categories) + 1 + self.indicator)
         if self.is_missing(value):
@@ -207,12 +206,12 @@ class Categorical(
         numbers[len(self.categories) if place < 0 else place] = 1.0
         return numbers
 
-    def is_missing(self, value: Any) -> bool:
+    def is_missing(self, value: object) -> bool:
         return super().is_missing(value) and value not in self.categories
 
-    def knows(self, value: Any) -> bool:
-        """Whether training had this category (a missing cell is not one)."""
-        return self.is_missing(value) or self._place(text(value)) >= 0
+    def knows(self, value: object) -> bool:
+        """Whether the training rows had this category; True for a missing cell."""
+        return self.is_missing(value) or (isinstance(value, str | int | float) and self._place(text(value)) >= 0)
 
     def _place(self, word: str) -> int:
         """The number of a category, -1 for one that training did not have. A code that one file has as 7 and another

@@ -61,16 +61,16 @@ def instant(word: str, order: str = "") -> datetime.datetime:
         except ValueError as error:
             if "" not in readings(text):  # ISO, as a service is asked with, has one reading in any case
                 raise NoDate(f"{word!r} is not a date written as {order}") from error
-    found = readings(text)
-    if not found:
+    by_order = readings(text)
+    if not by_order:
         raise NoDate(f"{word!r} is not a date (2026-11-22 or 2026-11-22T18:30)")
-    if "" in found:
-        return found[""]
-    if order in found:
-        return found[order]
+    if "" in by_order:
+        return by_order[""]
+    if order in by_order:
+        return by_order[order]
     if order:
         raise NoDate(f"{word!r} is not a date written {order.replace('-', ' ')}")
-    raise NoDate(f"{word!r} is not written as the dates of training are, and may be {_either(found)}")
+    raise NoDate(f"{word!r} is not written as the dates of training are, and may be {_either(by_order)}")
 
 
 def micros(when: datetime.datetime) -> int:
@@ -94,25 +94,25 @@ def order_of(words: Iterable[str], column: str) -> str:
     first: tuple[str, Mapping[str, datetime.datetime]] | None = None
     apart: list[tuple[str, Mapping[str, datetime.datetime]]] = []
     for word in words:
-        found = readings(word.strip())
-        if not found:
+        by_order = readings(word.strip())
+        if not by_order:
             raise NoDate(f"{word!r} is not a date")
-        if "" in found:
+        if "" in by_order:
             continue
-        first = first or (word, found)
-        left = set(found) if left is None else left & set(found)
+        first = first or (word, by_order)
+        left = set(by_order) if left is None else left & set(by_order)
         if not left:
             raise NoDate(f"{word!r} and {first[0]!r} are not dates of one order")
-        if len(set(found.values())) > 1:
-            apart.append((word, found))
+        if len(set(by_order.values())) > 1:
+            apart.append((word, by_order))
     if left is None:
         return ""
     # two digits for a year that comes first are rare: only where nothing else is possible
     likely = left - {"year-first"} or left
     if len(likely) > 1:
-        word, found = next(((w, f) for w, f in apart if len({f[o] for o in likely}) > 1), first or ("", {}))
+        word, by_order = next(((w, f) for w, f in apart if len({f[o] for o in likely}) > 1), first or ("", {}))
         raise ValueError(
-            f"column {column!r}: {word!r} is {_either({o: found[o] for o in ORDERS if o in likely})}: "
+            f"column {column!r}: {word!r} is {_either({o: by_order[o] for o in ORDERS if o in likely})}: "
             f"--date-format says which"
         )
     return likely.pop()
@@ -127,8 +127,8 @@ def readings(text: str) -> Mapping[str, datetime.datetime]:
     """{order: instant} of each way to read a cell; {"": instant} where there is one only, {} for none."""
     if text[4:5] in ("-", "W") and text[:4].isdigit():
         try:
-            found = datetime.datetime.fromisoformat(text)
-            return {"": found if found.tzinfo else found.replace(tzinfo=datetime.UTC)}
+            by_order = datetime.datetime.fromisoformat(text)
+            return {"": by_order if by_order.tzinfo else by_order.replace(tzinfo=datetime.UTC)}
         except ValueError:
             pass
     if compact := _compact(text):
@@ -139,9 +139,9 @@ def readings(text: str) -> Mapping[str, datetime.datetime]:
         date, clock = _cut(without_day)
         if clock is None:
             continue
-        found = _dates(date)
-        if found:
-            return {o: day + clock for o, day in found.items()}
+        by_order = _dates(date)
+        if by_order:
+            return {o: day + clock for o, day in by_order.items()}
     return {}
 
 
@@ -157,8 +157,8 @@ def _compact(text: str) -> datetime.datetime | None:
         clock = datetime.timedelta(hours=int(hour), minutes=int(minute), seconds=float(f"{second or 0}.{part or 0}"))
     if not (match := _COMPACT.match(day)) or not 1800 <= int(match[1]) < 2200:
         return None
-    found = _day(int(match[1]), int(match[2]), int(match[3]))
-    return None if found is None else found + clock
+    midnight = _day(int(match[1]), int(match[2]), int(match[3]))
+    return None if midnight is None else midnight + clock
 
 
 def _cut(text: str) -> tuple[str, datetime.timedelta | None]:
@@ -202,10 +202,10 @@ def _dates(text: str) -> dict[str, datetime.datetime]:
     if match := _YEAR_LAST.match(text):
         a, b, year = int(match[1]), int(match[3]), match[4]
         full = int(year) if len(year) == 4 else _century(int(year))
-        found = {"day-first": _day(full, b, a), "month-first": _day(full, a, b)}
+        by_order = {"day-first": _day(full, b, a), "month-first": _day(full, a, b)}
         if len(year) == 2 and len(match[1]) == 2:
-            found["year-first"] = _day(_century(a), b, int(year))
-        return {o: when for o, when in found.items() if when is not None}
+            by_order["year-first"] = _day(_century(a), b, int(year))
+        return {o: when for o, when in by_order.items() if when is not None}
     if match := _MONTH.match(text):
         return _one(int(match["y"] or match["y2"]), int(match["m"] or match["m2"]), 1)
     if match := _QUARTER.match(text):

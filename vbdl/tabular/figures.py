@@ -1,7 +1,7 @@
-"""What a fitted table looks like on its test rows: two figures, PNG and SVG."""
+"""Two figures of a fitted table on its test rows, as PNG and SVG: calibration, and risk against coverage."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +11,15 @@ from vbdl.tabular.fitting import Fitted
 from vbdl.tabular.reading import INSTALL
 from vbdl.types import Prediction
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#777777"
 
 
 def draw(fitted: Fitted, folder: Path) -> list[Path]:
-    """Calibration, and what is left when the most uncertain rows are put aside. ModuleNotFoundError where
-    matplotlib is missing."""
+    """Draw the calibration and the risk-coverage curve on the test rows. Raises ModuleNotFoundError without
+    matplotlib."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -42,7 +45,7 @@ def draw(fitted: Fitted, folder: Path) -> list[Path]:
     return paths
 
 
-def _calibration(axes: Any, p: Prediction, y: Tensor, name: str) -> None:
+def _calibration(axes: "Axes", p: Prediction, y: Tensor, name: str) -> None:
     axes.plot([0, 1], [0, 1], color=_GREY, lw=1, ls=(0, (4, 3)))
     if p.probs is not None:
         stated, hit = p.probs.amax(1).double(), (p.probs.argmax(1) == y).double()
@@ -60,7 +63,7 @@ def _calibration(axes: Any, p: Prediction, y: Tensor, name: str) -> None:
     axes.set(xlabel=f"stated probability that {name} is below", ylabel="share of rows below", xlim=(0, 1), ylim=(0, 1))
 
 
-def _risk(axes: Any, p: Prediction, y: Tensor, name: str) -> None:
+def _risk(axes: "Axes", p: Prediction, y: Tensor, name: str) -> None:
     if p.probs is not None:
         loss, label = (p.probs.argmax(1) != y).double(), "share wrong"
         uncertainty = p.total

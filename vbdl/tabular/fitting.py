@@ -1,8 +1,10 @@
-"""A table in, a calibrated and evaluated predictor out."""
+"""`fit_table` trains, calibrates and evaluates a predictor of one column of a table."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +16,10 @@ from vbdl.tabular.evaluation import Evaluation, evaluate
 from vbdl.tabular.giveaways import giveaways
 from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import TabularNetwork
+from vbdl.tabular.options import TableOptions
 from vbdl.tabular.parts import Parts, divide, joined
-from vbdl.tabular.reading import Reading, arrow
+from vbdl.tabular.reading import ArrowColumn, Reading, arrow
 from vbdl.tabular.schema import KEY, Schema
-from vbdl.tabular.settings import Settings
 from vbdl.tabular.target import decide, fit_target, has_target
 from vbdl.train import History, fit
 
@@ -27,7 +29,7 @@ _MIN_ROWS = 40
 
 @dataclass
 class Fitted:
-    """What `fit_table` has made.
+    """The result of `fit_table`: a calibrated predictor with its schema and its evaluation.
 
     predictor: calibrated. rows: row numbers of each part in the table. base: the training rows' class shares, or mean
     and std. test: encoded test rows and their targets. notes: what a user should know.
@@ -35,7 +37,7 @@ class Fitted:
 
     predictor: Predictor
     schema: Schema
-    settings: Settings
+    settings: TableOptions
     evaluation: Evaluation
     history: History
     rows: dict[str, Tensor]
@@ -46,10 +48,9 @@ class Fitted:
     test: tuple[Tensor, Tensor]
     notes: list[str] = field(default_factory=list)
 
-    def save(self, folder: Any, overwrite: bool = False) -> None:
-        """An artefact that `vbdl.load` reads, with the table's schema in it."""
-        predictor: Any = self.predictor
-        predictor.save(
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Save the predictor as an artefact that holds the schema of the table; `vbdl.load` reads it."""
+        self.predictor.save(
             folder,
             example=self.schema.example(),
             architecture=ARCHITECTURE,
@@ -72,9 +73,9 @@ class Fitted:
 
 
 def fit_table(
-    data: Any,
+    data: object,
     target: str,
-    settings: Settings | None = None,
+    settings: TableOptions | None = None,
     *,
     kinds: dict[str, str] | None = None,
     ignore: tuple[str, ...] = (),
@@ -94,7 +95,7 @@ def fit_table(
 
     Rows without a target are left out. ValueError where the table cannot be used, with the reason.
     """
-    settings = settings or Settings()
+    settings = settings or TableOptions()
     notes: list[str] = []
     table, reading = training_table(data, reading, kinds, notes)
     if target not in table.column_names:
@@ -126,8 +127,8 @@ def fit_table(
         notes.append(
             f"{len(encoded.rejected)} rows could not be read and were left out, row {int(keep[row])}: {reason}"
         )
-    y, given = schema.target.encode(table.column(target))
-    usable = encoded.kept & given
+    y, labelled = schema.target.encode(table.column(target))
+    usable = encoded.kept & labelled
     rows = {name: r[usable[r]] for name, r in parts.rows.items()}
     x = {name: encoded.x[r] for name, r in rows.items()}
     targets = {name: y[r] for name, r in rows.items()}
@@ -150,13 +151,12 @@ def fit_table(
     history = fit(
         posterior,
         (x["train"], targets["train"]),
-        likelihood,  # type: ignore[arg-type]
+        likelihood,
         validation=validation,
         progress=progress,
         **settings.training(n_train),
     )
-    options = {"batch_invariant": True, "compile": False}
-    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, **options)  # type: ignore[arg-type]
+    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, batch_invariant=True, compile=False)
     for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
     for_calibration = unseen_rows(for_calibration, x["train"])
     calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)
@@ -172,8 +172,8 @@ def fit_table(
     )
 
 
-def _words(column: Any, known: Any) -> str:
-    """What the cells of a text column say that are not known, where they say something."""
+def _words(column: ArrowColumn, known: np.ndarray) -> str:
+    """The words for missing cells in a text column, as the end of a note; "" if all its missing cells are empty."""
     column = decoded(column)
     if not is_text(column.type):
         return ""
@@ -184,18 +184,18 @@ def _words(column: Any, known: Any) -> str:
 
 
 def _divide(table, target, task, ignore, settings, group, time, reading):
-    """Parts by the inputs as they stand in the table, before anything is learned from them."""
+    """Divide the rows into parts by their inputs as they are in the table, before any statistic is computed."""
     inputs = [name for name in table.column_names if name != target and name not in ignore]
     classes = None
     if decide(table.column(target), target, task, reading)[0] == "classification":
         every = torch.arange(table.num_rows).numpy()
-        found, known = fit_target(table.column(target), target, every, task, reading).encode(table.column(target))
-        classes = found if bool(known.all()) else None
+        numbers, known = fit_target(table.column(target), target, every, task, reading).encode(table.column(target))
+        classes = numbers if bool(known.all()) else None
     return divide(table, inputs, classes, settings.shares, group, time, settings.seed, reading)
 
 
 def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> CalibrationRows:
-    """The calibration rows, with what says which of them belong together."""
+    """The calibration rows, with the groups of rows that must not be divided."""
     together = torch.arange(len(y)) if parts.overlap_is_meant else fingerprints(x).unique(return_inverse=True)[1]
     if parts.groups is not None:
         together = joined(parts.groups[rows], together)
@@ -204,7 +204,7 @@ def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> Calib
 
 
 def _base(y: Tensor, schema: Schema) -> dict[str, Any]:
-    """What the training rows alone say, smoothed by one row a class."""
+    """The simplest predictor: the training rows' mean and std, or class shares smoothed by one row for each class."""
     if schema.target.classes is None:
         return {"mean": float(y.double().mean()), "std": float(y.double().std())}
     counts = torch.bincount(y, minlength=len(schema.target.classes)).double() + 1

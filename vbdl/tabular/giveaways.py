@@ -26,7 +26,7 @@ def giveaways(columns: Sequence[Column], x: Tensor, y: Tensor, seed: int = 0) ->
     classes = not y.is_floating_point()
     if not classes:  # in ranks no tail outweighs the rest
         truth = np.unique(truth, return_inverse=True)[1].astype(np.float64)
-    found, at = {}, 0
+    shares, at = {}, 0
     for column in columns:
         block = x[order, at : at + len(column.features)].numpy()
         at += len(column.features)
@@ -36,8 +36,8 @@ def giveaways(columns: Sequence[Column], x: Tensor, y: Tensor, seed: int = 0) ->
             there = block[:, 1] == 0 if column.indicator else np.ones(len(block), dtype=bool)
             left = _left(block[there, 0].astype(np.float64), truth[there], classes)
         if left is not None and left <= _LEFT:
-            found[column.name] = 1 - left
-    return found
+            shares[column.name] = 1 - left
+    return shares
 
 
 def _left(value: np.ndarray, truth: np.ndarray, classes: bool) -> float | None:

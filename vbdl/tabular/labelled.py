@@ -1,13 +1,13 @@
-"""Rows with known targets for a model that is there already: to score it, or to calibrate it."""
+"""Rows with known targets, to evaluate or calibrate a saved model."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vbdl.artefact.saving import training_rows
 from vbdl.calibration.calibrated import calibration_rows
+from vbdl.engine import Predictor
 from vbdl.fingerprint import fingerprints
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.schema import KEY, Schema
@@ -15,7 +15,7 @@ from vbdl.tabular.schema import KEY, Schema
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rows that could be read and have a target."""
+    """The rows of a table that could be read and have a target."""
 
     x: Tensor
     y: Tensor
@@ -24,7 +24,7 @@ class Labelled:
 
 
 def labelled(
-    predictor: Any, data: Any, allow_training_rows: bool = False, allow_calibration_rows: bool = False
+    predictor: Predictor, data: object, allow_training_rows: bool = False, allow_calibration_rows: bool = False
 ) -> Labelled:
     """Rows of a table, as the model of a saved predictor takes them. ValueError where it was not made from a table, the
     target's column is not there, or rows were trained or calibrated on."""
@@ -49,13 +49,13 @@ def labelled(
     x, y = encoded.x[usable], y[usable]
     if not len(y):
         raise ValueError("there are no rows with a target")
-    own = fingerprints(x)
+    prints = fingerprints(x)
     seen, (used, complete) = training_rows(predictor.posterior), calibration_rows(predictor.likelihood)
     for rows, done, allowed in (
         (seen, "trained", allow_training_rows),
         (used, "calibrated", allow_calibration_rows),
     ):
-        n_seen = 0 if rows is None else int(torch.isin(own, rows).sum())
+        n_seen = 0 if rows is None else int(torch.isin(prints, rows).sum())
         if n_seen and not allowed:
             raise ValueError(f"{n_seen} of {len(y)} rows were {done} on: give rows that the model has not seen")
         if n_seen:

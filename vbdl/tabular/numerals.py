@@ -152,16 +152,16 @@ def marks(words: Iterable[str]) -> tuple[str, ...]:
 def _unit(words: list[str]) -> str | None:
     """The percent sign or currency that stands beside the numbers, "" for none; None where there are several or other
     letters, or where some cells are percents and others are not."""
-    found: set[str] = set()
+    units: set[str] = set()
     for word in words:
         before, behind = _BESIDE.match(word.strip()), _BEHIND.search(word.strip())
         unit = (before["before"] if before else "") or (behind["behind"] if behind else "")
-        found.add(unit.casefold())
-    signs = found - {""}
+        units.add(unit.casefold())
+    signs = units - {""}
     if not signs:
         return ""
     sign = signs.pop()
-    return None if signs or not _known(sign) or (sign in "%‰" and "" in found) else sign
+    return None if signs or not _known(sign) or (sign in "%‰" and "" in units) else sign
 
 
 def _known(unit: str) -> bool:

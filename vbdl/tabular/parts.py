@@ -1,9 +1,9 @@
-"""Which rows of a table train, stop the training, calibrate and test: rows that are equal never come apart."""
+"""The division of a table's rows into training, validation, calibration and test; equal rows stay in one part."""
 
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from vbdl.splitting import DEFAULT_SHARES, split
 from vbdl.tabular import dates
 from vbdl.tabular.cells import decoded, is_text, texts, without
 from vbdl.tabular.numerals import Recognised, recognise
-from vbdl.tabular.reading import Reading, compute
+from vbdl.tabular.reading import ArrowColumn, Reading, compute
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # below this share of different rows, equal rows are what the table is made of, and are no leak
 _MOSTLY_EQUAL = 0.5
@@ -22,7 +25,7 @@ _MOSTLY_EQUAL = 0.5
 
 @dataclass(frozen=True)
 class Parts:
-    """Row numbers of each part, and what was noticed on the way."""
+    """The row numbers of each part, how they were divided, and notes for the user."""
 
     rows: dict[str, Tensor]
     how: str
@@ -33,7 +36,7 @@ class Parts:
 
 
 def divide(
-    table: Any,
+    table: "pyarrow.Table",
     inputs: list[str],
     classes: Tensor | None,
     shares: Mapping[str, float] | None = None,
@@ -42,7 +45,7 @@ def divide(
     seed: int = 0,
     reading: Reading | None = None,
 ) -> Parts:
-    """Parts of the rows of a table.
+    """Divide the rows of a table into parts.
 
     inputs: columns by which rows are equal. classes: (rows,) to give every part each class in its share.
     group: a column; no value of it is in two parts. time: a column; the parts follow each other in it. reading: how
@@ -68,8 +71,8 @@ def divide(
     elif different < n:
         notes.append(f"{n - different} rows repeat the inputs of others and stay in one part with them")
     if group is not None:
-        found = codes(table, group)
-        together = found if meant else joined(found, row)
+        groups = codes(table, group)
+        together = groups if meant else joined(groups, row)
         return Parts(split(n, shares, groups=together, seed=seed), f"by group ({group})", notes, meant, together)
     if different == n or meant:
         return Parts(split(n, shares, stratify=classes, seed=seed), _how(classes), notes, meant)
@@ -89,27 +92,27 @@ def _how(classes: Tensor | None) -> str:
     return "at random" if classes is None else "at random, each class in the same share"
 
 
-def codes(table: Any, name: str) -> Tensor:
+def codes(table: "pyarrow.Table", name: str) -> Tensor:
     """(rows,) int64, equal for equal cells of a column. ValueError where there is no such column."""
     import pyarrow as pa
 
     column = _column(table, name)
     try:
-        found = column.dictionary_encode(null_encoding="encode").indices
+        numbers = column.dictionary_encode(null_encoding="encode").indices
     except pa.ArrowNotImplementedError:  # lists, structs and what others have added
         column = pa.array([None if v is None else repr(v) for v in column.to_pylist()], pa.string())
-        found = column.dictionary_encode(null_encoding="encode").indices
-    return torch.from_numpy(found.to_numpy(zero_copy_only=False).astype(np.int64))
+        numbers = column.dictionary_encode(null_encoding="encode").indices
+    return torch.from_numpy(numbers.to_numpy(zero_copy_only=False).astype(np.int64))
 
 
-def _column(table: Any, name: str) -> Any:
+def _column(table: "pyarrow.Table", name: str) -> ArrowColumn:
     try:
         return decoded(table.column(name))
     except KeyError:
         raise ValueError(f"there is no column {name!r}; there are {table.column_names}") from None
 
 
-def moments(table: Any, name: str, reading: Reading | None = None) -> tuple[Tensor, str]:
+def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -> tuple[Tensor, str]:
     """(rows,) int64 in the order in time of a column's cells, equal for equal ones; and how text was read, in words.
 
     Dates, instants and durations are in their own order, numbers in that of their size, text in that of the dates or
@@ -154,7 +157,7 @@ def _width(order: str) -> int:
     return len(datetime.datetime(2000, 11, 22, 10, 10, 10).strftime(order)) if "%" in order else 0
 
 
-def _order_of_digits(column: Any) -> str | None:
+def _order_of_digits(column: ArrowColumn) -> str | None:
     """The format of whole numbers that are all dates with the year last, 03022023, and not all with it first."""
     values = column.to_numpy(zero_copy_only=False).astype(np.int64)
     first, second, year = values // 1_000_000, values // 10_000 % 100, values % 10_000
@@ -169,7 +172,7 @@ def _order_of_digits(column: Any) -> str | None:
     return "%d%m%Y" if dates_of(first, second, year) else "%m%d%Y" if dates_of(second, first, year) else None
 
 
-def _said(words: Any, name: str, reading: Reading) -> tuple[np.ndarray, str]:
+def _said(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarray, str]:
     """(rows,) the order of text that says dates, times of a day or numbers, and which it is, in words."""
     coded = words.dictionary_encode()
     different = coded.dictionary.to_pylist()
@@ -191,7 +194,7 @@ def _said(words: Any, name: str, reading: Reading) -> tuple[np.ndarray, str]:
     return np.array(instants, np.int64)[coded.indices.to_numpy(zero_copy_only=False)], said
 
 
-def _equal(table: Any, inputs: list[str]) -> Tensor:
+def _equal(table: "pyarrow.Table", inputs: list[str]) -> Tensor:
     """(rows,) a number for each different row of these columns."""
     if not inputs or table.num_rows == 0:
         return torch.zeros(table.num_rows, dtype=torch.int64)

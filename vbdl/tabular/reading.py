@@ -1,4 +1,4 @@
-"""Tables from files and from memory, always as a `pyarrow.Table`: CSV (also .gz), Parquet, Arrow IPC."""
+"""Reading of tables from files (CSV, also .gz, Parquet, Arrow IPC) and from memory as a `pyarrow.Table`."""
 
 import codecs
 import gzip
@@ -6,9 +6,16 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.csv
+
+ArrowColumn: TypeAlias = "pyarrow.Array | pyarrow.ChunkedArray"
 
 INSTALL = "tables need pyarrow: pip install 'vbdl[tables]'"
 
@@ -62,8 +69,8 @@ class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
                 raise ValueError(f"there is no encoding {self.encoding!r}: utf-8, latin-1, cp1252, utf-16") from error
 
 
-def arrow() -> Any:
-    """The module pyarrow; ModuleNotFoundError that says what to install."""
+def arrow() -> ModuleType:
+    """The module pyarrow. Raises ModuleNotFoundError with what to install if it is not installed."""
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -71,15 +78,15 @@ def arrow() -> Any:
     return pyarrow
 
 
-def compute() -> Any:
-    """The module pyarrow.compute, whose functions are made when it is imported, unseen by a type checker."""
+def compute() -> ModuleType:
+    """The module pyarrow.compute, whose functions no type checker knows, because they are created at import."""
     import pyarrow.compute
 
     return pyarrow.compute
 
 
 def format_of(path: str | Path) -> str | None:
-    """csv, parquet or ipc by the file's name, None for anything else."""
+    """The format by the name of the file: "csv", "parquet", "ipc", or None for another file."""
     name = Path(path).name.lower()
     return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
 
@@ -92,24 +99,24 @@ def files_of(path: str | Path, suffixes: Sequence[str] = tuple(SUFFIXES)) -> lis
         raise FileNotFoundError(f"there is no file or folder {path}")
     if path.is_file():
         return [path]
-    found = []
+    files = []
     for folder, below, names in os.walk(path):
         below[:] = sorted(d for d in below if not d.startswith((".", "_")))
-        found += [
+        files += [
             Path(folder, n) for n in names if not n.startswith((".", "_")) and n.lower().endswith(tuple(suffixes))
         ]
-    if not found:
+    if not files:
         raise ValueError(f"there is no {', '.join(suffixes)} file in {path}")
-    return sorted(found)
+    return sorted(files)
 
 
 def csv_options(
     path: Path,
-    column_types: Mapping[str, Any] | None = None,
+    column_types: "Mapping[str, pyarrow.DataType] | None" = None,
     reading: Reading | None = None,
     notes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What `pyarrow.csv.read_csv` and `open_csv` are called with, so that both read a cell the same way."""
+    """The options of `pyarrow.csv.read_csv` and `open_csv`, so that both read a cell the same way."""
     from pyarrow import csv
 
     separator = _separator(path, reading, notes)
@@ -126,8 +133,8 @@ def csv_options(
     }
 
 
-def read_options(reading: Reading | None = None, **options: Any) -> Any:
-    """pyarrow's ReadOptions, with the encoding of the files."""
+def read_options(reading: Reading | None = None, **options: Any) -> "pyarrow.csv.ReadOptions":
+    """The ReadOptions of pyarrow.csv with the encoding of the files."""
     from pyarrow import csv
 
     return csv.ReadOptions(encoding=(reading and reading.encoding) or "utf8", **options)
@@ -176,7 +183,7 @@ def _first_lines(path: Path, encoding: str | None) -> tuple[str, str]:
 _ENCODINGS = "--encoding latin-1, cp1252 or another says what it is, or save the file as UTF-8"
 
 
-def read_table(path: str | Path, reading: Reading | None = None, notes: list[str] | None = None) -> Any:
+def read_table(path: str | Path, reading: Reading | None = None, notes: list[str] | None = None) -> "pyarrow.Table":
     """The table in this file, or in all files of this folder one after the other. notes: gets what was recognised."""
     pa = arrow()
     tables = [_read_file(file, reading, notes) for file in files_of(path)]
@@ -190,7 +197,7 @@ def read_table(path: str | Path, reading: Reading | None = None, notes: list[str
     return pa.concat_tables([t.select(names) for t in tables], promote_options="permissive")
 
 
-def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> Any:
+def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> "pyarrow.Table":
     pa = arrow()
     kind = format_of(path)
     try:
@@ -219,14 +226,14 @@ def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> 
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
 
 
-def _validated(table: Any) -> Any:
-    """The table, whose cells are found to be what they are said to be: in a damaged file they may lie in anybody's
-    memory. ArrowInvalid where they are not."""
+def _validated(table: "pyarrow.Table") -> "pyarrow.Table":
+    """The table after a check of its offsets, which in a damaged file may point anywhere in memory. Raises ArrowInvalid
+    if they are wrong."""
     table.validate(full=True)
     return table
 
 
-def as_table(data: Any, reading: Reading | None = None, notes: list[str] | None = None) -> Any:
+def as_table(data: object, reading: Reading | None = None, notes: list[str] | None = None) -> "pyarrow.Table":
     """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name. reading: of
     files. ValueError where two columns have one name: which of them is meant is not for a program to guess."""
     table = _without_views(_converted(data, reading, notes))
@@ -237,12 +244,12 @@ def as_table(data: Any, reading: Reading | None = None, notes: list[str] | None 
     return table
 
 
-def _without_views(table: Any) -> Any:
-    """Text as strings, where it comes as views, as from polars, and values one by one, where they come as runs: Arrow's
-    own functions do not take them all."""
+def _without_views(table: "pyarrow.Table") -> "pyarrow.Table":
+    """The table with string views (as polars has) cast to strings and run-end encoded columns decoded, because not all
+    functions of Arrow take them."""
     pa = arrow()
     for place, field in enumerate(table.schema):
-        kind: Any = None
+        kind: pyarrow.DataType | None = None
         if pa.types.is_run_end_encoded(field.type):
             runs = table.column(place).chunks
             column = pa.chunked_array([compute().run_end_decode(c) for c in runs], field.type.value_type)
@@ -256,7 +263,14 @@ def _without_views(table: Any) -> Any:
     return table
 
 
-def _converted(data: Any, reading: Reading | None, notes: list[str] | None) -> Any:
+@runtime_checkable
+class ArrowStream(Protocol):
+    """A table of another library, which Arrow can read without a copy."""
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object: ...
+
+
+def _converted(data: object, reading: Reading | None, notes: list[str] | None) -> "pyarrow.Table":
     pa = arrow()
     if isinstance(data, str | Path):
         return read_table(data, reading, notes)
@@ -268,9 +282,12 @@ def _converted(data: Any, reading: Reading | None, notes: list[str] | None) -> A
 
     if isinstance(data, Mapping):
         return memory.from_columns(data)
-    if memory.is_pandas(data) and hasattr(data, "columns"):
-        return memory.from_pandas(data)
-    if hasattr(data, "__arrow_c_stream__"):
+    if memory.is_pandas(data):
+        import pandas as pd
+
+        if isinstance(data, pd.DataFrame):
+            return memory.from_pandas(data)
+    if isinstance(data, ArrowStream):
         return pa.table(data)
     raise TypeError(
         f"a table is a path, a pyarrow.Table, a pandas frame or a dict of columns; got {type(data).__name__}"

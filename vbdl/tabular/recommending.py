@@ -1,7 +1,6 @@
 """Which method for a table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,12 +8,12 @@ import torch
 from vbdl.recommendation import Recommendation, recommend
 from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import TabularNetwork
-from vbdl.tabular.settings import Settings
+from vbdl.tabular.options import TableOptions
 from vbdl.tabular.target import has_target
 
 
 def recommend_table(
-    data: Any,
+    data: object,
     target: str,
     budget: float = 60.0,
     task: str | None = None,
@@ -34,7 +33,7 @@ def recommend_table(
     encoded = schema.encode(table)
     y, given = schema.target.encode(table.column(target))
     rows = encoded.kept & given
-    settings = Settings(method="mc-dropout", width=width, depth=depth, seed=seed)
+    settings = TableOptions(method="mc-dropout", width=width, depth=depth, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = TabularNetwork(**settings.network_arguments(schema, len(y)))

@@ -31,7 +31,7 @@ KEY = "table"  # where an artefact keeps it
 
 @dataclass
 class Encoded:
-    """Rows as the network takes them."""
+    """Encoded rows: the inputs of the network, the rejected rows, and counts of unusual cells by column."""
 
     x: Tensor  # (rows, features) float32
     rejected: dict[int, str] = field(default_factory=dict)  # row -> reason; its numbers are zeros
@@ -60,35 +60,35 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def features(self) -> list[str]:
-        """What each input of the network is."""
+        """The names of the network's inputs."""
         return [feature for column in self.columns for feature in column.features]
 
     @property
     def names(self) -> list[str]:
-        """The columns a table or a row must have."""
+        """The names of the columns that a table or a row must have."""
         return [column.name for column in self.columns]
 
     @property
     def worded(self) -> list[str]:
-        """The columns whose cells are words, and not numbers as programs write them, in files that do not say."""
+        """The columns that are read as text from files without types: categories, and numbers in their own notation."""
         return [c.name for c in self.columns if isinstance(c, Categorical) or _written(c)]
 
     @property
     def files(self) -> Reading:
-        """How files are read for this model."""
+        """The options by which files are read for this model."""
         if self.reading is None:
             return Reading()
         target = (self.target.name,) if self.target.written else ()
         return msgspec.structs.replace(self.reading, text=(*self.worded, *target))
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        found = msgspec.json.decode(msgspec.json.encode(self))
-        return {key: value for key, value in found.items() if key != "reading" or value is not None}
+        """The schema as JSON can hold it."""
+        description = msgspec.json.decode(msgspec.json.encode(self))
+        return {key: value for key, value in description.items() if key != "reading" or value is not None}
 
     @classmethod
-    def from_dict(cls, description: Mapping[str, Any]) -> "Schema":
-        """ValueError where it is not a schema, or of another format."""
+    def from_dict(cls, description: Mapping[str, object]) -> "Schema":
+        """The schema in a dict from JSON. Raises ValueError if it is no schema, or has another format."""
         try:
             schema = msgspec.convert(description, cls)
         except msgspec.ValidationError as error:
@@ -101,9 +101,9 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     # -- rows to numbers
 
-    def encode(self, data: Any) -> Encoded:
-        """A table in any form `as_table` takes. ValueError where a column is not there or of a type that cannot be
-        read; a cell that cannot be read only rejects its row."""
+    def encode(self, data: object) -> Encoded:
+        """Encode a table of any form that `as_table` takes. Raises ValueError if a column is missing or its type cannot
+        be read; a cell that cannot be read only rejects its row."""
         table = as_table(data, self.files)
         there = set(table.column_names)
         absent = [name for name in self.names if name not in there]
@@ -111,7 +111,7 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(
                 f"the table has no column {absent[0]!r}; the model needs {self.names}, there are {table.column_names}"
             )
-        found = Encoded(torch.empty(0, len(self.features)))
+        encoded = Encoded(torch.empty(0, len(self.features)))
         values = np.empty((table.num_rows, len(self.features)), np.float32)
         at = 0
         for column in self.columns:
@@ -119,16 +119,16 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             with np.errstate(over="ignore"):
                 values[:, at : at + block.values.shape[1]] = block.values
             at += block.values.shape[1]
-            self._note(found, column, block.missing, block.unseen)
+            self._note(encoded, column, block.missing, block.unseen)
             for row, reason in block.rejected.items():
-                found.rejected.setdefault(row, reason)
-        self._finish(found, values)
-        return found
+                encoded.rejected.setdefault(row, reason)
+        self._finish(encoded, values)
+        return encoded
 
-    def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Encoded:
-        """Rows as dicts by column name: numbers, booleans, text, None for what is not known. Types are strict: a
-        number as text rejects its row, and so does a column that is left out. No Arrow is involved."""
-        found = Encoded(torch.empty(0, len(self.features)))
+    def encode_rows(self, rows: Sequence[Mapping[str, object]]) -> Encoded:
+        """Encode rows that are dicts by column name of numbers, booleans, text, or None for a missing cell. Types are
+        strict: a number as text rejects its row, and so does a missing column. Arrow is not needed."""
+        encoded = Encoded(torch.empty(0, len(self.features)))
         width = len(self.features)
         values: list[list[float]] = []
         for number, row in enumerate(rows):
@@ -143,49 +143,51 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                     numbers += column.cell(value)
                     missing = column.is_missing(value)
                     unseen = isinstance(column, Categorical) and not missing and not column.knows(value)
-                    self._note(found, column, int(missing), int(unseen))
+                    self._note(encoded, column, int(missing), int(unseen))
             except Unreadable as error:
-                found.rejected[number] = str(error)
+                encoded.rejected[number] = str(error)
                 numbers = [0.0] * width
             values.append(numbers)
         with np.errstate(over="ignore"):
             array = np.array(values, np.float64).reshape(len(values), width).astype(np.float32)
-        self._finish(found, array)
-        return found
+        self._finish(encoded, array)
+        return encoded
 
-    def tensor(self, data: Any) -> Tensor:
+    def tensor(self, data: object) -> Tensor:
         """(rows, features) of a table or of rows as dicts; ValueError where one of them cannot be read."""
-        many = isinstance(data, Sequence) and not isinstance(data, str)
-        encoded = self.encode_rows(data) if many else self.encode(data)
+        if isinstance(data, Sequence) and not isinstance(data, str):
+            encoded = self.encode_rows(data)
+        else:
+            encoded = self.encode(data)
         if encoded.rejected:
             row, reason = min(encoded.rejected.items())
             raise ValueError(f"{len(encoded.rejected)} of {len(encoded.x)} rows cannot be read; row {row}: {reason}")
         return encoded.x
 
     def example(self) -> Tensor:
-        """(1, features) a row of missing and unknown cells, to warm a predictor up with."""
+        """One row (1, features) of missing and unknown cells, to warm up a predictor with."""
         row = {c.name: "" if isinstance(c, Categorical) else None for c in self.columns}
         return self.encode_rows([row]).x
 
-    def _note(self, found: Encoded, column: Column, missing: int, unseen: int) -> None:
+    def _note(self, encoded: Encoded, column: Column, missing: int, unseen: int) -> None:
         if missing:
-            for counts in (found.imputed,) if column.indicator else (found.imputed, found.filled):
+            for counts in (encoded.imputed,) if column.indicator else (encoded.imputed, encoded.filled):
                 counts[column.name] = counts.get(column.name, 0) + missing
         if unseen:
-            found.unseen[column.name] = found.unseen.get(column.name, 0) + unseen
+            encoded.unseen[column.name] = encoded.unseen.get(column.name, 0) + unseen
 
-    def _finish(self, found: Encoded, values: np.ndarray) -> None:
-        """Numbers that float32 cannot hold reject their row too."""
-        for row in found.rejected:
+    def _finish(self, encoded: Encoded, values: np.ndarray) -> None:
+        """Store the values, and reject the rows with a number that float32 cannot hold."""
+        for row in encoded.rejected:
             values[row] = 0.0
         finite = np.isfinite(values)
         if not finite.all():
             features = self.features
             for row in np.flatnonzero(~finite.all(axis=1)).tolist():
                 which = features[int(np.flatnonzero(~finite[row])[0])]
-                found.rejected[row] = f"column {which!r}: too large, {values[row][~finite[row]][0]} after scaling"
+                encoded.rejected[row] = f"column {which!r}: too large, {values[row][~finite[row]][0]} after scaling"
                 values[row] = 0.0
-        found.x = torch.from_numpy(values)
+        encoded.x = torch.from_numpy(values)
 
     def __str__(self) -> str:
         lines = []
@@ -201,5 +203,5 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def _written(column: Column) -> bool:
-    """Whether the cells of a column of numbers are no numbers to a program that reads a file."""
+    """Whether a column of numbers writes them, or missing cells, in a way that a CSV reader does not know."""
     return isinstance(column, Numeric) and (column.written is not None or column.missing != tuple(NULLS))

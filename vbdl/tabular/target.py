@@ -1,8 +1,8 @@
-"""The target of a table: classes or a number, decided from its cells and said."""
+"""The target of a table: classes or a number, decided by its cells, with the reason for the decision."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -13,7 +13,7 @@ from vbdl.likelihoods.centered import is_far
 from vbdl.likelihoods.normal_mixture import check_spread
 from vbdl.tabular.cells import decoded, floats, is_text, text, texts, without
 from vbdl.tabular.numerals import PLAIN, Recognised, Written, recognise
-from vbdl.tabular.reading import NULLS, Reading, compute
+from vbdl.tabular.reading import NULLS, ArrowColumn, Reading, compute
 
 MAX_CLASSES = 1000
 _FEW = 10  # whole numbers with no more different values than this are taken for classes
@@ -54,12 +54,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return f"{self.name}, {len(self.classes)} classes (classification): {self.reason}. {shown}"
 
     def label(self, number: int) -> str | int | bool:
-        """A class as files have it."""
+        """The label of a class, of the type that it has in files."""
         assert self.classes is not None
         name = self.classes[number]
         return int(name) if self.labels == "integer" else name == "true" if self.labels == "boolean" else name
 
-    def encode(self, column: Any) -> tuple[Tensor, Tensor]:
+    def encode(self, column: ArrowColumn) -> tuple[Tensor, Tensor]:
         """(rows,) class numbers, or (rows, 1) targets, float64 where float32 is too coarse; and (rows,) bool, whether
         there was one. ValueError for a class that training did not have and for a number that cannot be read."""
         if self.classes is None:
@@ -80,8 +80,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
         words = without(texts(column), [w for w in self.missing if w not in self.classes])
         known = torch.from_numpy(pc.is_valid(words).to_numpy(zero_copy_only=False).copy())
-        found = pc.index_in(words, value_set=pa.array(self.classes, pa.string()))
-        numbers = torch.from_numpy(pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64))
+        places = pc.index_in(words, value_set=pa.array(self.classes, pa.string()))
+        numbers = torch.from_numpy(pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64))
         strange = ((numbers < 0) & known).nonzero().flatten()
         if strange.numel():
             row = int(strange[0])
@@ -91,27 +91,27 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return numbers.clamp_min(0), known
 
 
-def has_target(column: Any, missing: Sequence[str] = ()) -> np.ndarray:
-    """(rows,) bool, whether a cell is neither null nor NaN, nor text that is empty or one of these words."""
+def has_target(column: ArrowColumn, missing: Sequence[str] = ()) -> np.ndarray:
+    """(rows,) bool: whether the cell has a value, and not null, NaN, empty text or a word for missing."""
     column = decoded(column)
     if is_text(column.type):
         column = without(column, missing)
     return ~compute().is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
-def as_numbers(column: Any, name: str, reading: Reading | None = None) -> Recognised | None:
-    """How a column of text writes numbers, None where it does not."""
+def as_numbers(column: ArrowColumn, name: str, reading: Reading | None = None) -> Recognised | None:
+    """How a column of text writes numbers, or None if it holds other text."""
     reading = reading or Reading()
     words = without(decoded(column), reading.missing)
     counts = {
         str(e["values"]): e["counts"] for e in compute().value_counts(words).to_pylist() if e["values"] is not None
     }
-    found = recognise(counts, name, reading.decimal, reading.thousands)
-    return found if isinstance(found, Recognised) else None
+    recognised = recognise(counts, name, reading.decimal, reading.thousands)
+    return recognised if isinstance(recognised, Recognised) else None
 
 
-def decide(column: Any, name: str, task: str | None = None, reading: Reading | None = None) -> tuple[str, str]:
-    """("classification" or "regression", why). ValueError where the column cannot be a target."""
+def decide(column: ArrowColumn, name: str, task: str | None = None, reading: Reading | None = None) -> tuple[str, str]:
+    """("classification" or "regression", reason). Raises ValueError if the column cannot be a target."""
     import pyarrow as pa
 
     pc = compute()
@@ -124,13 +124,13 @@ def decide(column: Any, name: str, task: str | None = None, reading: Reading | N
     word = is_text(kind) or pa.types.is_boolean(kind)
     if not (number or word):
         raise ValueError(f"the target {name!r} holds {kind}: a target is a number, text or true and false")
-    found = as_numbers(column, name, reading) if is_text(kind) and task != "classification" else None
-    if task == "regression" and not number and found is None:
+    recognised = as_numbers(column, name, reading) if is_text(kind) and task != "classification" else None
+    if task == "regression" and not number and recognised is None:
         raise ValueError(f"the target {name!r} holds {kind}, which has no mean: it can only be classified")
     if task is not None:
         return task, "as asked"
-    if found is not None and not categories and _amounts(column, found, reading):
-        shown, value = found.example
+    if recognised is not None and not categories and _amounts(column, recognised, reading):
+        shown, value = recognised.example
         return "regression", f"it holds text that is numbers, {shown!r} is {value:.12g}"
     if is_text(kind) and not categories:
         _check_words(column, name, reading)
@@ -147,8 +147,8 @@ def decide(column: Any, name: str, task: str | None = None, reading: Reading | N
     return "regression", "it holds numbers with decimals"
 
 
-def _check_words(column: Any, name: str, reading: Reading | None) -> None:
-    """ValueError for text that is numbers but for a few cells: a class for each of them is not what was meant."""
+def _check_words(column: ArrowColumn, name: str, reading: Reading | None) -> None:
+    """Raise ValueError for text that is numbers but for a few cells: a class for each number is not what was meant."""
     cells = [word for word in column.to_pylist() if word is not None]
     cells = [word for word in cells if word.strip() not in {"", *(reading or Reading()).missing}]
     odd = [word for word in cells if not _is_number(word)]
@@ -171,19 +171,19 @@ def _is_number(word: str) -> bool:
         return False
 
 
-def _amounts(column: Any, found: Recognised, reading: Reading | None) -> bool:
-    """Whether text that is numbers says amounts, and not the names of classes, which may be digits."""
-    missing = [*(reading or Reading()).missing, *found.missing]
-    values = np.unique(floats(column, "", missing, found.written)[0])
+def _amounts(column: ArrowColumn, recognised: Recognised, reading: Reading | None) -> bool:
+    """Whether numbers in text are amounts, and not names of classes, which may be digits too."""
+    missing = [*(reading or Reading()).missing, *recognised.missing]
+    values = np.unique(floats(column, "", missing, recognised.written)[0])
     values = values[~np.isnan(values)]
     whole = bool((values == np.round(values)).all())
-    return len(values) > _FEW and (found.written != PLAIN or not whole)
+    return len(values) > _FEW and (recognised.written != PLAIN or not whole)
 
 
 def fit_target(
-    column: Any, name: str, training: np.ndarray, task: str | None = None, reading: Reading | None = None
+    column: ArrowColumn, name: str, training: np.ndarray, task: str | None = None, reading: Reading | None = None
 ) -> Target:
-    """The target as the whole column has it (its classes), scaled by the training rows (its mean and std)."""
+    """The target: its classes from the whole column, or its mean and std from the training rows."""
     import pyarrow as pa
 
     missing = (reading or Reading()).missing
@@ -191,9 +191,9 @@ def fit_target(
     column = decoded(column)
     kind = column.type
     if task == "regression":
-        found = as_numbers(column, name, reading) if is_text(kind) else None
-        written = None if found is None else found.written
-        missing = missing if found is None else (*missing, *found.missing)
+        recognised = as_numbers(column, name, reading) if is_text(kind) else None
+        written = None if recognised is None else recognised.written
+        missing = missing if recognised is None else (*missing, *recognised.missing)
         values, _, _ = floats(column, name, missing, written)
         values = values[training]
         values = values[np.isfinite(values)]
@@ -203,8 +203,9 @@ def fit_target(
             std = float(values.std())
         check_spread(std, f"the target {name!r}")
         mean = float(values.mean())
-        options: dict[str, Any] = {"missing": missing, "written": written, "precise": is_far(mean, std)}
-        return Target(name=name, mean=mean, std=std, reason=reason, **options)
+        return Target(
+            name=name, mean=mean, std=std, reason=reason, missing=missing, written=written, precise=is_far(mean, std)
+        )
     words = without(texts(column), missing)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         words = pa.array(

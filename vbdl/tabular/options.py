@@ -1,9 +1,7 @@
-"""How a table's model is made and trained, and what was found to work for small and middling tables."""
+"""The options of `fit_table`, with defaults that work for tables of hundreds to some hundred thousand rows."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from torch import nn
 
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.centered import Centered
@@ -13,6 +11,7 @@ from vbdl.methods import Method, method_of
 from vbdl.splitting import DEFAULT_SHARES
 from vbdl.tabular.network import INITIAL_STD, TabularNetwork
 from vbdl.tabular.schema import Schema
+from vbdl.types import Likelihood, Posterior
 
 Noise = Literal["constant", "per-row"]
 
@@ -20,8 +19,8 @@ _ROWS_WORTH_COMPILING = 50_000
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `fit_table` can be told. None: chosen by method and size of the table."""
+class TableOptions:
+    """How `fit_table` builds, trains and calibrates a model. None: chosen by the method and the size of the table."""
 
     method: str = "deep-ensemble"  # a name in `vbdl.methods`
     members: int = 5  # of the ensemble
@@ -76,14 +75,14 @@ class Settings:
         """A noise level a row is a second function to learn, for which there have to be rows."""
         return self.noise or ("per-row" if n_train >= 400 else "constant")
 
-    def likelihood(self, schema: Schema, n_train: int) -> nn.Module:
+    def likelihood(self, schema: Schema, n_train: int) -> Likelihood:
         if schema.target.classes is not None:
             return Categorical()
         per_row, std = self.noise_of(n_train) == "per-row", schema.target.std
-        found = HeteroscedasticGaussian(beta=0.5, unit=std) if per_row else Gaussian(std=std)
-        return Centered(found, schema.target.mean) if schema.target.far else found
+        gaussian = HeteroscedasticGaussian(beta=0.5, unit=std) if per_row else Gaussian(std=std)
+        return Centered(gaussian, schema.target.mean) if schema.target.far else gaussian
 
-    def posterior(self, network: TabularNetwork, n_train: int) -> Any:
+    def posterior(self, network: TabularNetwork, n_train: int) -> Posterior:
         return self._method.make(
             network,
             n_members=self.members,

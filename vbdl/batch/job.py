@@ -1,0 +1,43 @@
+"""The description of a batch job, which every engine takes whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vbdl.batch.model import Model, digest
+from vbdl.batch.options import Options
+from vbdl.batch.sources import Source
+from vbdl.tabular import Schema
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@dataclass(frozen=True)
+class Job:
+    """Predict every row of `sources` with `model`. A job can be pickled and sent to another machine.
+
+    kept: Arrow types in the output of the input columns that are carried over; `settle` finds them.
+    """
+
+    model: Model
+    sources: tuple[Source, ...]
+    options: Options
+    schema: Schema | None
+    kept: "Mapping[str, pyarrow.DataType]" = field(default_factory=dict)
+
+    def recorded(self, kind: str) -> dict[str, Any]:
+        """Everything that the output depends on, as JSON holds it: jobs with equal records write equal bytes.
+
+        kind: format of the output, one of `vbdl.batch.naming.FORMATS`.
+        """
+        return {
+            "model": digest(self.model),
+            "schema": None if self.schema is None else self.schema.to_dict(),
+            "input": [source.state() for source in self.sources],
+            "options": self.options.recorded(),
+            "format": kind,
+            "torch": str(torch.__version__),
+        }

@@ -1,0 +1,43 @@
+"""The options of a batch job: everything but its model and its rows."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from vbdl.batch.output import COLUMNS
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a job that its results depend on, or that say how it is computed.
+
+    columns: of the output, see `vbdl.batch.output`; keep: input columns to carry over. interval: level of `lower` and
+    `upper` in place of the calibrated ones. inputs: columns of a model that was not made from a table, in the order of
+    its inputs. tile: rows that are computed together; results depend on it by rounding only, and not at all on
+    chunk_rows and workers. compile: None compiles where the input is large.
+    """
+
+    columns: tuple[str, ...] | None = None
+    keep: tuple[str, ...] = ()
+    interval: float = 0.0
+    inputs: tuple[str, ...] | None = None
+    tile: int = 256
+    compile: bool | None = None
+    chunk_rows: int = 65_536
+    trust: tuple[str, ...] = ()  # packages that the model may import its network from
+
+    def __post_init__(self):
+        if self.tile < 1 or (self.tile > 1 and self.tile % 64):
+            raise ValueError(
+                f"tile is 1 or a multiple of 64, so that no row depends on its neighbours; got {self.tile}"
+            )
+        if unknown := [name for name in self.columns or () if name not in COLUMNS]:
+            raise ValueError(f"there is no output column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
+        if self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows is at least 1, got {self.chunk_rows}")
+        if not 0.0 <= self.interval < 1.0:
+            raise ValueError(f"interval is a level in (0, 1), or 0 for none; got {self.interval}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that the output depends on, as JSON holds them."""
+        return json.loads(json.dumps({name: value for name, value in vars(self).items() if name != "trust"}))
