@@ -37,8 +37,11 @@ class Program:
         self._dtypes: list[torch.dtype] = []
         self.checked: list[str] = []
 
-    def finish(self, likelihood: Likelihood, finish: str, count: int, carried: State) -> None:
-        """End in the first `count` draws' parameters, their running sums added to `carried`, or the finished fields."""
+    def finish(self, likelihood: Likelihood, finish: str, count: int, carried: Sequence[str] = ()) -> None:
+        """End the call in the parameters, sums or fields of its first `count` draws.
+
+        carried: names of the running sums that the draws' own are added to, in the order in which they are given.
+        """
 
         def end(parameters: Tensor, carried: State) -> State:
             parameters = parameters[:count]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vbdl.data import take, whole
 from vbdl.engine import Predictor
+from vbdl.inputs import map_inputs, tensors
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
@@ -19,7 +20,7 @@ from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.splitting import split
-from vbdl.stacking import check_network, copied, map_inputs, tensors
+from vbdl.stacking import check_network, copied
 from vbdl.train import fit
 
 _MAX_EPOCHS = 300
