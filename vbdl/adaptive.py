@@ -1,7 +1,7 @@
 """Rules for stopping: after each step of draws, a rule says which rows have a settled answer and need no more draws.
 
     predict(x, tolerance=0.01)                      standard error of every probability (or mean) at most 0.01
-    predict(x, tolerance=LabelDecided(0.95))        the label is that of endless draws, with this confidence
+    predict(x, tolerance=LabelDecided(0.95))        the label of infinitely many draws, with this confidence
     predict(x, tolerance=ThresholdDecided(0.2, of=1))   which side of 0.2 the probability of class 1 is on
     predict(x, deadline=0.005)                      what five milliseconds allow
 
@@ -56,9 +56,9 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class StandardError:
-    """Settled when the standard error of every mean of a row, probabilities or outputs, is at most this.
+    """A row is settled when the standard error of each of its means, probabilities or outputs, is at most `at_most`.
 
-    An estimate, as standard errors are: it is believed from 16 draws on.
+    A standard error is an estimate itself: it is believed from 16 draws on.
     """
 
     at_most: float
@@ -80,7 +80,7 @@ class StandardError:
 
 @dataclass(frozen=True)
 class LabelDecided:
-    """Settled when the label is that of endless draws, but for a probability of 1 - confidence, row by row.
+    """A row is settled when its label is, with this confidence, the one that infinitely many draws would give.
 
     The label of the first step is held against every other class on the draws that follow: against class b the stake
     is on p(label) - p(b), whose mean is not positive if b is the better one. One bet alone has to be lost for an
@@ -115,10 +115,11 @@ class LabelDecided:
 
 @dataclass(frozen=True)
 class ThresholdDecided:
-    """Settled when it is decided which side of a threshold a probability is on, as endless draws would have it.
+    """A row is settled when it is known, with this confidence, on which side of a threshold its probability lies.
 
-    of: the class; not given for Bernoulli. Wrong with a probability of at most 1 - confidence, row by row, however
-    often it is looked at: of the two bets, that it is above and that it is below, only one can be lost.
+    The probability is the one that infinitely many draws would give. of: its class; not given for Bernoulli. The
+    answer is wrong with a probability of at most 1 - confidence, row by row, however often the rule looks: of the two
+    bets, that the probability is above and that it is below, only one can be lost.
     """
 
     threshold: float

@@ -33,7 +33,7 @@ from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, i
 
 
 def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that takes inputs, and says which ids no embedding holds, also where compiled code raises."""
+    """Wrap a method that takes inputs: an index error then names the ids and the embeddings."""
 
     @functools.wraps(method)
     def call(self: "Predictor", x: Inputs, *args: Any, **options: Any) -> Any:
@@ -154,7 +154,8 @@ class Predictor:
         the answer is that of a predictor of as many samples, to rounding: sums are merged step by step.
         Inputs that require a gradient get it, from the same graph uncompiled; without a tolerance or a deadline.
         """
-        torch.get_num_threads()  # asking makes `torch.set_num_threads` hold on this thread too: the same last bits
+        # reading it applies torch.set_num_threads to this thread, so all threads give identical bits
+        torch.get_num_threads()
         if tolerance is not None or deadline is not None:
             return self._until(x, samples, tolerance, deadline)
         if type(x) is Tensor and not samples and not x.requires_grad:
@@ -257,12 +258,11 @@ class Predictor:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickle: without the compiled calls, which are made again, also where it was sealed."""
+        """What is copied and pickled: all but the compiled calls, which are made again, also after `warm_up`."""
         return {**vars(self), "_ready": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled by value where a class was made in a function, which pickle cannot name: with cloudpickle, if that
-        is installed."""
+        """Pickle with cloudpickle, if installed, where a class was made in a function and has no name for pickle."""
         networks = [part.module for part in self.posterior.parts]
         modules = [m for one in (self.posterior, self.likelihood, *networks) for m in one.modules()]
         if any("<locals>" in type(m).__qualname__ for m in modules):
@@ -309,7 +309,7 @@ class Predictor:
         n_samples: Any = (int(counts[0]) if len(counts) else 0) if same else counts.to(self.device)
         return self.likelihood.prediction(fields, n_samples)
 
-    # -- tiles
+    # -- inputs and tiles
 
     def check(self, x: Inputs) -> Flat:
         """The inputs of any call, flat and on the device. Raises TypeError or ValueError with what to do."""
@@ -354,11 +354,12 @@ class Predictor:
 
 
 def _unpickled(kind: type, state: bytes) -> Any:
+    """An object of this class from its state as cloudpickle wrote it."""
     made = object.__new__(kind)
     vars(made).update(pickle.loads(state))
     return made
 
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on the device, in evaluation mode, that no optimiser reaches."""
+    """A copy of the module on the device, in evaluation mode, whose parameters require no gradient."""
     return copied(module).to(device).eval().requires_grad_(False)

@@ -93,7 +93,7 @@ class Executions:
         compiled.update(calls)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickle: without the lock and the compiled calls, which are made again."""
+        """What is copied and pickled: all but the lock and the compiled calls, which are made again."""
         return {**vars(self), "by_shape": {}, "sealed": False, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One draw of a network run as it is, before anything is traced: what it cannot take it says in torch's own words."""
+"""Runs one draw of a network before it is traced, to see that it takes the rows and keeps them apart."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ _APART = 1e-2  # of the largest output: beyond all rounding, far below what a ne
 
 
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
-    """(rows, ...) outputs with these entries. ValueError where there are not as many rows as in the tile."""
+    """The network's outputs with these entries, (rows, ...). Raises ValueError if it returns another number of rows.
+
+    What the network cannot take raises torch's own error.
+    """
     if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules()):
         raise _mixing()
     buffers = {n for n, _ in network.named_buffers()}  # which a forward may write to
@@ -27,7 +30,10 @@ def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
 
 
 def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -> None:
-    """ValueError where a row's output is another one with other rows beside it. outputs: of the tile."""
+    """Raise ValueError if the output of the first row changes with the other rows.
+
+    outputs: those of the tile.
+    """
     if tile.rows == 1:
         others = tile.map(lambda t: torch.cat([t, _another(t)]))
     else:
@@ -48,11 +54,12 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
 
 
 def _another(row: Tensor) -> Tensor:
-    """Another row that the network can take: the numbers of this one changed, ids and flags in the other order."""
+    """A row unlike this one that the network takes too: other numbers, or the same ids and flags in reverse order."""
     return row * 0.5 + 0.1 if row.is_floating_point() else row.flip(-1) if row.ndim > 1 else row
 
 
 def _mixing() -> ValueError:
+    """The error for a network that mixes the rows of a batch."""
     return ValueError(
         "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
         "batch is the first axis of every input (batch_first=True in recurrent layers and attention), and "
