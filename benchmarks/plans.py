@@ -94,7 +94,7 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
             explained = _ways_of(predict.explain(x))  # plans, compiles nothing
         if explained in said.values():
             continue
-        plan = next(iter(predict._executions.values()))[0].plan
+        plan = next(iter(predict.executions.by_shape.values()))[0].plan
         if plan.chunk * plan.activation_bytes > predict.settings.memory_budget // 2:
             continue  # the budget forbids it
         predict.warm_up((rows,), example=x)

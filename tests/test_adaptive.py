@@ -1,9 +1,13 @@
 """Tolerances and deadlines: exactly the prefix's answer, no compile after warm_up, guarantees that hold however often
 one looks."""
 
+import gc
+import types
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 import vbdl
 from vbdl.adaptive import LabelDecided, StandardError, ThresholdDecided, step_size
@@ -127,6 +131,44 @@ def test_no_step_is_begun_that_would_end_late():
     predict(x, deadline=9.5)
     # a step takes two looks at the clock here; the last look is the one that saw that time was up
     assert clock.now - 1.0 <= 9.5
+
+
+# -- memory
+
+
+def bytes_held(root):
+    """Bytes of the memory of all tensors that are reached from an object, memory that several share once."""
+    seen, sizes, stack = set(), {}, [root]
+    while stack:
+        found = stack.pop()
+        if id(found) in seen or isinstance(found, type | types.ModuleType):
+            continue
+        seen.add(id(found))
+        if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor):
+            sizes[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+        if isinstance(found, types.FunctionType):  # what it closes over, not the globals of its file
+            stack.extend(cell.cell_contents for cell in found.__closure__ or ())
+        else:
+            stack.extend(gc.get_referents(found))
+    return sum(sizes.values())
+
+
+def wide():
+    narrow = (nn.Linear(256, 8), nn.Dropout(0.3), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), *narrow)
+
+
+@pytest.mark.parametrize("rule", [0.05, LabelDecided(0.9)])
+@pytest.mark.parametrize("make", [lambda: vbdl.MCDropout(wide()), lambda: vbdl.DeepEnsemble(wide(), 32)])
+def test_the_weights_are_held_once(make, rule):
+    q, x = make(), torch.randn(64, 8)
+    once = sum(t.numel() * t.element_size() for t in q.parameters())
+    predict = Predictor(q, vbdl.Categorical(), 32, tiles=64, compile=False)
+    predict(x)
+    assert bytes_held(predict) >= once  # or the count misses them
+    predict(x, tolerance=rule)
+    predict(x, deadline=100.0)
+    assert bytes_held(predict) < 1.2 * once
 
 
 # -- after warm_up

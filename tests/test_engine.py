@@ -42,12 +42,12 @@ def test_the_budget_picks_the_chunk():
     q = MeanField(nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 5)), 101, initial_std=0.3)
     predict, x = predictor(q, n_samples=101), torch.randn(13, 3)
     whole = predict(x)
-    plan = next(iter(predict._executions.values()))[0].plan
+    plan = next(iter(predict.executions.by_shape.values()))[0].plan
     assert plan.chunk == 101 and plan.keep_draws
     # half the budget is for activations: room for ten draws
     small = predict.replace(memory_budget=20 * plan.activation_bytes)
     assert_same(small(x), whole)
-    assert 5 <= next(iter(small._executions.values()))[0].plan.chunk <= 10
+    assert 5 <= next(iter(small.executions.by_shape.values()))[0].plan.chunk <= 10
     with pytest.raises(ValueError, match="smaller tiles or a larger memory_budget"):
         predict.replace(memory_budget=plan.activation_bytes)(x)
 
@@ -62,7 +62,7 @@ def test_a_chunk_stays_in_the_caches(body, bytes):
     net(x)
     predict = predictor(MCDropout(net), n_samples=300)
     predict.explain(x)
-    plan = next(iter(predict._executions.values()))[0].plan
+    plan = next(iter(predict.executions.by_shape.values()))[0].plan
     assert bytes / 2 < plan.chunk * plan.activation_bytes <= bytes
 
 
@@ -73,7 +73,7 @@ def test_draws_that_are_not_kept_are_the_same():
     kept, again = predictor(q, **settings), predictor(q, memory_budget=2**17, **settings)
     assert_same(again(x), kept(x))
     assert_same(again(x), kept(x))
-    plans = [next(iter(p._executions.values()))[0].plan for p in (kept, again)]
+    plans = [next(iter(p.executions.by_shape.values()))[0].plan for p in (kept, again)]
     assert [p.keep_draws for p in plans] == [True, False]
     assert "more than half of memory_budget" in again.explain()
 
@@ -154,7 +154,7 @@ def test_by_default_a_row_costs_few_rows_and_is_the_same_to_rounding(rows):
     predict, x = predictor(), torch.randn(130, 3)
     whole, part = predict(x), predict(x[:rows])
     assert_same_but_for_rounding(part, whole, rows)
-    sizes = {shape[0] for key in predict._executions for shape, _ in key[1]}
+    sizes = {shape[0] for key in predict.executions.by_shape for shape, _ in key[1]}
     assert sizes == {64, next(size for size in (1, 8, 64) if size >= min(rows, 64))}
 
 

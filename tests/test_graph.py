@@ -63,7 +63,7 @@ def test_odd_products_are_what_they_were():
 def execution(q, outputs, x, **settings):
     predict = Predictor(q, Gaussian(outputs), compile=False, tiles=(64,), **settings)
     predict(x)
-    return next(iter(predict._executions.values()))[0]
+    return next(iter(predict.executions.by_shape.values()))[0]
 
 
 def matrix_products(region):
@@ -72,19 +72,19 @@ def matrix_products(region):
 
 def test_layers_before_the_first_dropout_run_once_for_all_draws():
     net = nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 70), nn.Dropout(0.05), nn.Linear(70, 50))
-    regions = execution(MCDropout(net), 50, torch.randn(13, 3), n_samples=7)._found.regions
+    regions = execution(MCDropout(net), 50, torch.randn(13, 3), n_samples=7).chunking(7).cut.regions
     assert matrix_products(regions[PREFIX]) == 2 and matrix_products(regions[BODY]) == 1
     assert "words" in names(regions[DRAWN]) and "words" not in names(regions[BODY])
 
 
 def test_weights_are_drawn_once_a_draw_not_once_a_batch():
-    found = execution(MeanField(nn.Linear(3, 5), 101), 5, torch.randn(13, 3), n_samples=7, joint=True)._found
+    found = execution(MeanField(nn.Linear(3, 5), 101), 5, torch.randn(13, 3), n_samples=7, joint=True).chunking(7).cut
     assert names(found.regions[DRAWN]).count("normal") == 2  # weight and bias
     assert "normal" not in names(found.regions[BODY]) and matrix_products(found.regions[PREFIX]) == 0
 
 
 def test_members_share_nothing_but_the_input():
-    found = execution(DeepEnsemble(nn.Linear(30, 50), 3), 50, torch.randn(13, 30))._found
+    found = execution(DeepEnsemble(nn.Linear(30, 50), 3), 50, torch.randn(13, 30)).chunking(3).cut
     assert matrix_products(found.regions[BODY]) == 1 and matrix_products(found.regions[PREFIX]) == 0
 
 

@@ -25,6 +25,7 @@ from vbdl.artefact.files import locate
 from vbdl.artefact.loading import read_parts
 from vbdl.artefact.manifest import Manifest
 from vbdl.engine import Predictor
+from vbdl.inputs import Flat
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
@@ -106,14 +107,14 @@ class ShardedPredictor(Predictor):
     def __call__(self, x: Inputs, samples: bool = False, **options: Any) -> Any:
         if samples or options:
             raise ValueError("a sharded predictor gives sums of its draws, not the draws, and always takes all of them")
-        x, rows = self._check(x)
-        parts = [self._merged(tile) for tile in self._tiles(x, rows)]
-        fields = {n: torch.cat([p[n] for p in parts])[:rows] for n in parts[0]}
+        flat = self.check(x)
+        parts = [self._merged(tile) for tile in self.tiles_of(flat)]
+        fields = {n: torch.cat([p[n] for p in parts])[: flat.rows] for n in parts[0]}
         return self.likelihood.prediction(fields, self.n_draws)
 
-    def _merged(self, tile: Inputs) -> State:
-        executions = self._execution(tile)
-        with self._first(executions, "sums"):
+    def _merged(self, tile: Flat) -> State:
+        executions = self.executions.of(tile)
+        with self.executions.compiling(executions, "sums"):
             sums = executions[0].empty_sums()
             for execution in executions:
                 sums = execution.sums(tile, sums)

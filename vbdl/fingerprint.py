@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from vbdl.stacking import Inputs, tensors
+from vbdl.inputs import tensors
+from vbdl.types import Inputs
 
 _ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the golden ratio
 

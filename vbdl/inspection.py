@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vbdl.data import as_tensor
 from vbdl.engine import Predictor
+from vbdl.inputs import arguments, flatten, tensors
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
 from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.stacking import arguments, check_network, copied
+from vbdl.stacking import check_network, copied
 from vbdl.types import Inputs
 
 _NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -87,7 +87,7 @@ def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
     if example is None:
         _without_running(module, report)
     else:
-        _by_running(module, as_tensor(example), report)
+        _by_running(module, flatten(example).nested, report)
     return report
 
 
@@ -157,7 +157,7 @@ def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
     plain = copied(module).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = plain(*args, **kwargs)
-    rows = [*args, *kwargs.values()][0].shape[0]
+    rows = tensors(example)[0].shape[0]
     report.flops = counter.get_total_flops() // max(rows, 1)
     if not isinstance(outputs, torch.Tensor):
         report.notes.append(f"it returns {type(outputs).__name__}: vbdl predicts from one Tensor, wrap it")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vbdl.inputs import tensors
 from vbdl.stacking import state_of
 from vbdl.types import Likelihood, Posterior, State
 
@@ -87,7 +88,7 @@ class Model(nn.Module):
         if self._autocast is None:
             outputs = self.network(*args, **kwargs)
         else:
-            device = next(iter([*args, *kwargs.values()])).device.type
+            device = tensors([*args, *kwargs.values()])[0].device.type
             with torch.autocast(device, dtype=self._autocast, cache_enabled=False), MappedAutocast(self._autocast):
                 outputs = self.network(*args, **kwargs)
         if not isinstance(outputs, Tensor):

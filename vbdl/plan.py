@@ -1,4 +1,4 @@
-"""How the draws will be executed: mapped together or one by one, in chunks of how many, and what is kept.
+"""A plan says how the draws are executed: mapped together or one by one, in chunks of how many, and what is kept.
 
 Chosen from the traced graph alone: its sizes say what memory a draw takes, its cut what depends on the draw only.
 """
@@ -17,7 +17,7 @@ _PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, where one call would 
 
 @dataclass(frozen=True)
 class Plan:
-    """The choice for one architecture and one shape of input."""
+    """How the draws of one architecture are executed on one shape of input, with the reasons."""
 
     strategy: str  # "stacked": draws mapped with vmap; "loop": one after the other
     n_samples: int
@@ -106,9 +106,10 @@ def choose(
 
 
 def _chunk_bytes(body: Region, total: int) -> int:
-    """Bytes that activations of a call may take, those of all draws being `total`. One call where that fits; otherwise
-    what the cache next to a core holds, but not for a convolution, which lays its weights out anew in every call, nor
-    on an accelerator, which is to be filled."""
+    """The most bytes that the activations of one call may take; total: those of all draws.
+
+    All draws go in one call if they fit. Otherwise a call takes what the cache next to a core holds, but more for a
+    convolution, which lays its weights out anew in every call, and on an accelerator, which has to be filled."""
     values = [n.meta.get("val") for n in body.nodes]
     if any(v.device.type != "cpu" for v in values if isinstance(v, torch.Tensor)):
         return _ACCELERATOR_CHUNK_BYTES

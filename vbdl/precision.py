@@ -1,4 +1,4 @@
-"""What a lower precision costs: the predictions of a few rows against those of the same draws in float32."""
+"""Measures what a lower precision costs: predictions of a few rows against those of the same draws in float32."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vbdl.engine import Inputs, Predictor
+    from vbdl.engine import Predictor
+    from vbdl.types import Inputs
 
 
 @dataclass(frozen=True)
 class PrecisionError:
-    """Of the predictive means of an example's rows, in their unit (a probability, or the target's).
+    """The error of a lower precision in the predictive means of an example, as a probability or in the target's unit.
 
-    largest: difference from float32, the same draws. standard_error: of sampling so few draws, the mean over rows and
-    outputs; a difference far below it changes nothing that more draws would not change too.
+    largest: the largest difference from float32 with the same draws. standard_error: the standard error of the means
+    from sampling so few draws, averaged over rows and outputs; an error far below it is lost in that of sampling.
     """
 
     dtype: torch.dtype
@@ -30,7 +31,10 @@ class PrecisionError:
 
 
 def against_float32(predictor: "Predictor", example: "Inputs") -> PrecisionError:
-    """Measure it; the float32 network runs once, uncompiled. Raises ValueError where the predictor is in float32."""
+    """Compare a predictor with autocast against the same draws in float32, which run once and uncompiled.
+
+    Raises ValueError for a predictor that runs in float32.
+    """
     dtype = predictor.settings.autocast
     if dtype is None:
         raise ValueError("this predictor runs in float32: there is nothing to compare, see autocast=")

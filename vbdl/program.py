@@ -1,4 +1,4 @@
-"""Regions of a cut graph, and what is made of their output, as one compiled call."""
+"""A program runs regions of a cut graph, and then the statistics of their output, as one compiled call."""
 
 import contextlib
 import logging
@@ -37,8 +37,11 @@ class Program:
         self._dtypes: list[torch.dtype] = []
         self.checked: list[str] = []
 
-    def finish(self, likelihood: Likelihood, finish: str, count: int, carried: State) -> None:
-        """End in the first `count` draws' parameters, their running sums added to `carried`, or the finished fields."""
+    def finish(self, likelihood: Likelihood, finish: str, count: int, carried: Sequence[str] = ()) -> None:
+        """End the call in the parameters, sums or fields of its first `count` draws.
+
+        carried: names of the running sums that the draws' own are added to, in the order in which they are given.
+        """
 
         def end(parameters: Tensor, carried: State) -> State:
             parameters = parameters[:count]
@@ -62,7 +65,7 @@ class Program:
         return (*ended.values(), *self._checks(values))
 
     def _checks(self, values: dict[str, Tensor]) -> list[Tensor]:
-        """A number that is not finite if an input is not, for calls that nothing else has looked at."""
+        """The sum of each checked input, which is not finite if the input is not."""
         return [values[n].sum() for n in self.checked if values[n].is_floating_point()]
 
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
@@ -90,6 +93,7 @@ class Program:
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
 
     def ready(self, kept: dict[str, Tensor], tile: str) -> "Ready | None":
+        """The compiled call with these values in place; None where it is not compiled, or has no input named `tile`."""
         if tile not in self.inputs or self._call is None or self._call is self._graph:
             return None
         return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
@@ -103,7 +107,7 @@ class _Differentiable(fx.Interpreter):
 
 
 class Ready:
-    """A compiled call of which only the tile is missing, for networks so small that the way to the call counts."""
+    """A compiled call that needs one tile only: the short way, for networks so small that the long one costs more."""
 
     def __init__(self, call: Callable, arguments: list[Any], place: int, names: list[str]):
         self._call, self._arguments, self._place, self._names = call, arguments, place, names
@@ -116,7 +120,7 @@ class Ready:
         return dict(zip(self._names, found, strict=False))
 
     def checked(self, tile: Tensor) -> State:
-        """The same for a tile that has been looked at."""
+        """Fields of the prediction of a tile whose numbers are known to be finite."""
         return dict(zip(self._names, self._found(tile), strict=False))
 
     def _found(self, tile: Tensor) -> Any:
@@ -130,8 +134,8 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """For one thread at a time, because tracing and compiling change settings of the whole process; without the fused
-    transformer and attention kernels, which have no batching rule."""
+    """Lets one thread at a time trace and compile, which change settings of the whole process. Inside, torch's fused
+    transformer and attention kernels are off, because they have no batching rule."""
     with _lock, sdpa_kernel(SDPBackend.MATH):
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from vbdl.data import take, whole
 from vbdl.engine import Predictor
+from vbdl.inputs import map_inputs, tensors
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
 from vbdl.splitting import split
-from vbdl.stacking import check_network, copied, map_inputs, tensors
+from vbdl.stacking import check_network, copied
 from vbdl.train import fit
 
 _MAX_EPOCHS = 300

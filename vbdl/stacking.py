@@ -6,7 +6,7 @@ outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,40 +21,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.autograd import activations_kept
-from vbdl.types import Inputs, Likelihood, State
-
-
-def arguments(inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword tensors of a call."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs), {}
-
-
-def tensors(inputs: Inputs) -> list[Tensor]:
-    """Every tensor of a call, positional first."""
-    args, kwargs = arguments(inputs)
-    return [*args, *kwargs.values()]
-
-
-def map_inputs(function, inputs: Inputs) -> Inputs:
-    """`function` of every tensor, in the same structure."""
-    if isinstance(inputs, Tensor):
-        return function(inputs)
-    if isinstance(inputs, Mapping):
-        return {name: function(t) for name, t in inputs.items()}
-    return tuple(function(t) for t in inputs)
-
-
-def rebuild(like: Inputs, found: Sequence[Tensor]) -> Inputs:
-    """These tensors in the structure of `like`."""
-    if isinstance(like, Tensor):
-        return found[0]
-    if isinstance(like, Mapping):
-        return dict(zip(like, found, strict=True))
-    return tuple(found)
+from vbdl.inputs import arguments as arguments
+from vbdl.inputs import flatten, rebuilt
+from vbdl.inputs import map_inputs as map_inputs
+from vbdl.inputs import rebuild as rebuild
+from vbdl.inputs import tensors as tensors
+from vbdl.types import Inputs as Inputs
+from vbdl.types import Likelihood, State
 
 
 def check_network(module: Any, scripted: bool = False) -> None:
@@ -141,11 +114,13 @@ def call_stacked(
 ) -> Any:
     """Outputs of every sample on the same inputs, or on inputs of its own: (samples, batch, ...)."""
 
-    def one(state: State, inputs: Any):
-        return call(module, {**shared, **state}, inputs)
+    flat = flatten(inputs)
+
+    def one(state: State, leaves: list[Tensor]):
+        return call(module, {**shared, **state}, rebuilt(flat.structure, leaves))
 
     in_dims = (0, 0 if inputs_stacked else None)
-    return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, inputs)
+    return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, list(flat.tensors))
 
 
 def call_each(
@@ -157,9 +132,9 @@ def call_each(
 ) -> Tensor:
     """`call_stacked` one sample after the other, for what vmap cannot take."""
     count = next(iter(stacked.values())).shape[0]
-    outputs = []
+    outputs, flat = [], flatten(inputs)
     for index in range(count):
-        own = tree_map(lambda t, index=index: t[index], inputs) if inputs_stacked else inputs
+        own = flat.map(lambda t, index=index: t[index]).nested if inputs_stacked else inputs
         outputs.append(call(module, {**shared, **select(stacked, index)}, own))
     return torch.stack(outputs)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 """Parameters and buffers by name; stacked when every entry has a leading samples axis."""
 
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-"""What a module is called with: one tensor, positional tensors or keyword tensors, the batch axis first in each."""
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""What a module is called with: one tensor, positional or keyword arguments. These are tensors or nest tensors
+(`vbdl.inputs`); the batch axis is first in each."""
 
 
 class Posterior(nn.Module):

@@ -286,7 +286,12 @@ def test_small_predictions_are_replayed():
             torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=1e-4)
         assert name in predict.explain()
         if not name:  # several kernels a call
-            programs = [p for found in predict._executions.values() for e in found for p in e._programs.values()]
+            programs = [
+                p
+                for found in predict.executions.by_shape.values()
+                for e in found
+                for p in e.chunking(e.plan.chunk)._programs.values()
+            ]
             calls = [p._call for p in programs if isinstance(p._call, replay.Replayed)]
             assert any(c._replay is not None for c in calls)
 

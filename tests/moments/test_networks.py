@@ -6,12 +6,23 @@ from torch import nn
 
 import vbdl
 from vbdl.engine import Predictor
-from vbdl.execution import Settings
+from vbdl.inputs import flatten
 from vbdl.model import Model
 from vbdl.moments import MomentExecution
+from vbdl.settings import PredictorSettings
 from vbdl.stacking import call
 
-SETTINGS = Settings(0, 2**30, None, False, None, True, 64)
+SETTINGS = PredictorSettings(
+    n_samples=32,
+    seed=0,
+    tiles=(64,),
+    compile=False,
+    memory_budget=2**30,
+    chunk_size=None,
+    autocast=None,
+    joint=True,
+    estimator="moments",
+)
 
 
 class Convolutional(nn.Module):
@@ -41,7 +52,7 @@ def mlp(activation=nn.ReLU, outputs=3):
 
 def moments(q, x, likelihood=None):
     likelihood = likelihood or vbdl.Categorical()
-    return MomentExecution(Model(q.eval(), likelihood.eval()), x, SETTINGS, 32).moments(x)
+    return MomentExecution(Model(q.eval(), likelihood.eval()), flatten(x), SETTINGS, 32).moments(flatten(x))
 
 
 def drawn(q, x, n):

@@ -255,8 +255,9 @@ def test_a_frozen_backbone_is_held_once_and_computed_once():
         member.load_state_dict(q.member(m))
         right.append(member(x))
     torch.testing.assert_close(p(x, samples=True).samples, torch.stack(right).detach(), **ROUNDING)
-    (execution,) = p._execution(next(p._tiles(x, 6)))
-    assert execution._found.regions[PREFIX].flops() > 5 * execution._found.regions[BODY].flops() / 10
+    (execution,) = p.executions.of(next(p.tiles_of(p.check(x))))
+    regions = execution.chunking(10).cut.regions
+    assert regions[PREFIX].flops() > 5 * regions[BODY].flops() / 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -107,7 +107,7 @@ def test_fewer_units_are_computed():
     predict = Predictor(MCDropout(net), Categorical(), n_samples=8, tiles=(256,), compile=False)
     said = predict.explain(torch.randn(256, 30))
     assert "every draw is a smaller network" in said
-    plan = next(iter(predict._executions.values()))[0].plan
+    plan = next(iter(predict.executions.by_shape.values()))[0].plan
     assert plan.body_flops < 0.4 * 2 * 256 * (512 * 512 + 512 * 5)
 
 

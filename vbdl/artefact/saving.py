@@ -32,7 +32,7 @@ from vbdl.artefact.manifest import (
 )
 from vbdl.artefact.tensors import CODES, entries, to_bytes
 from vbdl.engine import Predictor
-from vbdl.stacking import tensors as tensors_of
+from vbdl.inputs import TENSOR, Container
 
 TRAINING_ROWS = "training_rows"
 
@@ -181,15 +181,21 @@ def _settings(predictor: Predictor) -> Settings:
 def inputs_of(predictor: Predictor, example: Any) -> Inputs | None:
     """What rows look like, from the example, from what was predicted, or from the artefact it was loaded from."""
     if example is not None:
-        x, _ = predictor._check(example)
-        names = tuple(x) if isinstance(x, Mapping) else None
-        rows = [(tuple(t.shape), t.dtype) for t in tensors_of(x)]
-        layout = "keyword" if names else "tensor" if isinstance(x, Tensor) else "positional"
-    elif predictor._executions:
-        names, rows = next(iter(predictor._executions))
-        layout = "keyword" if names else "tensor" if len(rows) == 1 else "positional"
+        flat = predictor.check(example)
+        structure, rows = flat.structure, [(tuple(t.shape), t.dtype) for t in flat.tensors]
+    elif predictor.executions.by_shape:
+        structure, rows = next(iter(predictor.executions.by_shape))
     else:
         return None if predictor.manifest is None else predictor.manifest.inputs
+    if isinstance(structure, Container) and any(part != TENSOR for part in structure.parts):
+        if example is None:
+            return None
+        raise ValueError(
+            "an artifact describes inputs that are one tensor, a tuple of tensors or a dict of tensors, and this "
+            "example is nested in another way: save without an example"
+        )
+    names = structure.names if isinstance(structure, Container) else None
+    layout = "keyword" if names else "positional" if isinstance(structure, Container) else "tensor"
     each = [
         InputEntry(names[i] if names else None, CODES[dtype], list(shape[1:])) for i, (shape, dtype) in enumerate(rows)
     ]

@@ -18,11 +18,12 @@ from vbdl_kernels.philox import reference_normal, reference_words
 
 from vbdl.engine import Predictor
 from vbdl.execution import Execution
-from vbdl.graph import DRAWN, ONCE, PREFIX, trace
+from vbdl.graph import trace
+from vbdl.inputs import Flat
 from vbdl.program import tracing
 from vbdl.rewrite import rewrite
 from vbdl.rewrite.linear import DECOMPOSITIONS
-from vbdl.stacking import Inputs, State, rebuild, tensors
+from vbdl.types import State
 
 _NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.default: reference_normal}
 
@@ -38,19 +39,19 @@ class TileCall:
     fields: tuple[str, ...]
 
 
-def tile_call(predictor: Predictor, tile: Inputs) -> TileCall:
+def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
     """The prediction of tiles like this one, as a module that `torch.export` takes."""
     if predictor.estimator != "sampling":
         raise ValueError("a package predicts by sampling: export replace(estimator='sampling')")
-    executions = predictor.build(tile)
+    executions = predictor.executions.make(tile)
     likelihood = predictor.likelihood
     parts = [_Part(e, predictor) for e in executions]
     fields: list[str] = []
 
     def whole(constants: list[Tensor], seed: Tensor, given: list[Tensor]) -> list[Tensor]:
-        x, left, sums = rebuild(tile, given), iter(constants), None
+        left, sums = iter(constants), None
         for part in parts:
-            added = likelihood.summarize(part.parameters(left, seed, x))
+            added = likelihood.summarize(part.parameters(left, seed, given))
             sums = added if sums is None else likelihood.merge(sums, added)
         found = likelihood.finish(sums)
         fields[:] = found
@@ -60,7 +61,12 @@ def tile_call(predictor: Predictor, tile: Inputs) -> TileCall:
     seed = torch.tensor(predictor.seed, device=predictor.device)
     with torch.no_grad(), tracing():
         graph = trace(
-            whole, constants, seed, tensors(tile), aligned=parts[0].aligned, decompositions={**DECOMPOSITIONS, **_NOISE}
+            whole,
+            constants,
+            seed,
+            list(tile.tensors),
+            aligned=parts[0].aligned,
+            decompositions={**DECOMPOSITIONS, **_NOISE},
         )
     _check_plain(graph)
     return TileCall(_closed(graph, constants), tuple(fields))
@@ -105,54 +111,55 @@ class _Part:
 
     def __init__(self, execution: Execution, predictor: Predictor):
         numbers = torch.arange(execution.n_samples)
-        state = execution.entries(numbers)
-        self.aligned = execution.aligned
+        traced = execution.traced
+        state = traced.entries(numbers)
+        self.aligned = traced.aligned
         needed = execution.n_samples * execution.plan.activation_bytes
         if needed > predictor.settings.memory_budget:
             raise ValueError(
                 f"a package makes all {execution.n_samples} draws of a tile at once, which takes {needed / 2**20:.0f} "
                 f"MiB here, more than memory_budget: use smaller tiles, fewer draws or a larger memory_budget"
             )
-        self._numbers = numbers.to(execution.device)
+        self._numbers = numbers.to(traced.device)
         self._keys = _keys(execution, numbers, state, predictor.seed)
-        self._names, shared = list(state), list(execution.shared.values())
+        self._names, shared = list(state), list(traced.shared.values())
         with torch.no_grad(), tracing():
-            traced = execution.trace(execution.plan.strategy, state)
-        kinds = [DRAWN] * len(state) + [ONCE] * len(shared) + [PREFIX] * len(tensors(execution.tile))
+            graph = traced.graph(state)
         # no budget for what is kept of the draws: nothing may depend on the masks or weights of one seed
         rewrite(
-            traced,
-            kinds,
-            rows=tensors(execution.tile)[0].shape[0],
+            graph,
+            traced.kinds(state),
+            rows=traced.rows,
             n_samples=execution.n_samples,
             budget=0,
-            joint=execution.settings.joint,
-            largest_tile=execution.settings.largest_tile,
+            joint=predictor.settings.joint,
+            largest_tile=predictor.settings.largest_tile,
             measure=lambda node, of: of(torch.ones(node.meta["val"].shape)),
         )
-        self._traced = traced
+        self._graph = graph
         self.constants = [t for n, t in state.items() if n not in self._keys] + shared
 
-    def parameters(self, constants: Any, seed: Tensor, x: Inputs) -> Tensor:
+    def parameters(self, constants: Any, seed: Tensor, x: list[Tensor]) -> Tensor:
         """(samples, rows, ...) parameters of p(y | x); takes its own from the front of what is left of `constants`."""
         entries = []
         for name in self._names:
             key = torch.stack((seed.expand(self._numbers.shape), self._numbers), dim=-1)
             entries.append(key if name in self._keys else next(constants))
         shared = [next(constants) for _ in range(len(self.constants) - len(self._names) + len(self._keys))]
-        return self._traced(entries, shared, x)[0]
+        return self._graph(entries, shared, x)[0]
 
 
 def _keys(execution: Execution, numbers: Tensor, state: State, seed: int) -> set[str]:
     """Entries of a draw that are its (seed, draw); ValueError where anything else of a draw depends on the seed."""
-    other = execution.model.entries(numbers, seed + 1 if seed < 2**62 else seed - 1)
+    posterior = execution.traced.model.posterior
+    other = execution.traced.model.entries(numbers, seed + 1 if seed < 2**62 else seed - 1)
     found = set()
     for name, t in state.items():
         if torch.equal(other[name], t):
             continue
         if t.dtype != torch.int64 or not torch.equal(t.cpu(), make_key(seed, numbers)):
             raise ValueError(
-                f"{name.removeprefix('network.')} of a {type(execution.posterior).__name__} is drawn from the seed "
+                f"{name.removeprefix('network.')} of a {type(posterior).__name__} is drawn from the seed "
                 f"outside the network, so a package could not draw it: only (seed, draw) keys can be"
             )
         found.add(name)

@@ -25,13 +25,15 @@ from vbdl.artefact.manifest import Inputs
 from vbdl.artefact.saving import inputs_of
 from vbdl.artefact.tensors import CODES, DTYPES
 from vbdl.data import as_tensor
-from vbdl.engine import DEFAULT_TILES, INVARIANT_TILES, Predictor
+from vbdl.engine import Predictor
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check, exporting
 from vbdl.export.graph import TileCall, tile_call
-from vbdl.stacking import State, map_inputs, tensors
-from vbdl.tiles import pad
+from vbdl.inputs import Flat, flatten, map_inputs, tensors
+from vbdl.settings import DEFAULT_TILES, INVARIANT_TILES
+from vbdl.tiles import pad, padded
 from vbdl.types import Inputs as Rows
+from vbdl.types import State
 
 FORMAT = 2
 DESCRIPTION = "package.json"
@@ -81,7 +83,8 @@ class Package:
         size = next((t for t in self.tiles if t >= rows), self.tiles[-1])
         with torch.no_grad():
             parts = [
-                self._runners[size](which, *tensors(pad(x, start, size))) for start in range(0, max(rows, 1), size)
+                self._runners[size](which, *(padded(t, start, size) for t in tensors(x)))
+                for start in range(0, max(rows, 1), size)
             ]
         if len(parts) == 1 and rows == size:
             return dict(zip(self.description.fields, parts[0], strict=True))
@@ -159,11 +162,12 @@ def export(
         files, fields = {}, []
         for size in predictor.tiles:
             with exporting(backend):
-                call = tile_call(predictor, pad(probe, 0, size))
+                tile = pad(flatten(probe), 0, size)
+                call = tile_call(predictor, tile)
             fields = list(call.fields)
             path = Path(scratch) / (f"tile_{size}.pt2" if backend == "aoti" else f"tile_{size}.onnx")
             with exporting(backend):
-                _compile(call, pad(probe, 0, size), path, backend, predictor.seed)
+                _compile(call, tile, path, backend, predictor.seed)
             files[str(size)] = path.name
         description = Description(
             format=FORMAT,
@@ -263,9 +267,9 @@ def identity(predictor: Predictor) -> str:
     return digest.hexdigest()
 
 
-def _compile(call: TileCall, tile: Rows, path: Path, backend: str, seed: int) -> None:
+def _compile(call: TileCall, tile: Flat, path: Path, backend: str, seed: int) -> None:
     """One file, for one size of tile."""
-    arguments = (torch.tensor(seed), *tensors(tile))
+    arguments = (torch.tensor(seed), *tile.tensors)
     if backend == "onnx":
         from vbdl.export.onnx import write
 
@@ -279,8 +283,8 @@ def _compile(call: TileCall, tile: Rows, path: Path, backend: str, seed: int) ->
         exported = torch.export.export(call.module, arguments, strict=False)
         about = {
             "vbdl_fields": ",".join(call.fields),
-            "vbdl_rows": str(tensors(tile)[0].shape[0]),
-            "vbdl_inputs": written((CODES[t.dtype], t.shape[1:]) for t in tensors(tile)),
+            "vbdl_rows": str(tile.rows),
+            "vbdl_inputs": written((CODES[t.dtype], t.shape[1:]) for t in tile.tensors),
         }
         aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": about})
 
@@ -301,10 +305,10 @@ def _runners(description: Description, folder: Path) -> dict[int, Any]:
 def _probe(predictor: Predictor, example: Rows | None) -> tuple[Rows, Inputs]:
     """Rows to compare on, and what they look like."""
     if example is not None:
-        checked, rows = predictor._check(example)
-        if rows < 1:
+        checked = predictor.check(example)
+        if checked.rows < 1:
             raise ValueError("example needs at least one row")
-        return checked, cast(Inputs, inputs_of(predictor, checked))
+        return checked.nested, cast(Inputs, inputs_of(predictor, example))
     inputs = inputs_of(predictor, None)
     if inputs is None:
         raise ValueError("nothing was predicted yet, so the shape of a row is not known: export(..., example=rows)")

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, fx
 
 from vbdl.compiler import compile_graph
-from vbdl.execution import Execution, Settings
+from vbdl.execution import Execution
 from vbdl.graph import trace
+from vbdl.inputs import Flat, rebuilt
 from vbdl.model import Model
 from vbdl.moments.interpret import dependent, run
 from vbdl.moments.value import Moments
 from vbdl.program import tracing
-from vbdl.stacking import Inputs, State, call, select, tensors
+from vbdl.settings import PredictorSettings
+from vbdl.stacking import call, select
+from vbdl.types import State
 
 NODES = 256  # points of p(y | x)'s parameters that its moments are read from
 _MOST_DIMENSIONS = 4096
@@ -50,8 +53,8 @@ class MomentExecution:
     def __init__(
         self,
         model: Model,
-        tile: Inputs,  # (rows, ...) each
-        settings: Settings,
+        tile: Flat,  # (rows, ...) each
+        settings: PredictorSettings,
         n_samples: int,  # draws that `error` compares with
     ):
         if model.posterior.n_members > 1:
@@ -63,7 +66,7 @@ class MomentExecution:
             raise ValueError("estimator='moments' computes in the network's own dtype: leave out autocast")
         self.model, self.likelihood, self.settings = model, model.likelihood, settings
         self.n_samples, self._tile = n_samples, tile
-        self.warm: set[str] = set()
+        self.compiled: set[str] = set()  # names of the calls that are compiled, which need no lock any more
         self.plan = MomentPlan(self)
         self._call: Any = None
         self._graph: Any = None
@@ -72,16 +75,17 @@ class MomentExecution:
 
     def _prepare(self) -> None:
         """Trace one draw, and compute all that does not depend on the input: moments of weights and of masks."""
-        self.model.posterior.prepare(self._tile)
+        self.model.posterior.prepare(self._tile.nested)
         stacked = self.model.entries(torch.arange(1), self.settings.seed)
         shared = {n: t.detach() for n, t in self.model.shared(stacked).items()}
 
-        def parameters(entries: list[Tensor], rest: list[Tensor], tile: Inputs) -> tuple[Tensor]:
+        def parameters(entries: list[Tensor], rest: list[Tensor], tile: list[Tensor]) -> tuple[Tensor]:
             one = select(dict(zip(stacked, entries, strict=True)), 0)
-            return (call(self.model, {**dict(zip(shared, rest, strict=True)), **one}, tile),)
+            inputs = rebuilt(self._tile.structure, tile)
+            return (call(self.model, {**dict(zip(shared, rest, strict=True)), **one}, inputs),)
 
         given = [*stacked.values(), *shared.values()]
-        self._traced = trace(parameters, list(stacked.values()), list(shared.values()), self._tile, aligned=False)
+        self._traced = trace(parameters, list(stacked.values()), list(shared.values()), self._tensors(), aligned=False)
         nodes = list(self._traced.graph.nodes)
         places = [n for n in nodes if n.op == "placeholder"]
         (self._output,) = next(n for n in nodes if n.op == "output").args[0]
@@ -102,7 +106,7 @@ class MomentExecution:
         self._points = _normal_points(tuple(outputs.shape[1:])).to(outputs.mean)
 
     def _tensors(self) -> list[Tensor]:
-        return tensors(self._tile)
+        return list(self._tile.tensors)
 
     # -- running it
 
@@ -120,9 +124,9 @@ class MomentExecution:
         self._names = list(fields)
         return tuple(fields.values())
 
-    def fields(self, tile: Inputs) -> State:
+    def fields(self, tile: Flat) -> State:
         """Fields of the prediction of a tile."""
-        arguments = [*tensors(tile), *_tensors_of(self._kept), self._points]
+        arguments = [*tile.tensors, *_tensors_of(self._kept), self._points]
         if self._call is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
@@ -137,14 +141,14 @@ class MomentExecution:
         """No shorter way than `fields`."""
         return None
 
-    def moments(self, tile: Inputs) -> tuple[Tensor, Tensor]:
+    def moments(self, tile: Flat) -> tuple[Tensor, Tensor]:
         """Mean and variance of the parameters of p(y | x) over draws: (rows, ...) each."""
         with torch.no_grad():
-            values = dict(zip(self._inputs, tensors(tile), strict=True))
+            values = dict(zip(self._inputs, tile.tensors, strict=True))
             outputs: Moments = run(self._traced, self._moving, {**self._kept, **values})[self._output]
         return outputs.mean, outputs.var
 
-    def parameters(self, tile: Inputs) -> Tensor:
+    def parameters(self, tile: Flat) -> Tensor:
         raise ValueError("estimator='moments' draws nothing: samples and log_prob need estimator='sampling'")
 
     def error(self) -> str:

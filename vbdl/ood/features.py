@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdl.data import as_tensor
-from vbdl.stacking import arguments
+from vbdl.inputs import arguments, flatten
 from vbdl.types import Inputs
 
 
@@ -41,7 +40,7 @@ def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor
         module.eval()
         for x in batches:
             seen.clear()
-            args, kwargs = arguments(as_tensor(x))
+            args, kwargs = arguments(flatten(x).nested)
             with torch.no_grad():
                 module(*args, **kwargs)
             if len(seen) != 1:

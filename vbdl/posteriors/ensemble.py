@@ -27,6 +27,7 @@ from vbdl.stacking import (
     state_of,
     why_not_mapped,
 )
+from vbdl.tiles import aligned
 from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
 
 
@@ -210,7 +211,10 @@ class DeepEnsemble(Posterior):
         """Sample s is member s % n_members; with dropout or weights of its own it is also draw s of those."""
         stacked = self.stacked()
         which = numbers % self.n_members
-        if not torch.equal(which, torch.arange(self.n_members)):
+        first, count = int(which[0]), len(which)
+        if torch.equal(which, torch.arange(first, first + count)):
+            stacked = {name: aligned(t[first : first + count]) for name, t in stacked.items()}
+        else:
             stacked = {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
         if self.base is not None:
             stacked = {**stacked, **self.base.draws(numbers, seed)}

@@ -1,0 +1,106 @@
+"""How a predictor runs: the arguments of `vbdl.Predictor`, checked once."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vbdl.types import Posterior
+
+DEFAULT_SAMPLES = 32
+DEFAULT_TILES = (1, 8, 64)
+INVARIANT_TILES = (64,)
+
+
+@dataclass(frozen=True)
+class PredictorSettings:
+    """The arguments of `vbdl.Predictor` that say how it runs; it documents them."""
+
+    n_samples: int
+    seed: int
+    tiles: tuple[int, ...]  # ascending
+    compile: bool
+    memory_budget: int
+    chunk_size: int | None
+    autocast: torch.dtype | None
+    joint: bool
+    estimator: str
+
+    @classmethod
+    def checked(
+        cls,
+        posterior: Posterior,
+        *,
+        n_samples: int | None,
+        seed: int,
+        tiles: int | Sequence[int] | None,
+        batch_invariant: bool,
+        compile: bool,
+        memory_budget: int,
+        chunk_size: int | None,
+        autocast: torch.dtype | None,
+        joint: bool,
+        estimator: str,
+    ) -> "PredictorSettings":
+        """The settings with defaults filled in. Raises TypeError or ValueError that names the wrong argument."""
+        available = posterior.n_draws
+        if n_samples is None:
+            n_samples = DEFAULT_SAMPLES if available is None else available
+        n_samples, seed = whole_number("n_samples", n_samples, 1), whole_number("seed", seed)
+        if available is not None and n_samples > available:
+            raise ValueError(f"n_samples is {n_samples}, but this posterior has only {available} different draws")
+        if tiles is None:
+            tiles = INVARIANT_TILES if batch_invariant else DEFAULT_TILES
+        sizes = tiles if isinstance(tiles, Iterable) and not isinstance(tiles, str) else [tiles]
+        tiles = tuple(whole_number("each size in tiles", size, 1) for size in sizes)
+        if not tiles:
+            raise ValueError("tiles are batch sizes of at least 1, got none")
+        if batch_invariant and not is_invariant(tiles):
+            raise ValueError(f"batch_invariant=True needs one size of tiles, 1 or a multiple of 64, got {tiles}")
+        memory_budget = whole_number("memory_budget", memory_budget)
+        if chunk_size is not None:
+            chunk_size = whole_number("chunk_size", chunk_size, 1)
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, got {autocast!r}")
+        if estimator not in ("sampling", "moments"):
+            raise ValueError(f"estimator is 'sampling' or 'moments', got {estimator!r}")
+        return cls(
+            n_samples=n_samples,
+            seed=seed,
+            tiles=tuple(sorted(set(tiles))),
+            compile=compile,
+            memory_budget=memory_budget,
+            chunk_size=chunk_size,
+            autocast=autocast,
+            joint=joint,
+            estimator=estimator,
+        )
+
+    @property
+    def largest_tile(self) -> int:
+        """Rows of the largest tile."""
+        return self.tiles[-1]
+
+    def tile_for(self, rows: int) -> int:
+        """Rows of the smallest tile that holds this many rows, or of the largest tile where none does."""
+        return next((size for size in self.tiles if size >= rows), self.tiles[-1])
+
+
+def is_invariant(tiles: Sequence[int]) -> bool:
+    """Whether a row has the same bits in any batch that is cut into tiles of these sizes."""
+    return len(set(tiles)) == 1 and (tiles[0] == 1 or tiles[0] % 64 == 0)
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """The value as an int. Raises TypeError if it is no whole number, and ValueError if it is below `least`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} is a whole number, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} is at least {least}, got {value}")
+    return number
