@@ -29,7 +29,7 @@ from vbdl.engine import Predictor
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check, exporting
 from vbdl.export.graph import TileCall, tile_call
-from vbdl.inputs import Flat, flatten, map_inputs, tensors
+from vbdl.inputs import Flat, arguments, flatten, map_inputs, tensors
 from vbdl.settings import DEFAULT_TILES, INVARIANT_TILES
 from vbdl.tiles import pad, padded
 from vbdl.types import Inputs as Rows
@@ -93,14 +93,14 @@ class Package:
 
     def _check(self, x: Any) -> tuple[Rows, int]:
         x = as_tensor(x)
-        given = tensors(x) if isinstance(x, Tensor | tuple | dict) else []
+        given = _parts(x) if isinstance(x, Tensor | tuple | dict) else []
         expected = self._inputs.tensors
         if self._inputs.layout == "keyword":
             names = [e.name for e in expected]
             if not isinstance(x, dict) or sorted(x) != sorted(map(str, names)):
                 raise ValueError(f"this package takes a dict of {names}")
             x = {str(n): x[str(n)] for n in names}
-            given = tensors(x)
+            given = _parts(x)
         sound = bool(given) and all(isinstance(t, Tensor) for t in given)
         if len(given) != len(expected) or not sound:
             got = len(given) if sound else type(x).__name__
@@ -122,6 +122,12 @@ class Package:
         if len(rows) > 1:
             raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in given]}")
         return map_inputs(lambda t: t.detach(), x), rows.pop()
+
+
+def _parts(x: Any) -> list[Any]:
+    """The arguments of a call, tensors or not."""
+    args, kwargs = arguments(x)
+    return [*args, *kwargs.values()]
 
 
 def export(
