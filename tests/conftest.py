@@ -39,7 +39,7 @@ def data_dir() -> Path:
 def pytest_collection_modifyitems(items):
     for item in items:
         where = item.get_closest_marker("slow_where")
-        if where and "callspec" in vars(item) and where.args[0](item.callspec.params):
+        if where and "callspec" in vars(item) and where.kwargs["cell"](item.callspec.params):
             item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 

@@ -117,7 +117,7 @@ def _shown_by_others(cell: dict) -> bool:
     return cell.get("posterior") in ensembles and cell.get("network", "mlp") != "mlp"
 
 
-pytestmark = pytest.mark.slow_where(_shown_by_others)
+pytestmark = pytest.mark.slow_where(cell=_shown_by_others)
 
 
 def build(posterior: str, network: str) -> nn.Module:
