@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from vbdl import decision, metrics
 from vbdl.calibration import Temperature, calibrate
-from vbdl.engine import Predictor
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
+from vbdl.data.splitting import split
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.splitting import split
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 
 def _convolutional(channels: int, classes: int, side: int, dropout: float = 0.0) -> nn.Module:

@@ -29,9 +29,9 @@ from speed import SAME, Z_BOUND, interleave, machine
 from workloads import WORKLOADS, Workload
 
 from vbdl import DeepEnsemble, MCDropout, MeanField, Predictor
-from vbdl import rewrite as rewrites
+from vbdl.compiling import rewrite as rewrites
 
-compact = importlib.import_module("vbdl.rewrite.compact")  # the package's own name of it is the function
+compact = importlib.import_module("vbdl.compiling.rewrite.compact")  # the package's own name of it is the function
 ALLOWED = 1.15  # the plan's time to that of the best way
 Forced = Callable[[], contextlib.AbstractContextManager]
 

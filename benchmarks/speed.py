@@ -46,7 +46,7 @@ import workloads
 from workloads import WORKLOADS, Workload
 
 from vbdl import DeepEnsemble, Gaussian, MeanField, Predictor
-from vbdl.stacking import call, select
+from vbdl.calling.stacking import call, select
 
 BATCHES = (1, 32, 256)
 CHECKED_ROWS = 32

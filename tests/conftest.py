@@ -21,7 +21,7 @@ def _reproducible():
 @pytest.fixture
 def traced_only(monkeypatch):
     """Compiled calls run as they were traced: for tests of what is traced and kept, not of Inductor's code."""
-    for module in ("vbdl.program", "vbdl.step"):
+    for module in ("vbdl.engine.program", "vbdl.training.step"):
         monkeypatch.setattr(f"{module}.compile_graph", lambda graph, inputs: graph)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 import vbdl
-from vbdl.adaptive import LabelDecided, StandardError, ThresholdDecided, step_size
-from vbdl.engine import Predictor
+from vbdl.engine.adaptive import LabelDecided, StandardError, ThresholdDecided, step_size
+from vbdl.engine.predictor import Predictor
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}
 
@@ -180,7 +180,7 @@ def test_nothing_is_compiled_after_an_adaptive_warm_up():
     predict = Predictor(q, vbdl.Categorical(), 20, tiles=(4,))
     predict.warm_up((9,), example=x, adaptive=True)
     seen = []
-    import vbdl.program as program
+    import vbdl.engine.program as program
 
     original = program.compile_graph
     try:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.architecture import architecture, constants
 from vbdl.artefact.manifest import ArtefactError
+from vbdl.nn.architecture import architecture, constants
 
 
 class Scaler:

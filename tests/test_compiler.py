@@ -11,9 +11,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from vbdl import compiler
-from vbdl.compiler import can_compile, compile_graph
-from vbdl.graph import trace
+from vbdl.compiling import compiler
+from vbdl.compiling.compiler import can_compile, compile_graph
+from vbdl.compiling.graph import trace
 
 
 def test_a_graph_is_compiled_once_for_each_shape():

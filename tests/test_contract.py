@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-import vbdl.program
-from vbdl.engine import Predictor
+import vbdl.engine.program
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -422,7 +422,7 @@ def test_compiled_chunks_are_the_whole(posterior, network):
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_only_the_first_call_compiles(posterior, network, chunk_size, monkeypatch):
     compiled = []
-    monkeypatch.setattr(vbdl.program, "compile_graph", lambda graph, inputs: compiled.append(graph) or graph)
+    monkeypatch.setattr(vbdl.engine.program, "compile_graph", lambda graph, inputs: compiled.append(graph) or graph)
     predict = predictor(posterior, network, compile=True, chunk_size=chunk_size)
     predict.warm_up((1, BATCH), example=inputs(network, 1))
     count = len(compiled)

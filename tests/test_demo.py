@@ -110,7 +110,7 @@ def test_a_loop_that_says_something_else_is_not_timed(small, method, monkeypatch
 
 
 def test_speed_compares_what_was_compared(monkeypatch):
-    monkeypatch.setattr("vbdl.program.compile_graph", lambda graph, inputs: graph)
+    monkeypatch.setattr("vbdl.engine.program.compile_graph", lambda graph, inputs: graph)
     trained = train(TASKS["diabetes"](0), ENSEMBLE, effort=0.02)
     speed = compare.speed(trained, compare.predictor(trained, compile=False), seconds=0.05)
     assert speed.loop > 0 and speed.vbdl > 0 and speed.compile_seconds > 0 and speed.agreement < 1e-5

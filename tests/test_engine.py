@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import vbdl.compiler
-from vbdl.engine import Predictor
+import vbdl.compiling.compiler
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
@@ -273,7 +273,7 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so_once(monkeypatch, cap
         raise RuntimeError("inductor") from InvalidCxxCompiler("no g++")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile)
-    vbdl.compiler._said.clear()
+    vbdl.compiling.compiler._said.clear()
     x = torch.randn(13, 3)
     with caplog.at_level(logging.WARNING, logger="vbdl"):
         found = predictor(compile=True, chunk_size=chunk_size)(x)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
 
 
 def test_equal_rows_and_only_those_are_equal():

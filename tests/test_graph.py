@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vbdl.engine import Predictor
-from vbdl.graph import BODY, DRAWN, ONCE, PREFIX, cut, trace
+from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, cut, trace
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout

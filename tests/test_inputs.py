@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.adaptive import LabelDecided
-from vbdl.engine import Predictor
-from vbdl.inputs import flatten, map_inputs, rebuild, tensors
+from vbdl.calling.inputs import flatten, map_inputs, rebuild, tensors
+from vbdl.engine.adaptive import LabelDecided
+from vbdl.engine.predictor import Predictor
 
 Pair = collections.namedtuple("Pair", "left, right")
 ROUNDING = {"rtol": 0.0, "atol": 1e-6}

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from vbdl import Categorical
-from vbdl.graph import trace
+from vbdl.calling.stacking import call_each, call_stacked, state_of
+from vbdl.compiling.graph import trace
 from vbdl.model import Model
-from vbdl.stacking import call_each, call_stacked, state_of
 from vbdl.types import Posterior
 
 NETWORKS = {

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from vbdl import progress
-from vbdl.early_stopping import BestEpochs
+from vbdl.training.early_stopping import BestEpochs
 
 
 def test_the_last_epoch_is_known_while_nothing_becomes_better():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vbdl.splitting import split
+from vbdl.data.splitting import split
 
 SHARES = {"train": 0.6, "calibration": 0.25, "test": 0.15}
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import vbdl
-from vbdl import train
-from vbdl.data import holdout
-from vbdl.training_options import TrainingOptions
+from vbdl.data.rows import holdout
+from vbdl.training import fit as train
+from vbdl.training.options import TrainingOptions
 
 N, FEATURES, OUTPUTS = 71, 5, 2
 

@@ -6,7 +6,7 @@ The public names. Each is imported when it is first used, so that `vbdl --help` 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vbdl.compile_cache import give_place
+from vbdl.compiling.cache import give_place
 from vbdl.methods import METHODS
 
 give_place()
@@ -14,7 +14,6 @@ give_place()
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vbdl import adaptive as adaptive
     from vbdl import artefact as artefact
     from vbdl import calibration as calibration
     from vbdl import decision as decision
@@ -29,8 +28,10 @@ if TYPE_CHECKING:
     from vbdl.calibration.conformal import ConformalSets as ConformalSets
     from vbdl.calibration.std_scaling import StdScaling as StdScaling
     from vbdl.calibration.temperature import Temperature as Temperature
+    from vbdl.data.splitting import split as split
     from vbdl.decision.deciding import with_decision as with_decision
-    from vbdl.engine import Predictor as Predictor
+    from vbdl.engine import adaptive as adaptive
+    from vbdl.engine.predictor import Predictor as Predictor
     from vbdl.estimators.classifier import VBDLClassifier as VBDLClassifier
     from vbdl.estimators.regressor import VBDLRegressor as VBDLRegressor
     from vbdl.inspection import inspect as inspect
@@ -48,11 +49,10 @@ if TYPE_CHECKING:
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
     from vbdl.posteriors.mean_field import MeanField as MeanField
     from vbdl.recommendation import recommend as recommend
-    from vbdl.splitting import split as split
-    from vbdl.train import fit as fit
+    from vbdl.training.fit import fit as fit
 
 _HOME = {
-    "Predictor": "engine",
+    "Predictor": "engine.predictor",
     "load": "artefact.loading",
     "register": "artefact.modules",
     "save": "artefact.saving",
@@ -71,8 +71,8 @@ _HOME = {
     "Normal": "nn.priors",
     "ScaleMixture": "nn.priors",
     **{method.class_name: method.module.removeprefix("vbdl.") for method in METHODS.values()},
-    "fit": "train",
-    "split": "splitting",
+    "fit": "training.fit",
+    "split": "data.splitting",
     "recommend": "recommendation",
     "calibrate": "calibration.calibrate",
     "ConformalSets": "calibration.conformal",
@@ -81,14 +81,15 @@ _HOME = {
     "with_decision": "decision.deciding",
 }
 
-_MODULES = ("adaptive", "artefact", "calibration", "decision", "export", "metrics", "ood")
+_MODULES = {name: name for name in ("artefact", "calibration", "decision", "export", "metrics", "ood")}
+_MODULES["adaptive"] = "engine.adaptive"
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"vbdl.{name}")
+        return importlib.import_module(f"vbdl.{_MODULES[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'vbdl' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"vbdl.{_HOME[name]}"), name)

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 from vbdl.artefact.files import locate
 from vbdl.artefact.loading import read_parts
 from vbdl.artefact.manifest import Manifest
-from vbdl.engine import Predictor
-from vbdl.inputs import Flat
+from vbdl.calling.inputs import Flat
+from vbdl.engine.predictor import Predictor
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.types import Inputs, Likelihood, Posterior, State
 

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vbdl.engine import Predictor
-from vbdl.inputs import arguments, flatten, tensors
+from vbdl.calling.inputs import arguments, flatten, tensors
+from vbdl.calling.stacking import check_network, copied
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
 from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.stacking import check_network, copied
 from vbdl.types import Inputs
 
 _NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

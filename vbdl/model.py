@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vbdl.inputs import tensors
-from vbdl.stacking import state_of
+from vbdl.calling.inputs import tensors
+from vbdl.calling.stacking import state_of
 from vbdl.types import Likelihood, Posterior, State
 
 

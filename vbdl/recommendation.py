@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.data import take, whole
-from vbdl.engine import Predictor
-from vbdl.inputs import map_inputs, tensors
+from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.stacking import check_network, copied
+from vbdl.data.rows import take, whole
+from vbdl.data.splitting import split
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
-from vbdl.splitting import split
-from vbdl.stacking import check_network, copied
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 _MAX_EPOCHS = 300
 _LATENCY_CALLS = 20

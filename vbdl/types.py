@@ -16,7 +16,7 @@ State = dict[str, Tensor]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a module is called with: one tensor, positional or keyword arguments. These are tensors or nest tensors
-(`vbdl.inputs`); the batch axis is first in each."""
+(`vbdl.calling.inputs`); the batch axis is first in each."""
 
 
 class Posterior(nn.Module):

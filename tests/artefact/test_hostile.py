@@ -196,7 +196,7 @@ MANIFESTS = {
         "dropout",
         put(
             "posterior/network",
-            {"type": "reference", "target": "vbdl.checkpoint:os.system", "arguments": {}, "settings": {}},
+            {"type": "reference", "target": "vbdl.training.checkpoint:os.system", "arguments": {}, "settings": {}},
         ),
         "runs code",
     ),

@@ -31,13 +31,13 @@ from vbdl.calibration import (
     set_coverage,
 )
 from vbdl.decision import REFER, ExpectedCost, Referral, with_decision
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 
 def _mlp(outputs, dropout=0.05):

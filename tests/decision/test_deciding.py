@@ -26,7 +26,7 @@ from vbdl.decision import (
     with_decision,
 )
 from vbdl.decision.distribution import Evidence
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from vbdl_kernels import keep_mask, make_key
 
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.nn.drawn import noise
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo import DROPOUT, LAYERS, NOT_LAYERS, ROWS, ZOO, network  # noqa: E402

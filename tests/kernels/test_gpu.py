@@ -270,7 +270,7 @@ def test_training_memory_is_flat_in_the_draws():
 
 def test_small_predictions_are_replayed():
     vbdl = importlib.import_module("vbdl")
-    replay = importlib.import_module("vbdl.replay")
+    replay = importlib.import_module("vbdl.compiling.replay")
     torch.manual_seed(0)
     make = lambda: torch.nn.Sequential(torch.nn.Linear(8, 200), torch.nn.ReLU(), torch.nn.Linear(200, 3))
     small = lambda: torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))

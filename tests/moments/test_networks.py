@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.engine import Predictor
-from vbdl.inputs import flatten
+from vbdl.calling.inputs import flatten
+from vbdl.calling.stacking import call
+from vbdl.engine.moments import MomentExecution
+from vbdl.engine.predictor import Predictor
+from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
-from vbdl.moments import MomentExecution
-from vbdl.settings import PredictorSettings
-from vbdl.stacking import call
 
 SETTINGS = PredictorSettings(
     n_samples=32,

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vbdl.moments import interpret  # noqa: F401  (enters the rules)
-from vbdl.moments.activation import maximum
-from vbdl.moments.pooling import adaptive_average
-from vbdl.moments.value import RULES, Moments
+from vbdl.engine.moments import interpret  # noqa: F401  (enters the rules)
+from vbdl.engine.moments.activation import maximum
+from vbdl.engine.moments.pooling import adaptive_average
+from vbdl.engine.moments.value import RULES, Moments
 
 GRID = torch.special.ndtri((torch.arange(200_000).double() + 0.5) / 200_000)  # quantiles of the standard normal
 CLOSED, QUADRATURE = 2e-4, 2e-2  # of the input's std and variance; the grid itself is right to 1e-4

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vbdl.engine import Predictor
+from vbdl.calling.stacking import call, call_stacked, select
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.nn.dropout import may_drop
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
-from vbdl.stacking import call, call_stacked, select
 
 P = 0.3
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}  # float32 sums of a few dozen terms of order 1

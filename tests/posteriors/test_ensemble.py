@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from vbdl.engine import Predictor
-from vbdl.graph import BODY, PREFIX
+from vbdl.compiling.graph import BODY, PREFIX
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}  # float32 sums of a few dozen terms of order 1
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.mean_field import MeanField
 

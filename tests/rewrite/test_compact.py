@@ -8,7 +8,7 @@ from torch import nn
 
 from vbdl import Categorical, DeepEnsemble, MCDropout, Predictor
 
-compact = importlib.import_module("vbdl.rewrite.compact")  # the package's own name of it is the function
+compact = importlib.import_module("vbdl.compiling.rewrite.compact")  # the package's own name of it is the function
 
 
 class Residual(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.rewrite import fused, networks
+from vbdl.compiling.rewrite import fused, networks
 
 X = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))
 
@@ -164,7 +164,7 @@ def test_masks_of_the_data_are_made_in_the_product(bias, forced, monkeypatch):
     q = vbdl.MCDropout(nn.Sequential(*layers))
     expected = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)(X, samples=True)
     forced(False)
-    monkeypatch.setattr(importlib.import_module("vbdl.rewrite"), "compact", lambda *arguments: [])
+    monkeypatch.setattr(importlib.import_module("vbdl.compiling.rewrite"), "compact", lambda *arguments: [])
     for times, count in (({"masked": 1, "activations": 2}, 1), ({"masked": 2, "activations": 1}, 0)):
         monkeypatch.setattr(fused.regime, "of_masks", lambda *a, t=times, **k: t)
         rewritten = vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False)
@@ -192,7 +192,7 @@ def test_gradients_by_the_inputs_pass_through_kernels(kernel, forced, monkeypatc
     forced(kernel == "sampled_linear")
     statistics = importlib.import_module("vbdl.likelihoods.categorical")
     monkeypatch.setattr(statistics, "_in_one_pass", lambda parameters: parameters.ndim == 3)
-    monkeypatch.setattr(importlib.import_module("vbdl.rewrite"), "compact", lambda *arguments: [])
+    monkeypatch.setattr(importlib.import_module("vbdl.compiling.rewrite"), "compact", lambda *arguments: [])
     monkeypatch.setattr(fused.regime, "of_masks", lambda *arguments, **options: {"masked": 1, "activations": 2})
     whole = {"ensemble_mlp": "whole", "bayesian_mlp": "whole drawn"}.get(kernel, "layers")
     monkeypatch.setattr(networks.regime, "of_network", lambda *arguments, **options: {whole: 1.0})

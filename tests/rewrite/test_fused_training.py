@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vbdl
 from vbdl.nn import drawn
-from vbdl.step import Losses, Step
+from vbdl.training.step import Losses, Step
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 6, generator=GENERATOR)
@@ -130,7 +130,7 @@ def test_the_loss_and_its_gradients(kind, n_samples, forced):
 def test_the_traced_step(kind, forced, monkeypatch):
     """The step that is compiled: differentiated before mutations are removed, buffers changed all the same."""
     graphs = []
-    module = importlib.import_module("vbdl.step")
+    module = importlib.import_module("vbdl.training.step")
     monkeypatch.setattr(module, "compile_graph", lambda graph, inputs: graphs.append(graph) or graph)
     steps = []
     for kernels in (False, True):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from vbdl.graph import trace
-from vbdl.rewrite.linear import DECOMPOSITIONS, LINEAR, WholeLinears, _product, lower
+from vbdl.compiling.graph import trace
+from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, LINEAR, WholeLinears, _product, lower
 
 SHAPES = {  # samples, rows, inputs, outputs
     "tiny": (3, 5, 4, 2),

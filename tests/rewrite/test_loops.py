@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.graph import trace
-from vbdl.rewrite.loops import transpose_last
+from vbdl.compiling.graph import trace
+from vbdl.compiling.rewrite.loops import transpose_last
 
 T = torch.ops.aten.transpose.int
 a, w = torch.randn(3, 32, 64), torch.randn(3, 8, 32)

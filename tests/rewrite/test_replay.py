@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vbdl_kernels import flops as flops
 from vbdl_kernels import make_key, sampled_linear
 
-from vbdl import replay
-from vbdl.graph import trace
-from vbdl.replay import Replayed, is_bound_by_launches, is_worth_replaying
+from vbdl.compiling import replay
+from vbdl.compiling.graph import trace
+from vbdl.compiling.replay import Replayed, is_bound_by_launches, is_worth_replaying
 
 
 class Recorder:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from vbdl.splitting import DEFAULT_SHARES
+from vbdl.data.splitting import DEFAULT_SHARES
 from vbdl.tabular import infer
 from vbdl.tabular.parts import divide
 from vbdl.tabular.target import decide, fit_target

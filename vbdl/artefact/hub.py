@@ -15,7 +15,7 @@ from vbdl.artefact.files import locate, write_files
 from vbdl.artefact.loading import load_files
 from vbdl.artefact.manifest import MANIFEST, TENSORS
 from vbdl.artefact.saving import contents
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 
 
 class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bayesian-deep-learning"]):

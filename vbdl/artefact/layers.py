@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.arguments import check_arguments
 from vbdl.artefact import modules
+from vbdl.artefact.arguments import check_arguments
 from vbdl.artefact.manifest import ArtefactError, Layer
 from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
 from vbdl.nn.priors import Normal, Prior, ScaleMixture

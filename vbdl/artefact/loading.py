@@ -27,8 +27,8 @@ from vbdl.artefact.manifest import (
 )
 from vbdl.artefact.saving import TRAINING_ROWS
 from vbdl.artefact.tensors import DTYPES, read_share, read_tensors
-from vbdl.engine import Predictor
-from vbdl.settings import DEFAULT_TILES, INVARIANT_TILES
+from vbdl.engine.predictor import Predictor
+from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
 from vbdl.types import Likelihood
 
 

@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor, nn
 
 from vbdl import calibration
-from vbdl.arguments import check_arguments
+from vbdl.artefact.arguments import check_arguments
 from vbdl.artefact.manifest import ArtefactError
 from vbdl.artefact.trust import import_named, is_trusted, untrusted
 from vbdl.decision.anomaly import AnomalyFlags

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.architecture import architecture as described_lines
-from vbdl.architecture import constants
 from vbdl.artefact import layers
 from vbdl.artefact.manifest import Architecture, ArtefactError, Layers, Reference, Supplied, check_json
 from vbdl.artefact.trust import import_named, is_trusted, untrusted
-from vbdl.stacking import state_of
+from vbdl.calling.stacking import state_of
+from vbdl.nn.architecture import architecture as described_lines
+from vbdl.nn.architecture import constants
 
 _NUMBERED = "first_layer"  # of a Bayesian layer, which the posterior around it numbers
 

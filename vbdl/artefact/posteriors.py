@@ -20,11 +20,11 @@ from vbdl.artefact.manifest import (
     Single,
     check_json,
 )
+from vbdl.calling.stacking import state_of
 from vbdl.nn.sampled import SampledNetwork
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
-from vbdl.stacking import state_of
 
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]

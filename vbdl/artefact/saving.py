@@ -31,8 +31,8 @@ from vbdl.artefact.manifest import (
     encode,
 )
 from vbdl.artefact.tensors import CODES, entries, to_bytes
-from vbdl.engine import Predictor
-from vbdl.inputs import TENSOR, Container
+from vbdl.calling.inputs import TENSOR, Container
+from vbdl.engine.predictor import Predictor
 
 TRAINING_ROWS = "training_rows"
 

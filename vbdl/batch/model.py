@@ -8,7 +8,7 @@ import torch
 from vbdl.artefact.manifest import Inputs, read
 from vbdl.artefact.tensors import DTYPES
 from vbdl.batch.sources import ImageRow
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.tabular import Schema, schema_of
 
 Model = Predictor | str | Path

@@ -24,7 +24,7 @@ from vbdl.batch.run import QuarantineError as QuarantineError
 from vbdl.batch.run import Run
 from vbdl.batch.settling import settle
 from vbdl.batch.sources import Source
-from vbdl.compiler import can_compile
+from vbdl.compiling.compiler import can_compile
 from vbdl.tabular import Schema
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from vbdl.batch.run import Run
 from vbdl.batch.sources import Chunk
 from vbdl.batch.table_file import TableFile
 from vbdl.batch.worker import Misfit, Worker
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.tabular.reading import format_of
 
 INSTALL = "the engine 'ray' needs Ray 2.59 or later: pip install 'vbdl[ray]'"

@@ -19,7 +19,7 @@ from torch import nn
 
 from vbdl.bench.networks import mlp
 from vbdl.bench.provenance import provenance
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.methods import METHODS
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vbdl.calling.stacking import call_each, call_stacked, can_map
 from vbdl.model import Model
-from vbdl.stacking import call_each, call_stacked, can_map
 from vbdl.types import Likelihood, Posterior
 
 _ROWS = 32_768  # rows times draws times members in one call: activations of a small network stay in the cache

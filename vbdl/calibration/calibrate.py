@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations, is_recalibrated
-from vbdl.data import as_tensor
-from vbdl.engine import Predictor
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
+from vbdl.data.rows import as_tensor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.around import Around
 from vbdl.types import Calibrator, Inputs, Likelihood, Prediction
 

@@ -15,7 +15,7 @@ class Info:
 
         import torch
 
-        from vbdl.compiler import can_compile
+        from vbdl.compiling.compiler import can_compile
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         for name, value in {

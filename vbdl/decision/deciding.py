@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vbdl.calibration.calibrated import calibrated_draws, changes_draws
 from vbdl.decision.distribution import Distribution, Evidence
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.around import Around, layers
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.moments import merge_mean

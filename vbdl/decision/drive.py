@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from vbdl.decision.deciding import DecidingLikelihood
 from vbdl.decision.handover import HandOver, Step
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.types import Inputs, Prediction
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vbdl import metrics
 from vbdl.demo.training import SINGLE, Trained
 from vbdl.demo.tutorial import loop
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 
 ROWS = 64  # in a timed batch, and in a tile
 BINS = 10  # of the calibration error

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdl.data.splitting import split
 from vbdl.demo import networks
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
-from vbdl.splitting import split
 
 INSTALL = "the demo needs scikit-learn and matplotlib: pip install 'vbdl[demo]'"
 

@@ -11,7 +11,7 @@ from vbdl.demo.data import Task
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 SINGLE, DROPOUT, MEAN_FIELD, ENSEMBLE = "single network", "MC dropout", "mean-field", "deep ensemble"
 

@@ -7,10 +7,10 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.methods import method_of
 from vbdl.tabular.network import INITIAL_STD, TabularNetwork
-from vbdl.train import fit
+from vbdl.training.fit import fit
 
 _MIN_VALIDATION = 10  # rows below which stopping early would follow chance
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vbdl.engine import Predictor
-from vbdl.stacking import Inputs, State
+from vbdl.calling.stacking import Inputs, State
+from vbdl.engine.predictor import Predictor
 
 TOLERANCE = 1e-5
 _SEEDS = 16  # that are tried for one with other draws

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from vbdl_kernels import make_key
 from vbdl_kernels.philox import reference_normal, reference_words
 
-from vbdl.engine import Predictor
-from vbdl.execution import Execution
-from vbdl.graph import trace
-from vbdl.inputs import Flat
-from vbdl.program import tracing
-from vbdl.rewrite import rewrite
-from vbdl.rewrite.linear import DECOMPOSITIONS
+from vbdl.calling.inputs import Flat
+from vbdl.compiling.graph import trace
+from vbdl.compiling.rewrite import rewrite
+from vbdl.compiling.rewrite.linear import DECOMPOSITIONS
+from vbdl.engine.execution import Execution
+from vbdl.engine.predictor import Predictor
+from vbdl.engine.program import tracing
 from vbdl.types import State
 
 _NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.default: reference_normal}

@@ -24,14 +24,14 @@ from vbdl.artefact.files import check_place, write_folder
 from vbdl.artefact.manifest import Inputs
 from vbdl.artefact.saving import inputs_of
 from vbdl.artefact.tensors import CODES, DTYPES
-from vbdl.data import as_tensor
-from vbdl.engine import Predictor
+from vbdl.calling.inputs import Flat, arguments, flatten, map_inputs, tensors
+from vbdl.data.rows import as_tensor
+from vbdl.data.tiles import pad, padded
+from vbdl.engine.predictor import Predictor
+from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check, exporting
 from vbdl.export.graph import TileCall, tile_call
-from vbdl.inputs import Flat, arguments, flatten, map_inputs, tensors
-from vbdl.settings import DEFAULT_TILES, INVARIANT_TILES
-from vbdl.tiles import pad, padded
 from vbdl.types import Inputs as Rows
 from vbdl.types import State
 

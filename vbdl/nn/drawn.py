@@ -39,7 +39,7 @@ def drawn(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
 
 def _for_kernels(mean: Tensor) -> bool:
     """On a device with kernels and for a gradient, which they save the memory of. A prediction's graph is rewritten
-    as a whole (`vbdl/rewrite/fused.py`), and members of an ensemble have means of their own, mapped."""
+    as a whole (`vbdl/compiling/rewrite/fused.py`), and members of an ensemble have means of their own, mapped."""
     return (
         mean.device.type in DEVICES
         and mean.dtype in dispatch.KERNEL_DTYPES

@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from vbdl_kernels import keep_mask
 
-from vbdl.frozen import hold_frozen
+from vbdl.calling.stacking import arguments, call, map_inputs
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
 from vbdl.nn.embedding import embedding
+from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.recurrent import recurrent
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
-from vbdl.stacking import arguments, call, map_inputs
 
 _ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what alpha dropout sets dropped units to
 

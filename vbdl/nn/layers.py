@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.frozen import hold_frozen
+from vbdl.calling.stacking import call
+from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior
 from vbdl.nn.sampled import SampledNetwork
-from vbdl.stacking import call
 
 
 class _BayesianLayer(SampledNetwork):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.calling.stacking import call, map_inputs
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.dropout import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.stacking import call, map_inputs
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
 _TRAINING = 1 << 62  # training draws come from seeds of their own, never from those of a prediction

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdl.inputs import arguments, flatten
+from vbdl.calling.inputs import arguments, flatten
 from vbdl.types import Inputs
 
 

@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.architecture import architecture, difference, stack
-from vbdl.frozen import frozen_modules, hold_frozen
-from vbdl.model import Model
-from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
-from vbdl.stacking import (
+from vbdl.calling.stacking import (
     blueprint,
     call_each,
     call_stacked,
@@ -27,7 +23,11 @@ from vbdl.stacking import (
     state_of,
     why_not_mapped,
 )
-from vbdl.tiles import aligned
+from vbdl.data.tiles import aligned
+from vbdl.model import Model
+from vbdl.nn.architecture import architecture, difference, stack
+from vbdl.nn.frozen import frozen_modules, hold_frozen
+from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
 from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
 
 

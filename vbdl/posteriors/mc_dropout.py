@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.nn.dropout import DropoutNetwork, may_drop
 from vbdl.nn.objective import KeyedPosterior
-from vbdl.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.types import Inputs
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
-from vbdl.stacking import check_chosen, check_network, copied, parameter_hooks
 
 
 class MeanField(KeyedPosterior):

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbdl.engine import Predictor
+from vbdl.calling.stacking import rebuild, tensors
+from vbdl.engine.predictor import Predictor
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
-from vbdl.stacking import rebuild, tensors
 from vbdl.types import Inputs
 
 QUICK = 0.002  # seconds of a tile that the event loop may be held up for

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vbdl import tabular
-from vbdl.adaptive import step_size
 from vbdl.artefact.files import locate, read_whole
 from vbdl.artefact.loading import load
 from vbdl.artefact.manifest import CARD
 from vbdl.artefact.tensors import DTYPES
+from vbdl.engine.adaptive import step_size
 from vbdl.serve import json_schema
 from vbdl.serve.bodies import Bodies
 from vbdl.types import Inputs, Prediction

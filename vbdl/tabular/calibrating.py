@@ -15,10 +15,10 @@ from vbdl.calibration.conformal import ConformalSets
 from vbdl.calibration.conformal_intervals import NormalisedIntervals
 from vbdl.calibration.std_scaling import StdScaling
 from vbdl.calibration.temperature import Temperature
-from vbdl.engine import Predictor
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
+from vbdl.data.splitting import split
+from vbdl.engine.predictor import Predictor
 from vbdl.metrics.nll import mixture_nll
-from vbdl.splitting import split
 
 MIN_ROWS = 20  # rows a calibrator is fitted to
 _FOLDS = 5

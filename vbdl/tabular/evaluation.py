@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbdl import metrics
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics.estimate import Interval
 from vbdl.tabular.target import Target

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.engine import Predictor
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
+from vbdl.engine.predictor import Predictor
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
 from vbdl.tabular.cells import decoded, is_text
 from vbdl.tabular.evaluation import Evaluation, evaluate
@@ -21,7 +21,7 @@ from vbdl.tabular.parts import Parts, divide, joined
 from vbdl.tabular.reading import ArrowColumn, Reading, arrow
 from vbdl.tabular.schema import KEY, Schema
 from vbdl.tabular.target import decide, fit_target, has_target
-from vbdl.train import History, fit
+from vbdl.training.fit import History, fit
 
 ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
 _MIN_ROWS = 40

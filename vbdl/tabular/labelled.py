@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vbdl.artefact.saving import training_rows
 from vbdl.calibration.calibrated import calibration_rows
-from vbdl.engine import Predictor
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
+from vbdl.engine.predictor import Predictor
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.schema import KEY, Schema
 

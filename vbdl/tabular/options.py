@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vbdl.data.splitting import DEFAULT_SHARES
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.methods import Method, method_of
-from vbdl.splitting import DEFAULT_SHARES
 from vbdl.tabular.network import INITIAL_STD, TabularNetwork
 from vbdl.tabular.schema import Schema
 from vbdl.types import Likelihood, Posterior

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.fingerprint import fingerprints
-from vbdl.splitting import DEFAULT_SHARES, split
+from vbdl.data.fingerprint import fingerprints
+from vbdl.data.splitting import DEFAULT_SHARES, split
 from vbdl.tabular import dates
 from vbdl.tabular.cells import decoded, is_text, texts, without
 from vbdl.tabular.numerals import Recognised, recognise

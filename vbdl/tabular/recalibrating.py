@@ -12,8 +12,8 @@ from vbdl.artefact.loading import load
 from vbdl.artefact.manifest import Architecture, Dropout, Ensemble, MeanField, Reference
 from vbdl.calibration.calibrate import calibrate
 from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations
-from vbdl.engine import Predictor
-from vbdl.fingerprint import fingerprints
+from vbdl.data.fingerprint import fingerprints
+from vbdl.engine.predictor import Predictor
 from vbdl.tabular.calibrating import CalibrationRows
 from vbdl.tabular.evaluation import evaluate
 from vbdl.tabular.fitting import ARCHITECTURE

@@ -70,7 +70,7 @@ def classification(
 
 def stratified_splits(y: np.ndarray, count: int, share: float = 0.8) -> tuple[np.ndarray, int]:
     """(count, rows) orders whose first n_train rows hold each class in its share; and n_train."""
-    from vbdl.splitting import split
+    from vbdl.data.splitting import split
 
     orders, sizes = [], set()
     for seed in range(count):

@@ -5,7 +5,7 @@ import torch
 from vbdl.bench.methods.training import likelihood_of, outputs, recipe, train
 from vbdl.bench.registry import method
 from vbdl.bench.task import Each, Run, Stacked, Task
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from vbdl.bench.methods.training import DecayedAdam, plain, train
 from vbdl.bench.registry import method
 from vbdl.bench.task import Each, Run, Stacked, Task
+from vbdl.calling.stacking import replicate
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.stacking import replicate
 
 _LENGTH_SCALE = 1e-2
 _SAMPLES = 10_000  # as published

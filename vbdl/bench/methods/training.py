@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.bench.task import Each, Run, Stacked, Task
-from vbdl.engine import Predictor
+from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import Method
 from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.train import History, fit
+from vbdl.training.fit import History, fit
 
 _SAMPLES = 100  # draws in evaluation where no protocol names a number
 _COMPILE_STEPS = 1000  # a small stacked step saves about 5 ms when it is compiled, which takes about 5 s

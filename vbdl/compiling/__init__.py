@@ -1,0 +1,1 @@
+"""Traces, rewrites and compiles calls of modules: graphs, patterns, compiled code."""

@@ -1,0 +1,245 @@
+"""One call of the stacked module as a graph, cut by what each value depends on.
+
+    once    depends on neither draw nor input     computed when the plan is made
+    drawn   depends on the draw only              masks and weights: once a draw, kept while memory allows
+    prefix  depends on the input only             the layers before the first random one: once a batch
+    body    depends on both                       what is left to compute for every draw and batch
+
+Nothing in it knows a method or a layer: the cut is where the data flow puts it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
+
+
+def trace(
+    function: Callable, *args: Any, aligned: bool = True, decompositions: Mapping[Any, Callable] | None = None
+) -> fx.GraphModule:
+    """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed.
+
+    aligned: matrix products with every row on a boundary, so that a row does not depend on its place in the batch.
+    Predictions promise that; a training step has no use for it.
+    decompositions: what to write for operations that are not to stay whole.
+    """
+    return make_fx(
+        functionalize(function, remove="mutations"),
+        decomposition_table={**_PLAIN, **(_ALIGNED if aligned else {}), **(decompositions or {})},
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,
+    )(*args)
+
+
+def _rrelu(x: Tensor, noise: Tensor, lower=1 / 8, upper=1 / 3, training=False, generator=None) -> Tensor:
+    return NotImplemented if training else F.leaky_relu(x, (lower + upper) / 2)
+
+
+def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(into.dtype).broadcast_to(into.shape).clone()
+
+
+# what is random in training and says so in evaluation too, and what functionalization leaves without a derivative
+_PLAIN = {torch.ops.aten.rrelu_with_noise.default: _rrelu, torch.ops.aten.copy.default: _copy}
+
+
+# On a CPU a matrix product sums a row in an order that depends on how its memory is aligned, so the same row gives
+# other last bits at another place of the batch. With every row on a boundary of 64 bytes it does not: tables of other
+# widths are padded with zeros, weights when they are made and not in every call. (Linear layers need none of it: their
+# rows are the columns of the product, `linear.py`.)
+_LANES = 16
+_BLOCK = 64  # columns in whole blocks are summed alike wherever they lie
+
+
+def _is_aligned(t: Tensor) -> bool:
+    return all(stride % _LANES == 0 for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 < stride)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b: (..., m, k), (..., k, n) with aligned rows."""
+    k, n = b.shape[-2:]
+    if n % _BLOCK == 0 or (n % _LANES == 0 and _is_aligned(a) and _is_aligned(b)):
+        return NotImplemented  # as it is
+    extra_k, extra_n = -k % _LANES, -n % _LANES
+    a, b = F.pad(a, (0, extra_k)), F.pad(b, (0, extra_n, 0, extra_k))
+    return torch.matmul(a.contiguous(), b.contiguous())[..., :n]
+
+
+def _product_and_sum(bias: Tensor, a: Tensor, b: Tensor, beta=1, alpha=1) -> Tensor:
+    out = _product(a, b)
+    return out if out is NotImplemented else beta * bias + alpha * out
+
+
+def _product_with_vector(a: Tensor, v: Tensor) -> Tensor:
+    return (a @ v.unsqueeze(-1)).squeeze(-1)
+
+
+_ALIGNED = {
+    torch.ops.aten.mm.default: _product,
+    torch.ops.aten.bmm.default: _product,
+    torch.ops.aten.addmm.default: _product_and_sum,
+    torch.ops.aten.baddbmm.default: _product_and_sum,
+    torch.ops.aten.mv.default: _product_with_vector,
+}
+
+
+@dataclass
+class Region:
+    """Part of a graph, as a function of a flat list of values to a list of values."""
+
+    graph: fx.GraphModule
+    inputs: list[str]
+    outputs: list[str]
+    nodes: list[fx.Node]
+
+    @property
+    def empty(self) -> bool:
+        return not self.nodes
+
+    def flops(self) -> int:
+        """Multiplications and additions of its matrix products and convolutions."""
+        return sum(_flops(node) for node in self.nodes)
+
+    def peak_bytes(self) -> int:
+        """Bytes of its own values alive at once, at most, when run in order."""
+        last = {}
+        for position, node in enumerate(self.nodes):
+            for used in node.all_input_nodes:
+                last[used] = position
+        ending: dict[int, int] = {}
+        alive = peak = 0
+        for position, node in enumerate(self.nodes):
+            alive += own_bytes(node)
+            ending[last.get(node, len(self.nodes))] = ending.get(last.get(node, len(self.nodes)), 0) + own_bytes(node)
+            peak = max(peak, alive)
+            alive -= ending.get(position, 0)
+        return peak
+
+
+@dataclass
+class Cut:
+    """The four regions, and where each placeholder of the whole graph went."""
+
+    regions: tuple[Region, Region, Region, Region]
+    placeholders: list[str]
+    outputs: list[str]
+    values: dict[str, fx.Node] = field(repr=False)
+
+    @property
+    def random(self) -> str | None:
+        """An operation that draws from torch's own generator, if there is one."""
+        for node in self.values.values():
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                return str(node.target)
+        return None
+
+    @property
+    def output_depends_on_draw(self) -> bool:
+        return any(name in self.regions[BODY].outputs or name in self.regions[DRAWN].outputs for name in self.outputs)
+
+    def kept_bytes(self) -> int:
+        """Bytes of what `drawn` makes and hands on, of which a view keeps the whole alive."""
+        made = set()
+        for name in self.regions[DRAWN].outputs:
+            node = self.values[name]
+            while _is_view(node):
+                node = node.all_input_nodes[0]
+            if node.op != "placeholder":
+                made.add(node)
+        return sum(own_bytes(node) for node in made)
+
+
+def dependence(traced: fx.GraphModule, kinds: Sequence[int]) -> dict[fx.Node, int]:
+    """Of every value, whether it depends on the draw, the input, both or neither; kinds: of each placeholder."""
+    region: dict[fx.Node, int] = {}
+    given = iter(kinds)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            region[node] = next(given)
+        elif node.op != "output":
+            region[node] = 0
+            for used in node.all_input_nodes:
+                region[node] |= region[used]
+    return region
+
+
+def part_of(traced: fx.GraphModule, wanted: fx.Node) -> Region:
+    """What computes one value, as a function of the placeholders that it needs."""
+    needed: set[fx.Node] = set()
+    stack = [wanted]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    ordered = [n for n in traced.graph.nodes if n in needed]
+    placeholders = [n for n in ordered if n.op == "placeholder"]
+    return _extract(traced, [n for n in ordered if n.op != "placeholder"], placeholders, [wanted])
+
+
+def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
+    """The regions of a traced call; kinds: ONCE, DRAWN or PREFIX of each placeholder, in order."""
+    region = dependence(traced, kinds)
+    placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+    end = next(n for n in traced.graph.nodes if n.op == "output")
+    returned = [n for n in tree_leaves(end.args) if isinstance(n, fx.Node)]
+
+    regions = []
+    for which in (ONCE, DRAWN, PREFIX, BODY):
+        inside = [n for n in region if region[n] == which and n.op != "placeholder"]
+        mine = set(inside)
+        inputs, outputs = [], []
+        for node in inside:
+            for used in node.all_input_nodes:
+                if used not in mine and used not in inputs:
+                    inputs.append(used)
+            if node in returned or any(user not in mine for user in node.users if user.op != "output"):
+                outputs.append(node)
+        # a tuple cannot cross a cut: its parts do
+        regions.append(_extract(traced, inside, inputs, outputs))
+    return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
+
+
+def _extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Region:
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copied[node] = graph.placeholder(node.name)
+        copied[node].meta = dict(node.meta)
+    for node in nodes:
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph.output([copied[n] for n in outputs])
+    module = fx.GraphModule(traced, graph)
+    return Region(module, [n.name for n in inputs], [n.name for n in outputs], nodes)
+
+
+_VIEWS = {"view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze", "unsqueeze", "detach", "alias"}
+
+
+def own_bytes(node: fx.Node) -> int:
+    """Bytes a node's value takes, 0 for a view of another."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return 0
+    return 0 if _is_view(node) else value.numel() * value.element_size()
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "_opname", "") in _VIEWS
+
+
+def _flops(node: fx.Node) -> int:
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in flop_registry:
+        return 0
+    values = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+    return flop_registry[packet](*values[0], **values[1], out_val=node.meta["val"])

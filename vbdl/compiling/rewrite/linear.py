@@ -1,0 +1,183 @@
+"""Linear layers as one operation of the traced graph, so that what surrounds them can be recognised and rewritten.
+
+Traced as torch has it, a linear layer under vmap becomes views, expansions and one of several products, by what of it
+is stacked. Here it stays `stacked_linear` until all rewrites are done, and is then lowered to the product that is
+fastest on its shapes.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+
+@torch.library.custom_op("vbdl::stacked_linear", mutates_args=())
+def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
+    """y[s, ..., o] = sum_i x[(s), ..., i] weight[(s), o, i] + bias[(s), o]; stacked: which of the three have s."""
+    return lower(x, weight, bias, stacked)
+
+
+@stacked_linear.register_fake
+def _(x, weight, bias, stacked):
+    lead = x.shape[:-1] if stacked[0] or not any(stacked) else (_samples(x, weight, bias, stacked), *x.shape[:-1])
+    return x.new_empty((*lead, weight.shape[-2]))
+
+
+@stacked_linear.register_vmap
+def _(info, in_dims, x, weight, bias, stacked):
+    given = list(zip((x, weight, bias), in_dims[:3], strict=True))
+    if any(stacked):  # a module that maps over something itself, inside: one after the other
+        size = next(t.shape[d] for t, d in given if d is not None)
+        each = [[None if t is None else t if d is None else t.select(d, i) for t, d in given] for i in range(size)]
+        return torch.stack([lower(x, w, b, stacked) for x, w, b in each]), 0  # type: ignore[arg-type]
+    first = [t if not d else t.movedim(d, 0) for t, d in given]
+    return stacked_linear(*first, [d is not None for d in in_dims[:3]]), 0
+
+
+LINEAR = torch.ops.vbdl.stacked_linear.default
+
+
+def _samples(x, weight, bias, stacked) -> int:
+    return next(t.shape[0] for t, s in zip((x, weight, bias), stacked, strict=True) if s)
+
+
+def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
+    """The same in plain operations: one product where weights are shared, a batched one where they are not."""
+    xs, ws, bs = stacked
+    flat = x.flatten(1, -2) if xs and ws else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows, out = flat.shape[-2], weight.shape[-2]
+    if not ws:
+        y = _product(flat, weight).reshape(*x.shape[:-1], out)
+        if bias is None:
+            return y
+        return y + (spread(bias, y.ndim - 2 if xs else y.ndim - 1) if bs else bias)
+    samples = weight.shape[0]
+    if weight.numel() * rows <= _TINY:
+        # no call of a library: one loop with what comes before and after it
+        kernels = weight.mT.contiguous()
+        y = ((flat if xs else flat.unsqueeze(0)).unsqueeze(-1) * kernels.unsqueeze(1)).sum(-2)
+    elif not xs and _as_one_matrix(samples, rows, out, flat):
+        y = _product(flat, weight.reshape(samples * out, -1))  # layers side by side are one matrix
+        y = y.mT.view(samples, out, rows).mT if _across(flat) else y.view(rows, samples, out).transpose(0, 1)
+    elif rows == 1 and flat.device.type == "cpu" and weight.numel() * weight.itemsize >= _STREAMED:
+        y = _vector_products(flat if xs else flat.expand(samples, *flat.shape), weight)
+    else:
+        if xs and x.ndim == 3 and _across(flat):
+            # as the product before left them, so that the transpositions between them vanish (loops.py)
+            flat = flat.mT.contiguous().mT
+        y = _product(flat if xs else flat.expand(samples, *flat.shape), weight)
+    y = y.reshape(samples, *x.shape[1 if xs else 0 : -1], out)
+    if bias is None:
+        return y
+    return y + (spread(bias, y.ndim - 2) if bs else bias)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., rows, inputs), (..., outputs, inputs) -> (..., rows, outputs).
+
+    Many rows are the columns of the product: it is as fast for wide layers and several times faster for narrow ones,
+    and a row's sum does not depend on its place (`tests/rewrite/test_linear.py`).
+    """
+    return torch.matmul(weight, x.mT).mT if _across(x) else torch.matmul(x, weight.mT)
+
+
+def _across(x: Tensor) -> bool:
+    """Whether rows are the columns of the product: with 16 bits on a CPU always, where weights as they lie are read
+    up to twice as fast."""
+    return x.shape[-2] >= _ACROSS or _is_half_on_cpu(x)
+
+
+def _is_half_on_cpu(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+
+
+def _as_one_matrix(samples: int, rows: int, out: int, x: Tensor) -> bool:
+    """Whether the layers of all samples on the same x are faster as one matrix than as a batched product."""
+    if _is_half_on_cpu(x):  # a batched product copies x for every sample
+        return rows > 1 or out <= _NARROW
+    return samples * out <= _WIDE or (rows >= _ACROSS and out <= _NARROW)
+
+
+def _vector_products(x: Tensor, weight: Tensor) -> Tensor:
+    """`_product` of one row and weights that come from memory. As `baddbmm`, because `bmm` is compiled to a loop that
+    reads one row of a matrix at a time, which the library does faster."""
+    zero = weight.new_zeros(())
+    if _is_half_on_cpu(x):
+        return torch.baddbmm(zero.expand(*weight.shape[:-1], 1), weight, x.mT, beta=0).mT
+    return torch.baddbmm(zero.expand(weight.shape[0], 1, weight.shape[1]), x, weight.mT, beta=0)
+
+
+_ACROSS = 16  # rows
+_TINY = 2**16  # multiplications; below, what a library call costs is more than they do
+_WIDE = 4096  # outputs of all samples; past this a batched product is as fast as one wide one
+_NARROW = 64  # outputs of a layer; below, a batched product is slower than one wide one
+_STREAMED = 2**23  # bytes of weights, more than the caches next to a core hold
+
+
+def spread(bias: Tensor, axes: int) -> Tensor:
+    """(samples, outputs) -> (samples, 1, ..., outputs), for rows of as many axes."""
+    return bias.view(bias.shape[0], *[1] * axes, bias.shape[-1])
+
+
+class WholeLinears(TorchFunctionMode):
+    """Keeps calls of `F.linear` whole while a network is traced."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        return _whole(*args, **(kwargs or {}))
+
+
+def _whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.ndim != 2 or not input.is_floating_point():
+        return F.linear(input, weight, bias)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return torch.ops.vbdl.stacked_linear(input, weight, bias, [False, False, False])
+
+
+def is_linear(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is LINEAR
+
+
+def arguments(linear: fx.Node) -> tuple[Any, Any, Any, list[bool]]:
+    """x, weight, bias (or None), and which of them are stacked."""
+    return linear.args  # type: ignore[return-value]
+
+
+def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.Node, stacked: bool, axes: int) -> fx.Node:
+    """y (samples, ..., outputs), its rows of as many axes, plus a bias of all samples or one of each."""
+    own = graph.call_function(spread, (bias, axes)) if stacked else bias
+    return graph.call_function(torch.ops.aten.add.Tensor, (y, own))
+
+
+def free_layout(traced: fx.GraphModule) -> None:
+    """Let every value lie in memory as it comes, in place: a trace has views of layouts that lowering may change.
+
+    What cannot take a value as it comes gets a contiguous copy of it.
+    """
+    for node in traced.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.reshape
+        elif node.target in _DENSE_ONLY and node.args[0].op != "placeholder":
+            with traced.graph.inserting_before(node):
+                node.update_arg(0, traced.graph.call_function(torch.clone, (node.args[0],), {"memory_format": _DENSE}))
+    traced.recompile()
+
+
+_DENSE = torch.contiguous_format
+# operations that read memory and not elements; `tests/rewrite/test_linear.py` tries the layers of torch for others
+_DENSE_ONLY = {
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.native_group_norm.default,
+    torch.ops.aten.view_as_complex.default,
+    torch.ops.aten.view.dtype,
+}
+DECOMPOSITIONS = {LINEAR: lower}

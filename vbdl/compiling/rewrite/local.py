@@ -1,0 +1,105 @@
+"""Local reparameterisation: the outputs of a mean-field layer are drawn, not its weights.
+
+    y[s, b, o] = m[b, o] + sqrt(v[b, o]) noise[s, o],   m = x mean^T + bias_mean,   v = x^2 (std^2)^T + bias_std^2
+
+Kingma, Salimans and Welling, NeurIPS 2015, https://arxiv.org/abs/1506.02557. Where the weights act once on each row
+this is the distribution of the row's output exactly. A draw's noise is shared by all rows, so a draw is still a
+function of x; but rows are not jointly distributed as with one draw of the weights. So it is used where per-row
+quantities are asked, and `joint=True` keeps the weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from vbdl_kernels import normal
+from vbdl_kernels.philox import ACTIVATION
+
+from vbdl.compiling.graph import BODY, PREFIX, dependence
+from vbdl.compiling.rewrite.linear import add_bias, arguments, is_linear, lower
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class Normal:
+    """A drawn parameter: mean + std * normal(key, layer, ...)."""
+
+    mean: Any
+    std: Any
+    key: Any
+    layer: int
+    stream: int
+
+
+def local_linear(
+    x: Tensor, mean: Tensor, std: Tensor, bias_mean: Tensor | None, bias_std: Tensor | None, key: Tensor, layer: int
+) -> Tensor:
+    """(samples, rows, outputs) from x (rows, inputs) that all samples share, or (samples, rows, inputs)."""
+    flags = [x.ndim == 3, False, False]
+    m = lower(x, mean.to(x.dtype), None if bias_mean is None else bias_mean.to(x.dtype), flags)
+    variance = None if bias_std is None else bias_std.square().to(x.dtype)
+    v = lower(x.square(), std.square().to(x.dtype), variance, flags)
+    return m + v.sqrt() * normal(key, layer, ACTIVATION, 1, mean.shape[0]).to(x.dtype)
+
+
+def reparameterise(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: bool) -> list[str]:
+    """Rewrite in place every mean-field layer that it is exact for; with hidden=False only those whose input no draw
+    reaches, where it costs two products for all draws. Returns the names of what was rewritten."""
+    region, done = dependence(traced, kinds), []
+    for node in list(traced.graph.nodes):
+        if not is_linear(node):
+            continue
+        x, weight, bias, stacked = arguments(node)
+        if region[x] not in (PREFIX, BODY) or not (region[x] == PREFIX or hidden):
+            continue
+        shape = x.meta["val"].shape[1:] if stacked[0] else x.meta["val"].shape
+        drawn = drawn_by(weight)
+        # weights that act on more than one vector of a row correlate them, which noise of an output cannot
+        if drawn is None or len(shape) != 2 or shape[0] != rows:
+            continue
+        bias_drawn = None if bias is None else drawn_by(bias)
+        graph = traced.graph
+        with graph.inserting_before(node):
+            own = (bias_drawn.mean, bias_drawn.std) if bias_drawn else (None, None)
+            found = graph.call_function(local_linear, (x, drawn.mean, drawn.std, *own, drawn.key, drawn.layer))
+            if bias is not None and bias_drawn is None:
+                found = add_bias(graph, found, bias, stacked[2], axes=1)
+        found.meta, region[found] = dict(node.meta), region[node]  # a layer may follow at once
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
+        done.append(node.name)
+    if done:
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+    return done
+
+
+def drawn_by(node: Any) -> Normal | None:
+    """What a node draws, if it is mean + std * normal and nothing else uses it."""
+    node = _through(node, _aten._to_copy.default)
+    if not _calls(node, _aten.add.Tensor) or len(node.args) != 2 or len(node.users) != 1:
+        return None
+    mean, scaled = node.args
+    if not _calls(scaled, _aten.mul.Tensor) or len(scaled.users) != 1:
+        return None
+    std, noise = scaled.args
+    noise = _through(_through(noise, _aten._to_copy.default), _aten.view.default)
+    if not _calls(noise, torch.ops.vbdl.normal.default) or len(noise.users) != 1:
+        return None
+    key, layer, stream = noise.args[:3]
+    if not all(isinstance(n, fx.Node) for n in (mean, std)):
+        return None
+    shared = node.meta["val"].shape[1:]
+    if mean.meta["val"].shape != shared or std.meta["val"].shape != shared:
+        return None  # means of each member: an ensemble of mean-field networks
+    return Normal(mean, std, key, layer, stream)
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def _through(node: Any, target: Any) -> Any:
+    return node.args[0] if _calls(node, target) and len(node.users) == 1 else node

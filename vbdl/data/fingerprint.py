@@ -1,0 +1,37 @@
+"""Fingerprints of rows: hashes that tell whether a row was seen before, and not what was in it."""
+
+import torch
+from torch import Tensor
+
+from vbdl.calling.inputs import tensors
+from vbdl.types import Inputs
+
+_ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the golden ratio
+
+
+def _mix(v: Tensor) -> Tensor:
+    """Mix the bits of each int64 by a bijection (splitmix64's rounds; int64 arithmetic wraps)."""
+    v = (v ^ (v >> 30)) * -4658895280553007687
+    v = (v ^ (v >> 27)) * -7723592293110705685
+    return v ^ (v >> 31)
+
+
+def fingerprints(x: Inputs) -> Tensor:
+    """Hash each row of the inputs to one int64, (batch,): equal rows have equal hashes, and two different rows have
+    equal ones with a probability of about 2^-64. Floats count as float32, and -0.0 as 0.0. Labels are not part of it.
+    """
+    total = None
+    for t in tensors(x):
+        flat = t.detach().flatten(1) if t.ndim > 1 else t.detach().unsqueeze(1)
+        if flat.is_floating_point():
+            # adding 0.0 turns -0.0 into 0.0
+            words = (flat.to(torch.float32) + 0.0).contiguous().view(torch.int32).to(torch.int64)
+        else:
+            words = flat.to(torch.int64)
+        place = torch.arange(1, words.shape[1] + 1, device=words.device) * _ODD
+        # mixed before the sum, so that exchanging or shifting values cannot cancel
+        own = _mix(_mix(words) + place).sum(dim=1)
+        total = own if total is None else _mix(total) * 31 + own
+    if total is None:
+        raise ValueError("there is no input to fingerprint")
+    return _mix(total).cpu()

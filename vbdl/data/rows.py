@@ -1,0 +1,193 @@
+"""Training data: the forms it is taken in, the checks of its rows, and the order in which each member sees them."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from vbdl.calling.stacking import map_inputs, tensors
+from vbdl.types import Inputs
+
+
+def as_tensor(value: Any) -> Any:
+    """The value with every NumPy array in it replaced by a tensor; lists become tuples."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, dict):
+        return {k: as_tensor(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(as_tensor(v) for v in value)
+    return value
+
+
+def whole(data: Any) -> tuple[Inputs, Tensor]:
+    """All rows as (inputs, targets), from arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs."""
+    if isinstance(data, TensorDataset):
+        *x, y = data.tensors
+        return (x[0] if len(x) == 1 else tuple(x)), y
+    if isinstance(data, IterableDataset):
+        raise TypeError("an IterableDataset is a stream: give fit a DataLoader of it, or its rows as tensors")
+    if isinstance(data, Dataset):
+        rows = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
+        return _pair(torch.utils.data.default_collate(rows), "a Dataset has")
+    if isinstance(data, DataLoader):
+        raise TypeError("rows that are needed as a whole, as for validation, come as tensors or a Dataset, not batches")
+    if isinstance(data, Sequence) and len(data) == 2:
+        x, y = as_tensor(data[0]), torch.as_tensor(as_tensor(data[1]))
+        check_rows(x, y)
+        return x, y
+    raise TypeError(
+        f"data is (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
+    )
+
+
+def _pair(item: Any, source: str) -> tuple[Any, Any]:
+    """The item split into inputs and targets; TypeError for an item that is no pair. source: where it comes from."""
+    if isinstance(item, Sequence) and len(item) == 2:
+        return item[0], item[1]
+    what = f"a dict of {list(item)}" if isinstance(item, Mapping) else type(item).__name__
+    if isinstance(item, Sequence):
+        what = f"{len(item)} of them"
+    raise TypeError(
+        f"{source} (inputs, targets), got {what}: several inputs are a tuple, or a dict by argument name, in the first "
+        f"place"
+    )
+
+
+def check_rows(x: Inputs, y: Tensor) -> None:
+    """Raise ValueError if inputs and targets differ in their number of rows, have no rows, or hold NaN or infinity."""
+    if not all(isinstance(t, Tensor) for t in tensors(x)):
+        raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name")
+    sizes = {t.shape[0] for t in [*tensors(x), y]}
+    if len(sizes) != 1:
+        raise ValueError(f"inputs and targets disagree on the number of rows: {sorted(sizes)}")
+    if sizes == {0}:
+        raise ValueError("there are no rows to train on")
+    for t in tensors(x):
+        if t.is_floating_point() and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
+            bad = (~ok).nonzero().flatten()
+            raise ValueError(f"{len(bad)} input rows are not finite, the first is row {int(bad[0])}: remove or impute")
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the module's first floating-point parameter, or None if it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
+    """Raise ValueError if an input has another floating dtype than the module's parameters. floating: their dtype."""
+    for t in tensors(x):
+        if floating is not None and t.is_floating_point() and t.dtype != floating:
+            raise ValueError(
+                f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating})"
+            )
+
+
+def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) -> ValueError:
+    """A ValueError that names the rows' shapes and dtypes and wraps the module's own error."""
+    if module is not None and (said := outside_range(x, error, [module])) is not None:
+        return said
+    leaves = tensors(x)
+    shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in leaves)
+    hint = ""
+    if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
+        hint = "; integers that are no indices are converted with x.to(torch.float32)"
+    return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
+
+
+def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:
+    """A ValueError that names the ids in the inputs and the embeddings that are too small for them.
+
+    error: what torch or compiled code raised. Returns None if that is about anything but an index out of range.
+    """
+    if not re.search(r"index out of range in self|index out of bounds|not in the valid range", str(error)):
+        return None
+    ids = [t for t in tree_leaves(x) if isinstance(t, Tensor) and not t.is_floating_point() and t.numel()]
+    tables = [
+        (name.removeprefix("inner."), type(m).__name__, m.num_embeddings)
+        for module in modules
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    ]
+    if ids:
+        low, high = min(int(t.min()) for t in ids), max(int(t.max()) for t in ids)
+        small = [f"'{m}' ({kind}) takes 0 to {n - 1}" for m, kind, n in dict.fromkeys(tables) if low < 0 or high >= n]
+        if small:
+            return ValueError(f"the ids in the inputs run from {low} to {high}, and module {', '.join(small)}")
+    return ValueError(
+        "an index that the module makes of its inputs is outside of what it indexes: check that ids and lengths are "
+        "those that it was made for"
+    )
+
+
+def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two disjoint sets of row numbers, ascending: those to train on, and a random fraction of all to validate on."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is a share of the rows between 0 and 1, got {fraction}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = round(n * fraction)
+    if not 0 < held < n:
+        raise ValueError(f"{fraction} of {n} rows leaves nothing to validate or to train on")
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def take(x: Inputs, rows: Tensor) -> Inputs:
+    """The rows with these numbers, of every input."""
+    return map_inputs(lambda t: t[rows], x)
+
+
+class Rows:
+    """Batches of a data set in memory: each member sees its own rows in its own order, or all see one order.
+
+    rows: (members, n) row numbers, or (1, n) shared by all. own: whether each member has its own batches; a batch
+    (x, y) then has a leading members axis. The order of an epoch is a function of the member's seed and the epoch, so
+    that a resumed run sees the rows that an uninterrupted one sees.
+    """
+
+    def __init__(self, x: Inputs, y: Tensor, rows: Tensor, batch_size: int, seeds: list[int], own: bool):
+        self.x, self.y, self.rows, self.batch_size, self.seeds, self.own = x, y, rows, batch_size, seeds, own
+
+    def __len__(self) -> int:
+        return -(-self.rows.shape[1] // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
+        n = self.rows.shape[1]
+        orders = []
+        for index, seed in enumerate(self.seeds):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+            orders.append(self.rows[min(index, len(self.rows) - 1)][torch.randperm(n, generator=generator)])
+        order = torch.stack(orders) if self.own else orders[0]
+        for start in range(0, n, self.batch_size):
+            picked = order[..., start : start + self.batch_size]
+            yield take(self.x, picked), self.y[picked]
+
+
+class Batches:
+    """Batches of a DataLoader, (inputs, targets), the same for all members."""
+
+    own = False
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        try:
+            return len(self.loader)
+        except TypeError:  # of a stream, whose length nobody knows: it has one batch at least
+            return 1
+
+    def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
+        for batch in self.loader:
+            x, y = _pair(batch, "a DataLoader yields")
+            check_rows(x, y)
+            yield x, y
+
+
+def bootstrap(n: int, seed: int) -> Tensor:
+    """(n,) row numbers drawn with replacement. Efron, Bootstrap Methods: Another Look at the Jackknife, 1979."""
+    return torch.randint(n, (n,), generator=torch.Generator().manual_seed(seed))

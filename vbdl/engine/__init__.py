@@ -1,0 +1,1 @@
+"""Predicts: executions of posteriors, tiles of rows, plans, adaptive draws, moments."""

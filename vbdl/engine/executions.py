@@ -1,0 +1,107 @@
+"""The executions of one posterior, by shape of tile: each is made when it is first needed, by one thread at a time."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.calling.inputs import Flat, Structure
+from vbdl.calling.stacking import forget
+from vbdl.data.rows import cannot_take
+from vbdl.engine.execution import Execution
+from vbdl.engine.moments import MomentExecution
+from vbdl.engine.settings import PredictorSettings
+from vbdl.model import Model
+
+Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+
+
+class Executions:
+    """For each shape of tile, one execution of every architecture in the posterior, with its share of the draws.
+
+    sealed: nothing is traced or compiled any more; what would have to be raises RuntimeError.
+    """
+
+    def __init__(self, posterior: Any, likelihood: Any, settings: PredictorSettings, device: torch.device):
+        self.posterior, self.likelihood, self.settings, self.device = posterior, likelihood, settings, device
+        self.by_shape: dict[Key, list[Any]] = {}  # of Execution, or of MomentExecution
+        self.sealed = False
+        self._lock = threading.RLock()
+
+    def of(self, tile: Flat) -> list[Any]:
+        """The executions for tiles like this one."""
+        key = (tile.structure, tuple((tuple(t.shape), t.dtype) for t in tile.tensors))
+        executions = self.by_shape.get(key)
+        if executions is not None:
+            return executions
+        if self.sealed:
+            shapes = [(list(t.shape[1:]), str(t.dtype)) for t in tile.tensors]
+            raise RuntimeError(
+                f"rows of shape {shapes} in tiles of {tile.rows} were not warmed up, and compiling "
+                f"after warm_up is refused: warm_up with such an example and batch size"
+            )
+        with self._lock:
+            if key not in self.by_shape:
+                self.by_shape[key] = self.make(tile)
+            return self.by_shape[key]
+
+    def make(self, tile: Flat) -> list[Any]:
+        """New executions for tiles like this one, traced on it and not kept here."""
+        executions: list[Any] = []
+        start = 0
+        kind = MomentExecution if self.settings.estimator == "moments" else Execution
+        tile = tile.map(Tensor.detach)
+        for part in self.posterior.parts:
+            count = min(part.n_draws or self.settings.n_samples, self.settings.n_samples - start)
+            if count <= 0:
+                break
+            model = Model(part, self.likelihood, self.settings.autocast, first_member=start)
+            try:
+                with outside_autocast(self.device):
+                    executions.append(kind(model, tile, self.settings, count))
+            except (RuntimeError, IndexError, AssertionError) as error:
+                raise cannot_take(tile.tensors, error, part.module) from error
+            start += count
+            forget(part.module)
+        if len(shapes := {e.parameter_shape for e in executions}) > 1:
+            raise ValueError(f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}")
+        return executions
+
+    @contextlib.contextmanager
+    def compiling(self, executions: list[Any], *calls: str) -> Iterator[None]:
+        """Run calls of these executions, which are compiled the first time: by one thread at a time then, and by any
+        number of threads afterwards, because later calls share nothing that they write to.
+
+        calls: their names, like "sums" or "parameters".
+        """
+        compiled = executions[0].compiled
+        if compiled.issuperset(calls):
+            with outside_autocast(self.device):
+                yield
+            return
+        if self.sealed:
+            raise RuntimeError(
+                "the parameters of each draw, a tolerance or a deadline were not warmed up, and compiling after "
+                "warm_up is refused: warm_up(..., samples=True) for the parameters of each draw, "
+                "warm_up(..., adaptive=True) for a tolerance or a deadline"
+            )
+        with self._lock, outside_autocast(self.device):
+            yield
+        compiled.update(calls)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the lock and the compiled calls, which are made again."""
+        return {**vars(self), "by_shape": {}, "sealed": False, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_lock": threading.RLock()})
+
+
+def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context without autocast: one around the call of a user would be compiled in by whoever calls first."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # entering one takes 10 us
+    return torch.autocast(device.type, enabled=False)

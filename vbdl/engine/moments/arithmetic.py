@@ -1,0 +1,95 @@
+"""Sums, products and powers, of values taken to be independent; exact for those that are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.engine.moments.value import Moments, mean_of, rule, var_of
+
+
+def _filled(mean: Tensor, var: Any) -> Moments:
+    var = torch.as_tensor(var, dtype=mean.dtype, device=mean.device)
+    return Moments(mean, var.expand_as(mean))
+
+
+@rule("add")
+def add(a: Any, b: Any, alpha: float = 1.0) -> Moments:
+    """a + alpha b"""
+    if a is b:
+        return mul(a, 1.0 + alpha)
+    return _filled(mean_of(a) + alpha * mean_of(b), var_of(a) + alpha**2 * var_of(b))
+
+
+@rule("sub")
+def sub(a: Any, b: Any, alpha: float = 1.0) -> Moments:
+    return add(a, b, -alpha)
+
+
+@rule("rsub")
+def rsub(a: Any, b: Any, alpha: float = 1.0) -> Moments:
+    """b - alpha a"""
+    return add(b, a, -alpha)
+
+
+@rule("neg")
+def neg(a: Moments) -> Moments:
+    return Moments(-a.mean, a.var)
+
+
+@rule("mul")
+def mul(a: Any, b: Any) -> Moments:
+    """Var ab = Var a (E b)^2 + Var b (E a)^2 + Var a Var b"""
+    if a is b:
+        return power(a, 2)
+    m, n, v, w = mean_of(a), mean_of(b), var_of(a), var_of(b)
+    return _filled(m * n, v * n**2 + w * m**2 + v * w)
+
+
+@rule("div")
+def div(a: Any, b: Any) -> Moments:
+    if isinstance(b, Moments):
+        raise ValueError("moment propagation has no rule for a division by a random value: use estimator='sampling'")
+    return Moments(a.mean / b, a.var / b**2)
+
+
+@rule("pow")
+def power(a: Moments, exponent: float) -> Moments:
+    """a or its square, for normal a"""
+    if exponent == 1:
+        return a
+    if exponent != 2:
+        raise ValueError(f"moment propagation has no rule for the power {exponent}: use estimator='sampling'")
+    return Moments(a.mean**2 + a.var, 2 * a.var**2 + 4 * a.mean**2 * a.var)
+
+
+@rule("square")
+def square(a: Moments) -> Moments:
+    return power(a, 2)
+
+
+@rule("exp")
+def exp(a: Moments) -> Moments:
+    """Log-normal."""
+    mean = (a.mean + a.var / 2).exp()
+    return Moments(mean, torch.expm1(a.var) * mean**2)
+
+
+def _count(shape: torch.Size, dims: Any) -> int:
+    axes = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    count = 1
+    for axis in axes:
+        count *= shape[axis]
+    return count
+
+
+@rule("mean")
+def mean(a: Moments, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Moments:
+    dims = list(range(a.ndim)) if dim is None else dim
+    return Moments(a.mean.mean(dims, keepdim), a.var.mean(dims, keepdim) / _count(a.shape, dims))
+
+
+@rule("sum")
+def total(a: Moments, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Moments:
+    dims = list(range(a.ndim)) if dim is None else dim
+    return Moments(a.mean.sum(dims, keepdim), a.var.sum(dims, keepdim))

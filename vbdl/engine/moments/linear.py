@@ -1,0 +1,50 @@
+"""Matrix products and convolutions: exact for independent inputs and weights, either or both of them random."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.engine.moments.arithmetic import add, mul
+from vbdl.engine.moments.value import Moments, mean_of, rule
+
+
+def _bilinear(apply: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Moments:
+    """Sums of products: Var = Var a (E b)^2 + E[a^2] Var b, summed as the operation sums."""
+    var: Any = 0.0
+    if isinstance(a, Moments):
+        var = apply(a.var, mean_of(b) ** 2)
+    if isinstance(b, Moments):
+        second = mean_of(a) ** 2 + (a.var if isinstance(a, Moments) else 0.0)
+        var = var + apply(second, b.var)
+    return Moments(apply(mean_of(a), mean_of(b)), var)
+
+
+@rule("mm", "bmm", "matmul", "mv")
+def product(a: Any, b: Any) -> Moments:
+    return _bilinear(torch.matmul, a, b)
+
+
+@rule("addmm", "baddbmm", "addmv")
+def product_and_sum(bias: Any, a: Any, b: Any, beta: float = 1.0, alpha: float = 1.0) -> Moments:
+    return add(mul(bias, beta), mul(product(a, b), alpha))
+
+
+@rule("linear")
+def linear(x: Any, weight: Any, bias: Any = None) -> Moments:
+    found = _bilinear(torch.nn.functional.linear, x, weight)
+    return found if bias is None else add(found, bias)
+
+
+@rule("convolution")
+def convolution(x: Any, weight: Any, bias: Any, *settings: Any) -> Moments:
+    """settings: stride, padding, dilation, transposed, output_padding, groups"""
+    found = _bilinear(lambda a, b: torch.ops.aten.convolution(a, b, None, *settings), x, weight)
+    if bias is None:
+        return found
+    spread = (-1, *[1] * (found.ndim - 2))
+    reshaped = (
+        Moments(bias.mean.view(spread), bias.var.view(spread)) if isinstance(bias, Moments) else bias.view(spread)
+    )
+    return add(found, reshaped)

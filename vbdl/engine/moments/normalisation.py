@@ -1,0 +1,45 @@
+"""Normalisation. In evaluation a batch norm is a scale and a shift, which is exact; a layer norm divides by a random
+spread, which is replaced by its expectation."""
+
+import math
+from typing import Any
+
+import torch
+
+from vbdl.engine.moments.arithmetic import add, div, mul, sub
+from vbdl.engine.moments.value import Moments, each, mean_of, rule
+
+
+def _affine(x: Any, weight: Any, bias: Any, shape: tuple[int, ...]) -> Any:
+    spread = lambda t: each(lambda v: v.view(shape), t)
+    x = x if weight is None else mul(x, spread(weight))
+    return x if bias is None else add(x, spread(bias))
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *settings: Any) -> tuple:
+    """settings: (training,) momentum, eps"""
+    *training, _, eps = settings
+    if any(training):
+        raise ValueError("batch normalisation with the statistics of the batch ties its rows together")
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    centred = sub(x, running_mean.view(shape)) if isinstance(x, Moments) else x - running_mean.view(shape)
+    scale = (running_var + eps).rsqrt().view(shape)
+    scaled = mul(centred, scale) if isinstance(centred, Moments) else centred * scale
+    return _affine(scaled, weight, bias, shape), None, None
+
+
+@rule("native_layer_norm")
+def layer_norm(x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple:
+    axes = list(range(x.ndim - len(shape), x.ndim))
+    n = math.prod(shape)
+    if isinstance(x, Moments):
+        centre = x.mean.mean(axes, keepdim=True)
+        noise = x.var.mean(axes, keepdim=True)
+        # an element less the mean of all n of them, itself among them
+        var = x.var * (1 - 2 / n) + noise / n
+        expected = (x.mean - centre).square().mean(axes, keepdim=True) + noise * (1 - 1 / n)
+        normal: Any = div(Moments(x.mean - centre, var), (expected + eps).sqrt())
+    else:
+        normal = torch.nn.functional.layer_norm(mean_of(x), shape, eps=eps)
+    return _affine(normal, weight, bias, (1,) * (x.ndim - len(shape)) + tuple(shape)), None, None

@@ -1,0 +1,150 @@
+"""A program runs regions of a cut graph, and then the statistics of their output, as one compiled call."""
+
+import contextlib
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from vbdl_kernels.dispatch import with_derivative
+
+from vbdl.compiling.compiler import compile_graph, on_cpu
+from vbdl.compiling.graph import Cut, trace
+from vbdl.compiling.rewrite.loops import transpose_last
+from vbdl.data.tiles import aligned
+from vbdl.types import Likelihood, State
+
+
+class Program:
+    """A call on named values, compiled when it is first made."""
+
+    def __init__(
+        self, found: Cut, regions: tuple[int, ...], compile: bool, aligned: bool, handwritten: Sequence[str] = ()
+    ):
+        self._handwritten = handwritten
+        self._regions = [found.regions[r] for r in regions if not found.regions[r].empty]
+        made = {name for region in self._regions for name in region.outputs}
+        self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in made))
+        self.outputs = [name for region in self._regions for name in region.outputs]
+        self._output, self._compile, self._aligned = found.outputs[0], compile, aligned
+        self._call: Any = None
+        self._graph: Any = None
+        self._end: Any = None
+        self._dtypes: list[torch.dtype] = []
+        self.checked: list[str] = []
+
+    def finish(self, likelihood: Likelihood, finish: str, count: int, carried: Sequence[str] = ()) -> None:
+        """End the call in the parameters, sums or fields of its first `count` draws.
+
+        carried: names of the running sums that the draws' own are added to, in the order in which they are given.
+        """
+
+        def end(parameters: Tensor, carried: State) -> State:
+            parameters = parameters[:count]
+            if finish == "parameters":
+                return {"parameters": parameters}
+            sums = likelihood.summarize(parameters)
+            return likelihood.finish(sums) if finish == "fields" else likelihood.merge(carried, sums)
+
+        self._end = end
+        self._carried = list(carried)
+
+    def _whole(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(self.inputs, arguments, strict=False))
+        for region in self._regions:
+            values.update(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
+        if self._end is None:
+            return tuple(values[n] for n in self.outputs)
+        carried = dict(zip(self._carried, arguments[len(self.inputs) :], strict=True))
+        ended = self._end(values[self._output], carried)
+        self.outputs = list(ended)
+        return (*ended.values(), *self._checks(values))
+
+    def _checks(self, values: dict[str, Tensor]) -> list[Tensor]:
+        """The sum of each checked input, which is not finite if the input is not."""
+        return [values[n].sum() for n in self.checked if values[n].is_floating_point()]
+
+    def __call__(self, values: dict[str, Tensor], carried: State) -> State:
+        arguments = [*(values[n] for n in self.inputs), *carried.values()]
+        if self._call is None:
+            examples = [t.detach() for t in arguments]
+            with torch.no_grad(), tracing():
+                self._graph = trace(self._whole, *examples, aligned=self._aligned)
+                if self._compile and on_cpu(examples):  # measured there alone
+                    transpose_last(self._graph)
+                self._call = compile_graph(self._graph, examples) if self._compile else self._graph
+                self._dtypes = [t.dtype for t in examples]
+        if self._dtypes != [t.dtype for t in arguments]:  # compiled code would read other numbers out of their bytes
+            raise TypeError(f"compiled for {self._dtypes}, called with {[t.dtype for t in arguments]}")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
+            if self._handwritten:
+                raise NotImplementedError(
+                    f"the network computes with {', '.join(self._handwritten)}, whose gradient is written by hand "
+                    f"(torch.autograd.Function) and is not in what was traced: a prediction has no gradient by its "
+                    f"inputs. Predict on inputs without requires_grad"
+                )
+            found = _Differentiable(self._graph).run(*arguments)  # what is compiled has no gradient
+            return dict(zip(self.outputs, found, strict=False))
+        with torch.no_grad():
+            return dict(zip(self.outputs, self._call(*arguments), strict=False))
+
+    def ready(self, kept: dict[str, Tensor], tile: str) -> "Ready | None":
+        """The compiled call with these values in place; None where it is not compiled, or has no input named `tile`."""
+        if tile not in self.inputs or self._call is None or self._call is self._graph:
+            return None
+        return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
+
+
+class _Differentiable(fx.Interpreter):
+    """A graph operation by operation, kernels with their derivatives."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(with_derivative(target), args, kwargs)
+
+
+class Ready:
+    """A compiled call that needs one tile only: the short way, for networks so small that the long one costs more."""
+
+    def __init__(self, call: Callable, arguments: list[Any], place: int, names: list[str]):
+        self._call, self._arguments, self._place, self._names = call, arguments, place, names
+
+    def __call__(self, tile: Tensor) -> State | None:
+        """Fields of the prediction; None where an input is not finite, or its sum overflows."""
+        found = self._found(tile)
+        if len(found) > len(self._names) and not math.isfinite(found[-1].item()):
+            return None
+        return dict(zip(self._names, found, strict=False))
+
+    def checked(self, tile: Tensor) -> State:
+        """Fields of the prediction of a tile whose numbers are known to be finite."""
+        return dict(zip(self._names, self._found(tile), strict=False))
+
+    def _found(self, tile: Tensor) -> Any:
+        arguments = self._arguments.copy()
+        arguments[self._place] = aligned(tile)
+        return self._call(*arguments)
+
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Lets one thread at a time trace and compile, which change settings of the whole process. Inside, torch's fused
+    transformer and attention kernels are off, because they have no batching rule."""
+    with _lock, sdpa_kernel(SDPBackend.MATH):
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        # torch 2.13 logs the whole traceback of an operation that does not fit; it is raised as well, and said once
+        log = logging.getLogger("torch._subclasses.fake_tensor")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,225 @@
+"""The architecture of a network: everything but its parameters and buffers. Only equal ones are stacked.
+
+Modules, settings, hooks and constants are compared: a tensor, an array, a scaler or a closure that a network computes
+with and that is no buffer would be member 0's for every member of a stack.
+"""
+
+import array
+import collections
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vbdl.calling.stacking import State, is_computed, state_of
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_SCALARS = (bool, int, float, complex, str, bytes, type, range, slice, enum.Enum, torch.dtype, torch.device, np.generic)
+_SCALARS += (decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta)
+# where weights came from, which computes nothing: networks of transformers keep it
+_OF_NO_EFFECT = ("_name_or_path", "_commit_hash", "_is_hf_initialized")
+_MANY = 1000  # numbers in a list: past this they are compared as one
+_DEEP = 40  # objects within objects; what lies deeper is not what a forward computes with
+
+
+def stack(modules: Sequence[nn.Module], without: Collection[str] = ()) -> State:
+    """Stack the parameters and buffers of modules of one architecture: (members, ...) each, detached copies."""
+    states = [state_of(module) for module in modules]
+    return {name: torch.stack([s[name].detach() for s in states]) for name in states[0] if name not in without}
+
+
+def architecture(module: nn.Module) -> list[str]:
+    """Describe a module's architecture in lines, which are equal for modules that can be stacked."""
+    lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
+    # numbers of heads, rates and the like, which no tensor and not every extra_repr shows
+    for name, m in module.named_modules():
+        settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
+        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if is_plain(value)]
+    lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
+    return [*lines, *(f"{name} = {value}" for name, value in sorted(constants(module).items()))]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, a type, or nothing but lists, tuples and dicts of those."""
+    if isinstance(value, tuple | list | dict):
+        return all(is_plain(v) for v in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bool | int | float | str | type)
+
+
+def difference(a: list[str], b: list[str]) -> str:
+    """Say the first difference of two architectures, for an error message."""
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            return f"'{right}' where member 0 has '{left}'"
+    longer, who = (a, "member 0 has") if len(a) > len(b) else (b, "it has")
+    return f"{who} '{longer[min(len(a), len(b))]}' in addition"
+
+
+def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
+    """Describe what a network holds beside parameters, buffers and plain settings, by path: `layer.scaler.mean_`.
+
+    Tensors and arrays are given by a digest of their numbers, functions by what they have closed over.
+    code: functions by their code too, which differs between versions of Python.
+    """
+    reader = _Reader(module, code)
+    for name, m in module.named_modules():
+        for kind in type(m).__mro__[: type(m).__mro__.index(nn.Module)]:
+            if not _is_named(kind):
+                for key, value in vars(kind).items():
+                    if not key.startswith("__") or key == "__call__":
+                        reader.read(f"{name}.{key}" if name else key, value)
+        for key, value in vars(m).items():
+            path = f"{name}.{key}" if name else key
+            if key in getattr(m, "found_by_running", ()):
+                continue
+            if key in _HOOKS:
+                for number, hook in enumerate(value.values()):
+                    reader.read(f"{path}[{number}]", hook)
+            elif key not in _OF_EVERY_MODULE and (key.startswith("_") or not is_plain(value)):
+                reader.read(path, value)
+    return reader.described
+
+
+def _is_named(kind: type) -> bool:
+    """Whether a class can be found by its name in its module. Not if it was defined in a function (its methods may use
+    the function's variables), made by `type(...)`, or shadowed by a later class of that name."""
+    named: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        named = getattr(named, part, None)
+    return named is kind
+
+
+class _Reader:
+    """Describes values and everything inside them, each object once, in `described`."""
+
+    def __init__(self, module: nn.Module, code: bool):
+        self.described: dict[str, str] = {}
+        self._code = code
+        self._known = {id(t) for t in state_of(module).values()} | {id(m) for m in module.modules()}
+        self._alive: list[Any] = []  # what has been read, so that no id is used again
+
+    def read(self, path: str, value: Any, depth: int = 0) -> None:
+        if value is None or isinstance(value, _SCALARS):
+            self._scalar(path, value)
+            return
+        if id(value) in self._known or isinstance(value, types.ModuleType) or depth > _DEEP:
+            return
+        self._known.add(id(value))
+        self._alive.append(value)
+        if isinstance(value, Tensor):
+            if not is_computed(value):
+                self.described[path] = _tensor(value)
+        elif isinstance(value, np.ndarray):
+            self.described[path] = _array(value)
+        elif isinstance(value, nn.Module):
+            for name, t in state_of(value).items():  # in a plain list, say: it is not trained and not stacked
+                self.read(f"{path}.{name}", t)
+            for name, m in value.named_modules():
+                for key, inner in vars(m).items():
+                    if key not in _OF_EVERY_MODULE:
+                        self.read(f"{path}.{name}.{key}" if name else f"{path}.{key}", inner, depth + 1)
+        else:
+            for part, inner in self._parts(path, value):
+                self.read(f"{path}{part}", inner, depth + 1)
+
+    def _scalar(self, path: str, value: Any) -> None:
+        if value is not None and path.rpartition(".")[2] not in _OF_NO_EFFECT:
+            self.described[path] = getattr(value, "__qualname__", None) or repr(value)
+
+    def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            # by their order where the keys are made when the program runs, like those of hooks
+            for key, inner in value.items():
+                yield f"[{key!r}]" if isinstance(key, str | int | bool | tuple) else "[.]", inner
+        elif isinstance(value, list | tuple | collections.deque | array.array):
+            if len(value) > _MANY and all(isinstance(v, _SCALARS) for v in value):
+                self.described[path] = _digest(repr(value).encode())
+            else:
+                yield from ((f"[{number}]", inner) for number, inner in enumerate(value))
+        elif isinstance(value, set | frozenset):
+            self.described[path] = _digest(repr(sorted(map(repr, value))).encode())
+        elif isinstance(value, functools.partial):
+            yield from (("", value.func), (".args", value.args), (".keywords", value.keywords))
+        elif isinstance(value, types.MethodType):
+            yield from (("", value.__func__), (".self", value.__self__))
+        elif isinstance(value, types.FunctionType):
+            yield from self._closed_over(path, value)
+        elif callable(inner := getattr(value, "__wrapped__", None)):  # in a cache, say
+            yield "", inner
+        elif callable(value) and isinstance(name := getattr(value, "__name__", None), str):
+            self.described[path] = name  # built in, or an operator
+        elif isinstance(held := _numbers(value), np.ndarray):  # a frame, a series
+            self.described[path] = _array(held)
+        else:
+            self.described[path] = type(value).__qualname__
+            if _may_hold_numbers(value):
+                yield from ((f".{key}", inner) for key, inner in _attributes(value))
+
+    def _closed_over(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        name = function.__qualname__
+        self.described[path] = f"{name} {_digest(_code(function.__code__))}" if self._code else name
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                yield f".{name}", cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+        yield from ((f".default[{i}]", inner) for i, inner in enumerate(function.__defaults__ or ()))
+        yield from ((f".{key}", inner) for key, inner in (function.__kwdefaults__ or {}).items())
+
+
+def _numbers(value: Any) -> Any:
+    """The values of a data frame or a series as an array, or None for other objects."""
+    convert = getattr(value, "to_numpy", None)
+    try:
+        return convert() if callable(convert) else None
+    except Exception:
+        return None
+
+
+def _may_hold_numbers(value: Any) -> bool:
+    """Whether to read an object's attributes: not of a logger, a lock or a graph, which compute nothing."""
+    home = type(value).__module__
+    return home.partition(".")[0] not in sys.stdlib_module_names - {"types"} and not home.startswith("torch.fx")
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    named = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for key in [slots] if isinstance(slots, str) else slots:
+            if key not in ("__dict__", "__weakref__") and hasattr(value, key):
+                named.setdefault(key, getattr(value, key))
+    return list(named.items())
+
+
+def _code(code: types.CodeType) -> bytes:
+    consts = [c if not isinstance(c, types.CodeType) else _code(c) for c in code.co_consts]
+    return repr((code.co_code, code.co_names, code.co_varnames, consts)).encode()
+
+
+def _tensor(t: Tensor) -> str:
+    text = f"Tensor {tuple(t.shape)} {t.dtype}"
+    if t.device.type == "meta" or t.layout != torch.strided or t.is_quantized:
+        return text
+    flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return f"{text} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
+
+
+def _array(values: np.ndarray) -> str:
+    data = repr(values.tolist()).encode() if values.dtype.hasobject else np.ascontiguousarray(values).tobytes()
+    return f"array {values.shape} {values.dtype} {_digest(data)}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

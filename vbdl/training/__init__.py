@@ -1,0 +1,1 @@
+"""Trains: one stacked step of all members, checkpoints, early stopping."""

@@ -1,0 +1,103 @@
+"""One step of training, the forward and backward pass and the update of buffers, compiled once for each batch shape."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vbdl.calling.stacking import Inputs, call, rebuild, state_of, tensors
+from vbdl.compiling.compiler import compile_graph
+from vbdl.compiling.graph import trace
+from vbdl.nn import drawn
+from vbdl.types import Likelihood, Posterior
+
+logger = logging.getLogger("vbdl")
+
+
+class Losses(nn.Module):
+    """Posterior and likelihood as one module whose forward returns the loss of each member."""
+
+    def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool):
+        super().__init__()
+        self.posterior, self.likelihood, self._own = posterior, likelihood, own
+
+    def forward(self, x: Inputs, y: Tensor) -> Tensor:
+        return self.posterior.losses(x, y, self.likelihood, self._own)
+
+
+class Step:
+    """Computes the losses of a batch and leaves their gradients in the parameters' `grad`."""
+
+    def __init__(self, losses: Losses, compiled: bool):
+        self.losses, self.compiled = losses, compiled
+        self.trained = {n: p for n, p in losses.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
+        self.compile_seconds = 0.0
+        self._calls: dict[Any, Callable] = {}
+
+    def __call__(self, x: Inputs, y: Tensor) -> Tensor:
+        """The loss of each member before the optimizer's step, (members,), nats a row."""
+        if not self.compiled:
+            return self._plain(x, y)
+        fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
+        flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y]
+        key = tuple((tuple(t.shape), t.dtype) for t in flat[len(self.trained) + len(fixed) :])
+        if key not in self._calls:
+            begun = time.perf_counter()
+            traced = self._traced(self._whole(list(fixed), x), flat)
+            if traced is None:
+                self.compiled = False
+                return self._plain(x, y)
+            self._calls[key] = compile_graph(traced, flat)
+            self.compile_seconds += time.perf_counter() - begun
+        with torch.no_grad():
+            losses, *gradients = self._calls[key](*flat)
+        for p, gradient in zip(self.trained.values(), gradients, strict=True):
+            # a fused optimizer reads memory in order and takes the parameter's layout for granted
+            p.grad = gradient.contiguous()
+        return losses
+
+    def _plain(self, x: Inputs, y: Tensor) -> Tensor:
+        losses = self.losses(x, y)
+        losses.sum().backward()
+        return losses.detach()
+
+    def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
+        """The graph of the step; None, with one warning, if the network runs but cannot be traced."""
+        try:
+            return self._trace(whole, flat)
+        except Exception as error:  # what the network computes may depend on values: torch says so in many ways
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", said)
+            return None
+
+    def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
+        if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
+            # differentiated first and its mutations removed then: no kernel has a gradient under `functionalize`
+            whole = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+        return trace(whole, *flat, aligned=False)
+
+    def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
+        """A function of a flat list (trained entries, fixed ones, inputs, targets) to losses and gradients."""
+        count = len(self.trained)
+
+        def whole(*flat: Tensor) -> tuple[Tensor, ...]:
+            *entries, targets = flat
+            inputs = rebuild(like, entries[count + len(fixed) :])
+
+            # what the step changes (running statistics, counters) has to be an argument of what is differentiated
+            def total(trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+                state = dict(zip([*self.trained, *fixed], [*trained, *others], strict=True))
+                losses = call(self.losses, state, (inputs, targets))
+                return losses.sum(), losses
+
+            trained, others = tuple(entries[:count]), tuple(entries[count : count + len(fixed)])
+            gradients, losses = torch.func.grad(total, has_aux=True)(trained, others)
+            return (losses, *gradients)
+
+        return whole
