@@ -43,7 +43,7 @@ def network(width: int, layers: int, classes: int):
 
 
 def make(folder: Path, rows: int, width: int, layers: int, classes: int) -> None:
-    """The tables, and the ensemble: as an artefact and as the members' weights."""
+    """The tables, and the ensemble: as an artifact and as the members' weights."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet

@@ -5,7 +5,7 @@
 Prints one JSON line a result as it is known, and then the table of docs/reliability.md. `load` alone is the soak:
 `--only load --seconds 1800`. Answers are compared byte for byte with those that the service gave alone, which are
 compared with the predictor's. Clients are raw sockets in this process, so a machine of two cores holds both sides.
-`tests` runs what a job's folder and an artefact have to survive as the test suite has it, and counts.
+`tests` runs what a job's folder and an artifact have to survive as the test suite has it, and counts.
 """
 
 import argparse
@@ -36,14 +36,14 @@ import vbdl
 
 FEATURES, MIB = 32, 2**20
 ROOT = Path(__file__).resolve().parent.parent
-# what the suite tries on jobs and artefacts: run where it is there
+# what the suite tries on jobs and artifacts: run where it is there
 TESTS = {
     "bodies of a seed, three parsers": ["tests/serve/test_fuzz.py"],
     "a client slow in every phase": ["tests/serve/test_connections.py"],
     "batch jobs killed at every step": ["tests/batch/test_every_kill.py", "tests/batch/test_resuming.py"],
     "journals and manifests changed by others": ["tests/batch/test_records.py", "tests/batch/test_changed_inputs.py"],
     "damaged tables and arrays": ["tests/batch/test_damaged_inputs.py", "tests/tabular/test_damaged_files.py"],
-    "artefacts mutated": ["tests/artefact/test_arguments.py", "tests/artefact/test_hostile.py"],
+    "artifacts mutated": ["tests/artifact/test_arguments.py", "tests/artifact/test_hostile.py"],
 }
 
 

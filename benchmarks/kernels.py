@@ -27,7 +27,7 @@ from vbdl_kernels import (
     bayesian_mlp,
     dispatch,
     ensemble_mlp,
-    local_reparameterised_linear,
+    local_reparameterized_linear,
     make_key,
     masked_linear,
     normal,
@@ -236,7 +236,7 @@ def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int,
         "fused": fused,
         "sampler": lambda: x @ sample_weights(mean, std, key, LAYER).mT,
         "drawn": lambda: x @ weights.mT,
-        "local": lambda: local_reparameterised_linear(x, mean, std, key, LAYER),
+        "local": lambda: local_reparameterized_linear(x, mean, std, key, LAYER),
         "eager": eager,
     }
     if compiled:
@@ -265,7 +265,7 @@ def sampler(bench: Bench, samples: int, size: int) -> None:
     bench.compare("P5", case, providers, 0.0, {"sample_weights"}, weights=count, bytes=2 * count)
 
 
-def training(bench: Bench, samples: int, batch: int, size: int, materialise: bool) -> None:
+def training(bench: Bench, samples: int, batch: int, size: int, materialize: bool) -> None:
     """P6. Forward and backward, time and peak memory over what was held before."""
     dtype = torch.bfloat16
     x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
@@ -277,7 +277,7 @@ def training(bench: Bench, samples: int, batch: int, size: int, materialise: boo
             leaves[0] @ (leaves[1] + leaves[2] * torch.randn(samples, size, size, device=x.device, dtype=dtype)).mT
         ),
     }
-    if not materialise:
+    if not materialize:
         forward = {"fused": forward["fused"]}
     step = lambda f: torch.autograd.grad(f().float().square().sum(), leaves)
     case = {"samples": samples, "batch": batch, "size": size}
@@ -295,10 +295,10 @@ def training(bench: Bench, samples: int, batch: int, size: int, materialise: boo
 
 
 def local(bench: Bench, samples: int, batch: int, size: int) -> None:
-    """P7. The local reparameterisation against its two products alone, and against the fused draw."""
+    """P7. The local reparameterization against its two products alone, and against the fused draw."""
     x, mean, std, key = problem(bench.device, torch.bfloat16, samples, batch, size, size)
     providers: Providers = {
-        "local": lambda: local_reparameterised_linear(x, mean, std, key, LAYER),
+        "local": lambda: local_reparameterized_linear(x, mean, std, key, LAYER),
         "two products": lambda: (x @ mean.mT, x.square() @ std.square().mT),
         "fused": lambda: sampled_linear(x, mean, std, key, LAYER),
     }
@@ -405,7 +405,7 @@ def core(bench: Bench) -> Iterator[str]:
     sampler(bench, 32, 4096)
     yield "P5"
     for samples in (8, 32, 128, 256):
-        training(bench, samples, 16, 4096, materialise=samples <= 32)
+        training(bench, samples, 16, 4096, materialize=samples <= 32)
     yield "P6"
     for batch in (1, 256):
         local(bench, 32, batch, 4096)
@@ -424,7 +424,7 @@ def core(bench: Bench) -> Iterator[str]:
     for batch in (1, 256):
         dropout(bench, 32, batch, 4096)
     sampler(bench, 32, 1024)
-    training(bench, 32, 16, 1024, materialise=True)
+    training(bench, 32, 16, 1024, materialize=True)
     yield "networks, convolutions, dropout"
 
 
@@ -460,7 +460,7 @@ def check(bench: Bench) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer(bench, dtype, 3, 5, 130, compiled=False)
     sampler(bench, 3, 33)
-    training(bench, 3, 5, 33, materialise=True)
+    training(bench, 3, 5, 33, materialize=True)
     local(bench, 3, 5, 33)
     dropout(bench, 3, 5, 33)
     statistics(bench, 7, 9, 11)

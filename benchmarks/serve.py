@@ -4,7 +4,7 @@
 
 An ensemble of 5 networks 32-64-64-3, compiled, served by `vbdl serve` in a process of its own on the loopback; clients
 are raw sockets with keep-alive in this process, so that a client library's own milliseconds are not counted as the
-service's. The in-process call is the same predictor, loaded from the same artefact, in the same run; calls in process
+service's. The in-process call is the same predictor, loaded from the same artifact, in the same run; calls in process
 and over HTTP take turns. Answers are compared before anything is timed. Needs two cores.
 """
 

@@ -1,6 +1,6 @@
 """The workloads of `benchmarks/speed.py`: networks, and what one would have written for each without vbdl.
 
-Weights are as initialised: times do not depend on them, and what is compared is draws of the same distribution.
+Weights are as initialized: times do not depend on them, and what is compared is draws of the same distribution.
 """
 
 import copy

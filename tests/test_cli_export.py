@@ -36,7 +36,7 @@ def test_inspect_says_what_a_model_is(model, capsys):
 
 def test_inspect_of_what_is_no_model(model, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
-    assert "an artefact is a folder" in capsys.readouterr().err
+    assert "an artifact is a folder" in capsys.readouterr().err
     hostile = tmp_path / "hostile"
     hostile.mkdir()
     for file in model.iterdir():

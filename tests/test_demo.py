@@ -16,7 +16,7 @@ from vbdl.demo.training import DROPOUT, ENSEMBLE, MEAN_FIELD, METHODS, SINGLE, t
 from vbdl.demo.tutorial import loop
 
 
-def test_parts_of_a_task_do_not_overlap_and_are_standardised():
+def test_parts_of_a_task_do_not_overlap_and_are_standardized():
     for make in (*TASKS.values(), curve):
         task = make(0)
         rows = torch.cat([task.x[name].flatten(1) for name in ("train", "validation", "test")])

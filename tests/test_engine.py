@@ -417,7 +417,7 @@ class Attends(nn.Module):
         return self.head(self.layer(x)[:, -1])
 
 
-class Centred(nn.Linear):
+class Centered(nn.Linear):
     def forward(self, x):
         return super().forward(x - x.mean(0))
 
@@ -431,7 +431,7 @@ def unstable_norm():
     [
         (LastStep, torch.randn(20, 5, 3), "returned 5 rows for a batch of 64: the batch is the first axis"),
         (Attends, torch.randn(20, 5, 8), "depends on the other rows"),
-        (lambda: Centred(3, 2), torch.randn(20, 3), "depends on the other rows"),
+        (lambda: Centered(3, 2), torch.randn(20, 3), "depends on the other rows"),
         (unstable_norm, torch.randn(20, 3), "track_running_stats"),
         (unstable_norm, torch.randn(1, 3), "track_running_stats"),
     ],

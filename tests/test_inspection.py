@@ -40,13 +40,13 @@ def test_every_site_is_named_with_its_mask_and_its_batch():
     assert "strategy       loop" in report.plan and "lstm" in report.plan  # vmap has no rule for it, and it is said
 
 
-def test_operations_normalisation_and_ties():
+def test_operations_normalization_and_ties():
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(5 * 9, 2))
     report = vbdl.inspect(net, torch.randn(2, 3, 5, 5))
     assert report.flops == 2 * (9 * 5 * 27 + 45 * 2)
-    assert report.normalisation == ["1 (BatchNorm2d): has seen no batch yet: train it before predicting"]
+    assert report.normalization == ["1 (BatchNorm2d): has seen no batch yet: train it before predicting"]
     net(torch.randn(2, 3, 5, 5))
-    assert "statistics of 1 batches" in vbdl.inspect(net).normalisation[0]
+    assert "statistics of 1 batches" in vbdl.inspect(net).normalization[0]
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
     assert vbdl.inspect(tied).tied == ["0.weight = 1.weight"]

@@ -109,12 +109,12 @@ def test_mahalanobis_ends():
     assert ood.Mahalanobis().fit(x)(x[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_knn_is_sklearns(normalise):
-    x, new = _blobs(300, 0)[0] + 1e4 * (not normalise), _blobs(40, 1)[0] + 1e4 * (not normalise)
-    ours = ood.KNN(7, normalise).fit(x)(new)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_knn_is_sklearns(normalize):
+    x, new = _blobs(300, 0)[0] + 1e4 * (not normalize), _blobs(40, 1)[0] + 1e4 * (not normalize)
+    ours = ood.KNN(7, normalize).fit(x)(new)
     a, b = x.numpy(), new.numpy()
-    if normalise:
+    if normalize:
         a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
     expected = NearestNeighbors(n_neighbors=7).fit(a).kneighbors(b)[0][:, -1]
     np.testing.assert_allclose(ours, expected, rtol=1e-6)

@@ -31,7 +31,7 @@ def test_conformal_sets_of_several_questions(questions):
         ValueError, match=f"answers {questions} questions of yes or no .multi-label.: take one"
     ) as caught:
         calibrate(predict, (X, y), ConformalSets(0.1))
-    assert "normalise" not in str(caught.value)
+    assert "normalize" not in str(caught.value)
     with pytest.raises(ValueError, match=f"y answers {questions} questions .* fit one ConformalSets a question"):
         ConformalSets(0.1).fit(predict(X).probs, y.long())
     # and what it says works

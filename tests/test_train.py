@@ -30,7 +30,7 @@ class Stream(IterableDataset):
 
 
 def plain(norm: bool = False) -> nn.Sequential:
-    # no bias before a normalisation: its gradient is pure rounding, which Adam scales to a whole step
+    # no bias before a normalization: its gradient is pure rounding, which Adam scales to a whole step
     return nn.Sequential(
         nn.Linear(FEATURES, 7, bias=not norm),
         nn.BatchNorm1d(7) if norm else nn.Identity(),
@@ -73,7 +73,7 @@ BASES = {
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("validation", [None, 0.2])
 def test_stacked_training_is_training_one_by_one(name, validation, data):
-    """Own initialisation, order, noise, gradient norm and early stopping: member m is what it would be alone."""
+    """Own initialization, order, noise, gradient norm and early stopping: member m is what it would be alone."""
     options = {"epochs": 12, "batch_size": 17, "lr": 1e-2, "clip_norm": 1.0, "compile": False}
     if validation is not None:
         options |= {"validation": (data[0][:20], data[1][:20]), "patience": 2}
@@ -392,7 +392,7 @@ def test_bad_data_is_named(data):
 @pytest.mark.parametrize(
     "make", [lambda n: vbdl.DeepEnsemble(n, 2), lambda n: vbdl.MeanField(n, N), lambda n: vbdl.DeepEnsemble([n, n])]
 )
-def test_a_last_batch_of_one_row_is_named_where_it_cannot_be_normalised(make, data):
+def test_a_last_batch_of_one_row_is_named_where_it_cannot_be_normalized(make, data):
     q, likelihood = make(plain(norm=True)), vbdl.Gaussian(OUTPUTS)
     with pytest.raises(ValueError, match="module '1' got one row to train on.*batch_size"):
         vbdl.fit(q, data, likelihood, batch_size=N - 1, epochs=1, compile=False)

@@ -6,23 +6,25 @@ The public names. Each is imported when it is first used, so that `vbdl --help` 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vbdl import former
 from vbdl.compiling.cache import give_place
 from vbdl.methods import METHODS
 
 give_place()
+former.find_modules()
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vbdl import artefact as artefact
+    from vbdl import artifact as artifact
     from vbdl import calibration as calibration
     from vbdl import decision as decision
     from vbdl import export as export
     from vbdl import metrics as metrics
     from vbdl import ood as ood
-    from vbdl.artefact.loading import load as load
-    from vbdl.artefact.modules import register as register
-    from vbdl.artefact.saving import save as save
+    from vbdl.artifact.loading import load as load
+    from vbdl.artifact.modules import register as register
+    from vbdl.artifact.saving import save as save
     from vbdl.batch.predicting import predict_table as predict_table
     from vbdl.calibration.calibrate import calibrate as calibrate
     from vbdl.calibration.conformal import ConformalSets as ConformalSets
@@ -53,9 +55,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Predictor": "engine.predictor",
-    "load": "artefact.loading",
-    "register": "artefact.modules",
-    "save": "artefact.saving",
+    "load": "artifact.loading",
+    "register": "artifact.modules",
+    "save": "artifact.saving",
     "predict_table": "batch.predicting",
     "VBDLClassifier": "estimators.classifier",
     "VBDLRegressor": "estimators.regressor",
@@ -81,7 +83,7 @@ _HOME = {
     "with_decision": "decision.deciding",
 }
 
-_MODULES = {name: name for name in ("artefact", "calibration", "decision", "export", "metrics", "ood")}
+_MODULES = {name: name for name in ("artifact", "calibration", "decision", "export", "metrics", "ood")}
 _MODULES["adaptive"] = "engine.adaptive"
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from vbdl.artefact.files import locate
-from vbdl.artefact.loading import read_parts
-from vbdl.artefact.manifest import Manifest
+from vbdl.artifact.files import locate
+from vbdl.artifact.loading import read_parts
+from vbdl.artifact.manifest import Manifest
 from vbdl.calling.inputs import Flat
 from vbdl.engine.predictor import Predictor
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -34,7 +34,7 @@ class ShardedPredictor(Predictor):
     """A predictor whose draws are computed by all processes of a mesh; every process calls it with the same rows.
 
     posterior, likelihood, n_samples, seed and options: as for `Predictor`; posterior is the whole one on every process,
-    of which a process keeps its share. For one that no process can hold, `load` reads shares of an artefact.
+    of which a process keeps its share. For one that no process can hold, `load` reads shares of an artifact.
     mesh: a device mesh of one axis; all processes of the default group unless given.
 
     Raises ValueError where there are fewer draws than processes, or draws are kept (samples=True).
@@ -77,7 +77,7 @@ class ShardedPredictor(Predictor):
         trust: Sequence[str] = (),
         **settings: Any,
     ) -> "ShardedPredictor":
-        """The predictor of an artefact, of which every process reads its own members and never holds the others;
+        """The predictor of an artifact, of which every process reads its own members and never holds the others;
         arguments as for `vbdl.load`. Posteriors that are no plain ensemble are loaded whole."""
         mesh = _mesh(mesh, settings.get("device", "cpu"), None)
 

@@ -16,7 +16,7 @@ from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.types import Inputs
 
-_NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Report:
     layers: dict[str, int]  # module type -> how many hold parameters
     stochastic: list[str] = field(default_factory=list)  # dropout that will be drawn, one call a line
     deterministic: list[str] = field(default_factory=list)  # what looks random and will not be drawn, and why
-    normalisation: list[str] = field(default_factory=list)  # batch and instance normalisation, and their state
+    normalization: list[str] = field(default_factory=list)  # batch and instance normalization, and their state
     tied: list[str] = field(default_factory=list)  # names of one and the same parameter
     flops: int | None = None  # of one row, where an example was given
     plan: str | None = None  # how MC dropout of it would run, where an example was given
@@ -47,7 +47,7 @@ class Report:
         for title, entries in (
             ("stochastic", self.stochastic),
             ("stays deterministic", self.deterministic),
-            ("normalisation", self.normalisation),
+            ("normalization", self.normalization),
             ("tied parameters", self.tied),
             ("notes", self.notes),
         ):
@@ -68,7 +68,7 @@ class Report:
 
 
 def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
-    """Every stochastic site of a module, each that will stay deterministic and why, normalisation, size and plan.
+    """Every stochastic site of a module, each that will stay deterministic and why, normalization, size and plan.
 
     example: one batch, (batch, ...). With it the module is run (a copy, without gradients), which is the only way to
     see dropout called inside a forward, to count operations and to make a plan; without it layers are listed only.
@@ -82,7 +82,7 @@ def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
         buffers=sum(b.numel() for b in module.buffers()),
         layers=_layers(module),
     )
-    _normalisation(module, report)
+    _normalization(module, report)
     _tied(module, report)
     if example is None:
         _without_running(module, report)
@@ -99,16 +99,16 @@ def _layers(module: nn.Module) -> dict[str, int]:
     return counts
 
 
-def _normalisation(module: nn.Module, report: Report) -> None:
+def _normalization(module: nn.Module, report: Report) -> None:
     for name, m in module.named_modules():
-        if isinstance(m, _NORMALISATION):
+        if isinstance(m, _NORMALIZATION):
             if m.running_mean is None:
                 state = "keeps no running statistics: a row would depend on its batch, MCDropout refuses it"
             elif m.num_batches_tracked is not None and int(m.num_batches_tracked) == 0:
                 state = "has seen no batch yet: train it before predicting"
             else:
                 state = f"evaluates with statistics of {int(m.num_batches_tracked)} batches"  # type: ignore[arg-type]
-            report.normalisation.append(f"{name or 'the module'} ({type(m).__name__}): {state}")
+            report.normalization.append(f"{name or 'the module'} ({type(m).__name__}): {state}")
 
 
 def _tied(module: nn.Module, report: Report) -> None:

@@ -102,13 +102,13 @@ class Model(nn.Module):
 
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_NORMALISATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm}
+_NORMALIZATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm}
 
 
 class MappedAutocast(TorchFunctionMode):
-    """Applies autocast to convolutions and normalisation under `vmap`, whose batching rules pass autocast by.
+    """Applies autocast to convolutions and normalization under `vmap`, whose batching rules pass autocast by.
 
-    Without it a convolution would stay in float32, and the float32 scale of a normalisation would make everything
+    Without it a convolution would stay in float32, and the float32 scale of a normalization would make everything
     after it float32 again.
     """
 
@@ -121,6 +121,6 @@ class MappedAutocast(TorchFunctionMode):
         if func in _CONVOLUTIONS:
             low = lambda a: a.to(self._dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
             return func(*map(low, args), **{k: low(a) for k, a in kwargs.items()})
-        if func in _NORMALISATIONS and args and args[0].dtype == self._dtype:
+        if func in _NORMALIZATIONS and args and args[0].dtype == self._dtype:
             return func(args[0].float(), *args[1:], **kwargs).to(self._dtype)  # float32 inside, as unmapped
         return func(*args, **kwargs)

@@ -23,7 +23,7 @@ class Posterior(nn.Module):
     """A distribution over the parameters (or masks) of one module, which can be trained: the base of every method.
 
     A method sets `module`, and defines `draws` and `losses`; the rest has defaults. Its parameters and buffers are
-    trained, saved in checkpoints and artefacts, and copied to other devices like those of any `nn.Module`.
+    trained, saved in checkpoints and artifacts, and copied to other devices like those of any `nn.Module`.
 
         class Perturbed(Posterior):  # q(w) = N(trained weights, scale^2)
             def __init__(self, network, scale=0.1):
@@ -80,7 +80,7 @@ class Posterior(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments, beside the network, that make it again: `type(self)(network, **config)`, as JSON holds them.
 
-        Tensors are filled in from the artefact afterwards.
+        Tensors are filled in from the artifact afterwards.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is made: define config(), to save it")
 

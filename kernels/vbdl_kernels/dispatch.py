@@ -110,7 +110,7 @@ def kept_whole(name: str) -> Callable[[Callable], Callable]:
     into the graph without tracing into it.
 
     Traced into, an `autograd.Function` is refused or loses its vmap rule (pytorch#129845). This imports the compiler,
-    a second and a half, which torch itself does for the first optimiser made and the first graph traced.
+    a second and a half, which torch itself does for the first optimizer made and the first graph traced.
     """
 
     def decorate(function: Callable) -> Callable:

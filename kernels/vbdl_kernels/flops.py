@@ -32,7 +32,7 @@ def _parameter_gradient(gradient, x, *rest, **options) -> int:
 
 
 register_flop_formula([_ops.sampled_linear, _ops.masked_linear])(_linear)
-register_flop_formula(_ops.local_reparameterised_linear)(_moments)
+register_flop_formula(_ops.local_reparameterized_linear)(_moments)
 register_flop_formula([_ops.ensemble_mlp, _ops.bayesian_mlp])(_network)
 register_flop_formula(_ops.sampled_linear_input)(_input_gradient)
 register_flop_formula(_ops.sampled_linear_parameters)(_parameter_gradient)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vbdl_kernels.dispatch import has_triton, kernel_of, kernels_in, library
 
-CONTRACT = 1  # the layout above; a change of any bit is a new number, and old artefacts keep theirs
+CONTRACT = 1  # the layout above; a change of any bit is a new number, and old artifacts keep theirs
 ROUNDS = 7
 
 WEIGHT, BIAS, DROPOUT, ACTIVATION, SIGN = range(5)  # streams: what the noise of a layer is for

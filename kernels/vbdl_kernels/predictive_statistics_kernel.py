@@ -90,7 +90,7 @@ def load_logits(logits, step, samples, batch, sample_stride, batch_stride,
                 ALIGN: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """(rows, COLUMNS) logits of a step."""
     ROWS: tl.constexpr = DRAWS * BATCH
-    if LANES > 0:  # neighbours in a range are in neighbouring threads: here LANES classes of a row, then the next row
+    if LANES > 0:  # neighbors in a range are in neighboring threads: here LANES classes of a row, then the next row
         at = tl.arange(0, COLUMNS * ROWS)
         start = offset_of(at // LANES % ROWS, step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, 1)
         label = at // (LANES * ROWS) * LANES + at % LANES
@@ -182,7 +182,7 @@ _PROGRAMS = 256  # that keep a card busy: with fewer examples, rows of the tile 
 
 def config(classes: int, align: int, size: int, batch: int, samples: int) -> dict:
     """align: what classes and strides are multiples of; size: bytes of a logit. Classes that do not come in whole
-    vectors of 16 bytes are spread 16 a thread over neighbouring threads, as counted in the machine code; of the others,
+    vectors of 16 bytes are spread 16 a thread over neighboring threads, as counted in the machine code; of the others,
     measured on an H100, a row of up to 1024 is one warp's or two's, 4 to 16 elements a thread."""
     columns = triton.next_power_of_2(classes)
     lanes = max(1, columns // 16) if align * size < 16 and 4 <= columns <= 512 else 0

@@ -2,7 +2,7 @@
 
 It computes with the constants of `card.py`.
 
-    estimates, choose    one layer: local reparameterisation, fused, sampler and product, weights drawn before
+    estimates, choose    one layer: local reparameterization, fused, sampler and product, weights drawn before
     of_network           a small network: one launch for all of it, or layer by layer
     of_masks             dropout of what all draws share: in the product, or on the activations
     is_launch_bound      whether a call is to be replayed as a CUDA graph
@@ -40,7 +40,7 @@ def estimates(
 ) -> dict[str, float]:
     """Seconds of a forward call by each strategy.
 
-    "local": `local_reparameterised_linear` (the same law for one example, not a joint draw over examples);
+    "local": `local_reparameterized_linear` (the same law for one example, not a joint draw over examples);
     "fused": the kernel of `sampled_linear`;  "sampler": `sample_weights` and a batched product;  "drawn": the product
     alone, with weights drawn and kept before, samples x out x in of them.
     """
@@ -85,7 +85,7 @@ def choose(
 ) -> str:
     """The cheapest of "local", "fused", "sampler" and "drawn" that gives what is asked for and fits.
 
-    joint: rows are to be draws of one function, which the local reparameterisation does not give. memory_budget: bytes
+    joint: rows are to be draws of one function, which the local reparameterization does not give. memory_budget: bytes
     the sampler may hold; over it, the fused kernel is chosen even where it is slower. kept: many batches are to come,
     so that weights may be drawn once, where they fit. A measured crossover decides between the kernel and the sampler.
     """

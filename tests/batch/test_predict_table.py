@@ -512,7 +512,7 @@ def test_no_rows_in_memory_and_beside_files_that_have_some(model, rows, expected
 
 
 def test_a_first_chunk_of_bad_rows_only_knows_its_columns(network, numbers, tmp_path):
-    """Also where no artefact says what a row is."""
+    """Also where no artifact says what a row is."""
     bad = numbers.copy()
     bad[:100] = np.nan
     np.save(tmp_path / "x.npy", bad)

@@ -237,7 +237,7 @@ def test_splits_are_the_published_ones(uci):
 
 @pytest.mark.parametrize("name", ["boston", "concrete", "energy", "wine", "yacht"])
 def test_the_linear_baseline_is_the_published_one_split_by_split(name, uci, tmp_path):
-    """Data, splits, standardisation, units and scores at once: someone else's code gave these figures."""
+    """Data, splits, standardization, units and scores at once: someone else's code gave these figures."""
     stored = json.loads(uci.find("uci_regression/linear_baseline_computed_here.json").read_text())["rows"][name]
     (found,) = suite(tmp_path, (name,), ("linear",), source=uci).run()
     assert found["scores"]["rmse"]["per_split"] == pytest.approx(stored["rmse_per_split"], rel=1e-5)

@@ -14,7 +14,7 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 import vbdl
 from vbdl import calibration, metrics, ood
-from vbdl.calibration import CQR, AbsoluteIntervals, CDFRecalibration, NormalisedIntervals, StdScaling, calibrate
+from vbdl.calibration import CQR, AbsoluteIntervals, CDFRecalibration, NormalizedIntervals, StdScaling, calibrate
 from vbdl.decision import gaussian_tail, mean_variance_position, mixture_tail, sample_tail
 
 DRAWS = 6
@@ -200,7 +200,7 @@ def test_cdf_recalibration_bends_each_element(rows, axes):
 
 @shapes
 @pytest.mark.parametrize(
-    "method", [AbsoluteIntervals(0.2), NormalisedIntervals(0.2), CQR(0.2)], ids=lambda m: type(m).__name__
+    "method", [AbsoluteIntervals(0.2), NormalizedIntervals(0.2), CQR(0.2)], ids=lambda m: type(m).__name__
 )
 def test_conformal_intervals_are_those_of_each_element_alone(rows, axes, method):
     predict = _predictor(axes)
@@ -300,5 +300,5 @@ def test_every_calibration_of_a_regression_is_tried_here():
         n for n, c in vars(calibration).items() if isinstance(c, type) and getattr(c, "acts_on", "") == "prediction"
     }
     assert kinds - {"ConformalSets"} == {
-        "StdScaling", "CDFRecalibration", "AbsoluteIntervals", "NormalisedIntervals", "CQR",
+        "StdScaling", "CDFRecalibration", "AbsoluteIntervals", "NormalizedIntervals", "CQR",
     }  # fmt: skip

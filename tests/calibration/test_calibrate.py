@@ -22,7 +22,7 @@ from vbdl.calibration import (
     ConformalSets,
     Isotonic,
     MatrixScaling,
-    NormalisedIntervals,
+    NormalizedIntervals,
     Platt,
     StdScaling,
     Temperature,
@@ -317,7 +317,7 @@ def test_recalibrations_follow_each_other_and_keep_what_was_added(regressor):
 
 
 def test_a_recalibration_of_version_0_1_gives_what_it_gave(regressor, tmp_path):
-    """The artefact holds knots and values of the empirical distribution; version 0.1 read them as written out here."""
+    """The artifact holds knots and values of the empirical distribution; version 0.1 read them as written out here."""
     predict, x, y = regressor
     made = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), CDFRecalibration())
     method = made.likelihood.method
@@ -343,7 +343,7 @@ def test_a_recalibration_of_version_0_1_gives_what_it_gave(regressor, tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", [AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)])
+@pytest.mark.parametrize("method", [AbsoluteIntervals(0.1), NormalizedIntervals(0.1), CQR(0.1)])
 def test_intervals_cover(method, regressor):
     predict, x, y = regressor
     p = calibrate(predict, (x[CALIBRATION], y[CALIBRATION]), method)(x[TEST])
@@ -402,7 +402,7 @@ def test_refusals(classifier, regressor, rows):
         keep = (y != 2).nonzero().squeeze(1)
         keep = keep[keep >= 300]
         calibrate(classifier, (x[keep], y[keep]), Isotonic())
-    for method in (StdScaling(), CDFRecalibration(), AbsoluteIntervals(0.1), NormalisedIntervals(0.1), CQR(0.1)):
+    for method in (StdScaling(), CDFRecalibration(), AbsoluteIntervals(0.1), NormalizedIntervals(0.1), CQR(0.1)):
         with pytest.raises(ValueError, match=f"{type(method).__name__} is for regressions"):
             calibrate(classifier, (x[CALIBRATION], y[CALIBRATION]), method)
     predict, x_of, y_of = regressor

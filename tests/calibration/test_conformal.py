@@ -16,7 +16,7 @@ from vbdl.calibration import (
     AbsoluteIntervals,
     AdaptiveConformal,
     ConformalSets,
-    NormalisedIntervals,
+    NormalizedIntervals,
     conformal_quantile,
     conformal_rank,
     set_coverage,
@@ -67,7 +67,7 @@ def test_the_least_likely_class_has_a_score_of_exactly_one():
 
 
 @pytest.mark.parametrize("score", [APS(), RAPS(0.05, 2)])
-def test_without_randomisation_coverage_is_at_least_that(score):
+def test_without_randomization_coverage_is_at_least_that(score):
     for n in (20, 100):
         covered = []
         for split in range(N_SPLITS):
@@ -80,13 +80,13 @@ def test_without_randomisation_coverage_is_at_least_that(score):
 
 @pytest.mark.parametrize("n", [20, 100, 1000])
 def test_interval_coverage_has_its_exact_law(n):
-    counts = {"absolute": [], "normalised": [], "cqr": []}
+    counts = {"absolute": [], "normalized": [], "cqr": []}
     for split in range(N_SPLITS):
         generator = torch.Generator().manual_seed(split)
         x, e = torch.randn(2, n + N_TEST, generator=generator, dtype=torch.float64)
         y, mean, std = x**2 + e * (0.5 + x.abs()), 0.8 * x**2, 0.3 + x.abs()
         a = AbsoluteIntervals(0.1).fit(mean[:n], y[:n])(mean[n:])
-        b = NormalisedIntervals(0.1).fit(mean[:n], std[:n], y[:n])(mean[n:], std[n:])
+        b = NormalizedIntervals(0.1).fit(mean[:n], std[:n], y[:n])(mean[n:], std[n:])
         c = CQR(0.1).fit(mean[:n] - std[:n], mean[:n] + std[:n], y[:n])(mean[n:] - std[n:], mean[n:] + std[n:])
         for name, bounds in zip(counts, (a, b, c), strict=True):
             counts[name].append(int(metrics.covered(*bounds, y[n:]).sum()))
@@ -197,7 +197,7 @@ def test_bad_inputs():
     with pytest.raises(RuntimeError, match="fit first"):
         ConformalSets(0.1)(probs)
     with pytest.raises(ValueError, match="positive"):
-        NormalisedIntervals(0.1).fit(torch.zeros(3), torch.zeros(3), torch.zeros(3))
+        NormalizedIntervals(0.1).fit(torch.zeros(3), torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="same shape"):
         AbsoluteIntervals(0.1).fit(torch.zeros(3, 1), torch.zeros(3))
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import vbdl
 from vbdl import calibration, decision
-from vbdl.calibration import CDFRecalibration, NormalisedIntervals, StdScaling, calibrate
+from vbdl.calibration import CDFRecalibration, NormalizedIntervals, StdScaling, calibrate
 from vbdl.decision import REFER, HandOver, PathBounds, Referral, Risk, uncertainty_of, with_decision
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.mixture import mixture_quantile
@@ -29,8 +29,8 @@ DECISIONS = {
     for name, cls in vars(decision).items()
     if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls is not decision.DecidingLikelihood
 }
-_ALPHA = ("ConformalSets", "AbsoluteIntervals", "NormalisedIntervals", "CQR")
-_REGRESSION = ("StdScaling", "CDFRecalibration", "AbsoluteIntervals", "NormalisedIntervals", "CQR")
+_ALPHA = ("ConformalSets", "AbsoluteIntervals", "NormalizedIntervals", "CQR")
+_REGRESSION = ("StdScaling", "CDFRecalibration", "AbsoluteIntervals", "NormalizedIntervals", "CQR")
 
 
 def _made(name):
@@ -232,7 +232,7 @@ def test_a_normal_alone_is_the_textbook():
 def test_intervals_leave_the_paths_as_they_are(outputs):
     predict, x, y = outputs
     machine = HandOver((0.6, 0.3), (0.9, 0.5), bounds=PathBounds(-1.0))
-    widened = calibrate(predict, (x, y), NormalisedIntervals(0.1))
+    widened = calibrate(predict, (x, y), NormalizedIntervals(0.1))
     assert torch.equal(with_decision(widened, machine)(x).risk, with_decision(predict, machine)(x).risk)
 
 

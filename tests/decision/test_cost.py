@@ -74,7 +74,7 @@ def test_realized_cost_and_refusals():
 
 def test_the_british_name_is_deprecated():
     actions, y, cost = torch.tensor([0, 1]), torch.tensor([1, 1]), torch.tensor([[0.0, 1.0], [5.0, 0.0]])
-    with pytest.warns(DeprecationWarning, match="called realized_cost"):
+    with pytest.warns(DeprecationWarning, match="called vbdl.decision.realized_cost"):
         assert decision.realised_cost(actions, y, cost).tolist() == realized_cost(actions, y, cost).tolist()
-    with pytest.raises(AttributeError, match="no attribute 'realised_costs'"):
-        decision.realised_costs  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'realized_costs'"):
+        decision.realized_costs  # noqa: B018

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import nn
 
 import vbdl
-from vbdl.artefact.modules import describe, rebuild
+from vbdl.artifact.modules import describe, rebuild
 from vbdl.decision import (
     AnomalyFlags,
     Drive,

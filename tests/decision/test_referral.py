@@ -10,7 +10,7 @@ from torch import nn
 
 import vbdl
 from vbdl import metrics
-from vbdl.artefact.modules import describe, rebuild
+from vbdl.artifact.modules import describe, rebuild
 from vbdl.decision import REFER, Referral, ReferralBudget, refer_most_uncertain, uncertainty_of
 from vbdl.decision.distribution import Evidence
 from vbdl.decision.guarantee import last_passed, risk_p_value, risk_upper_bound, starting_shares

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from vbdl_kernels import bayesian_mlp, local_reparameterised_linear, make_key, masked_linear, sampled_linear
+from vbdl_kernels import bayesian_mlp, local_reparameterized_linear, make_key, masked_linear, sampled_linear
 from vbdl_kernels.sampled_linear import reference_sampled_linear
 
 import vbdl
@@ -69,7 +69,7 @@ def test_the_other_operators():
     x, mean, std, *bias = leaves = problem(True)
     key = make_key(0, range(SAMPLES))
     with no_allocation_of(SAMPLES * WIDTH * WIDTH):
-        y = local_reparameterised_linear(x, mean, std, key, 1, *bias) + masked_linear(x, mean, key, 1, 0.5)
+        y = local_reparameterized_linear(x, mean, std, key, 1, *bias) + masked_linear(x, mean, key, 1, 0.5)
         torch.autograd.grad(y.square().sum(), leaves)
     with no_allocation_of(SAMPLES * WIDTH * WIDTH), torch.no_grad():
         bayesian_mlp(x, [mean] * 2, [std] * 2, [bias[0]] * 2, [bias[1]] * 2, key, [0, 1])

@@ -239,14 +239,14 @@ def test_sampler_on_older_cards(architecture):
     [(1, 16), (100, 256), *(pytest.param(*p, marks=slow) for p in ((1, 64), (1, 256), (100, 16), (100, 64)))],
 )
 def test_local_and_masked_linear_on_hopper(batch, samples, dtype, precision):
-    from vbdl_kernels import local_reparameterised_linear_kernel, masked_linear_kernel
+    from vbdl_kernels import local_reparameterized_linear_kernel, masked_linear_kernel
 
     common = MULTIPLES + pointers(torch.int64, "key")
     constants = dict(MASKED=False, PRECISION=precision, INTERPRET=False)
-    tile = local_reparameterised_linear_kernel.config(batch, samples, 4096, dtype) | dict(BIAS=2, FAST=True)
+    tile = local_reparameterized_linear_kernel.config(batch, samples, 4096, dtype) | dict(BIAS=2, FAST=True)
     machine = compiled(
-        "local_reparameterised_linear_kernel",
-        "local_reparameterised_forward",
+        "local_reparameterized_linear_kernel",
+        "local_reparameterized_forward",
         90,
         common + pointers(dtype, "x", "mean", "std", "bias_mean", "bias_std", "y"),
         tuple((constants | tile).items()),

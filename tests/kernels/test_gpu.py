@@ -8,7 +8,7 @@ import torch
 from vbdl_kernels import (
     bayesian_mlp,
     ensemble_mlp,
-    local_reparameterised_linear,
+    local_reparameterized_linear,
     make_key,
     masked_linear,
     normal,
@@ -76,8 +76,8 @@ def test_linear_operators_match_their_references(shape, shared, dtype):
     x, mean, std, bias_mean, bias_std, key = problem(*shape, dtype, shared)
     given = (x, mean, std, bias_mean, bias_std, key, LAYER, "ieee")
     close(torch.ops.vbdl.sampled_linear(*given, 9), reference("sampled_linear")(*given, 9), dtype, n_in)
-    expected = reference("local_reparameterised_linear")(*given)
-    close(torch.ops.vbdl.local_reparameterised_linear(*given), expected, dtype, n_in)
+    expected = reference("local_reparameterized_linear")(*given)
+    close(torch.ops.vbdl.local_reparameterized_linear(*given), expected, dtype, n_in)
     for side in ("input", "output"):
         given = (x, mean, bias_mean, key, LAYER, 0.3, side, "ieee")
         close(torch.ops.vbdl.masked_linear(*given), reference("masked_linear")(*given), dtype, n_in)
@@ -178,7 +178,7 @@ def test_compiled_and_mapped(backend):
 def test_local_and_masked_gradients():
     x, mean, std, _, _, key = problem(4, 8, 64, 32, torch.float32, shared=True)
     for run in (
-        lambda x, m, s: local_reparameterised_linear(x, m, s, key, LAYER, precision="ieee"),
+        lambda x, m, s: local_reparameterized_linear(x, m, s, key, LAYER, precision="ieee"),
         lambda x, m, s: masked_linear(x, m, key, LAYER, 0.3, precision="ieee") + s.sum() * 0,
         lambda x, m, s: sampled_linear(x, m, s, key, LAYER, precision="ieee"),
     ):
@@ -205,7 +205,7 @@ def test_a_predictor_uses_the_kernels(joint):
     found = predict(x)
     for name in ("probs", "total", "aleatoric", "standard_error"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=2e-3, atol=1e-4)
-    assert ("sampled_linear" if joint else "local_reparameterised_linear") in predict.explain()
+    assert ("sampled_linear" if joint else "local_reparameterized_linear") in predict.explain()
     gradient = lambda predict, x: torch.autograd.grad(predict(x).total.sum(), x)[0].cpu()
     expected = gradient(vbdl.Predictor(q, vbdl.Categorical(), compile=False, **settings), x.requires_grad_())
     found = gradient(predict, x.detach().cuda().requires_grad_())

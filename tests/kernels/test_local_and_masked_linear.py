@@ -1,17 +1,17 @@
-"""The two linear operators whose gradients are plain torch: local reparameterisation and dropout."""
+"""The two linear operators whose gradients are plain torch: local reparameterization and dropout."""
 
 import importlib
 
 import pytest
 import torch
-from vbdl_kernels import keep_mask, local_reparameterised_linear, make_key, masked_linear, normal, sampled_linear
+from vbdl_kernels import keep_mask, local_reparameterized_linear, make_key, masked_linear, normal, sampled_linear
 from vbdl_kernels.philox import ACTIVATION
 
 LAYER = 7
 SHAPES = [(1, 1, 1, 1), (5, 3, 5, 7), (4, 16, 128, 64), (3, 17, 130, 65), (2, 70, 33, 129), (5, 0, 4, 4), (2, 3, 0, 4)]
 reference = {
     name: getattr(importlib.import_module(f"vbdl_kernels.{name}"), f"reference_{name}")
-    for name in ("local_reparameterised_linear", "masked_linear")
+    for name in ("local_reparameterized_linear", "masked_linear")
 }
 
 
@@ -27,7 +27,7 @@ def variants(x, mean, std, bias_mean, bias_std, key):
     """name -> (function of (x, key, *parameters), parameters)."""
     return {
         "local": (
-            lambda x, key, mean, std, a, b: local_reparameterised_linear(x, mean, std, key, LAYER, a, b),
+            lambda x, key, mean, std, a, b: local_reparameterized_linear(x, mean, std, key, LAYER, a, b),
             (mean, std, bias_mean, bias_std),
         ),
         "input": (lambda x, key, w, b: masked_linear(x, w, key, LAYER, 0.3, b), (mean, bias_mean)),
@@ -38,9 +38,9 @@ def variants(x, mean, std, bias_mean, bias_std, key):
 NAMES = ["local", "input", "output"]
 
 
-def test_local_reparameterisation_has_the_moments_of_sampled_weights():
+def test_local_reparameterization_has_the_moments_of_sampled_weights():
     x, mean, std, bias_mean, bias_std, key = problem(3, 2, 40, 5, shared=True)
-    y = local_reparameterised_linear(x, mean, std, key, LAYER, bias_mean, bias_std)
+    y = local_reparameterized_linear(x, mean, std, key, LAYER, bias_mean, bias_std)
     noise = normal(key, LAYER, ACTIVATION, 1, 5).double()
     m = x @ mean.T + bias_mean
     v = x**2 @ (std**2).T + bias_std**2
@@ -79,7 +79,7 @@ def test_derivatives_of_first_and_second_order(name, shared):
 def test_an_output_without_variance_has_a_finite_gradient():
     x, mean, std, *_, key = problem(2, 3, 4, 3)
     std = torch.zeros_like(std).requires_grad_()
-    local_reparameterised_linear(x, mean, std, key, LAYER).sum().backward()
+    local_reparameterized_linear(x, mean, std, key, LAYER).sum().backward()
     assert torch.isfinite(std.grad).all()
 
 
@@ -123,7 +123,7 @@ def test_operator_contracts():
     x, mean, std, bias_mean, bias_std, key = problem(3, 4, 5, 6, torch.float32)
     ops = torch.ops.vbdl
     given = (x, mean, std, bias_mean, bias_std, key, LAYER, "")
-    torch.library.opcheck(ops.local_reparameterised_linear.default, given)
+    torch.library.opcheck(ops.local_reparameterized_linear.default, given)
     for side in ("input", "output"):
         torch.library.opcheck(ops.masked_linear.default, (x[0], mean, bias_mean, key, LAYER, 0.3, side, ""))
 
@@ -162,8 +162,8 @@ def test_kernels_match_the_reference(shape, dtype, shared, poisoned):
     small = max(shape) < 10
     for biases in ((bias_mean, bias_std), (None, None), (bias_mean, None))[: 3 if small else 1]:
         given = (x, mean, std, *biases, key, LAYER, "ieee")
-        expected = reference["local_reparameterised_linear"](*given)
-        compare(torch.ops.vbdl.local_reparameterised_linear(*given), expected, shape[2] + 4, dtype)
+        expected = reference["local_reparameterized_linear"](*given)
+        compare(torch.ops.vbdl.local_reparameterized_linear(*given), expected, shape[2] + 4, dtype)
     for side, p, bias in (("input", 0.3, bias_mean), ("output", 0.9, None), ("output", 1.0, bias_mean)):
         given = (x, mean, bias, key, LAYER, p, side, "ieee")
         compare(torch.ops.vbdl.masked_linear(*given), reference["masked_linear"](*given), shape[2] + 4, dtype)

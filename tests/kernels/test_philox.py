@@ -197,7 +197,7 @@ def battery(w):
     x = w.astype(np.float32) * np.float32(2.0**-32) - np.float32(0.5)
     for lag in (1, 2, 32, 128, 256):
         p[f"lag {lag}"] = two_sided(12 * np.dot(x[:-lag], x[lag:]) / np.sqrt(n - lag))
-    changed = np.bitwise_count(w[:-1] ^ w[1:]).astype(np.float32) - 16  # Hamming distance of neighbours, var 8
+    changed = np.bitwise_count(w[:-1] ^ w[1:]).astype(np.float32) - 16  # Hamming distance of neighbors, var 8
     p["flips mean"] = two_sided(changed.sum(dtype=np.float64) / np.sqrt(8 * changed.size))
     # 32 fair bits: the fourth central moment is 8 * (3 * 8 - 0.5), so the variance of the square is 188 - 64 = 124
     p["flips variance"] = two_sided((np.dot(changed, changed) - 8 * changed.size) / np.sqrt(124 * changed.size))
@@ -256,7 +256,7 @@ def largest_correlation(streams):
 
 
 @pytest.mark.parametrize("varied", ["draw", "seed", "seed high", "seed bit", "layer", "layer bit", "stream"])
-def test_neighbouring_streams_are_uncorrelated(varied):
+def test_neighboring_streams_are_uncorrelated(varied):
     def noise(seed=1000 + 7 * 2**32, draw=5, layer=3, stream=0):
         return philox.normal(make_key(seed, [draw]), layer, stream, 128, 512).flatten()
 

@@ -122,7 +122,7 @@ def test_the_kernel_draws_standard_normals(dtype):
     count = n.numel()
     assert abs(n.mean()) * count**0.5 < 4.5
     assert abs(n.square().mean() - 1) * (count / 2) ** 0.5 < 4.5
-    for axis in range(3):  # neighbouring draws, rows, columns
+    for axis in range(3):  # neighboring draws, rows, columns
         a, b = n.narrow(axis, 0, n.shape[axis] - 1), n.narrow(axis, 1, n.shape[axis] - 1)
         assert abs((a * b).mean()) * a.numel() ** 0.5 < 4.5
     if dtype == torch.float32:

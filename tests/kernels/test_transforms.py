@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from vbdl_kernels import (
     bayesian_mlp,
     ensemble_mlp,
-    local_reparameterised_linear,
+    local_reparameterized_linear,
     make_key,
     masked_linear,
     predictive_statistics,
@@ -40,8 +40,8 @@ OPERATORS = {
         lambda x, key, p: sampled_linear(x, p[0], p[1], key, LAYER, *p[2:]),
         (MEAN, STD, BIAS, BIAS_STD),
     ),
-    "local_reparameterised_linear": (
-        lambda x, key, p: local_reparameterised_linear(x, p[0], p[1], key, LAYER, *p[2:]),
+    "local_reparameterized_linear": (
+        lambda x, key, p: local_reparameterized_linear(x, p[0], p[1], key, LAYER, *p[2:]),
         (MEAN, STD, BIAS, BIAS_STD),
     ),
     "masked_linear": (lambda x, key, p: masked_linear(x, p[0], key, LAYER, 0.4, p[1]), (MEAN, BIAS)),

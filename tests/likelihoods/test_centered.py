@@ -6,7 +6,7 @@ import torch
 
 import vbdl
 from vbdl.batch.output import fields
-from vbdl.calibration import CQR, AbsoluteIntervals, CDFRecalibration, NormalisedIntervals, StdScaling
+from vbdl.calibration import CQR, AbsoluteIntervals, CDFRecalibration, NormalizedIntervals, StdScaling
 from vbdl.likelihoods.centered import Centered
 from vbdl.tabular import TableOptions, fit_table
 
@@ -48,7 +48,7 @@ def test_a_table_far_from_zero_is_a_table_near_it(method, noise):
 
 @pytest.mark.parametrize(
     "make",
-    [StdScaling, CDFRecalibration, lambda: AbsoluteIntervals(0.2), lambda: NormalisedIntervals(0.2), lambda: CQR(0.2)],
+    [StdScaling, CDFRecalibration, lambda: AbsoluteIntervals(0.2), lambda: NormalizedIntervals(0.2), lambda: CQR(0.2)],
 )
 def test_every_calibration_of_a_regression_holds_behind_it(make):
     found = [_fitted(offset) for offset in (0.0, 1.7e9)]

@@ -19,7 +19,7 @@ from vbdl.calibration import (
     Histogram,
     Isotonic,
     MatrixScaling,
-    NormalisedIntervals,
+    NormalizedIntervals,
     Platt,
     StdScaling,
     Temperature,
@@ -187,11 +187,11 @@ OF_PROBS = {
 
 @pytest.mark.parametrize("name", OF_PROBS)
 def test_bad_probabilities_and_labels(name):
-    nan, unnormalised, negative = PROBS.clone(), PROBS.clone(), PROBS.clone()
+    nan, unnormalized, negative = PROBS.clone(), PROBS.clone(), PROBS.clone()
     nan[3, 1] = math.nan
-    unnormalised[4] *= 1.1
+    unnormalized[4] *= 1.1
     negative[5, :2] += torch.tensor([-1.0, 1.0])
-    for bad, said in ((nan, "row 3"), (unnormalised, "row 4 of probs sums to"), (negative, "row 5")):
+    for bad, said in ((nan, "row 3"), (unnormalized, "row 4 of probs sums to"), (negative, "row 5")):
         with pytest.raises(ValueError, match=said):
             OF_PROBS[name](bad, Y)
     with pytest.raises(ValueError, match="outside the 4 classes"):
@@ -258,7 +258,7 @@ def test_regression_calibrators_on_no_row_and_one():
     with pytest.raises(ValueError, match="no rows"):
         CDFRecalibration().fit(none)
     assert float(CDFRecalibration().fit(torch.tensor([0.2]))(torch.tensor(0.2))) == pytest.approx(0.5)
-    for make, arguments in ((AbsoluteIntervals, 1), (NormalisedIntervals, 2), (CQR, 2)):
+    for make, arguments in ((AbsoluteIntervals, 1), (NormalizedIntervals, 2), (CQR, 2)):
         for rows in (none, one):
             inputs = [rows, rows + 1][:arguments]
             lower, upper = make(0.1).fit(*inputs, rows)(*[torch.zeros(3), torch.ones(3)][:arguments])

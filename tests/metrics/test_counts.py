@@ -10,7 +10,7 @@ import torch
 from vbdl.calibration import conformal_quantile, conformal_rank
 from vbdl.calibration.adaptive_conformal import AdaptiveConformal
 from vbdl.calibration.conformal import ConformalSets
-from vbdl.calibration.conformal_intervals import CQR, AbsoluteIntervals, NormalisedIntervals
+from vbdl.calibration.conformal_intervals import CQR, AbsoluteIntervals, NormalizedIntervals
 from vbdl.decision import AnomalyFlags, Referral, sample_tail
 from vbdl.metrics import risk_at_coverage
 from vbdl.metrics._counts import at_least, at_most
@@ -48,7 +48,7 @@ def test_an_alpha_and_its_coverage_give_every_calibrator_one_threshold(coverage)
         assert float(conformal_quantile(order, 1 - coverage)) == expected
         assert adaptive.threshold() == expected
         assert float(AbsoluteIntervals(1 - coverage).fit(zero, order).threshold) == expected
-        assert float(NormalisedIntervals(1 - coverage).fit(zero, one, order).threshold) == expected
+        assert float(NormalizedIntervals(1 - coverage).fit(zero, one, order).threshold) == expected
         assert float(CQR(1 - coverage).fit(zero, zero, order).threshold) == expected
         probs = torch.stack((1 - order / (n + 2), order / (n + 2)), 1)
         for per_class in (False, True):

@@ -125,7 +125,7 @@ def test_averages_are_exact():
     torch.testing.assert_close(found.var, x.var.mean((2, 3), keepdim=True) / 24)
 
 
-def test_normalisation():
+def test_normalization():
     x = Moments(torch.randn(4, 6, 3).double(), 0.01 * torch.rand(4, 6, 3).double())
     weight, bias, running = torch.randn(6).double(), torch.randn(6).double(), torch.rand(6).double()
     found = RULES["native_batch_norm"](x, weight, bias, running, running + 0.5, False, 0.1, 1e-5)[0]

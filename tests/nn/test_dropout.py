@@ -180,7 +180,7 @@ def test_rate_zero_is_the_deterministic_network(name):
         torch.testing.assert_close(q.module(x), module.eval()(x), **ROUNDING)
 
 
-# variants in layout or shape alone, whose means are their neighbours'
+# variants in layout or shape alone, whose means are their neighbors'
 VARIANTS = [n for n in NETWORKS if any(part in n for part in ("flat", "RNN of", "projected"))]
 
 
@@ -335,7 +335,7 @@ def test_chosen_types_stay_deterministic():
     torch.testing.assert_close(found.unique(), torch.tensor([0.0, 1 / (1 - P)]))
 
 
-def test_normalisation_evaluates():
+def test_normalization_evaluates():
     """A row's output does not depend on its batch, and no running statistic moves."""
     norm = nn.BatchNorm1d(5)
     norm.running_mean.normal_()

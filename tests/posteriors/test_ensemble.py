@@ -45,10 +45,10 @@ def test_fresh_members_are_reproducible_distinct_and_their_own():
     weights = one.stacked()["0.weight"]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], net[0].weight)
     other = DeepEnsemble(net, 3, seed=8).stacked()["0.weight"]
-    assert torch.equal(other[0], weights[1]), "member m is initialised under seed + m"
+    assert torch.equal(other[0], weights[1]), "member m is initialized under seed + m"
 
 
-def test_a_module_without_its_own_initialisation_is_refused_or_given_one():
+def test_a_module_without_its_own_initialization_is_refused_or_given_one():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -205,7 +205,7 @@ def test_a_parameter_or_buffer_may_have_any_name(name):
 
 
 def test_the_gradient_of_the_loss_is_each_members_own():
-    """And batch normalisation in training moves each member's own statistics."""
+    """And batch normalization in training moves each member's own statistics."""
     members = [network() for _ in range(3)]
     q, x, y = DeepEnsemble(members), torch.randn(13, 3), torch.randint(5, (13,))
     q.train()

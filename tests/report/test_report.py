@@ -111,10 +111,10 @@ def test_images_of_cases_are_the_data(stored):
     assert (images == picture[..., 0]).flatten(1).all(1).any(), "a digit of the set"
     worst = tensors["total"][0].argsort(descending=True)[:12]
     assert torch.equal(worst.int(), tensors["case.row"])
-    colour = torch.randint(256, (4, 5, 3), dtype=torch.uint8)
-    decoded = Image.open(io.BytesIO(base64.b64decode(png.data_url(colour).partition(",")[2])))
+    color = torch.randint(256, (4, 5, 3), dtype=torch.uint8)
+    decoded = Image.open(io.BytesIO(base64.b64decode(png.data_url(color).partition(",")[2])))
     assert decoded.size == (5, 4) and torch.equal(
-        torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8).view(4, 5, 3), colour
+        torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8).view(4, 5, 3), color
     )
 
 

@@ -38,7 +38,7 @@ NETWORKS = {
     "no bias": lambda: nn.Sequential(
         nn.Linear(23, 47), nn.Dropout(0.5), nn.Linear(47, 61, bias=False), nn.Tanh(), nn.Dropout(0.5), nn.Linear(61, 5)
     ),
-    "normalised": lambda: nn.Sequential(
+    "normalized": lambda: nn.Sequential(
         nn.Dropout(0.3), nn.Linear(23, 47), batch_norm(), nn.ReLU(), nn.Dropout(0.5), nn.Linear(47, 5)
     ),
     "of a sequence": lambda: nn.Sequential(

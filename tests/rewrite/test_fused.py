@@ -174,7 +174,7 @@ def test_masks_of_the_data_are_made_in_the_product(bias, forced, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["sampled_linear", "local_reparameterised_linear", "masks", "ensemble_mlp", "bayesian_mlp"]
+    "kernel", ["sampled_linear", "local_reparameterized_linear", "masks", "ensemble_mlp", "bayesian_mlp"]
 )
 def test_gradients_by_the_inputs_pass_through_kernels(kernel, forced, monkeypatch):
     """The bare operators in a graph have no derivative, and say so in a warning only, which is an error here."""
@@ -183,7 +183,7 @@ def test_gradients_by_the_inputs_pass_through_kernels(kernel, forced, monkeypatc
         q = vbdl.MeanField(network("plain"), n_data=100, initial_std=0.3)
         if kernel == "masks":
             q = vbdl.MCDropout(nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4)))
-        joint = kernel != "local_reparameterised_linear"
+        joint = kernel != "local_reparameterized_linear"
         return vbdl.Predictor(q, vbdl.Categorical(), n_samples=6, compile=False, joint=joint)
 
     gradient = lambda predict, x: torch.autograd.grad(predict(x).total.sum(), x)[0]

@@ -43,7 +43,7 @@ class Tied(nn.Module):
 
 def network(kind):
     torch.manual_seed(1)
-    if kind == "normalised":  # with buffers that a step changes, and dropout
+    if kind == "normalized":  # with buffers that a step changes, and dropout
         first = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 8, bias=False)]
         return nn.Sequential(*first, nn.Tanh(), nn.Linear(8, 3))
     if kind == "tokens":
@@ -61,7 +61,7 @@ def network(kind):
 
 # linear layers with drawn weights, and those of them whose input needs a gradient
 LAYERS = {
-    "normalised": (3, 2), "tokens": (2, 1), "convolution": (1, 1), "attention": (2, 2), "layers": (2, 1), "tied": (3, 2)
+    "normalized": (3, 2), "tokens": (2, 1), "convolution": (1, 1), "attention": (2, 2), "layers": (2, 1), "tied": (3, 2)
 }  # fmt: skip
 
 
@@ -121,12 +121,12 @@ def test_the_loss_and_its_gradients(kind, n_samples, forced):
     layers, hidden = LAYERS[kind]
     assert called.count("sampled_linear") == called.count("sampled_linear_parameters") == layers * n_samples
     assert called.count("sampled_linear_input") == hidden * n_samples  # none for the data
-    # what is not a linear layer: convolution, normalisation and projections of attention, a tied parameter
-    others = {"normalised": 2, "convolution": 2, "attention": 2, "tied": 1}.get(kind, 0)
+    # what is not a linear layer: convolution, normalization and projections of attention, a tied parameter
+    others = {"normalized": 2, "convolution": 2, "attention": 2, "tied": 1}.get(kind, 0)
     assert called.count("sample_weights") == called.count("sample_weights_gradient") == others * n_samples
 
 
-@pytest.mark.parametrize("kind", ["normalised", "convolution"])
+@pytest.mark.parametrize("kind", ["normalized", "convolution"])
 def test_the_traced_step(kind, forced, monkeypatch):
     """The step that is compiled: differentiated before mutations are removed, buffers changed all the same."""
     graphs = []
@@ -148,7 +148,7 @@ def test_the_traced_step(kind, forced, monkeypatch):
     assert int(changed["steps"]) == 2
     names = lambda graph: [getattr(n.target, "_opname", "") for n in graph.graph.nodes]
     assert "sampled_linear" not in names(graphs[0])
-    layers = 6 if kind == "normalised" else 2
+    layers = 6 if kind == "normalized" else 2
     assert names(graphs[1]).count("sampled_linear") == names(graphs[1]).count("sampled_linear_parameters") == layers
 
 
@@ -187,9 +187,9 @@ def test_what_the_kernels_do_not_take_is_as_it_was(forced):
 
 
 def test_autocast(forced):
-    expected = posterior("normalised").loss(X, LABELS, vbdl.Categorical())
+    expected = posterior("normalized").loss(X, LABELS, vbdl.Categorical())
     mode, called = forced()
-    q = posterior("normalised")
+    q = posterior("normalized")
     with mode, torch.autocast("cpu", torch.bfloat16):
         found = q.loss(X, LABELS, vbdl.Categorical())
     found.backward()

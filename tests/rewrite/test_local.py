@@ -1,4 +1,4 @@
-"""Local reparameterisation: the same distribution of every row, and what it is not."""
+"""Local reparameterization: the same distribution of every row, and what it is not."""
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ def test_the_operators_count_their_products():
         torch.autograd.grad(y.sum(), leaves)
     assert forward == 2 * 3 * 5 * 6 * 7 and counter.get_total_flops() == 3 * forward
     for name, arguments, expected in (
-        ("local_reparameterised_linear", (x, mean, std, None, None, key, 1, ""), 4 * 5 * 6 * 7),
+        ("local_reparameterized_linear", (x, mean, std, None, None, key, 1, ""), 4 * 5 * 6 * 7),
         ("masked_linear", (x, mean, None, key, 1, 0.5, "input", ""), 2 * 3 * 5 * 6 * 7),
         ("ensemble_mlp", (x, [mean.expand(3, 7, 6)], [torch.zeros(3, 7)], "relu"), 2 * 3 * 5 * 6 * 7),
     ):

@@ -449,7 +449,7 @@ def test_a_client_that_leaves_is_not_computed_for(arrays_model):
     _crowd(service, leave)
 
 
-def test_one_row_that_breaks_the_model_does_not_break_its_neighbours(arrays_model):
+def test_one_row_that_breaks_the_model_does_not_break_its_neighbors(arrays_model):
     class Broken:
         def __init__(self, inner):
             self.inner = inner
@@ -635,7 +635,7 @@ def test_limits_are_positive():
         Limits(rows=10, queue_rows=5)
 
 
-def test_an_artefact_that_does_not_know_its_rows_is_refused(tmp_path):
+def test_an_artifact_that_does_not_know_its_rows_is_refused(tmp_path):
     torch.manual_seed(0)
     members = [torch.nn.Linear(4, 3) for _ in range(2)]
     predictor = vbdl.Predictor(vbdl.DeepEnsemble(members), vbdl.Categorical(), compile=False)

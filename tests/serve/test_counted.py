@@ -34,7 +34,7 @@ def readers(arrays_model, named_model, table_model, two):
 
 def _wide(width):
     """A model of rows of this width, where the number of values alone refuses nothing."""
-    from vbdl.artefact.manifest import InputEntry, Inputs
+    from vbdl.artifact.manifest import InputEntry, Inputs
 
     entry = InputEntry(name=None, shape=[width], dtype="F32")
     return Bodies(None, Inputs(layout="tensor", tensors=[entry]))

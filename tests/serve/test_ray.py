@@ -1,4 +1,4 @@
-"""The same artefact on Ray Serve answers the same numbers."""
+"""The same artifact on Ray Serve answers the same numbers."""
 
 import contextlib
 import random

@@ -54,7 +54,7 @@ def test_statistics_are_those_of_the_training_rows():
     assert infer(changed, "y", rows, {"when": "date"})[0].columns[0] == column
 
 
-def test_standardised_and_imputed(schema):
+def test_standardized_and_imputed(schema):
     data = table()
     x = schema.encode(data).x
     missing = np.array(data["age"].is_null())

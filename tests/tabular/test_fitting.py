@@ -71,7 +71,7 @@ def test_a_number_is_predicted_in_its_own_unit(regressed):
 
 @pytest.mark.parametrize("noise", ["constant", "per-row"])
 @pytest.mark.parametrize("shift, unit", [(5_000, 250), (5_000, 250 * 2.0**20), (0, 2.0**-20)])
-def test_training_in_the_unit_of_the_target_is_training_on_standardised_targets(shift, unit, noise):
+def test_training_in_the_unit_of_the_target_is_training_on_standardized_targets(shift, unit, noise):
     """Prices in yen and currents in amperes too: noise of any such size can be said."""
     data = numbers_table()
     y = np.array(data["y"])
@@ -155,7 +155,7 @@ def test_tables_that_cannot_be_used():
 
 
 @pytest.mark.parametrize("factor", [1e-200, 1e-30, 1e-20, 1e10, 1e200])
-def test_a_target_whose_noise_cannot_be_modelled_is_refused_before_training(factor, monkeypatch):
+def test_a_target_whose_noise_cannot_be_modeled_is_refused_before_training(factor, monkeypatch):
     monkeypatch.setattr("vbdl.tabular.fitting.fit", lambda *a, **k: pytest.fail("trained for nothing"))
     with pytest.raises(ValueError, match="target 'y' has a standard deviation of .*: rescale it"):
         fit_table({"a": np.arange(600.0), "y": factor * np.sin(np.arange(600))}, "y")

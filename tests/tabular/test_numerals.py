@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from vbdl.tabular import TableOptions, fit_table, infer
-from vbdl.tabular.numerals import Ambiguous, Mostly, recognise
+from vbdl.tabular.numerals import Ambiguous, Mostly, recognize
 from vbdl.tabular.reading import Reading
 
 STYLES = [(".", ","), (",", "."), (".", "'"), (",", " "), (".", ""), (",", "")]
@@ -27,10 +27,10 @@ def written(value, decimal, thousands, digits=2):
     st.booleans(),
 )
 @hypothesis.settings(max_examples=200, deadline=None)
-def test_what_is_recognised_is_what_was_written(values, style, unit, before):
+def test_what_is_recognized_is_what_was_written(values, style, unit, before):
     values = [*values, 1234567.25]  # no other reading
     words = [f"{unit} {w}" if before else f"{w} {unit}" for w in (written(v, *style) for v in values)]
-    found = recognise(dict.fromkeys(words, 1), "x")
+    found = recognize(dict.fromkeys(words, 1), "x")
     assert [found.written.number(w) for w in words] == values
     assert (found.written.decimal, found.written.unit) == (style[0], unit.lower())
 
@@ -51,7 +51,7 @@ def test_what_is_recognised_is_what_was_written(values, style, unit, before):
     ],
 )
 def test_signs_groups_and_powers(words, numbers):
-    found = recognise(dict.fromkeys(words, 1), "x")
+    found = recognize(dict.fromkeys(words, 1), "x")
     assert [found.written.number(w) for w in words] == numbers
 
 
@@ -60,20 +60,20 @@ def test_signs_groups_and_powers(words, numbers):
     [["A11", "A12"], ["50%", "0.5"], ["\u00a31", "$2"], ["12 kg", "3 kg"], ["2024-01-31"], ["12:30"], ["10.0.0.1"]],
 )
 def test_what_are_no_numbers_is_left_alone(words):
-    assert recognise(dict.fromkeys(words, 1), "x") is None
+    assert recognize(dict.fromkeys(words, 1), "x") is None
 
 
 def test_two_readings_are_refused_and_resolved():
     words = dict.fromkeys(["1,234", "12,345", "7"], 1)
     with pytest.raises(Ambiguous, match=r"'1,234' is 1234 \(--thousands \",\"\) or 1\.234 \(--decimal \",\"\)|or 1234"):
-        recognise(words, "x")
-    assert recognise(words, "x", decimal=",").written.number("1,234") == 1.234
-    assert recognise(words, "x", thousands=",").written.number("1,234") == 1234
-    assert recognise(words, "x", decimal=".").written.number("1,234") == 1234
+        recognize(words, "x")
+    assert recognize(words, "x", decimal=",").written.number("1,234") == 1.234
+    assert recognize(words, "x", thousands=",").written.number("1,234") == 1234
+    assert recognize(words, "x", decimal=".").written.number("1,234") == 1234
 
 
 def test_cells_that_are_mostly_numbers_say_which_are_not():
-    found = recognise({**dict.fromkeys(map(str, range(99)), 1), "abc": 1}, "x")
+    found = recognize({**dict.fromkeys(map(str, range(99)), 1), "abc": 1}, "x")
     assert found == Mostly(0.99, ("abc",))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from vbdl.artefact.manifest import Inputs, read
-from vbdl.artefact.tensors import DTYPES
+from vbdl.artifact.manifest import Inputs, read
+from vbdl.artifact.tensors import DTYPES
 from vbdl.batch.sources import ImageRow
 from vbdl.engine.predictor import Predictor
 from vbdl.tabular import Schema, schema_of

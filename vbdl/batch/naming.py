@@ -1,4 +1,4 @@
-"""The names of the files that a job writes, by which a file is recognised as that job's.
+"""The names of the files that a job writes, by which a file is recognized as that job's.
 
 Whatever is read back from a disk is checked against these names before anything is replaced or deleted.
 """
@@ -44,7 +44,7 @@ def inside(name: str) -> bool:
 
 
 class Names:
-    """Recognises the files that a job with these settings writes. Settings read from a disk may be anything."""
+    """Recognizes the files that a job with these settings writes. Settings read from a disk may be anything."""
 
     def __init__(self, settings: object):
         told = settings if isinstance(settings, dict) else {}

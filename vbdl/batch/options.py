@@ -28,9 +28,7 @@ class Options:
 
     def __post_init__(self):
         if self.tile < 1 or (self.tile > 1 and self.tile % 64):
-            raise ValueError(
-                f"tile is 1 or a multiple of 64, so that no row depends on its neighbours; got {self.tile}"
-            )
+            raise ValueError(f"tile is 1 or a multiple of 64, so that no row depends on its neighbors; got {self.tile}")
         if unknown := [name for name in self.columns or () if name not in COLUMNS]:
             raise ValueError(f"there is no output column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
         if self.chunk_rows < 1:

@@ -1,11 +1,11 @@
 """The report of a batch job, for people and programs."""
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vbdl import former
 from vbdl.batch.records import Manifest, PartEntry
 from vbdl.batch.sources import printable
 
@@ -97,8 +97,4 @@ def _first_lines(path: Path | None) -> list[str]:
     return [f"{e['source']}, row {e['row']}: {e['reason']}" for e in lines]
 
 
-def __getattr__(name: str) -> type[JobReport]:
-    if name != "Report":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("vbdl.batch.report.Report is called JobReport now", DeprecationWarning, stacklevel=2)
-    return JobReport
+__getattr__ = former.names(__name__, {"Report": "JobReport"})

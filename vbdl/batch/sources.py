@@ -186,7 +186,7 @@ class ImageFolder(Source):
 
     path: Path
     name: str = "images"
-    mode: str = "RGB"  # of Pillow: "L" for grey
+    mode: str = "RGB"  # of Pillow: "L" for gray
     transform: Callable[[Tensor], Tensor] | None = None
     row: ImageRow | None = None
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.artefact.loading import load
+from vbdl.artifact.loading import load
 from vbdl.batch.encoding import CellCounts, Encoder
 from vbdl.batch.job import Job
 from vbdl.batch.keeping import as_settled

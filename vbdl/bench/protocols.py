@@ -1,7 +1,7 @@
 """Published protocols of UCI regression and the columns they gave.
 
 * 2016: Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, Table 1: 10 times the base epochs, batches
-  of 32, rates 0.005 and 0.05. They tuned tau by Bayesian optimisation on the test splits; here it is chosen from the
+  of 32, rates 0.005 and 0.05. They tuned tau by Bayesian optimization on the test splits; here it is chosen from the
   grid of 2018 on the last fifth of the training part, which no test row takes part in.
 * 2018: the authors' grid search, yaringal/DropoutUncertaintyExps@6eb4497: 100 times the base epochs, batches of 128,
   four rates, three values of tau, chosen by validation likelihood split by split, then trained again on all of it.

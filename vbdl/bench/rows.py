@@ -58,7 +58,7 @@ def save(path: Path, task: Task, rows: Rows, ood: dict[str, Rows]) -> None:
 
 
 def _pictures(task: Task, x: Tensor) -> Tensor:
-    """Images as (rows, height, width, channels) bytes; tables as they are, standardised."""
+    """Images as (rows, height, width, channels) bytes; tables as they are, standardized."""
     if task.image is None:
         return x.float()
     factor, offset = task.image

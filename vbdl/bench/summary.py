@@ -50,7 +50,7 @@ def classified(chunks: Iterable[Tensor], y: Tensor | None) -> Rows:
 
 
 def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre: Tensor) -> Rows:
-    """chunks: (draws, splits, rows, 1, 2) mean and log-variance in standardised units; y: (splits, rows) standardised.
+    """chunks: (draws, splits, rows, 1, 2) mean and log-variance in standardized units; y: (splits, rows) standardized.
 
     scale, centre: (splits,) target units in one of them, and the target that is 0 there.
     """

@@ -28,14 +28,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with all its splits stacked, each standardised by its own training part.
+    """A data set with all its splits stacked, each standardized by its own training part.
 
     Rows of a split: the training part first (its last fifth is what a method may validate on), then the test part.
     """
 
     name: str
     x: Tensor  # (splits, rows, ...) float32
-    y: Tensor  # (splits, rows) class numbers, or (splits, rows, 1) standardised targets
+    y: Tensor  # (splits, rows) class numbers, or (splits, rows, 1) standardized targets
     n_train: int  # rows of the training part of each split
     network: Callable[[float, int], nn.Module]  # (dropout rate, outputs) -> a fresh network
     classes: tuple[str, ...] = ()  # names of the classes; empty for regression

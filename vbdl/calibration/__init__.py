@@ -4,6 +4,7 @@ Each is a `vbdl.types.Calibrator`. `calibrate(predictor, (x, y), method)` puts o
 (float64) and its `forward` take anybody's logits, probabilities, means or levels.
 """
 
+from vbdl import former
 from vbdl.calibration.adaptive_conformal import AdaptiveConformal as AdaptiveConformal
 from vbdl.calibration.bbq import BBQ as BBQ
 from vbdl.calibration.beta import Beta as Beta
@@ -17,7 +18,7 @@ from vbdl.calibration.conformal import ConformalSets as ConformalSets
 from vbdl.calibration.conformal import set_coverage as set_coverage
 from vbdl.calibration.conformal_intervals import CQR as CQR
 from vbdl.calibration.conformal_intervals import AbsoluteIntervals as AbsoluteIntervals
-from vbdl.calibration.conformal_intervals import NormalisedIntervals as NormalisedIntervals
+from vbdl.calibration.conformal_intervals import NormalizedIntervals as NormalizedIntervals
 from vbdl.calibration.conformal_quantile import conformal_quantile as conformal_quantile
 from vbdl.calibration.conformal_quantile import conformal_rank as conformal_rank
 from vbdl.calibration.dirichlet import Dirichlet as Dirichlet
@@ -29,3 +30,5 @@ from vbdl.calibration.platt import Platt as Platt
 from vbdl.calibration.std_scaling import StdScaling as StdScaling
 from vbdl.calibration.temperature import Temperature as Temperature
 from vbdl.calibration.vector import VectorScaling as VectorScaling
+
+__getattr__ = former.names(__name__, {"NormalisedIntervals": "NormalizedIntervals"})

@@ -58,7 +58,7 @@ def calibrate(
             copied, and fitted in float64. Temperature() and its kind act on each sample's logits, Temperature("probs")
             and the others on the mean probability; StdScaling on the variances, CDFRecalibration on
             quantiles and densities (of a prediction with samples=True); ConformalSets adds `sets` to predictions, and
-            AbsoluteIntervals, NormalisedIntervals and CQR add `lower` and `upper`.
+            AbsoluteIntervals, NormalizedIntervals and CQR add `lower` and `upper`.
         allow_overlap: calibrate on training rows in spite of all. How many they were is recorded in the
             likelihood (n_overlap), and saved with it, as are the fingerprints of all of them (calibration_rows).
 

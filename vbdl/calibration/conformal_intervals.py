@@ -78,7 +78,7 @@ class AbsoluteIntervals(_Intervals):
         return (mean,)
 
 
-class NormalisedIntervals(_Intervals):
+class NormalizedIntervals(_Intervals):
     """mean ± q · std, as wide as the predictive says a row is uncertain: score |y - mean| / std."""
 
     def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> Self:

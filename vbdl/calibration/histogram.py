@@ -15,7 +15,7 @@ class Histogram(Calibrator):
     """Each class's probability becomes that class's frequency among the rows of its bin; acts on the mean probability,
     one-versus-rest and normalized beyond two classes.
 
-    binning: "width" (equal, right-closed) or "mass" (equal counts, cut midway between neighbours). A bin without rows
+    binning: "width" (equal, right-closed) or "mass" (equal counts, cut midway between neighbors). A bin without rows
     gives its midpoint. A frequency may be 0 or 1: the log-likelihood can be infinite.
     """
 

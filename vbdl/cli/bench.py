@@ -30,7 +30,7 @@ class Bench:
     plugin: tuple[Path, ...] = ()
     """Python files that register data sets and methods of your own. They are run."""
     seed: int = 0
-    """Of initialisations, orders and draws: the same seed gives the same numbers."""
+    """Of initializations, orders and draws: the same seed gives the same numbers."""
     effort: float = 1.0
     """Share of the epochs; 0.05 for a quick look."""
     samples: int | None = None

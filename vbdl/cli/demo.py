@@ -13,7 +13,7 @@ class Demo:
     out: Path = Path("vbdl-demo")
     """Folder for the figures and models."""
     seed: int = 1
-    """Of the splits, the initialisations and the draws."""
+    """Of the splits, the initializations and the draws."""
     tasks: tuple[str, ...] = ("breast cancer", "digits", "diabetes")
     """Data sets to use."""
     effort: float = 1.0

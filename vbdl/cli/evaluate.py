@@ -30,11 +30,11 @@ class Evaluate:
 
         import vbdl
         from vbdl.tabular.evaluation import evaluate
-        from vbdl.tabular.labelled import labelled
+        from vbdl.tabular.labeled import labeled
 
         predictor = vbdl.load(self.model, trust=self.trust, compile=False)
         allowed = self.allow_training_rows
-        rows = labelled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
+        rows = labeled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
         base = predictor.manifest.extras.get("training", {}).get("base")
         found = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
         if self.json:

@@ -33,7 +33,7 @@ class Export:
         import numpy as np
         import torch
 
-        from vbdl.artefact.loading import load
+        from vbdl.artifact.loading import load
         from vbdl.export import export
 
         settings: dict[str, Any] = {"tiles": self.tiles} if self.tiles else {}

@@ -78,7 +78,7 @@ class Fit:
     test: float = 0.1
     """Share of the rows to evaluate on; as much again stops the training, and calibrates."""
     seed: int = 0
-    """Of the split, the initialisation, the order of training and the draws."""
+    """Of the split, the initialization, the order of training and the draws."""
     threads: int = 1
     """Threads of torch; 0 leaves the choice to torch."""
     figures: bool = True
@@ -89,7 +89,7 @@ class Fit:
     def __call__(self) -> None:
         import torch
 
-        from vbdl.artefact.files import check_place, locate
+        from vbdl.artifact.files import check_place, locate
         from vbdl.tabular import TableOptions, fit_table
         from vbdl.tabular.inference import kinds_of
 

@@ -17,8 +17,8 @@ class Inspect:
     """Print the whole manifest as JSON."""
 
     def __call__(self) -> None:
-        from vbdl.artefact.card import facts, figures
-        from vbdl.artefact.manifest import encode, read
+        from vbdl.artifact.card import facts, figures
+        from vbdl.artifact.manifest import encode, read
 
         manifest = read(self.model)
         if self.json:

@@ -17,7 +17,7 @@ class Serve:
     is asked of every client."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of the artefact."""
+    """Folder of the artifact."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every network."""
     port: int = 8000
@@ -35,9 +35,9 @@ class Serve:
     tls_key: Path | None = None
     """Key file (PEM) for HTTPS."""
     trust: tuple[str, ...] = ()
-    """Packages that the artefact may import its network and registered classes from."""
+    """Packages that the artifact may import its network and registered classes from."""
     tiles: tuple[int, ...] = ()
-    """Batch sizes to compile for; the artefact's unless given. 1 64 answers single rows sooner, equal to rounding."""
+    """Batch sizes to compile for; the artifact's unless given. 1 64 answers single rows sooner, equal to rounding."""
     device: str | None = None
     """Device to compute on, like cpu or cuda."""
     compile: bool = True

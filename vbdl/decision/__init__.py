@@ -4,9 +4,7 @@ Everything takes any predictive: a prediction of vbdl, or somebody else's probab
 tensors.
 """
 
-import warnings
-from collections.abc import Callable
-
+from vbdl import former
 from vbdl.decision.anomaly import AnomalyFlags as AnomalyFlags
 from vbdl.decision.backtest import Backtest as Backtest
 from vbdl.decision.backtest import backtest as backtest
@@ -36,9 +34,4 @@ from vbdl.decision.risk import gaussian_tail as gaussian_tail
 from vbdl.decision.risk import mixture_tail as mixture_tail
 from vbdl.decision.risk import sample_tail as sample_tail
 
-
-def __getattr__(name: str) -> Callable:
-    if name == "realised_cost":  # its name in version 0.1
-        warnings.warn("realised_cost is deprecated: it is called realized_cost", DeprecationWarning, stacklevel=2)
-        return realized_cost
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former.names(__name__, {"realised_cost": "realized_cost"})

@@ -22,11 +22,11 @@ INSTALL = "the demo needs scikit-learn and matplotlib: pip install 'vbdl[demo]'"
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the network for it, and how its outputs are read. Inputs are standardised."""
+    """A data set, the network for it, and how its outputs are read. Inputs are standardized."""
 
     name: str
     x: dict[str, Tensor]  # "train", "validation", "test", "ood": (batch, ...) float32
-    y: dict[str, Tensor]  # "train", "validation", "test": class numbers, 0 | 1, or standardised targets
+    y: dict[str, Tensor]  # "train", "validation", "test": class numbers, 0 | 1, or standardized targets
     ood: str  # what the out-of-distribution inputs are
     network: Callable[[float], nn.Module]  # dropout rate -> a fresh network
     likelihood: Callable[[], nn.Module]
@@ -58,8 +58,8 @@ def _parts(values: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values[of] for name, of in rows.items()}
 
 
-def _standardised(values: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, and the mean and std of the training rows they were standardised with."""
+def _standardized(values: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, and the mean and std of the training rows they were standardized with."""
     x = torch.from_numpy(np.asarray(values, dtype=np.float32))
     mean, std = x[train].mean(0), x[train].std(0).clamp_min(1e-6)
     return (x - mean) / std, mean, std
@@ -70,7 +70,7 @@ def breast_cancer(seed: int = 0) -> Task:
     data = _sklearn().load_breast_cancer()
     y = torch.from_numpy(data.target).to(torch.int64)
     rows = split(len(y), _SHARES, stratify=y, seed=seed)
-    values, _, _ = _standardised(data.data, rows["train"])
+    values, _, _ = _standardized(data.data, rows["train"])
     x = _parts(values, rows)
     generator = torch.Generator().manual_seed(seed)
     columns = [x["test"][torch.randperm(len(x["test"]), generator=generator), j] for j in range(values.shape[1])]
@@ -108,8 +108,8 @@ def diabetes(seed: int = 0) -> Task:
     """442 patients, 10 measurements: progression of the disease a year later, a score from 25 to 346."""
     data = _sklearn().load_diabetes(scaled=False)
     rows = split(len(data.target), _SHARES, seed=seed)
-    values, _, _ = _standardised(data.data, rows["train"])
-    target, _, std = _standardised(data.target, rows["train"])
+    values, _, _ = _standardized(data.data, rows["train"])
+    target, _, std = _standardized(data.target, rows["train"])
     x = _parts(values, rows)
     x["ood"] = 3 * x["test"]
     return Task(

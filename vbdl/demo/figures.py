@@ -1,4 +1,4 @@
-"""The demo's figures, each saved as PNG and SVG. Colours are Okabe and Ito's, told apart by every kind of sight."""
+"""The demo's figures, each saved as PNG and SVG. Colors are Okabe and Ito's, told apart by every kind of sight."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from vbdl.demo.compare import BINS, Result, predictor
 from vbdl.demo.data import INSTALL, curve_mean
 from vbdl.demo.training import DROPOUT, ENSEMBLE, MEAN_FIELD, SINGLE, Trained
 
-BLUE, ORANGE, GREEN, VERMILION, GREY, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555", "#56B4E9"
-COLOUR = {SINGLE: GREY, DROPOUT: BLUE, MEAN_FIELD: GREEN, ENSEMBLE: VERMILION}
+BLUE, ORANGE, GREEN, VERMILION, GRAY, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555", "#56B4E9"
+COLOR = {SINGLE: GRAY, DROPOUT: BLUE, MEAN_FIELD: GREEN, ENSEMBLE: VERMILION}
 
 
 def pyplot_or_error() -> Any:
@@ -101,11 +101,11 @@ def reliability(results: Sequence[Result], out: Path, n_bins: int = BINS) -> Pat
         top, bottom = axes[:, column]
         top.plot([0, 1], [0, 1], color="black", lw=1, ls=(0, (4, 3)))
         points, error_bars = (confidence.numpy(), frequency.numpy()), torch.stack((low, high)).numpy()
-        top.errorbar(*points, yerr=error_bars, fmt="o-", ms=5, lw=1.5, elinewidth=1, color=COLOUR[method])
+        top.errorbar(*points, yerr=error_bars, fmt="o-", ms=5, lw=1.5, elinewidth=1, color=COLOR[method])
         top.set(title=method, ylim=(0, 1.03), xlim=(0, 1.03))
         top.text(0.97, 0.05, f"ECE {error.compute():.3f}", transform=top.transAxes, ha="right")
         middles, shares = (torch.arange(n_bins) + 0.5) / n_bins, diagram.counts / len(task.y["test"])
-        bottom.bar(middles.numpy(), shares.numpy(), width=0.9 / n_bins, color=COLOUR[method])
+        bottom.bar(middles.numpy(), shares.numpy(), width=0.9 / n_bins, color=COLOR[method])
         bottom.set(xlabel="stated confidence")
     axes[0, 0].set_ylabel("observed accuracy")
     axes[1, 0].set_ylabel("share of\nrows")
@@ -134,7 +134,7 @@ def histograms(results: Sequence[Result], out: Path) -> Path:
             panel.set_xlabel(f"{part} uncertainty ({unit})")
             if part == "epistemic" and result.trained.method == SINGLE:
                 said = "none: one network\nis one hypothesis"
-                panel.text(0.5, 0.5, said, transform=panel.transAxes, ha="center", color=GREY)
+                panel.text(0.5, 0.5, said, transform=panel.transAxes, ha="center", color=GRAY)
                 continue
             for t, style in (
                 (test, {"fc": BLUE, "alpha": 0.65, "label": "test rows"}),
@@ -189,7 +189,7 @@ def rotation(results: Sequence[Result], out: Path, index: int = 5, n_angles: int
             panel.plot(
                 angles.numpy(),
                 line.numpy(),
-                color=COLOUR[method],
+                color=COLOR[method],
                 lw=2,
                 label=method,
                 ls="--" if method == SINGLE else "-",

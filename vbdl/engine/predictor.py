@@ -64,7 +64,7 @@ class Predictor:
     chunk_size: draws in one call; chosen from the memory budget unless given. Results do not depend on it.
     autocast: run the network in this dtype (torch.bfloat16); statistics stay float32.
     joint: draw the weights of mean-field layers, so that a sample is one network on all rows. Otherwise their outputs
-        are drawn where that has exactly the same distribution of every row (local reparameterisation), which is
+        are drawn where that has exactly the same distribution of every row (local reparameterization), which is
         faster: means, variances, quantiles and covariances within a row agree, covariances across rows do not.
     estimator: "sampling", or "moments": one pass with means and variances in place of draws, an approximation (see
         `vbdl.engine.moments`) whose error against n_samples draws `explain` measures; its predictions count 0 samples.
@@ -125,7 +125,7 @@ class Predictor:
         self._ready: dict[Any, Ready] = {}  # whole tiles by shape: the compiled call and nothing else
         self.clock = time.perf_counter  # of deadlines, seconds
         self.precision: PrecisionError | None = None  # of autocast, once measured
-        self.manifest: Any = None  # set by vbdl.load: what the artefact says beside the tensors
+        self.manifest: Any = None  # set by vbdl.load: what the artifact says beside the tensors
 
     @property
     def sealed(self) -> bool:
@@ -273,8 +273,8 @@ class Predictor:
         return super().__reduce_ex__(protocol)
 
     def save(self, folder: str | Path, **options: Any) -> Path:
-        """Write this predictor as an artefact, which `vbdl.load` reads: `vbdl.save(self, folder, **options)`."""
-        from vbdl.artefact.saving import save
+        """Write this predictor as an artifact, which `vbdl.load` reads: `vbdl.save(self, folder, **options)`."""
+        from vbdl.artifact.saving import save
 
         return save(self, folder, **options)
 

@@ -8,7 +8,7 @@ from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import call
 from vbdl.types import State
 
-_APART = 1e-2  # of the largest output: beyond all rounding, far below what a neighbour's values make of a row
+_APART = 1e-2  # of the largest output: beyond all rounding, far below what a neighbor's values make of a row
 
 
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
@@ -63,5 +63,5 @@ def _mixing() -> ValueError:
     return ValueError(
         "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
         "batch is the first axis of every input (batch_first=True in recurrent layers and attention), and "
-        "batch normalisation needs track_running_stats=True"
+        "batch normalization needs track_running_stats=True"
     )

@@ -32,7 +32,7 @@ class Estimator(BaseEstimator):
         weight_decay: float = 1e-4,
         validation_fraction: float = 0.2,
         patience: int = 20,
-        standardise: bool = True,
+        standardize: bool = True,
         compile: bool = False,
         random_state: Any = None,
     ):
@@ -47,7 +47,7 @@ class Estimator(BaseEstimator):
         self.weight_decay = weight_decay
         self.validation_fraction = validation_fraction
         self.patience = patience
-        self.standardise = standardise
+        self.standardize = standardize
         self.compile = compile
         self.random_state = random_state
 
@@ -65,8 +65,8 @@ class Estimator(BaseEstimator):
         """Train on checked rows; head: the network's arguments that are about the target."""
         method = method_of(self.method)
         seed = self._seed()
-        self.mean_ = x.mean(axis=0) if self.standardise else np.zeros(x.shape[1])
-        scale = x.std(axis=0) if self.standardise else np.ones(x.shape[1])
+        self.mean_ = x.mean(axis=0) if self.standardize else np.zeros(x.shape[1])
+        scale = x.std(axis=0) if self.standardize else np.ones(x.shape[1])
         # a constant column has a std of rounding errors, which would be blown up to size one
         self.scale_ = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(self.mean_)), scale, 1.0)
         rows = self._tensor(x)
@@ -128,7 +128,7 @@ class Estimator(BaseEstimator):
 
     @property
     def predictor_(self) -> Predictor:
-        """The predictor, on standardised rows: `vbdl.calibrate` and `with_decision` take it."""
+        """The predictor, on standardized rows: `vbdl.calibrate` and `with_decision` take it."""
         check_is_fitted(self, "posterior_")
         if "_predictor" not in self.__dict__:  # of a copy or a pickle
             self._predictor = self._made()

@@ -17,10 +17,10 @@ class VBDLClassifier(ClassifierMixin, Estimator):
     method: "deep-ensemble" of n_members, or "mc-dropout", "mean-field" or another of `vbdl.methods` with n_samples
     draws in a prediction.
     hidden: widths of the hidden layers, all the same. validation_fraction: rows held out to stop training by, after
-    `patience` epochs without a gain; 0 trains for `epochs`. standardise: inputs by their mean and std, which is what
+    `patience` epochs without a gain; 0 trains for `epochs`. standardize: inputs by their mean and std, which is what
     the settings are made for. compile: training and prediction; for many rows.
 
-    After fit: classes_, n_features_in_, n_iter_, predictor_ (a `vbdl.Predictor` of standardised rows).
+    After fit: classes_, n_features_in_, n_iter_, predictor_ (a `vbdl.Predictor` of standardized rows).
     """
 
     def _likelihood(self, n_train: int) -> Any:

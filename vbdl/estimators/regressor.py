@@ -17,7 +17,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
     """A small multilayer perceptron with a posterior over its weights and a noise it learns, for rows of numbers.
 
     noise: "constant", "per-row", or None for the first below 400 rows. The other parameters are those of
-    `VBDLClassifier`. The target is standardised inside: predictions are in its unit.
+    `VBDLClassifier`. The target is standardized inside: predictions are in its unit.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
         weight_decay: float = 1e-4,
         validation_fraction: float = 0.2,
         patience: int = 20,
-        standardise: bool = True,
+        standardize: bool = True,
         compile: bool = False,
         random_state: Any = None,
         noise: str | None = None,
@@ -51,7 +51,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
             weight_decay=weight_decay,
             validation_fraction=validation_fraction,
             patience=patience,
-            standardise=standardise,
+            standardize=standardize,
             compile=compile,
             random_state=random_state,
         )

@@ -20,10 +20,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from vbdl.artefact.files import check_place, write_folder
-from vbdl.artefact.manifest import Inputs
-from vbdl.artefact.saving import inputs_of
-from vbdl.artefact.tensors import CODES, DTYPES
+from vbdl.artifact.files import check_place, write_folder
+from vbdl.artifact.manifest import Inputs
+from vbdl.artifact.saving import inputs_of
+from vbdl.artifact.tensors import CODES, DTYPES
 from vbdl.calling.inputs import Flat, arguments, flatten, map_inputs, tensors
 from vbdl.data.rows import as_tensor
 from vbdl.data.tiles import pad, padded

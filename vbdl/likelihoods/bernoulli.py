@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
-from vbdl.likelihoods.targets import check_labelled
+from vbdl.likelihoods.targets import check_labeled
 from vbdl.types import Likelihood, Prediction, State
 
 
@@ -51,7 +51,7 @@ def check_yes_or_no(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
         y = y.squeeze(-1)
     if list(y.shape) != shape:
         raise ValueError(f"targets {tuple(y.shape)} do not fit {tuple(shape)} logits")
-    check_labelled(y)
+    check_labeled(y)
     if y.numel() and not bool(((y == 0) | (y == 1)).all()):
         raise ValueError("Bernoulli targets are 0 or 1; for more classes use vbdl.Categorical()")
     return y.to(torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vbdl.likelihoods.mixture import mixture_quantile, mixture_score
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
-from vbdl.likelihoods.targets import check_labelled
+from vbdl.likelihoods.targets import check_labeled
 from vbdl.types import Likelihood, Prediction, State
 
 LOG_VARIANCE_BOUND = 40.0  # exp(+-40), stds of 2e-9 to 5e8, and its square are normal numbers of float32
@@ -24,7 +24,7 @@ def check_spread(std: float, what: str) -> None:
     low, high = math.exp(-LOG_VARIANCE_BOUND / 2), math.exp(LOG_VARIANCE_BOUND / 2)
     if not low < std < high:
         raise ValueError(
-            f"{what} has a standard deviation of {std:.3g}, and noise is modelled between {low:.0e} and {high:.0e}: "
+            f"{what} has a standard deviation of {std:.3g}, and noise is modeled between {low:.0e} and {high:.0e}: "
             f"rescale it, to another unit or by a power of ten, so that this is about 1"
         )
 
@@ -145,7 +145,7 @@ def check_regression_targets(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     if y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"regression targets are real numbers, got {y.dtype}")
     y = as_columns(y if y.is_floating_point() else y.to(torch.float32), shape)
-    check_labelled(y)
+    check_labeled(y)
     if not bool(y.isfinite().all()):
         row = int((~y.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"target of row {row} is not finite; remove or impute such rows")

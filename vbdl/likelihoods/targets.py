@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def check_labelled(y: Tensor) -> None:
+def check_labeled(y: Tensor) -> None:
     """Raises ValueError where some of several targets of a row are missing (NaN), with what to do. y: (batch, ...)"""
     if y.ndim < 2 or y[:1].numel() < 2 or not y.is_floating_point() or not bool((missing := y.isnan()).any()):
         return

@@ -57,7 +57,7 @@ class CounterDropout(TorchFunctionMode):
 
     key: (2,) int64, (seed, draw).  rate: overrides rates, for all sites or by module name.  sites: what a probe found
     (`locate`), in the order of the calls; without it the batch is taken to be axis 0 everywhere.
-    per_row: a mask a row, as in training, where normalisation and other random operations are left as they are too.
+    per_row: a mask a row, as in training, where normalization and other random operations are left as they are too.
     silent: dropouts are found, and drop nothing.
     """
 
@@ -218,17 +218,17 @@ def _batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    """Always with the statistics of training: those of the batch would tie a row's prediction to its neighbours."""
+    """Always with the statistics of training: those of the batch would tie a row's prediction to its neighbors."""
     if mode.per_row:
         if training and input.ndim > 1 and input.numel() == input.shape[1]:
             raise ValueError(
-                f"batch normalisation in {mode._describe(mode.place())} got one row to train on, and needs two: choose "
+                f"batch normalization in {mode._describe(mode.place())} got one row to train on, and needs two: choose "
                 f"a batch_size that does not leave one row for the last batch, or drop_last=True in a DataLoader"
             )
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is None:
         raise ValueError(
-            f"batch normalisation in {mode._describe(mode.place())} keeps no running statistics, so a row's "
+            f"batch normalization in {mode._describe(mode.place())} keeps no running statistics, so a row's "
             f"prediction would depend on its batch: train it with track_running_stats=True"
         )
     return func(input, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -265,7 +265,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
 }
 
 # these modules behave differently in training for reasons other than dropout
-NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.RReLU)
+NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.RReLU)
 
 
 DROPOUT_LAYERS = (nn.modules.dropout._DropoutNd,)
@@ -296,7 +296,7 @@ class DropoutNetwork(KeyedNetwork):
     """A module whose evaluation keeps dropout on, with the masks of the draw in `key`.
 
     In training mode it is the module itself (`Objective` draws the masks, one a row). In evaluation every dropout is
-    on and everything else is off: normalisation evaluates, and so does what `deterministic` names, and whatever else
+    on and everything else is off: normalization evaluates, and so does what `deterministic` names, and whatever else
     a module of one's own does in training only (`vbdl/nn/training_reads.py`).
     """
 
@@ -326,7 +326,7 @@ class DropoutNetwork(KeyedNetwork):
         return self
 
     def _stays_deterministic(self, name: str, module: nn.Module) -> bool:
-        if isinstance(module, NORMALISATION):
+        if isinstance(module, NORMALIZATION):
             return True
         if _is_torchs_own(module) and not isinstance(module, DROPOUT_LAYERS) and not hasattr(module, "dropout"):
             return True  # nothing to drop there, but power iterations of a spectral norm to leave out

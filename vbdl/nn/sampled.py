@@ -34,7 +34,7 @@ class LogStd(nn.Module):
         return getattr(self, _key(name))
 
     def reset_parameters(self) -> None:
-        """Back to the std at the start, as part of a fresh initialisation."""
+        """Back to the std at the start, as part of a fresh initialization."""
         with torch.no_grad():
             for p in self.parameters():
                 p.fill_(self.initial)

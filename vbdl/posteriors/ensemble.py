@@ -34,12 +34,12 @@ from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
 class DeepEnsemble(Posterior):
     """q(w) = an equal mixture of the members: parameters and buffers of every member, stacked.
 
-    networks: a module, of which n_members fresh initialisations are made, or a list of (trained) modules. Either may
+    networks: a module, of which n_members fresh initializations are made, or a list of (trained) modules. Either may
     be posteriors themselves: an ensemble of dropout or of mean-field networks. A list of different architectures is
     taken too, and run one architecture after the other.
-    initialize: what makes a fresh initialisation of a copy; unless given, every submodule's `reset_parameters`, and
+    initialize: what makes a fresh initialization of a copy; unless given, every submodule's `reset_parameters`, and
         what is frozen (requires_grad=False), like a pretrained backbone, stays as it is.
-    seed: of the initialisations and of dropout in training; member m uses seed + m.
+    seed: of the initializations and of dropout in training; member m uses seed + m.
     shared: names of the entries that members hold together, once; unless given, the frozen parameters (with the
         buffers of frozen layers) that are equal in all members. They are computed once a batch, and not trained.
     """
@@ -351,7 +351,7 @@ def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], objec
 def reset_parameters(module: nn.Module) -> None:
     """Call `reset_parameters` of every submodule, and keep what is frozen.
 
-    Raises ValueError where parameters belong to a submodule that has no initialisation, or all are frozen.
+    Raises ValueError where parameters belong to a submodule that has no initialization, or all are frozen.
     """
     target = _network_of(module)
     if not any(p.requires_grad for p in target.parameters()):
@@ -359,7 +359,7 @@ def reset_parameters(module: nn.Module) -> None:
             "every parameter is frozen, so all members would be one network: thaw what is to be trained with "
             "requires_grad_(True), or give DeepEnsemble a list of trained modules"
         )
-    # a submodule's initialisation may reach into others, so that what is frozen is put back in the end
+    # a submodule's initialization may reach into others, so that what is frozen is put back in the end
     kept = {t: t.detach().clone() for m in target.modules() for t in _frozen(m)}
     for name, m in target.named_modules():
         reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)
@@ -368,7 +368,7 @@ def reset_parameters(module: nn.Module) -> None:
         elif any(p.requires_grad for p in m.parameters(recurse=False)):
             raise ValueError(
                 f"module '{name}' ({type(m).__name__}) holds parameters and has no reset_parameters(): "
-                f"give DeepEnsemble(module, n_members, initialize=...), or a list of modules you have initialised"
+                f"give DeepEnsemble(module, n_members, initialize=...), or a list of modules you have initialized"
             )
     with torch.no_grad():
         for t, value in kept.items():

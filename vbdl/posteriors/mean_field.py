@@ -1,4 +1,4 @@
-"""Mean-field variational inference: a normal of its own for every weight, fitted by maximising the ELBO.
+"""Mean-field variational inference: a normal of its own for every weight, fitted by maximizing the ELBO.
 
 Graves, Practical Variational Inference for Neural Networks, NeurIPS 2011; Blundell et al., Weight Uncertainty in
 Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424

@@ -20,7 +20,7 @@ class Rows:
     """A method's rows of one data set."""
 
     method: str
-    style: str  # its colour, c0, c1, ...
+    style: str  # its color, c0, c1, ...
     tensors: dict[str, Tensor]
     about: RowsRecord
 

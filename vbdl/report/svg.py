@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, coloured by the page's style sheet, so that they follow light and dark."""
+"""Small charts as inline SVG, colored by the page's style sheet, so that they follow light and dark."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 38  # left: the label beside ticks of fiv
 
 @dataclass
 class Chart:
-    """Axes from `x` and `y` = (low, high), marks added to it, then `svg()`. Classes name colours: c0, c1, ..."""
+    """Axes from `x` and `y` = (low, high), marks added to it, then `svg()`. Classes name colors: c0, c1, ..."""
 
     x: tuple[float, float]
     y: tuple[float, float]

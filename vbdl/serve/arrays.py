@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.artefact.manifest import InputEntry
-from vbdl.artefact.tensors import DTYPES
+from vbdl.artifact.manifest import InputEntry
+from vbdl.artifact.tensors import DTYPES
 from vbdl.serve import counted
 from vbdl.serve.counted import LARGE
 from vbdl.serve.decoding import check_rows, decode

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.artefact.manifest import InputEntry
-from vbdl.artefact.manifest import Inputs as Signature
-from vbdl.artefact.tensors import DTYPES
+from vbdl.artifact.manifest import InputEntry
+from vbdl.artifact.manifest import Inputs as Signature
+from vbdl.artifact.tensors import DTYPES
 from vbdl.serve import arrow, counted, json_schema, npy
 from vbdl.serve.arrays import NUMPY, check_finite, nested, tensor
 from vbdl.serve.counted import LARGE, refuse_twice

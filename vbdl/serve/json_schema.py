@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from vbdl.artefact.manifest import InputEntry
-from vbdl.artefact.manifest import Inputs as Signature
-from vbdl.artefact.tensors import DTYPES
+from vbdl.artifact.manifest import InputEntry
+from vbdl.artifact.manifest import Inputs as Signature
+from vbdl.artifact.tensors import DTYPES
 from vbdl.tabular import Schema
 from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
 

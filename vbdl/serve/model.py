@@ -1,4 +1,4 @@
-"""An artefact as the service needs it: loaded, warmed up, predictions to answers, and what it says of itself."""
+"""An artifact as the service needs it: loaded, warmed up, predictions to answers, and what it says of itself."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vbdl import tabular
-from vbdl.artefact.files import locate, read_whole
-from vbdl.artefact.loading import load
-from vbdl.artefact.manifest import CARD
-from vbdl.artefact.tensors import DTYPES
+from vbdl.artifact.files import locate, read_whole
+from vbdl.artifact.loading import load
+from vbdl.artifact.manifest import CARD
+from vbdl.artifact.tensors import DTYPES
 from vbdl.engine.adaptive import step_size
 from vbdl.serve import json_schema
 from vbdl.serve.bodies import Bodies
@@ -22,7 +22,7 @@ from vbdl.types import Inputs, Prediction
 class Model:
     """A predictor, what its inputs are called, and what its outputs mean.
 
-    settings: of vbdl.load (trust, tiles, device, compile, ...). ValueError for an artefact that does not say what its
+    settings: of vbdl.load (trust, tiles, device, compile, ...). ValueError for an artifact that does not say what its
     inputs look like.
     """
 

@@ -25,7 +25,7 @@ def deployment(
     settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A bound deployment of the artefact, for `serve.run`.
+    """A bound deployment of the artifact, for `serve.run`.
 
     folder: on every machine that may hold a replica. threads: of torch in a replica; 0 leaves the choice to torch.
     settings: of vbdl.load. options: of serve.deployment (num_replicas, autoscaling_config, ray_actor_options, ...).

@@ -77,9 +77,9 @@ def run(server: Server) -> None:
         except SystemExit as error:  # with 3, which means something else here
             raise OSError(f"nothing is served on {server.host}:{server.port}, for the reason above") from error
         return
-    from vbdl.artefact.manifest import read
+    from vbdl.artifact.manifest import read
 
-    read(server.model)  # what is wrong with the artefact is said once, here
+    read(server.model)  # what is wrong with the artifact is said once, here
     os.environ[_WORKER] = json.dumps(dataclasses.asdict(server))
     multiprocess.Process = listening.Worker  # the name that uvicorn makes processes by  # type: ignore[misc]
     options["timeout_worker_healthcheck"] = listening.READY

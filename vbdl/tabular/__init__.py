@@ -1,14 +1,14 @@
 """Tables as inputs of a network: typed columns, missing cells and categories become numbers, predictions become words.
 
 `infer` makes a `Schema` from a table; `Schema.encode(table)` and `Schema.encode_rows(dicts)` make the network's input,
-the same numbers bit for bit; `fit_table` trains, calibrates and evaluates a predictor. An artefact that `fit_table` has
+the same numbers bit for bit; `fit_table` trains, calibrates and evaluates a predictor. An artifact that `fit_table` has
 saved carries its schema: `schema_of(extras)`.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from vbdl import former
 from vbdl.tabular.fitting import Fitted as Fitted
 from vbdl.tabular.fitting import fit_table as fit_table
 from vbdl.tabular.inference import infer as infer
@@ -21,13 +21,9 @@ from vbdl.tabular.schema import Schema as Schema
 
 
 def schema_of(extras: Mapping[str, Any] | None) -> Schema | None:
-    """The schema in the extras of an artefact, or None if its model was not trained on a table."""
+    """The schema in the extras of an artifact, or None if its model was not trained on a table."""
     description = (extras or {}).get(KEY)
     return None if description is None else Schema.from_dict(description)
 
 
-def __getattr__(name: str) -> type[TableOptions]:
-    if name != "Settings":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("vbdl.tabular.Settings is called TableOptions now", DeprecationWarning, stacklevel=2)
-    return TableOptions
+__getattr__ = former.names(__name__, {"Settings": "TableOptions"})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vbdl.calibration.calibrate import calibrate
 from vbdl.calibration.conformal import ConformalSets
-from vbdl.calibration.conformal_intervals import NormalisedIntervals
+from vbdl.calibration.conformal_intervals import NormalizedIntervals
 from vbdl.calibration.std_scaling import StdScaling
 from vbdl.calibration.temperature import Temperature
 from vbdl.data.fingerprint import fingerprints
@@ -105,7 +105,7 @@ def calibrate_by_default(predictor: Predictor, rows: CalibrationRows, coverage: 
         _scale(calibrated, first, seed)
     if halves is not None:
         rest, alpha = rows.take(halves[1]), 1 - coverage
-        method: Any = NormalisedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
+        method: Any = NormalizedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
         calibrated.predictor = calibrate(calibrated.predictor, (rest.x, rest.y), method, allow_overlap=rows.meant)
     return calibrated
 

@@ -7,7 +7,7 @@ import numpy as np
 from vbdl.tabular import dates
 from vbdl.tabular.cells import booleans, combined, counted, days, decoded, floats, is_text, texts, without
 from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
-from vbdl.tabular.numerals import PLAIN, Ambiguous, Mostly, Recognised, Written, code_like, marks, recognise
+from vbdl.tabular.numerals import PLAIN, Ambiguous, Mostly, Recognized, Written, code_like, marks, recognize
 from vbdl.tabular.reading import Reading
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ MIN_ROWS = 5  # of a category with a number of its own
 class ColumnCells:
     """The cells of a column, from which its kind and its numbers are inferred.
 
-    rows: the training rows. decimal: the mark before decimals where a cell allows two. notes: gets what was recognised.
+    rows: the training rows. decimal: the mark before decimals where a cell allows two. notes: gets what was recognized.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ColumnCells:
         if kind in (None, "numeric") and is_text(self.whole.type if kind is None else decoded(self.whole).type):
             found = self._numbers(kind)
             mostly = found if isinstance(found, Mostly) else None
-            kind = "numeric" if isinstance(found, Recognised) else kind
+            kind = "numeric" if isinstance(found, Recognized) else kind
         kind = kind or _kind(self.name, self.whole)
         if kind == "categorical":
             found = self._categorical(mostly)
@@ -61,26 +61,26 @@ class ColumnCells:
         self._say_missing()
         return found
 
-    def _numbers(self, kind: str | None) -> Recognised | Mostly | None:
+    def _numbers(self, kind: str | None) -> Recognized | Mostly | None:
         """How the cells write numbers, or None if they are no numbers. Adds a note about it."""
         counts = counted(without(decoded(self.whole), self.missing))
         try:
-            recognised = recognise(counts, self.name, self.decimal, self.reading.thousands)
+            recognized = recognize(counts, self.name, self.decimal, self.reading.thousands)
         except Ambiguous as error:
             raise ValueError(f"{error}, or --categorical {self.name} or --ignore {self.name}") from error
-        if not isinstance(recognised, Recognised):
-            return recognised
+        if not isinstance(recognized, Recognized):
+            return recognized
         if kind is None and code_like(list(counts)):
             self.notes.append(f"column {self.name!r} has digits behind a zero: codes (--numeric {self.name}: numbers)")
             return None
-        self.written, self.missing = recognised.written, (*self.missing, *recognised.missing)
-        word, number = recognised.example
-        said = f"{word!r} is {number:.12g}" if recognised.written != PLAIN else "as every cell is one"
-        if recognised.missing:
-            words = ", ".join(map(repr, recognised.missing))
-            said += f", {words} {'is' if len(recognised.missing) == 1 else 'are'} missing"
+        self.written, self.missing = recognized.written, (*self.missing, *recognized.missing)
+        word, number = recognized.example
+        said = f"{word!r} is {number:.12g}" if recognized.written != PLAIN else "as every cell is one"
+        if recognized.missing:
+            words = ", ".join(map(repr, recognized.missing))
+            said += f", {words} {'is' if len(recognized.missing) == 1 else 'are'} missing"
         self.notes.append(f"column {self.name!r} is text read as numbers, {said} (--categorical {self.name}: words)")
-        return recognised
+        return recognized
 
     def _read_text(self, kind: str) -> None:
         """Find the order of day and month in a column of dates, and the words for missing cells in one of dates or

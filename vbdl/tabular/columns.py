@@ -56,7 +56,7 @@ class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class _Number(_Column, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """The base of all kinds of numbers. Values are standardised by the training rows' mean and std; a missing cell
+    """The base of all kinds of numbers. Values are standardized by the training rows' mean and std; a missing cell
     becomes their median, and sets an indicator if training had missing cells."""
 
     mean: float

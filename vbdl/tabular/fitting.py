@@ -49,7 +49,7 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Save the predictor as an artefact that holds the schema of the table; `vbdl.load` reads it."""
+        """Save the predictor as an artifact that holds the schema of the table; `vbdl.load` reads it."""
         self.predictor.save(
             folder,
             example=self.schema.example(),
@@ -90,7 +90,7 @@ def fit_table(
 
     data: a path, a pyarrow.Table, a pandas frame or a dict of columns. kinds, ignore, task: see `infer`.
     group, time: columns that say which rows belong together, or follow each other; they are no inputs.
-    reading: how files are read, and what words, marks in numbers and dates mean; the artefact keeps it.
+    reading: how files are read, and what words, marks in numbers and dates mean; the artifact keeps it.
     compile: of the predictor that comes back; predictions of few rows are faster, the first takes some seconds.
 
     Rows without a target are left out. ValueError where the table cannot be used, with the reason.
@@ -127,8 +127,8 @@ def fit_table(
         notes.append(
             f"{len(encoded.rejected)} rows could not be read and were left out, row {int(keep[row])}: {reason}"
         )
-    y, labelled = schema.target.encode(table.column(target))
-    usable = encoded.kept & labelled
+    y, labeled = schema.target.encode(table.column(target))
+    usable = encoded.kept & labeled
     rows = {name: r[usable[r]] for name, r in parts.rows.items()}
     x = {name: encoded.x[r] for name, r in rows.items()}
     targets = {name: y[r] for name, r in rows.items()}

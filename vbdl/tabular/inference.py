@@ -11,7 +11,7 @@ from vbdl.tabular import dates
 from vbdl.tabular.cells import counted, decoded, is_text, without
 from vbdl.tabular.column_inference import ColumnCells
 from vbdl.tabular.columns import Column
-from vbdl.tabular.numerals import Ambiguous, Recognised, recognise
+from vbdl.tabular.numerals import Ambiguous, Recognized, recognize
 from vbdl.tabular.reading import Reading, as_table
 from vbdl.tabular.schema import Schema
 from vbdl.tabular.target import fit_target
@@ -48,7 +48,7 @@ def infer(
     table: a pyarrow.Table. training: the rows whose means, medians and categories are taken; all unless given.
     kinds: column -> numeric, categorical, boolean, date or ignore, in place of what its type says.
     task: classification or regression, in place of what the target's cells say. reading: what words, marks in numbers
-    and dates mean; the schema keeps it. notes: gets what was recognised in text.
+    and dates mean; the schema keeps it. notes: gets what was recognized in text.
 
     Numbers are numeric, and so is text of which every cell is a number; other text and dictionaries are categorical.
     ValueError for dates, lists and other types that no kind is
@@ -94,11 +94,11 @@ def _decimal_of_others(table: "pyarrow.Table", kinds: Mapping[str, str], reading
         if not is_text(column.type) or kinds.get(name, "numeric") != "numeric":
             continue
         try:
-            recognised = recognise(counted(without(column, reading.missing)), name, None, reading.thousands)
+            recognized = recognize(counted(without(column, reading.missing)), name, None, reading.thousands)
         except Ambiguous:
             continue
-        if isinstance(recognised, Recognised) and "," in (recognised.written.decimal, recognised.written.thousands):
-            return recognised.written.decimal
+        if isinstance(recognized, Recognized) and "," in (recognized.written.decimal, recognized.written.thousands):
+            return recognized.written.decimal
     return None
 
 
@@ -106,7 +106,7 @@ def training_table(
     data: object, reading: Reading | None, kinds: Mapping[str, str] | None, notes: list[str]
 ) -> "tuple[pyarrow.Table, Reading]":
     """The table of this data, and how its files were read: with decimal commas where a column of them shows it.
-    notes: gets what was recognised."""
+    notes: gets what was recognized."""
     reading = reading or Reading()
     if reading.date_format is not None:
         dates.check_order(reading.date_format)

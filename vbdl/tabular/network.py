@@ -14,7 +14,7 @@ class TabularNetwork(nn.Module):
     log_variance: a regression that also returns the log-variance of each row, (batch, 2).
     target_mean, target_std: a regression's outputs are this mean plus this std times what the last layer says, so that
         the layers work on numbers of size one and everything after them is in the target's unit. With a likelihood
-        whose noise is learned that is the same training as on standardised targets.
+        whose noise is learned that is the same training as on standardized targets.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Numbers as people write them: 2,612.06 and 2.612,06, 1 234, 50%, € 12, (3.50), with the marks for a missing one.
 
-`recognise` says how the cells of a column are written; the column then reads every cell so, in training and prediction.
+`recognize` says how the cells of a column are written; the column then reads every cell so, in training and prediction.
 """
 
 import re
@@ -76,7 +76,7 @@ def _pattern(decimal: str, thousands: str, unit: str) -> re.Pattern:
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Recognized:
     """A column of numbers: how they are written, and which of its cells are marks for a missing one."""
 
     written: Written
@@ -96,9 +96,9 @@ class Ambiguous(ValueError):
     """Cells that are other numbers in two ways of writing."""
 
 
-def recognise(
+def recognize(
     counts: Mapping[str, int], column: str, decimal: str | None = None, thousands: str | None = None
-) -> Recognised | Mostly | None:
+) -> Recognized | Mostly | None:
     """How these cells (and how often each is there) write numbers; None where they are no numbers.
 
     decimal: the mark that is given, or that other columns have: cells that it fits are read so. thousands: the only
@@ -137,7 +137,7 @@ def recognise(
     shown = next((w for w in rest if not _bare(w)), rest[0])
     value = fits[0].number(shown)
     assert value is not None
-    return Recognised(fits[0], missing, (shown, value))
+    return Recognized(fits[0], missing, (shown, value))
 
 
 _BESIDE = re.compile(rf"[+\-\u2212({_SPACES}]*(?P<before>[^\d+\-\u2212(){_SPACES}]*?)[+\-\u2212({_SPACES}]*[.,]?\d")

@@ -13,7 +13,7 @@ from vbdl.data.fingerprint import fingerprints
 from vbdl.data.splitting import DEFAULT_SHARES, split
 from vbdl.tabular import dates
 from vbdl.tabular.cells import decoded, is_text, texts, without
-from vbdl.tabular.numerals import Recognised, recognise
+from vbdl.tabular.numerals import Recognized, recognize
 from vbdl.tabular.reading import ArrowColumn, Reading, compute
 
 if TYPE_CHECKING:
@@ -177,8 +177,8 @@ def _said(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarr
     coded = words.dictionary_encode()
     different = coded.dictionary.to_pylist()
     order, said = reading.date_format, ""
-    numbers = recognise(dict.fromkeys(different, 1), name, reading.decimal, reading.thousands)
-    if order is None and isinstance(numbers, Recognised) and not numbers.missing:
+    numbers = recognize(dict.fromkeys(different, 1), name, reading.decimal, reading.thousands)
+    if order is None and isinstance(numbers, Recognized) and not numbers.missing:
         values = [numbers.written.number(w) for w in different]
         return np.array(values, np.float64)[coded.indices.to_numpy(zero_copy_only=False)], ", as numbers"
     try:

@@ -184,7 +184,7 @@ _ENCODINGS = "--encoding latin-1, cp1252 or another says what it is, or save the
 
 
 def read_table(path: str | Path, reading: Reading | None = None, notes: list[str] | None = None) -> "pyarrow.Table":
-    """The table in this file, or in all files of this folder one after the other. notes: gets what was recognised."""
+    """The table in this file, or in all files of this folder one after the other. notes: gets what was recognized."""
     pa = arrow()
     tables = [_read_file(file, reading, notes) for file in files_of(path)]
     if len(tables) == 1:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from vbdl import calibration
-from vbdl.artefact.loading import load
-from vbdl.artefact.manifest import Architecture, Dropout, Ensemble, MeanField, Reference
+from vbdl.artifact.loading import load
+from vbdl.artifact.manifest import Architecture, Dropout, Ensemble, MeanField, Reference
 from vbdl.calibration.calibrate import calibrate
 from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations
 from vbdl.data.fingerprint import fingerprints
@@ -17,7 +17,7 @@ from vbdl.engine.predictor import Predictor
 from vbdl.tabular.calibrating import CalibrationRows
 from vbdl.tabular.evaluation import evaluate
 from vbdl.tabular.fitting import ARCHITECTURE
-from vbdl.tabular.labelled import Labelled, labelled
+from vbdl.tabular.labeled import Labeled, labeled
 from vbdl.types import Calibrator, Likelihood
 
 METHODS: dict[str, Callable[[float], Calibrator]] = {
@@ -29,7 +29,7 @@ METHODS: dict[str, Callable[[float], Calibrator]] = {
     "std-scaling": lambda alpha: calibration.StdScaling(),
     "cdf": lambda alpha: calibration.CDFRecalibration(),
     "sets": lambda alpha: calibration.ConformalSets(alpha),
-    "intervals": lambda alpha: calibration.NormalisedIntervals(alpha),
+    "intervals": lambda alpha: calibration.NormalizedIntervals(alpha),
 }
 
 
@@ -52,7 +52,7 @@ def recalibrate(
     if Path(out).resolve() == Path(model).resolve():
         raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
     predictor = load(model, trust=trust, compile=False)
-    rows = labelled(predictor, data, allow_calibration_rows=True)
+    rows = labeled(predictor, data, allow_calibration_rows=True)
     start = predictor if add else _uncalibrated(predictor)
     made = calibrate(start, (rows.x, rows.y), METHODS[method](1 - coverage))
     before = evaluate(predictor, rows.x, rows.y, rows.schema.target)
@@ -81,7 +81,7 @@ def recalibrate(
     return "\n".join([*(f"note: {n}" for n in rows.notes), *lines, f"saved to {out}"])
 
 
-def _held_out(predictor: Predictor, start: Predictor, rows: Labelled, make: Callable[[float], Calibrator]) -> list[str]:
+def _held_out(predictor: Predictor, start: Predictor, rows: Labeled, make: Callable[[float], Calibrator]) -> list[str]:
     """NLL before, and after calibrations that are each fitted without the rows they are scored on, in words."""
     together = fingerprints(rows.x).unique(return_inverse=True)[1]
     available = CalibrationRows(rows.x, rows.y, together, meant=True)

@@ -6,7 +6,7 @@
     encoded.x                                # (rows, features) float32, what the network is called with
     encoded.rejected                         # {row: reason}; these rows of x hold zeros and mean nothing
     schema.tensor(rows_or_table)             # the same, ValueError where any row is rejected
-    schema.to_dict(), Schema.from_dict(d)    # JSON, stored in the artefact under "table"
+    schema.to_dict(), Schema.from_dict(d)    # JSON, stored in the artifact under "table"
 
 Both ways give the same numbers bit for bit.
 """
@@ -26,7 +26,7 @@ from vbdl.tabular.reading import NULLS, Reading, as_table
 from vbdl.tabular.target import Target
 
 FORMAT = 1
-KEY = "table"  # where an artefact keeps it
+KEY = "table"  # where an artifact keeps it
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from vbdl.likelihoods.centered import is_far
 from vbdl.likelihoods.normal_mixture import check_spread
 from vbdl.tabular.cells import decoded, floats, is_text, text, texts, without
-from vbdl.tabular.numerals import PLAIN, Recognised, Written, recognise
+from vbdl.tabular.numerals import PLAIN, Recognized, Written, recognize
 from vbdl.tabular.reading import NULLS, ArrowColumn, Reading, compute
 
 MAX_CLASSES = 1000
@@ -20,7 +20,7 @@ _FEW = 10  # whole numbers with no more different values than this are taken for
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """classes: names in the order of the network's outputs, or None for a number, which is standardised inside the
+    """classes: names in the order of the network's outputs, or None for a number, which is standardized inside the
     network by the training rows' mean and std: predictions are in the target's own unit.
 
     labels: what kind of value a class is in files: "text", "integer" or "boolean". missing: words that mean that a row
@@ -99,15 +99,15 @@ def has_target(column: ArrowColumn, missing: Sequence[str] = ()) -> np.ndarray:
     return ~compute().is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
-def as_numbers(column: ArrowColumn, name: str, reading: Reading | None = None) -> Recognised | None:
+def as_numbers(column: ArrowColumn, name: str, reading: Reading | None = None) -> Recognized | None:
     """How a column of text writes numbers, or None if it holds other text."""
     reading = reading or Reading()
     words = without(decoded(column), reading.missing)
     counts = {
         str(e["values"]): e["counts"] for e in compute().value_counts(words).to_pylist() if e["values"] is not None
     }
-    recognised = recognise(counts, name, reading.decimal, reading.thousands)
-    return recognised if isinstance(recognised, Recognised) else None
+    recognized = recognize(counts, name, reading.decimal, reading.thousands)
+    return recognized if isinstance(recognized, Recognized) else None
 
 
 def decide(column: ArrowColumn, name: str, task: str | None = None, reading: Reading | None = None) -> tuple[str, str]:
@@ -124,13 +124,13 @@ def decide(column: ArrowColumn, name: str, task: str | None = None, reading: Rea
     word = is_text(kind) or pa.types.is_boolean(kind)
     if not (number or word):
         raise ValueError(f"the target {name!r} holds {kind}: a target is a number, text or true and false")
-    recognised = as_numbers(column, name, reading) if is_text(kind) and task != "classification" else None
-    if task == "regression" and not number and recognised is None:
+    recognized = as_numbers(column, name, reading) if is_text(kind) and task != "classification" else None
+    if task == "regression" and not number and recognized is None:
         raise ValueError(f"the target {name!r} holds {kind}, which has no mean: it can only be classified")
     if task is not None:
         return task, "as asked"
-    if recognised is not None and not categories and _amounts(column, recognised, reading):
-        shown, value = recognised.example
+    if recognized is not None and not categories and _amounts(column, recognized, reading):
+        shown, value = recognized.example
         return "regression", f"it holds text that is numbers, {shown!r} is {value:.12g}"
     if is_text(kind) and not categories:
         _check_words(column, name, reading)
@@ -171,13 +171,13 @@ def _is_number(word: str) -> bool:
         return False
 
 
-def _amounts(column: ArrowColumn, recognised: Recognised, reading: Reading | None) -> bool:
+def _amounts(column: ArrowColumn, recognized: Recognized, reading: Reading | None) -> bool:
     """Whether numbers in text are amounts, and not names of classes, which may be digits too."""
-    missing = [*(reading or Reading()).missing, *recognised.missing]
-    values = np.unique(floats(column, "", missing, recognised.written)[0])
+    missing = [*(reading or Reading()).missing, *recognized.missing]
+    values = np.unique(floats(column, "", missing, recognized.written)[0])
     values = values[~np.isnan(values)]
     whole = bool((values == np.round(values)).all())
-    return len(values) > _FEW and (recognised.written != PLAIN or not whole)
+    return len(values) > _FEW and (recognized.written != PLAIN or not whole)
 
 
 def fit_target(
@@ -191,9 +191,9 @@ def fit_target(
     column = decoded(column)
     kind = column.type
     if task == "regression":
-        recognised = as_numbers(column, name, reading) if is_text(kind) else None
-        written = None if recognised is None else recognised.written
-        missing = missing if recognised is None else (*missing, *recognised.missing)
+        recognized = as_numbers(column, name, reading) if is_text(kind) else None
+        written = None if recognized is None else recognized.written
+        missing = missing if recognized is None else (*missing, *recognized.missing)
         values, _, _ = floats(column, name, missing, written)
         values = values[training]
         values = values[np.isfinite(values)]

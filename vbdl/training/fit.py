@@ -1,7 +1,7 @@
 """Training: every posterior by its own loss, all members of an ensemble in one stacked step.
 
 The step (forward, backward, and the changes of buffers) is traced once a batch shape and compiled like a prediction.
-Members share nothing but the step: each has its initialisation, its order of the data, its gradient norm and its
+Members share nothing but the step: each has its initialization, its order of the data, its gradient norm and its
 early stopping, so that the result is that of training them one by one, to float rounding.
 """
 

@@ -154,7 +154,7 @@ class TrainingRun:
             lr = self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"the loss of member {bad[0]} became {means[bad[0]]} in epoch {epoch} (learning rate {lr:g}): "
-                f"standardise inputs and targets, lower lr, or set clip_norm"
+                f"standardize inputs and targets, lower lr, or set clip_norm"
             )
         self.history.train_loss.append(means)
 

@@ -1,4 +1,4 @@
-"""Arrays into a Task: splits drawn, each standardised by its own training part."""
+"""Arrays into a Task: splits drawn, each standardized by its own training part."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def regression(
     for own in order:
         train = own[:n_train]
         centre, scale = y[train].mean(), y[train].std()
-        inputs.append(_standardised(x, own, train))
+        inputs.append(_standardized(x, own, train))
         targets.append((y[own] - centre) / scale)
         centres.append(float(centre))
         scales.append(float(scale))
@@ -54,7 +54,7 @@ def classification(
 
     Out of distribution: the test rows with every feature shuffled on its own, each value likely, their combination not.
     """
-    inputs = torch.from_numpy(np.stack([_standardised(x, own, own[:n_train]) for own in order])).float()
+    inputs = torch.from_numpy(np.stack([_standardized(x, own, own[:n_train]) for own in order])).float()
     targets = torch.from_numpy(np.stack([y[own] for own in order])).to(torch.int64)
     test = inputs[:, n_train:]
     return Task(
@@ -92,7 +92,7 @@ def shuffled(test: Tensor) -> Tensor:
     return mixed
 
 
-def _standardised(x: np.ndarray, order: np.ndarray, train: np.ndarray) -> np.ndarray:
+def _standardized(x: np.ndarray, order: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Rows in this order. A column constant in the training part (naval has two) is divided by 1."""
     mean, std = x[train].mean(0), x[train].std(0)
     return (x[order] - mean) / np.where(std < 1e-12, 1.0, std)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from vbdl.compiling.rewrite.compact import compact
 from vbdl.compiling.rewrite.fused import fuse
-from vbdl.compiling.rewrite.local import reparameterise
+from vbdl.compiling.rewrite.local import reparameterize
 
 _MANY_ROWS = 128  # from here on one product with kept weights beats two for mean and variance
 
@@ -42,7 +42,7 @@ def rewrite(
     said = []
     if not joint:
         hidden = largest_tile < _MANY_ROWS
-        if done := reparameterise(traced, kinds, rows, hidden):
+        if done := reparameterize(traced, kinds, rows, hidden):
             said.append(
                 f"{len(done)} mean-field layers draw their outputs, not their weights: the same distribution of every "
                 f"row; joint=True draws weights"

@@ -2,7 +2,7 @@
 
     ensemble_mlp, bayesian_mlp      a small network in one kernel, its weights read or drawn there (`networks.py`)
     sampled_linear                  a linear layer whose weights exist only inside its product
-    local_reparameterised_linear    both products of the local reparameterisation from one read of the input
+    local_reparameterized_linear    both products of the local reparameterization from one read of the input
     masked_linear                   dropout of what all draws share, its mask made in the product after it
     sample_weights                  a parameter's noise, scale and shift in one pass, where the weights are wanted
 
@@ -27,7 +27,7 @@ _WORDS = {
     "ensemble_mlp": "small networks run in one kernel, their weights read there",
     "bayesian_mlp": "small networks run in one kernel, their weights drawn there",
     "sampled_linear": "linear layers draw their weights inside the product",
-    "local_reparameterised_linear": "layers that draw their outputs do so in one kernel",
+    "local_reparameterized_linear": "layers that draw their outputs do so in one kernel",
     "masked_linear": "linear layers make the masks of their input inside the product",
     "sample_weights": "parameters are drawn in one pass",
 }
@@ -51,7 +51,7 @@ def fuse(traced: fx.GraphModule, *, n_samples: int, budget: int) -> list[str]:
             elif _masked(graph, node, n_samples):
                 count["masked_linear"] += 1
         elif node.target is local_linear and _on_accelerator(node.args[1]) and _local(graph, node):
-            count["local_reparameterised_linear"] += 1
+            count["local_reparameterized_linear"] += 1
     for node in list(graph.nodes):
         if node.target is _aten.add.Tensor and _on_accelerator(node) and _sampled(graph, node):
             count["sample_weights"] += 1
@@ -145,7 +145,7 @@ def _mask_of(node: Any) -> tuple[fx.Node, int, float] | None:
 
 
 def _local(graph: fx.Graph, node: fx.Node) -> bool:
-    """The local reparameterisation in one kernel, a bias that is not drawn and added after it included."""
+    """The local reparameterization in one kernel, a bias that is not drawn and added after it included."""
     x, mean, std, bias_mean, bias_std, key, layer = node.args
     dtype, outputs = _value(x).dtype, _value(mean).shape[0]
     if dtype not in _DTYPES:
@@ -156,7 +156,7 @@ def _local(graph: fx.Graph, node: fx.Node) -> bool:
         last, bias_mean = user, added
     with graph.inserting_before(last):
         cast = [None if t is None else _cast(graph, t, dtype) for t in (mean, std, bias_mean, bias_std)]
-        y = graph.call_function(_ops.local_reparameterised_linear.default, (x, *cast, key, layer, ""))
+        y = graph.call_function(_ops.local_reparameterized_linear.default, (x, *cast, key, layer, ""))
     _replace(graph, last, y)
     if last is not node:
         graph.erase_node(node)

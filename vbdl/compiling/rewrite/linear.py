@@ -1,4 +1,4 @@
-"""Linear layers as one operation of the traced graph, so that what surrounds them can be recognised and rewritten.
+"""Linear layers as one operation of the traced graph, so that what surrounds them can be recognized and rewritten.
 
 Traced as torch has it, a linear layer under vmap becomes views, expansions and one of several products, by what of it
 is stacked. Here it stays `stacked_linear` until all rewrites are done, and is then lowered to the product that is

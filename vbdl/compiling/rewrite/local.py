@@ -1,4 +1,4 @@
-"""Local reparameterisation: the outputs of a mean-field layer are drawn, not its weights.
+"""Local reparameterization: the outputs of a mean-field layer are drawn, not its weights.
 
     y[s, b, o] = m[b, o] + sqrt(v[b, o]) noise[s, o],   m = x mean^T + bias_mean,   v = x^2 (std^2)^T + bias_std^2
 
@@ -44,7 +44,7 @@ def local_linear(
     return m + v.sqrt() * normal(key, layer, ACTIVATION, 1, mean.shape[0]).to(x.dtype)
 
 
-def reparameterise(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: bool) -> list[str]:
+def reparameterize(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: bool) -> list[str]:
     """Rewrite in place every mean-field layer that it is exact for; with hidden=False only those whose input no draw
     reaches, where it costs two products for all draws. Returns the names of what was rewritten."""
     region, done = dependence(traced, kinds), []

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 # the rules enter themselves
-from vbdl.engine.moments import activation, arithmetic, linear, normalisation, pooling, shape, sources  # noqa: F401
+from vbdl.engine.moments import activation, arithmetic, linear, normalization, pooling, shape, sources  # noqa: F401
 from vbdl.engine.moments.value import RULES, is_random
 
 _SOURCES = {"words": sources.words, "normal": sources.normal}

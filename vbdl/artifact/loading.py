@@ -10,13 +10,13 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 from vbdl_kernels import CONTRACT
 
-from vbdl.artefact import modules, networks, posteriors
-from vbdl.artefact.files import locate, read_whole
-from vbdl.artefact.manifest import (
+from vbdl.artifact import modules, networks, posteriors
+from vbdl.artifact.files import locate, read_whole
+from vbdl.artifact.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     TENSORS,
-    ArtefactError,
+    ArtifactError,
     Ensemble,
     Layers,
     Manifest,
@@ -25,8 +25,8 @@ from vbdl.artefact.manifest import (
     Registered,
     decode,
 )
-from vbdl.artefact.saving import TRAINING_ROWS
-from vbdl.artefact.tensors import DTYPES, read_share, read_tensors
+from vbdl.artifact.saving import TRAINING_ROWS
+from vbdl.artifact.tensors import DTYPES, read_share, read_tensors
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
 from vbdl.types import Likelihood
@@ -41,33 +41,33 @@ def load(
 ) -> Predictor:
     """The predictor that `Predictor.save` wrote: same draws, same numbers.
 
-    module: the network (or one for each architecture of an ensemble), where the artefact does not describe it; its
+    module: the network (or one for each architecture of an ensemble), where the artifact does not describe it; its
         weights are of no importance.
-    trust: packages that an artefact may import its network from, and classes that were registered (`vbdl.register`).
+    trust: packages that an artifact may import its network from, and classes that were registered (`vbdl.register`).
         Importing runs code: name only your own.
     settings: other settings of Predictor than those saved (compile, device, n_samples, seed, tiles, ...);
         batch_invariant=True replaces tiles that nobody chose by one size, so that a row has the same bits in any batch.
 
     `manifest` of the predictor is what was read beside the tensors, with `extras`, `metrics` and `inputs`.
-    Raises ArtefactError (a ValueError) for what is damaged, hostile, of a newer format or no artefact, with the
-    reason; nothing of the artefact has been executed then.
+    Raises ArtifactError (a ValueError) for what is damaged, hostile, of a newer format or no artifact, with the
+    reason; nothing of the artifact has been executed then.
     """
     folder = Path(folder)
     for _ in range(_READINGS):
         this = _identity(folder)
         try:
             return load_files(locate(folder), module=module, trust=trust, **settings)
-        except ArtefactError:
+        except ArtifactError:
             if _identity(folder) == this:
                 raise
-    raise ArtefactError(f"{folder} was replaced {_READINGS} times while it was read")
+    raise ArtifactError(f"{folder} was replaced {_READINGS} times while it was read")
 
 
 _READINGS = 50  # a busy machine may be slower in reading than another process in replacing
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Other numbers where another artefact has taken this one's place: the number alone is used again."""
+    """Other numbers where another artifact has taken this one's place: the number alone is used again."""
     try:
         found = folder.stat()
     except OSError:
@@ -86,18 +86,18 @@ def load_files(
     networks.Maker(module, trust)  # what the caller got wrong is no fault of the files
     try:
         found = read_parts(files, module=module, trust=trust)
-    except (ArtefactError, OSError, ModuleNotFoundError):
+    except (ArtifactError, OSError, ModuleNotFoundError):
         raise
     except Exception as error:  # damage shows itself in many ways
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ArtefactError(f"the artefact cannot be read: {said}") from error
+        raise ArtifactError(f"the artifact cannot be read: {said}") from error
     chosen = {**found.settings, **settings}
     if chosen.pop("batch_invariant", False) and chosen["tiles"] == DEFAULT_TILES:
         chosen["tiles"] = INVARIANT_TILES
     try:
         predictor = Predictor(found.posterior, found.likelihood, **chosen)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ArtefactError(f"the settings of the artefact do not fit: {error}") from error
+        raise ArtifactError(f"the settings of the artifact do not fit: {error}") from error
     predictor.manifest = found.manifest
     return predictor
 
@@ -120,15 +120,15 @@ def read_parts(
     trust: Sequence[str] = (),
     share: Callable[[Manifest], range] | None = None,
 ) -> Parts:
-    """An artefact, checked, as what a predictor is made of.
+    """An artifact, checked, as what a predictor is made of.
 
     share: which members of a plain ensemble to load; the others are not in memory at any time. Other posteriors are
     loaded whole.
     """
     whole = decode(read_whole(files[MANIFEST], MAX_MANIFEST_BYTES))
     if whole.versions.noise != CONTRACT:
-        raise ArtefactError(
-            f"the artefact draws by counters of version {whole.versions.noise}, this vbdl by {CONTRACT}: its "
+        raise ArtifactError(
+            f"the artifact draws by counters of version {whole.versions.noise}, this vbdl by {CONTRACT}: its "
             f"numbers would be others. Load it with the vbdl that wrote it ({whole.versions.vbdl[:40]})"
         )
     own = share(whole) if share is not None and _is_plain_ensemble(whole.posterior) else None
@@ -148,10 +148,10 @@ def read_parts(
     seen = tensors.get(TRAINING_ROWS)
     if seen is not None:
         if seen.dtype != torch.int64 or seen.ndim != 1 or len(seen) != manifest.training_rows:
-            raise ArtefactError("the fingerprints of the training rows are not one int64 a row")
+            raise ArtifactError("the fingerprints of the training rows are not one int64 a row")
         posterior.training_rows = seen
     elif manifest.training_rows:
-        raise ArtefactError("the fingerprints of the training rows are missing")
+        raise ArtifactError("the fingerprints of the training rows are missing")
     likelihood = _likelihood(manifest, tensors, trust)
     given = manifest.settings
     saved = {
@@ -188,7 +188,7 @@ def _of_members(manifest: Manifest, own: range) -> Manifest:
     for name, entry in tensors.items():
         if name.startswith(_STACKED):
             if entry.shape[:1] != [group.count]:
-                raise ArtefactError(f"{name[:120]!r} has shape {entry.shape} and there are {group.count} members")
+                raise ArtifactError(f"{name[:120]!r} has shape {entry.shape} and there are {group.count} members")
             tensors[name] = replace(entry, shape=[len(own), *entry.shape[1:]])
     members = [replace(group, count=len(own))]
     return replace(manifest, posterior=replace(manifest.posterior, members=members), tensors=tensors)
@@ -207,17 +207,17 @@ def _posterior(manifest: Manifest, module: Any, trust: Sequence[str]) -> Any:
     maker = networks.Maker(module, trust)
     try:
         return posteriors.build(manifest.posterior, maker.make, trust)
-    except ArtefactError:
+    except ArtifactError:
         raise
     except Exception as error:  # networks and posteriors refuse nonsense in many ways
-        raise ArtefactError(f"the posterior cannot be made as described: {error}") from error
+        raise ArtifactError(f"the posterior cannot be made as described: {error}") from error
 
 
 def _check_shapes(posterior: nn.Module, stated: Mapping[str, tuple[int, ...]]) -> None:
     own = {n: tuple(t.shape) for n, t in _untied(posterior).items()}
     for name in [*own, *stated]:
         if own.get(name) != stated.get(name):
-            raise ArtefactError(
+            raise ArtifactError(
                 f"the posterior described has {name[:120]!r} of shape {own.get(name)}, the file {stated.get(name)}"
             )
 
@@ -240,35 +240,36 @@ def _fill(posterior: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, own in _untied(posterior).items():
         t = tensors[name]
         if t.is_floating_point() != own.is_floating_point() or (not t.is_floating_point() and t.dtype != own.dtype):
-            raise ArtefactError(f"{name} is {t.dtype} in the file, and {own.dtype} in the posterior described")
+            raise ArtifactError(f"{name} is {t.dtype} in the file, and {own.dtype} in the posterior described")
         if t.is_floating_point() and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())
-            raise ArtefactError(f"{bad} of {t.numel()} numbers of {name} are not finite: this is no trained posterior")
+            raise ArtifactError(f"{bad} of {t.numel()} numbers of {name} are not finite: this is no trained posterior")
         own.data = t.clone()  # in memory of its own, aligned as torch aligns
 
 
 def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor], trust: Sequence[str]) -> Any:
     own = {n.removeprefix("likelihood."): t for n, t in tensors.items() if n.startswith("likelihood.")}
     if len(own) + sum(n.startswith("posterior.") for n in tensors) + (TRAINING_ROWS in tensors) != len(tensors):
-        raise ArtefactError("the file holds tensors that are neither of the posterior nor of the likelihood")
+        raise ArtifactError("the file holds tensors that are neither of the posterior nor of the likelihood")
     for name, t in own.items():
         if t.is_floating_point() and bool(t.isnan().any()):
-            raise ArtefactError(f"likelihood.{name} holds NaN")
+            raise ArtifactError(f"likelihood.{name} holds NaN")
     try:
-        likelihood = modules.rebuild(manifest.likelihood, own, trust)
+        described = modules.with_names_of_today(manifest.likelihood)
+        likelihood = modules.rebuild(described, own, trust)
         if {n: tuple(t.shape) for n, t in likelihood.state_dict().items()} != {
             n: tuple(t.shape) for n, t in own.items()
         }:
-            raise ArtefactError("the likelihood described has other tensors than the file")
+            raise ArtifactError("the likelihood described has other tensors than the file")
         again = modules.describe(likelihood)
-    except ArtefactError:
+    except ArtifactError:
         raise
     except Exception as error:  # constructors refuse nonsense in many ways
-        raise ArtefactError(f"the likelihood cannot be made as described: {error}") from error
-    if again != manifest.likelihood:
-        raise ArtefactError("the likelihood described is not what its classes make of it")
+        raise ArtifactError(f"the likelihood cannot be made as described: {error}") from error
+    if again != described:
+        raise ArtifactError("the likelihood described is not what its classes make of it")
     if not isinstance(likelihood, Likelihood):
-        raise ArtefactError(f"a {type(likelihood).__name__} is not a likelihood")
+        raise ArtifactError(f"a {type(likelihood).__name__} is not a likelihood")
     return likelihood
 
 
@@ -276,5 +277,5 @@ def _dtype(code: str | None) -> torch.dtype | None:
     if code is None:
         return None
     if code not in DTYPES or not DTYPES[code].is_floating_point:
-        raise ArtefactError(f"autocast names {code[:40]!r}, which is no floating-point dtype")
+        raise ArtifactError(f"autocast names {code[:40]!r}, which is no floating-point dtype")
     return DTYPES[code]

@@ -1,4 +1,4 @@
-"""Saving a predictor as an artefact: `vbdl.save`."""
+"""Saving a predictor as an artifact: `vbdl.save`."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from vbdl_kernels import CONTRACT
 
 import vbdl
-from vbdl.artefact import modules, networks, posteriors
-from vbdl.artefact.card import card
-from vbdl.artefact.files import locate, write_folder
-from vbdl.artefact.manifest import (
+from vbdl.artifact import modules, networks, posteriors
+from vbdl.artifact.card import card
+from vbdl.artifact.files import locate, write_folder
+from vbdl.artifact.manifest import (
     CARD,
     FORMAT,
     MANIFEST,
@@ -30,7 +30,7 @@ from vbdl.artefact.manifest import (
     check_json,
     encode,
 )
-from vbdl.artefact.tensors import CODES, entries, to_bytes
+from vbdl.artifact.tensors import CODES, entries, to_bytes
 from vbdl.calling.inputs import TENSOR, Container
 from vbdl.engine.predictor import Predictor
 
@@ -58,7 +58,7 @@ def save(
     architecture: "module:name" of what makes the network, called with `arguments`. Networks of torch.nn's own layers
         describe themselves. Another without this is saved too, and `load` then asks for module=. For an ensemble
         of several architectures one of each, None where it describes itself.
-    overwrite: replace an artefact that is there.
+    overwrite: replace an artifact that is there.
 
     The folder appears whole or not at all. Raises ValueError where a tensor is not finite or something cannot be
     stored, FileExistsError where the folder is not empty.
@@ -80,10 +80,10 @@ def contents(
     architecture: str | Sequence[str | None] | None = None,
     arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, bytes]:
-    """The files of the artefact by name, not written yet; arguments as for `save`."""
+    """The files of the artifact by name, not written yet; arguments as for `save`."""
     if predictor.estimator != "sampling":
         raise ValueError(
-            "an artefact predicts by sampling: save replace(estimator='sampling'), and after loading take "
+            "an artifact predicts by sampling: save replace(estimator='sampling'), and after loading take "
             "replace(estimator='moments')"
         )
     before = predictor.manifest
@@ -126,7 +126,7 @@ def contents(
 
 
 def _describe(posterior: Any, architecture: Any, arguments: Any, known: Sequence[Architecture | None]) -> Any:
-    """known: how the artefact that the posterior was loaded from makes the network of each part, or None."""
+    """known: how the artifact that the posterior was loaded from makes the network of each part, or None."""
     if not (architecture is None or isinstance(architecture, Sequence)):
         raise TypeError(f'architecture is the "module:name" of what makes the network, got {architecture!r}')
     targets = [architecture] if architecture is None or isinstance(architecture, str) else list(architecture)
@@ -179,7 +179,7 @@ def _settings(predictor: Predictor) -> Settings:
 
 
 def inputs_of(predictor: Predictor, example: Any) -> Inputs | None:
-    """What rows look like, from the example, from what was predicted, or from the artefact it was loaded from."""
+    """What rows look like, from the example, from what was predicted, or from the artifact it was loaded from."""
     if example is not None:
         flat = predictor.check(example)
         structure, rows = flat.structure, [(tuple(t.shape), t.dtype) for t in flat.tensors]

@@ -1,4 +1,4 @@
-"""The tensors of an artefact: one safetensors file, every name and size of it checked before a byte of data is read."""
+"""The tensors of an artifact: one safetensors file, every name and size of it checked before a byte of data is read."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor
 
-from vbdl.artefact.files import open_regular
-from vbdl.artefact.manifest import MAX_AXES, MAX_TENSORS, TENSORS, ArtefactError, Manifest, TensorEntry, strict_object
+from vbdl.artifact.files import open_regular
+from vbdl.artifact.manifest import MAX_AXES, MAX_TENSORS, TENSORS, ArtifactError, Manifest, TensorEntry, strict_object
 
 MAX_HEADER_BYTES = 4 * 2**20
 
@@ -39,9 +39,9 @@ def entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
     """What the manifest says of these tensors."""
     for name, t in tensors.items():
         if t.dtype not in CODES:
-            raise ValueError(f"{name} is {t.dtype}, which an artefact does not hold; it holds {sorted(DTYPES)}")
+            raise ValueError(f"{name} is {t.dtype}, which an artifact does not hold; it holds {sorted(DTYPES)}")
     if len(tensors) > MAX_TENSORS:
-        raise ValueError(f"there are {len(tensors)} tensors, an artefact holds {MAX_TENSORS}")
+        raise ValueError(f"there are {len(tensors)} tensors, an artifact holds {MAX_TENSORS}")
     return {n: TensorEntry(CODES[t.dtype], list(t.shape)) for n, t in tensors.items()}
 
 
@@ -51,7 +51,7 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors, which are exactly those of the manifest; ArtefactError otherwise.
+    """The tensors, which are exactly those of the manifest; ArtifactError otherwise.
 
     The file is read into memory and not mapped: one that is cut short while it is mapped ends the process.
     """
@@ -62,11 +62,11 @@ def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     try:
         return parse_tensors(data)
     except SafetensorError as error:
-        raise ArtefactError(f"{TENSORS} cannot be read: {error}") from None
+        raise ArtifactError(f"{TENSORS} cannot be read: {error}") from None
 
 
 def read_share(path: Path, manifest: Manifest, prefix: str, own: range) -> dict[str, Tensor]:
-    """The tensors, of those whose names begin with `prefix` only the entries `own` of the first axis; ArtefactError as
+    """The tensors, of those whose names begin with `prefix` only the entries `own` of the first axis; ArtifactError as
     for all. The file is read to its end for its digest, in memory of what is returned."""
     found: dict[str, Tensor] = {}
     with _opened(path, manifest) as (file, start, header):
@@ -102,13 +102,13 @@ def _opened(path: Path, manifest: Manifest) -> Iterator[tuple[BinaryIO, bytes, d
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         if size != manifest.file_bytes:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{TENSORS} has {size} bytes, the manifest says {manifest.file_bytes}: it was cut short or exchanged"
             )
         prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
-            raise ArtefactError(
+            raise ArtifactError(
                 f"the header of {TENSORS} says that it has {header_bytes} bytes; at most {MAX_HEADER_BYTES} and no "
                 f"more than the file are taken"
             )
@@ -118,12 +118,12 @@ def _opened(path: Path, manifest: Manifest) -> Iterator[tuple[BinaryIO, bytes, d
 
 def _check_end(file: BinaryIO, read: int, manifest: Manifest) -> None:
     if read != manifest.file_bytes or file.read(1):
-        raise ArtefactError(f"{TENSORS} changed while it was read")
+        raise ArtifactError(f"{TENSORS} changed while it was read")
 
 
 def _check_digest(digest: Any, manifest: Manifest) -> None:
     if digest.hexdigest() != manifest.file_sha256:
-        raise ArtefactError(f"the bytes of {TENSORS} are not those the manifest was written for: damaged or exchanged")
+        raise ArtifactError(f"the bytes of {TENSORS} are not those the manifest was written for: damaged or exchanged")
 
 
 def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> dict[str, Any]:
@@ -131,50 +131,50 @@ def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes
     overlaps."""
     try:
         found = json.loads(header.decode("utf-8"), object_pairs_hook=strict_object)
-    except ArtefactError as error:
-        raise ArtefactError(f"header of {TENSORS}: {error}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"header of {TENSORS}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"the header of {TENSORS} is not JSON: {error}") from None
+        raise ArtifactError(f"the header of {TENSORS} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ArtefactError(f"the header of {TENSORS} is not an object of JSON")
+        raise ArtifactError(f"the header of {TENSORS} is not an object of JSON")
     found.pop("__metadata__", None)
     if len(found) > MAX_TENSORS:
-        raise ArtefactError(f"{TENSORS} names {len(found)} tensors, more than {MAX_TENSORS}")
+        raise ArtifactError(f"{TENSORS} names {len(found)} tensors, more than {MAX_TENSORS}")
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())
-        raise ArtefactError(
+        raise ArtifactError(
             f"the tensors of {TENSORS} are not those of the manifest: {ascii(odd[0][:80])} is in one of them only"
         )
     spans = []
     for name, entry in found.items():
         stated = expected[name]
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ArtefactError(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
+            raise ArtifactError(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
         if entry["dtype"] not in DTYPES or entry["dtype"] != stated.dtype:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"tensor {name[:80]!r} is {str(entry['dtype'])[:20]}, the manifest says {stated.dtype[:20]}; "
-                f"an artefact holds {sorted(DTYPES)}"
+                f"an artifact holds {sorted(DTYPES)}"
             )
         if entry["shape"] != stated.shape or len(stated.shape) > MAX_AXES:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"tensor {name[:80]!r} has shape {str(entry['shape'])[:80]}, the manifest says {stated.shape}"
             )
         span = entry["data_offsets"]
         if not (isinstance(span, list) and len(span) == 2 and all(type(o) is int for o in span)):
-            raise ArtefactError(f"tensor {name[:80]!r} has no offsets")
+            raise ArtifactError(f"tensor {name[:80]!r} has no offsets")
         needed = math.prod(stated.shape) * DTYPES[stated.dtype].itemsize
         if span[1] - span[0] != needed:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"tensor {name[:80]!r} of shape {stated.shape} needs {needed} bytes and has {span[1] - span[0]}"
             )
         if needed == 0 and max(stated.shape, default=0) > data_bytes + 1:
-            raise ArtefactError(f"tensor {name[:80]!r} of shape {stated.shape} is empty and claims to be huge")
+            raise ArtifactError(f"tensor {name[:80]!r} of shape {stated.shape} is empty and claims to be huge")
         spans.append((span[0], span[1], name))
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
-            raise ArtefactError(f"tensor {name[:80]!r} starts at byte {start} where {end} was expected")
+            raise ArtifactError(f"tensor {name[:80]!r} starts at byte {start} where {end} was expected")
         end = stop
     if end != data_bytes:
-        raise ArtefactError(f"the tensors of {TENSORS} take {end} bytes, and there are {data_bytes}")
+        raise ArtifactError(f"the tensors of {TENSORS} take {end} bytes, and there are {data_bytes}")
     return found

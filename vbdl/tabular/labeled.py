@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vbdl.artefact.saving import training_rows
+from vbdl.artifact.saving import training_rows
 from vbdl.calibration.calibrated import calibration_rows
 from vbdl.data.fingerprint import fingerprints
 from vbdl.engine.predictor import Predictor
@@ -14,7 +14,7 @@ from vbdl.tabular.schema import KEY, Schema
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """The rows of a table that could be read and have a target."""
 
     x: Tensor
@@ -23,9 +23,9 @@ class Labelled:
     notes: list[str]
 
 
-def labelled(
+def labeled(
     predictor: Predictor, data: object, allow_training_rows: bool = False, allow_calibration_rows: bool = False
-) -> Labelled:
+) -> Labeled:
     """Rows of a table, as the model of a saved predictor takes them. ValueError where it was not made from a table, the
     target's column is not there, or rows were trained or calibrated on."""
     described = None if predictor.manifest is None else predictor.manifest.extras.get(KEY)
@@ -62,4 +62,4 @@ def labelled(
             notes.append(f"{n_seen} of {len(y)} rows were {done} on: the scores are too good")
     if not complete and not allow_calibration_rows:
         notes.append("which rows the model was calibrated on is not recorded: scores on these would be too good")
-    return Labelled(x, y, schema, notes)
+    return Labeled(x, y, schema, notes)

@@ -1,4 +1,4 @@
-"""Normalisation. In evaluation a batch norm is a scale and a shift, which is exact; a layer norm divides by a random
+"""Normalization. In evaluation a batch norm is a scale and a shift, which is exact; a layer norm divides by a random
 spread, which is replaced by its expectation."""
 
 import math
@@ -21,11 +21,11 @@ def batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: A
     """settings: (training,) momentum, eps"""
     *training, _, eps = settings
     if any(training):
-        raise ValueError("batch normalisation with the statistics of the batch ties its rows together")
+        raise ValueError("batch normalization with the statistics of the batch ties its rows together")
     shape = (1, -1, *[1] * (x.ndim - 2))
-    centred = sub(x, running_mean.view(shape)) if isinstance(x, Moments) else x - running_mean.view(shape)
+    centered = sub(x, running_mean.view(shape)) if isinstance(x, Moments) else x - running_mean.view(shape)
     scale = (running_var + eps).rsqrt().view(shape)
-    scaled = mul(centred, scale) if isinstance(centred, Moments) else centred * scale
+    scaled = mul(centered, scale) if isinstance(centered, Moments) else centered * scale
     return _affine(scaled, weight, bias, shape), None, None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vbdl import calibration
-from vbdl.artefact.modules import describe, rebuild
+from vbdl.artifact.modules import describe, rebuild
 from vbdl.calibration import CalibratedLikelihood
 from vbdl.decision import AnomalyFlags, ExpectedCost, Referral
 from vbdl.decision.deciding import DecidingLikelihood
@@ -72,7 +72,7 @@ def test_classification(method, decision):
         calibration.StdScaling(),
         calibration.CDFRecalibration(),
         calibration.AbsoluteIntervals(0.2),
-        calibration.NormalisedIntervals(0.2),
+        calibration.NormalizedIntervals(0.2),
         calibration.CQR(0.2),
     ],
     ids=lambda m: type(m).__name__,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.artefact import ArtefactError, modules, read
+from vbdl.artifact import ArtifactError, modules, read
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -66,13 +66,13 @@ def test_a_registered_class_travels(kind, tmp_path):
 
 _FRESH = """
 import sys, numpy as np, pytest, torch, vbdl
-from vbdl.artefact import ArtefactError
+from vbdl.artifact import ArtifactError
 torch.set_num_threads(1)
 x = torch.from_numpy(np.load(sys.argv[1]))
 for folder in sys.argv[2:]:
-    with pytest.raises(ArtefactError, match="runs code.*trust=.'own_classes'"):
+    with pytest.raises(ArtifactError, match="runs code.*trust=.'own_classes'"):
         vbdl.load(folder)
-    with pytest.raises(ArtefactError, match="runs code"):
+    with pytest.raises(ArtifactError, match="runs code"):
         vbdl.load(folder, trust=("own", "classes"))
 assert "own_classes" not in sys.modules
 for folder in sys.argv[2:]:
@@ -118,13 +118,13 @@ def test_a_trusted_class_has_to_be_registered(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["likelihood"] = {"class": "own_classes:NotOpened", "arguments": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtefactError, match="runs code"):
+    with pytest.raises(ArtifactError, match="runs code"):
         vbdl.load(folder)
-    with pytest.raises(ArtefactError, match="'own_classes:NotOpened' is not registered: put @vbdl.register above"):
+    with pytest.raises(ArtifactError, match="'own_classes:NotOpened' is not registered: put @vbdl.register above"):
         vbdl.load(folder, trust=("own_classes",))
     manifest["likelihood"]["class"] = "own_classes:Missing"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtefactError, match="cannot be imported"):
+    with pytest.raises(ArtifactError, match="cannot be imported"):
         vbdl.load(folder, trust=("own_classes",))
 
 
@@ -159,7 +159,7 @@ def test_arguments_of_another_type_are_refused(tmp_path):
         for wrong in ("much", [1.0], {"tensor": "module.4.weight"}):
             part[path[-1]] = wrong
             (folder / "manifest.json").write_text(json.dumps(manifest))
-            with pytest.raises(ArtefactError):
+            with pytest.raises(ArtifactError):
                 vbdl.load(folder)
 
 

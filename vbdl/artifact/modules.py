@@ -1,4 +1,4 @@
-"""The registry of classes that an artefact may name, and modules as a name with plain arguments, and back.
+"""The registry of classes that an artifact may name, and modules as a name with plain arguments, and back.
 
 What vbdl brings is stored under the name of its class, "Temperature"; a class of the user's own, opened by
 `vbdl.register`, under "package.module:Class". A stored module is data: its class is looked up here, its arguments are
@@ -15,9 +15,9 @@ import msgspec
 from torch import Tensor, nn
 
 from vbdl import calibration
-from vbdl.artefact.arguments import check_arguments
-from vbdl.artefact.manifest import ArtefactError
-from vbdl.artefact.trust import import_named, is_trusted, untrusted
+from vbdl.artifact.arguments import check_arguments
+from vbdl.artifact.manifest import ArtifactError
+from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.decision.anomaly import AnomalyFlags
 from vbdl.decision.cost import ExpectedCost
 from vbdl.decision.deciding import DecidingLikelihood
@@ -34,8 +34,9 @@ from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
 _DECISIONS = (AnomalyFlags, DecidingLikelihood, ExpectedCost, HandOver, PathBounds, Referral, Risk)
-# layers and posteriors of vbdl have more than plain arguments: `vbdl.artefact.layers` and `vbdl.artefact.posteriors`
+# layers and posteriors of vbdl have more than plain arguments: `vbdl.artifact.layers` and `vbdl.artifact.posteriors`
 _BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS)}
+_FORMER = {"NormalisedIntervals": "NormalizedIntervals"}  # names that version 0.1 stored
 _REGISTERED: dict[str, type[nn.Module]] = {}  # by "module:Class"
 
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -82,14 +83,26 @@ def registered_name(cls: type) -> str:
 
 
 def registered_class(name: str, trust: Sequence[str]) -> type[nn.Module]:
-    """The class that is stored under "module:Class". ArtefactError where the caller of load does not trust it."""
+    """The class that is stored under "module:Class". ArtifactError where the caller of load does not trust it."""
     if name not in _REGISTERED:
         if not is_trusted(name.partition(":")[0], trust):
             raise untrusted(name)
         import_named(name)
         if name not in _REGISTERED:
-            raise ArtefactError(f"{name[:120]!r} is not registered: put @vbdl.register above the class, and load again")
+            raise ArtifactError(f"{name[:120]!r} is not registered: put @vbdl.register above the class, and load again")
     return _REGISTERED[name]
+
+
+def with_names_of_today(description: Any) -> Any:
+    """A description in which every class that 0.1 stored by a former name has its name of today."""
+    if isinstance(description, Mapping):
+        today = {key: with_names_of_today(value) for key, value in description.items()}
+        if isinstance(stored := today.get("class"), str):
+            today["class"] = _FORMER.get(stored, stored)
+        return today
+    if isinstance(description, list | tuple):
+        return [with_names_of_today(value) for value in description]
+    return description
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from vbdl_kernels.sampled_linear_kernel import last_contiguous, precision_of
 
 
 @triton.jit(do_not_specialize=["tag"])
-def local_reparameterised_forward(
+def local_reparameterized_forward(
     x, mean, std, bias_mean, bias_std, key, y,
     tag, samples, draws, batch, columns, rows, x_sample, x_batch,
     OUT: tl.constexpr, DRAWS: tl.constexpr, BATCH: tl.constexpr, IN: tl.constexpr, BIAS: tl.constexpr,
@@ -84,7 +84,7 @@ def config(batch: int, samples: int, columns: int, dtype: torch.dtype) -> dict:
     return shape | dict(IN=128, num_warps=4, num_stages=4 if tile <= 32 else 3)
 
 
-def local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> Tensor:
+def local_reparameterized_linear(x, mean, std, bias_mean, bias_std, key, layer, precision) -> Tensor:
     samples, batch, (rows, columns) = len(key), x.shape[-2], mean.shape
     y = x.new_empty((samples, batch, rows))
     if y.numel() == 0:
@@ -95,7 +95,7 @@ def local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, 
     tiles = triton.cdiv(rows, tile["OUT"]) * triton.cdiv(batch, tile["BATCH"])
     draws = triton.cdiv(samples, triton.cdiv(_PROGRAMS, tiles)) if shared else tile["DRAWS"]
     with on_device(x):
-        local_reparameterised_forward[tiles, triton.cdiv(samples, draws)](
+        local_reparameterized_forward[tiles, triton.cdiv(samples, draws)](
             x, mean, std, mean if bias_mean is None else bias_mean.contiguous(),
             mean if bias_std is None else bias_std.contiguous(), key.contiguous(), y,
             layer << 4 | 3, samples, draws, batch, columns, rows, 0 if shared else x.stride(0), x.stride(-2),

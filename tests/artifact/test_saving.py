@@ -11,7 +11,7 @@ from torch import nn
 
 import vbdl
 from vbdl import calibration
-from vbdl.artefact import ArtefactError, files, read
+from vbdl.artifact import ArtifactError, files, read
 from vbdl.decision import AnomalyFlags, ExpectedCost
 
 
@@ -140,9 +140,9 @@ def test_a_network_of_ones_own_by_reference(tmp_path):
     predict = predictor(vbdl.MCDropout(make_own(7, 0.2)))
     target = f"{__name__}:make_own"
     folder = predict.save(tmp_path / "model", architecture=target, arguments={"width": 7, "slope": 0.2})
-    with pytest.raises(ArtefactError, match="trust="):
+    with pytest.raises(ArtifactError, match="trust="):
         vbdl.load(folder)
-    with pytest.raises(ArtefactError, match="trust="):
+    with pytest.raises(ArtifactError, match="trust="):
         vbdl.load(folder, trust=(__name__[:-1],))
     with pytest.raises(TypeError, match="sequence"):
         vbdl.load(folder, trust=__name__)
@@ -169,13 +169,13 @@ def test_a_network_of_ones_own_to_be_given(posterior, tmp_path):
     predict = predictor(q)
     folder = predict.save(tmp_path / "model")
     assert_same(vbdl.load(folder, module=Own()), predict)
-    with pytest.raises(ArtefactError, match="load\\(folder, module=...\\)"):
+    with pytest.raises(ArtifactError, match="load\\(folder, module=...\\)"):
         vbdl.load(folder)
-    with pytest.raises(ArtefactError, match="out_features is 5, and was 6"):
+    with pytest.raises(ArtifactError, match="out_features is 5, and was 6"):
         vbdl.load(folder, module=Own(width=5))
-    with pytest.raises(ArtefactError, match="slope is 0.3, and was 0.1"):
+    with pytest.raises(ArtifactError, match="slope is 0.3, and was 0.1"):
         vbdl.load(folder, module=Own(slope=0.3))
-    with pytest.raises(ArtefactError, match="is Sequential, and was Own"):
+    with pytest.raises(ArtifactError, match="is Sequential, and was Own"):
         vbdl.load(folder, module=nn.Sequential(Own()))
 
 
@@ -220,7 +220,7 @@ def test_a_layer_that_was_tampered_with_does_not_describe_itself(tmp_path):
     changed[0].note = "mine"
     for network in (hooked, changed):
         folder = predictor(vbdl.MCDropout(network)).save(tmp_path / str(id(network)))
-        with pytest.raises(ArtefactError, match="does not describe"):
+        with pytest.raises(ArtifactError, match="does not describe"):
             vbdl.load(folder)
 
 
@@ -317,7 +317,7 @@ def test_a_folder_is_not_overwritten_unasked(tmp_path):
     assert vbdl.load(folder).seed == 9
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtefactError, match="thesis.txt"):
+    with pytest.raises(ArtifactError, match="thesis.txt"):
         predict.save(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "link").symlink_to(folder)
@@ -330,7 +330,7 @@ def test_a_folder_is_not_overwritten_unasked(tmp_path):
 
 @pytest.fixture(params=["in one step", "by two renames"])
 def replacing(request, monkeypatch):
-    """Both ways to replace an artefact; the second is that of file systems that cannot exchange."""
+    """Both ways to replace an artifact; the second is that of file systems that cannot exchange."""
     if request.param == "by two renames":
         monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
     elif not hasattr(ctypes.CDLL(None), "renameat2"):
@@ -369,8 +369,8 @@ def test_a_full_disk_while_writing_leaves_the_old_or_nothing(step, tmp_path, mon
     assert vbdl.load(folder).seed == 0
 
 
-def test_a_kill_at_any_step_leaves_a_whole_artefact_at_the_name(replacing, tmp_path, monkeypatch):
-    """A child replaces the artefact and is killed at its first step on the disk, at its second, and so on."""
+def test_a_kill_at_any_step_leaves_a_whole_artifact_at_the_name(replacing, tmp_path, monkeypatch):
+    """A child replaces the artifact and is killed at its first step on the disk, at its second, and so on."""
     predict, seeds = predictor(), []
     for step in range(100):
         folder = tmp_path / str(step) / "model"
@@ -405,8 +405,8 @@ def test_a_kill_at_any_step_leaves_a_whole_artefact_at_the_name(replacing, tmp_p
     assert len(seeds) >= 8 and seeds == sorted(seeds) and seeds.count(0) >= 5 and seeds.count(1) >= 3, seeds
 
 
-def test_an_artefact_can_be_read_while_it_is_replaced(replacing, tmp_path):
-    """Two artefacts of other weights take turns at a name: every reading gives one or the other, whole."""
+def test_an_artifact_can_be_read_while_it_is_replaced(replacing, tmp_path):
+    """Two artifacts of other weights take turns at a name: every reading gives one or the other, whole."""
     folder, x = tmp_path / "model", rows(5)
     one, two = predictor(seed=1), predictor(seed=2)
     expected = {1: one(x).probs, 2: two(x).probs}

@@ -1,4 +1,4 @@
-"""Artefacts on the Hugging Face Hub, through its own mixin: `from_pretrained`, `save_pretrained`, `push_to_hub`.
+"""Artifacts on the Hugging Face Hub, through its own mixin: `from_pretrained`, `save_pretrained`, `push_to_hub`.
 
 Needs the extra `hub`. Only this module ever talks to a network, and only when asked.
 """
@@ -11,10 +11,10 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the Hub needs the extra `hub`: pip install 'vbdl[hub]'") from error
 
-from vbdl.artefact.files import locate, write_files
-from vbdl.artefact.loading import load_files
-from vbdl.artefact.manifest import MANIFEST, TENSORS
-from vbdl.artefact.saving import contents
+from vbdl.artifact.files import locate, write_files
+from vbdl.artifact.loading import load_files
+from vbdl.artifact.manifest import MANIFEST, TENSORS
+from vbdl.artifact.saving import contents
 from vbdl.engine.predictor import Predictor
 
 
@@ -26,7 +26,7 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
 
     save options (extras, metrics, example, architecture, arguments) are given to the constructor; load options
     (module, trust, and settings of the predictor) to `from_pretrained`. Files from the Hub are checked like any other
-    artefact: nothing of them is executed.
+    artifact: nothing of them is executed.
     """
 
     def __init__(self, predictor: Predictor, **save_options: Any):
@@ -36,7 +36,7 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
         return self.predictor(x, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._hub_mixin_config = None  # an artefact has a manifest, and no config.json
+        self._hub_mixin_config = None  # an artifact has a manifest, and no config.json
         write_files(save_directory, contents(self.predictor, **self._options))
 
     @classmethod

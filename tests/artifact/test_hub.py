@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vbdl
-from vbdl.artefact import ArtefactError
+from vbdl.artifact import ArtifactError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 httpx = pytest.importorskip("httpx")
@@ -21,7 +21,7 @@ def predictor() -> vbdl.Predictor:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The Hub as folders: uploads are copied in, downloads are links into a cache, as huggingface_hub makes them."""
-    from vbdl.artefact import hub as module
+    from vbdl.artifact import hub as module
 
     store = tmp_path / "hub"
 
@@ -69,7 +69,7 @@ def test_what_comes_from_the_hub_is_checked(hub):
     HubPredictor(predictor()).push_to_hub("me/model")
     path = store / "me/model/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ArtefactError, match="cut short or exchanged"):
+    with pytest.raises(ArtifactError, match="cut short or exchanged"):
         HubPredictor.from_pretrained("me/model")
 
 

@@ -1,4 +1,4 @@
-"""An artefact whose arguments are of other types is refused when it is loaded, and saves to one name may meet."""
+"""An artifact whose arguments are of other types is refused when it is loaded, and saves to one name may meet."""
 
 import errno
 import json
@@ -10,8 +10,8 @@ from torch import nn
 
 import vbdl
 from vbdl import calibration, decision
-from vbdl.artefact import files
-from vbdl.artefact.manifest import MANIFEST, ArtefactError
+from vbdl.artifact import files
+from vbdl.artifact.manifest import MANIFEST, ArtifactError
 
 X = torch.randn(60, 4)
 WRONG = ["Upsample", -1.5, True, [], {}, [["a"]], None]
@@ -85,7 +85,7 @@ def test_no_argument_of_another_type_is_loaded_and_fails_later(name, tmp_path):
             tried += 1
             try:
                 found = vbdl.load(folder, compile=False)
-            except ArtefactError:
+            except ArtifactError:
                 refused += 1
                 continue
             found(X[:5])  # what is loaded predicts
@@ -94,7 +94,7 @@ def test_no_argument_of_another_type_is_loaded_and_fails_later(name, tmp_path):
     assert torch.equal(vbdl.load(folder, compile=False)(X[:5]).total, predict(X[:5]).total)
 
 
-def test_what_python_raises_of_damage_is_an_artefact_error(tmp_path, monkeypatch):
+def test_what_python_raises_of_damage_is_an_artifact_error(tmp_path, monkeypatch):
     folder = classes().save(tmp_path / "m", example=X)
     for error in (
         RecursionError("deep"),
@@ -106,8 +106,8 @@ def test_what_python_raises_of_damage_is_an_artefact_error(tmp_path, monkeypatch
         def fails(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr("vbdl.artefact.loading.decode", fails)
-        with pytest.raises(ArtefactError, match="cannot be read"):
+        monkeypatch.setattr("vbdl.artifact.loading.decode", fails)
+        with pytest.raises(ArtifactError, match="cannot be read"):
             vbdl.load(folder)
     monkeypatch.undo()
     with pytest.raises(TypeError, match="trust is a sequence"):

@@ -1,4 +1,4 @@
-"""The local reparameterisation: draw the outputs of a linear layer instead of its weights.
+"""The local reparameterization: draw the outputs of a linear layer instead of its weights.
 
     y[s, b, o] = m[b, o] + sqrt(v[b, o]) noise[s, o],   m = x mean^T + bias_mean,   v = x^2 (std^2)^T + bias_std^2
 
@@ -26,7 +26,7 @@ def _moments(x, mean, std, bias_mean, bias_std):
     return m, v
 
 
-def reference_local_reparameterised_linear(
+def reference_local_reparameterized_linear(
     x: Tensor,
     mean: Tensor,
     std: Tensor,
@@ -36,7 +36,7 @@ def reference_local_reparameterised_linear(
     layer: int,
     precision: str = "",
 ) -> Tensor:
-    """The specification of `local_reparameterised_linear`, moments and noise wide."""
+    """The specification of `local_reparameterized_linear`, moments and noise wide."""
     wide = wide_of(x.dtype)
     m, v = _moments(*(None if t is None else t.to(wide) for t in (x, mean, std, bias_mean, bias_std)))
     noise = philox.normal(key, layer, ACTIVATION, 1, mean.shape[0]).to(wide)  # (samples, 1, out)
@@ -44,22 +44,22 @@ def reference_local_reparameterised_linear(
 
 
 dispatch.define(
-    "local_reparameterised_linear",
+    "local_reparameterized_linear",
     "(Tensor x, Tensor mean, Tensor std, Tensor? bias_mean, Tensor? bias_std, Tensor key, int layer, str precision)"
     " -> Tensor",
-    reference_local_reparameterised_linear,
+    reference_local_reparameterized_linear,
     lambda x, mean, std, bias_mean, bias_std, key, layer, precision: x.new_empty(
         (key.shape[0], x.shape[-2], mean.shape[0])
     ),
 )
-dispatch.kernels_in("local_reparameterised_linear_kernel", "local_reparameterised_linear")
-dispatch.batching("local_reparameterised_linear", map_linear)
+dispatch.kernels_in("local_reparameterized_linear_kernel", "local_reparameterized_linear")
+dispatch.batching("local_reparameterized_linear", map_linear)
 
 
-class _LocalReparameterisedLinear(torch.autograd.Function):
+class _LocalReparameterizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x, mean, std, bias_mean, bias_std, key, layer, precision):
-        return torch.ops.vbdl.local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
+        return torch.ops.vbdl.local_reparameterized_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -95,15 +95,15 @@ class _LocalReparameterisedLinear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return map_linear(_LocalReparameterisedLinear.apply, info, in_dims, *arguments)
+        return map_linear(_LocalReparameterizedLinear.apply, info, in_dims, *arguments)
 
 
-@dispatch.kept_whole("local_reparameterised_linear")
-def _local_reparameterised_linear(*arguments):
-    return dispatch.call_of(_LocalReparameterisedLinear, "local_reparameterised_linear", *arguments)(*arguments)
+@dispatch.kept_whole("local_reparameterized_linear")
+def _local_reparameterized_linear(*arguments):
+    return dispatch.call_of(_LocalReparameterizedLinear, "local_reparameterized_linear", *arguments)(*arguments)
 
 
-def local_reparameterised_linear(
+def local_reparameterized_linear(
     x: Tensor,
     mean: Tensor,
     std: Tensor,
@@ -127,6 +127,6 @@ def local_reparameterised_linear(
         raise ValueError(f'precision is "ieee", "tf32" or "", got {precision!r}')
     if key.ndim == 1:
         flat = x.reshape(-1, x.shape[-1])
-        y = _local_reparameterised_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision)
+        y = _local_reparameterized_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision)
         return y.reshape(*x.shape[:-1], mean.shape[0])
-    return _local_reparameterised_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)
+    return _local_reparameterized_linear(x, mean, std, bias_mean, bias_std, key, layer, precision)

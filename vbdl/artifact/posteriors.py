@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vbdl.artefact import modules
-from vbdl.artefact.layers import prior_of
-from vbdl.artefact.manifest import (
+from vbdl.artifact import modules
+from vbdl.artifact.layers import prior_of
+from vbdl.artifact.manifest import (
     Architecture,
-    ArtefactError,
+    ArtifactError,
     Dropout,
     Ensemble,
     MeanField,
@@ -144,4 +144,4 @@ def _type(network: nn.Module, name: str) -> type[nn.Module]:
         for kind in type(module).__mro__:
             if _type_name(kind) == name and issubclass(kind, nn.Module):
                 return kind
-    raise ArtefactError(f"deterministic names the class {name[:120]!r}, and no module of the network is one")
+    raise ArtifactError(f"deterministic names the class {name[:120]!r}, and no module of the network is one")

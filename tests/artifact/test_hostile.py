@@ -1,6 +1,6 @@
-"""Damaged and hostile artefacts: each is refused with a reason, in moments, and none runs code.
+"""Damaged and hostile artifacts: each is refused with a reason, in moments, and none runs code.
 
-An audit hook watches for unpickling, processes, sockets and for imports of the packages that an artefact names.
+An audit hook watches for unpickling, processes, sockets and for imports of the packages that an artifact names.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 import vbdl
-from vbdl.artefact import ArtefactError
+from vbdl.artifact import ArtifactError
 from vbdl.decision import Referral
 
 FORBIDDEN = (
@@ -43,8 +43,8 @@ def _audit(event: str, args: tuple) -> None:
 
 
 @pytest.fixture(scope="module")
-def artefacts(tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """The files of a sound artefact of each kind, by name."""
+def artifacts(tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """The files of a sound artifact of each kind, by name."""
     sys.addaudithook(_audit)  # cannot be removed, so it listens only while a test says so
     net = lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Dropout(0.2), nn.Linear(7, 3))
     posteriors = {
@@ -78,7 +78,7 @@ def refused(folder, reason: str) -> None:
     watched = []
     started = time.process_time()
     try:
-        with pytest.raises(ArtefactError, match=reason) as caught:
+        with pytest.raises(ArtifactError, match=reason) as caught:
             vbdl.load(folder)
     finally:
         events, watched = watched, None
@@ -88,8 +88,8 @@ def refused(folder, reason: str) -> None:
     assert {p: p.lstat().st_mtime_ns for p in folder.parent.rglob("*")} == before
 
 
-def test_the_sound_ones_load(artefacts, tmp_path):
-    for name, files in artefacts.items():
+def test_the_sound_ones_load(artifacts, tmp_path):
+    for name, files in artifacts.items():
         assert vbdl.load(lay(tmp_path / name, files)).manifest.training_rows == 11
 
 
@@ -288,9 +288,9 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
-def test_a_hostile_manifest(case, artefacts, tmp_path):
+def test_a_hostile_manifest(case, artifacts, tmp_path):
     kind, change, reason = MANIFESTS[case]
-    refused(lay(tmp_path / "model", edited(artefacts[kind], change)), reason)
+    refused(lay(tmp_path / "model", edited(artifacts[kind], change)), reason)
 
 
 RAW = {
@@ -311,9 +311,9 @@ RAW = {
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_a_manifest_that_is_none(case, artefacts, tmp_path):
+def test_a_manifest_that_is_none(case, artifacts, tmp_path):
     change, reason = RAW[case]
-    files = artefacts["dropout"]
+    files = artifacts["dropout"]
     refused(lay(tmp_path / "model", {**files, "manifest.json": change(files["manifest.json"])}), reason)
 
 
@@ -437,9 +437,9 @@ def _zip(files: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("case", TENSORS)
-def test_a_hostile_file_of_tensors(case, artefacts, tmp_path):
+def test_a_hostile_file_of_tensors(case, artifacts, tmp_path):
     change, reseal, reason = TENSORS[case]
-    files = artefacts["dropout"]
+    files = artifacts["dropout"]
     data = change(files["model.safetensors"])
     files = resealed(files, data) if reseal else {**files, "model.safetensors": data}
     refused(lay(tmp_path / "model", files), reason)
@@ -479,16 +479,16 @@ CONSISTENT = {
 
 
 @pytest.mark.parametrize("case", CONSISTENT)
-def test_files_that_agree_on_a_lie(case, artefacts, tmp_path):
+def test_files_that_agree_on_a_lie(case, artifacts, tmp_path):
     change, reason = CONSISTENT[case]
-    refused(lay(tmp_path / "model", change(artefacts["dropout"])), reason)
+    refused(lay(tmp_path / "model", change(artifacts["dropout"])), reason)
 
 
 # -- the folder
 
 
-def test_a_folder_that_is_none(artefacts, tmp_path):
-    files = artefacts["dropout"]
+def test_a_folder_that_is_none(artifacts, tmp_path):
+    files = artifacts["dropout"]
     refused(tmp_path / "nowhere", "not there")
     (tmp_path / "file").write_bytes(b"x")
     refused(tmp_path / "file", "is a file")
@@ -497,15 +497,15 @@ def test_a_folder_that_is_none(artefacts, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.pkl", "pytorch_model.bin", "model.pt2", "code.py", "..\\evil", "x.so", "a\nb"])
-def test_a_file_that_no_artefact_holds(name, artefacts, tmp_path):
-    files = {**artefacts["dropout"], name: pickle.dumps(print)}
-    refused(lay(tmp_path / "model", files), "which no artefact does: nothing was read")
+def test_a_file_that_no_artifact_holds(name, artifacts, tmp_path):
+    files = {**artifacts["dropout"], name: pickle.dumps(print)}
+    refused(lay(tmp_path / "model", files), "which no artifact does: nothing was read")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "README.md"])
 @pytest.mark.parametrize("kind", ["symbolic link", "absolute link", "folder", "pipe"])
-def test_a_file_that_is_something_else(name, kind, artefacts, tmp_path):
-    files = dict(artefacts["dropout"])
+def test_a_file_that_is_something_else(name, kind, artifacts, tmp_path):
+    files = dict(artifacts["dropout"])
     secret = lay(tmp_path / "elsewhere", {"data": files.pop(name)}) / "data"
     folder = lay(tmp_path / "model", files)
     if kind == "symbolic link":

@@ -1,7 +1,7 @@
-"""What an artefact says about itself: `manifest.json`, read strictly. Imports no torch.
+"""What an artifact says about itself: `manifest.json`, read strictly. Imports no torch.
 
-Nothing in it is executed or imported on its own: classes are looked up in the registry (`vbdl.artefact.modules`) and in
-the list of layers (`vbdl.artefact.layers`), the rest is numbers and names.
+Nothing in it is executed or imported on its own: classes are looked up in the registry (`vbdl.artifact.modules`) and in
+the list of layers (`vbdl.artifact.layers`), the rest is numbers and names.
 """
 
 import json
@@ -21,8 +21,8 @@ MAX_MEMBERS = 4096
 MAX_AXES = 16
 
 
-class ArtefactError(ValueError):
-    """An artefact that is damaged, hostile, of another version, or not one at all; the message says which."""
+class ArtifactError(ValueError):
+    """An artifact that is damaged, hostile, of another version, or not one at all; the message says which."""
 
 
 Name = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f]+$")]
@@ -154,7 +154,7 @@ class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Versions(Struct, frozen=True, forbid_unknown_fields=True):
-    """What wrote the artefact."""
+    """What wrote the artifact."""
 
     vbdl: str
     torch: str
@@ -167,7 +167,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     versions: Versions
     posterior: Single | Ensemble
-    likelihood: dict[str, Any]  # with the calibration and the decision in it, see vbdl.artefact.modules
+    likelihood: dict[str, Any]  # with the calibration and the decision in it, see vbdl.artifact.modules
     settings: Settings
     inputs: Inputs | None
     tensors: dict[Name, TensorEntry]
@@ -184,23 +184,23 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-    """The manifest, or ArtefactError: not JSON, twice the same key, another version, unknown or wrong fields."""
+    """The manifest, or ArtifactError: not JSON, twice the same key, another version, unknown or wrong fields."""
     found = _plain_json(data)
     version = found.get("format")
     if type(version) is not int:
-        raise ArtefactError("the manifest has no format number: it is not an artefact of vbdl")
+        raise ArtifactError("the manifest has no format number: it is not an artifact of vbdl")
     if version > FORMAT:
-        raise ArtefactError(
-            f"the artefact has format {version}, and this vbdl reads up to {FORMAT}: install a newer vbdl"
+        raise ArtifactError(
+            f"the artifact has format {version}, and this vbdl reads up to {FORMAT}: install a newer vbdl"
         )
     if version < FORMAT:  # the first format has no older ones; those to come are migrated here, one step a version
-        raise ArtefactError(f"the artefact has format {version}, which no vbdl has written")
+        raise ArtifactError(f"the artifact has format {version}, which no vbdl has written")
     try:
         manifest = msgspec.convert(found, Manifest)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise ArtefactError(f"the manifest does not fit its format: {error}") from None
+        raise ArtifactError(f"the manifest does not fit its format: {error}") from None
     if len(manifest.tensors) > MAX_TENSORS:
-        raise ArtefactError(f"the manifest names {len(manifest.tensors)} tensors, more than {MAX_TENSORS}")
+        raise ArtifactError(f"the manifest names {len(manifest.tensors)} tensors, more than {MAX_TENSORS}")
     return manifest
 
 
@@ -224,14 +224,14 @@ def strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ArtefactError(f"the key {key[:80]!r} stands there twice")
+            raise ArtifactError(f"the key {key[:80]!r} stands there twice")
         found[key] = value
     return found
 
 
 def _plain_json(data: bytes) -> dict[str, Any]:
     def refuse(text: str) -> NoReturn:
-        raise ArtefactError(f"{text} is no number of JSON")
+        raise ArtifactError(f"{text} is no number of JSON")
 
     def number(text: str) -> float:
         value = float(text)
@@ -241,17 +241,17 @@ def _plain_json(data: bytes) -> dict[str, Any]:
         found = json.loads(
             data.decode("utf-8"), object_pairs_hook=strict_object, parse_constant=refuse, parse_float=number
         )
-    except ArtefactError as error:
-        raise ArtefactError(f"{MANIFEST}: {error}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"{MANIFEST}: {error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise ArtefactError(f"{MANIFEST} is not JSON: {error}") from None
+        raise ArtifactError(f"{MANIFEST} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ArtefactError(f"{MANIFEST} holds a {type(found).__name__} and not an object")
+        raise ArtifactError(f"{MANIFEST} holds a {type(found).__name__} and not an object")
     return found
 
 
 def read(folder: str | Path) -> Manifest:
-    """The manifest of an artefact, without its tensors. ArtefactError where it is not sound."""
-    from vbdl.artefact.files import locate, read_whole
+    """The manifest of an artifact, without its tensors. ArtifactError where it is not sound."""
+    from vbdl.artifact.files import locate, read_whole
 
     return decode(read_whole(locate(Path(folder))[MANIFEST], MAX_MANIFEST_BYTES))

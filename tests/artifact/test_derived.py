@@ -90,7 +90,7 @@ def test_architecture_arguments_and_extras_are_kept(saved, way, given, tmp_path,
     derived = DERIVED[way](loaded)
     expected = derived(rows()[0])
     if given == "module":  # whoever gave the network need not trust the name: saving does not import it
-        monkeypatch.setattr("vbdl.artefact.networks._import", lambda target: pytest.fail(f"imported {target}"))
+        monkeypatch.setattr("vbdl.artifact.networks._import", lambda target: pytest.fail(f"imported {target}"))
     derived.save(tmp_path / "again")
     monkeypatch.undo()
     found = vbdl.load(tmp_path / "again", trust=TRUST, compile=False)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vbdl.artefact.manifest import (
+from vbdl.artifact.manifest import (
     Dropout,
     Ensemble,
     Layer,
@@ -18,7 +18,7 @@ from vbdl.artefact.manifest import (
 
 
 def card(manifest: Manifest) -> str:
-    """README.md of an artefact, with the front matter that the Hugging Face Hub reads."""
+    """README.md of an artifact, with the front matter that the Hugging Face Hub reads."""
     parts = [
         "---\nlibrary_name: vbdl\ntags:\n- uncertainty\n- bayesian-deep-learning\n- pytorch\n---\n",
         f"# {method(manifest)}\n",
@@ -36,7 +36,7 @@ def card(manifest: Manifest) -> str:
 
 
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
-    """What there is to say about an artefact, a line each."""
+    """What there is to say about an artifact, a line each."""
     s, v = manifest.settings, manifest.versions
     numbers = sum(_count(e.shape) for n, e in manifest.tensors.items() if n.startswith("posterior."))
     rows = [
@@ -74,7 +74,7 @@ def fields(described: dict[str, Any]) -> list[str]:
 
 _ADDED = {
     "ConformalSets": ("sets",),
-    **dict.fromkeys(("AbsoluteIntervals", "NormalisedIntervals", "CQR"), ("lower", "upper")),
+    **dict.fromkeys(("AbsoluteIntervals", "NormalizedIntervals", "CQR"), ("lower", "upper")),
     **dict.fromkeys(("Referral", "ExpectedCost", "AnomalyFlags"), ("action",)),
     "HandOver": ("action", "risk"),
     "Risk": ("action", "var", "es"),

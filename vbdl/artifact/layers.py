@@ -1,7 +1,7 @@
 """Layers of torch.nn, of vbdl.nn and registered ones as names and arguments, and back. No other layer is made.
 
 Arguments are read off a layer's attributes, by the names of its constructor. Whether that was right is not assumed:
-`vbdl.artefact.networks` makes the network again when it is saved, and compares.
+`vbdl.artifact.networks` makes the network again when it is saved, and compares.
 """
 
 import inspect
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.artefact import modules
-from vbdl.artefact.arguments import check_arguments
-from vbdl.artefact.manifest import ArtefactError, Layer
+from vbdl.artifact import modules
+from vbdl.artifact.arguments import check_arguments
+from vbdl.artifact.manifest import ArtifactError, Layer
 from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
 from vbdl.nn.priors import Normal, Prior, ScaleMixture
 
@@ -62,27 +62,27 @@ def describe(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> La
 
 
 def build(layer: Layer, trust: Sequence[str] = ()) -> nn.Module:
-    """The layer with fresh weights. ArtefactError for an unknown class and for arguments that it does not take.
+    """The layer with fresh weights. ArtifactError for an unknown class and for arguments that it does not take.
 
     trust: packages that the class of a registered layer may be imported from.
     """
     if layer.name == "Sequential":
         if layer.arguments:
-            raise ArtefactError("a Sequential takes no arguments")
+            raise ArtifactError("a Sequential takes no arguments")
         made = nn.Sequential()
         for name, child in layer.children.items():
             try:
                 made.add_module(name, build(child, trust))
             except (KeyError, TypeError) as error:
-                raise ArtefactError(f"{name!r} cannot name a layer: {error}") from None
+                raise ArtifactError(f"{name!r} cannot name a layer: {error}") from None
         return made
     if layer.children:
-        raise ArtefactError(f"{layer.name[:80]} has no layers inside")
+        raise ArtifactError(f"{layer.name[:80]} has no layers inside")
     if ":" in layer.name:
         return _registered(modules.registered_class(layer.name, trust), layer)
     kind = {**PLAIN, **BAYESIAN, "TransformerEncoderLayer": nn.TransformerEncoderLayer}.get(layer.name)
     if kind is None:
-        raise ArtefactError(f"{layer.name[:80]!r} is not among the layers that an artefact may name")
+        raise ArtifactError(f"{layer.name[:80]!r} is not among the layers that an artifact may name")
     # the options of a Bayesian convolution are those of the plain one
     plain = PLAIN[layer.name.removeprefix("Bayesian")] if layer.name in BAYESIAN else kind
     taken = {*inspect.signature(plain).parameters} - {*_MADE_BY_TORCH}
@@ -90,7 +90,7 @@ def build(layer: Layer, trust: Sequence[str] = ()) -> nn.Module:
     prior = given.pop("prior_std", None) if layer.name in BAYESIAN else None
     initial = given.pop("initial_std", None) if layer.name in BAYESIAN else None
     if odd := sorted(given.keys() - taken):
-        raise ArtefactError(f"{layer.name} has no argument {odd[0][:80]!r}")
+        raise ArtifactError(f"{layer.name} has no argument {odd[0][:80]!r}")
     arguments = {n: _from_json(v) for n, v in given.items()}
     if layer.name in BAYESIAN:
         arguments |= {"prior_std": prior_of(prior), "initial_std": initial}
@@ -98,7 +98,7 @@ def build(layer: Layer, trust: Sequence[str] = ()) -> nn.Module:
         check_arguments(plain, {n: v for n, v in arguments.items() if n in given})
         return kind(**arguments)
     except Exception as error:  # constructors refuse nonsense in many ways
-        raise ArtefactError(f"{layer.name} cannot be made with these arguments: {error}") from None
+        raise ArtifactError(f"{layer.name} cannot be made with these arguments: {error}") from None
 
 
 def _registered(cls: type[nn.Module], layer: Layer) -> nn.Module:
@@ -106,19 +106,19 @@ def _registered(cls: type[nn.Module], layer: Layer) -> nn.Module:
     try:
         return cls(**modules.decode(cls, {n: _from_json(v) for n, v in layer.arguments.items()}, {}, ()))
     except Exception as error:  # constructors refuse nonsense in many ways
-        raise ArtefactError(f"{layer.name} cannot be made with these arguments: {error}") from error
+        raise ArtifactError(f"{layer.name} cannot be made with these arguments: {error}") from error
 
 
 def prior_of(constants: Any) -> Prior:
     """A prior of the constants that `Prior.constants` gives."""
     if not isinstance(constants, list) or not all(isinstance(c, int | float) for c in constants):
-        raise ArtefactError(f"a prior is a list of numbers, not {str(constants)[:80]}")
+        raise ArtifactError(f"a prior is a list of numbers, not {str(constants)[:80]}")
     if len(constants) not in (1, 3):
-        raise ArtefactError(f"a prior has 1 or 3 constants, not {len(constants)}")
+        raise ArtifactError(f"a prior has 1 or 3 constants, not {len(constants)}")
     try:
         return Normal(*constants) if len(constants) == 1 else ScaleMixture(*constants)
     except ValueError as error:
-        raise ArtefactError(str(error)) from None
+        raise ArtifactError(str(error)) from None
 
 
 def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
@@ -182,4 +182,4 @@ def _from_json(value: Any) -> Any:
         return tuple(_from_json(v) for v in value)
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise ArtefactError(f"an argument of a layer is a {type(value).__name__}")
+    raise ArtifactError(f"an argument of a layer is a {type(value).__name__}")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.artefact import layers
-from vbdl.artefact.manifest import Architecture, ArtefactError, Layers, Reference, Supplied, check_json
-from vbdl.artefact.trust import import_named, is_trusted, untrusted
+from vbdl.artifact import layers
+from vbdl.artifact.manifest import Architecture, ArtifactError, Layers, Reference, Supplied, check_json
+from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.calling.stacking import state_of
 from vbdl.nn.architecture import architecture as described_lines
 from vbdl.nn.architecture import constants
@@ -42,13 +42,13 @@ def describe(
             again = _layers(found)
         if _lines(again) == _lines(network):
             return found
-    except (layers.Undescribed, ArtefactError):
+    except (layers.Undescribed, ArtifactError):
         pass
     return Supplied(f"{type(network).__module__}.{type(network).__qualname__}", settings(network))
 
 
 class Maker:
-    """Makes the networks of an artefact, in the order of its architectures.
+    """Makes the networks of an artifact, in the order of its architectures.
 
     module: networks for those that were not described. trust: top-level modules that may be imported from.
     """
@@ -62,26 +62,26 @@ class Maker:
 
     def make(self, architecture: Architecture) -> nn.Module:
         """A network, its weights of no importance."""
-        if self._given:  # what the caller brings replaces what the artefact would make
+        if self._given:  # what the caller brings replaces what the artifact would make
             if self._next >= len(self._given):
-                raise ArtefactError(f"the artefact has more architectures than the {len(self._given)} modules given")
+                raise ArtifactError(f"the artifact has more architectures than the {len(self._given)} modules given")
             network = copy.deepcopy(self._given[self._next])
             self._next += 1
             if not isinstance(architecture, Layers):
-                check_same(network, architecture.settings, "the module given has", ArtefactError)
+                check_same(network, architecture.settings, "the module given has", ArtifactError)
             return network
         if isinstance(architecture, Layers):
             return _layers(architecture, self._trust)
         if isinstance(architecture, Supplied):
-            raise ArtefactError(
-                f"the network of this artefact is a {architecture.name}, which it does not describe: "
+            raise ArtifactError(
+                f"the network of this artifact is a {architecture.name}, which it does not describe: "
                 f"load(folder, module=...) with such a network, or save it with architecture='module:function'"
             )
         self._check_trust(architecture.target)
         network = _import(architecture.target)(**architecture.arguments)
         if not isinstance(network, nn.Module):
-            raise ArtefactError(f"{architecture.target} made a {type(network).__name__} and not a network")
-        check_same(network, architecture.settings, f"{architecture.target} makes", ArtefactError)
+            raise ArtifactError(f"{architecture.target} made a {type(network).__name__} and not a network")
+        check_same(network, architecture.settings, f"{architecture.target} makes", ArtifactError)
         return network
 
     def _check_trust(self, target: str) -> None:
@@ -111,10 +111,10 @@ def _layers(description: Layers, trust: Sequence[str] = ()) -> nn.Module:
         try:
             shared = made.get_parameter(first)
             if made.get_parameter(name).shape != shared.shape:
-                raise ArtefactError(f"{name} cannot be {first}: they differ in shape")
+                raise ArtifactError(f"{name} cannot be {first}: they differ in shape")
             setattr(made.get_submodule(owner), leaf, shared)
         except AttributeError as error:
-            raise ArtefactError(f"{name} cannot be tied to {first}: {error}") from None
+            raise ArtifactError(f"{name} cannot be tied to {first}: {error}") from None
     return made
 
 
@@ -127,7 +127,7 @@ def _ties(network: nn.Module) -> dict[str, str]:
 def _import(target: str) -> Any:
     maker = import_named(target)
     if not callable(maker):
-        raise ArtefactError(f"{target[:120]!r} is not a function or class that makes a network")
+        raise ArtifactError(f"{target[:120]!r} is not a function or class that makes a network")
     return maker
 
 

@@ -88,7 +88,7 @@ def test_a_loaded_predictor_predicts_the_same(posterior, network, tmp_path):
     assert torch.equal(torch.get_rng_state(), generator), "saving or loading drew from torch's generator"
     assert_equal(loaded(x, samples=True), expected)
     assert (loaded.seed, loaded.n_samples, loaded.tiles) == (12, predict.n_samples, (TILE,))
-    # nothing is lost on the way through a second artefact
+    # nothing is lost on the way through a second artifact
     again = vbdl.load(loaded.save(tmp_path / "again"))
     assert_equal(again(x, samples=True), expected)
     assert again.manifest == loaded.manifest

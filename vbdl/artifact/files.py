@@ -1,4 +1,4 @@
-"""An artefact as a folder: which files it may hold, how they are read and how a folder appears whole or not at all."""
+"""An artifact as a folder: which files it may hold, how they are read and how a folder appears whole or not at all."""
 
 import ctypes
 import errno
@@ -9,36 +9,36 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vbdl.artefact.manifest import CARD, MANIFEST, TENSORS, ArtefactError
+from vbdl.artifact.manifest import CARD, MANIFEST, TENSORS, ArtifactError
 
 _HIDDEN = {".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # what git, the Hub and desktops leave; never opened
 
 
 def locate(folder: Path) -> dict[str, Path]:
-    """The files of an artefact by name, or ArtefactError; nothing is opened.
+    """The files of an artifact by name, or ArtifactError; nothing is opened.
 
-    Where a process was killed while it replaced the artefact by two renames, they are those of the old one.
+    Where a process was killed while it replaced the artifact by two renames, they are those of the old one.
     """
     folder = next((f for f in (folder, _before(folder), folder) if f.is_dir()), folder)
     if not folder.is_dir():
         reason = "a file" if folder.exists() else "not there"
-        raise ArtefactError(f"{folder} is {reason}: an artefact is a folder with {MANIFEST} and {TENSORS}")
+        raise ArtifactError(f"{folder} is {reason}: an artifact is a folder with {MANIFEST} and {TENSORS}")
     found = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name in _HIDDEN:
                 continue
             if entry.name not in (MANIFEST, TENSORS, CARD):
-                raise ArtefactError(
-                    f"{folder} holds {ascii(entry.name[:80])}, which no artefact does: nothing was read. An artefact "
+                raise ArtifactError(
+                    f"{folder} holds {ascii(entry.name[:80])}, which no artifact does: nothing was read. An artifact "
                     f"holds {MANIFEST}, {TENSORS} and {CARD}; keep other files in a folder of their own"
                 )
             if entry.is_symlink():
-                raise ArtefactError(f"{entry.name} is a symbolic link: an artefact holds its files itself")
+                raise ArtifactError(f"{entry.name} is a symbolic link: an artifact holds its files itself")
             found[entry.name] = Path(entry.path)
     for name in (MANIFEST, TENSORS):
         if name not in found:
-            raise ArtefactError(f"{folder} has no {name}: it is not an artefact of vbdl, or not a whole one")
+            raise ArtifactError(f"{folder} has no {name}: it is not an artifact of vbdl, or not a whole one")
     return found
 
 
@@ -47,11 +47,11 @@ def open_regular(path: Path) -> tuple[int, int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
-        raise ArtefactError(f"{path.name} cannot be opened: {error.strerror}") from None
+        raise ArtifactError(f"{path.name} cannot be opened: {error.strerror}") from None
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)
-        raise ArtefactError(f"{path.name} is not a regular file")
+        raise ArtifactError(f"{path.name} is not a regular file")
     return descriptor, about.st_size
 
 
@@ -60,10 +60,10 @@ def read_whole(path: Path, limit: int) -> bytes:
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         if size > limit:
-            raise ArtefactError(f"{path.name} has {size} bytes, more than {limit}")
+            raise ArtifactError(f"{path.name} has {size} bytes, more than {limit}")
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ArtefactError(f"{path.name} grew past {limit} bytes while it was read")
+        raise ArtifactError(f"{path.name} grew past {limit} bytes while it was read")
     return data
 
 
@@ -99,7 +99,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
     """The folder with these files, written beside it, on the disk, then renamed into place.
 
     Raises FileExistsError where something is there already, unless `replace` is given: it raises where what is there
-    must not be deleted. Then the two change places in one step, so that a whole artefact is there at any time, also
+    must not be deleted. Then the two change places in one step, so that a whole artifact is there at any time, also
     where the process is killed. A file system that cannot do that gets two renames; whoever reads between them, or
     after a kill between them, is given the old one (`locate`).
     """
@@ -146,7 +146,7 @@ def _partial(folder: Path) -> Path:
 
 
 def _before(folder: Path) -> Path:
-    """Where the old artefact is between two renames."""
+    """Where the old artifact is between two renames."""
     return folder.with_name(f".{folder.name}.before") if folder.name else folder
 
 

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from vbdl.artefact.manifest import ArtefactError
+from vbdl.artifact.manifest import ArtifactError
 
 
 def is_trusted(path: str, trust: Sequence[str]) -> bool:
@@ -12,22 +12,22 @@ def is_trusted(path: str, trust: Sequence[str]) -> bool:
     return any(path == package or path.startswith(f"{package}.") for package in trust)
 
 
-def untrusted(target: str, otherwise: str = "") -> ArtefactError:
+def untrusted(target: str, otherwise: str = "") -> ArtifactError:
     """The error for a name that the caller of load has not allowed; otherwise: what else the caller can do."""
     package = target.partition(":")[0].partition(".")[0]
-    return ArtefactError(
-        f"the artefact asks to import {target[:120]!r}, which runs code: where you trust it, "
+    return ArtifactError(
+        f"the artifact asks to import {target[:120]!r}, which runs code: where you trust it, "
         f"load(folder, trust=({package[:60]!r},)){otherwise}"
     )
 
 
 def import_named(target: str) -> Any:
-    """The object that "module:name" names. ArtefactError where it cannot be imported."""
+    """The object that "module:name" names. ArtifactError where it cannot be imported."""
     path, _, name = target.partition(":")
     try:
         value: Any = importlib.import_module(path)
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ArtefactError(f"{target[:120]!r} cannot be imported: {error}") from None
+        raise ArtifactError(f"{target[:120]!r} cannot be imported: {error}") from None
     return value

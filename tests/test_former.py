@@ -1,0 +1,70 @@
+"""Names of version 0.1 still work, with a warning that says the new one."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import vbdl
+from vbdl import former
+
+NAMES = [
+    ("vbdl.artifact", "ArtefactError", "ArtifactError"),
+    ("vbdl.batch.report", "Report", "JobReport"),
+    ("vbdl.calibration", "NormalisedIntervals", "NormalizedIntervals"),
+    ("vbdl.decision", "realised_cost", "realized_cost"),
+    ("vbdl.tabular", "Settings", "TableOptions"),
+    ("vbdl_kernels", "local_reparameterised_linear", "local_reparameterized_linear"),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new"), NAMES)
+def test_a_former_name_is_the_same_thing(module, old, new):
+    home = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=f"{new} now"):
+        assert getattr(home, old) is getattr(home, new)
+    with pytest.raises(AttributeError, match=f"{old}s"):
+        getattr(home, f"{old}s")
+
+
+def test_the_predictor_can_be_imported_from_the_engine():
+    with pytest.warns(DeprecationWarning, match="vbdl.engine.predictor.Predictor now"):
+        from vbdl.engine import Predictor
+    assert Predictor is vbdl.Predictor
+
+
+@pytest.mark.parametrize("old", sorted(former.MODULES))
+def test_a_former_module_is_the_same_module(old, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"vbdl.{old}", raising=False)
+    today = importlib.import_module(f"vbdl.{former.MODULES[old]}")
+    spec = today.__spec__
+    with pytest.warns(DeprecationWarning, match=f"vbdl.{former.MODULES[old]} now"):
+        assert importlib.import_module(f"vbdl.{old}") is today
+    assert today.__spec__ is spec and today.__name__ == f"vbdl.{former.MODULES[old]}"
+
+
+def test_modules_inside_a_former_package_are_those_of_today():
+    code = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from vbdl.artefact.manifest import Manifest
+from vbdl.rewrite.linear import lower
+from vbdl.adaptive import LabelDecided
+import vbdl.artefact.loading
+import vbdl
+assert Manifest.__module__ == "vbdl.artifact.manifest" and vbdl.adaptive.LabelDecided is LabelDecided
+assert vbdl.artefact.loading.load is vbdl.load
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["vbdl.nothing", "vbdl.artefact.nothing"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_never_was_is_not_found(name):
+    with pytest.raises(ModuleNotFoundError, match="nothing"):
+        importlib.import_module(name)
+
+
+def test_the_rules_of_adaptive_draws_are_at_hand_without_a_warning():
+    assert vbdl.adaptive.LabelDecided(0.9).confidence == 0.9

@@ -1,0 +1,94 @@
+"""Names of version 0.1 that have changed: each still works, with a DeprecationWarning that says the new name."""
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "adaptive": "engine.adaptive",
+    "artefact": "artifact",
+    "checkpoint": "training.checkpoint",
+    "compiler": "compiling.compiler",
+    "early_stopping": "training.early_stopping",
+    "execution": "engine.execution",
+    "fingerprint": "data.fingerprint",
+    "graph": "compiling.graph",
+    "moments": "engine.moments",
+    "plan": "engine.plan",
+    "precision": "engine.precision",
+    "program": "engine.program",
+    "replay": "compiling.replay",
+    "rewrite": "compiling.rewrite",
+    "splitting": "data.splitting",
+    "stacking": "calling.stacking",
+    "step": "training.step",
+    "tiles": "data.tiles",
+    "train": "training.fit",
+    "training_run": "training.run",
+    "trial": "engine.trial",
+}
+
+
+def names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for this module, which gives what is called by a former name: {former name: name today}.
+
+    A name of today may be of a module inside, "predictor.Predictor".
+    """
+
+    def look_up(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, leaf = f"{module}.{renamed[name]}".rpartition(".")
+        warnings.warn(f"{module}.{name} is called {home}.{leaf} now", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(home), leaf)
+
+    return look_up
+
+
+class _ModulesFinder(MetaPathFinder, Loader):
+    """Imports a module by its former name: the one module there is, whatever it is called by."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        today = _today(fullname)
+        if today is None or importlib.util.find_spec(today) is None:
+            return None
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        today = _today(spec.name)
+        assert today is not None
+        if spec.name.count(".") == 1:  # once for a package, not for each module inside
+            warnings.warn(f"the module {spec.name} is called {today} now", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(today)
+        self._specs = {**vars(self).get("_specs", {}), spec.name: module.__spec__}
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its own spec back, which importing it by another name has replaced."""
+        former = module.__spec__
+        assert former is not None
+        module.__spec__ = self._specs.pop(former.name)
+
+
+def _today(fullname: str) -> str | None:
+    """What a module of this former name is called today; None for any other name."""
+    root, _, rest = fullname.partition(".")
+    head, _, inside = rest.partition(".")
+    if root != "vbdl" or head not in MODULES:
+        return None
+    return ".".join(filter(None, ("vbdl", MODULES[head], inside)))
+
+
+def find_modules() -> None:
+    """Let former names of modules be imported.
+
+    Before all other finders: these would find the files of a renamed package again, and make a second module of each.
+    """
+    if not any(isinstance(finder, _ModulesFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ModulesFinder())
