@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md say holds: their code runs, their files and tests are there."""
+"""The code of README.md runs, and the code of docs uses public names only."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def blocks() -> list[str]:
@@ -37,21 +36,6 @@ def test_the_code_of_the_readme_runs_compiled(tmp_path, monkeypatch):
     run_blocks(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_every_file_named_is_there(text):
-    named = set(re.findall(r"`((?:vbdl|tests|kernels|benchmarks|docs)/[\w/.\-]*\w)(?:::\w+)?`", text))
-    named |= {n for n in re.findall(r"\]\(([\w/.\-]+)\)", text) if not n.startswith("http")}
-    assert named
-    missing = [n for n in named if not (ROOT / n).exists()]
-    assert not missing, f"named but not there: {missing}"
-
-
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_every_test_named_is_there(text):
-    for file, name in re.findall(r"`(tests/[\w/.]+\.py)::(\w+)`", text):
-        assert f"def {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
-
-
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_names_in_the_code_of_a_document_need_no_more_than_import_vbdl(document):
     import vbdl
@@ -60,13 +44,6 @@ def test_names_in_the_code_of_a_document_need_no_more_than_import_vbdl(document)
     lines = [line for line in code.splitlines() if not line.startswith(("from ", "import "))]
     used = set(re.findall(r"(?<![\w.\"])vbdl\.(\w+)", "\n".join(lines)))
     assert used <= set(vbdl.__all__), f"not to be had from vbdl: {used - set(vbdl.__all__)}"
-
-
-def test_every_public_name_used_is_there():
-    import vbdl
-
-    for name in set(re.findall(r"\bvbdl\.([A-Z]\w+)", README + CONTRIBUTING)):
-        assert hasattr(vbdl, name), f"vbdl has no {name}"
 
 
 def test_the_api_fits_thirty_lines():
