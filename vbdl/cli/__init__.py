@@ -1,6 +1,6 @@
-"""The command `vbdl`: one file a command, a dataclass whose fields are its options and whose call does the work.
+"""The command `vbdl`: each command is a dataclass in a file of its own; its fields are options, its call does the work.
 
-Torch is imported by the command that needs it, inside its call, so that help and version answer at once.
+A command imports torch inside its call, so that help and version answer at once.
 """
 
 import os
@@ -19,7 +19,7 @@ _NAMES = (
 
 
 class _Commands(Mapping[str, type]):
-    """{name: class}: `Fit` of `vbdl/cli/fit.py` for "fit", imported when it is asked for."""
+    """A mapping from command names to classes, each imported on first use: "fit" to `Fit` of `vbdl/cli/fit.py`."""
 
     def __getitem__(self, name: str) -> type:
         if name not in _NAMES:
@@ -40,8 +40,7 @@ COMMANDS = _Commands()
 
 
 class _Stream:
-    """A stream whose reader may leave, as `head` does: what is written after that goes nowhere, and the command ends
-    its work."""
+    """A text stream that discards what is written after its reader has closed the pipe, as `head` does."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -69,17 +68,19 @@ class _Stream:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 1 for an error, 2 for a wrong command line, 3 where it ended and some rows could
-    not be used, 130 when interrupted."""
+    """Run a command and return its exit code.
+
+    0: done. 1: an error. 2: a wrong command line. 3: done, but some rows could not be used. 130: interrupted.
+    """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Stream(before[0]), _Stream(before[1])  # type: ignore[assignment]
     try:
         try:
             return _main(argv)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is no error
+            sys.stdout.flush()  # here, because a closed pipe is no error here
             sys.stderr.flush()
-    except OSError as error:  # of the output itself: a full disk
+    except OSError as error:  # writing the output failed, for example on a full disk
         sys.stdout.leave()  # type: ignore[attr-defined]
         print(f"vbdl: {error}", file=sys.stderr)
         return 1
@@ -102,7 +103,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"vbdl: {error}", file=sys.stderr)
         return 2
     named = arguments[0] if arguments else ""
-    if named in COMMANDS:  # its parser alone: help answers sooner
+    if named in COMMANDS:  # build the parser of this command only: help answers sooner
         command = tyro.cli(COMMANDS[named], prog=f"vbdl {named}", args=arguments[1:], **defaults)
     else:
         command = tyro.cli(
@@ -118,7 +119,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("vbdl: interrupted", file=sys.stderr)
         return 130
-    # what a user can do something about is a line; anything else is a fault of ours and keeps its traceback
+    # errors that a user can mend take one line; any other error is a bug of vbdl and keeps its traceback
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("VBDL_TRACEBACK"):
             raise

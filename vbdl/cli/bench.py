@@ -9,39 +9,40 @@ from vbdl.methods import METHODS
 
 @dataclass(frozen=True)
 class Bench:
-    """Train and score methods on benchmark data, against published tables; goes on where it was interrupted.
+    """Train and score methods on benchmark data and compare them with published tables; resume an interrupted run.
 
-    One JSON line a result in OUT/results.jsonl; `vbdl report OUT` makes a page of it, `vbdl compare` two of them."""
+    Each result is a JSON line in OUT/results.jsonl. `vbdl report OUT` makes an HTML page of a run; `vbdl compare`
+    compares two runs."""
 
     out: Path = Path("vbdl-bench")
-    """Folder of the run. What is in it already is not computed again."""
+    """Folder of the run. Results that are already in it are not computed again."""
     suite: str = "bundled"
-    """bundled (no download), uci, images, medical, credit, quality (these four) or own (yours)."""
+    """bundled (no download), uci, images, medical, credit, quality (the last four together) or own (from --plugin)."""
     sets: tuple[str, ...] = ()
-    """Data sets by name, in place of a suite."""
+    """Names of data sets, instead of a suite."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods by name; also linear and single."""
+    """Names of methods; linear and single are baselines."""
     data: Path | None = field(default_factory=lambda: Path(p) if (p := os.environ.get("VBDL_DATA")) else None)
-    """Folder of data sets; VBDL_DATA unless given. What it lacks is asked for on OpenML."""
+    """Folder of data sets; VBDL_DATA unless given. Missing files are downloaded from OpenML."""
     network: bool = True
-    """Ask OpenML for what the folder lacks."""
+    """Download missing files from OpenML."""
     protocol: str = "2016"
-    """Of MC dropout on UCI sets: 2016 (400 epochs) or 2018 (4000 epochs)."""
+    """Protocol of MC dropout on UCI sets: 2016 (400 epochs) or 2018 (4000 epochs)."""
     plugin: tuple[Path, ...] = ()
-    """Python files that register data sets and methods of your own. They are run."""
+    """Python files that register data sets and methods of your own. Their code is run."""
     seed: int = 0
-    """Of initializations, orders and draws: the same seed gives the same numbers."""
+    """Seed of initializations, orders of the data and draws: the same seed gives the same numbers."""
     effort: float = 1.0
-    """Share of the epochs; 0.05 for a quick look."""
+    """Fraction of the epochs to train; 0.05 for a quick look."""
     samples: int | None = None
     """Draws in evaluation; the method's own number unless given."""
     threads: int = 1
-    """Threads of torch; 0 leaves the choice to torch."""
+    """Number of threads that torch uses; 0 leaves the choice to torch."""
     scaling: bool = False
-    """Measure the cost of a prediction against draws, members, width, batch and rows too, and its memory against draws:
-    minutes, for it compiles."""
+    """Also measure how the time of a prediction grows with draws, members, width, batch and rows, and its memory with
+    draws. This compiles, which takes minutes."""
     list: bool = False
-    """Print the data sets and methods, and run nothing."""
+    """Print the data sets and methods, and train nothing."""
 
     def __call__(self) -> None:
         import torch

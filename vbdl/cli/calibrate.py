@@ -14,28 +14,28 @@ class Calibrate:
     temperature, platt, isotonic, histogram and beta change class probabilities; std-scaling and cdf change a
     regression; sets and intervals add prediction sets or intervals of a coverage. Training rows are refused.
 
-    Every calibration that the model has is replaced: after --method sets or intervals without --add, the temperature or
-    std-scaling of `vbdl fit` is gone too, and probabilities and variances are those of the network again.
+    Without --add, all earlier calibrations of the model are removed: --method sets or intervals then also removes the
+    temperature or std-scaling of `vbdl fit`, so that probabilities and variances are those of the network again.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of the model."""
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """File, or folder of files, with the target's column."""
+    """File or folder of files, with the target's column."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the calibrated model."""
     method: Literal[
         "temperature", "platt", "isotonic", "histogram", "beta", "std-scaling", "cdf", "sets", "intervals"
     ] = "temperature"
-    """What is fitted."""
+    """Calibration to fit."""
     coverage: float = 0.9
-    """Of sets and intervals."""
+    """Coverage of sets and intervals."""
     add: bool = False
-    """Keep the calibration that the model has, and fit behind it; sets and intervals take the place of earlier ones."""
+    """Keep the model's calibrations and apply the new one after them; sets and intervals replace earlier ones."""
     overwrite: bool = False
-    """Replace a model that is there."""
+    """Replace an existing model."""
     trust: tuple[str, ...] = ()
-    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
+    """Packages that the network and registered classes may be imported from. Importing runs their code."""
 
     def __call__(self) -> None:
         from vbdl.tabular.recalibrating import recalibrate

@@ -11,18 +11,18 @@ WORSE = 3  # exit code
 
 @dataclass(frozen=True)
 class Compare:
-    """Two runs of `vbdl bench`, paired: what became better or worse by more than chance.
+    """Compare two runs of `vbdl bench`: which scores became better or worse by more than chance, in paired tests.
 
-    Exit code 0 where nothing became worse, 3 where something did, 1 for an error."""
+    Exit code 0 if no score became worse, 3 if one did, 1 for an error."""
 
     before: Annotated[Path, tyro.conf.Positional]
     """Folder of the first run."""
     after: Annotated[Path, tyro.conf.Positional]
-    """Folder of the second."""
+    """Folder of the second run."""
     alpha: float = 0.05
-    """Chance of calling any difference better or worse where there is none, over all tests together (Holm)."""
+    """Probability of reporting any difference if there is none, over all tests together (Holm's correction)."""
     all: bool = False
-    """Print the scores without a difference too."""
+    """Also print the scores without a difference."""
 
     def __call__(self) -> None:
         from vbdl.report.comparison import compare_runs

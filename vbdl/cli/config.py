@@ -1,9 +1,10 @@
-"""`--config FILE`: options from TOML, which the command line overrides.
+"""The option `--config FILE` reads options from a TOML file; options on the command line override them.
 
     vbdl fit data.parquet --config fit.toml
 
-Keys are the options of the command, with - or _; they stand at the top of the file or in a table named after the
-command, so that one file can hold several. A key that is no option is refused, with the nearest one.
+Keys are options of the command, written with - or _. They stand at the top of the file, or in a table named after the
+command, so that one file can hold options of several commands. An unknown key is an error that names the nearest
+option.
 """
 
 import dataclasses
@@ -14,9 +15,10 @@ from typing import Any
 
 
 def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments without `--config FILE`, and {"default": the command with the file's options}.
+    """Return the arguments without `--config FILE`, and {"default": the command with the file's options} for tyro.
 
-    ValueError where the file is not there, is no TOML, or holds what is no option or of another type.
+    Raises ValueError if the file is not TOML, or has an unknown option or a value of the wrong type; OSError if the
+    file cannot be read.
     """
     rest, path = [], None
     remaining = iter(arguments)
@@ -38,7 +40,7 @@ def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[
 
 
 def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, Any]:
-    """The options of a command in a file."""
+    """Read the options of one command from a file."""
     import tomllib
 
     try:

@@ -13,15 +13,15 @@ class Demo:
     out: Path = Path("vbdl-demo")
     """Folder for the figures and models."""
     seed: int = 1
-    """Of the splits, the initializations and the draws."""
+    """Seed of the splits, the initializations and the draws."""
     tasks: tuple[str, ...] = ("breast cancer", "digits", "diabetes")
     """Data sets to use."""
     effort: float = 1.0
-    """Share of the training; 0.1 for a quick look."""
+    """Fraction of the epochs to train; 0.1 for a quick look."""
     timing: bool = True
-    """Measure rows a second, for which each predictor is compiled."""
+    """Measure rows per second; this compiles each predictor."""
     threads: int = 1
-    """Threads of torch. Networks this small do not gain from more; 0 leaves the choice to torch."""
+    """Number of threads that torch uses; 0 leaves the choice to torch. Small networks do not gain from more than 1."""
 
     def __call__(self) -> None:
         import torch

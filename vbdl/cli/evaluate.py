@@ -11,19 +11,19 @@ import tyro
 class Evaluate:
     """Score a model of a table on rows with known targets, with 95 % intervals.
 
-    Rows that the model was trained or calibrated on are refused, because they would make it look better than it is.
+    Rows that the model was trained or calibrated on are refused, because they would make the scores too good.
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of the model."""
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """File, or folder of files, with the target's column."""
+    """File or folder of files, with the target's column."""
     allow_training_rows: bool = False
-    """Score them in spite of all, rows calibrated on among them."""
+    """Score rows that were used for training or calibration anyway."""
     json: bool = False
-    """Print JSON."""
+    """Print the scores as JSON."""
     trust: tuple[str, ...] = ()
-    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
+    """Packages that the network and registered classes may be imported from. Importing runs their code."""
 
     def __call__(self) -> None:
         import json

@@ -11,8 +11,8 @@ import tyro
 class Export:
     """Compile a saved model ahead of time: native code for Python without a compiler and for C++, or ONNX.
 
-    The result is compared with the model before it is written; one that lost its epistemic spread, or whose numbers
-    differ by more than 1e-5, is refused."""
+    Before the package is written, its predictions are compared with the model's. It is refused if they differ by more
+    than 1e-5, or if its epistemic uncertainty is lost."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder that Predictor.save or `vbdl fit` wrote."""
@@ -21,13 +21,13 @@ class Export:
     backend: Literal["aoti", "onnx"] = "aoti"
     """aoti: native code for this machine. onnx: for ONNX Runtime anywhere."""
     tiles: tuple[int, ...] = ()
-    """Batch sizes to compile for, (1, 64) for services that also answer single rows; the model's own unless given."""
+    """Batch sizes to compile for, like 1 64 for services that also answer single rows; the model's own unless given."""
     example: Path | None = None
-    """Rows like the real ones to compare on, as a NumPy file (.npy); random normal numbers unless given."""
+    """NumPy file (.npy) of realistic rows for the comparison; random normal numbers unless given."""
     trust: tuple[str, ...] = ()
-    """Packages to import the network and registered classes from. Importing runs code: name only your own."""
+    """Packages that the network and registered classes may be imported from. Importing runs their code."""
     rebuild: bool = False
-    """Compile again even where the package of this model is there and fits."""
+    """Compile again even if a package of this model exists and fits this machine."""
 
     def __call__(self) -> None:
         import numpy as np

@@ -11,80 +11,80 @@ from vbdl.methods import METHODS
 
 @dataclass(frozen=True)
 class Fit:
-    """Train, calibrate and evaluate a model of one column of a table from the others, and save it.
+    """Train, calibrate and evaluate a model that predicts one column of a table from the others, and save it.
 
-    Reads CSV, Parquet and Arrow files. Types of columns are inferred and printed; missing cells and categories are
-    handled; rows that are equal stay in one part. `--config FILE` reads options from TOML.
+    Reads CSV, Parquet and Arrow files. Infers and prints the types of columns, encodes missing cells and categories,
+    and keeps equal rows in one part of the split. `--config FILE` reads options from a TOML file.
     """
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """File, or folder of files."""
+    """File or folder of files."""
     target: str
     """Column to predict."""
     out: Path = Path("model.vbdl")
     """Folder of the model. Its figures are written beside it, to NAME-figures."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "deep-ensemble"
-    """How the uncertainty of the network's weights is described."""
+    """Method for the uncertainty of the network's weights."""
     task: Literal["classification", "regression"] | None = None
-    """In place of what the target's cells say."""
+    """Kind of prediction; inferred from the target's cells unless given."""
     ignore: tuple[str, ...] = ()
     """Columns to leave out."""
     numeric: tuple[str, ...] = ()
     """Columns to read as numbers."""
     categorical: tuple[str, ...] = ()
-    """Columns to read as categories, codes made of digits for instance."""
+    """Columns to read as categories, for example codes made of digits."""
     date: tuple[str, ...] = ()
     """Columns of dates to read as days since 1970."""
     separator: str | None = None
-    """Character between the cells of CSV files; found in the first line unless given."""
+    """Character that separates the cells of CSV files; inferred from the first line unless given."""
     encoding: str | None = None
-    """Of CSV files: utf-8 unless given, latin-1, cp1252, utf-16."""
+    """Encoding of CSV files, like utf-8, latin-1, cp1252 or utf-16; utf-8 unless given."""
     decimal: str | None = None
-    """Mark before decimals; found in the cells unless given."""
+    """Decimal mark; inferred from the cells unless given."""
     thousands: str | None = None
-    """Mark between thousands; found in the cells unless given."""
+    """Thousands separator; inferred from the cells unless given."""
     missing: tuple[str, ...] | None = None
-    """Words that mean that a cell has no value, beside an empty one; NA N/A NaN NULL None and the like unless given."""
+    """Words for a missing cell, besides an empty cell; NA N/A NaN NULL None and similar ones unless given."""
     date_format: str | None = None
-    """How text says dates: day-first, month-first, year-first, or %d.%m.%Y and the like; found unless given."""
+    """Format of dates in text: day-first, month-first, year-first, or one like %d.%m.%Y; inferred unless given."""
     group: str | None = None
-    """Column whose values stay in one part each: a patient, a customer."""
+    """Column of groups, like patients or customers: all rows of a group go to one part of the split."""
     time: str | None = None
-    """Column by which the parts follow each other."""
+    """Column of times: split by time, so that each part of the split is later than the one before."""
     members: int = 5
     """Networks of an ensemble."""
     draws: int = 64
     """Draws in a prediction of the other methods."""
     width: int = 128
-    """Units of a hidden layer."""
+    """Number of units in each hidden layer."""
     depth: int = 2
-    """Hidden layers."""
+    """Number of hidden layers."""
     dropout: float | None = None
-    """Rate of dropout; 0.1 unless given, 0 for mean-field."""
+    """Dropout rate; 0.1 unless given, or 0 for mean-field."""
     noise: Literal["constant", "per-row"] | None = None
-    """Of a regression: one noise level, or one that the network predicts; by the number of rows unless given."""
+    """Noise of a regression: one level, or one per row by the network; chosen by the number of rows unless given."""
     epochs: int = 500
-    """At most: training stops when the validation rows no longer gain."""
+    """Largest number of epochs; training stops earlier when the validation likelihood no longer improves."""
     batch_size: int | None = None
-    """Rows of a training step; by the number of rows unless given."""
+    """Rows per training step; chosen by the number of rows unless given."""
     lr: float | None = None
-    """Learning rate; by method unless given."""
+    """Learning rate; chosen by the method unless given."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     patience: int | None = None
-    """Epochs without a gain until training stops; by method unless given."""
+    """Epochs without improvement after which training stops; chosen by the method unless given."""
     coverage: float = 0.9
-    """Of the prediction sets or intervals; 0 for none."""
+    """Coverage of the prediction sets or intervals; 0 for none."""
     test: float = 0.1
-    """Share of the rows to evaluate on; as much again stops the training, and calibrates."""
+    """Fraction of the rows for testing; validation and calibration get the same fraction each."""
     seed: int = 0
-    """Of the split, the initialization, the order of training and the draws."""
+    """Seed of the split, the initialization, the order of the data and the draws."""
     threads: int = 1
-    """Threads of torch; 0 leaves the choice to torch."""
+    """Number of threads that torch uses; 0 leaves the choice to torch."""
     figures: bool = True
-    """Draw how good the model is."""
+    """Draw figures of calibration and of risk against coverage."""
     overwrite: bool = False
-    """Replace a model that is there."""
+    """Replace an existing model."""
 
     def __call__(self) -> None:
         import torch

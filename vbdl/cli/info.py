@@ -8,7 +8,7 @@ import vbdl
 
 @dataclass(frozen=True)
 class Info:
-    """Versions, threads, devices and the compiler found: what a bug report needs."""
+    """Print versions, threads, devices and the compiler, for a bug report."""
 
     def __call__(self) -> None:
         import platform

@@ -9,7 +9,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a saved model is: method, network, inputs, calibration, draws, metrics. Nothing of it is run."""
+    """Print the method, network, inputs, calibration, draws and metrics of a saved model, without running its code."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder that Predictor.save or `vbdl fit` wrote."""
@@ -30,5 +30,5 @@ class Inspect:
             rows.append(("also stored", ", ".join(manifest.extras)))
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            # what a file says must not move the cursor of a terminal
+            # text from the file must not send control characters to the terminal
             print("".join(c if c.isprintable() else "?" for c in f"{name:<{width}}  {value}"))

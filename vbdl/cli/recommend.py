@@ -9,30 +9,30 @@ import tyro
 
 @dataclass(frozen=True)
 class Recommend:
-    """Train a small version of every method on a table, and say which to use, and why."""
+    """Train a small version of every method on a table, and print which method to use, and why."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """File, or folder of files."""
+    """File or folder of files."""
     target: str
     """Column to predict."""
     budget: float = 60.0
-    """Seconds for all training together, about."""
+    """Approximate number of seconds for all training together."""
     task: Literal["classification", "regression"] | None = None
-    """In place of what the target's cells say."""
+    """Kind of prediction; inferred from the target's cells unless given."""
     ignore: tuple[str, ...] = ()
     """Columns to leave out."""
     numeric: tuple[str, ...] = ()
     """Columns to read as numbers."""
     categorical: tuple[str, ...] = ()
-    """Columns to read as categories, codes made of digits for instance."""
+    """Columns to read as categories, for example codes made of digits."""
     date: tuple[str, ...] = ()
     """Columns of dates to read as days since 1970."""
     width: int = 128
-    """Units of a hidden layer."""
+    """Number of units in each hidden layer."""
     depth: int = 2
-    """Hidden layers."""
+    """Number of hidden layers."""
     seed: int = 0
-    """Of the split, the training and the draws."""
+    """Seed of the split, the training and the draws."""
 
     def __call__(self) -> None:
         import torch

@@ -11,15 +11,15 @@ _SPEED = Path("benchmarks/results/speed-cpu.jsonl")
 
 @dataclass(frozen=True)
 class Report:
-    """One HTML page of a run of `vbdl bench`: self-contained, light and dark, readable on a phone."""
+    """Write a run of `vbdl bench` as one self-contained HTML page, light and dark, readable on a phone."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     out: Path | None = None
-    """The page; RUN/report.html unless given."""
+    """File of the page; RUN/report.html unless given."""
     speed: Path | None = None
-    """JSON lines of benchmarks/speed.py to show beside the quality; benchmarks/results/speed-cpu.jsonl, where that is
-    there, unless given."""
+    """JSON lines of benchmarks/speed.py to show beside the scores; benchmarks/results/speed-cpu.jsonl unless given, if
+    it exists."""
 
     def __call__(self) -> None:
         try:

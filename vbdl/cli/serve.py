@@ -11,10 +11,10 @@ import tyro
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a model over HTTP: predictions, health, metrics, an OpenAPI description and a page to try it.
+    """Serve a model over HTTP: predictions, health, metrics, an OpenAPI description and a web page to try it.
 
-    Listens on this machine alone unless told otherwise. A token in the environment variable VBDL_TOKEN, or in a file,
-    is asked of every client."""
+    Listens on the loopback address unless --host is given. If the environment variable VBDL_TOKEN or a file holds a
+    token, every client has to send it."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of the artifact."""
@@ -25,19 +25,20 @@ class Serve:
     workers: int = 1
     """Number of worker processes, each with its own copy of the model."""
     threads: int = 1
-    """Threads of torch in each worker; 0 leaves the choice to torch."""
+    """Number of threads that torch uses in each worker; 0 leaves the choice to torch."""
     token_file: Path | None = None
     """File with the token that clients have to send."""
     allow_host: tuple[str, ...] = ()
-    """Names that clients may use for this service, besides localhost."""
+    """Host names by which clients may address the service, besides localhost."""
     tls_certificate: Path | None = None
     """Certificate file (PEM) for HTTPS."""
     tls_key: Path | None = None
     """Key file (PEM) for HTTPS."""
     trust: tuple[str, ...] = ()
-    """Packages that the artifact may import its network and registered classes from."""
+    """Packages that the network and registered classes may be imported from. Importing runs their code."""
     tiles: tuple[int, ...] = ()
-    """Batch sizes to compile for; the artifact's unless given. 1 64 answers single rows sooner, equal to rounding."""
+    """Batch sizes to compile for; the artifact's unless given. 1 64 answers single rows sooner, but only
+    equal to rounding."""
     device: str | None = None
     """Device to compute on, like cpu or cuda."""
     compile: bool = True
@@ -45,19 +46,19 @@ class Serve:
     batch_rows: int = 256
     """Largest number of rows that are computed together."""
     batch_wait_ms: float = 0.0
-    """Milliseconds a request may wait for others. Requests that come during a batch are put together anyway."""
+    """Milliseconds that a request may wait for others. Requests that arrive during a batch form the next one anyway."""
     queue_rows: int = 8192
-    """Largest number of rows that wait; further requests are refused with 503 and Retry-After."""
+    """Largest number of waiting rows; further requests are refused with 503 and Retry-After."""
     max_rows: int = 4096
     """Largest number of rows in a request."""
     max_mib: float = 8.0
     """Largest size of a request's body, in MiB."""
     patience: float = 10.0
-    """Seconds that a client may take over each step: a handshake, headers, a body, its next request, an answer."""
+    """Seconds that a client may take for each step: handshake, headers, body, next request, reading an answer."""
     max_connections: int = 1000
-    """Largest number of connections of a process; beyond it only probes are answered."""
+    """Largest number of connections of a process; beyond that only probes are answered."""
     deadline: float = 30.0
-    """Seconds until a request is answered with 504; clients may ask for less by X-Deadline-Ms."""
+    """Seconds until a request is answered with 504; clients may ask for less with X-Deadline-Ms."""
 
     def __call__(self) -> None:
         from vbdl.serve.limits import Limits
