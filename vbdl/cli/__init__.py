@@ -109,7 +109,7 @@ def _main(argv: Sequence[str] | None) -> int:
         command = tyro.cli(
             Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())],  # type: ignore[arg-type]  # noqa: UP007
             prog="vbdl",
-            description="Bayesian deep learning with PyTorch: predictions that know what they do not know. "
+            description="Bayesian deep learning with PyTorch: predictions with their uncertainty. "
             "`vbdl --version` prints the version.",
             args=arguments or ["--help"],
         )

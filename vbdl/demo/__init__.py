@@ -1,1 +1,1 @@
-"""The main job: three methods against one network, on data that needs no download, as a table, figures and models."""
+"""The demo compares three methods with a single network on data that needs no download: tables, figures and models."""

@@ -13,13 +13,13 @@ from vbdl.demo.training import SINGLE, Trained
 from vbdl.demo.tutorial import loop
 from vbdl.engine.predictor import Predictor
 
-ROWS = 64  # in a timed batch, and in a tile
-BINS = 10  # of the calibration error
+ROWS = 64  # rows of a timed batch, and of a tile
+BINS = 10  # bins of the calibration error
 
 
 @dataclass
 class Speed:
-    """Rows per second of the tutorial loop and of vbdl, medians of alternating runs, and how far outputs differ."""
+    """Rows per second of the tutorial loop and of vbdl, medians of alternating runs, and their outputs' difference."""
 
     loop: float
     vbdl: float
@@ -32,7 +32,7 @@ class Result:
     """The evaluation of a method on a task; variances in squared target units, entropies in nats."""
 
     trained: Trained
-    test: Any  # the prediction, its samples kept
+    test: Any  # the prediction, with its samples
     ood: Any
     scores: dict[str, float] = field(default_factory=dict)
     speed: Speed | None = None
@@ -92,7 +92,7 @@ def speed(trained: Trained, eager: Predictor, seconds: float = 1.0) -> Speed:
     torch.testing.assert_close(first.total, eager(x).total, rtol=1e-4, atol=1e-5)
     agreement = disagreement(trained, x)
     draws = compiled.n_samples
-    # both end in the same: means and the split of the uncertainty
+    # both contenders also compute the mean and the split of the uncertainty
     end: Any = trained.task.likelihood()
     contenders = {"loop": lambda: end.finish(end.summarize(tutorial(x, draws))), "vbdl": lambda: compiled(x)}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -111,7 +111,8 @@ def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
     """The distance between the samples of the loop and of vbdl: 0 if equal, about 1 if they differ by chance only.
 
     Root mean square over outputs of (difference of the two means) / (its standard error); for an ensemble, which has
-    nothing random, the largest relative difference. RuntimeError where they do not agree: a time would mean nothing.
+    nothing random, the largest relative difference. Raises RuntimeError if they disagree, because then their times
+    cannot be compared.
     """
     endless = trained.posterior.n_draws is None
     n_samples = n_samples if endless else trained.posterior.n_draws
@@ -129,7 +130,7 @@ def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
         error = ((ours.var(0) + theirs.var(0)) / n_samples).sqrt().clamp_min(1e-12)
         distance = float(((ours.mean(0) - theirs.mean(0)) / error).square().mean().sqrt())
         spread = float((ours.std(0) / theirs.std(0).clamp_min(1e-12)).median())
-        # rows share a draw, so their differences go together: the root mean square varies more than rows are many
+        # all rows share a draw, so their differences are correlated: 2.5 instead of about 1 allows for that
         agree = distance < 2.5 and 0.9 < spread < 1.1
     if not agree:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The data sets of the demo: what is predicted, how it is split, and inputs the training set says nothing about.
+"""The data sets of the demo, with their splits, networks and out-of-distribution inputs.
 
 Three come with scikit-learn (breast cancer, digits, diabetes); the 1-d curve is made here.
 """
@@ -22,7 +22,7 @@ INSTALL = "the demo needs scikit-learn and matplotlib: pip install 'vbdl[demo]'"
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the network for it, and how its outputs are read. Inputs are standardized."""
+    """A data set with the network, the likelihood and the training options for it. Inputs are standardized."""
 
     name: str
     x: dict[str, Tensor]  # "train", "validation", "test", "ood": (batch, ...) float32
@@ -30,12 +30,12 @@ class Task:
     ood: str  # what the out-of-distribution inputs are
     network: Callable[[float], nn.Module]  # dropout rate -> a fresh network
     likelihood: Callable[[], nn.Module]
-    unit: str = "nats"  # of the uncertainties
-    y_std: float = 1.0  # target units in one unit of y
-    epochs: int = 100  # at most
-    training: dict[str, dict[str, Any]] = field(default_factory=dict)  # options of `fit` by method, over the usual
-    prior_std: Any = 0.3  # of mean-field
-    rates: dict[str, float] = field(default_factory=dict)  # of dropout by method, over the usual
+    unit: str = "nats"  # unit of the uncertainties
+    y_std: float = 1.0  # standard deviation of the targets before standardization
+    epochs: int = 100  # largest number of epochs
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)  # overriding options of `fit` by method
+    prior_std: Any = 0.3  # prior std of mean-field
+    rates: dict[str, float] = field(default_factory=dict)  # dropout rates by method that override RATES
 
     @property
     def regression(self) -> bool:
@@ -59,14 +59,14 @@ def _parts(values: Tensor, rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _standardized(values: np.ndarray, train: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, and the mean and std of the training rows they were standardized with."""
+    """The values standardized by the training rows, and the training rows' mean and std."""
     x = torch.from_numpy(np.asarray(values, dtype=np.float32))
     mean, std = x[train].mean(0), x[train].std(0).clamp_min(1e-6)
     return (x - mean) / std, mean, std
 
 
 def breast_cancer(seed: int = 0) -> Task:
-    """569 biopsies, 30 measurements of cell nuclei: benign (1) or malignant (0)."""
+    """The breast cancer data: 569 biopsies with 30 measurements of cell nuclei, benign (1) or malignant (0)."""
     data = _sklearn().load_breast_cancer()
     y = torch.from_numpy(data.target).to(torch.int64)
     rows = split(len(y), _SHARES, stratify=y, seed=seed)
@@ -86,7 +86,7 @@ def breast_cancer(seed: int = 0) -> Task:
 
 
 def digits(seed: int = 0) -> Task:
-    """1797 handwritten digits of 8 x 8 pixels."""
+    """The digits data: 1797 handwritten digits of 8 x 8 pixels."""
     data = _sklearn().load_digits()
     y = torch.from_numpy(data.target).to(torch.int64)
     rows = split(len(y), _SHARES, stratify=y, seed=seed)
@@ -105,7 +105,7 @@ def digits(seed: int = 0) -> Task:
 
 
 def diabetes(seed: int = 0) -> Task:
-    """442 patients, 10 measurements: progression of the disease a year later, a score from 25 to 346."""
+    """The diabetes data: 442 patients with 10 measurements; disease progression after a year, a score of 25 to 346."""
     data = _sklearn().load_diabetes(scaled=False)
     rows = split(len(data.target), _SHARES, seed=seed)
     values, _, _ = _standardized(data.data, rows["train"])
@@ -124,17 +124,18 @@ def diabetes(seed: int = 0) -> Task:
     )
 
 
-CURVE_NOISE = 0.15  # standard deviation, target units
+CURVE_NOISE = 0.15  # standard deviation of the noise, in target units
 
 
 def curve(seed: int = 0) -> Task:
-    """Points of a 1-d curve with a gap in the middle."""
+    """Noisy points on a 1-d curve with a gap in the middle."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(160, 1, generator=generator) * 3.4 - 1.7
     x = torch.where(x > 0, x + 0.9, x - 0.9)
     noise = torch.randn(x.shape, generator=generator) * CURVE_NOISE
     rows = split(len(x), {"train": 0.8, "validation": 0.1, "test": 0.1}, seed=seed)
-    whole = {"validation": None, "patience": None, "batch_size": 128}  # all epochs: a handful of rows cannot judge
+    # no early stopping: the validation rows are too few for it
+    whole = {"validation": None, "patience": None, "batch_size": 128}
     return Task(
         name="curve",
         x=_parts(x, rows) | {"ood": torch.linspace(-4.5, 4.5, 256).unsqueeze(1)},
@@ -155,7 +156,7 @@ def curve(seed: int = 0) -> Task:
 
 
 def curve_mean(x: Tensor) -> Tensor:
-    """The curve under the noise."""
+    """The curve without the noise."""
     return torch.sin(1.6 * x) + 0.3 * x
 
 

@@ -1,4 +1,4 @@
-"""The demo's figures, each saved as PNG and SVG. Colors are Okabe and Ito's, told apart by every kind of sight."""
+"""The demo's figures, each saved as PNG and SVG. Colors are Okabe and Ito's, safe for color-blind readers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ COLOR = {SINGLE: GRAY, DROPOUT: BLUE, MEAN_FIELD: GREEN, ENSEMBLE: VERMILION}
 
 
 def pyplot_or_error() -> Any:
-    """matplotlib.pyplot, drawing to files; ModuleNotFoundError that says what to install."""
+    """Import matplotlib.pyplot for drawing to files. Raises ModuleNotFoundError that says what to install."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -36,7 +36,7 @@ def pyplot_or_error() -> Any:
             "axes.titlelocation": "left",
             "axes.edgecolor": "#888888",
             "legend.frameon": False,
-            "svg.hashsalt": "vbdl",  # the same file for the same figure
+            "svg.hashsalt": "vbdl",  # makes the SVG file reproducible
         }
     )
     return pyplot
@@ -51,7 +51,7 @@ def _save(figure: Any, out: Path, name: str) -> Path:
 
 
 def bands(trained: Sequence[Trained], out: Path) -> Path:
-    """A curve and its two uncertainties, where there are data and where there are none; one panel a method."""
+    """Draw a curve and its two uncertainties, inside and outside of the training data; one panel per method."""
     pyplot = pyplot_or_error()
     task = trained[0].task
     x = task.x["ood"]
@@ -78,7 +78,7 @@ def bands(trained: Sequence[Trained], out: Path) -> Path:
 
 
 def reliability(results: Sequence[Result], out: Path, n_bins: int = BINS) -> Path:
-    """Stated against observed frequency of being right, with 95 % intervals, in bins of three rows or more."""
+    """Draw accuracy against confidence, with 95 % intervals, in bins of at least three rows."""
     pyplot = pyplot_or_error()
     task = results[0].trained.task
     figure, axes = pyplot.subplots(
@@ -116,7 +116,7 @@ def reliability(results: Sequence[Result], out: Path, n_bins: int = BINS) -> Pat
 
 
 def histograms(results: Sequence[Result], out: Path) -> Path:
-    """Total and epistemic uncertainty of test rows and of rows the training set says nothing about."""
+    """Draw histograms of the total and epistemic uncertainty of test rows and of out-of-distribution rows."""
     pyplot = pyplot_or_error()
     task = results[0].trained.task
     scale, unit = task.y_std**2, task.unit
@@ -156,7 +156,7 @@ def histograms(results: Sequence[Result], out: Path) -> Path:
 
 
 def rotation(results: Sequence[Result], out: Path, index: int = 5, n_angles: int = 19) -> Path:
-    """Uncertainty of the digits as they are turned step by step to lie upside down, with one of them shown."""
+    """Draw the uncertainty of the digits while they are rotated step by step by 180 degrees, and show one of them."""
     from scipy.ndimage import rotate
 
     pyplot = pyplot_or_error()
@@ -205,7 +205,7 @@ def rotation(results: Sequence[Result], out: Path, index: int = 5, n_angles: int
 
 
 def _edges(values: list[Tensor], n_bins: int = 24) -> list[float]:
-    """Bins of one width over nearly all of them; what is larger is drawn in the last."""
+    """Edges of equally wide bins over nearly all values; larger values are drawn in the last bin."""
     everything = torch.cat(values)
     low = min(0.0, float(everything.min()))
     high = max(float(everything.quantile(0.99)), low + 1e-6)

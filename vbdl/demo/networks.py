@@ -1,11 +1,11 @@
-"""The demo's networks: plain torch, nothing of vbdl in them."""
+"""The demo's networks, in plain torch without vbdl."""
 
 import torch
 from torch import nn
 
 
 def mlp(inputs: int, outputs: int, width: int, dropout: float) -> nn.Module:
-    """(batch, inputs) -> (batch, outputs), two hidden layers"""
+    """A multilayer perceptron with two hidden layers: (batch, inputs) -> (batch, outputs)."""
     return nn.Sequential(
         nn.Linear(inputs, width),
         nn.ReLU(),
@@ -18,7 +18,7 @@ def mlp(inputs: int, outputs: int, width: int, dropout: float) -> nn.Module:
 
 
 def cnn(classes: int, dropout: float) -> nn.Module:
-    """(batch, 1, 8, 8) -> (batch, classes), two convolutions"""
+    """A network with two convolutions: (batch, 1, 8, 8) -> (batch, classes)."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3),
         nn.ReLU(),
@@ -35,7 +35,7 @@ def cnn(classes: int, dropout: float) -> nn.Module:
 
 
 class Hinges(nn.Linear):
-    """A first layer for one input: units that bend somewhere in [-reach, reach], each in another place."""
+    """A first layer for one input, whose units have their kinks at different places in [-reach, reach]."""
 
     def __init__(self, width: int, reach: float, slope: float):
         self.reach, self.slope = reach, slope
@@ -48,5 +48,5 @@ class Hinges(nn.Linear):
 
 
 def curve(width: int, dropout: float) -> nn.Module:
-    """(batch, 1) -> (batch, 1), a 1-d regression; one hidden layer"""
+    """A network with one hidden layer for a 1-d regression: (batch, 1) -> (batch, 1)."""
     return nn.Sequential(Hinges(width, reach=4.5, slope=1.0), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))

@@ -24,14 +24,15 @@ def run(
 ) -> list[Result]:
     """Run the demo, write figures and models to `out`, and return the results of all tasks.
 
-    tasks: which data sets.  effort: share of the training, for a quick look.  timed: measure speed, which compiles.
+    tasks: names of data sets. effort: fraction of the epochs, for a quick look. timed: also measure speed, which
+    compiles.
     """
     unknown = [name for name in tasks if name not in TASKS]
     if unknown:
         raise ValueError(f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
     if not effort > 0:
         raise ValueError(f"effort is a share of the training above 0, got {effort}")
-    # what is missing is said before anything is trained, and a folder that cannot be written to as well
+    # report missing packages and a folder that cannot be written to before anything is trained
     figures.pyplot_or_error()
     loaded = [TASKS[name](seed) for name in tasks]
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The comparison as tables for people, in 80 columns."""
+"""Printing of the comparison as tables of 80 columns."""
 
 from rich import box
 from rich.console import Console
@@ -23,13 +23,13 @@ def show(results: list[Result], console: Console) -> None:
 
 
 def note(results: list[Result], console: Console) -> None:
-    """Print what the columns of the tables are."""
+    """Print explanations of the tables' columns."""
     said = [
         "NLL in nats a row; ECE: expected calibration error; quant. error: distance of the predicted quantiles' "
         "frequencies from their levels.",
         "Uncertainties are means over rows, in nats (classification) or squared target units (regression); "
         "alea: aleatoric, epis: epistemic.",
-        "OOD AUROC: OOD rows told from test rows by the epistemic part, for the single network by the total.",
+        "OOD AUROC: how well the epistemic uncertainty tells OOD from test rows; the total for the single network.",
     ]
     if any(r.speed for r in results):
         said.append(

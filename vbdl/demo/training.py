@@ -15,9 +15,9 @@ from vbdl.training.fit import fit
 
 SINGLE, DROPOUT, MEAN_FIELD, ENSEMBLE = "single network", "MC dropout", "mean-field", "deep ensemble"
 
-N_DRAWS = 64  # of dropout and mean-field
+N_DRAWS = 64  # draws of dropout and mean-field
 N_MEMBERS = 5
-RATES = {DROPOUT: 0.2, MEAN_FIELD: 0.0, ENSEMBLE: 0.1}  # of dropout in the networks
+RATES = {DROPOUT: 0.2, MEAN_FIELD: 0.0, ENSEMBLE: 0.1}  # dropout rates of the networks
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def build(task: Task, method: str, seed: int = 0) -> Trained:
 
 
 def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Trained:
-    """Build and train a method. effort: share of the epochs, for trying the demo out."""
+    """Build and train a method. effort: fraction of the epochs, for a quick look."""
     trained = build(task, method, seed)
     options = {
         "epochs": task.epochs,
@@ -91,7 +91,7 @@ def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Traine
 
 
 def single(ensemble: Trained) -> Trained:
-    """The first member of an ensemble on its own, because stacked training trains each member (tests/test_train.py)."""
+    """The first member of an ensemble as a single network; it is trained as if alone (tests/test_train.py)."""
     task = ensemble.task
     network = task.network(task.rates.get(ENSEMBLE, RATES[ENSEMBLE]))
     network.load_state_dict(ensemble.posterior.member(0))

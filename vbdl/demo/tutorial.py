@@ -1,4 +1,4 @@
-"""The loop most tutorials use, one forward pass a sample in eager torch, and whether it says the same as vbdl."""
+"""The prediction loop of most tutorials: one forward pass per sample, in eager torch."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Loop = Callable[[Tensor, int], Tensor]
 
 
 def loop(trained: Trained) -> Loop:
-    """(inputs, samples) -> (samples, batch, ...) parameters of p(y | x), for this method as tutorials write it."""
+    """The tutorial loop of a method: a function (inputs, samples) -> (samples, batch, ...) parameters of p(y | x)."""
     return {DROPOUT: _dropout, MEAN_FIELD: _mean_field, ENSEMBLE: _ensemble}[trained.method](trained)
 
 

@@ -1,4 +1,4 @@
-"""A predictor over HTTP: `vbdl serve MODEL`, `app(Model(folder))` for a server of one's own, `ray.deployment`."""
+"""A predictor over HTTP: `vbdl serve MODEL`, `app(Model(folder))` for any ASGI server, `ray.deployment` for Ray."""
 
 from vbdl.serve.app import app as app
 from vbdl.serve.limits import Limits as Limits

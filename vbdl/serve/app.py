@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and the gate before them."""
+"""The ASGI application: the routes, and a middleware that checks every request before them."""
 
 import hmac
 import logging
@@ -22,20 +22,21 @@ from vbdl.serve.serving import ARROW as ARROW
 from vbdl.serve.serving import SAFE, Serving, answer
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-_OPEN = ("/", "/page.css", "/page.js", "/health", "/ready")  # without a token: they tell nothing of the model
+_OPEN = ("/", "/page.css", "/page.js", "/health", "/ready")  # need no token: they say nothing about the model
 _SINGLE = (b"host", b"authorization", b"content-type", b"content-length", b"content-encoding", b"x-deadline-ms")
-_ROUTES = ("predict", "model", "openapi.json", "health", "ready", "metrics", "page")  # that metrics name
+# names of routes in the metrics; all others are counted as "other"
+_ROUTES = ("predict", "model", "openapi.json", "health", "ready", "metrics", "page")
 _log = logging.getLogger(__name__)
 
 
 def app(
     model: Model, limits: Limits | None = None, *, token: str | None = None, hosts: Sequence[str] | None = None
 ) -> Starlette:
-    """The service of a model, for any ASGI server.
+    """Return the service of a model as an application for any ASGI server.
 
-    token: asked for as `Authorization: Bearer ...` by everything but the page and the probes.
-    hosts: names that the Host header may have, without a port; LOOPBACK keeps web pages of other origins from reaching
-        a service on the same machine by a name of their own. None: any.
+    token: required as `Authorization: Bearer ...` by every route except the page and the probes.
+    hosts: names allowed in the Host header, without a port; None allows any. LOOPBACK protects a service on the same
+        machine from web pages that reach it by a host name of their own (DNS rebinding).
     """
     serving = Serving(model, limits or Limits())
     get = lambda path, endpoint: Route(path, endpoint, methods=["GET"])
@@ -44,11 +45,11 @@ def app(
     described = _json(document(model, serving.limits, token is not None))
 
     async def health(_: Request) -> Response:
-        """Whether the process is worth keeping."""
+        """Answer 200 as long as the process should be kept, 503 after warming up has failed."""
         return _json({"status": serving.failed or "ok"}, 503 if serving.failed else 200)
 
     async def ready(_: Request) -> Response:
-        """Whether requests should be sent here."""
+        """Answer 200 once requests can be predicted, 503 before."""
         if serving.warm:
             return _json({"status": "ready"})
         return _json({"status": serving.failed or "warming up"}, 503, {"Retry-After": "5"})
@@ -78,7 +79,7 @@ def app(
 
 
 class _Gate:
-    """Before every route: who asks, by which name, and how it ended."""
+    """Middleware before every route: it checks repeated headers, host and token, and counts answers in the metrics."""
 
     def __init__(self, inner: ASGIApp, serving: Serving, token: str | None, hosts: Sequence[str] | None):
         self.inner, self.serving, self.metrics = inner, serving, serving.metrics
@@ -89,7 +90,7 @@ class _Gate:
         if scope["type"] != "http":
             await self.inner(scope, receive, send)
             return
-        begun, status = time.monotonic(), 499  # as nginx has it: the client was gone before an answer
+        begun, status = time.monotonic(), 499  # the code of nginx for a client that left before the answer
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -103,13 +104,13 @@ class _Gate:
                 self.metrics.refused(refused.code)
                 await answer(refused, noting)
             elif scope["path"] == "/v1/predict" and scope["method"] == "POST":
-                await self.serving(scope, receive, noting)  # as its route does, without the way there
+                await self.serving(scope, receive, noting)  # directly, because routing takes time
             else:
                 await self.inner(scope, receive, noting)
         except (ClientDisconnect, Gone):
             pass
         except Exception:
-            # nothing of ours should come here; the client is told so, and no more
+            # a bug: the log has the traceback, the client gets no details
             _log.exception("a request failed")
             if status == 499:
                 await answer(Refused(500, "failed", "the service failed; see its log"), noting)
@@ -120,7 +121,7 @@ class _Gate:
     def _check(self, scope: Scope) -> Refused | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if len(headers) < len(scope["headers"]):
-            # of two of these a proxy before us may have believed the other one
+            # a proxy in front of the service may have read the other of two equal headers
             names = [name for name, _ in scope["headers"]]
             for name in _SINGLE:
                 if names.count(name) > 1:

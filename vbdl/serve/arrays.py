@@ -1,4 +1,4 @@
-"""Arrays of numbers in a request as tensors of a network's input, checked against its shape and dtype."""
+"""Conversion of arrays in a request to input tensors of a network, checked against the input's shape and dtype."""
 
 import math
 from typing import Any
@@ -20,16 +20,18 @@ NUMPY = {torch.float16: "f2", torch.float32: "f4", torch.float64: "f8", torch.bf
 
 
 def tensor(array: np.ndarray, entry: InputEntry, name: str) -> Tensor:
-    """The rows of an array as a tensor of this input. Refused for another shape, another kind of number, or a number
-    that the dtype does not hold."""
+    """Convert the rows of an array to a tensor of this input.
+
+    Raises Refused for a wrong shape, a wrong kind of number, or a number that the dtype cannot hold.
+    """
     dtype = DTYPES[entry.dtype]
     if list(array.shape[1:]) != list(entry.shape):
         raise Refused(422, "bad_body", f"a row of {name!r} has shape {entry.shape}, got {list(array.shape[1:])}")
     if dtype.is_floating_point:
-        step = max(1, 2**16 // max(1, math.prod(entry.shape)))  # without a copy of the whole in float64
+        step = max(1, 2**16 // max(1, math.prod(entry.shape)))  # does not copy the whole array to float64
         for start in range(0, len(array), step):
             check_finite(array[start : start + step].astype(np.float64), name, dtype)
-        # what was read from JSON is of that type already; a body's own bytes are copied
+        # arrays from JSON have that dtype already; arrays on the bytes of a body are copied
         return torch.from_numpy(array.astype(NUMPY[dtype], copy=not array.flags.writeable)).to(dtype)
     if array.dtype.kind not in ("b" if dtype == torch.bool else "iu"):
         raise Refused(422, "bad_body", f"{name!r} holds {entry.dtype}, got {array.dtype}")
@@ -41,7 +43,7 @@ def tensor(array: np.ndarray, entry: InputEntry, name: str) -> Tensor:
 
 
 def nested(raw: msgspec.Raw, entry: InputEntry, name: str, max_rows: int) -> np.ndarray:
-    """Nested arrays of one input, of exactly the depth of its rows; numbers, and no booleans or text for them."""
+    """Convert nested JSON arrays of numbers to an array. Raises Refused for booleans, text or a wrong depth."""
     dtype = DTYPES[entry.dtype]
     kind: Any
     kind, stored = (float, "f8") if dtype.is_floating_point else (bool, "?") if dtype == torch.bool else (int, "i8")
@@ -72,8 +74,8 @@ def _stored(found: list, stored: str, entry: InputEntry, name: str) -> np.ndarra
 
 
 def check_finite(numbers: np.ndarray, name: str, dtype: torch.dtype) -> None:
-    """Refuses numbers that are not finite, or that the dtype does not hold with room for a network."""
-    largest = float(np.float32(min(LARGEST, torch.finfo(dtype).max)))  # as float32 rounds it, which may be up
-    # one pass: NaN fails the comparison too
+    """Raise Refused for numbers that are not finite, or too large for a network to compute with in this dtype."""
+    largest = float(np.float32(min(LARGEST, torch.finfo(dtype).max)))  # rounded to float32, which may round up
+    # one pass: the comparison is also False for NaN
     if numbers.size and not np.abs(numbers).max() <= largest:
         raise Refused(422, "bad_body", f"{name!r} has a number that is not finite, or beyond {largest:g}")

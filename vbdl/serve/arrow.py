@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _VIEWS = ("string_view", "binary_view")
-UNPACKED = 32 * 2**20  # bytes that values which rows share may take once each row has its own
+UNPACKED = 32 * 2**20  # largest size in bytes of shared values after they are copied to each row
 
 
 def read(body: bytes, max_rows: int) -> "pyarrow.Table":
@@ -24,11 +24,11 @@ def read(body: bytes, max_rows: int) -> "pyarrow.Table":
             if message.type in ("record batch", "dictionary"):
                 rows, compressed = _header(message.metadata.to_pybytes(), message.type == "dictionary")
                 if compressed:
-                    # a few bytes could stand for gigabytes
+                    # a few compressed bytes could unpack to gigabytes
                     raise Refused(
                         415, "compressed", "compressed Arrow buffers are not taken: write without compression"
                     )
-                # a dictionary longer than the rows allowed is as suspicious as the rows
+                # a dictionary may be no longer than the rows allowed
                 if rows > max_rows:
                     raise Refused(413, "too_many_rows", f"{rows} rows in a batch, at most {max_rows} are taken")
         with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
@@ -42,7 +42,7 @@ def read(body: bytes, max_rows: int) -> "pyarrow.Table":
             table.validate(full=True)
     except Refused:
         raise
-    except Exception as error:  # of a stranger's bytes, whatever Arrow makes of them
+    except Exception as error:  # damaged bytes make Arrow raise errors of many kinds
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refused(400, "bad_arrow", f"the body is no Arrow IPC stream: {said[:200]}") from None
     if table.num_rows > max_rows:
@@ -71,7 +71,7 @@ def _longest(array: "pyarrow.Array") -> int:
     if pa.types.is_run_end_encoded(kind):
         return _bytes(array.values)
     if str(kind) in _VIEWS:
-        place = 16 * array.offset  # an int32 length begins each
+        place = 16 * array.offset  # each starts with an int32 length
         return int(np.frombuffer(array.buffers()[1], "<i4")[place // 4 :: 4][: len(array)].max(initial=0))
     if pa.types.is_nested(kind):
         return UNPACKED + 1 if "view" in str(kind) else 0
@@ -85,7 +85,7 @@ def _bytes(array: "pyarrow.Array") -> int:
     kind = array.type
     if any(test(kind) for test in (pa.types.is_binary, pa.types.is_string)) or str(kind).startswith("large_"):
         return compute().max(compute().binary_length(array)).as_py() or 0
-    # a fixed width, or shared in turn; the values of anything nested are all of one
+    # of a fixed width, or shared themselves; one value of a nested array may hold all inner values
     return max(_longest(array), array.nbytes if pa.types.is_nested(kind) else 0)
 
 

@@ -1,10 +1,10 @@
-"""Requests computed together: a bounded queue, deadlines, and a thread.
+"""Batching of requests: a bounded queue with deadlines, and a thread that computes batches.
 
-While a batch is computed the next one gathers, so that an idle service adds no wait and a busy one batches by itself;
-`batch_wait` lets the first request of a batch wait for others on top of that.
+Requests that arrive while a batch is computed form the next one, so an idle service adds no wait and a busy one
+batches by itself. `batch_wait` lets the first request of a batch also wait for others.
 
-Where a tile takes less than two milliseconds and nothing else is computed, what has come in one turn of the event loop
-is computed right there: handing it to a thread and back would hold up everybody for longer.
+If a tile takes less than two milliseconds and nothing else is being computed, the requests of one turn of the event
+loop are computed on the loop itself, because handing them to the thread and back would take longer.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
 from vbdl.types import Inputs
 
-QUICK = 0.002  # seconds of a tile that the event loop may be held up for
-PATIENCE = 0.005  # seconds before it is watched whether a client leaves: most are answered by then
-_SHARE = 0.8  # of a deadline that computing may take; the rest is for the way back
+QUICK = 0.002  # seconds that a tile may block the event loop
+PATIENCE = 0.005  # seconds until a request starts to watch for its client leaving: most are answered by then
+_SHARE = 0.8  # share of a deadline for computing; the rest is for sending the answer
 _log = logging.getLogger(__name__)
 
 
@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 class _Job:
     inputs: Inputs
     rows: int
-    deadline: float  # of time.monotonic
-    anytime: bool  # whether fewer draws are better than none in time
+    deadline: float  # on the clock of time.monotonic
+    anytime: bool  # whether the deadline may be met with fewer draws
     future: asyncio.Future
     loop: asyncio.AbstractEventLoop
     arrived: float
@@ -46,20 +46,20 @@ class _Job:
 
 
 class Batcher:
-    """Predictions of a predictor, for coroutines of any loop."""
+    """A queue of requests for one predictor, computed in batches; coroutines of any event loop may use it."""
 
     def __init__(self, predict: Predictor, limits: Limits, metrics: Metrics, anytime: bool = False):
-        """anytime: whether `predict` takes a deadline, in seconds, and meets it with fewer draws."""
+        """anytime: whether `predict` takes a deadline in seconds and meets it with fewer draws."""
         self._predict, self._limits, self._metrics, self._anytime = predict, limits, metrics, anytime
         self._tile = max(predict.tiles)
         self._waiting: deque[_Job] = deque()
-        self._rows = 0  # that wait or are computed
-        self._busy = 0.01  # seconds a batch takes, a running mean: what Retry-After is made of
-        self._tile_busy = 0.01  # the same of batches of at most one tile
+        self._rows = 0  # rows that wait or are being computed
+        self._busy = 0.01  # running mean of the seconds of a batch, for Retry-After
+        self._tile_busy = 0.01  # the same for batches of at most one tile
         self._changed = threading.Condition()
         self._closed = False
         self._computing = False
-        self._planned = False  # whether the event loop computes what waits, in its next turn
+        self._planned = False  # whether the event loop computes the waiting rows in its next turn
         self._thread = threading.Thread(target=self._work, name="vbdl-serve", daemon=True)
         self._thread.start()
 
@@ -71,11 +71,12 @@ class Batcher:
         anytime: bool,
         receive: Callable[[], Awaitable[object]] | None = None,
     ) -> Any:
-        """The prediction of these rows.
+        """Return the prediction of these rows.
 
-        deadline: of time.monotonic. anytime: whether it may be met with fewer draws.
+        deadline: on the clock of time.monotonic. anytime: whether the deadline may be met with fewer draws.
         receive: returns when the client has left.
-        Refused when the queue is full or the deadline passed, Gone when the client has left; neither is computed.
+        Raises Refused if the queue is full or the deadline has passed, and Gone if the client has left; the rows are
+        then not computed unless a batch with them has begun.
         """
         loop = asyncio.get_running_loop()
         job = _Job(inputs, rows, deadline, anytime and self._anytime, loop.create_future(), loop, time.monotonic())
@@ -87,7 +88,7 @@ class Batcher:
         except _Late:
             raise Refused(504, "deadline", "the deadline passed before there was a prediction") from None
         finally:
-            job.dropped = True  # answered, too late or nobody there: not to be computed any more
+            job.dropped = True  # answered, too late, or its client has left: must not be computed any more
             late.cancel()
             if watch is not None:
                 watch.end()
@@ -124,7 +125,7 @@ class Batcher:
         self._thread.join(seconds)
 
     def _work(self) -> None:
-        """The loop of the thread: computes one batch after the other until the batcher is closed."""
+        """Compute one batch after the other until the batcher is closed; the thread runs this."""
         while True:
             with self._changed:
                 while (not self._waiting or self._planned) and not self._closed:
@@ -150,14 +151,14 @@ class Batcher:
 
     def _finish(self, batch: list[_Job]) -> None:
         answers = self._compute(batch)
-        with self._changed:  # before the answers, so that whoever has one finds the queue as it is
+        with self._changed:  # before the answers, so that a client with an answer sees the queue without its rows
             self._computing = False
             self._rows -= sum(job.rows for job in batch)
         for job, answer in answers:
             self._answer(job, answer)
 
     def _gather(self, limit: int) -> list[_Job]:
-        """The next batch of at most `limit` rows; waits for more requests as long as batch_wait allows."""
+        """Take the next batch of at most `limit` rows; wait for more requests as long as batch_wait allows."""
         wait = self._limits.batch_wait
         while wait > 0 and not self._closed and sum(job.rows for job in self._waiting) < limit:
             left = self._waiting[0].arrived + wait - time.monotonic()
@@ -165,7 +166,7 @@ class Batcher:
                 break
         batch = [self._waiting.popleft()]
         rows = batch[0].rows
-        # one that may use fewer draws is computed alone: others have not asked for that
+        # a request that allows fewer draws is computed alone: other requests do not allow them
         while self._waiting and rows + self._waiting[0].rows <= limit:
             if batch[0].anytime or self._waiting[0].anytime or not _alike(batch[0].inputs, self._waiting[0].inputs):
                 break
@@ -187,7 +188,7 @@ class Batcher:
             options = {"deadline": _SHARE * (live[0].deadline - now)} if live[0].anytime else {}
             prediction = self._predict(joined, **options)
         except Exception as error:
-            if len(live) > 1:  # one of them is the cause: the others must not suffer for it
+            if len(live) > 1:  # one job is the cause: compute each alone, so that the others succeed
                 return [answer for job in live for answer in self._compute([job])]
             if isinstance(error, ValueError | IndexError):
                 return [(live[0], Refused(422, "not_predictable", str(error)[:500]))]
@@ -207,7 +208,7 @@ class Batcher:
         if threading.get_ident() != self._thread.ident and job.loop is asyncio.get_running_loop():
             _settle(job.future, answer)
             return
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody waits
             job.loop.call_soon_threadsafe(_settle, job.future, answer)
 
 

@@ -87,7 +87,7 @@ class Bodies:
             return readers[media](body, max_rows)
         except Refused:
             raise
-        except Exception as error:  # a stranger's bytes: whatever they make a parser say, it is no failure of ours
+        except Exception as error:  # damaged bytes may make a parser raise any error, which is no error of the service
             _unforeseen(error)
 
     def _decode(self, body: bytes, kind: type[T]) -> T:
@@ -98,7 +98,7 @@ class Bodies:
             return self._json_rows(self.schema, body, max_rows)
         entries, named = self.entries, self.inputs is not None and self.inputs.layout != "tensor"
         keys = 1 + len(entries) * named
-        if len(body) > LARGE and body.count(b":") > keys:  # before an object of a million keys is built
+        if len(body) > LARGE and body.count(b":") > keys:  # counted before an object of a million keys is built
             raise Refused(422, "bad_body", f"a body has {keys} keys, this one has more")
         request = self._decode(body, _Arrays)
         raws = {key_of(0, entries[0]): request.inputs}
@@ -212,7 +212,7 @@ def _unforeseen(error: Exception) -> NoReturn:
 
 
 def _told(encoded: Encoded) -> Read:
-    """(inputs, rows, notes) of an encoded table. Raises Refused if a row was rejected."""
+    """Return (inputs, rows, notes) of an encoded table. Raises Refused if a row was rejected."""
     if encoded.rejected:
         row, reason = min(encoded.rejected.items())
         said = f"{len(encoded.rejected)} of {len(encoded.x)} rows: row {row}: {reason[:300]}"
@@ -239,7 +239,7 @@ def _fits(value: Cell, column: Column) -> bool:
         return isinstance(value, bool)
     if isinstance(column, Date):
         return isinstance(value, str)
-    if isinstance(column, Categorical):  # a code is a word too
+    if isinstance(column, Categorical):  # a category may be a number
         return isinstance(value, str) or (_number(value) and float(value).is_integer())
     if json_schema.written(column) and isinstance(value, str):
         return True

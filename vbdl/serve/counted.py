@@ -1,8 +1,8 @@
 """Large JSON bodies are checked by counting brackets and commas before any value is built, then built in pieces.
 
-Eight MiB of `[],[],...` are three million lists, 200 MiB and seconds of everybody's time; as bytes they are counted in
-milliseconds. A body of the right structure is read a few thousand values at a time into the array that is returned, so
-that other threads get their turn in between.
+Eight MiB of `[],[],...` would become three million lists, which take 200 MiB and block other requests for seconds;
+counting the bytes takes milliseconds. A body of the right structure is parsed a few thousand values at a time into the
+returned array, so that other threads run in between.
 """
 
 import json
@@ -14,15 +14,15 @@ import numpy as np
 
 from vbdl.serve.limits import Refused
 
-LARGE = 64 * 2**10  # bytes: below this whatever a body holds is cheap to build
-PIECE = 16 * 2**10  # bytes of numbers that are built at a time
-ROWS = 128  # of a table that are built at a time
+LARGE = 64 * 2**10  # bytes: a smaller body is cheap to build, whatever it holds
+PIECE = 16 * 2**10  # bytes of numbers that are parsed at a time
+ROWS = 128  # rows of a table that are parsed at a time
 _BLOCK = 2**20
-_CELL = 4 * 2**10  # bytes of a cell, on average over a row: longer text is no category
+_CELL = 4 * 2**10  # largest mean size in bytes of a row's cells: longer text is no category
 
 
 def outside_strings(text: bytes) -> bytes:
-    """Valid JSON without the content of its strings, so that its brackets, colons and commas can be counted."""
+    """Return valid JSON without the content of its strings, so that brackets, colons and commas can be counted."""
     if b"\\" in text:
         text = text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     kept, inside = [], np.uint8(0)
@@ -35,8 +35,10 @@ def outside_strings(text: bytes) -> bytes:
 
 
 def refuse_twice(text: bytes, keys: int) -> None:
-    """Refuses valid JSON that has a key twice in an object. keys: those of all its objects as a decoder counts them, of
-    which the last one wins."""
+    """Raise Refused if an object in valid JSON has a key twice.
+
+    keys: the number of keys that the decoder kept in all objects; of two equal keys it keeps the last.
+    """
     if text.count(b":") > keys and outside_strings(text).count(b":") > keys:
         if len(text) <= LARGE:
             json.loads(text, object_pairs_hook=_pairs)
@@ -70,7 +72,7 @@ def array(
         said = f"{name!r} holds more than {max_rows} rows of shape {list(shape)}: at most {max_rows} rows are taken"
         raise Refused(413, "too_many_rows", said)
     rows = (opened - 1) // row.count(b"[") if shape else commas + 1
-    # without its values a body is brackets and commas, and which ones its shape says
+    # without its values a body consists of brackets and commas, which its shape determines
     values = b"truefalse" if dtype.kind == "b" else b"0123456789+-.eE"
     skeleton = text.translate(None, values + b" \t\r\n")
     if len(skeleton) != 1 + rows * (len(row) + 1) or skeleton != b"[" + b",".join([row] * rows) + b"]":
@@ -93,7 +95,7 @@ def _skeleton(shape: tuple[int, ...]) -> bytes:
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
-    """The values, with commas between them, some thousands at a time."""
+    """Yield the values, with commas between them, a few thousand at a time."""
     start = 0
     while start < len(text):
         end = text.find(b",", start + PIECE)
@@ -103,12 +105,12 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 
 
 def rows(text: bytes, columns: int, max_rows: int, build: Callable[[bytes, int], dict]) -> Iterator[list[dict]]:
-    """Rows of a table, some at a time. build: a row, from its JSON and its number."""
+    """Yield rows of a table, some at a time. build: makes a row from its JSON and its number."""
     bare = outside_strings(text)
     objects, cells, commas = bare.count(b"{"), bare.count(b":"), bare.count(b",")
     if objects > max_rows:
         raise Refused(413, "too_many_rows", f"{objects} rows, at most {max_rows} are taken")
-    # between cells and between rows there is a comma: more of them belong to something that is no row
+    # cells and rows have one comma in between: more commas mean that an element is no row
     if bare.count(b"[") != 1 or commas >= max(1, cells + objects) or cells > columns * objects:
         raise Refused(422, "bad_body", f"rows are objects of {columns} cells, and these hold something else")
     del bare

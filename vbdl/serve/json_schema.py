@@ -1,4 +1,4 @@
-"""JSON Schemas of the requests of a model: a row of a table, an array, a whole body."""
+"""JSON Schemas for the requests of a model: a row of a table, an array, a whole body."""
 
 import datetime
 from typing import Any
@@ -14,7 +14,7 @@ from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
 JsonObject = dict[str, Any]
 """An object of JSON, like a JSON Schema."""
 
-LARGEST = 1e30  # of a number in a request: what float32 holds with room for a network
+LARGEST = 1e30  # largest number in a request: far enough below the largest float32 for a network to compute with
 
 
 def cell(column: Column) -> JsonObject:
@@ -26,7 +26,7 @@ def cell(column: Column) -> JsonObject:
         span = {"minimum": -LARGEST, "maximum": LARGEST}
         return {"type": ["string", "integer", "null"], **span, "examples": list(column.categories), "description": said}
     if isinstance(column, Date):
-        # in the middle of the training rows, in ISO, which every order reads
+        # the median of the training rows in ISO format, which every order of day and month reads
         day = datetime.date(1970, 1, 1) + datetime.timedelta(days=round(column.fill))
         return {"type": ["string", "null"], "format": "date", "examples": [day.isoformat()]}
     kinds = ["number", "string", "null"] if written(column) else ["number", "null"]
@@ -34,7 +34,7 @@ def cell(column: Column) -> JsonObject:
 
 
 def written(column: Column) -> bool:
-    """Whether a number may come as text, as the training cells wrote it."""
+    """Whether a number may be given as text, in the notation of the training cells."""
     return isinstance(column, Numeric) and column.written is not None
 
 

@@ -1,5 +1,5 @@
-"""A server of uvicorn with an accept loop of its own: connections count from when they are accepted, handshakes too,
-and some descriptors are kept for probes."""
+"""A uvicorn server with its own accept loop: it counts connections from the moment they are accepted, before the TLS
+handshake, and keeps some file descriptors for probes."""
 
 import asyncio
 import contextlib
@@ -22,18 +22,18 @@ from uvicorn.supervisors.multiprocess import Process
 from vbdl.serve.limits import Limits
 from vbdl.serve.protocol import Patient
 
-RESERVED = 16  # connections that only probes get, once all others are taken
-READY = 600  # seconds that a new worker may take until it is warm, before the one that it replaces is kept
-_SILENT = 30  # seconds after which a worker that does not answer its parent is ended
-_AGAIN = 5  # seconds until a worker that failed to warm up is begun again
-_FILES = 32  # descriptors for everything that is no connection: files, pipes, what opens later
+RESERVED = 16  # connections reserved for probes, once all others are taken
+READY = 600  # seconds for a new worker to become warm; after that the old worker is kept
+_SILENT = 30  # seconds after which a worker that does not answer its parent is killed
+_AGAIN = 5  # seconds until a worker that failed to warm up is started again
+_FILES = 32  # file descriptors for everything but connections: files, pipes and later ones
 _log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
     """A server that accepts as many connections as the limits and the file descriptors allow.
 
-    patiently: whether it accepts none until the model is warm, because others do.
+    patiently: whether it accepts connections only once its model is warm, because other workers accept them until then.
     """
 
     def __init__(self, config: Config, limits: Limits, patiently: bool = False):
@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
                 sys.exit(1)
             await asyncio.sleep(0.05)
         if self.should_exit:
-            self.started = True  # what was begun is ended
+            self.started = True  # running requests are finished
             return
         try:
             most = connections(self.limits)
@@ -84,7 +84,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             bound.close()
             if error.errno == errno.EADDRNOTAVAIL and len(addresses) > 1:
-                continue  # a name may have an address that this machine has not
+                continue  # a host name may have addresses that this machine lacks
             raise OSError(f"{host}:{port}: {error.strerror}") from None
         yield bound
 
@@ -113,14 +113,14 @@ def connections(limits: Limits) -> int:
 
 
 class Accepting:
-    """Accepts on one socket; what uvicorn asks of a server of asyncio."""
+    """An accept loop on one socket, with the methods of asyncio.Server that uvicorn calls."""
 
     def __init__(self, server: Server, listening: socket.socket, most: int):
         self._server, self._listening, self._most = server, listening, most
         self._loop = asyncio.get_running_loop()
         self.taken, self._said = 0, False
         self._tasks: set[asyncio.Task] = set()
-        self._reserve: dict[asyncio.Task, Patient | None] = {}  # oldest first; None while there is a handshake
+        self._reserve: dict[asyncio.Task, Patient | None] = {}  # oldest first; None during the TLS handshake
         self._again: asyncio.TimerHandle | None = None
         self._listen()
 
@@ -140,7 +140,7 @@ class Accepting:
         self._loop.add_reader(self._listening, self._accept)
 
     def _accept(self) -> None:
-        """Accept one connection; other workers get the next."""
+        """Accept one connection; the next one may go to another worker."""
         try:
             connection, _ = self._listening.accept()
         except OSError as error:
@@ -148,7 +148,7 @@ class Accepting:
                 _log.warning("no connection can be accepted: %s", error.strerror)
                 self._loop.remove_reader(self._listening)
                 self._again = self._loop.call_later(0.5, self._listen)
-            return  # another worker has it, or the client has left
+            return  # another worker has accepted it, or the client has left
         if self.taken >= self._most and not self._said:
             self._said = True
             _log.warning(
@@ -157,7 +157,7 @@ class Accepting:
             )
         reserved = self.taken >= self._most
         if self.taken >= self._most + RESERVED:
-            self._drop_one()  # a probe asks at once: the one that is there for the longest time is none
+            self._drop_one()  # a probe sends its request at once, so the oldest reserved connection is not a probe
         if self.taken >= self._most + 2 * RESERVED:
             connection.close()
             return
@@ -178,7 +178,7 @@ class Accepting:
                 protocol.transport.abort()
 
     async def _begin(self, connection: socket.socket, reserved: bool) -> None:
-        """Start the protocol on a connection, after its handshake if there is TLS."""
+        """Start the protocol on a connection, after the handshake if TLS is on."""
         server, task = self._server, asyncio.current_task()
         assert task is not None
         ended = _Once(functools.partial(self._ended, task))
@@ -208,7 +208,7 @@ class Accepting:
             connection.close()
             ended()
             raise
-        except Exception:  # a handshake that fails or takes too long: whatever the client did, it is gone
+        except Exception:  # the handshake failed or took too long
             connection.close()
             ended()
 
@@ -218,7 +218,7 @@ class Accepting:
 
 
 class _Once:
-    """Calls a function the first time, and nothing after that."""
+    """A callable that calls a function the first time and does nothing afterwards."""
 
     def __init__(self, call: Callable[[], object]):
         self._call = call
@@ -229,11 +229,11 @@ class _Once:
 
 
 class Worker(Process):
-    """A worker process whose server accepts connections when its model is warm."""
+    """A worker process whose server accepts connections once its model is warm."""
 
     def target(self, sockets: list[socket.socket] | None = None) -> None:
         """Run the server in the worker process."""
-        _ = self.server  # made here: the thread that answers the parent would make another one meanwhile
+        _ = self.server  # created here, because the thread that answers the parent could create a second one
         threading.Thread(target=_end_with_parent, daemon=True).start()
         super().target(sockets)
 

@@ -28,7 +28,7 @@ class _Histogram:
 
 
 class Metrics:
-    """Of one worker process, which every line names: a scrape reaches one worker."""
+    """The counters of one worker process. Every line names the worker, because a scrape reaches only one of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -55,7 +55,7 @@ class Metrics:
             self._compute.add(seconds)
 
     def predicted(self, rows: int, epistemic: float) -> None:
-        """Rows answered, and the sum of their epistemic uncertainty: its mean drifts when inputs do."""
+        """Count answered rows and sum their epistemic uncertainty, whose mean drifts when the inputs drift."""
         with self._lock:
             self._predicted += rows
             self._epistemic += epistemic

@@ -1,4 +1,4 @@
-"""An artifact as the service needs it: loaded, warmed up, predictions to answers, and what it says of itself."""
+"""The model of a service: loads and warms up an artifact, turns predictions into answers, describes the model."""
 
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from vbdl.types import Inputs, Prediction
 
 
 class Model:
-    """A predictor, what its inputs are called, and what its outputs mean.
+    """A loaded predictor with the names of its inputs and the classes of its outputs.
 
-    settings: of vbdl.load (trust, tiles, device, compile, ...). ValueError for an artifact that does not say what its
-    inputs look like.
+    settings: arguments of vbdl.load (trust, tiles, device, compile, ...). Raises ValueError if the artifact does not
+    describe its inputs.
     """
 
     def __init__(self, folder: str | Path, **settings: Any):
         self.name = Path(folder).resolve().name
-        # requests are put together into batches, and an answer must not depend on the others in its batch
+        # requests share batches, and an answer must not depend on the other rows of its batch
         self.predictor = load(folder, **{"batch_invariant": True, **settings})
         self.manifest = self.predictor.manifest
         self.schema = tabular.schema_of(self.manifest.extras)
@@ -48,7 +48,7 @@ class Model:
     # -- what a row looks like
 
     def example(self) -> Inputs:
-        """One row that can be predicted, of no meaning."""
+        """A row with arbitrary values that can be predicted."""
         if self.schema is not None:
             return self.schema.example()
         zeros = [torch.zeros(1, *entry.shape, dtype=DTYPES[entry.dtype]) for entry in self.bodies.entries]
@@ -56,22 +56,22 @@ class Model:
 
     @property
     def anytime(self) -> bool:
-        """Whether there are so many draws that a deadline can be met with fewer of them."""
+        """Whether there are enough draws for several steps, so that a deadline can be met with fewer of them."""
         return step_size(self.predictor.n_samples) < self.predictor.n_samples
 
     @property
     def preparing(self) -> str:
-        """What is going on until the model answers, in words."""
+        """A sentence about what the model does before it can answer."""
         return f"the model is being {'compiled' if self.predictor.settings.compile else 'made ready'}"
 
     def warm_up(self) -> None:
-        """Compile what every batch needs, and every deadline; nothing is compiled afterwards."""
+        """Compile everything that batches and deadlines need; nothing is compiled afterwards."""
         self.predictor.warm_up(self.predictor.tiles, example=self.example(), adaptive=self.anytime)
 
     # -- predictions to answers
 
     def answer(self, prediction: Prediction, notes: dict[str, Any]) -> dict[str, Any]:
-        """One object a row, numbers only where they are finite (null: infinite, or not known)."""
+        """Return the JSON answer: one object per row; infinite and unknown numbers become null."""
         classes = self.classes
         columns: dict[str, list] = {name: _single(value).tolist() for name, value in prediction.values().items()}
         label = prediction.label
@@ -90,7 +90,7 @@ class Model:
         return answer | ({"notes": notes} if notes else {})
 
     def columns(self, prediction: Prediction) -> dict[str, Any]:
-        """Arrow arrays by name, as `vbdl predict` writes them, and the number of draws."""
+        """Return {name: Arrow array} of the columns that `vbdl predict` writes, and of the number of draws."""
         import pyarrow as pa
 
         from vbdl.batch.output import fields
@@ -101,7 +101,7 @@ class Model:
     # -- descriptions
 
     def about(self) -> dict[str, Any]:
-        """The model card, for programs and for people."""
+        """Return the description of the model that `GET /v1/model` answers with."""
         m = self.manifest
         return {
             "name": self.name,
@@ -125,11 +125,11 @@ class Model:
 
 
 def _counts(prediction: Prediction) -> int | list[int]:
-    """Draws that each row is based on, one number where they are as many for all."""
+    """The number of draws of each row, or one number if it is the same for all rows."""
     counts = prediction.n_samples
     return counts.tolist() if isinstance(counts, Tensor) else counts
 
 
 def _single(t: Tensor) -> Tensor:
-    """(batch, 1) as (batch,): a regression of one output is one number."""
+    """A tensor (batch, 1) as (batch,), so that a regression with one output gives one number; others unchanged."""
     return t.squeeze(1) if t.ndim == 2 and t.shape[1] == 1 else t

@@ -1,4 +1,4 @@
-"""A `.npy` array from a stranger: its header is matched against what such headers say, and never evaluated.
+"""Reading of `.npy` arrays in requests: the header is matched against a fixed pattern and never evaluated.
 
 https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from vbdl.serve.limits import Refused
 
-_LONGEST = 10_000  # bytes of a header, as numpy has it
+_LONGEST = 10_000  # largest header in bytes, NumPy's own limit
 _ENTRY = re.compile(
     rb"\s*['\"](descr|fortran_order|shape)['\"]\s*:\s*"
     rb"(?:['\"]([<>|=]?[a-zA-Z?]\d{0,4})['\"]|(True|False)|\(\s*((?:\d{1,18}\s*,\s*)*(?:\d{1,18}\s*)?)\))\s*(?:,|$)"
@@ -21,7 +21,7 @@ _NUMBERS = {"f": (2, 4, 8), "i": (1, 2, 4, 8), "u": (1, 2, 4, 8), "b": (1,)}
 
 
 def read(body: bytes, axes: int) -> np.ndarray:
-    """The array, of this many axes, on the bytes of the body; refused when it is damaged, or not of numbers."""
+    """Return the array without copying the body. Raises Refused if it is damaged, not numeric, or has other axes."""
     if not body.startswith(b"\x93NUMPY") or len(body) < 12:
         raise _bad("it does not begin as one")
     if body[6:8] not in (b"\x01\x00", b"\x02\x00"):
@@ -42,12 +42,12 @@ def read(body: bytes, axes: int) -> np.ndarray:
         raise Refused(422, "bad_body", f"the model takes an array of {axes} axes, got one of {len(shape)}")
     try:
         return np.frombuffer(body, dtype, offset=end).reshape(shape, order="F" if fortran else "C")
-    except ValueError:  # of no numbers, and too large all the same
+    except ValueError:  # an array of no numbers may still claim axes that are too long
         raise _bad("its shape is too large") from None
 
 
 def _header(text: bytes) -> tuple[bool, tuple[int, ...], np.dtype]:
-    """Whether it is in Fortran's order, shape, dtype."""
+    """Return (whether the array is in Fortran order, shape, dtype) from the header."""
     text = text.strip()
     if not (text.startswith(b"{") and text.endswith(b"}")):
         raise _bad("its header is no dictionary")

@@ -1,4 +1,4 @@
-"""The OpenAPI description of a service, from its model."""
+"""The OpenAPI description of a service, made from its model."""
 
 import vbdl
 from vbdl.serve import json_schema
@@ -11,7 +11,7 @@ _ANY = {"description": "a number, or an array of numbers where outputs are sever
 
 
 def document(model: Model, limits: Limits, token: bool) -> JsonObject:
-    """The OpenAPI 3.1 document, with the columns or shapes of this model's rows."""
+    """Return the OpenAPI 3.1 document, with the columns or shapes of this model's rows."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     refused = {
         "400": "the body cannot be read",

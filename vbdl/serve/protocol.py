@@ -1,4 +1,4 @@
-"""HTTP on one connection: uvicorn's protocol, with one patience for everything that a client may be slow at."""
+"""The HTTP protocol of one connection: uvicorn's, with one time limit for every step of a client."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from vbdl.serve.limits import Limits
 
 PROBES = ("/health", "/ready", "/metrics")
-_GRACE = 0.5  # seconds beyond the patience, in which the application may say by itself that a body is slow
+_GRACE = 0.5  # seconds beyond the limit, in which the application may itself refuse a slow body
 
 
 class Patient(HttpToolsProtocol):
-    """A connection that is closed when its client takes too long: to send headers, or a body whatever its route, to ask
-    again, or to read an answer.
+    """A connection that is closed when its client takes too long to send headers, to send a body (on any route), to
+    send its next request, or to read an answer.
 
-    reserved: whether it is one of those kept for probes, which answers nothing else, once.
+    reserved: whether the connection is reserved for probes; it then answers one request, and only a probe.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Patient(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._limits, self._reserved, self._ended = limits, reserved, ended
         self._timer: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None  # runs while an answer waits for its reader
-        self._seen = 0  # bytes since the last complete headers, or the beginning
+        self._unread: asyncio.TimerHandle | None = None  # runs while the client does not read an answer
+        self._seen = 0  # bytes since the last complete headers, or since the start
         self._receiving = False  # between the first byte of a request and its last
-        self._headers = True  # whether headers are to come, or are coming
+        self._headers = True  # whether headers are expected or incomplete
 
     # -- what uvicorn calls
 
@@ -51,7 +51,7 @@ class Patient(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._headers:
             self._seen += len(data)
-            # a part of a body may have come with the headers: one read is forgiven
+            # one read more than the limit is allowed: it may hold a part of a body
             if self._seen > self._limits.header_bytes + 2**18:
                 self.transport.abort()
                 return
@@ -81,8 +81,8 @@ class Patient(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # it would begin again with every byte; the one here does not
-        if not self._receiving and self.cycle.response_complete:  # and none of a pipeline has begun
+        self._unset_keepalive_if_required()  # uvicorn's timer restarts with every byte; the timer here does not
+        if not self._receiving and self.cycle.response_complete:  # and no pipelined request has begun
             self._wait()
 
     def pause_writing(self) -> None:
@@ -94,7 +94,7 @@ class Patient(HttpToolsProtocol):
         if self._unread is not None:
             self._unread.cancel()
 
-    # -- patience
+    # -- time limits
 
     def _wait(self, more: float = 0.0) -> None:
         self._stop()
@@ -107,21 +107,21 @@ class Patient(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._timer = None
-        if self.pipeline:  # it is not the client that is waited for, but the answer to a request before
+        if self.pipeline:  # the answer to an earlier request is late, not the client
             self._wait()
             return
         began = self.cycle is not None and (self.cycle.response_started or self.cycle.response_complete)
         if self.transport.is_closing() or not self._receiving or self._headers or began:
-            self.transport.abort()  # close() would wait for what such a client does not read
+            self.transport.abort()  # close() would wait until such a client has read everything
             return
         self._say(408, f"the body took longer than {self._limits.body_seconds:g} s")
 
     def _say(self, status: int, said: str, more: str = "") -> None:
-        """An answer of the connection itself, which is closed with it."""
+        """Send an error without the application, and close the connection."""
         body = f'{{"error":{{"code":"{"slow" if status == 408 else "busy"}","message":"{said}"}}}}'
         head = f"HTTP/1.1 {status} {'Request Timeout' if status == 408 else 'Service Unavailable'}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{more}connection: close\r\n\r\n"
-        self.cycle.disconnected = True  # for the application the client is gone
+        self.cycle.disconnected = True  # the application then takes the client for gone
         self.cycle.message_event.set()
         self.transport.write((head + body).encode())
         self.transport.close()

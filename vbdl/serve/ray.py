@@ -2,8 +2,8 @@
 
     serve.run(vbdl.serve.ray.deployment("model", num_replicas=4), route_prefix="/")
 
-One replica answers a single row some ten milliseconds later than `vbdl serve`, which is what a proxy and an actor in
-between cost: it is for scale-out, and `vbdl serve` for latency.
+A replica answers a single row some ten milliseconds later than `vbdl serve`, because a proxy and an actor lie in
+between: use Ray for more load than one machine takes, and `vbdl serve` for low latency.
 """
 
 from pathlib import Path
@@ -25,10 +25,11 @@ def deployment(
     settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A bound deployment of the artifact, for `serve.run`.
+    """Return a bound deployment of the artifact, for `serve.run`.
 
-    folder: on every machine that may hold a replica. threads: of torch in a replica; 0 leaves the choice to torch.
-    settings: of vbdl.load. options: of serve.deployment (num_replicas, autoscaling_config, ray_actor_options, ...).
+    folder: the artifact's folder, which must exist on every machine with a replica. threads: number of threads of torch
+    in a replica; 0 leaves the choice to torch. settings: arguments of vbdl.load. options: arguments of
+    serve.deployment (num_replicas, autoscaling_config, ray_actor_options, ...).
     """
     from ray import serve
 

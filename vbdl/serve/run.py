@@ -1,4 +1,4 @@
-"""Running of the service in one or several processes of uvicorn, with vbdl's server and protocol."""
+"""Runs the service in one or several processes of uvicorn, with vbdl's server and protocol."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ from vbdl.serve.app import LOOPBACK, app
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
 
-_WORKER = "VBDL_SERVE"  # what a worker process needs to know, as JSON; the token has a variable of its own
+_WORKER = "VBDL_SERVE"  # environment variable with the options of a worker as JSON; the token has another variable
 TOKEN = "VBDL_TOKEN"
-DRAIN = 10  # seconds that requests get to finish once the process is told to stop
+DRAIN = 10  # seconds for running requests to finish after the process is told to stop
 _log = logging.getLogger(__name__)
 
 
@@ -31,10 +31,10 @@ class Server:
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
-    threads: int = 1  # of torch in each worker
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of vbdl.load, as JSON has them
+    threads: int = 1  # number of threads of torch in each worker
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of vbdl.load, as JSON holds them
     limits: Limits = Limits()
-    hosts: tuple[str, ...] = ()  # names besides those of the loopback
+    hosts: tuple[str, ...] = ()  # host names besides those of the loopback address
     tls_certificate: str | None = None
     tls_key: str | None = None
 
@@ -60,12 +60,12 @@ def run(server: Server) -> None:
         "host": server.host,
         "port": server.port,
         "timeout_graceful_shutdown": DRAIN,
-        "ws": "none",  # a protocol of its own, without these limits
+        "ws": "none",  # WebSockets would have a protocol without these limits
         "backlog": 1024,
         "ssl_certfile": server.tls_certificate,
         "ssl_keyfile": server.tls_key,
         "server_header": False,
-        "access_log": False,  # neither bodies nor tokens nor addresses
+        "access_log": False,  # no access log: it would hold addresses
         "log_config": None,
         "lifespan": "on",
     }
@@ -74,14 +74,14 @@ def run(server: Server) -> None:
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 one.run()
-        except SystemExit as error:  # with 3, which means something else here
+        except SystemExit as error:  # uvicorn exits with 3, which has another meaning in vbdl
             raise OSError(f"nothing is served on {server.host}:{server.port}, for the reason above") from error
         return
     from vbdl.artifact.manifest import read
 
-    read(server.model)  # what is wrong with the artifact is said once, here
+    read(server.model)  # read the manifest once before the workers do, so that an error in it is reported once
     os.environ[_WORKER] = json.dumps(dataclasses.asdict(server))
-    multiprocess.Process = listening.Worker  # the name that uvicorn makes processes by  # type: ignore[misc]
+    multiprocess.Process = listening.Worker  # uvicorn creates worker processes by this name  # type: ignore[misc]
     options["timeout_worker_healthcheck"] = listening.READY
     uvicorn.run("vbdl.serve.run:worker", factory=True, workers=server.workers, **options)
 

@@ -1,5 +1,5 @@
-"""From the body of a request to its answer. Plain ASGI without a framework in between: of a small model's latency every
-microsecond here is a part."""
+"""Answers prediction requests. It is plain ASGI without a framework, because every microsecond here counts in the
+latency of a small model."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ SAFE = {
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 _HEADERS = [(name.lower().encode(), value.encode()) for name, value in SAFE.items()]
-# where bodies of more than LARGE bytes are read: one at a time, so that eight of them take the memory of one
+# parses bodies of more than LARGE bytes one at a time, so that eight of them take the memory of one
 _DECODING = ThreadPoolExecutor(1, "vbdl-serve-bodies")
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -45,14 +45,14 @@ class Serving:
         self.model, self.limits, self.metrics = model, limits, Metrics()
         self.batcher: Batcher | None = None
         self.warm, self.failed = False, ""
-        self._bytes = 0  # of bodies that are being read or wait
+        self._bytes = 0  # bytes of bodies that are being read or waiting
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: object) -> AsyncIterator[dict[str, "Serving"]]:
         self.batcher = Batcher(self.model.predictor, self.limits, self.metrics, self.model.anytime)
         warming = asyncio.create_task(self._warm_up())
         try:
-            yield {"serving": self}  # for the server, which may wait until it is warm
+            yield {"serving": self}  # the server reads it, and may wait until it is warm
         finally:
             warming.cancel()
             await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
@@ -62,12 +62,12 @@ class Serving:
             await asyncio.get_running_loop().run_in_executor(None, self.model.warm_up)
             self.warm = True
             _log.info("ready to predict")
-        except Exception as error:  # whatever compiling says: the probes tell it on
+        except Exception as error:  # compiling may raise any error; the probes report it
             _log.exception("warming up failed")
             self.failed = f"{type(error).__name__}: warming up failed, see the log"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, refusals included. Raises Gone if the client leaves."""
+        """Answer one request, with its prediction or a refusal. Raises Gone if the client leaves."""
         try:
             media, body = await self._predicted(dict(scope["headers"]), receive)
         except Refused as error:
@@ -77,7 +77,7 @@ class Serving:
         await respond(send, 200, media, body)
 
     async def _predicted(self, headers: dict[bytes, bytes], receive: Receive) -> tuple[str, bytes]:
-        """(media type, body) of the answer to a request."""
+        """Return (media type, body) of the answer to a request."""
         arrived = time.monotonic()
         if not self.warm or self.batcher is None:
             raise Refused(503, "not_ready", self.failed or self.model.preparing, retry_after=5)
@@ -91,12 +91,12 @@ class Serving:
             body = await self._body(headers, receive, held)
             read = partial(self.model.bodies.read, media, body, self.limits.rows)
             inputs, rows, notes = read() if len(body) <= LARGE else await _alone(read, arrived + seconds)
-            del body, read  # the inputs are what waits now
+            del body, read  # frees the memory while the inputs wait
             prediction = await self.batcher.predict(inputs, rows, arrived + seconds, asked is not None, receive)
         finally:
             self._bytes -= held[0]
         epistemic = float(prediction.epistemic.sum())
-        if not math.isfinite(epistemic):  # seldom: where an output is beyond float32, or one draw cannot tell
+        if not math.isfinite(epistemic):  # rare: an output beyond float32, or only one draw
             _refuse_not_finite(prediction)
             epistemic = float(prediction.epistemic.nan_to_num(0.0, 0.0, 0.0).sum())
         self.metrics.predicted(rows, epistemic)
@@ -110,13 +110,13 @@ class Serving:
         return "application/json", msgspec.json.encode(self.model.answer(prediction, notes))
 
     def _deadline(self, asked: str) -> float:
-        """The deadline of the client in seconds."""
+        """Return the deadline that the client asks for, in seconds."""
         if not (asked.isascii() and asked.isdigit() and len(asked) <= 9 and int(asked) >= 1):
             raise Refused(422, "bad_deadline", "X-Deadline-Ms is a whole number of milliseconds, at least 1")
         return min(int(asked) / 1000, self.limits.deadline)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, held: list[int]) -> bytes:
-        """Read the body and count its bytes meanwhile, whatever length the header states."""
+        """Read the body and count its bytes while reading, because the stated length may be wrong."""
         limits, chunks, size = self.limits, [], 0
         stated = headers.get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > limits.body_bytes:
@@ -132,7 +132,7 @@ class Serving:
                     size += len(chunk)
                     if size > limits.body_bytes:
                         raise Refused(413, "too_large", f"a body has at most {limits.body_bytes} bytes")
-                    # small bodies are bounded by the number of connections: large ones must not keep them out
+                    # only large bodies: the limit on connections bounds small ones, and large ones must not block them
                     if size > LARGE and self._bytes + len(chunk) > limits.total_bytes:
                         raise Refused(503, "busy", "too many bodies are being read; try again in 1 s", retry_after=1)
                     held[0] += len(chunk)
@@ -171,7 +171,7 @@ async def answer(error: Refused, send: Send) -> None:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413):
-        headers["Connection"] = "close"  # what is left of the body is not read
+        headers["Connection"] = "close"  # because the rest of the body is not read
     body = msgspec.json.encode({"error": {"code": error.code, "message": error.message}})
     await respond(send, error.status, "application/json", body, headers)
 
@@ -182,7 +182,7 @@ async def _beside(work: Callable[[], T]) -> T:
 
 
 async def _alone(read: Callable[[], T], deadline: float) -> T:
-    """Parse a large body in the thread for such bodies. deadline: in time.monotonic, the wait for that included."""
+    """Parse a large body in the thread for large bodies, until a deadline on the clock of time.monotonic."""
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             return await asyncio.get_running_loop().run_in_executor(_DECODING, _uncollected, read)
@@ -191,8 +191,7 @@ async def _alone(read: Callable[[], T], deadline: float) -> T:
 
 
 def _uncollected(read: Callable[[], T]) -> T:
-    """Runs it with the garbage collector paused: nothing of a body is garbage yet, and looking for some stops
-    everybody."""
+    """Call `read` with the garbage collector paused: it would find no garbage in a body, and would stop all threads."""
     was = gc.isenabled()
     gc.disable()
     try:
