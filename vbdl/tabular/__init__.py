@@ -1,8 +1,8 @@
-"""Tables as inputs of a network: typed columns, missing cells and categories become numbers, predictions become words.
+"""Models of tables: typed columns, missing cells and categories are encoded as a network's numbers.
 
-`infer` makes a `Schema` from a table; `Schema.encode(table)` and `Schema.encode_rows(dicts)` make the network's input,
-the same numbers bit for bit; `fit_table` trains, calibrates and evaluates a predictor. An artifact that `fit_table` has
-saved carries its schema: `schema_of(extras)`.
+`infer` makes a `Schema` from a table. `Schema.encode(table)` and `Schema.encode_rows(dicts)` make the network's input,
+equal bit for bit. `fit_table` trains, calibrates and evaluates a predictor. `schema_of(extras)` reads the schema from
+the artifact of such a predictor.
 """
 
 from collections.abc import Mapping

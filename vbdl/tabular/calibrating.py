@@ -20,7 +20,7 @@ from vbdl.data.splitting import split
 from vbdl.engine.predictor import Predictor
 from vbdl.metrics.nll import mixture_nll
 
-MIN_ROWS = 20  # rows a calibrator is fitted to
+MIN_ROWS = 20  # smallest number of rows to fit a calibrator to
 _FOLDS = 5
 
 
@@ -28,8 +28,9 @@ _FOLDS = 5
 class CalibrationRows:
     """The rows that a predictor may be calibrated on, with the groups or times by which they may be divided.
 
-    together: (rows,) rows of one number are never divided: a patient's, or equal ones. when: (rows,) their order in
-    time, where the table was split by time: earlier rows then calibrate first. meant: rows may repeat training rows.
+    together: (rows,) group numbers; rows of one group, like a patient's rows or equal rows, are never divided.
+    when: (rows,) the order in time if the table was split by time, else None; earlier rows then calibrate first.
+    meant: whether rows may repeat training rows.
     """
 
     x: Tensor
@@ -46,8 +47,11 @@ class CalibrationRows:
         return CalibrationRows(self.x[rows], self.y[rows], self.together[rows], when, self.meant)
 
     def divided(self, parts: int, seed: int) -> list[Tensor]:
-        """Row numbers of parts of one size: by time where the table was split by it, otherwise at random, rows that
-        belong together in one part. ValueError where there are too few groups or instants."""
+        """Divide the rows into parts of equal size and return their row numbers.
+
+        The division is by time if the table was split by time, otherwise at random with every group in one part.
+        Raises ValueError if there are too few groups or instants.
+        """
         shares = {str(i): 1 / parts for i in range(parts)}
         if self.when is not None:
             return list(split(len(self), shares, time=self.when).values())
@@ -56,7 +60,7 @@ class CalibrationRows:
         return list(split(len(self), shares, groups=self.together, seed=seed).values())
 
     def folds(self, seed: int) -> list[Tensor] | None:
-        """Row numbers of the folds of a cross-fit, or None where there are too few groups or instants for two."""
+        """Return the row numbers of five or two folds, or None if there are too few groups or instants for two."""
         for parts in (_FOLDS, 2):
             try:
                 return self.divided(parts, seed)
@@ -74,15 +78,18 @@ class Calibrated:
 
 
 def unseen_rows(rows: CalibrationRows, training: Tensor) -> CalibrationRows:
-    """The rows whose encoded inputs equal those of no training row; encoding makes rows with rare categories equal."""
+    """The rows whose encoded inputs differ from every training row's; encoding may make rare categories equal."""
     if rows.meant:
         return rows
     return rows.take((~torch.isin(fingerprints(rows.x), fingerprints(training))).nonzero().flatten())
 
 
 def calibrate_by_default(predictor: Predictor, rows: CalibrationRows, coverage: float, seed: int) -> Calibrated:
-    """Temperature or std scaling on one half of the rows, where it makes held-out rows of that half likelier, and
-    conformal sets or intervals of this coverage (0: none) on the other half."""
+    """Calibrate a predictor with the default methods of `fit_table`.
+
+    One half of the rows fits temperature or std scaling, which is kept only if it raises the likelihood of held-out
+    rows of that half. The other half fits conformal sets or intervals of this coverage, or none if it is 0.
+    """
     calibrated = Calibrated(predictor)
     if len(rows) < MIN_ROWS:
         calibrated.notes.append(f"{len(rows)} calibration rows are too few: the predictions are not calibrated")
@@ -132,8 +139,10 @@ def _scale(calibrated: Calibrated, rows: CalibrationRows, seed: int) -> None:
 
 
 def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed: int) -> tuple[float, float] | None:
-    """Mean NLL of the rows without the method, and with it, fitted for each fold to the others; nats a row. None where
-    the rows cannot be divided."""
+    """Return the mean NLL of the rows without the method and with it, in nats per row.
+
+    The method is cross-fitted: each fold is scored after a fit to the other folds. None if the rows cannot be divided.
+    """
     folds = rows.folds(seed)
     if folds is None:
         return None
@@ -145,7 +154,7 @@ def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed
         others[fold] = False
         fitted = copy.deepcopy(method)
         with warnings.catch_warnings():
-            # a limit that few rows lead to is judged by what it does to the held-out rows
+            # a temperature at its limit is accepted here: the score of the held-out rows decides
             warnings.filterwarnings("ignore", "the temperature ended at its limit")
             if regress:
                 mean, log_variance = samples[:, others].unbind(-1)
@@ -158,8 +167,11 @@ def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed
 
 
 def _nll(samples: Tensor, y: Tensor) -> Tensor:
-    """(rows,) nats, of the mean over samples: logits (samples, rows, classes) and classes (rows,), or mean and
-    log-variance (samples, rows, 1, 2) and numbers (rows, 1)."""
+    """Return the (rows,) negative log-likelihood of the mixture over samples, in nats.
+
+    samples: logits (samples, rows, classes) with classes y (rows,), or mean and log-variance (samples, rows, 1, 2) with
+    numbers y (rows, 1).
+    """
     if y.is_floating_point():
         mean, log_variance = samples.unbind(-1)
         return mixture_nll(mean, (0.5 * log_variance).exp(), y)

@@ -1,4 +1,4 @@
-"""Cells of a table become numbers and words by one set of rules, in whole Arrow columns and in single values.
+"""Conversion of a table's cells to numbers and words, by the same rules for Arrow columns and single values.
 
 A missing cell is null, NaN, empty text or one of a column's own words for it. A cell that cannot be read is reported
 with a reason and never guessed at.
@@ -34,7 +34,7 @@ def plain(value: object) -> object:
 
 
 def text(value: str | int | float | bool) -> str:
-    """The text of a category that is given as a number or truth value, as Arrow's cast to text writes it."""
+    """The text of a category given as a number or truth value, equal to the text of Arrow's cast."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -46,7 +46,7 @@ WHOLE = re.compile(r"-?\d+\.0+")
 
 
 def without(words: "pyarrow.Array", missing: Sequence[str]) -> "pyarrow.Array":
-    """The array of text with null in place of empty cells and of the words for missing."""
+    """The array of text with null instead of empty cells and of words for a missing cell."""
     import pyarrow as pa
 
     pc = compute()
@@ -79,13 +79,13 @@ def combined(column: ArrowColumn) -> "pyarrow.Array":
     pa = arrow()
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # an empty column has stayed chunked
+        if isinstance(column, pa.ChunkedArray):  # an empty column stays chunked
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     return column
 
 
 def is_text(kind: "pyarrow.DataType") -> bool:
-    """Whether an Arrow type is of text."""
+    """Whether an Arrow type is a type of text."""
     types = arrow().types
     return types.is_string(kind) or types.is_large_string(kind)
 
@@ -104,7 +104,7 @@ def floats(
     """Read a column of numbers: (values (rows,) float64 with NaN for missing cells, (rows,) bool missing, {row: reason}
     of the cells that cannot be read).
 
-    missing: words for a missing cell. written: how text writes numbers; as programs do unless given.
+    missing: words for a missing cell. written: notation of numbers in text; that of programs unless given.
     """
     import pyarrow as pa
 
@@ -126,7 +126,7 @@ def floats(
 
 
 def _apart(values: np.ndarray, rejected: dict[int, str]) -> tuple[np.ndarray, dict[int, str]]:
-    """((rows,) bool missing, {row: reason} rejected): a cell that cannot be read does not count as missing."""
+    """Return ((rows,) bool missing, {row: reason} rejected); a cell that cannot be read does not count as missing."""
     missing = np.isnan(values)
     missing[list(rejected)] = False
     return missing, rejected
@@ -157,8 +157,10 @@ def _parsed(column: "pyarrow.Array", name: str, rejected: dict[int, str], writte
 
 
 def _each(column: "pyarrow.Array", read: Callable[[str], float], rejected: dict[int, str]) -> np.ndarray:
-    """(rows,) what `read` makes of the cells of an Arrow array of text, NaN for null; each different cell is read once,
-    and one that is Unreadable rejects its rows."""
+    """Return (rows,) the results of `read` for the cells of an Arrow array of text, NaN for null.
+
+    Each different cell is read once; a cell for which `read` raises Unreadable rejects its rows.
+    """
     coded = column.dictionary_encode()
     numbers, reasons = np.full(len(coded.dictionary), np.nan), {}
     for place, word in enumerate(coded.dictionary.to_pylist()):
@@ -208,7 +210,7 @@ def days(
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Read a column of dates: (days since 1970-01-01 or NaN for missing, (rows,) bool missing, {row: reason}).
 
-    order: of text and of whole numbers such as 20260131, see `vbdl.tabular.dates`.
+    order: how text and whole numbers such as 20260131 write dates, see `vbdl.tabular.dates`.
     """
     import pyarrow as pa
 

@@ -13,14 +13,14 @@ from vbdl.tabular.reading import Reading
 if TYPE_CHECKING:
     import pyarrow
 
-MAX_CATEGORIES = 64  # the most frequent ones; the rest is `other`
-MIN_ROWS = 5  # of a category with a number of its own
+MAX_CATEGORIES = 64  # largest number of categories: the most frequent ones; all others are `other`
+MIN_ROWS = 5  # smallest number of rows of a category with an indicator of its own
 
 
 class ColumnCells:
     """The cells of a column, from which its kind and its numbers are inferred.
 
-    rows: the training rows. decimal: the mark before decimals where a cell allows two. notes: gets what was recognized.
+    rows: the training rows. decimal: the decimal mark for cells that allow two. notes: receives notes about the column.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ColumnCells:
         return found
 
     def _numbers(self, kind: str | None) -> Recognized | Mostly | None:
-        """How the cells write numbers, or None if they are no numbers. Adds a note about it."""
+        """Return the notation of numbers in the cells, or None if they are no numbers. Adds a note about it."""
         counts = counted(without(decoded(self.whole), self.missing))
         try:
             recognized = recognize(counts, self.name, self.decimal, self.reading.thousands)
@@ -100,7 +100,7 @@ class ColumnCells:
         if self.reading.date_format is not None:
             self.order = self.reading.date_format
             return
-        try:  # what is no date at all is said where the cells are read
+        try:  # cells that are no dates at all are reported when the cells are read
             self.order = dates.order_of([w for w in words if dates.readings(w.strip())], self.name)
         except dates.NoDate as error:
             raise ValueError(f"column {self.name!r}: {error}") from error
@@ -111,7 +111,7 @@ class ColumnCells:
         name, rows = self.name, self.rows
         options: dict[str, Any] = {"missing": self.missing}
         if kind == "numeric" and self.reading.decimal == "," and self.written is None:
-            self.written = Written(decimal=",")  # in the files that are read later
+            self.written = Written(decimal=",")  # for files that are read later
         if kind == "date":
             values, missing, rejected = days(self.training, name, self.missing, self.order)
             options["order"] = self.order

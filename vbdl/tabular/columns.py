@@ -36,9 +36,9 @@ class Block:
     """An encoded column: (rows, width) float64, the rows that were rejected, and counts of unusual cells."""
 
     values: np.ndarray
-    rejected: dict[int, str] = field(default_factory=dict)  # row -> reason
+    rejected: dict[int, str] = field(default_factory=dict)  # row number -> reason
     missing: int = 0
-    unseen: int = 0  # categories that the training rows did not have
+    unseen: int = 0  # number of cells with categories that the training rows lack
 
 
 class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -61,8 +61,8 @@ class _Number(_Column, frozen=True, forbid_unknown_fields=True, kw_only=True, om
 
     mean: float
     std: float
-    fill: float  # of a missing cell: the training rows' median
-    indicator: bool  # whether 1 stands behind the value of a missing cell
+    fill: float  # value of a missing cell: the training rows' median
+    indicator: bool  # whether a second number is 1 for a missing cell
 
     @property
     def features(self) -> list[str]:
@@ -90,7 +90,7 @@ class _Number(_Column, frozen=True, forbid_unknown_fields=True, kw_only=True, om
 class Numeric(_Number, frozen=True, tag="numeric", forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A column of numbers, or of text that can be read as numbers.
 
-    written: how the training cells wrote them, where that was text that no program writes; rows may then have text too.
+    written: notation of the training cells if they were text, else None; rows may then give numbers as text too.
     """
 
     written: Written | None = None
@@ -137,7 +137,7 @@ class Boolean(_Number, frozen=True, tag="boolean", forbid_unknown_fields=True, k
 class Date(_Number, frozen=True, tag="date", forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A column of dates or times, encoded as days since 1970-01-01; in UTC if they have a time zone.
 
-    order: how text and numbers without marks between them say a date, see `vbdl.tabular.dates`.
+    order: how text, and numbers such as 20260131, write dates, see `vbdl.tabular.dates`.
     """
 
     order: str = ""
@@ -156,8 +156,8 @@ class Categorical(
 ):
     """A column of categories, words or codes, encoded one-hot: 1 for the category of the row and 0 for the others.
 
-    What training had too rarely, or never, shares the number `other`; a missing cell has its own where training had
-    missing cells, and is `other` where it had none.
+    Categories that were rare or absent in training share the indicator `other`. A missing cell has its own indicator if
+    training had missing cells, and is `other` if it had none.
     """
 
     categories: tuple[str, ...]
@@ -178,7 +178,7 @@ class Categorical(
         except pa.ArrowNotImplementedError as error:
             raise ValueError(f"column {self.name!r} holds {column.type}, not words or codes") from error
         missing = pc.is_null(words).to_numpy(zero_copy_only=False)
-        # -1 where it is not among them
+        # -1 for an unknown category
         places = pc.index_in(words, value_set=pa.array(self.categories, pa.string()))
         place = pc.fill_null(places, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         unseen = (place < 0) & ~missing
@@ -198,7 +198,7 @@ class Categorical(
         value = plain(value)
         numbers = [0.0] * (len(self.categories) + 1 + self.indicator)
         if self.is_missing(value):
-            numbers[-1] = 1.0  # the indicator where there is one, `other` where not
+            numbers[-1] = 1.0  # its own indicator if there is one, else `other`
             return numbers
         if not isinstance(value, str | int | float):
             raise Unreadable(f"column {self.name!r}: {short(value)} is not a category")
@@ -214,8 +214,7 @@ class Categorical(
         return self.is_missing(value) or (isinstance(value, str | int | float) and self._place(text(value)) >= 0)
 
     def _place(self, word: str) -> int:
-        """The number of a category, -1 for one that training did not have. A code that one file has as 7 and another
-        as 7.0 is one code."""
+        """Return the number of a category, or -1 if training did not have it; 7 and 7.0 are one category."""
         for form in (word, word.rstrip("0").removesuffix(".") if WHOLE.fullmatch(word) else f"{word}.0"):
             if form in self.categories:
                 return self.categories.index(form)

@@ -1,7 +1,7 @@
-"""Dates as people write them: ISO, day first, month first, month names, compact digits, with times and zones.
+"""Parsing of dates in text: ISO, day first, month first, month names, compact digits, with times and time zones.
 
-A date such as 03/04/2024 has two readings. `order_of` finds the one that all cells of a column allow and refuses where
-two are left; `instant` reads one cell with it.
+A date such as 03/04/2024 has two readings. `order_of` finds the order that all cells of a column allow, and raises if
+two orders are left. `instant` reads one cell in that order.
 """
 
 import datetime
@@ -13,7 +13,7 @@ ORDERS = ("day-first", "month-first", "year-first")
 _MICROSECOND = datetime.timedelta(microseconds=1)
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
-# as they are written in English, German, French, Spanish, Italian, Portuguese and Dutch; no name is of two months
+# in English, German, French, Spanish, Italian, Portuguese and Dutch; no name belongs to two months
 _NAMES = (
     "january jan januar janvier janv enero ene gennaio gen janeiro januari jänner jän",
     "february feb februar février fevrier févr fevr fév febrero febbraio fevereiro fev februari",
@@ -47,19 +47,21 @@ _WORDS = re.compile(r"[^\W\d_]+")
 
 
 class NoDate(ValueError):
-    """Why a cell is no date."""
+    """Raised for a cell that is no date, with the reason."""
 
 
 def instant(word: str, order: str = "") -> datetime.datetime:
-    """The instant a cell says, UTC where it names no zone. order: "" for cells that have one reading only,
-    "day-first", "month-first", "year-first", or a format of `strptime`. NoDate with the reason."""
+    """Parse one cell as an instant, in UTC if it names no time zone. Raises NoDate with the reason.
+
+    order: "" for cells with only one reading, "day-first", "month-first", "year-first", or a format of `strptime`.
+    """
     text = word.strip()
     if "%" in order:
         try:
             when = datetime.datetime.strptime(text, order)
             return when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
         except ValueError as error:
-            if "" not in readings(text):  # ISO, as a service is asked with, has one reading in any case
+            if "" not in readings(text):  # ISO dates, which requests to the service have, are read with any order
                 raise NoDate(f"{word!r} is not a date written as {order}") from error
     by_order = readings(text)
     if not by_order:
@@ -74,21 +76,21 @@ def instant(word: str, order: str = "") -> datetime.datetime:
 
 
 def micros(when: datetime.datetime) -> int:
-    """Microseconds since 1970-01-01 UTC."""
+    """The number of microseconds since 1970-01-01 UTC."""
     return (when - _EPOCH) // _MICROSECOND
 
 
 def check_order(order: str) -> str:
-    """The order, or ValueError for what is neither one of ORDERS nor a format of strptime."""
+    """Return the order. Raises ValueError if it is neither one of ORDERS nor a format of strptime."""
     if order in ORDERS or "%" in order:
         return order
     raise ValueError(f"a date format is {', '.join(ORDERS)} or like %d/%m/%Y, got {order!r}")
 
 
 def order_of(words: Iterable[str], column: str) -> str:
-    """The order in which all these cells can be read, "" where none of them needs one.
+    """Return the order in which all these cells can be read, or "" if every cell has only one reading.
 
-    NoDate where a cell is no date in any order; ValueError where two orders are left and mean different days.
+    Raises NoDate if a cell is no date in any order, and ValueError if two orders are left that mean different days.
     """
     left: set[str] | None = None
     first: tuple[str, Mapping[str, datetime.datetime]] | None = None
@@ -107,7 +109,7 @@ def order_of(words: Iterable[str], column: str) -> str:
             apart.append((word, by_order))
     if left is None:
         return ""
-    # two digits for a year that comes first are rare: only where nothing else is possible
+    # a year of two digits in front is rare: it is used only if no other order is possible
     likely = left - {"year-first"} or left
     if len(likely) > 1:
         word, by_order = next(((w, f) for w, f in apart if len({f[o] for o in likely}) > 1), first or ("", {}))
@@ -124,7 +126,7 @@ def _either(found: Mapping[str, datetime.datetime]) -> str:
 
 @lru_cache(maxsize=65_536)
 def readings(text: str) -> Mapping[str, datetime.datetime]:
-    """{order: instant} of each way to read a cell; {"": instant} where there is one only, {} for none."""
+    """Return {order: instant} for each reading of a cell: {"": instant} if there is only one, {} if there is none."""
     if text[4:5] in ("-", "W") and text[:4].isdigit():
         try:
             by_order = datetime.datetime.fromisoformat(text)
@@ -162,14 +164,14 @@ def _compact(text: str) -> datetime.datetime | None:
 
 
 def _cut(text: str) -> tuple[str, datetime.timedelta | None]:
-    """The text of the day, and the time after it: midnight where there is none, None where it is no time."""
+    """Split text into the day and the time of day: zero without a time, None if the rest is no time."""
     at = text.find(":")
     if at < 0:
         return text, datetime.timedelta()
     start = at
     while start > 0 and text[start - 1].isdigit():
         start -= 1
-    # Wed Jan 31 18:30:00 2024, as C and many servers write it
+    # Wed Jan 31 18:30:00 2024, the format of C and many servers
     clock, year = text[start:], ""
     if ended := re.search(r"\s(\d{4})$", clock):
         clock, year = clock[: ended.start()], f" {ended[1]}"
@@ -214,7 +216,7 @@ def _dates(text: str) -> dict[str, datetime.datetime]:
 
 
 def _named(text: str) -> dict[str, datetime.datetime]:
-    """A date with the name of its month: 31 Jan 2024, January 31st, 2024, 31-Jan-24, 1er janvier 2024."""
+    """Parse a date with the name of its month: 31 Jan 2024, January 31st, 2024, 31-Jan-24, 1er janvier 2024."""
     words = [w for w in _WORDS.findall(text.casefold()) if w not in ("de", "del", "of", "st", "nd", "rd", "th", "er")]
     if len(words) != 1 or words[0] not in MONTHS:
         return {}
@@ -232,13 +234,13 @@ def _named(text: str) -> dict[str, datetime.datetime]:
 
 
 def _without_weekday(text: str) -> str | None:
-    """The text after a first word that may be a day of the week, None where there is none."""
+    """Return the text after a first word that may be a day of the week, or None if there is no such word."""
     match = re.match(r"[^\W\d_]{2,12}\.?,?\s+(?=.*\d)", text)
     return text[match.end() :] if match else None
 
 
 def _century(year: int) -> int:
-    return year + (1900 if year >= 69 else 2000)  # as POSIX has it
+    return year + (1900 if year >= 69 else 2000)  # the rule of POSIX
 
 
 def _day(year: int, month: int, day: int) -> datetime.datetime | None:

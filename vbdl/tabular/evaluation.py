@@ -1,4 +1,4 @@
-"""How good a predictor is on rows it has not seen: every score with an interval, beside the simplest of predictors."""
+"""Evaluation of a predictor on unseen rows: scores with 95 % intervals, beside those of the simplest predictor."""
 
 import math
 from dataclasses import dataclass
@@ -19,8 +19,10 @@ _RESAMPLES = 500
 
 @dataclass(frozen=True)
 class Score:
-    """A number with its 95 % interval, and what the simplest predictor reaches: the training rows' class shares, or
-    their mean and std."""
+    """A score with its 95 % interval, and the score of the simplest predictor.
+
+    The simplest predictor gives every row the training rows' class shares, or their mean and std.
+    """
 
     name: str
     unit: str
@@ -32,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on some rows."""
+    """All scores of a predictor on some rows."""
 
     rows: int
     scores: tuple[Score, ...]
@@ -44,7 +46,7 @@ class Evaluation:
         raise KeyError(f"there is no score {name!r}; there are {[s.name for s in self.scores]}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold; not finite numbers are None."""
+        """Return the scores as a dict for JSON; numbers that are not finite become None."""
         return {
             "rows": self.rows,
             "scores": {
@@ -69,7 +71,7 @@ class Evaluation:
 def evaluate(
     predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: dict[str, Any] | None = None
 ) -> Evaluation:
-    """Scores of a predictor on (x, y). base: {"shares": [...]} or {"mean": m, "std": s} of the training rows."""
+    """Score a predictor on (x, y). base: {"shares": [...]} or {"mean": m, "std": s} of the training rows."""
     if len(y) < 2:
         raise ValueError(f"an evaluation needs at least two rows, there are {len(y)}")
     if target.classes is not None:
@@ -97,7 +99,7 @@ def _classification(p: Prediction, y: Tensor, target: Target, base: dict[str, An
         _score("Brier", "0 to 2", metrics.mean_estimate(brier).interval(), simplest.get("Brier")),
         _score("ECE", "15 bins", metrics.bootstrap(metrics.ece, probs, y, n_resamples=_RESAMPLES)),
     ]
-    if probs.shape[1] == 2 and 2 <= int(y.sum()) <= len(y) - 2:  # an interval needs two rows of each
+    if probs.shape[1] == 2 and 2 <= int(y.sum()) <= len(y) - 2:  # an interval needs two rows of each class
         scores.insert(
             1, _score("AUROC", f"for {target.label(1)!r}", metrics.auroc_interval(probs[:, 1], y.bool()), 0.5)
         )
@@ -130,7 +132,7 @@ def _regression(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] |
         _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
         _score("90 % coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(truth))),
     ]
-    # the samples are those of the mixture before recalibration, whose CRPS is another one
+    # samples belong to the mixture before recalibration, whose CRPS is not that of the recalibrated prediction
     if isinstance(p, RegressionPrediction) and p.recalibration is None:
         assert p.samples is not None
         components = p.samples.double()
@@ -147,7 +149,7 @@ def _regression(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] |
 
 
 def _nll_interval(nll: Tensor) -> Interval:
-    """Infinite where a calibrated curve gives no probability to what was the case, as isotonic ones may."""
+    """Return the interval of the mean NLL; infinite if a row has probability 0, as after isotonic calibration."""
     if bool(nll.isposinf().any()):
         return Interval(math.inf, math.inf, math.inf, 0.95)
     return metrics.mean_estimate(nll).interval()

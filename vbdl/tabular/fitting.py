@@ -31,8 +31,8 @@ _MIN_ROWS = 40
 class Fitted:
     """The result of `fit_table`: a calibrated predictor with its schema and its evaluation.
 
-    predictor: calibrated. rows: row numbers of each part in the table. base: the training rows' class shares, or mean
-    and std. test: encoded test rows and their targets. notes: what a user should know.
+    predictor: the calibrated predictor. rows: row numbers of each part in the table. base: the training rows' class
+    shares, or mean and std. test: encoded test rows and their targets. notes: sentences for the user.
     """
 
     predictor: Predictor
@@ -89,11 +89,11 @@ def fit_table(
     """Train, calibrate and evaluate a predictor of one column of a table from the others.
 
     data: a path, a pyarrow.Table, a pandas frame or a dict of columns. kinds, ignore, task: see `infer`.
-    group, time: columns that say which rows belong together, or follow each other; they are no inputs.
-    reading: how files are read, and what words, marks in numbers and dates mean; the artifact keeps it.
-    compile: of the predictor that comes back; predictions of few rows are faster, the first takes some seconds.
+    group, time: the column of groups that stay in one part, or of times by which the table is split; no inputs.
+    reading: how files are read and how text writes missing cells, numbers and dates; the artifact keeps it.
+    compile: whether the returned predictor compiles; predictions are then faster, but the first takes seconds.
 
-    Rows without a target are left out. ValueError where the table cannot be used, with the reason.
+    Rows without a target are left out. Raises ValueError with the reason if the table cannot be used.
     """
     settings = settings or TableOptions()
     notes: list[str] = []
@@ -184,7 +184,7 @@ def _words(column: ArrowColumn, known: np.ndarray) -> str:
 
 
 def _divide(table, target, task, ignore, settings, group, time, reading):
-    """Divide the rows into parts by their inputs as they are in the table, before any statistic is computed."""
+    """Divide the rows into parts by their unencoded inputs, before any statistic is computed."""
     inputs = [name for name in table.column_names if name != target and name not in ignore]
     classes = None
     if decide(table.column(target), target, task, reading)[0] == "classification":

@@ -1,4 +1,4 @@
-"""Columns that give the target away: known, perhaps, only after what is to be predicted has happened."""
+"""Detection of columns that give the target away, because they may be known only after the predicted event."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from torch import Tensor
 
 from vbdl.tabular.columns import Categorical, Column
 
-_LEAST = 20  # rows that are judged by
-_WRONG = 5  # rows that the simplest guess has wrong
-_MOST = 4_000  # rows that are looked at
-_LEFT = 0.02  # of the simplest guess's error: what is left where one column almost says the target
+_LEAST = 20  # smallest number of rows to judge by
+_WRONG = 5  # smallest number of rows that the simplest guess has wrong
+_MOST = 4_000  # largest number of rows that are used
+_LEFT = 0.02  # largest error, as a fraction of the simplest guess's, of a column that almost determines the target
 
 
 def giveaways(columns: Sequence[Column], x: Tensor, y: Tensor, seed: int = 0) -> dict[str, float]:
-    """{column: share of the target that it explains alone}, of the columns that say it almost perfectly.
+    """Return {column: explained share of the target} of the columns that alone determine the target almost perfectly.
 
-    x: encoded rows; y: (rows,) classes or (rows, 1) numbers. One half of the rows is learned from and the other is
-    judged by: accuracy above that of the most frequent class, or R² of the targets' ranks, both 1 for a perfect one.
+    x: encoded rows; y: (rows,) classes or (rows, 1) numbers. A guess is learned on one half of the rows and scored on
+    the other: accuracy above that of the most frequent class, or R² of the targets' ranks; 1 is perfect.
     """
     y = y.flatten()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:_MOST]
     truth = y[order].numpy()
     classes = not y.is_floating_point()
-    if not classes:  # in ranks no tail outweighs the rest
+    if not classes:  # in ranks no heavy tail outweighs the other rows
         truth = np.unique(truth, return_inverse=True)[1].astype(np.float64)
     shares, at = {}, 0
     for column in columns:
@@ -32,7 +32,7 @@ def giveaways(columns: Sequence[Column], x: Tensor, y: Tensor, seed: int = 0) ->
         at += len(column.features)
         if isinstance(column, Categorical):
             left = _left(block.argmax(1).astype(np.float64), truth, classes)
-        else:  # where cells are missing the others may say it all the same
+        else:  # use the rows whose cell is not missing
             there = block[:, 1] == 0 if column.indicator else np.ones(len(block), dtype=bool)
             left = _left(block[there, 0].astype(np.float64), truth[there], classes)
         if left is not None and left <= _LEFT:
@@ -41,8 +41,10 @@ def giveaways(columns: Sequence[Column], x: Tensor, y: Tensor, seed: int = 0) ->
 
 
 def _left(value: np.ndarray, truth: np.ndarray, classes: bool) -> float | None:
-    """The error at one half of the rows of a guess that the other half makes of these values, as a part of the
-    simplest guess's. None where there is too little to tell."""
+    """Return the error of a guess from these values, learned on one half of the rows and scored on the other.
+
+    The error is a fraction of the simplest guess's error. None if there are too few rows or errors to judge.
+    """
     half = len(truth) // 2
     if half < _LEAST:
         return None
@@ -62,7 +64,7 @@ def _error(truth: np.ndarray, guess: np.ndarray, classes: bool) -> float:
 
 
 def _guessed(known: np.ndarray, y: np.ndarray, asked: np.ndarray, classes: bool) -> np.ndarray:
-    """The target at `asked`: of the rows with the nearest known value, their most frequent class or mean."""
+    """Guess the targets at `asked`: the most frequent class of the nearest known value, or interpolated means."""
     values, place = np.unique(known, return_inverse=True)
     if not classes:
         return np.interp(asked, values, np.bincount(place, y) / np.bincount(place))

@@ -23,7 +23,7 @@ KINDS = ("numeric", "categorical", "boolean", "date", "ignore")
 
 
 def kinds_of(numeric: Sequence[str] = (), categorical: Sequence[str] = (), date: Sequence[str] = ()) -> dict[str, str]:
-    """{column: kind} for `infer`. Raises ValueError if a column is in two of the lists."""
+    """Return {column: kind} for `infer`. Raises ValueError if a column is in two of the lists."""
     kinds: dict[str, str] = {}
     for kind, names in (("numeric", numeric), ("categorical", categorical), ("date", date)):
         for name in names:
@@ -46,13 +46,12 @@ def infer(
     """Infer the schema of a table; returns it and {column: reason} of the columns that are not inputs.
 
     table: a pyarrow.Table. training: the rows whose means, medians and categories are taken; all unless given.
-    kinds: column -> numeric, categorical, boolean, date or ignore, in place of what its type says.
-    task: classification or regression, in place of what the target's cells say. reading: what words, marks in numbers
-    and dates mean; the schema keeps it. notes: gets what was recognized in text.
+    kinds: {column: kind}: numeric, categorical, boolean, date or ignore; inferred from its type unless given.
+    task: classification or regression; inferred from the target's cells unless given. reading: how text writes
+    missing cells, numbers and dates; the schema keeps it. notes: receives notes about the notation of text.
 
     Numbers are numeric, and so is text of which every cell is a number; other text and dictionaries are categorical.
-    ValueError for dates, lists and other types that no kind is
-    chosen for: what they mean to the target is not for a program to guess.
+    Raises ValueError for dates, lists and other types without a given kind, because their meaning cannot be inferred.
     """
     table = as_table(table)
     names, there = table.column_names, set(table.column_names)
@@ -105,8 +104,9 @@ def _decimal_of_others(table: "pyarrow.Table", kinds: Mapping[str, str], reading
 def training_table(
     data: object, reading: Reading | None, kinds: Mapping[str, str] | None, notes: list[str]
 ) -> "tuple[pyarrow.Table, Reading]":
-    """The table of this data, and how its files were read: with decimal commas where a column of them shows it.
-    notes: gets what was recognized."""
+    """Return the table of this data and how its files are read, with decimal commas if a column shows them.
+
+    notes: receives notes about the notation."""
     reading = reading or Reading()
     if reading.date_format is not None:
         dates.check_order(reading.date_format)

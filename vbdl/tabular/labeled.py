@@ -1,4 +1,4 @@
-"""Rows with known targets, to evaluate or calibrate a saved model."""
+"""Rows with known targets for the evaluation or calibration of a saved model."""
 
 from dataclasses import dataclass
 
@@ -26,8 +26,11 @@ class Labeled:
 def labeled(
     predictor: Predictor, data: object, allow_training_rows: bool = False, allow_calibration_rows: bool = False
 ) -> Labeled:
-    """Rows of a table, as the model of a saved predictor takes them. ValueError where it was not made from a table, the
-    target's column is not there, or rows were trained or calibrated on."""
+    """Encode the rows of a table and their targets for a loaded predictor.
+
+    Raises ValueError if the model was not made from a table, the target's column is missing, or rows were used for
+    training or calibration.
+    """
     described = None if predictor.manifest is None else predictor.manifest.extras.get(KEY)
     if described is None:
         raise ValueError("this model was not made by vbdl fit: it has no columns. Use vbdl.metrics on its predictions")

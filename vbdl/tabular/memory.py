@@ -1,7 +1,7 @@
 """Conversion of columns in memory to Arrow arrays: of pandas frames, of dicts, and of types that Arrow lacks.
 
-Periods become the instants they begin at, intervals their names, sparse columns dense ones. What has no meaning as a
-column is refused with the column's name and what it holds.
+Periods become the instants they begin at, intervals their names, sparse columns dense ones. Other
+types are refused with the column's name and type.
 """
 
 from collections.abc import Iterator, Mapping
@@ -86,7 +86,7 @@ def _series(name: str, series: "pandas.Series") -> ArrowColumn:
 def _is_missing(value: object) -> bool:
     try:
         return bool(value != value)
-    except (TypeError, ValueError):  # pandas' mark for a missing cell has no truth
+    except (TypeError, ValueError):  # pandas.NA has no truth value
         return True
 
 
@@ -97,7 +97,7 @@ def _made(name: str, values: Any, from_pandas: bool) -> ArrowColumn:
     if kind == "c":
         raise ValueError(f"column {name!r} holds complex numbers: give their real and imaginary parts as two columns")
     try:
-        # which takes pandas' mark for a missing cell, in a list or an array of objects
+        # pandas accepts pandas.NA in a list or an array of objects
         array = pa.array(values, from_pandas=from_pandas or isinstance(values, list) or kind == "O")
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         kinds = sorted({type(v).__name__ for v in list(values) if v is not None and not _is_missing(v)})

@@ -5,16 +5,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-INITIAL_STD = 0.02  # of weights with a normal of their own each, before training
+INITIAL_STD = 0.02  # initial std of the weights of a mean-field network
 
 
 class TabularNetwork(nn.Module):
-    """(batch, inputs) -> (batch, outputs): hidden layers of one width, each with ReLU and dropout.
+    """A multilayer perceptron, (batch, inputs) -> (batch, outputs), with ReLU and dropout after each hidden layer.
 
-    log_variance: a regression that also returns the log-variance of each row, (batch, 2).
-    target_mean, target_std: a regression's outputs are this mean plus this std times what the last layer says, so that
-        the layers work on numbers of size one and everything after them is in the target's unit. With a likelihood
-        whose noise is learned that is the same training as on standardized targets.
+    log_variance: whether a regression also returns the log-variance of each row, (batch, 2).
+    target_mean, target_std: a regression's outputs are target_mean + target_std * (output of the last layer), so that
+        the layers compute with numbers of size one and the outputs are in the target's unit. With a likelihood that
+        learns its noise, training is the same as on standardized targets.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TabularNetwork(nn.Module):
         self.target_mean, self.target_std = target_mean, target_std
 
     def prior_std(self) -> dict[str, float]:
-        """The std of each layer's prior, by name: the size that its own initialization has at this width."""
+        """Return {layer: std of its prior}, with the scale of the layer's initialization at this width."""
         return {f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(self.layers) if isinstance(m, nn.Linear)}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Numbers as people write them: 2,612.06 and 2.612,06, 1 234, 50%, € 12, (3.50), with the marks for a missing one.
+"""Parsing of numbers in text: 2,612.06 and 2.612,06, 1 234, 50%, € 12, (3.50), and marks for a missing number.
 
-`recognize` says how the cells of a column are written; the column then reads every cell so, in training and prediction.
+`recognize` finds the notation of a column; every cell of the column is then read in it, in training and prediction.
 """
 
 import re
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import msgspec
 
-# a cell that is no number in a column of numbers, and means that there is none; compared without case
+# marks for a missing number in a column of numbers, compared without case
 MARKS = frozenset(
     "? - -- --- – — . .. ... * na n/a n.a. n.a n/d n.d. nd nan none null nil nat missing unknown unk blank k.a. \\n"
     " #n/a #na #value! #div/0! #ref! #num! #name? #null! (null) (blank) <na>".split()
@@ -24,20 +24,23 @@ _CURRENCIES = frozenset(
 _SPACES = "\u0020\u00a0\u2009\u202f"
 _THOUSANDS = {"": None, ",": ",", ".": r"\.", "'": "['\u2019]", " ": f"[{_SPACES}]"}
 _STYLES = ((".", ""), (",", ""), (".", ","), (",", "."), (".", "'"), (",", "'"), (".", " "), (",", " "))
-_LONGEST = 60  # characters of a number
-_MOSTLY = 0.9  # of the cells are numbers: a column of numbers with other things in it
+_LONGEST = 60  # largest number of characters of a number
+_MOSTLY = 0.9  # fraction of numbers from which a column counts as numbers with some other cells
 
 
 class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """How the cells of a column write numbers: the decimal mark, the mark between thousands, "" for none, and a sign
-    of percent or a currency that may stand before or behind."""
+    """The notation of numbers in a column.
+
+    decimal: the decimal mark. thousands: the thousands separator, "" for none. unit: a percent sign or currency before
+    or after the number, "" for none.
+    """
 
     decimal: str = "."
     thousands: str = ""
     unit: str = ""
 
     def number(self, word: str) -> float | None:
-        """The number of a cell, None where it is not written so."""
+        """Return the number of a cell, or None if the cell is not in this notation."""
         text = word.strip().replace("\u2212", "-")
         negative = text.startswith("(") and text.endswith(")")
         match = _pattern(self.decimal, self.thousands, self.unit).match(text[1:-1] if negative else text)
@@ -63,7 +66,7 @@ PLAIN = Written()
 @lru_cache(maxsize=256)
 def _pattern(decimal: str, thousands: str, unit: str) -> re.Pattern:
     mark = _THOUSANDS[thousands]
-    # groups of two digits before the last one are written in India; no thousands begin with a zero, as 0,126 does
+    # India groups two digits before the last three; a number with a thousands separator starts with no 0, unlike 0,126
     whole = r"\d+" if mark is None else rf"[1-9]\d{{0,2}}(?:{mark}\d{{2,3}})*{mark}\d{{3}}|\d+"
     sign = f"(?:{re.escape(unit)})?" if unit else ""
     space = f"[{_SPACES}]*"
@@ -77,32 +80,32 @@ def _pattern(decimal: str, thousands: str, unit: str) -> re.Pattern:
 
 @dataclass(frozen=True)
 class Recognized:
-    """A column of numbers: how they are written, and which of its cells are marks for a missing one."""
+    """A column of numbers: its notation, and those of its cells that are marks for a missing number."""
 
     written: Written
     missing: tuple[str, ...]
-    example: tuple[str, float]  # a cell, and its number
+    example: tuple[str, float]  # a cell and its number
 
 
 @dataclass(frozen=True)
 class Mostly:
-    """A column whose cells are numbers but for some."""
+    """A column whose cells are mostly numbers: their share, and the other cells."""
 
     share: float
     others: tuple[str, ...]
 
 
 class Ambiguous(ValueError):
-    """Cells that are other numbers in two ways of writing."""
+    """Raised for cells that are different numbers in two notations."""
 
 
 def recognize(
     counts: Mapping[str, int], column: str, decimal: str | None = None, thousands: str | None = None
 ) -> Recognized | Mostly | None:
-    """How these cells (and how often each is there) write numbers; None where they are no numbers.
+    """Find the notation of numbers in cells, given as {cell: count}. Returns None if they are no numbers.
 
-    decimal: the mark that is given, or that other columns have: cells that it fits are read so. thousands: the only
-    mark allowed. Ambiguous where two ways are left that read other numbers, as 1,234 has.
+    decimal: the decimal mark of the user or of other columns, which is used if all cells allow it. thousands: the only
+    thousands separator allowed. Raises Ambiguous if two notations are left that give different numbers, as for 1,234.
     """
     missing = marks(counts)
     rest = [w for w in counts if w not in set(missing)]
@@ -145,13 +148,15 @@ _BEHIND = re.compile(rf"(?<=[\d.,{_SPACES}])(?P<behind>[^\d.,+\-\u2212(){_SPACES
 
 
 def marks(words: Iterable[str]) -> tuple[str, ...]:
-    """The words that stand for a missing number or date."""
+    """Return the words that are marks for a missing number or date."""
     return tuple(w for w in words if w.strip().casefold() in MARKS)
 
 
 def _unit(words: list[str]) -> str | None:
-    """The percent sign or currency that stands beside the numbers, "" for none; None where there are several or other
-    letters, or where some cells are percents and others are not."""
+    """Return the percent sign or currency beside the numbers, or "" if there is none.
+
+    None if there are several units or other letters, or if only some of the cells are percentages.
+    """
     units: set[str] = set()
     for word in words:
         before, behind = _BESIDE.match(word.strip()), _BEHIND.search(word.strip())
@@ -189,5 +194,5 @@ def _bare(word: str) -> bool:
 
 
 def code_like(words: list[str]) -> bool:
-    """Whether some of these digits are a code: a number is not written with a zero in front."""
+    """Whether some of these words are codes, because they start with a zero, which numbers do not."""
     return any(re.fullmatch(r"0\d+", w.strip()) for w in words)

@@ -20,7 +20,7 @@ _ROWS_WORTH_COMPILING = 50_000
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How `fit_table` builds, trains and calibrates a model. None: chosen by the method and the size of the table."""
+    """Options of the construction, training and calibration in `fit_table`; None is chosen by method and table size."""
 
     method: str = "deep-ensemble"  # a name in `vbdl.methods`
     members: int = 5  # of the ensemble
@@ -28,13 +28,13 @@ class TableOptions:
     width: int = 128
     depth: int = 2
     dropout: float | None = None
-    noise: Noise | None = None  # of a regression: one level, or one a row that the network predicts
-    epochs: int = 500  # at most: training stops when the validation rows no longer gain
+    noise: Noise | None = None  # noise of a regression: one level, or one per row from the network
+    epochs: int = 500  # largest number; training stops when the validation likelihood no longer improves
     batch_size: int | None = None
     lr: float | None = None
     weight_decay: float = 1e-4
     patience: int | None = None
-    coverage: float = 0.9  # of the prediction sets or intervals; 0 for none
+    coverage: float = 0.9  # coverage of the prediction sets or intervals; 0 for none
     seed: int = 0
     shares: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
 
@@ -56,7 +56,7 @@ class TableOptions:
         return method_of(self.method)
 
     def network_arguments(self, schema: Schema, n_train: int) -> dict[str, Any]:
-        """Arguments of the `TabularNetwork`."""
+        """Return the arguments of the `TabularNetwork`."""
         target, rate = schema.target, self._method.dropout if self.dropout is None else self.dropout
         if self._method.needs_dropout and rate == 0:
             raise ValueError(f"method {self.method} needs a rate of dropout above 0")
@@ -72,7 +72,7 @@ class TableOptions:
         }
 
     def noise_of(self, n_train: int) -> Noise:
-        """A noise level a row is a second function to learn, for which there have to be rows."""
+        """Return the kind of noise; one level per row is a second function to learn and needs more rows."""
         return self.noise or ("per-row" if n_train >= 400 else "constant")
 
     def likelihood(self, schema: Schema, n_train: int) -> Likelihood:
@@ -97,11 +97,11 @@ class TableOptions:
         return None if self._method.has_members else self.draws
 
     def training(self, n_train: int) -> dict[str, Any]:
-        """Arguments of `vbdl.fit`."""
+        """Return the arguments of `vbdl.fit`."""
         given = {"lr": self.lr, "patience": self.patience}
         chosen = {name: value for name, value in given.items() if value is not None}
         batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
-        # early stopping ends most trainings long before `epochs`: compiling pays where an epoch is long
+        # early stopping ends most trainings long before `epochs`, so compiling pays only if an epoch is long
         large = n_train >= _ROWS_WORTH_COMPILING
         return {
             "compile": None if large else False,

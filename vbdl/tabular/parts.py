@@ -19,7 +19,7 @@ from vbdl.tabular.reading import ArrowColumn, Reading, compute
 if TYPE_CHECKING:
     import pyarrow
 
-# below this share of different rows, equal rows are what the table is made of, and are no leak
+# if fewer than this share of the rows differ, equal rows are normal for the table and no leak
 _MOSTLY_EQUAL = 0.5
 
 
@@ -30,9 +30,9 @@ class Parts:
     rows: dict[str, Tensor]
     how: str
     notes: list[str] = field(default_factory=list)
-    overlap_is_meant: bool = False  # equal rows are in different parts, and that is no accident
-    groups: Tensor | None = None  # (all rows,) of a split by group: rows of one number are in one part
-    when: Tensor | None = None  # (all rows,) of a split by time: the order of the rows
+    overlap_is_meant: bool = False  # whether equal rows may be in different parts
+    groups: Tensor | None = None  # (all rows,) group numbers of a split by group; a group is in one part
+    when: Tensor | None = None  # (all rows,) order of the rows of a split by time
 
 
 def divide(
@@ -47,12 +47,12 @@ def divide(
 ) -> Parts:
     """Divide the rows of a table into parts.
 
-    inputs: columns by which rows are equal. classes: (rows,) to give every part each class in its share.
-    group: a column; no value of it is in two parts. time: a column; the parts follow each other in it. reading: how
-    text says dates and numbers.
+    inputs: columns that make rows equal. classes: (rows,) classes, for the same class shares in every part.
+    group: a column whose values each go to one part. time: a column by which the parts follow each other.
+    reading: how text writes dates and numbers.
 
-    Rows whose inputs are equal go to one part together, so that nothing tested was trained on: a group of their own, or
-    joined with the groups of `group`. In a split by time they stay where they were: the future may repeat the past.
+    Rows with equal inputs go to one part, so that no test row was trained on; they are joined with the groups of
+    `group`. A split by time does not move equal rows: the future may repeat the past.
     """
     n = table.num_rows
     shares = dict(DEFAULT_SHARES if shares is None else shares)
@@ -76,7 +76,7 @@ def divide(
         return Parts(split(n, shares, groups=together, seed=seed), f"by group ({group})", notes, meant, together)
     if different == n or meant:
         return Parts(split(n, shares, stratify=classes, seed=seed), _how(classes), notes, meant)
-    # one row speaks for its equals
+    # one row represents its equal rows
     first = torch.zeros(int(row.max()) + 1, dtype=torch.int64)
     first[row.flip(0)] = torch.arange(n).flip(0)
     dealt = split(len(first), shares, stratify=None if classes is None else classes[first], seed=seed)
@@ -93,13 +93,13 @@ def _how(classes: Tensor | None) -> str:
 
 
 def codes(table: "pyarrow.Table", name: str) -> Tensor:
-    """(rows,) int64, equal for equal cells of a column. ValueError where there is no such column."""
+    """Return (rows,) int64 numbers, equal for equal cells of a column. Raises ValueError if the column is missing."""
     import pyarrow as pa
 
     column = _column(table, name)
     try:
         numbers = column.dictionary_encode(null_encoding="encode").indices
-    except pa.ArrowNotImplementedError:  # lists, structs and what others have added
+    except pa.ArrowNotImplementedError:  # lists, structs and extension types
         column = pa.array([None if v is None else repr(v) for v in column.to_pylist()], pa.string())
         numbers = column.dictionary_encode(null_encoding="encode").indices
     return torch.from_numpy(numbers.to_numpy(zero_copy_only=False).astype(np.int64))
@@ -113,10 +113,10 @@ def _column(table: "pyarrow.Table", name: str) -> ArrowColumn:
 
 
 def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -> tuple[Tensor, str]:
-    """(rows,) int64 in the order in time of a column's cells, equal for equal ones; and how text was read, in words.
+    """Return (rows,) int64 ranks of a column's cells in time, equal for equal cells, and how text was read, in words.
 
-    Dates, instants and durations are in their own order, numbers in that of their size, text in that of the dates or
-    numbers it says. ValueError for missing cells, for text that is neither, and for dates with two readings.
+    Dates, instants, durations and numbers have their usual order; text has that of the dates or numbers in it. Raises
+    ValueError for missing cells, for text that is neither, and for dates with two readings.
     """
     import pyarrow as pa
 
@@ -132,7 +132,7 @@ def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -
         raise ValueError(f"column {name!r} has {missing} missing cells: no place in time")
     if is_text(kind) or (reading.date_format is not None and pa.types.is_integer(kind)):
         words = texts(column)
-        if not is_text(kind):  # a file of numbers has lost the zero of 03022023
+        if not is_text(kind):  # as a number, 03022023 has lost its leading zero
             words = pc.utf8_lpad(words, _width(reading.date_format or ""), "0")
         values, said = _said(words, name, reading)
         column = pa.array(values)
@@ -153,12 +153,15 @@ def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -
 
 
 def _width(order: str) -> int:
-    """Digits of a date that is written in this format; 0 for an order that is none."""
+    """Return the number of characters of a date in this format, or 0 if the order is no format."""
     return len(datetime.datetime(2000, 11, 22, 10, 10, 10).strftime(order)) if "%" in order else 0
 
 
 def _order_of_digits(column: ArrowColumn) -> str | None:
-    """The format of whole numbers that are all dates with the year last, 03022023, and not all with it first."""
+    """Return the format of whole numbers that are dates with the year last, like 03022023, or None.
+
+    None too if all of them are also dates with the year first.
+    """
     values = column.to_numpy(zero_copy_only=False).astype(np.int64)
     first, second, year = values // 1_000_000, values // 10_000 % 100, values % 10_000
 
@@ -173,7 +176,7 @@ def _order_of_digits(column: ArrowColumn) -> str | None:
 
 
 def _said(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarray, str]:
-    """(rows,) the order of text that says dates, times of a day or numbers, and which it is, in words."""
+    """Return (rows,) sortable values of text with dates, times of day or numbers, and how it was read, in words."""
     coded = words.dictionary_encode()
     different = coded.dictionary.to_pylist()
     order, said = reading.date_format, ""
@@ -195,7 +198,7 @@ def _said(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarr
 
 
 def _equal(table: "pyarrow.Table", inputs: list[str]) -> Tensor:
-    """(rows,) a number for each different row of these columns."""
+    """Return (rows,) numbers, equal for rows that are equal in these columns."""
     if not inputs or table.num_rows == 0:
         return torch.zeros(table.num_rows, dtype=torch.int64)
     cells = torch.stack([codes(table, name) for name in inputs], dim=1)
@@ -203,7 +206,7 @@ def _equal(table: "pyarrow.Table", inputs: list[str]) -> Tensor:
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
-    """(rows,) groups that hold whole groups of both."""
+    """Return (rows,) group numbers of the smallest groups that contain whole groups of both."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -30,19 +30,18 @@ SUFFIXES = {
     ".ipc": "ipc",
 }
 
-# an empty cell, and what programs write for one; the same list for numbers and for text
+# an empty cell and the words that programs write for it, for numbers and text
 NULLS = ["", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null", "None"]
 
 _SEPARATORS = (";", "\t", ",", "|")
 
 
 class Reading(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """How files of text are read, and what their cells mean; a schema keeps it for the files that are predicted.
+    """Options for reading text in files and cells; a schema keeps them for the files that are predicted.
 
-    separator, encoding: of CSV files; a separator that is not given is looked for in the first line. decimal,
-    thousands: marks in numbers. missing: words that mean that there is no value, in files and in memory; an empty cell
-    always does. date_format: an order or a format of `vbdl.tabular.dates`. text: columns whose cells are kept as they
-    are written.
+    separator, encoding: of CSV files; the separator is inferred from the first line unless given. decimal, thousands:
+    decimal mark and thousands separator. missing: words for a missing cell, in files and in memory, besides an empty
+    cell. date_format: an order or a format of `vbdl.tabular.dates`. text: columns whose cells are kept as text.
     """
 
     separator: str | None = None
@@ -92,8 +91,10 @@ def format_of(path: str | Path) -> str | None:
 
 
 def files_of(path: str | Path, suffixes: Sequence[str] = tuple(SUFFIXES)) -> list[Path]:
-    """The file, or every table in the folder and below it by name; hidden ones and those with a leading _ are not
-    read. ValueError where there are none."""
+    """Return the file, or every table file in the folder and below it, sorted by name.
+
+    Files with a leading . or _ are left out. Raises ValueError if there are none.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
@@ -141,13 +142,16 @@ def read_options(reading: Reading | None = None, **options: Any) -> "pyarrow.csv
 
 
 def _separator(path: Path, reading: Reading | None, notes: list[str] | None) -> str:
-    """What separates the cells of this file: what was given, or a comma (.tsv: a tab), where the line of names has it;
-    otherwise the mark that this line and the next one have. ValueError for that where nothing is said of the file."""
+    """Return the character that separates the cells of this file.
+
+    It is the given one, or a comma (a tab in .tsv files) if the header has one, or else another mark that the header
+    and the next line have. Raises ValueError for such a mark if no options were given for the file.
+    """
     expected = (reading and reading.separator) or ("\t" if ".tsv" in path.name.lower() else ",")
     header, row = _first_lines(path, reading and reading.encoding)
     if expected in header:
         return expected
-    # the name of a single column may have such a mark in it, and then its cells have not
+    # the name of a single column may contain such a mark; its cells then do not
     mark = next((m for m in _SEPARATORS if m in header and (not row or row.count(m) >= header.count(m))), None)
     if mark is None:
         return expected
@@ -162,7 +166,7 @@ def _separator(path: Path, reading: Reading | None, notes: list[str] | None) -> 
 
 
 def _first_lines(path: Path, encoding: str | None) -> tuple[str, str]:
-    """The line of names, and the one after it, empty where there is none."""
+    """Return the header and the next line, empty if the file has none."""
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         start = file.read(1 << 20)
     if encoding is None and start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -184,7 +188,7 @@ _ENCODINGS = "--encoding latin-1, cp1252 or another says what it is, or save the
 
 
 def read_table(path: str | Path, reading: Reading | None = None, notes: list[str] | None = None) -> "pyarrow.Table":
-    """The table in this file, or in all files of this folder one after the other. notes: gets what was recognized."""
+    """Read a file, or the files of a folder one after the other, as one table. notes: receives notes for the user."""
     pa = arrow()
     tables = [_read_file(file, reading, notes) for file in files_of(path)]
     if len(tables) == 1:
@@ -193,7 +197,7 @@ def read_table(path: str | Path, reading: Reading | None = None, notes: list[str
     for file, table in zip(files_of(path), tables, strict=True):
         if sorted(table.column_names) != sorted(names):
             raise ValueError(f"{file} has other columns than the first file: {sorted(table.column_names)}")
-    # text where one file has numbers and another has not: the wider type is taken
+    # a column of numbers in one file and text in another becomes text
     return pa.concat_tables([t.select(names) for t in tables], promote_options="permissive")
 
 
@@ -208,7 +212,7 @@ def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> 
         if kind == "csv":
             from pyarrow import csv
 
-            # types are inferred from the first block: one block, so that a late decimal point is seen
+            # types are inferred from the first block, so the whole file is one block: a late decimal point counts too
             block = min(max(path.stat().st_size * (12 if path.name.endswith(".gz") else 1) + 1, 1 << 20), 2**31 - 1)
             options = csv_options(path, None, reading, notes)
             table = csv.read_csv(path, read_options(reading, block_size=block), **options)
@@ -220,7 +224,7 @@ def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> 
                 is_file = source.read(6) == b"ARROW1"
                 source.seek(0)
                 return _validated((pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all())
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:  # by the place of the damage
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:  # Arrow raises other errors for other damage
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as {kind}: {said}") from error
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
@@ -234,8 +238,10 @@ def _validated(table: "pyarrow.Table") -> "pyarrow.Table":
 
 
 def as_table(data: object, reading: Reading | None = None, notes: list[str] | None = None) -> "pyarrow.Table":
-    """A `pyarrow.Table` of: a path, a table or record batch, a pandas or polars frame, or columns by name. reading: of
-    files. ValueError where two columns have one name: which of them is meant is not for a program to guess."""
+    """Return data as a `pyarrow.Table`: a path, a table or record batch, a pandas or polars frame, or columns by name.
+
+    reading: options for files. Raises ValueError if two columns have one name.
+    """
     table = _without_views(_converted(data, reading, notes))
     names = table.column_names
     if len(set(names)) < len(names):

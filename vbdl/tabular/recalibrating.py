@@ -1,4 +1,4 @@
-"""A saved model of a table, calibrated on new rows."""
+"""Calibration of a saved model of a table on new rows."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,8 +43,11 @@ def recalibrate(
     overwrite: bool = False,
     trust: Sequence[str] = (),
 ) -> str:
-    """Calibrate the model of a folder on a table, and save it to another. Returns what changed, in words: scores on the
-    calibration rows themselves, so that they say whether the fit took, and not how good it is elsewhere."""
+    """Calibrate the model of a folder on a table, and save it to another folder. Return a report as text.
+
+    The report has scores on the calibration rows themselves: they show that the fit worked, not how good it is on
+    other rows.
+    """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if not 0 < coverage < 1:
@@ -82,7 +85,7 @@ def recalibrate(
 
 
 def _held_out(predictor: Predictor, start: Predictor, rows: Labeled, make: Callable[[float], Calibrator]) -> list[str]:
-    """NLL before, and after calibrations that are each fitted without the rows they are scored on, in words."""
+    """Return lines with the NLL before and after calibration, cross-fitted: no row is scored by a fit to itself."""
     together = fingerprints(rows.x).unique(return_inverse=True)[1]
     available = CalibrationRows(rows.x, rows.y, together, meant=True)
     folds = available.folds(seed=0)
@@ -94,7 +97,7 @@ def _held_out(predictor: Predictor, start: Predictor, rows: Labeled, make: Calla
         others[fold] = False
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the fit to all rows has warned
+                warnings.simplefilter("ignore")  # the fit to all rows has already warned
                 fitted = calibrate(start, (rows.x[others], rows.y[others]), make(0.1))
         except ValueError as error:
             return [f"held-out scores: none, for {error}"]
@@ -108,7 +111,7 @@ def _held_out(predictor: Predictor, start: Predictor, rows: Labeled, make: Calla
 
 
 def _uncalibrated(predictor: Predictor) -> Predictor:
-    """The predictor without the calibrations that are outermost."""
+    """Return the predictor without its outermost calibrations."""
     likelihood = predictor.likelihood
     while isinstance(likelihood, CalibratedLikelihood):
         likelihood = likelihood.likelihood
@@ -116,12 +119,12 @@ def _uncalibrated(predictor: Predictor) -> Predictor:
 
 
 def _methods(likelihood: Likelihood) -> list[str]:
-    """What a likelihood is calibrated by, innermost first, as --method calls it."""
+    """Return the names (of --method) of a likelihood's calibrations, innermost first."""
     names = {type(make(0.1)): name for name, make in METHODS.items()}
     methods = [type(calibrated.method) for calibrated in reversed(calibrations(likelihood))]
     return [names.get(method, method.__name__) for method in methods]
 
 
 def _network(posterior: Dropout | MeanField | Ensemble) -> Architecture:
-    """The architecture in a manifest's posterior, of the first members where there are several kinds."""
+    """Return the architecture in a manifest's posterior, that of the first members if there are several."""
     return (posterior.members[0].member if isinstance(posterior, Ensemble) else posterior).network

@@ -1,4 +1,4 @@
-"""Which method for a table."""
+"""Recommendation of a method for a table."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,8 +23,10 @@ def recommend_table(
     seed: int = 0,
     kinds: Mapping[str, str] | None = None,
 ) -> Recommendation:
-    """`vbdl.recommend` with the network that `fit_table` would train. Columns are scaled by all rows: means and stds of
-    inputs, which say nothing of the target."""
+    """Call `vbdl.recommend` with the network that `fit_table` would train.
+
+    Columns are standardized by all rows instead of training rows, which reveals nothing about the targets.
+    """
     table, reading = training_table(data, None, kinds, [])
     if target not in table.column_names:
         raise ValueError(f"there is no column {target!r} to predict; there are {table.column_names}")

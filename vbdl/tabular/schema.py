@@ -1,4 +1,4 @@
-"""What a model takes and gives, in words: its columns, how their cells become numbers, and what the target is.
+"""The schema of a table's model: its columns, how their cells are encoded as numbers, and its target.
 
     schema, report = infer(table, "price", training_rows)
     encoded = schema.encode(table)           # an Arrow table (other columns are ignored)
@@ -26,7 +26,7 @@ from vbdl.tabular.reading import NULLS, Reading, as_table
 from vbdl.tabular.target import Target
 
 FORMAT = 1
-KEY = "table"  # where an artifact keeps it
+KEY = "table"  # key of the schema in an artifact's extras
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Encoded:
     """Encoded rows: the inputs of the network, the rejected rows, and counts of unusual cells by column."""
 
     x: Tensor  # (rows, features) float32
-    rejected: dict[int, str] = field(default_factory=dict)  # row -> reason; its numbers are zeros
+    rejected: dict[int, str] = field(default_factory=dict)  # row number -> reason; the row of x is zero
     unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
     imputed: dict[str, int] = field(default_factory=dict)  # column -> missing cells
-    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, where training had none
+    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, if training had none
 
     @property
     def kept(self) -> Tensor:
@@ -50,7 +50,7 @@ class Encoded:
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Input columns in the order of the network's inputs, and the target.
 
-    reading: how the files that are predicted are read; None in models of before it was kept.
+    reading: options for reading files; None in older models, which did not store them.
     """
 
     columns: tuple[Column, ...]
@@ -70,25 +70,25 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def worded(self) -> list[str]:
-        """The columns that are read as text from files without types: categories, and numbers in their own notation."""
+        """The columns that are read as text from files without types: categories, and numbers in a special notation."""
         return [c.name for c in self.columns if isinstance(c, Categorical) or _written(c)]
 
     @property
     def files(self) -> Reading:
-        """The options by which files are read for this model."""
+        """The options for reading files for this model."""
         if self.reading is None:
             return Reading()
         target = (self.target.name,) if self.target.written else ()
         return msgspec.structs.replace(self.reading, text=(*self.worded, *target))
 
     def to_dict(self) -> dict[str, Any]:
-        """The schema as JSON can hold it."""
+        """Return the schema as a dict for JSON."""
         description = msgspec.json.decode(msgspec.json.encode(self))
         return {key: value for key, value in description.items() if key != "reading" or value is not None}
 
     @classmethod
     def from_dict(cls, description: Mapping[str, object]) -> "Schema":
-        """The schema in a dict from JSON. Raises ValueError if it is no schema, or has another format."""
+        """Return the schema in a dict from JSON. Raises ValueError if it is no schema, or has another format."""
         try:
             schema = msgspec.convert(description, cls)
         except msgspec.ValidationError as error:
@@ -154,7 +154,7 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return encoded
 
     def tensor(self, data: object) -> Tensor:
-        """(rows, features) of a table or of rows as dicts; ValueError where one of them cannot be read."""
+        """Encode a table or rows as dicts as (rows, features). Raises ValueError if a row cannot be read."""
         if isinstance(data, Sequence) and not isinstance(data, str):
             encoded = self.encode_rows(data)
         else:
@@ -165,7 +165,7 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return encoded.x
 
     def example(self) -> Tensor:
-        """One row (1, features) of missing and unknown cells, to warm up a predictor with."""
+        """Return one row (1, features) of missing and unknown cells, for warming up a predictor."""
         row = {c.name: "" if isinstance(c, Categorical) else None for c in self.columns}
         return self.encode_rows([row]).x
 
@@ -203,5 +203,5 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def _written(column: Column) -> bool:
-    """Whether a column of numbers writes them, or missing cells, in a way that a CSV reader does not know."""
+    """Whether a column writes numbers or missing cells in a way that a CSV reader does not know."""
     return isinstance(column, Numeric) and (column.written is not None or column.missing != tuple(NULLS))

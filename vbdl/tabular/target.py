@@ -1,4 +1,4 @@
-"""The target of a table: classes or a number, decided by its cells, with the reason for the decision."""
+"""The target of a table: classes or a number, inferred from its cells, with the reason."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from vbdl.tabular.numerals import PLAIN, Recognized, Written, recognize
 from vbdl.tabular.reading import NULLS, ArrowColumn, Reading, compute
 
 MAX_CLASSES = 1000
-_FEW = 10  # whole numbers with no more different values than this are taken for classes
+_FEW = 10  # whole numbers with at most this many different values are taken for classes
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """classes: names in the order of the network's outputs, or None for a number, which is standardized inside the
-    network by the training rows' mean and std: predictions are in the target's own unit.
+    """The target of a table's model.
 
-    labels: what kind of value a class is in files: "text", "integer" or "boolean". missing: words that mean that a row
-    has no target. written: how text writes a number. precise: numbers far from zero against their std stay float64;
-    False in models of before they did.
+    classes: names in the order of the network's outputs, or None for a number. mean, std: of the training rows; the
+    network standardizes a number with them, and predicts it in the target's own unit. labels: type of a class in files,
+    "text", "integer" or "boolean". missing: words for a missing target. written: notation of numbers in text.
+    precise: whether numbers far from zero, compared with their std, stay float64; False in older models.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def far(self) -> bool:
-        """Whether its numbers are too far from zero for float32."""
+        """Whether the target's numbers are too far from zero for float32."""
         return self.classes is None and self.precise and is_far(self.mean, self.std)
 
     @property
@@ -54,14 +54,17 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return f"{self.name}, {len(self.classes)} classes (classification): {self.reason}. {shown}"
 
     def label(self, number: int) -> str | int | bool:
-        """The label of a class, of the type that it has in files."""
+        """The label of a class, in its type in files."""
         assert self.classes is not None
         name = self.classes[number]
         return int(name) if self.labels == "integer" else name == "true" if self.labels == "boolean" else name
 
     def encode(self, column: ArrowColumn) -> tuple[Tensor, Tensor]:
-        """(rows,) class numbers, or (rows, 1) targets, float64 where float32 is too coarse; and (rows,) bool, whether
-        there was one. ValueError for a class that training did not have and for a number that cannot be read."""
+        """Return the targets of a column, and (rows,) bool, whether the row has one.
+
+        Targets are (rows,) class numbers, or (rows, 1) numbers, float64 if float32 is too coarse. Raises ValueError for
+        an unknown class or a number that cannot be read.
+        """
         if self.classes is None:
             values, missing, rejected = floats(column, self.name, self.missing, self.written)
             bad = [
@@ -92,7 +95,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def has_target(column: ArrowColumn, missing: Sequence[str] = ()) -> np.ndarray:
-    """(rows,) bool: whether the cell has a value, and not null, NaN, empty text or a word for missing."""
+    """Return (rows,) bool: whether the cell has a value, which null, NaN, empty text and words for missing are not."""
     column = decoded(column)
     if is_text(column.type):
         column = without(column, missing)
@@ -100,7 +103,7 @@ def has_target(column: ArrowColumn, missing: Sequence[str] = ()) -> np.ndarray:
 
 
 def as_numbers(column: ArrowColumn, name: str, reading: Reading | None = None) -> Recognized | None:
-    """How a column of text writes numbers, or None if it holds other text."""
+    """Return the notation of numbers in a column of text, or None if it holds other text."""
     reading = reading or Reading()
     words = without(decoded(column), reading.missing)
     counts = {
@@ -111,7 +114,7 @@ def as_numbers(column: ArrowColumn, name: str, reading: Reading | None = None) -
 
 
 def decide(column: ArrowColumn, name: str, task: str | None = None, reading: Reading | None = None) -> tuple[str, str]:
-    """("classification" or "regression", reason). Raises ValueError if the column cannot be a target."""
+    """Return ("classification" or "regression", reason). Raises ValueError if the column cannot be a target."""
     import pyarrow as pa
 
     pc = compute()
@@ -148,7 +151,7 @@ def decide(column: ArrowColumn, name: str, task: str | None = None, reading: Rea
 
 
 def _check_words(column: ArrowColumn, name: str, reading: Reading | None) -> None:
-    """Raise ValueError for text that is numbers but for a few cells: a class for each number is not what was meant."""
+    """Raise ValueError for text with numbers in nearly all cells, which is not meant as a class for each number."""
     cells = [word for word in column.to_pylist() if word is not None]
     cells = [word for word in cells if word.strip() not in {"", *(reading or Reading()).missing}]
     odd = [word for word in cells if not _is_number(word)]
@@ -161,7 +164,7 @@ def _check_words(column: ArrowColumn, name: str, reading: Reading | None) -> Non
         )
 
 
-_ODD = 0.1  # of the cells
+_ODD = 0.1  # largest fraction of other cells
 
 
 def _is_number(word: str) -> bool:
@@ -172,7 +175,7 @@ def _is_number(word: str) -> bool:
 
 
 def _amounts(column: ArrowColumn, recognized: Recognized, reading: Reading | None) -> bool:
-    """Whether numbers in text are amounts, and not names of classes, which may be digits too."""
+    """Whether numbers in text are amounts rather than names of classes, which may be digits too."""
     missing = [*(reading or Reading()).missing, *recognized.missing]
     values = np.unique(floats(column, "", missing, recognized.written)[0])
     values = values[~np.isnan(values)]
@@ -183,7 +186,7 @@ def _amounts(column: ArrowColumn, recognized: Recognized, reading: Reading | Non
 def fit_target(
     column: ArrowColumn, name: str, training: np.ndarray, task: str | None = None, reading: Reading | None = None
 ) -> Target:
-    """The target: its classes from the whole column, or its mean and std from the training rows."""
+    """Return the target, with classes from the whole column, or mean and std from the training rows."""
     import pyarrow as pa
 
     missing = (reading or Reading()).missing
