@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
 
 import vbdl
 from vbdl import former
@@ -68,3 +69,23 @@ def test_what_never_was_is_not_found(name):
 
 def test_the_rules_of_adaptive_draws_are_at_hand_without_a_warning():
     assert vbdl.adaptive.LabelDecided(0.9).confidence == 0.9
+
+
+PRIORS = {
+    "MeanField": lambda **prior: vbdl.MeanField(nn.Linear(3, 1), 10, **prior).module,
+    "BayesianLinear": lambda **prior: vbdl.BayesianLinear(3, 1, **prior),
+    "BayesianConv1d": lambda **prior: vbdl.BayesianConv1d(3, 1, 2, **prior),
+    "BayesianConv2d": lambda **prior: vbdl.BayesianConv2d(3, 1, 2, **prior),
+    "BayesianConv3d": lambda **prior: vbdl.BayesianConv3d(3, 1, 2, **prior),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_is_taken_by_its_former_name(name):
+    make = PRIORS[name]
+    with pytest.warns(DeprecationWarning, match=f"prior_std= of {name} is called prior= now") as warned:
+        old = make(prior_std=0.25)
+    assert warned[0].filename == __file__
+    assert float(old.prior_0) == float(make(prior=0.25).prior_0) == 0.25
+    with pytest.raises(TypeError, match="which are one argument"):
+        make(prior_std=0.25, prior=0.5)

@@ -250,6 +250,6 @@ def test_features_are_the_inputs_of_a_layer():
 
 def test_the_british_argument_is_deprecated():
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    with pytest.warns(DeprecationWarning, match="write normalize="):
+    with pytest.warns(DeprecationWarning, match="normalise= of KNN is called normalize= now"):
         old = ood.KNN(1, normalise=False)
     assert torch.equal(old.fit(x)(x + 1), ood.KNN(1, normalize=False).fit(x)(x + 1))

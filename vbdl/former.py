@@ -1,5 +1,6 @@
 """Names of version 0.1 that have changed: each still works, with a DeprecationWarning that says the new name."""
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+_Taker = TypeVar("_Taker", bound=Callable[..., Any])
 
 MODULES = {
     "adaptive": "engine.adaptive",
@@ -49,6 +52,25 @@ def names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(importlib.import_module(home), leaf)
 
     return look_up
+
+
+def arguments(**renamed: str) -> Callable[[_Taker], _Taker]:
+    """A decorator of what takes arguments by keyword: each is also taken by its former name, former="today"."""
+
+    def decorate(taker: _Taker) -> _Taker:
+        @functools.wraps(taker)
+        def take(*args: Any, **given: Any) -> Any:
+            for old in renamed.keys() & given.keys():
+                new, name = renamed[old], taker.__qualname__.removesuffix(".__init__")
+                if new in given:
+                    raise TypeError(f"{name} got {old}= and {new}=, which are one argument: leave {old}= out")
+                warnings.warn(f"the argument {old}= of {name} is called {new}= now", DeprecationWarning, stacklevel=2)
+                given[new] = given.pop(old)
+            return taker(*args, **given)
+
+        return cast(_Taker, take)
+
+    return decorate
 
 
 class _ModulesFinder(MetaPathFinder, Loader):

@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
             class_name="MeanField",
             words="mean-field variational inference",
             when="rows are few, fewer than a tenth of the weights or than 1000, so that the prior counts",
-            arguments=("n_data", "prior_std", "initial_std", "seed"),
+            arguments=("n_data", "prior", "initial_std", "seed"),
             dropout=0.0,
             training={"lr": 5e-3, "patience": 60, "kl_warmup": 30, "weight_decay": 0.0},
         ),

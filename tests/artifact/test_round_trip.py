@@ -39,15 +39,15 @@ NETWORKS = {"mlp": (mlp, (7,)), "cnn": (cnn, (2, 7, 5)), "transformer": (transfo
 POSTERIORS = {
     "dropout": lambda make: vbdl.MCDropout(make(), seed=3),
     "dropout with choices": lambda make: vbdl.MCDropout(make(), p=0.25, deterministic=(nn.ReLU, nn.Embedding)),
-    "mean-field": lambda make: vbdl.MeanField(make(), n_data=101, prior_std={"": vbdl.Normal(0.7)}, n_samples=2),
+    "mean-field": lambda make: vbdl.MeanField(make(), n_data=101, prior={"": vbdl.Normal(0.7)}, n_samples=2),
     "mean-field, some weights": lambda make: vbdl.MeanField(
-        make(), 101, prior_std=vbdl.ScaleMixture(), parameters=[nn.Linear], initial_std=0.1
+        make(), 101, prior=vbdl.ScaleMixture(), parameters=[nn.Linear], initial_std=0.1
     ),
     "ensemble": lambda make: vbdl.DeepEnsemble([make() for _ in range(4)]),
     "ensemble of two architectures": lambda make: vbdl.DeepEnsemble([make(), make(), nn.Sequential(make())]),
     "ensemble of dropout": lambda make: vbdl.DeepEnsemble([vbdl.MCDropout(make()) for _ in range(3)]),
     "ensemble of mean-field": lambda make: vbdl.DeepEnsemble(
-        [vbdl.MeanField(make(), 101, prior_std=0.3, initial_std=0.1) for _ in range(3)]
+        [vbdl.MeanField(make(), 101, prior=0.3, initial_std=0.1) for _ in range(3)]
     ),
 }
 

@@ -191,9 +191,9 @@ def test_layers_that_share_a_parameter_or_are_drawn(tmp_path):
     tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Dropout(0.2))
     tied[2].weight = tied[0].weight
     bayesian = nn.Sequential(
-        vbdl.BayesianLinear(4, 8, prior_std=0.3),
+        vbdl.BayesianLinear(4, 8, prior=0.3),
         nn.ReLU(),
-        vbdl.BayesianLinear(8, 3, False, prior_std=vbdl.ScaleMixture()),
+        vbdl.BayesianLinear(8, 3, False, prior=vbdl.ScaleMixture()),
     )
     for q in (
         vbdl.MCDropout(tied),

@@ -1,7 +1,7 @@
 """Small predictors of every method, likelihood, calibration and decision, with weights from a seeded NumPy generator.
 
 Nothing here depends on training or on torch's initialisation, so that the same predictors can be built by any version
-of vbdl. Each case is a function that returns a predictor; `RECORDED` says how each is called.
+of vbdl, in its own names. Each case is a function that returns a predictor; `RECORDED` says how each is called.
 """
 
 import warnings
@@ -68,8 +68,8 @@ def transformer(outputs: int = CLASSES, seed: int = 1) -> nn.Module:
 def layered(outputs: int = CLASSES, seed: int = 1) -> nn.Module:
     """Bayesian layers and a plain one."""
     mixture = vbdl.ScaleMixture(0.4, 1.5, 0.01)
-    first = vbdl.BayesianLinear(FEATURES, 8, prior_std=0.7, initial_std=0.1)
-    last = vbdl.BayesianLinear(8, outputs, False, prior_std=mixture, initial_std=0.2)
+    first = vbdl.BayesianLinear(FEATURES, 8, prior=0.7, initial_std=0.1)
+    last = vbdl.BayesianLinear(8, outputs, False, prior=mixture, initial_std=0.2)
     return with_weights(nn.Sequential(first, nn.ReLU(), nn.Linear(8, 8), last), seed)
 
 
@@ -102,7 +102,7 @@ def sampled(posterior: nn.Module, likelihood: nn.Module | None = None, **setting
 
 
 def mean_field(network: nn.Module, **options: Any) -> nn.Module:
-    return vbdl.MeanField(network, 101, **{"prior_std": 0.8, "initial_std": 0.1, **options})
+    return vbdl.MeanField(network, 101, **{"prior": 0.8, "initial_std": 0.1, **options})
 
 
 def ensemble(make: Callable[[int], nn.Module]) -> nn.Module:
@@ -122,9 +122,9 @@ METHODS: dict[str, Callable[[], vbdl.Predictor]] = {
     "mean-field cnn": lambda: sampled(mean_field(cnn())),
     "mean-field transformer": lambda: sampled(mean_field(transformer())),
     "mean-field mixture": lambda: sampled(
-        mean_field(deep(), prior_std=vbdl.ScaleMixture(), parameters=[nn.Linear], n_samples=2)
+        mean_field(deep(), prior=vbdl.ScaleMixture(), parameters=[nn.Linear], n_samples=2)
     ),
-    "mean-field some": lambda: sampled(mean_field(deep(), prior_std={"": 1.0, "7": 0.2}, parameters=["4", "7"])),
+    "mean-field some": lambda: sampled(mean_field(deep(), prior={"": 1.0, "7": 0.2}, parameters=["4", "7"])),
     "mean-field layered": lambda: sampled(vbdl.MeanField(layered(), 101)),
     "mean-field layered joint": lambda: sampled(vbdl.MeanField(layered(), 101), joint=True),
     "mean-field layered_cnn": lambda: sampled(vbdl.MeanField(layered_cnn(), 101)),
@@ -225,7 +225,7 @@ CALIBRATIONS: dict[str, Callable[[], vbdl.Predictor]] = {
     "std scaling of all": lambda: calibrated(regression(2), calibration.StdScaling(per_output=False)),
     "cdf recalibration": lambda: calibrated(regression(), calibration.CDFRecalibration()),
     "absolute intervals": lambda: calibrated(regression(), calibration.AbsoluteIntervals(0.2)),
-    "normalised intervals": lambda: calibrated(regression(2), calibration.NormalisedIntervals(0.2)),
+    "normalised intervals": lambda: calibrated(regression(2), calibration.NormalizedIntervals(0.2)),
     "cqr": lambda: calibrated(regression(), calibration.CQR(0.2)),
     "temperature and sets": lambda: calibrated(
         calibrated(classes(), calibration.Temperature()), calibration.ConformalSets(0.1, calibration.APS())

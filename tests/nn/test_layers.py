@@ -30,7 +30,7 @@ def test_a_layer_is_the_plain_layer_with_drawn_weights(name):
 
 
 def test_kl_is_that_of_torch_and_adds_over_layers():
-    layers = [vbdl.BayesianLinear(3, 5, prior_std=0.3), vbdl.BayesianConv2d(2, 4, 3, prior_std=2.0)]
+    layers = [vbdl.BayesianLinear(3, 5, prior=0.3), vbdl.BayesianConv2d(2, 4, 3, prior=2.0)]
     expected = 0.0
     for layer, prior in zip(layers, (0.3, 2.0), strict=True):
         for _, mean, log_std in layer.normals():
@@ -67,6 +67,6 @@ def test_it_trains_and_stacks():
 
 def test_options_of_mean_field_that_belong_in_the_layers_are_refused():
     with pytest.raises(ValueError, match="in those layers"):
-        vbdl.MeanField(nn.Sequential(vbdl.BayesianLinear(3, 1)), 10, prior_std=0.5)
+        vbdl.MeanField(nn.Sequential(vbdl.BayesianLinear(3, 1)), 10, prior=0.5)
     with pytest.raises(ValueError, match="initial_std"):
         vbdl.BayesianLinear(3, 1, initial_std=0.0)

@@ -29,13 +29,13 @@ def expected_kl(q, prior_std=1.0):
 @pytest.mark.parametrize("prior_std", [0.1, 1.0, 7.0])
 @pytest.mark.parametrize("initial_std", [1e-6, 0.05, 3.0])
 def test_kl_is_torchs_own(prior_std, initial_std):
-    q = MeanField(nn.Sequential(nn.Linear(3, 11), nn.Linear(11, 5)), 101, prior_std=prior_std, initial_std=initial_std)
+    q = MeanField(nn.Sequential(nn.Linear(3, 11), nn.Linear(11, 5)), 101, prior=prior_std, initial_std=initial_std)
     # a float32 sum of 104 terms, and log(prior_std) in float32
     torch.testing.assert_close(q.kl().double(), expected_kl(q, prior_std).detach(), rtol=1e-5, atol=1e-3)
 
 
 def test_kl_of_the_prior_is_zero():
-    q = MeanField(nn.Linear(3, 5), 101, prior_std=0.5, initial_std=0.5)
+    q = MeanField(nn.Linear(3, 5), 101, prior=0.5, initial_std=0.5)
     with torch.no_grad():
         q.module.inner.weight.zero_()
         q.module.inner.bias.zero_()
@@ -61,7 +61,7 @@ def test_kl_of_a_recurrent_network_does_not_grow_with_the_sequence():
 @pytest.mark.parametrize("log_std", [120.0, -120.0])
 @pytest.mark.parametrize("prior", [1.0, 1e-10, 1e10, ScaleMixture()])
 def test_extreme_log_std_stays_finite(log_std, prior):
-    q = MeanField(nn.Linear(3, 5), 101, prior_std=prior)
+    q = MeanField(nn.Linear(3, 5), 101, prior=prior)
     with torch.no_grad():
         for p in q.module.log_std.parameters():
             p.fill_(log_std)
@@ -102,7 +102,7 @@ def test_scale_mixture_estimate_is_unbiased():
     mean, std, prior = 0.3, 0.2, ScaleMixture(pi=0.3, wide=1.5, narrow=0.1)
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, mean)
-    q = MeanField(net, 101, prior_std=prior, initial_std=std)
+    q = MeanField(net, 101, prior=prior, initial_std=std)
     log_p = lambda w: math.log(0.3 * scipy.stats.norm.pdf(w, 0, 1.5) + 0.7 * scipy.stats.norm.pdf(w, 0, 0.1))
     density = scipy.stats.norm(mean, std)
     exact = scipy.integrate.quad(lambda w: density.pdf(w) * (density.logpdf(w) - log_p(w)), -2, 3, epsabs=1e-10)[0]
@@ -113,7 +113,7 @@ def test_scale_mixture_estimate_is_unbiased():
 
 def test_a_mixture_of_equal_parts_is_a_normal():
     """log q - log p at the same draw, for a mixture that is one normal."""
-    mixture = MeanField(nn.Linear(3, 5), 101, prior_std=ScaleMixture(0.5, 0.7, 0.7))
+    mixture = MeanField(nn.Linear(3, 5), 101, prior=ScaleMixture(0.5, 0.7, 0.7))
     key = make_key(0, [3])[0]
     mixture.module.key.copy_(key)
     drawn = mixture.module.weights()
@@ -189,14 +189,14 @@ def test_parameters_are_chosen_by_name_or_type():
 
 def test_priors_are_given_by_layer_and_saved():
     net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
-    q = MeanField(net, 101, prior_std={"": 2.0, "1": Normal(0.1), "1.bias": ScaleMixture(0.3, 2.0, 0.2)})
+    q = MeanField(net, 101, prior={"": 2.0, "1": Normal(0.1), "1.bias": ScaleMixture(0.3, 2.0, 0.2)})
     saved = [q.state_dict()[f"module.prior_{i}"].tolist() for i in range(4)]
     assert saved == [[2.0], [2.0], pytest.approx([0.1]), pytest.approx([0.3, 2.0, 0.2])]
-    other = MeanField(net, 101, prior_std={"": 1.0, "1": Normal(1.0), "1.bias": ScaleMixture()})
+    other = MeanField(net, 101, prior={"": 1.0, "1": Normal(1.0), "1.bias": ScaleMixture()})
     other.load_state_dict(q.state_dict())
     assert float(other.kl().detach()) == float(q.kl().detach())
     with pytest.raises(ValueError, match="prior of 'head' fits no"):
-        MeanField(net, 101, prior_std={"head": 1.0})
+        MeanField(net, 101, prior={"head": 1.0})
 
 
 def test_the_gradient_of_the_elbo_is_that_of_finite_differences():
@@ -221,8 +221,8 @@ def test_the_gradient_of_the_elbo_is_that_of_finite_differences():
         (dict(n_data=5, initial_std=0.0), "initial_std"),
         (dict(n_data=5, initial_std=float("nan")), "initial_std"),
         (dict(n_data=5, n_samples=0), "n_samples"),
-        (dict(n_data=5, prior_std=-1.0), "prior std"),
-        (dict(n_data=5, prior_std=float("inf")), "prior std"),
+        (dict(n_data=5, prior=-1.0), "prior std"),
+        (dict(n_data=5, prior=float("inf")), "prior std"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

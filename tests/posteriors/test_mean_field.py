@@ -26,7 +26,7 @@ def exact(x, y):
 def fitted(x, y, steps, n_samples):
     """By gradient descent on the loss itself, with a falling step."""
     net = nn.Linear(FEATURES, 1, bias=False).double()
-    q = MeanField(net, n_data=N, prior_std=PRIOR, initial_std=0.1, n_samples=n_samples)
+    q = MeanField(net, n_data=N, prior=PRIOR, initial_std=0.1, n_samples=n_samples)
     likelihood = Gaussian(1, std=NOISE, learned=False).double()
     optimizer = torch.optim.Adam(q.parameters(), lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -68,7 +68,7 @@ def test_the_closed_form_is_a_stationary_point():
     likelihood = Gaussian(1, std=NOISE, learned=False).double()
 
     def gradient(scale):
-        q = MeanField(nn.Linear(FEATURES, 1, bias=False).double(), N, prior_std=PRIOR, n_samples=1)
+        q = MeanField(nn.Linear(FEATURES, 1, bias=False).double(), N, prior=PRIOR, n_samples=1)
         with torch.no_grad():
             q.module.inner.weight.copy_(mean.T)
             q.module.log_std["weight"].copy_((-0.5 * precision.diagonal().log()).unsqueeze(0) + scale)

@@ -93,7 +93,7 @@ def build(layer: Layer, trust: Sequence[str] = ()) -> nn.Module:
         raise ArtifactError(f"{layer.name} has no argument {odd[0][:80]!r}")
     arguments = {n: _from_json(v) for n, v in given.items()}
     if layer.name in BAYESIAN:
-        arguments |= {"prior_std": prior_of(prior), "initial_std": initial}
+        arguments |= {"prior": prior_of(prior), "initial_std": initial}
     try:
         check_arguments(plain, {n: v for n, v in arguments.items() if n in given})
         return kind(**arguments)

@@ -113,7 +113,7 @@ def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Any:
     return MeanFieldPosterior(
         network,
         description.n_data,
-        prior_std={n: prior_of(c) for n, c in description.priors.items()},
+        prior={n: prior_of(c) for n, c in description.priors.items()},
         parameters=list(description.priors),
         initial_std=description.initial_std,
         n_samples=description.n_samples,

@@ -34,7 +34,7 @@ class Task:
     y_std: float = 1.0  # standard deviation of the targets before standardization
     epochs: int = 100  # largest number of epochs
     training: dict[str, dict[str, Any]] = field(default_factory=dict)  # overriding options of `fit` by method
-    prior_std: Any = 0.3  # prior std of mean-field
+    prior: Any = 0.3  # of mean-field
     rates: dict[str, float] = field(default_factory=dict)  # dropout rates by method that override RATES
 
     @property
@@ -150,7 +150,7 @@ def curve(seed: int = 0) -> Task:
             "mean-field": whole | {"lr": 1e-2, "epochs": 1000, "kl_warmup": 300},
             "deep ensemble": whole | {"lr": 1e-2},
         },
-        prior_std={"": 1.0, "0": 3.0},
+        prior={"": 1.0, "0": 3.0},
         rates={"MC dropout": 0.05, "deep ensemble": 0.0},
     )
 

@@ -33,7 +33,7 @@ METHODS: dict[str, Method] = {
     DROPOUT: Method(lambda task, network, seed: MCDropout(network, seed=seed), N_DRAWS, {"lr": 3e-3, "patience": 15}),
     MEAN_FIELD: Method(
         lambda task, network, seed: MeanField(
-            network, len(task.y["train"]), prior_std=task.prior_std, initial_std=0.03, seed=seed
+            network, len(task.y["train"]), prior=task.prior, initial_std=0.03, seed=seed
         ),
         N_DRAWS,
         {"lr": 1e-2, "patience": 25, "kl_warmup": 20},

@@ -91,7 +91,7 @@ class Estimator(BaseEstimator):
             network,
             n_members=self.n_members,
             n_data=len(y),
-            prior_std=network.prior_std(),
+            prior=network.prior(),
             initial_std=INITIAL_STD,
             seed=seed,
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl import former
 from vbdl.calling.stacking import call
 from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
@@ -22,10 +23,10 @@ from vbdl.nn.sampled import SampledNetwork
 class _BayesianLayer(SampledNetwork):
     """One layer with a normal of its own for every weight. The means are `inner`'s parameters."""
 
-    def __init__(self, layer: nn.Module, prior_std: float | Prior, initial_std: float):
+    def __init__(self, layer: nn.Module, prior: float | Prior, initial_std: float):
         if not (initial_std > 0 and math.isfinite(initial_std)):
             raise ValueError(f"initial_std is positive and finite, got {initial_std}")
-        prior = Normal(float(prior_std)) if isinstance(prior_std, int | float) else prior_std
+        prior = Normal(float(prior)) if isinstance(prior, int | float) else prior
         names = [name for name, _ in layer.named_parameters()]
         super().__init__(layer, dict.fromkeys(names, prior), initial_std, n_data=1)
 
@@ -38,39 +39,43 @@ class _BayesianLayer(SampledNetwork):
 
 
 class BayesianLinear(_BayesianLayer):
-    """nn.Linear with weights w ~ N(mean, std^2), prior N(0, prior_std^2)."""
+    """nn.Linear with weights w ~ N(mean, std^2), prior N(0, prior^2)."""
 
+    @former.arguments(prior_std="prior")
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
         *,
-        prior_std: float | Prior = 1.0,
+        prior: float | Prior = 1.0,
         initial_std: float = 0.05,
     ):
-        super().__init__(nn.Linear(in_features, out_features, bias), prior_std, initial_std)
+        super().__init__(nn.Linear(in_features, out_features, bias), prior, initial_std)
 
 
 class BayesianConv1d(_BayesianLayer):
-    """nn.Conv1d with weights w ~ N(mean, std^2), prior N(0, prior_std^2); options are nn.Conv1d's."""
+    """nn.Conv1d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv1d's."""
 
-    def __init__(self, *args, prior_std: float | Prior = 1.0, initial_std: float = 0.05, **options):
-        super().__init__(nn.Conv1d(*args, **options), prior_std, initial_std)
+    @former.arguments(prior_std="prior")
+    def __init__(self, *args, prior: float | Prior = 1.0, initial_std: float = 0.05, **options):
+        super().__init__(nn.Conv1d(*args, **options), prior, initial_std)
 
 
 class BayesianConv2d(_BayesianLayer):
-    """nn.Conv2d with weights w ~ N(mean, std^2), prior N(0, prior_std^2); options are nn.Conv2d's."""
+    """nn.Conv2d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv2d's."""
 
-    def __init__(self, *args, prior_std: float | Prior = 1.0, initial_std: float = 0.05, **options):
-        super().__init__(nn.Conv2d(*args, **options), prior_std, initial_std)
+    @former.arguments(prior_std="prior")
+    def __init__(self, *args, prior: float | Prior = 1.0, initial_std: float = 0.05, **options):
+        super().__init__(nn.Conv2d(*args, **options), prior, initial_std)
 
 
 class BayesianConv3d(_BayesianLayer):
-    """nn.Conv3d with weights w ~ N(mean, std^2), prior N(0, prior_std^2); options are nn.Conv3d's."""
+    """nn.Conv3d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv3d's."""
 
-    def __init__(self, *args, prior_std: float | Prior = 1.0, initial_std: float = 0.05, **options):
-        super().__init__(nn.Conv3d(*args, **options), prior_std, initial_std)
+    @former.arguments(prior_std="prior")
+    def __init__(self, *args, prior: float | Prior = 1.0, initial_std: float = 0.05, **options):
+        super().__init__(nn.Conv3d(*args, **options), prior, initial_std)
 
 
 class LayeredNetwork(KeyedNetwork):

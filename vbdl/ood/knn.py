@@ -3,11 +3,10 @@
 Sun, Ming, Zhu, Li, Out-of-Distribution Detection with Deep Nearest Neighbors, 2022, https://arxiv.org/abs/2204.06507
 """
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
+from vbdl import former
 from vbdl.metrics._checks import check_finite
 from vbdl.ood.features import check_features
 
@@ -17,16 +16,14 @@ _PAIRS = 4_000_000  # distances held at a time: 32 MiB
 class KNN(nn.Module):
     """Euclidean distance to the k-th nearest of the fitted rows.
 
-    normalize: features are first scaled to length one, as in the paper; normalise: its name in version 0.1.
+    normalize: features are first scaled to length one, as in the paper.
     """
 
     rows: Tensor | None
 
-    def __init__(self, k: int = 10, normalize: bool = True, *, normalise: bool | None = None):
+    @former.arguments(normalise="normalize")
+    def __init__(self, k: int = 10, normalize: bool = True):
         super().__init__()
-        if normalise is not None:
-            warnings.warn("KNN(normalise=) is deprecated: write normalize=", DeprecationWarning, stacklevel=2)
-            normalize = normalise
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         self.k, self.normalize = k, normalize

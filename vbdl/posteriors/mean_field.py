@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl import former
 from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import KeyedPosterior
@@ -24,7 +25,7 @@ class MeanField(KeyedPosterior):
     module: any network; it is copied, and its weights are the initial means (train it first, or not). In one that has
         `BayesianLinear` or `BayesianConv*d` layers those are drawn, and nothing else.
     n_data: rows of the training set, which the KL is shared out over.
-    prior_std: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name {"": 1.0, "head": 0.1}.
+    prior: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name {"": 1.0, "head": 0.1}.
     parameters: which to sample, by name or module type; all trainable ones unless given.
     initial_std: std of every weight at the start.
     n_samples: draws of the weights in a training step.
@@ -33,11 +34,12 @@ class MeanField(KeyedPosterior):
 
     module: Any
 
+    @former.arguments(prior_std="prior")
     def __init__(
         self,
         module: nn.Module,
         n_data: int,
-        prior_std: float | Prior | Mapping[str, float | Prior] = 1.0,
+        prior: float | Prior | Mapping[str, float | Prior] = 1.0,
         parameters: Sequence[str | type[nn.Module]] | None = None,
         initial_std: float = 0.05,
         n_samples: int = 1,
@@ -54,11 +56,11 @@ class MeanField(KeyedPosterior):
             raise ValueError(f"n_samples is at least 1, got {n_samples}")
         self.lost_hooks = parameter_hooks(module)
         if has_bayesian_layers(module):
-            if parameters is not None or prior_std != 1.0 or initial_std != 0.05:
+            if parameters is not None or prior != 1.0 or initial_std != 0.05:
                 raise ValueError("a network with Bayesian layers has its priors and initial_std in those layers")
             self.module = LayeredNetwork(copied(module), n_data)
         else:
-            chosen = choose(module, None if parameters is None else tuple(parameters), prior_std)
+            chosen = choose(module, None if parameters is None else tuple(parameters), prior)
             self.module = SampledNetwork(copied(module), chosen, initial_std, n_data)
         self.n_samples, self.seed = n_samples, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

@@ -42,7 +42,7 @@ class TabularNetwork(nn.Module):
         self.outputs, self.log_variance = outputs, log_variance
         self.target_mean, self.target_std = target_mean, target_std
 
-    def prior_std(self) -> dict[str, float]:
+    def prior(self) -> dict[str, float]:
         """Return {layer: std of its prior}, with the scale of the layer's initialization at this width."""
         return {f"layers.{i}": m.in_features**-0.5 for i, m in enumerate(self.layers) if isinstance(m, nn.Linear)}
 

@@ -87,7 +87,7 @@ class TableOptions:
             network,
             n_members=self.members,
             n_data=n_train,
-            prior_std=network.prior_std(),
+            prior=network.prior(),
             initial_std=INITIAL_STD,
             seed=self.seed,
         )

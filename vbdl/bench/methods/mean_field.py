@@ -16,7 +16,7 @@ _SAMPLES = 1000
 def mean_field(task: Task, run: Run) -> Stacked | Each:
     """a normal for every weight; one learned noise level on regression sets"""
     if task.protocol is None:
-        wrap = lambda net: MeanField(net, task.n_train, prior_std=0.3, initial_std=0.03, seed=run.seed)
+        wrap = lambda net: MeanField(net, task.n_train, prior=0.3, initial_std=0.03, seed=run.seed)
         epochs = 1.5 * task.recipe.get("epochs", 60)
         return plain(task, run, wrap, 0.0, "fit", epochs=epochs, kl_warmup=run.epochs(epochs / 4))
     run.notes.append(
@@ -28,7 +28,7 @@ def mean_field(task: Task, run: Run) -> Stacked | Each:
     epochs = min(500, max(40, 40_000 // steps))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        base = MeanField(task.network(0.0, 1), n_data=task.n_train, prior_std=1.0, initial_std=0.02)
+        base = MeanField(task.network(0.0, 1), n_data=task.n_train, prior=1.0, initial_std=0.02)
         q, likelihood = DeepEnsemble(base, task.n_splits, seed=run.seed), Gaussian(std=0.5)
     train(
         task,
