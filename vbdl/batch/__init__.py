@@ -1,1 +1,1 @@
-"""Batch inference reads the rows of files, tables and data sets and writes files of predictions."""
+"""Batch inference: it reads rows of files, tables and data sets, and writes files of predictions."""

@@ -12,12 +12,15 @@ from vbdl.tabular.reading import arrow
 if TYPE_CHECKING:
     import pyarrow
 
-_BLOCK = 65_536  # rows in memory while files are joined
+_BLOCK = 65_536  # rows that are in memory while files are joined
 
 
 def to_array(table: "pyarrow.Table") -> np.ndarray:
-    """The table as a structured array (rows,). Text gets a fixed width, lists of one length become sub-arrays, a
-    missing number NaN, missing text "". ValueError for a column that NumPy has no type for."""
+    """Convert a table to a structured array (rows,).
+
+    Text gets a fixed width, lists of one length become sub-arrays, missing numbers NaN and missing text "". Raises
+    ValueError for a column that NumPy has no type for.
+    """
     columns = {name: _column(name, combined(table.column(name))) for name in table.column_names}
     array = np.empty(table.num_rows, [(name, c.dtype, c.shape[1:]) for name, c in columns.items()])
     for name, column in columns.items():
@@ -49,14 +52,14 @@ def write_array(path: Path, table: "pyarrow.Table") -> None:
 
 
 class _Plain:
-    """A file that NumPy writes to through Python: NumPy's own writing raises nothing on a full disk."""
+    """A file that NumPy writes to through Python, because NumPy's own writing raises no error on a full disk."""
 
     def __init__(self, file: BinaryIO):
         self.write = file.write
 
 
 def join_arrays(out: Path, parts: Sequence[Path]) -> None:
-    """Write the rows of all parts to one file, text as wide as the widest."""
+    """Write the rows of all parts to one file, with text as wide as the widest part's."""
     mapped = [np.load(p, mmap_mode="r", allow_pickle=False) for p in parts]
     wide = [(name, np.result_type(*(m.dtype[name] for m in mapped))) for name in mapped[0].dtype.names]
     dtype = np.dtype(wide)

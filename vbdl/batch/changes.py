@@ -1,4 +1,4 @@
-"""Inputs that change while a job reads them: its predictions would be of two versions of the input."""
+"""Detection of inputs that change while a job reads them, whose predictions would mix two versions."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,18 +9,18 @@ CHANGED = "was changed or replaced while it was read: its predictions may be of 
 
 
 class Versions:
-    """The versions of the sources when a job began."""
+    """The versions of a job's sources at its start."""
 
     def __init__(self, sources: Sequence[Source]):
         self._before = [(source, source.version()) for source in sources]
 
     def changed(self) -> list[Source]:
-        """The sources that have another version now."""
+        """Return the sources whose version has changed."""
         return [source for source, version in self._before if source.version() != version]
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Inside, an error of reading half a file becomes one that names the source that changed, if one did."""
+        """A context in which a reading error becomes one that names the changed source, if a source has changed."""
         try:
             yield
         except (ValueError, FileNotFoundError) as error:

@@ -1,4 +1,4 @@
-"""CSV files are read a chunk at a time; a row keeps its number also if rows before it cannot be read."""
+"""Reading of CSV files a chunk at a time; a row keeps its number even if rows before it cannot be read."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class CsvFile:
     """The cells of a CSV file. The fields are those of `vbdl.batch.table_file.TableFile`.
 
-    check_columns: raises ValueError if these columns of the file are not those that are wanted.
+    check_columns: a function of the file's columns that raises ValueError if they are not the wanted ones.
     """
 
     path: Path
@@ -32,13 +32,15 @@ class CsvFile:
     check_columns: Callable[[Sequence[str]], object]
 
     def header(self) -> "pyarrow.Schema":
-        """The names of the columns, and the types that the first rows suggest."""
+        """Return the names of the columns and the types inferred from the first rows."""
         with self._open(self._options({})) as reader:
             return reader.schema
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
-        """The chunks of the file, with numbers as numbers. If a cell does not have the type of its column in the first
-        rows, the rest of the file is read as text."""
+        """Yield the chunks of the file, with numbers as numbers.
+
+        If a cell does not have the type that the first rows suggest, the rest of the file is read as text.
+        """
         last = -1
         try:
             for chunk in self._chunks_as(size, skip, text=False):
@@ -51,7 +53,7 @@ class CsvFile:
 
     def _options(self, types: "Mapping[str, pyarrow.DataType]") -> dict[str, Any]:
         options = csv_options(self.path, types, self.reading)
-        # done here for each column, because the cells of some stay as they are
+        # done here per column, because some columns keep their cells unchanged
         options["convert_options"].strings_can_be_null = False
         options["parse_options"].invalid_row_handler = lambda row: "skip"
         return options
@@ -65,7 +67,7 @@ class CsvFile:
         return csv.open_csv(raw, read_options(self.reading, use_threads=False), **options)
 
     def _types(self, text: bool) -> "dict[str, pyarrow.DataType]":
-        """The types of the columns whose type is not inferred from the first rows."""
+        """Return the types of the columns whose types are not inferred from the first rows."""
         pa = arrow()
         words = dict.fromkeys((*self.text, *self.verbatim), pa.string())
         types = {**dict.fromkeys(self.numeric, pa.float64()), **words}
@@ -107,7 +109,7 @@ class CsvFile:
         for batch in _batches(reader):
             batch = _without_words_for_missing(batch, nulls, self.verbatim)
             rows = []
-            while len(rows) < len(batch):  # good rows take the numbers that no bad one has
+            while len(rows) < len(batch):  # readable rows take the numbers that no unreadable row has
                 if next_row not in bad:
                     rows.append(next_row)
                 next_row += 1
@@ -118,11 +120,12 @@ class CsvFile:
                 held.append(batch.slice(at, stop - at))
                 places += rows[at:stop]
                 at = stop
-                if at < len(rows):  # the next row is of the next chunk
+                if at < len(rows):  # the next row belongs to the next chunk
                     if not skip(number):
                         yield cut(pa.Table.from_batches(held), places)
                     held, places, number = [], [], number + 1
-        final = max([*places[-1:], *(r for r in bad if r not in reported), 0])  # a file without rows is a chunk too
+        # a file without rows gives one chunk without rows
+        final = max([*places[-1:], *(r for r in bad if r not in reported), 0])
         empty = reader.schema.empty_table()
         while number * size <= final:
             rest = pa.Table.from_batches([b for b in held if len(b)], reader.schema) if held else empty
@@ -134,7 +137,7 @@ class CsvFile:
 def _without_words_for_missing(
     batch: "pyarrow.RecordBatch", nulls: "pyarrow.Array", verbatim: Sequence[str]
 ) -> "pyarrow.RecordBatch":
-    """The batch with null in place of `NA` and the like in columns of text."""
+    """Return the batch with null instead of words for a missing cell, like `NA`, in columns of text."""
     pa, pc = arrow(), compute()
     columns = [
         pc.if_else(pc.is_in(column, value_set=nulls), None, column)

@@ -34,7 +34,7 @@ def delete_all(path: Path, names: Names) -> None:
             (path / name).unlink(missing_ok=True)
     for above, folders, _ in os.walk(path, topdown=False):
         for folder in folders:
-            with suppress(OSError):  # a link, or there is something else in it
+            with suppress(OSError):  # the folder is a link or is not empty
                 os.rmdir(Path(above, folder))
     for name in (QUARANTINE, JOURNAL, MANIFEST, LOCK):
         with suppress(FileNotFoundError):

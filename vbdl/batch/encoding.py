@@ -1,4 +1,4 @@
-"""Encoding turns the rows of a chunk into network inputs, and says why it rejects a row."""
+"""Encoding of a chunk's rows as network inputs, with reasons for rejected rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class CellCounts:
-    """How many cells of a column, by its name, are not like those of the training rows."""
+    """Numbers of cells, by column, that differ in kind from those of the training rows."""
 
-    unseen: dict[str, int] = field(default_factory=dict)  # a category that training did not have
-    filled: dict[str, int] = field(default_factory=dict)  # missing, where training had none missing
+    unseen: dict[str, int] = field(default_factory=dict)  # cells with a category that training did not have
+    filled: dict[str, int] = field(default_factory=dict)  # missing cells of columns that had none in training
 
 
 @dataclass
@@ -32,21 +32,21 @@ class EncodedRows:
     """The rows of a chunk as network inputs."""
 
     x: Inputs
-    rejected: dict[int, str]  # position in the chunk -> reason; x holds zeros there
+    rejected: dict[int, str]  # position in the chunk -> reason; the row of x is zero
     cells: CellCounts
 
 
 class Encoder:
     """Turns the rows of a chunk into network inputs.
 
-    row_shape: of the network's one input, where the model says it.
+    row_shape: the shape of a row of the network's one input, or None if the model does not record it.
     """
 
     def __init__(self, schema: Schema | None, options: Options, row_shape: tuple[int, ...] | None):
         self._schema, self._options, self._row_shape = schema, options, row_shape
 
     def encode(self, data: "pyarrow.Table | Inputs") -> EncodedRows:
-        """The rows as network inputs. Raises ValueError if the table lacks a column that the model needs."""
+        """Encode rows as network inputs. Raises ValueError if the table lacks a column that the model needs."""
         if isinstance(data, Tensor | Sequence | Mapping):
             return EncodedRows(data, _not_finite(data), CellCounts())
         if self._schema is not None:
@@ -55,7 +55,7 @@ class Encoder:
         return self._plain(data)
 
     def _plain(self, table: "pyarrow.Table") -> EncodedRows:
-        """The rows of a table for a model that was not made from one."""
+        """Encode the rows of a table for a model that was not trained on a table."""
         names = self._input_columns(table)
         if len(names) == 1 and arrow().types.is_fixed_size_list(table.schema.field(names[0]).type):
             values, rejected = _vectors(table.column(names[0]), names[0])
@@ -87,7 +87,7 @@ class Encoder:
 
 
 def _not_finite(x: Inputs) -> dict[int, str]:
-    """{row: reason} of the rows in which a floating-point number is not finite."""
+    """Return {row: reason} for the rows with a floating-point number that is not finite."""
     rejected: dict[int, str] = {}
     for t in tensors(x):
         if t.is_floating_point() and not bool(torch.isfinite(t.sum())):
@@ -97,7 +97,7 @@ def _not_finite(x: Inputs) -> dict[int, str]:
 
 
 def _matrix(table: "pyarrow.Table", names: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
-    """The columns as a matrix (rows, columns) float32, and {row: reason} of the rejected rows, which are zero."""
+    """Return the columns as a (rows, columns) float32 matrix, and {row: reason} of rejected rows, which are zero."""
     columns = np.empty((len(names), table.num_rows), np.float32)
     rejected: dict[int, str] = {}
     for place, name in enumerate(names):
@@ -106,7 +106,8 @@ def _matrix(table: "pyarrow.Table", names: Sequence[str]) -> tuple[np.ndarray, d
             rejected.setdefault(row, reason)
         with np.errstate(over="ignore"):
             columns[place] = column
-    values = torch.from_numpy(columns).t().contiguous().numpy()  # in blocks, where a column at a time misses the cache
+    # torch transposes in blocks; copying one column at a time would miss the cache
+    values = torch.from_numpy(columns).t().contiguous().numpy()
     finite = np.isfinite(values)
     if not finite.all():
         for row in np.flatnonzero(~finite.all(axis=1)).tolist():
@@ -117,8 +118,8 @@ def _matrix(table: "pyarrow.Table", names: Sequence[str]) -> tuple[np.ndarray, d
 
 
 def _vectors(column: "pyarrow.ChunkedArray", name: str) -> tuple[np.ndarray, dict[int, str]]:
-    """A column of lists of one length as a matrix (rows, size) float32, and {row: reason} of the rejected rows, which
-    are zero."""
+    """Return a column of lists of one length as a (rows, size) float32 matrix, and {row: reason} of the rejected rows,
+    which are zero."""
     pa = arrow()
     array = combined(column)
     rejected: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""The sources of the data that `predict_table` is called with: files, folders, tables, arrays, data sets."""
+"""Conversion of the data given to `predict_table` to sources: files, folders, tables, arrays, data sets."""
 
 import os
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from vbdl.tabular.reading import SUFFIXES, files_of, format_of
 
 
 def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageRow | None = None) -> Sequence[Source]:
-    """The sources of `data` in order; parts are named after the sources. image: what the model takes of an image."""
+    """Return the sources of `data` in order, after which parts are named. image: the form of the model's images."""
     if isinstance(data, str | Path):
         return _files(Path(data), schema, options, image)
     several = data if isinstance(data, list) else [data]
@@ -70,7 +70,7 @@ def _files(path: Path, schema: Schema | None, options: Options, image: ImageRow 
 
 
 def _check_readable(path: Path) -> None:
-    """Raise OSError if a folder below cannot be read, because its files would be missed silently."""
+    """Raise OSError if a subfolder cannot be read, because its files would be missed silently."""
 
     def said(error: OSError) -> None:
         raise error
@@ -87,8 +87,8 @@ def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str], list[str]]:
-    """(columns to read, columns of text, columns of numbers, columns whose cells are carried over verbatim): for files
-    that do not store the types of their columns."""
+    """Return four lists of columns for files that do not store types: to read, of text, of numbers, and those whose
+    cells are copied verbatim to the output."""
     if schema is None:
         inputs = list(options.inputs or ())
         verbatim = [name for name in options.keep if name not in inputs]
@@ -96,7 +96,7 @@ def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None,
         return wanted, [], inputs, verbatim
     text = schema.worded
     numbers = [c.name for c in schema.columns if isinstance(c, Numeric) and c.name not in set(text)]
-    # what a date or a boolean looks like, too, is not for the first rows to say
+    # dates and booleans are not inferred from the first rows either
     text = [*text, *(name for name in options.keep if name in schema.names and name not in {*numbers, *text})]
     verbatim = [name for name in options.keep if name not in schema.names]
     return list(dict.fromkeys([*schema.names, *options.keep])), text, numbers, verbatim

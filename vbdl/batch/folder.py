@@ -1,9 +1,8 @@
 """A folder of finished parts: a kill at any moment leaves it consistent, and the next run resumes the job from it.
 
-A part is written under a hidden name and brought to the disk (fsync); the journal says what it holds; then it gets its
-name. So there is no part that the journal does not know, and one that the journal knows and that is not there, or is
-not as it says, is computed again, with the same bytes. At the end the manifest takes the journal's place. Files with a
-leading `.` or `_` are not read by Arrow, Spark and their kind.
+A part is written under a hidden name and flushed to the disk (fsync), then recorded in the journal, then renamed. So
+the journal knows every part; a recorded part that is missing or changed is computed again, with the same bytes. At the
+end the manifest replaces the journal. Arrow, Spark and similar readers ignore files with a leading `.` or `_`.
 """
 
 import io
@@ -44,12 +43,12 @@ logger = logging.getLogger("vbdl")
 class Folder:
     """The folder that a job writes its parts to; one process at a time can open it.
 
-    settings: what the job is, as JSON holds it: another job in the same folder is refused. named: parts have a column
-    `source`, for those that become one file. verify: read every part again, also where size and time say that it is as
-    it was written.
+    settings: the job's settings for JSON; a folder of a job with other settings is refused. named: whether parts have a
+    column `source`, because they become one file. verify: read every part again, even if its size and time are
+    unchanged.
 
-    `done` are the parts that are there, `damaged` the names of those that were and are gone or changed, `finished` the
-    manifest, where nothing is left to do.
+    `done`: the existing parts. `damaged`: the names of parts that are missing or changed. `finished`: the manifest if
+    the job is finished, else None.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Folder:
             raise
 
     def _refuse_foreign(self) -> None:
-        """Raise ValueError, before anything is written, if the folder holds files of no job: a model, a user's data."""
+        """Raise ValueError, before anything is written, if the folder holds files of no job, like a model or data."""
         if (self.path / MANIFEST).exists() or (self.path / JOURNAL).exists():
             return
         for place in sorted(self.path.iterdir()):
@@ -101,7 +100,7 @@ class Folder:
         """Whether the folder holds work of this job. Raises ValueError if it holds work of another job."""
         there = [n for n in files_below(self.path) if n not in (LOCK, MANIFEST) and not self.names.is_in_work(n)]
         if not there and not (records.damaged and records.settings is None):
-            return False  # a job that began here ended before its first part
+            return False  # a job started here and ended before its first part
         if records.settings == self.settings:
             return True
         if records.settings is not None:
@@ -120,7 +119,7 @@ class Folder:
         return True
 
     def _go_on(self, records: Records, verify: bool) -> None:
-        """Resume the job: keep the parts that are as recorded; the others will be computed again."""
+        """Resume the job: keep the parts that match their records; the others will be computed again."""
         manifest, since = records.finished, None if verify else records.written
         quarantine = Quarantine(self.path, manifest)
         last = records.entries[-1]["part"] if records.entries and manifest is None else None
@@ -159,13 +158,12 @@ class Folder:
         handle = os.open(self.path / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._journal = io.FileIO(handle, "wb")
 
-    # -- deleting: only what this job, or the one whose records are here, has written
+    # -- deleting: only files of this job, or of the job whose records are here
 
     def _clear(self, records: Records) -> None:
         """Delete what the recorded job wrote, its records last, so that a killed deletion can be repeated.
 
-        A part that is not as it was written may be somebody's work: where this job does not write over it, it is
-        renamed.
+        A part that was changed may be the work of a user: it is renamed unless this job overwrites it.
         """
         before = Names(records.settings) if records.settings is not None else self.names
         for entry in records.entries:
@@ -206,7 +204,7 @@ class Folder:
         if top.is_symlink():
             return
         for folder, _, _ in os.walk(top, topdown=False):
-            with suppress(OSError):  # there is something else in it
+            with suppress(OSError):  # the folder is not empty
                 os.rmdir(folder)
 
     def _remove_empty(self, name: str) -> None:
@@ -235,8 +233,10 @@ class Folder:
         self.record(self.parts.write(source, chunk, result))
 
     def fail(self, source: str, error: Exception) -> None:
-        """Log and note why a source could not be read to its end or does not fit the model; the first reason counts,
-        because each of its chunks may fail by itself."""
+        """Log and note why a source could not be read to its end or does not fit the model.
+
+        Only the first reason of a source is kept, because each of its chunks may fail.
+        """
         if source not in self.failed:
             reason = printable(" ".join(str(error).split()))
             logger.warning("%s: %s", source, reason)
@@ -251,7 +251,7 @@ class Folder:
         assert self._journal is not None
         line = json.dumps(entry).encode() + b"\n"
         try:
-            while line:  # a full disk may take a piece of it
+            while line:  # a full disk may write only a piece of the line
                 line = line[self._journal.write(line) :]
             os.fsync(self._journal.fileno())
             os.replace(partial, place)
@@ -263,7 +263,7 @@ class Folder:
         self.done[entry["source"], entry["chunk"]] = entry
 
     def finish(self, order: Iterable[str]) -> Manifest:
-        """Write the manifest, with the parts in the order of the sources, in place of the journal; returns it."""
+        """Replace the journal by the manifest, with the parts in the order of the sources, and return the manifest."""
         place = {name: i for i, name in enumerate(order)}
         parts = sorted(self.done.values(), key=lambda e: (place[e["source"]], e["chunk"]))
         gather(self.path, parts)
@@ -290,7 +290,7 @@ class Folder:
             self._journal.close()
 
     def close(self) -> None:
-        """Close the journal and let other processes lock the folder."""
+        """Close the journal and release the folder's lock."""
         self._close_journal()
         if self._lock is not None:
             os.close(self._lock)

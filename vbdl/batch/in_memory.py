@@ -14,7 +14,7 @@ logger = logging.getLogger("vbdl")
 
 
 class TableSink:
-    """Collects the tables of chunks. named: the table has a column `source`."""
+    """Collects the tables of chunks. named: whether the table has a column `source`."""
 
     rows_done = 0
 
@@ -34,12 +34,12 @@ class TableSink:
         raise error
 
     def table(self) -> "pyarrow.Table":
-        """One table of all chunks, in the order in which they were written. Logs how many rows are not in it."""
+        """Return one table of all chunks in the order of their writing. Logs the number of rows that are not in it."""
         if self._rejected:
             row, reason = self._rejected[0]
             logger.warning(
                 "%d rows could not be used and are not in the table; row %d: %s", len(self._rejected), row, reason
             )
-        # a chunk without a row may not know its columns
+        # a chunk without rows may not know its columns
         tables = [(source, t) for source, t in self._tables if t.num_rows] or self._tables[:1]
         return arrow().concat_tables([with_source(t, source) if self._named else t for source, t in tables])

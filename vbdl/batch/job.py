@@ -1,4 +1,4 @@
-"""The description of a batch job, which every engine takes whole."""
+"""The description of a batch job for every engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Job:
     """Predict every row of `sources` with `model`. A job can be pickled and sent to another machine.
 
-    kept: Arrow types in the output of the input columns that are carried over; `settle` finds them.
+    kept: output types of the input columns that are copied to the output; `settle` finds them.
     """
 
     model: Model
@@ -29,7 +29,7 @@ class Job:
     kept: "Mapping[str, pyarrow.DataType]" = field(default_factory=dict)
 
     def recorded(self, kind: str) -> dict[str, Any]:
-        """Everything that the output depends on, as JSON holds it: jobs with equal records write equal bytes.
+        """Return everything that the output depends on, for JSON: jobs with equal records write equal bytes.
 
         kind: format of the output, one of `vbdl.batch.naming.FORMATS`.
         """

@@ -1,4 +1,4 @@
-"""Conversion of the input columns that are carried over to the output."""
+"""Conversion of the input columns that are copied to the output."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def as_settled(column: "pyarrow.ChunkedArray", name: str, kept: "Mapping[str, pyarrow.DataType]") -> "pyarrow.Array":
-    """A kept column as one array of the type that all parts of the job have."""
+    """Return a kept column as one array, in the type that all parts of the job have."""
     pa = arrow()
     array, kind = combined(column), kept.get(name)
     if kind is None or array.type == kind:

@@ -1,4 +1,4 @@
-"""The engine of one machine reads, computes and writes at the same time, a chunk at each stage."""
+"""The engine for one machine: it reads, computes and writes at the same time, one chunk in each stage."""
 
 import os
 import queue
@@ -24,7 +24,7 @@ class Stopped(Exception):
 def run_local(run: Run[Sink], threads: int | None) -> None:
     """Compute every chunk that is not done in this process.
 
-    threads: that compute; all cores unless given.
+    threads: number of computing threads; all cores unless given.
     """
     job = run.job
     with _threads(threads) as count:
@@ -35,10 +35,10 @@ def run_local(run: Run[Sink], threads: int | None) -> None:
 
 
 class _Pipeline:
-    """Reads chunks in one thread, computes them in the calling one, writes their results in a third.
+    """A pipeline that reads chunks in one thread, computes them in the calling thread and writes results in a third.
 
-    At most one chunk waits between two stages, so that memory holds a few chunks, however many rows there are. A
-    source that cannot be read or does not fit the model fails alone; any other error ends the run.
+    At most one chunk waits between two stages, so memory holds a few chunks, whatever the number of rows. A source
+    that cannot be read or does not fit the model fails alone; any other error ends the run.
     """
 
     def __init__(self, run: Run[Sink], worker: Worker):
@@ -114,7 +114,7 @@ class _Pipeline:
 
 
 class _Handover(Generic[T]):
-    """Hands items from one thread to another, with at most one waiting. Both ends raise Stopped once `stop` is set."""
+    """A queue of one item between two threads. Both ends raise Stopped once `stop` is set."""
 
     def __init__(self, stop: threading.Event):
         self._queue: queue.Queue[T | None] = queue.Queue(maxsize=1)
@@ -131,7 +131,7 @@ class _Handover(Generic[T]):
                 continue
 
     def end(self) -> None:
-        """Tell the receiving thread that no item follows."""
+        """Tell the receiving thread that there are no more items."""
         self.put(None)
 
     def __iter__(self) -> Iterator[T]:
@@ -149,7 +149,7 @@ class _Handover(Generic[T]):
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[int]:
-    """Yield the number of computing threads; inside, torch uses one thread in each, so that they do not compete."""
+    """Yield the number of computing threads; inside, torch uses one thread in each, so that threads do not compete."""
     if count is not None and count < 1:
         raise ValueError(f"workers is at least 1, got {count}")
     before = torch.get_num_threads()
@@ -161,7 +161,7 @@ def _threads(count: int | None) -> Iterator[int]:
 
 
 def available_cores() -> int:
-    """The cores that this process may use, or OMP_NUM_THREADS if that is fewer."""
+    """Return the number of cores that this process may use, or OMP_NUM_THREADS if that is smaller."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(threads)) if threads.isdigit() and int(threads) > 0 else cores

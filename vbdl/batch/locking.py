@@ -1,4 +1,4 @@
-"""A lock lets one process at a time write to a folder."""
+"""A file lock, so that only one process at a time writes to a folder."""
 
 import errno
 import fcntl
@@ -9,11 +9,11 @@ from vbdl.batch.naming import LOCK, check_place
 
 
 def lock(path: Path) -> int:
-    """Lock the folder; returns the open lock file. Raises ValueError if another process holds the lock."""
+    """Lock the folder and return the open lock file. Raises ValueError if another process holds the lock."""
     for _ in range(100):
         try:
             handle = _open_lock(path / LOCK)
-        except FileNotFoundError:  # removed with its folder by the process that had it
+        except FileNotFoundError:  # the process that held the lock has removed it with its folder
             path.mkdir(parents=True, exist_ok=True)
             continue
         try:
@@ -34,7 +34,7 @@ def _open_lock(path: Path) -> int:
     flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-    except OSError as error:  # of a finished job it is enough to read
+    except OSError as error:  # reading is enough for a finished job
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.exists():
             raise
         return os.open(path, os.O_RDONLY | flags)

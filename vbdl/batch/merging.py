@@ -1,4 +1,4 @@
-"""The parts of a finished job become one file, with a manifest and the quarantined rows beside it."""
+"""Merging of the parts of a finished job to one file, with a manifest and the quarantined rows beside it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Merged:
     """An output file and the two files beside it: its manifest and its quarantined rows.
 
-    about: the manifest of the job that wrote it, None where there is none.
+    about: the manifest of the job that wrote the file, or None if there is none.
     """
 
     def __init__(self, out: Path):
@@ -37,12 +37,12 @@ class Merged:
             self._readable = self.about is not None
 
     def damaged(self, verify: bool) -> list[str]:
-        """The names of the files whose content is not what the manifest says."""
+        """Return the names of the files whose content differs from the manifest."""
         assert self.about is not None
         since = None if verify else written_at(self.manifest_path)
         damaged = []
         for path, key in ((self.out, "output"), (self.quarantine_path, "quarantine")):
-            record = self.about.get(key)  # none in manifests of vbdl 0.1
+            record = self.about.get(key)  # manifests of vbdl 0.1 have none
             intact = path.exists() if record is None else is_as_recorded(path, record, since)
             if not intact and (record is not None or key == "output"):
                 damaged.append(path.name)
@@ -65,7 +65,7 @@ class Merged:
             raise ValueError(f"{self.quarantine_path} is there already, and no job wrote it: {restart} replaces it")
 
     def _wrote_quarantine(self) -> bool:
-        """Whether the job of the manifest wrote the quarantine file, and nobody changed it since."""
+        """Whether the job of the manifest wrote the quarantine file, which is unchanged since."""
         if self.about is None:
             return False
         record = self.about.get("quarantine")
@@ -73,8 +73,10 @@ class Merged:
         return written if record is None else is_as_recorded(self.quarantine_path, record, None)
 
     def write(self, job: Folder, replace: bool) -> Manifest:
-        """Write one part after the other into the file, then its manifest, which is returned. After a kill at any
-        moment it can be called again and writes the same bytes. replace: overwrite files of another content."""
+        """Write the parts one after the other into the file, then write and return its manifest.
+
+        After a kill at any moment a second call writes the same bytes. replace: overwrite files with other content.
+        """
         manifest = job.finished
         assert manifest is not None
         if not manifest["parts"]:
@@ -85,7 +87,7 @@ class Merged:
             merged["quarantine"] = self._place(job, self.quarantine_path, copy, replace)
         elif self.quarantine_path.exists() and self._wrote_quarantine():
             os.unlink(self.quarantine_path)
-        # a part without a row may not know its columns, where no row of its chunk could be used
+        # a part without rows may not know its columns, if no row of its chunk could be used
         with_rows = [e for e in manifest["parts"] if e["rows"]] or manifest["parts"][:1]
         parts = [job.path / e["part"] for e in with_rows]
         merged["output"] = self._place(job, self.out, lambda path: _merge(path, parts, job.parts.kind), replace)
@@ -136,7 +138,7 @@ def _copy_tables(
     read: "Callable[[pyarrow.OSFile], pyarrow.Table]",
     new: "Callable[[pyarrow.OSFile, pyarrow.Schema], Any]",
 ) -> None:
-    """Copy the tables of all parts to one file. new: opens a writer of Parquet or of Arrow."""
+    """Copy the tables of all parts to one file. new: a function that opens a Parquet or Arrow writer."""
     with sink(out) as file:
         writer = None
         for path in parts:
@@ -150,7 +152,7 @@ def _copy_tables(
 
 
 def _header(file: BinaryIO) -> bytes:
-    """The header of a CSV file; quoted names in it may contain line breaks."""
+    """Return the header of a CSV file, whose quoted names may contain line breaks."""
     header = file.readline()
     while header.count(b'"') % 2 and (more := file.readline()):
         header += more

@@ -16,7 +16,7 @@ Model = Predictor | str | Path
 
 
 def digest(model: Model) -> str:
-    """SHA-256 of what a model predicts with: a job that was started with another model is not resumed."""
+    """Return the SHA-256 of the model, by which a job that was started with another model is not resumed."""
     if isinstance(model, Predictor):
         sha = hashlib.sha256(f"{model.seed} {model.n_samples} {model.likelihood!r}".encode())
         for module in (model.posterior, model.likelihood):
@@ -31,20 +31,20 @@ def digest(model: Model) -> str:
 
 
 def schema_at(model: Model) -> Schema | None:
-    """The schema of the table that a model was trained on, or None if it was not trained on a table."""
+    """Return the schema of the table that a model was trained on, or None if it was not trained on a table."""
     if isinstance(model, Predictor):
         return None if model.manifest is None else schema_of(model.manifest.extras)
     return schema_of(read(model).extras)
 
 
 def row_shape(model: Predictor) -> tuple[int, ...] | None:
-    """The shape of a row of the network's one input, or None if the model has several inputs or does not say it."""
+    """Return the shape of a row of the network's one input, or None if it has several or does not record it."""
     inputs = _inputs(model)
     return None if inputs is None or len(inputs.tensors) != 1 else tuple(inputs.tensors[0].shape)
 
 
 def image_row(model: Model) -> ImageRow | None:
-    """The shape and dtype that a network of images takes of one image, or None if the model does not say it."""
+    """Return the shape and dtype of one image as the network takes it, or None if the model does not record it."""
     inputs = _inputs(model)
     if inputs is None or len(inputs.tensors) != 1 or len(inputs.tensors[0].shape) not in (2, 3):
         return None

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 JOURNAL, MANIFEST, QUARANTINE, LOCK = "_journal.jsonl", "_manifest.json", "_quarantine.jsonl", "_lock"
-QUARANTINE_PARTS = "_quarantine"  # the folder of quarantined rows, a file a part, until they are gathered
-STAGED = "_staged"  # what is about to be renamed to a file beside the folder
-SET_ASIDE = "_changed-"  # before the name of a part that is not as the job wrote it and that no job replaces
+QUARANTINE_PARTS = "_quarantine"  # the folder of quarantined rows, one file per part, until they are gathered
+STAGED = "_staged"  # a file that is about to be renamed to one beside the folder
+SET_ASIDE = "_changed-"  # prefix of a changed part that no job replaces
 FORMATS = {"parquet": ".parquet", "csv": ".csv", "arrow": ".arrow", "npy": ".npy"}
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+(-[0-9a-f]{8})?\.tmp", re.DOTALL)
@@ -20,7 +20,7 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<chunk>\d{5,18})(?P<suffix>\.[a-z]+)", re.D
 
 
 def part_name(source: str, chunk: int, kind: str) -> str:
-    """The file name of a part: the name of its source without suffix, and the number of the chunk."""
+    """Return the file name of a part: its source's name without suffix, and the number of the chunk."""
     return f"{_stem(source)}-{chunk:05d}{FORMATS[kind]}"
 
 
@@ -44,7 +44,7 @@ def inside(name: str) -> bool:
 
 
 class Names:
-    """Recognizes the files that a job with these settings writes. Settings read from a disk may be anything."""
+    """The names of the files that a job with these settings writes. Settings read from a disk may be anything."""
 
     def __init__(self, settings: object):
         told = settings if isinstance(settings, dict) else {}
@@ -80,8 +80,11 @@ class Names:
 
 
 def check_place(folder: Path, name: str) -> bool:
-    """Whether the folder contains a file of this name. Raises ValueError if the name is of a link or a folder, or its
-    path leads through a link: the file would be read, replaced or deleted somewhere else."""
+    """Whether the folder contains a file of this name.
+
+    Raises ValueError if the name is that of a link or a folder, or its path leads through a link, because the file
+    would be read, replaced or deleted elsewhere.
+    """
     path = folder
     words = name.split("/")
     for number, word in enumerate(words):
@@ -98,8 +101,10 @@ def check_place(folder: Path, name: str) -> bool:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """The relative names of all files in the folder and below; links are not followed. Files may vanish meanwhile,
-    because an actor of a killed job ends by itself."""
+    """Return the relative names of all files in the folder and below; links are not followed.
+
+    Files may vanish meanwhile, because an actor of a killed job may still be running.
+    """
     for above, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):

@@ -1,4 +1,4 @@
-"""The options of a batch job: everything but its model and its rows."""
+"""The options of a batch job, without its model and rows."""
 
 import json
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from vbdl.batch.output import COLUMNS
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a job that its results depend on, or that say how it is computed.
+    """Options that determine the results of a job or how it is computed.
 
-    columns: of the output, see `vbdl.batch.output`; keep: input columns to carry over. interval: level of `lower` and
-    `upper` in place of the calibrated ones. inputs: columns of a model that was not made from a table, in the order of
-    its inputs. tile: rows that are computed together; results depend on it by rounding only, and not at all on
-    chunk_rows and workers. compile: None compiles where the input is large.
+    columns: output columns, see `vbdl.batch.output`. keep: input columns to copy to the output. interval: level of
+    `lower` and `upper`, instead of the calibrated ones. inputs: columns of a model that was not trained on a table, in
+    the order of its inputs. tile: rows that are computed together; results depend on it only by rounding, and not at
+    all on chunk_rows and workers. compile: None compiles for large inputs.
     """
 
     columns: tuple[str, ...] | None = None
@@ -24,7 +24,7 @@ class Options:
     tile: int = 256
     compile: bool | None = None
     chunk_rows: int = 65_536
-    trust: tuple[str, ...] = ()  # packages that the model may import its network from
+    trust: tuple[str, ...] = ()  # packages that the network may be imported from
 
     def __post_init__(self):
         if self.tile < 1 or (self.tile > 1 and self.tile % 64):
@@ -37,5 +37,5 @@ class Options:
             raise ValueError(f"interval is a level in (0, 1), or 0 for none; got {self.interval}")
 
     def recorded(self) -> dict[str, Any]:
-        """The options that the output depends on, as JSON holds them."""
+        """Return the options that the output depends on, for JSON."""
         return json.loads(json.dumps({name: value for name, value in vars(self).items() if name != "trust"}))

@@ -1,15 +1,15 @@
-"""A prediction as named, typed columns.
+"""Conversion of a prediction to named, typed columns.
 
-| column | type | of |
+| column | type | content |
 | --- | --- | --- |
-| `prediction` | the label's own type, int64 where classes have no names | the most probable class |
-| `probability_<class>` | float32 | each class; one list column `probabilities` above 20 classes |
-| `mean`, `std` | float32 | a regression, in target units |
+| `prediction` | the label's own type, int64 if classes have no names | the most probable class |
+| `probability_<class>` | float32 | the probability of each class; one list column `probabilities` above 20 classes |
+| `mean`, `std` | float32 | mean and std of a regression, in target units |
 | `total`, `aleatoric`, `epistemic` | float32 | nats, or squared target units |
 | `lower`, `upper` | float32 | the calibrated interval, or the central interval that was asked for |
 | `set` | list of labels | the classes of a conformal set |
 | `action` | int64, float for a position | the decision |
-| `confidence`, `standard_error_<class>` | float32 | where asked for by name |
+| `confidence`, `standard_error_<class>` | float32 | if asked for by name |
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ COLUMNS = (
     "prediction", "probabilities", "mean", "std", "total", "aleatoric", "epistemic", "lower", "upper", "set", "action",
     *EXTRA,
 )  # fmt: skip
-_WIDE = 20  # columns that a field is spread over at most; wider ones are lists
+_WIDE = 20  # largest number of columns of one field; wider fields become list columns
 
 
 def fields(
     prediction: Prediction, labels: Sequence[Any] | None, wanted: Sequence[str] | None, interval: float
 ) -> dict[str, Any]:
-    """{name: Arrow array} of a prediction.
+    """Return {name: Arrow array} of a prediction.
 
-    labels: values of the classes, as files have them. wanted: names of COLUMNS, everything there is but EXTRA unless
-    given. interval: level of the central interval in `lower` and `upper`, from a prediction that kept its samples; 0
-    for those of the calibration. ValueError where a column is asked for that this prediction has not.
+    labels: values of the classes in files. wanted: names in COLUMNS; all that exist except EXTRA unless given.
+    interval: level of the central interval in `lower` and `upper`, from a prediction with samples; 0 for those of the
+    calibration. Raises ValueError for a wanted column that this prediction lacks.
     """
     columns: dict[str, Any] = {}
     for name in wanted if wanted is not None else [n for n in COLUMNS if n not in EXTRA]:
@@ -65,13 +65,13 @@ def _column(name: str, p: Prediction, labels: Sequence[Any] | None, interval: fl
     value = p.values().get(name)
     if value is None:
         return {}
-    if name == "standard_error" and probs is not None:  # of each class, as the probabilities
+    if name == "standard_error" and probs is not None:  # one per class, like the probabilities
         return _spread(name, value, labels if value.ndim == p.total.ndim + 1 else None)
     return _spread(name, value.to(torch.int64) if name == "action" and not value.is_floating_point() else value)
 
 
 def _spread(name: str, t: Tensor, labels: Sequence[Any] | None = None) -> dict[str, Any]:
-    """A field (batch, ...) as one column, a column an entry, or a list column."""
+    """Return a field (batch, ...) as one column, one column per entry, or a list column."""
     pa = arrow()
     t = t.detach().cpu()
     if t.ndim > 1 and t.shape[1:].numel() == 1 and labels is None:

@@ -1,4 +1,4 @@
-"""A part is a file with the output of one chunk. It has a hidden name until the journal has noted it."""
+"""Parts: files with the output of one chunk each, under a hidden name until the journal has recorded them."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from vbdl.batch.writing import identity, sync, temporary, with_source, write_ato
 class PartWriter:
     """Writes the parts of a job into a folder, from any process that sees it.
 
-    kind: format, one of `vbdl.batch.naming.FORMATS`. named: parts have a column `source`, because they become one file.
+    kind: format, one of `vbdl.batch.naming.FORMATS`. named: whether parts have a column `source`, because they become
+    one file.
     """
 
     folder: Path
@@ -25,8 +26,10 @@ class PartWriter:
     named: bool
 
     def write(self, source: str, chunk: int, result: Result) -> DraftEntry:
-        """Write a part under a hidden name, and its quarantined rows, to the disk. Returns the journal entry,
-        with the hidden name as `partial`."""
+        """Write a part under a hidden name, and its quarantined rows, to the disk.
+
+        Returns the journal entry, with the hidden name as `partial`.
+        """
         part = part_name(source, chunk, self.kind)
         for name in (part, quarantine_name(part)):
             check_place(self.folder, name)

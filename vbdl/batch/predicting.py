@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 _ROWS_WORTH_COMPILING = 200_000
 _BYTES_WORTH_COMPILING = 50_000_000
-_NOT_WRITTEN = (".gz", ".tsv", ".ipc", ".json", ".jsonl", ".txt", ".xlsx", ".zip")  # nobody calls a folder so
+# suffixes that no folder of parts has
+_NOT_WRITTEN = (".gz", ".tsv", ".ipc", ".json", ".jsonl", ".txt", ".xlsx", ".zip")
 
 
 def predict_table(
@@ -58,26 +59,26 @@ def predict_table(
     ray_options: Mapping[str, Any] | None = None,
     trust: Sequence[str] = (),
 ) -> "JobReport | pyarrow.Table":
-    """Predict every row of files or tables of any size, holding a few chunks in memory.
+    """Predict every row of files or tables of any size, with a few chunks in memory.
 
     model: a Predictor, or the folder of a saved one.
     data: a file or folder of CSV, Parquet, Arrow IPC or .npy, a folder of images, a pyarrow.Table, a pandas frame, a
     dict of columns, a NumPy array, a torch Dataset, or a source of `vbdl.batch.sources`.
-    out: a file (.parquet, .csv, .arrow, .npy) or a folder that gets a part a chunk; None returns a pyarrow.Table.
-    columns: of the output, see `vbdl.batch.output`. keep: input columns to carry over, those of CSV files as the text
-    that they are, where neither schema nor inputs name them. interval: level of the central
-    interval in `lower` and `upper`. inputs: columns a plain network takes, in its order; every number unless given.
-    schema: of a Predictor made from a table and not saved.
-    engine: "local", or "ray" for Ray (a cluster, where one is there). workers: threads of the local engine, actors of
+    out: a file (.parquet, .csv, .arrow, .npy) or a folder for one part per chunk; None returns a pyarrow.Table.
+    columns: output columns, see `vbdl.batch.output`. keep: input columns to copy to the output; from CSV files as text,
+    unless schema or inputs name them. interval: level of the central interval in `lower` and `upper`.
+    inputs: columns of a model that was not trained on a table, in its order; every column of numbers unless given.
+    schema: the schema of a Predictor that was trained on a table and not saved.
+    engine: "local", or "ray" for Ray (a cluster if there is one). workers: threads of the local engine, or actors of
     Ray. Results depend on neither, nor on chunk_rows.
-    on_error: "quarantine" leaves rows that cannot be used out and says why, in a file beside the output; "stop" raises
-    QuarantineError at the first.
-    trust: packages that a saved model may import its network from.
-    restart: write the output again, where another job's is there. A job that was killed is resumed without it, and
-    parts that are gone or changed are computed again. verify: read every part that is there to find that out, and not
-    only those whose size or time has changed.
+    on_error: "quarantine" leaves out rows that cannot be used and lists them with reasons in a file beside the output;
+    "stop" raises QuarantineError at the first.
+    trust: packages that the network of a saved model may be imported from.
+    restart: overwrite the output of another job. Without it a killed job is resumed, and parts that are missing or
+    changed are computed again. verify: read every existing part to find changes, instead of those whose size or time
+    has changed.
 
-    Returns a `JobReport`, or the table. Raises ValueError where model, data and options do not fit.
+    Returns a `JobReport`, or the table. Raises ValueError if model, data and options do not fit together.
     """
     if on_error not in ("quarantine", "stop"):
         raise ValueError(f"on_error is 'quarantine' or 'stop', got {on_error!r}")
@@ -130,7 +131,7 @@ def predict_table(
                 else:
                     run_local(run, workers)
             for source in versions.changed():
-                parts.failed.pop(source.name, None)  # half a file that cannot be read is what the change looked like
+                parts.failed.pop(source.name, None)  # the change made the file unreadable
                 again = "Predict it again, with restart=True (--restart)"
                 run.fail(source.name, ValueError(f"{source.name} {CHANGED} {again}"))
         manifest = parts.finished or parts.finish([s.name for s in sources])
@@ -170,7 +171,7 @@ def _large(sources: Sequence[Source]) -> bool:
 
 
 def _layout(out: Path, kind: str | None) -> tuple[str, Path]:
-    """(format, folder of parts): the folder is the output itself, or a hidden one beside an output that is a file."""
+    """Return (format, folder of parts): the output folder itself, or a hidden folder beside an output file."""
     by_name = {suffix: k for k, suffix in FORMATS.items()} | {".feather": "arrow"}
     suffix = by_name.get(out.suffix.lower())
     if suffix is not None and not out.is_dir():

@@ -1,4 +1,4 @@
-"""Quarantined rows are listed in a file for each part while the job runs, and in one file when it is done."""
+"""Lists of quarantined rows: a file for each part while the job runs, and one file when it is done."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,9 +11,9 @@ from vbdl.batch.writing import write_atomic
 
 
 class Quarantine:
-    """The lists of quarantined rows that an earlier run left.
+    """The lists of quarantined rows of an earlier run.
 
-    finished: the manifest, where the one file of a finished job holds the lines of all parts.
+    finished: the manifest if the job is finished and one file holds the lines of all parts, else None.
     """
 
     def __init__(self, folder: Path, finished: Manifest | None):
@@ -25,7 +25,7 @@ class Quarantine:
                     self._lines[entry["part"]] = b"".join(file.readline() for _ in range(entry["rejected"]))
 
     def holds(self, entry: PartEntry) -> bool:
-        """Whether the list of this part is as its journal entry says."""
+        """Whether the list of this part matches its journal entry."""
         if not entry["rejected"]:
             return True
         lines = self._lines.get(entry["part"])
@@ -37,14 +37,14 @@ class Quarantine:
         return "quarantine" not in entry or entry["quarantine"] == sha256(lines).hexdigest()
 
     def split_off(self, entry: PartEntry) -> None:
-        """Write the list of one part of a finished job to a file of its own again."""
+        """Write the list of one part of a finished job to a separate file again."""
         if entry["rejected"]:
             lines = self._lines[entry["part"]]
             write_atomic(self._folder / quarantine_name(entry["part"]), lambda p: p.write_bytes(lines))
 
 
 def gather(folder: Path, parts: Iterable[PartEntry]) -> None:
-    """Write the lists of all parts to one file, in this order; no file if no row was rejected."""
+    """Write the lists of all parts to one file, in this order; write no file if no row was rejected."""
     rejected = [entry["part"] for entry in parts if entry["rejected"]]
 
     def write(path: Path) -> None:

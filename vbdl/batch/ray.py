@@ -1,12 +1,12 @@
-"""The engine of many machines: Ray Data hands out chunks, and actors with a compiled predictor read, compute and write
-them.
+"""The engine for several machines: Ray Data distributes chunks to actors with a compiled predictor, which read, compute
+and write them.
 
-What travels is the description of a chunk and, back, the journal's entry of a part: rows go from the input's storage
-to an actor and from there to the output's, which on several machines is storage that all of them see. An actor leaves
-a part under a hidden name; the driver notes it in the journal and gives it its name. Parts are the local engine's,
-written by the same code, with the same bytes: nothing depends on the order in which actors finish, vectors stay plain
-Arrow lists, and no reader meets a half-written file. Ray's own checkpoint (`CheckpointConfig`) is not used, because it
-promises none of this; a killed job is resumed from the folder's journal.
+Ray carries only descriptions of chunks to the actors and journal entries of parts back. Actors read rows from the
+input's storage and write to the output's storage, which all machines have to share. An actor writes a part under a
+hidden name; the driver records it in the journal and renames it. The same code as in the local engine writes the parts,
+with the same bytes: nothing depends on the order in which actors finish, vectors stay plain Arrow lists, and no reader
+sees a half-written file. Ray's own checkpoint (`CheckpointConfig`) guarantees none of this and is not used; a killed
+job is resumed from the folder's journal.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ from vbdl.engine.predictor import Predictor
 from vbdl.tabular.reading import format_of
 
 INSTALL = "the engine 'ray' needs Ray 2.59 or later: pip install 'vbdl[ray]'"
-_SPARE = 0.5  # of a CPU, left for what is no actor: with none left a job can wait for itself for ever
-_STALLED = 600.0  # seconds without a part after which a job is given up
+_SPARE = 0.5  # share of a CPU for tasks that are no actors: without it a job may wait for itself for ever
+_STALLED = 600.0  # seconds without a finished part after which a job is ended
 
 
 class Unit(TypedDict):
-    """The work that an actor gets at a time: one chunk of a source, or the whole source if chunk is None."""
+    """The work of one call of an actor: one chunk of a source, or the whole source if chunk is None."""
 
     source: str
     chunk: int | None
 
 
 class Written(TypedDict):
-    """The report of an actor on a chunk: the part that it wrote, or no part if the run stops at a rejected row."""
+    """The report of an actor on a chunk: the written part, or no part if the run stops at a rejected row."""
 
     source: str
     entry: DraftEntry | None
@@ -69,7 +69,7 @@ Outcome = Written | Failed | Ended
 
 @dataclass(frozen=True)
 class Assignment:
-    """The description of a run that every actor gets when it starts."""
+    """The description of a run, which every actor receives when it starts."""
 
     job: Job
     parts: PartWriter
@@ -81,8 +81,8 @@ class Assignment:
 def run_ray(run: Run[Folder], actors: int | None, options: Mapping[str, Any]) -> None:
     """Compute every chunk that is not done, on Ray.
 
-    actors: all CPUs but one unless given. options: for `ray.init`, where Ray is not running yet. ValueError if the
-    actors could never start.
+    actors: their number; all CPUs but one unless given. options: arguments of `ray.init` if Ray is not running yet.
+    Raises ValueError if the actors could never start.
     """
     ray = _start(options)
     actors, share, gpus = _resources(ray, actors)
@@ -101,7 +101,7 @@ def run_ray(run: Run[Folder], actors: int | None, options: Mapping[str, Any]) ->
         )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = 1 << 20  # descriptions are small: a block each, so that actors share them out
+        context.target_max_block_size = 1 << 20  # one small block per description, so that all actors get some
         data = ray.data.from_items([{"unit": json.dumps(u)} for u in units], override_num_blocks=len(units))
         computed = data.map_batches(
             _Actor,
@@ -134,7 +134,7 @@ def _settle(run: Run[Folder], outcome: Outcome) -> None:
 
 
 def _start(options: Mapping[str, Any]) -> ModuleType:
-    """The module ray, connected to the cluster of RAY_ADDRESS or to a new one here, without usage reports."""
+    """Return the module ray, connected to the cluster of RAY_ADDRESS or to a new local one, without usage reports."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -143,7 +143,7 @@ def _start(options: Mapping[str, Any]) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(INSTALL) from error
     version = tuple(int(p) for p in ray.__version__.split(".")[:2])
-    if version < (2, 59):  # tables with Ray's extension types ran code when they were read
+    if version < (2, 59):  # older versions run code when they read tables with Ray's extension types
         raise ValueError(f"{INSTALL}; this is {ray.__version__}")
     if not ray.is_initialized():
         defaults = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING}
@@ -153,7 +153,7 @@ def _start(options: Mapping[str, Any]) -> ModuleType:
 
 
 def _resources(ray: ModuleType, actors: int | None) -> tuple[int, float, float]:
-    """(actors, CPUs of each, GPUs of each). Raises ValueError if the actors would wait for ever."""
+    """Return (actors, CPUs of each, GPUs of each). Raises ValueError if the actors would wait for ever."""
     total = float(ray.cluster_resources().get("CPU", 0))
     free = float(ray.available_resources().get("CPU", 0))
     gpus = float(ray.cluster_resources().get("GPU", 0))
@@ -174,7 +174,7 @@ def _resources(ray: ModuleType, actors: int | None) -> tuple[int, float, float]:
 
 
 def _units(job: Job, folder: Folder) -> list[Unit]:
-    """The chunks that are not done, and, for a source that cannot be entered at any row, the whole source."""
+    """Return the chunks that are not done, or the whole source if it can only be read from the start."""
     units: list[Unit] = []
     for source in job.sources:
         entered_anywhere = not (isinstance(source, TableFile) and format_of(source.path) in ("csv", "ipc"))
@@ -188,7 +188,7 @@ def _units(job: Job, folder: Folder) -> list[Unit]:
 
 
 class _Actor:
-    """Holds a predictor; computes and writes the chunks that it gets, and returns their journal entries."""
+    """An actor with a predictor, which computes and writes chunks and returns their journal entries."""
 
     def __init__(self, assignment: Assignment):
         import torch

@@ -1,9 +1,9 @@
-"""The records of a job: a journal while it runs, a manifest when it is done. They are read with distrust, because a
-stranger or a bad disk may have changed them.
+"""The records of a job: a journal while it runs, a manifest when it is done. Reading checks them, because other people
+or a bad disk may have changed them.
 
-The journal is a line a record: first the job's settings, then a part each. A line ends in a check, a digest of itself
-and of the settings: a line that is damaged, or of another job, does not pass it. The manifest takes the journal's
-place when all parts are there. Records of vbdl 0.1 have no checks and are read by their form alone.
+The journal has one record per line: first the job's settings, then one line for each part. A line ends in a check,
+which is a digest of the line and of the settings, so a damaged line or a line of another job fails the check. The
+manifest replaces the journal when all parts exist. Records of vbdl 0.1 have no checks; only their form is checked.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from vbdl.batch.naming import JOURNAL, MANIFEST, Names, check_place, inside
 
 _FORM = {"part": str, "source": str, "chunk": int, "rows": int, "rejected": int, "bytes": int, "sha256": str}
 _MANIFEST = {"rows", "rejected", "failed", "parts", "settings", "check", "output", "quarantine"}
-_MORE = {"unseen": dict, "filled": dict, "quarantine": str, "check": str}  # not in records of vbdl 0.1
+_MORE = {"unseen": dict, "filled": dict, "quarantine": str, "check": str}  # missing in records of vbdl 0.1
 
 
 JobRecord = dict[str, Any]
@@ -26,14 +26,14 @@ JobRecord = dict[str, Any]
 
 
 class FileIdentity(TypedDict):
-    """The size and the content of a file."""
+    """The size and the digest of a file."""
 
     bytes: int
     sha256: str
 
 
 class PartEntry(FileIdentity):
-    """A line of the journal: the part of one chunk."""
+    """A line of the journal, which describes the part of one chunk."""
 
     part: str
     source: str
@@ -47,13 +47,13 @@ class PartEntry(FileIdentity):
 
 
 class DraftEntry(PartEntry):
-    """A part that the journal does not know yet."""
+    """A part that is not yet in the journal."""
 
-    partial: str  # the hidden name
+    partial: str  # hidden name of the part
 
 
 class Manifest(TypedDict):
-    """The record of a finished job; it has `output` and `quarantine` if the parts became one file."""
+    """The record of a finished job, with `output` and `quarantine` if the parts became one file."""
 
     rows: int
     rejected: int
@@ -67,18 +67,18 @@ class Manifest(TypedDict):
 
 @dataclass
 class Records:
-    """The content of the journal and the manifest of a folder, as far as it can be trusted."""
+    """The content of a folder's journal and manifest, as far as it passes the checks."""
 
-    settings: JobRecord | None = None  # of the job, None where they cannot be read
-    entries: list[PartEntry] = field(default_factory=list)  # of parts, those that can be relied on
-    finished: Manifest | None = None  # the manifest, where it is whole
-    damaged: bool = False  # whether something could not be read, or is of another job
-    unknown: bool = False  # whether there are entries that may be of another job, and no settings that say which
-    written: int | None = None  # when the last record was written, in nanoseconds
+    settings: JobRecord | None = None  # settings of the job, None if they cannot be read
+    entries: list[PartEntry] = field(default_factory=list)  # entries of parts that pass the checks
+    finished: Manifest | None = None  # the manifest if it is undamaged
+    damaged: bool = False  # whether a record could not be read, or belongs to another job
+    unknown: bool = False  # whether entries may belong to another job, because the settings are missing
+    written: int | None = None  # time of the last record's writing, in nanoseconds
 
 
 def job_of(settings: JobRecord) -> str:
-    """SHA-256 of the settings, which identifies a job."""
+    """Return the SHA-256 of the settings, which identifies a job."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,7 +86,7 @@ R = TypeVar("R", bound=Mapping[str, object])
 
 
 def signed(record: R, job: str) -> R:
-    """The record with a check added: a digest of the record and of its job."""
+    """Return the record with a check: a digest of the record and of its job."""
     return cast(R, {**record, "check": _check(record, job)})
 
 
@@ -96,12 +96,12 @@ def _check(record: Mapping[str, object], job: str) -> str:
 
 
 def is_whole(record: Mapping[str, object], job: str) -> bool:
-    """Whether the check of a record is right, or it has none."""
+    """Whether a record has a correct check or no check."""
     return "check" not in record or record["check"] == _check(record, job)
 
 
 def is_manifest(record: dict[str, Any]) -> TypeGuard[Manifest]:
-    """Whether this is the undamaged manifest of a finished job, whichever job that is."""
+    """Whether this is the undamaged manifest of any finished job."""
     settings, parts, failed = record.get("settings"), record.get("parts"), record.get("failed")
     if not isinstance(settings, dict) or not isinstance(parts, list) or not isinstance(failed, dict):
         return False
@@ -113,13 +113,13 @@ def is_manifest(record: dict[str, Any]) -> TypeGuard[Manifest]:
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
-    """The JSON object in this text, or None if it is no JSON object."""
+    """Return the JSON object in this text, or None if the text is no JSON object."""
     value = _json(text)
     return value if isinstance(value, dict) else None
 
 
 def _json(text: bytes) -> object:
-    """The JSON value in this text, or Ellipsis if it is not JSON."""
+    """Return the JSON value in this text, or Ellipsis if the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -135,10 +135,10 @@ def is_anothers(text: bytes) -> bool:
 
 
 def read_records(folder: Path, settings: JobRecord) -> Records:
-    """Read the records in a folder. settings: of the job that is to be started or resumed.
+    """Read the records in a folder. settings: those of the job that is to be started or resumed.
 
-    ValueError, with the folder as it was, where a record names a file that the job would not have written: an absolute
-    path, a way out of the folder, a link, another's file.
+    Raises ValueError, and leaves the folder unchanged, if a record names a file that the job would not have written:
+    an absolute path, a path out of the folder, a link, or a file of someone else.
     """
     journal, manifest = (_content(folder, name) for name in (JOURNAL, MANIFEST))
     records = Records()
@@ -175,7 +175,7 @@ def read_records(folder: Path, settings: JobRecord) -> Records:
         else:
             records.damaged, records.finished = True, None
             records.unknown |= records.settings is None
-    if records.settings is None and records.entries:  # they pass the check of the job that asks
+    if records.settings is None and records.entries:  # the entries pass the check with the given settings
         records.settings = settings
     for name in (JOURNAL, MANIFEST):
         if (folder / name).exists():
@@ -184,7 +184,7 @@ def read_records(folder: Path, settings: JobRecord) -> Records:
 
 
 def written_at(path: Path) -> int:
-    """The time when a file was written, in nanoseconds; not later than that, even if its times were set since."""
+    """Return a time in nanoseconds that is not later than the writing of a file, even if its times were set since."""
     about = os.lstat(path)
     return min(about.st_mtime_ns, about.st_ctime_ns)
 
@@ -194,7 +194,7 @@ def _content(folder: Path, name: str) -> bytes | None:
 
 
 def _settings(head: dict[str, Any]) -> JobRecord | None:
-    """The settings in the first line of a journal, or None if the line is damaged."""
+    """Return the settings in the first line of a journal, or None if the line is damaged."""
     settings = head.get("settings")
     if not isinstance(settings, dict) or not set(head) <= {"settings", "check"}:
         return None
@@ -204,7 +204,7 @@ def _settings(head: dict[str, Any]) -> JobRecord | None:
 def _refuse_outsider(folder: Path, entry: dict[str, Any], names: Names, job: str, known: bool) -> None:
     """Raise ValueError if an entry names a file that its job would not have written.
 
-    known: whether the settings are those of the records, and with them the names of parts.
+    known: whether the settings of the records, and so the names of parts, are known.
     """
     part = entry.get("part")
     if not isinstance(part, str):
@@ -213,7 +213,7 @@ def _refuse_outsider(folder: Path, entry: dict[str, Any], names: Names, job: str
         there, whole = check_place(folder, part), is_whole(entry, job)
         if not known or names.is_the_part_of(part, entry.get("source"), entry.get("chunk")):
             return
-        if not whole and (names.is_part(part) or not there):  # a damaged line: nothing is done by it
+        if not whole and (names.is_part(part) or not there):  # a damaged line has no effect
             return
     raise ValueError(
         f"the records of the job in {folder} name {part!r}, which is no part of it: they were changed, or not written "

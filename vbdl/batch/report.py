@@ -12,7 +12,7 @@ from vbdl.batch.sources import printable
 
 @dataclass
 class JobReport:
-    """What a job did in all its runs together, in the seconds of the last one. resumed: parts of earlier runs."""
+    """The results of all runs of a job; `seconds` are those of the last run. resumed: number of earlier runs' parts."""
 
     rows: int
     rejected: int
@@ -23,9 +23,9 @@ class JobReport:
     unseen: dict[str, int] = field(default_factory=dict)  # column -> cells with a category unknown to training
     out: Path | None = None
     quarantine: Path | None = None
-    reasons: list[str] = field(default_factory=list)  # of the first rows in quarantine
-    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells, where training had none
-    damaged: list[str] = field(default_factory=list)  # files that were gone or changed, and are written again
+    reasons: list[str] = field(default_factory=list)  # reasons of the first quarantined rows
+    filled: dict[str, int] = field(default_factory=dict)  # column -> missing cells of columns that had none in training
+    damaged: list[str] = field(default_factory=list)  # files that were missing or changed, and were written again
 
     def __str__(self) -> str:
         rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.seconds > 0 and not self.resumed else ""
@@ -62,7 +62,7 @@ def _counted(n: int, word: str) -> str:
 def report_of(
     manifest: Manifest, seconds: float, resumed: int, out: Path, quarantine: Path, damaged: list[str]
 ) -> JobReport:
-    """The report of the job with this manifest. damaged: names of the files that were written again."""
+    """Return the report of the job with this manifest. damaged: names of the files that were written again."""
     parts = manifest["parts"]
     path = quarantine if manifest["rejected"] else None
     return JobReport(

@@ -1,4 +1,4 @@
-"""A run computes one batch job: engines report results to it, and it passes them on to a sink."""
+"""Runs of a batch job: an engine reports results to a run, which passes them on to a sink."""
 
 import time
 from types import TracebackType
@@ -15,7 +15,7 @@ class QuarantineError(ValueError):
 
 
 class Sink(Protocol):
-    """The place where the results of a job are kept: a folder of parts, or a table in memory."""
+    """The receiver of a job's results: a folder of parts, or a table in memory."""
 
     @property
     def rows_done(self) -> int:
@@ -39,7 +39,7 @@ S_co = TypeVar("S_co", bound=Sink, covariant=True)
 
 
 class Run(Generic[S_co]):
-    """Computes the chunks of a job that its sink does not hold yet. An engine is a function of a run.
+    """A run computes the chunks of a job that its sink lacks. An engine is a function of a run.
 
     on_error: "stop" ends the run at the first row or source that cannot be used.
     progress: see `vbdl.progress.Progress`.
@@ -83,7 +83,7 @@ class Run(Generic[S_co]):
 
 
 class RowCounter(Progress):
-    """A progress bar of rows, rows a second, and the time left where the number of rows is known."""
+    """A progress bar of rows, rows per second, and the time left if the number of rows is known."""
 
     def __init__(self, sources: tuple[Source, ...], shown: bool | None):
         counts = [s.count() for s in sources]
@@ -92,7 +92,7 @@ class RowCounter(Progress):
         self._timed = 0
 
     def add(self, rows: int, timed: bool = True) -> None:
-        """Count rows as done. timed: they were computed in this run, and count for the speed."""
+        """Count rows as done. timed: whether they were computed in this run, and so count for the speed."""
         self._timed += rows if timed else 0
         self.total = max(self.total, self.done + rows)
         passed = max(time.monotonic() - self._start, 1e-9)

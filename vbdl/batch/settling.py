@@ -1,6 +1,6 @@
-"""All parts of a job have the same inputs and the same types of kept columns: both are settled before the first row.
+"""Choice of the inputs and of the types of kept columns before the first row, so that all parts of a job agree.
 
-Each file has its own idea of a column's type, and the first rows of a CSV file say little about the later ones.
+Files may give a column different types, and the first rows of a CSV file may not show the type of later rows.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def settle(job: Job) -> Job:
-    """The job with its inputs and the types of its kept columns filled in, from one look at each file. Raises
-    ValueError if the types of a kept column have no type in common."""
+    """Return the job with its inputs and the types of its kept columns, after one look at each file.
+
+    Raises ValueError if no type holds the cells of a kept column in all files.
+    """
     sources, options, keep = job.sources, job.options, job.options.keep
     files = [s for s in sources if isinstance(s, TableFile)]
     if job.schema is None and options.inputs is None and (inputs := _inputs(files, keep)) is not None:
@@ -40,7 +42,10 @@ def settle(job: Job) -> Job:
 
 
 def _inputs(files: Sequence[TableFile], keep: Sequence[str]) -> list[str] | None:
-    """The columns of numbers in the first file, which all files must have; None if it has vectors or no numbers."""
+    """Return the columns of numbers in the first file, which all files must have.
+
+    None if no file is a CSV file, or the first file has vectors or no numbers.
+    """
     if not any(file.is_csv for file in files):
         return None
     types = next((known for file in files if (known := file.types(every=True)) is not None), {})
@@ -52,7 +57,7 @@ def _inputs(files: Sequence[TableFile], keep: Sequence[str]) -> list[str] | None
 
 
 def _common(name: str, types: "Sequence[tuple[str, pyarrow.DataType]]") -> "pyarrow.DataType":
-    """The narrowest type that holds all cells exactly: a number type if there is one, else text."""
+    """Return a type that holds all cells exactly: a type of numbers if there is one, else text."""
     pa = arrow()
     check = pa.types
     distinct = list(dict.fromkeys(kind for _, kind in types if not check.is_null(kind)))

@@ -1,10 +1,9 @@
 """Sources of rows, read a chunk at a time: arrays, images, tables in memory and data sets (files of tables are in
 `vbdl.batch.table_file`).
 
-A source cuts its rows into chunks of a given size, numbered from 0, whatever pieces its file is stored in. Chunks that
-are done already are skipped, without reading them where the format allows that. A source without a row is one chunk of
-none, which knows the columns. Rows keep the number that they have in the file, a header not counted, also where rows
-before them cannot be read.
+A source divides its rows into chunks of a given size, numbered from 0, however its file is stored. Finished chunks are
+skipped, without reading them if the format allows that. A source without rows gives one chunk without rows, which knows
+the columns. Rows keep their number in the file, without the header, even if rows before them cannot be read.
 """
 
 import math
@@ -29,7 +28,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 """What JSON holds."""
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-_DIMENSIONS = 32  # of an array: NumPy's own limit is 64, and a network's input has a handful
+_DIMENSIONS = 32  # largest number of axes of an array; NumPy's limit is 64, and network inputs have few
 
 
 @dataclass
@@ -39,39 +38,41 @@ class Chunk:
     number: int
     rows: np.ndarray  # (n,) int64 row numbers in the source
     data: "pyarrow.Table | Inputs"  # the same n rows
-    rejected: list[tuple[int, str]] = field(default_factory=list)  # (row number, reason), rows that are not in data
+    rejected: list[tuple[int, str]] = field(default_factory=list)  # (row number, reason) of rows that are not in data
 
 
 @runtime_checkable
 class Source(Protocol):
-    """One file, table or data set. Inherit from it: `version` has a default."""
+    """One file, table or data set: the base class of all sources."""
 
     name: str
 
     def state(self) -> dict[str, Json]:
-        """JSON that changes when the source does, and is equal for a copy of a file with the same times."""
+        """Return JSON that changes when the source changes, and is equal for a copy of a file with the same times."""
         ...
 
     def version(self) -> object:
-        """A value that differs after the source was written to or replaced; it is compared before and after reading.
+        """Return a value that changes when the source is written to or replaced; compared before and after reading.
 
-        `state()`, unless the source can change while it is read.
+        The default is `state()`; override it if the source can change while it is read.
         """
         return self.state()
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
-        """Chunks of `size` rows, without those that `skip(number)` is true for. ValueError that names the place where
-        the source cannot be read."""
+        """Yield chunks of `size` rows, except those for which `skip(number)` is true.
+
+        Raises ValueError that names the place where the source cannot be read.
+        """
         ...
 
     def count(self) -> int | None:
-        """The number of rows, or None if it is not known before they are read."""
+        """Return the number of rows, or None if it is unknown before reading."""
         ...
 
 
 def file_version(path: Path) -> tuple[int, ...] | None:
-    """A value that differs after a file was written to, replaced, or given other times or permissions; None if there is
-    no file."""
+    """Return a value that changes when a file is written to, replaced, or given other times or permissions; None if
+    there is no file."""
     try:
         about = os.stat(path)
     except OSError:
@@ -80,7 +81,7 @@ def file_version(path: Path) -> tuple[int, ...] | None:
 
 
 def printable(text: str) -> str:
-    """The text with bytes of file names that are not UTF-8 written like %E9."""
+    """Return the text with bytes of file names that are not UTF-8 written like %E9."""
     return re.sub("[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", text)
 
 
@@ -90,7 +91,7 @@ def one_line(error: BaseException) -> str:
 
 @dataclass
 class ArrayFile(Source):
-    """A .npy file of numbers, rows first."""
+    """A .npy file of numbers, whose first axis is the rows."""
 
     path: Path
     name: str
@@ -105,16 +106,16 @@ class ArrayFile(Source):
         try:
             return self._header()[0][0]
         except (ValueError, OSError):
-            return None  # said where it is read
+            return None  # reported when the file is read
 
     def _header(self) -> tuple[tuple[int, ...], np.dtype, int]:
-        """(shape, dtype, byte offset of the first number). Raises ValueError for a shape that is no shape of rows."""
+        """Return (shape, dtype, byte offset of the first number). Raises ValueError for a shape without rows."""
         with open(self.path, "rb") as file:
             try:
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)
-            except Exception as error:  # NumPy evaluates the header, which fails in as many ways as Python has
+            except Exception as error:  # NumPy evaluates the header, which may raise any error
                 raise ValueError(f"{self.path} is not a .npy file: {one_line(error)}") from error
             place, size = file.tell(), os.fstat(file.fileno()).st_size
         if dtype.kind not in "biuf" or fortran or not shape:
@@ -139,7 +140,7 @@ class ArrayFile(Source):
                 if len(values) != rows * row:
                     break
                 values = values.reshape(rows, *shape[1:])
-                with np.errstate(over="ignore"):  # what float32 cannot hold is a row that is not finite
+                with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and their rows are rejected
                     values = values.astype(np.float32 if dtype.kind in "fb" else np.int64)
                 yield Chunk(number, np.arange(start, start + rows), torch.from_numpy(values))
         if there < shape[0]:
@@ -148,15 +149,18 @@ class ArrayFile(Source):
 
 @dataclass(frozen=True)
 class ImageRow:
-    """The shape and dtype that a model takes of an image: (channels, height, width), (height, width, channels) or
-    (height, width), with numbers in [0, 1] if the dtype is floating-point, else 0 to 255."""
+    """The shape and dtype of an image as a model takes it.
+
+    The shape is (channels, height, width), (height, width, channels) or (height, width); numbers are in [0, 1] if the
+    dtype is floating-point, else 0 to 255.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
     @property
     def mode(self) -> str | None:
-        """The mode of Pillow with this number of channels, or None if no mode has it."""
+        """Pillow's mode with this number of channels, or None if there is no such mode."""
         return {1: "L", 3: "RGB", 4: "RGBA"}.get(self._channels)
 
     @property
@@ -166,7 +170,7 @@ class ImageRow:
         return self.shape[0] if self.shape[0] in (1, 3, 4) else self.shape[-1]
 
     def of(self, values: np.ndarray) -> Tensor:
-        """The row for an image of (height, width, channels) bytes. Raises ValueError for an image of another size."""
+        """Return the row of an image of (height, width, channels) bytes. Raises ValueError for another size."""
         row = torch.from_numpy(values)
         if len(self.shape) == 2:
             row = row.squeeze(2)
@@ -181,12 +185,13 @@ class ImageRow:
 class ImageFolder(Source):
     """The images in a folder and below, sorted by name, as (channels, height, width) in [0, 1]; all have one size.
 
-    row: of the model, in place of that. transform: (channels, height, width) -> what the network takes, for one image.
+    row: shape and dtype of the model's images, instead of these. transform: a function of one image, (channels, height,
+    width) -> network input.
     """
 
     path: Path
     name: str = "images"
-    mode: str = "RGB"  # of Pillow: "L" for gray
+    mode: str = "RGB"  # Pillow's mode, "L" for gray
     transform: Callable[[Tensor], Tensor] | None = None
     row: ImageRow | None = None
 
@@ -220,7 +225,7 @@ class ImageFolder(Source):
                     rows.append(row)
                 except ModuleNotFoundError:
                     raise
-                except Exception as error:  # decoders fail in their own ways
+                except Exception as error:  # decoders raise errors of many kinds
                     rejected.append((row, printable(f"{file.relative_to(self.path)}: {one_line(error)}")))
             data = torch.stack(found) if found else torch.empty(0)
             yield Chunk(number, np.array(rows, np.int64), data, rejected)
@@ -241,7 +246,7 @@ class ImageFolder(Source):
 
 
 class Items(Protocol):
-    """A map-style data set of torch, or anything else of a length with items by number."""
+    """A map-style data set of torch, or any other object with a length and items by number."""
 
     def __len__(self) -> int: ...
 
@@ -250,11 +255,11 @@ class Items(Protocol):
 
 @dataclass
 class DatasetSource(Source):
-    """A map-style data set of inputs, or of (input, target) pairs, whose targets are not looked at."""
+    """A map-style data set of inputs, or of (input, target) pairs, whose targets are ignored."""
 
     dataset: Items
     name: str = "dataset"
-    pairs: bool | None = None  # whether an item is (input, target); tuples of two are, unless told otherwise
+    pairs: bool | None = None  # whether an item is (input, target); by default a tuple of two is
 
     def state(self) -> dict[str, Json]:
         return {"name": self.name, "rows": len(self.dataset)}
@@ -272,7 +277,7 @@ class DatasetSource(Source):
             for row in range(start, min(start + size, n)):
                 try:
                     item = self.dataset[row]
-                except Exception as error:  # a data set of one's own fails in its own ways
+                except Exception as error:  # a user's data set may raise any error
                     rejected.append((row, f"{type(error).__name__}: {error}"))
                     continue
                 pair = isinstance(item, tuple) and len(item) == 2 if self.pairs is None else self.pairs

@@ -1,4 +1,4 @@
-"""Files of tables are read a chunk at a time: Parquet and Arrow here, CSV in `vbdl.batch.csv_file`."""
+"""Reading of table files a chunk at a time: Parquet and Arrow here, CSV in `vbdl.batch.csv_file`."""
 
 import os
 from collections import Counter
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def rechunked(batches: "Iterator[pyarrow.RecordBatch]", size: int, first: int) -> "Iterator[tuple[int, pyarrow.Table]]":
-    """(number, table) of `size` rows from record batches of any size; `first` is the number of the first."""
+    """Yield (number, table) of `size` rows from record batches of any size; `first` is the first number."""
     pa = arrow()
     held, rows, number = [], 0, first
     for batch in batches:
@@ -41,10 +41,10 @@ class TableFile(Source):
     path: Path
     name: str
     columns: Sequence[str] | None = None
-    numeric: Sequence[str] = ()  # columns of a CSV file that hold numbers
-    text: Sequence[str] = ()  # those that hold words, codes like 007 among them
-    verbatim: Sequence[str] = ()  # and those whose cells are carried over as they stand, `NA` and empty ones too
-    reading: Reading | None = None  # how a CSV file is read
+    numeric: Sequence[str] = ()  # columns of a CSV file with numbers
+    text: Sequence[str] = ()  # columns with words, including codes like 007
+    verbatim: Sequence[str] = ()  # columns whose cells are copied unchanged, `NA` and empty ones too
+    reading: Reading | None = None  # options for reading a CSV file
 
     @property
     def is_csv(self) -> bool:
@@ -65,11 +65,13 @@ class TableFile(Source):
             with self._open() as file:
                 return pyarrow.parquet.read_metadata(file).num_rows
         except (arrow().ArrowException, OSError):
-            return None  # said where it is read
+            return None  # reported when the file is read
 
     def types(self, every: bool = False) -> "dict[str, pyarrow.DataType] | None":
-        """The Arrow types of the columns that are read, or, if `every`, of all columns. None if the file cannot be
-        read: reading its rows says why."""
+        """Return the Arrow types of the columns that are read, or of all columns if `every`.
+
+        None if the file cannot be read; reading its rows raises the reason.
+        """
         pa = arrow()
         if self.is_csv and not every:
             known = dict.fromkeys((*self.text, *self.verbatim), pa.string())
@@ -98,7 +100,7 @@ class TableFile(Source):
         return CsvFile(self.path, self.columns, self.numeric, self.text, self.verbatim, self.reading, self._check)
 
     def _open(self) -> "pyarrow.OSFile":
-        """The file, open for Arrow to read, also where its name is not UTF-8."""
+        """Open the file for reading by Arrow, even if its name is not UTF-8."""
         return arrow().OSFile(os.fsencode(self.path), "rb")
 
     def chunks(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
@@ -110,7 +112,7 @@ class TableFile(Source):
             yield from read(size, skip)
         except FileNotFoundError:
             raise
-        except Exception as error:  # what is damaged fails in many ways, by the place of the damage
+        except Exception as error:  # damaged files raise errors of many kinds
             known = isinstance(error, ValueError) and not isinstance(error, arrow().ArrowException)
             if known and str(self.path) in str(error):
                 raise
@@ -124,7 +126,7 @@ class TableFile(Source):
         first: int,
         skip: Callable[[int], bool],
     ) -> Iterator[Chunk]:
-        """The chunks of `size` rows in these batches. schema: for a file without any batch."""
+        """Yield chunks of `size` rows from batches. schema: that of the file, for a file without batches."""
         empty = first == 0
         for number, table in rechunked(batches, size, first):
             empty = False
@@ -146,7 +148,7 @@ class TableFile(Source):
     def _parquet(self, size: int, skip: Callable[[int], bool]) -> Iterator[Chunk]:
         import pyarrow.parquet
 
-        # buffered reading of pages: a row group of any size is never held whole
+        # pages are read buffered, so a large row group is never whole in memory
         with self._open() as raw, pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = self._check(file.schema_arrow.names)
             schema = _selected(file.schema_arrow, columns)
@@ -190,7 +192,7 @@ def _validated(
 
 
 def _resume_at(size: int, skip: Callable[[int], bool]) -> int:
-    """The number of the first chunk that is not to be skipped."""
+    """Return the number of the first chunk that is not skipped."""
     number = 0
     while skip(number):
         number += 1
@@ -198,7 +200,7 @@ def _resume_at(size: int, skip: Callable[[int], bool]) -> int:
 
 
 def _first_needed(groups: list[int], row: int) -> tuple[int, int]:
-    """(row group that holds this row, number of the row in it)."""
+    """Return (row group that holds this row, number of the row in it)."""
     for number, rows in enumerate(groups):
         if row < rows:
             return number, row

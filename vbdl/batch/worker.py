@@ -1,4 +1,4 @@
-"""A worker computes one chunk of rows: network inputs, a prediction, output columns."""
+"""Workers compute chunks: they encode rows as network inputs, predict them, and make output columns."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ Reasons = dict[int, str]
 
 
 class Misfit(ValueError):
-    """A source that does not fit the model: columns are missing, or hold what the model cannot take."""
+    """Raised for a source that does not fit the model: columns are missing, or have types the model cannot take."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Result:
 
 
 class Worker:
-    """A predictor that computes the chunks of a job. Threads may share it.
+    """A worker computes the chunks of a job with a predictor. Several threads may share a worker.
 
-    threads: how many share out the rows of a chunk.
+    threads: the number of threads among which the rows of a chunk are divided.
     """
 
     def __init__(self, job: Job, threads: int = 1):
@@ -65,17 +65,19 @@ class Worker:
         self._encoder = Encoder(job.schema, job.options, self._row_shape)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._threads = threads
-        self._predicted_row: Inputs | None = None  # a row that the model did not raise on
+        self._predicted_row: Inputs | None = None  # a row for which the model raised no error
 
     def compile(self) -> None:
-        """Compile before the first chunk, if the job is to be compiled and its schema says what a row is."""
+        """Compile before the first chunk, if the job is compiled and its schema describes a row."""
         options, schema = self.job.options, self.job.schema
         if options.compile and schema is not None:
             self.predictor.warm_up((options.tile,), example=schema.example(), samples=options.interval > 0)
 
     def compute(self, chunk: Chunk) -> Result:
-        """The output columns of a chunk. Raises Misfit if its source does not fit the model, and ValueError for
-        an error that any source would cause."""
+        """Compute the output columns of a chunk.
+
+        Raises Misfit if its source does not fit the model, and ValueError for an error that any source would cause.
+        """
         pa = arrow()
         try:
             encoded = self._encoder.encode(chunk.data)
@@ -96,7 +98,7 @@ class Worker:
         return Result(pa.table({**carried, **columns}), sorted(rejected), encoded.cells)
 
     def _kept(self, chunk: Chunk, keep: np.ndarray, columns: Columns) -> Columns:
-        """The input columns that are carried over, of the rows where `keep` is true."""
+        """Return the kept input columns, for the rows in the mask `keep`."""
         if not self.job.options.keep:
             return {}
         if isinstance(chunk.data, Tensor | Sequence | Mapping):
@@ -114,13 +116,15 @@ class Worker:
         return kept
 
     def _predict(self, x: Inputs, n: int) -> tuple[Columns, Reasons]:
-        """The columns of n rows, and the rows that have none. Threads get whole tiles of rows, so that each tile is
-        computed as it would be alone."""
+        """Return the output columns of n rows, and {row: reason} of the rows that have none.
+
+        Threads get whole tiles of rows, so that the numbers of a tile do not depend on the number of threads.
+        """
         if n == 0 and self._predicted_row is not None:
             x = _rows(self._predicted_row, 0, 0)
         elif n == 0 and self._row_shape is not None:
             x = torch.zeros(0, *self._row_shape, dtype=self._dtype())
-        elif n == 0 and tensors(x)[0].ndim < 2:  # no row has said what a row is
+        elif n == 0 and tensors(x)[0].ndim < 2:  # the shape of a row is unknown
             return {}, {}
         tile = self.job.options.tile
         each = max(tile, -(-n // tile // self._threads) * tile) if self._pool is not None else max(n, 1)
@@ -130,7 +134,7 @@ class Worker:
             [self._piece(p) for p in pieces] if self._pool is None else list(self._pool.map(self._piece, pieces))
         )
         tables = [columns for columns, _ in predicted if columns is not None]
-        if not tables:  # the names and types of the columns, without a row
+        if not tables:  # only the names and types of the columns
             some = self._columns(_rows(x, 0, 0) if self._predicted_row is None else self._predicted_row)[0]
             tables = [{name: column.slice(0, 0) for name, column in some.items()}]
         without: Reasons = {}
@@ -139,19 +143,19 @@ class Worker:
         return _concatenated(tables), without
 
     def _piece(self, x: Inputs) -> tuple[Columns | None, Reasons]:
-        """The columns of these rows (None where no row has any), and the rows that have none.
+        """Return the output columns of these rows (None if no row has any), and {row: reason} of rows without any.
 
-        Where the model raises, halves are tried, and halves of those, until the rows it raises on are alone. No row's
-        numbers depend on the rows beside it, so the others' numbers do not change.
+        If the model raises an error, both halves are tried, and so on, until the rows that cause errors are alone.
+        The numbers of a row do not depend on other rows, so those of the remaining rows do not change.
         """
         try:
             return self._columns(x)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # networks raise in many ways
+        except Exception as error:  # networks raise errors of many kinds
             n = _length(x)
             if n == 0 or not self._works(x):
-                raise  # not for what is in a row
+                raise  # the error is not caused by the values of a row
             if n == 1:
                 return None, {0: f"the model raised {type(error).__name__}: {_first_line(error)}"}
         half = n // 2
@@ -173,7 +177,7 @@ class Worker:
         return {name: column.filter(keep) for name, column in columns.items()}, without
 
     def _works(self, x: Inputs) -> bool:
-        """Whether the model predicts any row: one that it predicted before, or else no row, the first or the middle."""
+        """Whether the model predicts some row: one predicted before, or else zero rows, the first or the middle one."""
         middle = _length(x) // 2
         if self._predicted_row is not None:
             candidates = [self._predicted_row]
@@ -200,7 +204,7 @@ def _length(x: Inputs) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error, without its place in compiled code, which differs between machines."""
+    """Return the first line of an error, without its place in compiled code, which differs between machines."""
     line = next(iter(str(error).strip().splitlines()), "")
     return re.sub(r"^kernel, \S+:\d+, ", "", line)[:200]
 

@@ -28,7 +28,7 @@ def temporary(path: Path) -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: `write` writes a temporary file, which is brought to the disk and renamed to `path`."""
+    """Write a file atomically: `write` writes a temporary file, which is flushed to the disk and renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary(path)
     try:
@@ -50,17 +50,17 @@ def sync(path: Path) -> None:
 
 
 def identity(path: Path) -> FileIdentity:
-    """The size and the SHA-256 of a file."""
+    """Return the size and the SHA-256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def is_as_recorded(path: Path, record: FileIdentity, since: int | None) -> bool:
-    """Whether a file is there with the recorded size and content.
+    """Whether a file exists with the recorded size and content.
 
-    since: a time in nanoseconds; the content of a file that was neither written, renamed nor replaced at or after it
-    is not read again. None reads every file.
+    since: a time in nanoseconds; a file that was not written, renamed or replaced since then is not read again. None
+    reads every file.
     """
     try:
         about = os.lstat(path)
@@ -74,7 +74,7 @@ def is_as_recorded(path: Path, record: FileIdentity, since: int | None) -> bool:
 
 
 def sink(path: Path) -> "pyarrow.OSFile":
-    """The file, open for Arrow to write to, also where its name is not UTF-8."""
+    """Open the file for writing by Arrow, even if its name is not UTF-8."""
     return arrow().OSFile(os.fsencode(path), "wb")
 
 
@@ -99,20 +99,20 @@ def write_table(table: "pyarrow.Table", path: Path, kind: str) -> None:
 
 
 def parquet_options(schema: "pyarrow.Schema") -> dict[str, Any]:
-    """The options for writing Parquet: dictionaries for text only, because numbers are written faster without and no
-    larger."""
+    """Return the options for writing Parquet: dictionaries for text only, because numbers are written faster without
+    them and take no more space."""
     words = [f.name for f in schema if arrow().types.is_string(f.type)]
     return {"use_dictionary": words, "write_statistics": False}
 
 
 def with_source(table: "pyarrow.Table", source: str) -> "pyarrow.Table":
-    """The table with a first column `source` that holds the name of its source."""
+    """Return the table with a first column `source`, the name of its source."""
     pa = arrow()
     return table.add_column(0, "source", pa.array([source] * table.num_rows, pa.string()))
 
 
 def flat(table: "pyarrow.Table", fixed: bool = True) -> "pyarrow.Table":
-    """The table with lists written as text, for formats without lists. fixed: also lists of one length."""
+    """Return the table with lists as text, for formats without lists. fixed: also lists of one length."""
     pa = arrow()
     for place, column in enumerate(table.schema):
         if pa.types.is_nested(column.type) and (fixed or not pa.types.is_fixed_size_list(column.type)):
