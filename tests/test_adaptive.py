@@ -280,8 +280,8 @@ def test_a_clear_answer_is_decided_early():
         (lambda: predictor()(torch.randn(3, 5), tolerance=LabelDecided), "standard error or a rule.*got <class"),
         (lambda: predictor()(torch.randn(3, 5), deadline=0.0), "positive number of seconds"),
         (lambda: predictor()(torch.randn(3, 5), deadline="1"), "positive number of seconds, got '1'"),
-        (lambda: predictor()(torch.randn(3, 5), samples=True, deadline=1.0), "no samples=True"),
-        (lambda: predictor(estimator="moments")(torch.randn(3, 5), tolerance=0.1), "no moments"),
+        (lambda: predictor()(torch.randn(3, 5), samples=True, deadline=1.0), "neither with samples=True"),
+        (lambda: predictor(estimator="moments")(torch.randn(3, 5), tolerance=0.1), "nor with estimator='moments'"),
         (lambda: predictor()(torch.randn(3, 5), tolerance=ThresholdDecided(0.5)), "of=class"),
         (lambda: predictor()(torch.randn(3, 5), tolerance=ThresholdDecided(0.5, of=7)), "of=7"),
         (

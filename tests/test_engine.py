@@ -172,7 +172,7 @@ def test_bits_do_not_depend_on_the_batch_where_that_is_asked_for():
     for tiles in (1, 64, 128):
         assert predictor(batch_invariant=True, tiles=tiles).tiles == (tiles,)
     for tiles in (8, (1, 64)):
-        with pytest.raises(ValueError, match="one size of tiles, 1 or a multiple of 64"):
+        with pytest.raises(ValueError, match="one tile size, 1 or a multiple of 64"):
             predictor(batch_invariant=True, tiles=tiles)
 
 
@@ -273,7 +273,7 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so_once(monkeypatch, cap
         raise RuntimeError("inductor") from InvalidCxxCompiler("no g++")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile)
-    vbdl.compiling.compiler._said.clear()
+    vbdl.compiling.compiler._warned.clear()
     x = torch.randn(13, 3)
     with caplog.at_level(logging.WARNING, logger="vbdl"):
         found = predictor(compile=True, chunk_size=chunk_size)(x)
@@ -331,22 +331,22 @@ def test_rows_that_do_not_fit_are_refused_in_one_error_and_no_log(caplog, monkey
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(n_samples=0), "n_samples is at least 1, got 0"),
-        (dict(n_samples=-3), "n_samples is at least 1"),
+        (dict(n_samples=0), "n_samples must be at least 1, got 0"),
+        (dict(n_samples=-3), "n_samples must be at least 1"),
         (dict(tiles=()), "tiles"),
         (dict(tiles=(0, 8)), "tiles"),
         (dict(chunk_size=0), "chunk_size"),
-        (dict(n_samples=8.0), "n_samples is a whole number, got 8.0"),
-        (dict(n_samples="8"), "n_samples is a whole number, got '8'"),
-        (dict(n_samples=True), "n_samples is a whole number, got True"),
-        (dict(seed=1.5), "seed is a whole number, got 1.5"),
-        (dict(tiles="64"), "each size in tiles is a whole number, got '64'"),
-        (dict(tiles=(64.0,)), "each size in tiles is a whole number, got 64.0"),
-        (dict(chunk_size=2.0), "chunk_size is a whole number"),
-        (dict(memory_budget="1GB"), "memory_budget is a whole number"),
-        (dict(autocast=True), "autocast is torch.bfloat16, torch.float16 or None, got True"),
-        (dict(autocast="bfloat16"), "autocast is torch.bfloat16"),
-        (dict(autocast=torch.int8), "autocast is torch.bfloat16"),
+        (dict(n_samples=8.0), "n_samples must be a whole number, got 8.0"),
+        (dict(n_samples="8"), "n_samples must be a whole number, got '8'"),
+        (dict(n_samples=True), "n_samples must be a whole number, got True"),
+        (dict(seed=1.5), "seed must be a whole number, got 1.5"),
+        (dict(tiles="64"), "each size in tiles must be a whole number, got '64'"),
+        (dict(tiles=(64.0,)), "each size in tiles must be a whole number, got 64.0"),
+        (dict(chunk_size=2.0), "chunk_size must be a whole number"),
+        (dict(memory_budget="1GB"), "memory_budget must be a whole number"),
+        (dict(autocast=True), "autocast must be torch.bfloat16, torch.float16 or None, got True"),
+        (dict(autocast="bfloat16"), "autocast must be torch.bfloat16"),
+        (dict(autocast=torch.int8), "autocast must be torch.bfloat16"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_reason(settings, message):

@@ -193,7 +193,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     "q, message",
     [
-        (lambda: vbdl.DeepEnsemble(mlp(), 3), "members of an ensemble are few"),
+        (lambda: vbdl.DeepEnsemble(mlp(), 3), "An ensemble has few members"),
         (lambda: vbdl.MCDropout(Attention()), "no rule for aten._softmax"),
         (
             lambda: vbdl.MCDropout(nn.Sequential(nn.Linear(5, 8), nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(8, 3))),
@@ -215,7 +215,7 @@ def test_draws_are_refused():
         predict.log_prob(x, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="predicts by sampling"):
         predict.save("unused")
-    with pytest.raises(ValueError, match="estimator is"):
+    with pytest.raises(ValueError, match="estimator must be"):
         predict.replace(estimator="moment")
     with pytest.raises(ValueError, match="leave out autocast"):
         predict.replace(autocast=torch.bfloat16)(x)

@@ -1,4 +1,4 @@
-"""Predicts: executions of posteriors, tiles of rows, plans, adaptive draws, moments."""
+"""The prediction engine: predictors, execution plans, adaptive numbers of draws and moment propagation."""
 
 from vbdl import former
 

@@ -1,12 +1,13 @@
-"""Rules for stopping: after each step of draws, a rule says which rows have a settled answer and need no more draws.
+"""Stopping rules: after each step of draws, a rule says which rows are settled, that is, need no more draws.
 
     predict(x, tolerance=0.01)                      standard error of every probability (or mean) at most 0.01
     predict(x, tolerance=LabelDecided(0.95))        the label of infinitely many draws, with this confidence
     predict(x, tolerance=ThresholdDecided(0.2, of=1))   which side of 0.2 the probability of class 1 is on
-    predict(x, deadline=0.005)                      what five milliseconds allow
+    predict(x, deadline=0.005)                      as many steps of draws as fit into five milliseconds
 
-The rules of decisions look after every step and stay valid however often they look: they bet on the draws. A
-non-negative supermartingale that starts at 1 reaches 1 / alpha with probability at most alpha, ever (Ville, 1939).
+`LabelDecided` and `ThresholdDecided` are sequential tests by betting, valid however often they look at the draws: a
+bettor's wealth that starts at 1 and is a non-negative supermartingale if the decision is wrong ever reaches 1 / alpha
+with probability at most alpha (Ville, 1939).
 
 Waudby-Smith and Ramdas, Estimating Means of Bounded Random Variables by Betting, JRSS B 2024,
 https://arxiv.org/abs/2010.09686
@@ -24,41 +25,44 @@ from torch import Tensor
 
 from vbdl.types import State
 
-LEAST_DRAWS = 16  # before a standard error is believed
-LOOKS = 16  # steps the draws are divided into, of at least 8
+LEAST_DRAWS = 16  # fewer draws are not enough to estimate a standard error from
+LOOKS = 16  # the most steps that the draws are divided into; a step has at least 8 draws
 
 # bet sizes, as fractions of the largest that cannot go bankrupt; a mixture of them works for small and large margins
 _STAKES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.95)
 
 
 def step_size(n_samples: int) -> int:
-    """The number of draws in a step of a predictor of so many samples."""
+    """The number of draws in one step of a predictor with `n_samples` draws."""
     return min(n_samples, max(8, -(-n_samples // LOOKS)))
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """A rule says after each step of draws which rows are settled."""
+    """A stopping rule: says after each step of draws which rows are settled."""
 
     @property
     def bets(self) -> bool:
-        """True if the rule reads the probabilities of each draw, False if the fields of the prediction suffice."""
+        """True if the rule needs the probabilities of each draw, False if the prediction's fields are enough."""
         ...
 
     def update(self, state: State, draws: Tensor) -> State:
-        """The rule's state after the probabilities of more draws, (draws, rows, ...); the first state is {}."""
+        """Return the rule's state after more draws.
+
+        state: {} at first. draws: the probabilities of each new draw, (draws, rows, ...).
+        """
         ...
 
     def settled(self, fields: State, count: int, state: State) -> Tensor:
-        """(rows,) bool: which rows need no more draws, given the fields of the prediction from `count` draws."""
+        """Return which rows need no more draws, (rows,) bool, given the prediction's fields after `count` draws."""
         ...
 
 
 @dataclass(frozen=True)
 class StandardError:
-    """A row is settled when the standard error of each of its means, probabilities or outputs, is at most `at_most`.
+    """A rule that settles a row once the standard error of each of its probabilities (or means) is at most `at_most`.
 
-    A standard error is an estimate itself: it is believed from 16 draws on.
+    The standard error is itself estimated from the draws, so no row is settled with fewer than 16.
     """
 
     at_most: float
@@ -66,7 +70,7 @@ class StandardError:
 
     def __post_init__(self):
         if not (self.at_most > 0 and math.isfinite(self.at_most)):
-            raise ValueError(f"a tolerance is a standard error, positive and finite, got {self.at_most}")
+            raise ValueError(f"a tolerance is a standard error and must be positive and finite, got {self.at_most}")
 
     def update(self, state: State, draws: Tensor) -> State:
         return state
@@ -80,12 +84,12 @@ class StandardError:
 
 @dataclass(frozen=True)
 class LabelDecided:
-    """A row is settled when its label is, with this confidence, the one that infinitely many draws would give.
+    """A rule that settles a row once its label is, with this confidence, that of infinitely many draws.
 
-    The label of the first step is held against every other class on the draws that follow: against class b the stake
-    is on p(label) - p(b), whose mean is not positive if b is the better one. One bet alone has to be lost for an
-    error, the one against the best class, so that no share of alpha is lost to the number of classes or of looks.
-    Bernoulli: which side of 0.5.
+    The first step of draws names a label. Later draws test it against every other class b by betting on
+    p(label) - p(b), whose mean is not positive if b is the more probable class. The rule errs only if the bet against
+    the truly most probable class succeeds by chance, so alpha = 1 - confidence needs no correction for the number of
+    classes or looks. For a Bernoulli likelihood it decides on which side of 0.5 the probability lies.
     """
 
     confidence: float = 0.95
@@ -115,11 +119,11 @@ class LabelDecided:
 
 @dataclass(frozen=True)
 class ThresholdDecided:
-    """A row is settled when it is known, with this confidence, on which side of a threshold its probability lies.
+    """A rule that settles a row once it is decided, with this confidence, on which side of a threshold p lies.
 
-    The probability is the one that infinitely many draws would give. of: its class; not given for Bernoulli. The
-    answer is wrong with a probability of at most 1 - confidence, row by row, however often the rule looks: of the two
-    bets, that the probability is above and that it is below, only one can be lost.
+    p is the probability that infinitely many draws would give to class `of` (None for a Bernoulli likelihood). The
+    decision is wrong with a probability of at most 1 - confidence for each row, however often the rule looks: it bets
+    that p is above and that p is below, and only one of the two can be wrong.
     """
 
     threshold: float
@@ -130,12 +134,13 @@ class ThresholdDecided:
     def __post_init__(self):
         _check_confidence(self.confidence)
         if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"a threshold of a probability lies between 0 and 1, got {self.threshold}")
+            raise ValueError(f"a threshold of a probability must lie between 0 and 1, got {self.threshold}")
 
     def update(self, state: State, draws: Tensor) -> State:
         if self.of is not None:
             if not -draws.shape[-1] <= self.of < draws.shape[-1]:
-                raise ValueError(f"there are {draws.shape[-1]} classes, and of={self.of}")
+                n_classes = draws.shape[-1]
+                raise ValueError(f"there are {n_classes} classes, and of={self.of}: pass a class below {n_classes}")
             draws = draws[..., self.of]
         elif _over_classes(draws):
             raise ValueError(
@@ -155,32 +160,38 @@ class ThresholdDecided:
 
 
 def as_rule(tolerance: Any) -> Rule:
-    """The rule that a tolerance stands for: a number is a `StandardError`. Raises TypeError for anything else."""
+    """The rule that a tolerance stands for: a number becomes a `StandardError`, a rule stays as it is.
+
+    Raises TypeError for anything else.
+    """
     if isinstance(tolerance, Real) and not isinstance(tolerance, bool):
         return StandardError(float(tolerance))
     if isinstance(tolerance, type) or not isinstance(tolerance, Rule):
         raise TypeError(
-            f"a tolerance is a standard error or a rule of vbdl.adaptive, like LabelDecided(0.95), got {tolerance!r}"
+            f"tolerance must be a standard error or a rule of vbdl.adaptive, like LabelDecided(0.95), got {tolerance!r}"
         )
     return tolerance
 
 
 def _check_confidence(confidence: float) -> None:
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"a confidence lies between 0 and 1, got {confidence}")
+        raise ValueError(f"a confidence must lie between 0 and 1, got {confidence}")
 
 
 def _over_classes(draws: Tensor) -> bool:
-    """Whether the last axis runs over classes whose probabilities sum to one."""
+    """True if the last axis of the draws runs over classes: their probabilities sum to one."""
     return draws.ndim > 2 and torch.allclose(draws.sum(-1), draws.new_ones(()), atol=1e-3)
 
 
 def _won(gains: Tensor, largest_loss: float) -> Tensor:
-    """The log wealth of each bet size after these gains: (draws, ...) at least -largest_loss -> (..., stakes)."""
+    """The log wealth that each bet size wins on these gains.
+
+    gains: (draws, ...), each at least -largest_loss. Returns (..., stakes) float64.
+    """
     stakes = torch.tensor(_STAKES, dtype=torch.float64, device=gains.device) / largest_loss
     return torch.log1p(gains.double().unsqueeze(-1) * stakes).sum(0)
 
 
 def _log_wealth(each: Tensor) -> Tensor:
-    """The log of the wealth averaged over bet sizes: (..., stakes) -> (...)."""
+    """The log of the average wealth over bet sizes, (..., stakes) -> (...)."""
     return each.logsumexp(-1) - math.log(len(_STAKES))

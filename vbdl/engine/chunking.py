@@ -1,7 +1,7 @@
-"""The draws of an execution in calls of one size: the graph cut for that many draws, and its compiled calls.
+"""Chunking: the draws of an execution divided into calls of one size, with the graph and compiled calls of that size.
 
-An execution has one chunking that its plan chose, and may be asked for others, like steps of few draws. All of them
-read the same weights.
+An execution has the chunking that its plan chose, and makes others on demand, for instance for the steps of few draws
+of an adaptive prediction. All of them read the same shared weights.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ from vbdl.types import State
 
 @dataclass
 class _Chunk:
-    """Some draws: their numbers, how many of them count (the last chunk repeats its last draw up to full size), and
-    what of theirs does not depend on the input, where it is kept."""
+    """The draws of one call. The last chunk is filled up by repeating its last draw; the repeats do not count."""
 
-    numbers: Tensor
-    count: int
-    kept: dict[str, Tensor] | None = None
+    numbers: Tensor  # (chunk,) int64, the numbers of the draws
+    count: int  # how many of them count
+    kept: dict[str, Tensor] | None = None  # values that do not depend on the input, such as masks, if they are kept
 
 
 class Chunking:
-    """All draws of an execution, `draws` in a call.
+    """All draws of an execution, divided into calls of `draws` draws each.
 
-    keep: hold what does not depend on the input, like masks and drawn weights, instead of making it in every call.
-    cut: the graph for as many draws, if it is there already; otherwise it is traced when it is first needed.
+    keep: keep values that do not depend on the input, such as masks and drawn weights, instead of computing them again
+        in every call.
+    cut: the cut graph for `draws` draws, if it exists; otherwise it is traced when it is first needed.
     """
 
     def __init__(self, traced: Traced, draws: int, keep: bool, cut: Cut | None = None):
@@ -42,30 +42,33 @@ class Chunking:
             for start in range(0, n_samples, draws)
         ]
         self._programs: dict[tuple[int, str], Program] = {}
-        self._once: dict[str, Tensor] | None = None  # what depends on neither draw nor input, one for all chunks
+        self._once: dict[str, Tensor] | None = None  # values that depend on neither draw nor input, for all chunks
 
     def __len__(self) -> int:
         """The number of calls."""
         return len(self._chunks)
 
     def count(self, index: int) -> int:
-        """The number of draws in one of the calls."""
+        """The number of draws that count in the call with this index."""
         return self._chunks[index].count
 
     @property
     def cut(self) -> Cut:
-        """The regions of the graph of one call."""
+        """The graph of one call, cut into regions."""
         if self._cut_once is None:
             self._cut_once = self._traced.cut(self._chunks[0].numbers)
         return self._cut_once
 
     def parameters_like(self) -> tuple[torch.Size, torch.dtype]:
-        """Shape of the parameters of p(y | x) for one draw and one tile, and their dtype."""
+        """The shape (rows, ...) and the dtype of the parameters of p(y | x) for one draw and one tile."""
         parameters = self.cut.values[self.cut.outputs[0]].meta["val"]
         return parameters.shape[1:], parameters.dtype
 
     def inputs(self, tile: Flat) -> dict[str, Tensor]:
-        """The tile by placeholder; with several calls, also what the layers before the first random one make of it."""
+        """The tile's tensors by placeholder name, to pass to `run`.
+
+        With several calls, the layers before the first random one run here, once, and their outputs are added.
+        """
         names = self.cut.placeholders[-len(tile.tensors) :]
         values = dict(zip(names, tile.tensors, strict=True))
         if len(self) > 1 and not self.cut.regions[PREFIX].empty:
@@ -74,21 +77,27 @@ class Chunking:
         return values
 
     def run(self, index: int, end: str, inputs: dict[str, Tensor], carried: State | None = None) -> State:
-        """One of the calls on these `inputs`, to its end: "parameters" of its draws, "sums" of them added to `carried`,
-        or "fields" of the prediction where all draws are in one call."""
+        """Run the call with this index on `inputs`.
+
+        end: what it returns: "parameters", the parameters of p(y | x) of each draw; "sums", the running sums `carried`
+        with its draws added; or "fields", the prediction's fields, if one call holds all draws.
+        """
         chunk = self._chunks[index]
         program = self._program(chunk.count, end, list(carried or {}))
         return program({**self._drawn(chunk), **inputs}, carried or {})
 
     def ready(self) -> Ready | None:
-        """The compiled call of one tile alone, if it has been made and all that it needs besides the tile is kept."""
+        """The compiled call as a function of the tile alone, or None before it is compiled or if draws are not kept."""
         program, kept = self._programs.get((self.count(0), "fields")), self._chunks[0].kept
         if program is None or kept is None or self._traced.tile.structure != TENSOR:
             return None
         return program.ready(kept, self.cut.placeholders[-1])
 
     def _program(self, count: int, end: str, carried: Sequence[str] = ()) -> Program:
-        """The call of this many draws that has this end; "prefix" is the layers before the first random one alone."""
+        """The program for a call in which `count` draws count, made once.
+
+        end: as in `run`, or "prefix" for just the layers before the first random one.
+        """
         key = (count, end)
         if key not in self._programs:
             traced = self._traced
@@ -102,7 +111,7 @@ class Chunking:
         return self._programs[key]
 
     def _drawn(self, chunk: _Chunk) -> dict[str, Tensor]:
-        """What of a chunk does not depend on the input: made once where the plan keeps it."""
+        """The chunk's values that do not depend on the input, by name; computed once if the plan keeps them."""
         if chunk.kept is not None:
             return chunk.kept
         cut, arguments = self.cut, self._traced.arguments(chunk.numbers)
@@ -118,7 +127,7 @@ class Chunking:
         return values
 
     def _region(self, which: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a region of the graph makes of these values."""
+        """Run one region of the graph on these values, and return its outputs by name."""
         region = self.cut.regions[which]
         if region.empty:
             return {}

@@ -1,6 +1,6 @@
-"""One architecture at one shape of input: traced, cut, planned, and ready to be called in chunks of draws.
+"""An execution: one model at one shape of input, traced, planned and ready to be called in chunks of draws.
 
-Calls share nothing that they write to, so threads may call an execution together once each call has been compiled.
+Calls share no data that they write to, so several threads may use an execution at once after each call is compiled.
 """
 
 import torch
@@ -19,10 +19,10 @@ from vbdl.types import State
 
 
 class Execution:
-    """The draws 0, 1, ... of one model, on tiles of one shape.
+    """The execution of draws 0, 1, ..., n_samples - 1 of one model on tiles of one shape.
 
-    traced: what its graphs are made from. plan: how the draws are executed, and why. Raises ValueError where the module
-    cannot be executed, with the reason.
+    traced: the model as graphs. plan: how the draws are executed, and why. Raises ValueError, with the reason, if the
+    module cannot be executed.
     """
 
     def __init__(
@@ -33,24 +33,24 @@ class Execution:
         n_samples: int,
     ):
         self.likelihood, self.n_samples = model.likelihood, n_samples
-        self.compiled: set[str] = set()  # names of the calls that are compiled, which need no lock any more
+        self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
         with torch.no_grad(), tracing():
             model.posterior.prepare(tile.nested)
             self.traced = Traced(model, tile, settings, n_samples)
             self.plan, self._whole = self._planned()
-        self._chunkings = {self.plan.chunk: self._whole}  # by draws in a call
+        self._chunkings = {self.plan.chunk: self._whole}  # number of draws in a call -> chunking
         self.parameter_shape, self._dtype = self._whole.parameters_like()
 
     def _planned(self) -> tuple[Plan, Chunking]:
-        """The plan that few draws lead to, and the calls that it chooses; the module is checked on the way."""
+        """Check the module and trace a draw or two; return the plan chosen from that graph, and its chunking."""
         traced, model = self.traced, self.traced.model
         first = {**traced.shared, **select(traced.entries(torch.arange(1)), 0)}
         outputs = run_plainly(model, first, traced.tile)
         few, n_few, reasons = traced.probe()
         if few.random:
             raise NotImplementedError(
-                f"the module calls {few.random} in prediction, which draws from torch's generator: no seed of a "
-                f"predictor reaches it. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
+                f"the module calls {few.random} in prediction, which draws from torch's generator and ignores the "
+                f"predictor's seed. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
             )
         check_apart(outputs, model, first, traced.tile)
         if not few.output_depends_on_draw:
@@ -71,38 +71,38 @@ class Execution:
         return plan, Chunking(traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None)
 
     def chunking(self, draws: int) -> Chunking:
-        """All draws in calls of at most this many, beside the calls that the plan chose."""
+        """The chunking of all draws into calls of at most `draws` each; made once for each number."""
         draws = min(draws, self.n_samples)
         return self._chunkings.setdefault(draws, Chunking(self.traced, draws, self.plan.keep_draws))
 
     @property
     def one_call(self) -> bool:
-        """True if all draws are made in one call."""
+        """True if one call executes all draws."""
         return len(self._whole) == 1
 
     def empty_sums(self) -> State:
-        """Running sums of no draws, on one tile, in the dtype that draws add to: it is compiled for."""
+        """Running sums of zero draws for one tile, in the shapes and dtypes that the "sums" calls are compiled for."""
         device = self.traced.device
-        none = torch.zeros((1, *self.parameter_shape), dtype=self._dtype, device=device)
-        return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(none).items()}
+        zeros = torch.zeros((1, *self.parameter_shape), dtype=self._dtype, device=device)
+        return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(zeros).items()}
 
     def fields(self, tile: Flat) -> State:
-        """The fields of the prediction of a tile, where all draws are made in one call."""
+        """The prediction's fields for a tile; only if `one_call`."""
         return self._whole.run(0, "fields", self._whole.inputs(tile))
 
     def ready(self) -> Ready | None:
-        """The compiled call of one tile alone, if it has been made and all that it needs besides the tile is kept."""
+        """The compiled call as a function of the tile alone, or None before it is compiled or if draws are not kept."""
         return self._whole.ready()
 
     def sums(self, tile: Flat, carried: State) -> State:
-        """The running sums of a tile with these draws added."""
+        """Add all draws of this execution to a tile's running sums, and return the new sums."""
         inputs = self._whole.inputs(tile)
         for index in range(len(self._whole)):
             carried = self._whole.run(index, "sums", inputs, carried)
         return carried
 
     def parameters(self, tile: Flat) -> Tensor:
-        """(samples, rows, ...) the parameters of p(y | x) of each draw."""
+        """The parameters of p(y | x) of each draw, (samples, rows, ...)."""
         inputs = self._whole.inputs(tile)
         each = [self._whole.run(index, "parameters", inputs)["parameters"] for index in range(len(self._whole))]
         return torch.cat(each)

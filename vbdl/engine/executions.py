@@ -1,4 +1,4 @@
-"""The executions of one posterior, by shape of tile: each is made when it is first needed, by one thread at a time."""
+"""The executions of one posterior by the shape of the tile, each made when it is first needed."""
 
 import contextlib
 import threading
@@ -20,19 +20,20 @@ Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
 
 class Executions:
-    """For each shape of tile, one execution of every architecture in the posterior, with its share of the draws.
+    """A table of executions: for each shape of tile, one for every part (architecture) of the posterior.
 
-    sealed: nothing is traced or compiled any more; what would have to be raises RuntimeError.
+    The parts of a posterior share the draws. sealed: if True, nothing more is traced or compiled, and a call that would
+    need it raises RuntimeError. Threads may use one table; one thread at a time traces and compiles.
     """
 
     def __init__(self, posterior: Any, likelihood: Any, settings: PredictorSettings, device: torch.device):
         self.posterior, self.likelihood, self.settings, self.device = posterior, likelihood, settings, device
-        self.by_shape: dict[Key, list[Any]] = {}  # of Execution, or of MomentExecution
+        self.by_shape: dict[Key, list[Any]] = {}  # lists of Execution or of MomentExecution
         self.sealed = False
         self._lock = threading.RLock()
 
     def of(self, tile: Flat) -> list[Any]:
-        """The executions for tiles like this one."""
+        """The executions, one for each part, for tiles of this tile's shapes and dtypes; made if there are none yet."""
         key = (tile.structure, tuple((tuple(t.shape), t.dtype) for t in tile.tensors))
         executions = self.by_shape.get(key)
         if executions is not None:
@@ -41,7 +42,7 @@ class Executions:
             shapes = [(list(t.shape[1:]), str(t.dtype)) for t in tile.tensors]
             raise RuntimeError(
                 f"rows of shape {shapes} in tiles of {tile.rows} were not warmed up, and compiling "
-                f"after warm_up is refused: warm_up with such an example and batch size"
+                f"after warm_up is refused: call warm_up with such an example and batch size"
             )
         with self._lock:
             if key not in self.by_shape:
@@ -49,7 +50,7 @@ class Executions:
             return self.by_shape[key]
 
     def make(self, tile: Flat) -> list[Any]:
-        """New executions for tiles like this one, traced on it and not kept here."""
+        """Make new executions for tiles like this one by tracing with it; they are not kept in the table."""
         executions: list[Any] = []
         start = 0
         kind = MomentExecution if self.settings.estimator == "moments" else Execution
@@ -67,15 +68,17 @@ class Executions:
             start += count
             forget(part.module)
         if len(shapes := {e.parameter_shape for e in executions}) > 1:
-            raise ValueError(f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}")
+            raise ValueError(
+                f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}. Give all members "
+                f"the same output shape"
+            )
         return executions
 
     @contextlib.contextmanager
     def compiling(self, executions: list[Any], *calls: str) -> Iterator[None]:
-        """Run calls of these executions, which are compiled the first time: by one thread at a time then, and by any
-        number of threads afterwards, because later calls share nothing that they write to.
+        """A context to run these calls in: under a lock as long as they are not compiled, and without one afterwards.
 
-        calls: their names, like "sums" or "parameters".
+        calls: names such as "sums" or "parameters". Compiled calls share no data that they write to.
         """
         compiled = executions[0].compiled
         if compiled.issuperset(calls):
@@ -85,7 +88,7 @@ class Executions:
         if self.sealed:
             raise RuntimeError(
                 "the parameters of each draw, a tolerance or a deadline were not warmed up, and compiling after "
-                "warm_up is refused: warm_up(..., samples=True) for the parameters of each draw, "
+                "warm_up is refused: call warm_up(..., samples=True) for the parameters of each draw, "
                 "warm_up(..., adaptive=True) for a tolerance or a deadline"
             )
         with self._lock, outside_autocast(self.device):
@@ -93,7 +96,7 @@ class Executions:
         compiled.update(calls)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the lock and the compiled calls, which are made again."""
+        """The state to copy or pickle, without the lock and the executions: a copy traces and compiles again."""
         return {**vars(self), "by_shape": {}, "sealed": False, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,7 +104,7 @@ class Executions:
 
 
 def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context without autocast: one around the call of a user would be compiled in by whoever calls first."""
+    """A context that switches autocast off, so that a user's autocast around the first call is not compiled in."""
     if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()  # entering one takes 10 us
+        return contextlib.nullcontext()  # entering torch.autocast takes 10 us
     return torch.autocast(device.type, enabled=False)

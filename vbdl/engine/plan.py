@@ -1,6 +1,7 @@
-"""A plan says how the draws are executed: mapped together or one by one, in chunks of how many, and what is kept.
+"""The execution plan: it maps draws together or runs them one by one, sets their number in a call, and may keep them.
 
-Chosen from the traced graph alone: its sizes say what memory a draw takes, its cut what depends on the draw only.
+A plan is chosen from the traced graph alone: its tensor sizes give the memory of a draw, and its regions say what
+depends on the draw but not on the input.
 """
 
 from dataclasses import dataclass
@@ -9,31 +10,31 @@ import torch
 
 from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region
 
-# Activations of a chunk. On a CPU past a few MiB a larger chunk saves no more overhead and leaves every cache
-# (`docs/speed.md`); an accelerator wants many rows in flight, and few launches.
+# Activations of a chunk, in bytes. On a CPU, chunks beyond a few MiB save no more overhead and fit into no cache
+# (`docs/speed.md`); an accelerator needs many rows at once and few kernel launches.
 _CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 8 * 2**20, 256 * 2**20
-_PRODUCT_BYTES = 2 * 2**20  # of matrix products on a CPU, where one call would not do: they lose little by more calls
+_PRODUCT_BYTES = 2 * 2**20  # for a network without convolutions on a CPU that needs several calls: they cost it little
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the draws of one architecture are executed on one shape of input, with the reasons."""
+    """The plan for the draws of one model on one shape of input, with the reasons for it."""
 
     strategy: str  # "stacked": draws mapped with vmap; "loop": one after the other
     n_samples: int
     chunk: int  # draws in one call
     tile: int  # rows in one call
-    keep_draws: bool  # masks and weights are made once and kept; otherwise made again for every call
-    draw_bytes: int  # of one draw's masks and weights
-    activation_bytes: int  # of one draw's activations, for one tile
-    once_flops: int  # paid when the plan is made
-    draw_flops: int  # for one draw, paid once if kept
-    prefix_flops: int  # for one tile, whatever the number of draws
-    body_flops: int  # for one draw and one tile
-    reasons: tuple[str, ...]  # of each choice, and of what was rejected
+    keep_draws: bool  # True: masks and weights are drawn once and kept; False: drawn again in every call
+    draw_bytes: int  # bytes of one draw's masks and weights
+    activation_bytes: int  # bytes of one draw's activations, for one tile
+    once_flops: int  # flops of what depends on neither draw nor input, computed once
+    draw_flops: int  # flops of one draw's masks and weights, computed once if kept
+    prefix_flops: int  # flops of one tile before the first random layer, whatever the number of draws
+    body_flops: int  # flops of one draw and one tile
+    reasons: tuple[str, ...]  # one sentence for each choice
 
     def explain(self) -> str:
-        """The plan in words and figures, a line each."""
+        """Describe the plan in words and figures, one line for each."""
         kept = self.n_samples * self.draw_bytes
         per_tile = self.prefix_flops + self.n_samples * (self.body_flops + (0 if self.keep_draws else self.draw_flops))
         lines = [
@@ -58,9 +59,10 @@ def choose(
     chunk_size: int | None,
     reasons: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan for a graph traced with `traced_draws` draws.
+    """Choose the plan for a graph that was traced with `traced_draws` draws.
 
-    Half the budget is for kept draws and half for activations. Raises ValueError where one draw alone is over it.
+    memory_budget: bytes; half is for kept draws, half for activations. Raises ValueError if the activations of a single
+    draw need more than their half.
     """
     draw_bytes = cut.kept_bytes() // traced_draws
     activation_bytes = max(1, cut.regions[BODY].peak_bytes() // traced_draws)
@@ -70,25 +72,26 @@ def choose(
             f"one draw of {tile} rows needs {_bytes(activation_bytes)} of activations, more than half of the "
             f"memory budget of {_bytes(memory_budget)}: use smaller tiles or a larger memory_budget"
         )
-    said = list(reasons)
+    reasons_so_far = list(reasons)
     keep = n_samples * draw_bytes <= half
     if chunk_size is not None:
         chunk = min(chunk_size, n_samples)
-        said.append(f"chunk_size={chunk_size} was asked for")
+        reasons_so_far.append(f"chunk_size={chunk_size} was asked for")
     elif strategy == "loop":
         chunk = 1
     else:
         within = _chunk_bytes(cut.regions[BODY], n_samples * activation_bytes)
         most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
-        if not keep:  # a chunk's draws are made for every call, and are in memory while it runs
+        if not keep:  # the draws of a chunk are in memory while its call runs
             most = max(1, min(most, half // draw_bytes))
-        chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, as even as can be
+        chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, of sizes as equal as possible
         if chunk < n_samples:
-            said.append(f"chunks keep the activations of a call within {_bytes(min(half, within))}")
+            reasons_so_far.append(f"chunks keep the activations of a call within {_bytes(min(half, within))}")
     if not keep:
-        said.append(f"{_bytes(n_samples * draw_bytes)} of draws are more than half of memory_budget, so none is kept")
+        total = _bytes(n_samples * draw_bytes)
+        reasons_so_far.append(f"{total} of draws are more than half of memory_budget, so none is kept")
     if not cut.regions[PREFIX].empty and cut.regions[PREFIX].flops():
-        said.append("layers before the first random one run once for all draws")
+        reasons_so_far.append("layers before the first random one run once for all draws")
     return Plan(
         strategy=strategy,
         n_samples=n_samples,
@@ -101,15 +104,17 @@ def choose(
         draw_flops=cut.regions[DRAWN].flops() // traced_draws,
         prefix_flops=cut.regions[PREFIX].flops(),
         body_flops=cut.regions[BODY].flops() // traced_draws,
-        reasons=tuple(said),
+        reasons=tuple(reasons_so_far),
     )
 
 
 def _chunk_bytes(body: Region, total: int) -> int:
-    """The most bytes that the activations of one call may take; total: those of all draws.
+    """The most bytes that the activations of one call may take.
 
-    All draws go in one call if they fit. Otherwise a call takes what the cache next to a core holds, but more for a
-    convolution, which lays its weights out anew in every call, and on an accelerator, which has to be filled."""
+    total: the bytes of the activations of all draws. On a CPU all draws go into one call if their activations fit into
+    8 MiB. Otherwise a call gets 2 MiB, which the cache of a core holds; with convolutions 8 MiB, because a convolution
+    rearranges its weights in every call. An accelerator gets 256 MiB to be fully used.
+    """
     values = [n.meta.get("val") for n in body.nodes]
     if any(v.device.type != "cpu" for v in values if isinstance(v, torch.Tensor)):
         return _ACCELERATOR_CHUNK_BYTES

@@ -1,4 +1,4 @@
-"""Measures what a lower precision costs: predictions of a few rows against those of the same draws in float32."""
+"""The error of a lower precision: predictions with autocast against those of the same draws in float32."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrecisionError:
-    """The error of a lower precision in the predictive means of an example, as a probability or in the target's unit.
+    """The error that a lower precision makes in the predictive means of an example, in the means' unit.
 
-    largest: the largest difference from float32 with the same draws. standard_error: the standard error of the means
-    from sampling so few draws, averaged over rows and outputs; an error far below it is lost in that of sampling.
+    largest: the largest absolute difference from float32 with the same draws. standard_error: the standard error of
+    the means from sampling, averaged over rows and outputs; a precision error far below it does not matter.
     """
 
     dtype: torch.dtype
@@ -31,13 +31,13 @@ class PrecisionError:
 
 
 def against_float32(predictor: "Predictor", example: "Inputs") -> PrecisionError:
-    """Compare a predictor with autocast against the same draws in float32, which run once and uncompiled.
+    """Compare a predictor with autocast to the same draws in float32, run once and uncompiled.
 
-    Raises ValueError for a predictor that runs in float32.
+    Raises ValueError if the predictor has no autocast.
     """
     dtype = predictor.settings.autocast
     if dtype is None:
-        raise ValueError("this predictor runs in float32: there is nothing to compare, see autocast=")
+        raise ValueError("this predictor already runs in float32: pass one that was made with autocast=torch.bfloat16")
     low = predictor(example)
     full = predictor.replace(autocast=None, compile=False)(example)
     return PrecisionError(

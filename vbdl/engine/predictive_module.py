@@ -1,4 +1,4 @@
-"""A predictor in the place of the network it came from, where an `nn.Module` is expected."""
+"""A predictor wrapped as an `nn.Module`, to use in place of the network."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class PredictiveModule(nn.Module):
-    """model(x) returns the predictive probabilities, or the predictive mean, as one Tensor."""
+    """A module whose output is the predictive probabilities, or the predictive mean, as one Tensor (batch, ...)."""
 
     def __init__(self, predictor: "Predictor"):
         super().__init__()
@@ -17,6 +17,6 @@ class PredictiveModule(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         if args and kwargs:
-            raise TypeError("a predictor takes its inputs all by position or all by name")
+            raise TypeError("a predictor takes its inputs all by position or all by name, got both: use one of the two")
         x = kwargs if kwargs else (args[0] if len(args) == 1 else args)
         return self.predictor(x).mean

@@ -1,8 +1,7 @@
 """The predictor: a posterior and a likelihood as one compiled function of the input.
 
-It knows no method and no likelihood by name. Rows go through in tiles of a few sizes, padded, so that nothing is
-compiled for a new batch size; with one size, on a CPU, a row's result is the same bit for bit in whatever batch it
-comes.
+A batch is cut into tiles of a few fixed sizes and padded, so that a new batch size compiles nothing. With a single tile
+size, 1 or a multiple of 64, a row's result on a CPU is identical bit for bit in every batch.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, i
 
 
 def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method that takes inputs: an index error then names the ids and the embeddings."""
+    """Wrap a method that takes inputs, so that an index error names the ids that are out of an embedding's range."""
 
     @functools.wraps(method)
     def call(self: "Predictor", x: Inputs, *args: Any, **options: Any) -> Any:
@@ -41,9 +40,9 @@ def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, x, *args, **options)
         except (IndexError, RuntimeError) as error:
             modules = (part.module for part in self.posterior.parts)
-            if (said := outside_range(flatten(x).tensors, error, modules)) is None:
+            if (explained := outside_range(flatten(x).tensors, error, modules)) is None:
                 raise
-            raise said from error
+            raise explained from error
 
     return call
 
@@ -51,24 +50,27 @@ def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
 class Predictor:
     """The posterior predictive p(y | x), averaged over n_samples draws of the posterior.
 
-    posterior, likelihood: what `vbdl.fit` has trained. Both are copied: training them further changes nothing here.
-    n_samples: draws; every member of an ensemble, and 32 otherwise, unless given.
-    seed: the draws are those of this seed, the first 32 of 100 being the 32.
-    tiles: batch sizes to compile for, each when it is first needed; a batch is padded to the smallest that holds it or
-        cut into the largest. 1, 8 and 64 unless given: a row costs one row, and its result is the same in any batch
-        to float rounding.
-    batch_invariant: a row's result is the same bit for bit in whatever batch and place it comes (on a CPU), with one
-        size of tiles, 64 unless given, or 1 or another multiple of 64; a single row then costs 64.
-    compile: with False the same graph is run operation by operation.
-    memory_budget: bytes for kept draws and for activations, half each.
-    chunk_size: draws in one call; chosen from the memory budget unless given. Results do not depend on it.
-    autocast: run the network in this dtype (torch.bfloat16); statistics stay float32.
-    joint: draw the weights of mean-field layers, so that a sample is one network on all rows. Otherwise their outputs
-        are drawn where that has exactly the same distribution of every row (local reparameterization), which is
-        faster: means, variances, quantiles and covariances within a row agree, covariances across rows do not.
-    estimator: "sampling", or "moments": one pass with means and variances in place of draws, an approximation (see
-        `vbdl.engine.moments`) whose error against n_samples draws `explain` measures; its predictions count 0 samples.
-    device: where to run; the posterior's unless given.
+    posterior, likelihood: a pair trained by `vbdl.fit`. Both are copied, so training them further does not change
+        this predictor.
+    n_samples: the number of draws. Default: every member of an ensemble, 32 for other posteriors.
+    seed: the seed of the draws. Draw s is the same whatever n_samples is: 32 draws are the first 32 of 100.
+    tiles: the batch sizes to compile for, each when it is first needed. A batch is padded to the smallest tile that
+        holds it; a batch larger than every tile is cut into tiles of the largest size. Default 1, 8 and 64: a single
+        row costs one row, and its result is the same in every batch up to float rounding.
+    batch_invariant: guarantee that a row's result is identical bit for bit in every batch and at every place in it
+        (on a CPU). Needs a single tile size, 1 or a multiple of 64, by default 64; a single row then costs 64 rows.
+    compile: False runs the same graph operation by operation.
+    memory_budget: bytes; half is for draws kept between calls, half for activations.
+    chunk_size: the number of draws in one call, by default chosen from the memory budget. Results do not depend on it.
+    autocast: the dtype to run the network in, torch.bfloat16 or torch.float16; statistics stay float32.
+    joint: draw the weights of mean-field layers, so that a sample is one network for all rows. By default layer
+        outputs are drawn instead (local reparameterization) if that is faster and leaves the distribution of each row
+        exactly the same: means, variances, quantiles and covariances within a row agree, covariances between rows
+        do not.
+    estimator: "sampling", or "moments" for one deterministic pass that propagates means and variances. "moments" is an
+        approximation (see `vbdl.engine.moments`): `explain` measures its error against n_samples draws, and its
+        predictions have n_samples 0.
+    device: the device to run on, by default the posterior's.
 
     Thread-safe. Raises ValueError for input that the module cannot take, with the reason.
     """
@@ -109,11 +111,14 @@ class Predictor:
             joint=joint,
             estimator=estimator,
         )
-        own = likelihood.n_members
-        if own is not None and own != posterior.n_members:
-            raise ValueError(f"the likelihood was trained with {own} members, the posterior has {posterior.n_members}")
+        n_members = likelihood.n_members
+        if n_members is not None and n_members != posterior.n_members:
+            raise ValueError(
+                f"the likelihood was trained with {n_members} members, the posterior has {posterior.n_members}: pass "
+                f"the likelihood that was trained with this posterior"
+            )
         first = next(iter([*posterior.parameters(), *posterior.buffers()]))
-        self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" with its number
+        self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" gets its index
         self.posterior: Any = _frozen(posterior, self.device)
         self.likelihood: Any = _frozen(likelihood, self.device)
         self.likelihood.for_draws(self.settings.n_samples)
@@ -122,14 +127,14 @@ class Predictor:
         self._counted = self.n_samples if estimator == "sampling" else 0
         self._floating = floating_dtype(self.posterior)
         self.executions = Executions(self.posterior, self.likelihood, self.settings, self.device)
-        self._ready: dict[Any, Ready] = {}  # whole tiles by shape: the compiled call and nothing else
-        self.clock = time.perf_counter  # of deadlines, seconds
-        self.precision: PrecisionError | None = None  # of autocast, once measured
-        self.manifest: Any = None  # set by vbdl.load: what the artifact says beside the tensors
+        self._ready: dict[Any, Ready] = {}  # (shape, dtype, device) of a full tile -> its compiled call
+        self.clock = time.perf_counter  # seconds; deadlines are measured with it
+        self.precision: PrecisionError | None = None  # the error of autocast, once measured
+        self.manifest: Any = None  # the manifest of the artifact that vbdl.load read this predictor from
 
     @property
     def sealed(self) -> bool:
-        """True after `warm_up`: nothing is compiled any more."""
+        """True after `warm_up`: from then on nothing is compiled."""
         return self.executions.sealed
 
     # -- predicting
@@ -143,16 +148,19 @@ class Predictor:
         tolerance: "float | Rule | None" = None,
         deadline: float | None = None,
     ) -> Any:
-        """The prediction of each row: (batch, ...) inputs -> a prediction of the likelihood's kind.
+        """Predict each row: (batch, ...) inputs -> the likelihood's kind of prediction.
 
-        samples: keep each draw's parameters of p(y | x) too, (samples, batch, ...), which mixture quantiles and
-        densities need; memory grows with the number of draws.
-        tolerance: draw on only for rows that are not settled: a standard error of the mean in its unit, or a rule
-        (`LabelDecided`, `ThresholdDecided`, `StandardError` of `vbdl.adaptive`). n_samples is then the most a row gets.
-        deadline: seconds; the best answer in that time, of at least one step of draws.
-        With either, `prediction.n_samples` says how many draws each row is based on, (batch,) where they differ, and
-        the answer is that of a predictor of as many samples, to rounding: sums are merged step by step.
-        Inputs that require a gradient get it, from the same graph uncompiled; without a tolerance or a deadline.
+        samples: also keep the parameters of p(y | x) of each draw, (samples, batch, ...), which mixture quantiles and
+            densities need; memory grows with the number of draws.
+        tolerance: stop drawing for each row once its answer is settled: a number is the largest standard error of the
+            mean, in the mean's unit; or a rule (`LabelDecided`, `ThresholdDecided`, `StandardError` of
+            `vbdl.adaptive`). n_samples is then the largest number of draws of a row.
+        deadline: seconds; stop drawing when the time is up, but not before the first step of draws.
+
+        With a tolerance or a deadline, draws are made in steps, and `prediction.n_samples` is the number of draws
+        behind each row, (batch,) if rows differ. A row's answer equals that of a predictor with as many samples, up
+        to rounding. Inputs with requires_grad receive a gradient, computed by the same graph uncompiled, unless there
+        is a tolerance or a deadline.
         """
         # reading it applies torch.set_num_threads to this thread, so all threads give identical bits
         torch.get_num_threads()
@@ -175,18 +183,21 @@ class Predictor:
         return self.likelihood.prediction(fields, self._counted, kept)
 
     def stream(self, batches: Iterable[Inputs]) -> Iterator[Any]:
-        """A prediction for each batch, in memory of one batch."""
+        """Yield a prediction for each batch; only one batch is in memory at a time."""
         for x in batches:
             yield self(x)
 
     @_ids_in_words
     def log_prob(self, x: Inputs, y: Tensor) -> Tensor:
-        """(batch,) log p(y | x) in nats under the whole mixture: log mean over draws of p(y | x, draw)."""
+        """The log predictive density (or probability) of each target in nats: log mean over draws of p(y | x, draw).
+
+        x: (batch, ...). y: (batch, ...) targets. Returns (batch,).
+        """
         flat = self.check(x)
         rows, size = flat.rows, self.settings.tile_for(flat.rows)
         y = torch.as_tensor(y, device=self.device)
         if y.shape[:1] != (rows,):
-            raise ValueError(f"there are {rows} rows and targets {tuple(y.shape)}")
+            raise ValueError(f"there are {rows} rows and targets {tuple(y.shape)}: pass one target for each row")
         parts = []
         for number, tile in enumerate(self.tiles_of(flat)):
             start = number * size
@@ -206,11 +217,14 @@ class Predictor:
         samples: bool = False,
         adaptive: bool = False,
     ) -> "Predictor":
-        """Compile all that batches of these sizes need, for rows like the example's.
+        """Compile everything that batches of these sizes need, and return the predictor.
 
-        samples, adaptive: also what predictions with samples, or with a tolerance or deadline, need.
-        With autocast, `precision` then holds the error against float32 on the example, which `explain` prints.
-        Nothing is compiled afterwards: a batch of a shape that was not warmed up raises. Returns the predictor.
+        example: inputs of at least one row; later rows must have the same shapes and dtypes.
+        samples: also compile calls with samples=True.
+        adaptive: also compile calls with a tolerance or a deadline.
+
+        Afterwards nothing is compiled: an input whose shape was not warmed up raises RuntimeError. With autocast,
+        `precision` then holds the error against float32 on the example, which `explain` prints.
         """
         flat = self.check(example)
         if flat.rows < 1:
@@ -229,11 +243,14 @@ class Predictor:
         return self
 
     def explain(self, example: Inputs | None = None) -> str:
-        """The plan: how the draws are executed and why. Needs one example unless something was predicted before."""
+        """Describe how the draws are executed, and why.
+
+        example: a batch of inputs; not needed if something was predicted before.
+        """
         if example is not None:
             self.executions.of(next(self.tiles_of(self.check(example))))
         if not self.executions.by_shape:
-            raise ValueError("nothing was predicted yet: explain(example) with one batch")
+            raise ValueError("nothing was predicted yet: call explain(example) with one batch of inputs")
         blocks = []
         for key, executions in self.executions.by_shape.items():
             shapes = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in key[1])
@@ -247,22 +264,22 @@ class Predictor:
         return "\n\n".join(blocks)
 
     def as_module(self) -> nn.Module:
-        """A drop-in for the network it came from: model(x) -> probabilities, or the mean."""
+        """This predictor as an nn.Module to use in place of the network: model(x) -> probabilities, or the mean."""
         return PredictiveModule(self)
 
     def replace(self, likelihood: Likelihood | None = None, **settings: Any) -> "Predictor":
-        """A predictor with the same draws and another likelihood or other settings (seed, n_samples, tiles, ...)."""
+        """A new predictor of the same posterior with another likelihood or other settings (seed, n_samples, ...)."""
         options = {**vars(self.settings), "device": self.device, **settings}
-        made = Predictor(self.posterior, likelihood or self.likelihood, **options)
-        made.manifest = self.manifest  # of the same posterior: how its network is made, and what belongs to it
-        return made
+        replaced = Predictor(self.posterior, likelihood or self.likelihood, **options)
+        replaced.manifest = self.manifest  # the manifest describes the posterior, which both predictors share
+        return replaced
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the compiled calls, which are made again, also after `warm_up`."""
+        """The state to copy or pickle, without compiled calls: a copy compiles again, even after `warm_up`."""
         return {**vars(self), "_ready": {}}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle with cloudpickle, if installed, where a class was made in a function and has no name for pickle."""
+        """Pickle with cloudpickle, if installed, if a module's class was defined in a function: pickle cannot."""
         networks = [part.module for part in self.posterior.parts]
         modules = [m for one in (self.posterior, self.likelihood, *networks) for m in one.modules()]
         if any("<locals>" in type(m).__qualname__ for m in modules):
@@ -273,15 +290,15 @@ class Predictor:
         return super().__reduce_ex__(protocol)
 
     def save(self, folder: str | Path, **options: Any) -> Path:
-        """Write this predictor as an artifact, which `vbdl.load` reads: `vbdl.save(self, folder, **options)`."""
+        """Save this predictor as an artifact that `vbdl.load` reads: calls `vbdl.save(self, folder, **options)`."""
         from vbdl.artifact.saving import save
 
         return save(self, folder, **options)
 
     def export(self, folder: str | Path, **options: Any) -> Any:
-        """Compile ahead of time, draws to decision, for Python without a compiler, C++ or ONNX; the loaded package.
+        """Compile the whole prediction ahead of time, for Python without a compiler, C++ or ONNX.
 
-        options: backend, example, rebuild; see `vbdl.export.package.export`.
+        options: backend, example, rebuild; see `vbdl.export.package.export`. Returns the package, loaded.
         """
         from vbdl.export.package import export
 
@@ -290,11 +307,13 @@ class Predictor:
     # -- step by step
 
     def _until(self, x: Any, samples: bool, tolerance: "float | Rule | None", deadline: float | None) -> Any:
-        """A prediction with a tolerance or a deadline."""
+        """Predict with a tolerance or a deadline."""
         if samples or self.estimator != "sampling":
-            raise ValueError("a tolerance or a deadline is for statistics of draws: no samples=True, no moments")
+            raise ValueError(
+                "a tolerance or a deadline works neither with samples=True nor with estimator='moments': leave one out"
+            )
         if deadline is not None and not (isinstance(deadline, Real) and deadline > 0):
-            raise ValueError(f"a deadline is a positive number of seconds, got {deadline!r}")
+            raise ValueError(f"deadline must be a positive number of seconds, got {deadline!r}")
         rule = None if tolerance is None else as_rule(tolerance)
         fields, counts = stepwise.predict(self.executions, self.check(x), rule, deadline, self.clock)
         same = len(counts) == 0 or bool((counts == counts[0]).all())
@@ -304,17 +323,17 @@ class Predictor:
     # -- inputs and tiles
 
     def check(self, x: Inputs) -> Flat:
-        """The inputs of any call, flat and on the device. Raises TypeError or ValueError with what to do."""
+        """Flatten the inputs and move them to the device. Raises TypeError or ValueError if they cannot be inputs."""
         return check_inputs(x, self.device, self._floating)
 
     def tiles_of(self, flat: Flat) -> Iterator[Flat]:
-        """The inputs in tiles of one size, the last one padded; one tile of padding where there are no rows."""
+        """Cut the inputs into tiles of one size and pad the last one; a batch of no rows gives one tile of padding."""
         size = self.settings.tile_for(flat.rows)
         for start in range(0, max(flat.rows, 1), size):
             yield pad(flat, start, size)
 
     def _tile(self, tile: Flat, samples: bool) -> tuple[State, Tensor | None]:
-        """The fields of one tile, and the parameters of each draw where they are asked for."""
+        """The prediction's fields for one tile; with `samples`, each draw's parameters too, (samples, rows, ...)."""
         if tile.structure == TENSOR and not samples and not (x := tile.tensors[0]).requires_grad:
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None:
@@ -330,7 +349,7 @@ class Predictor:
             return self.likelihood.finish(sums), kept
 
     def _remember(self, x: Tensor) -> None:
-        """Let whole tiles of this shape go straight to the compiled call from now on."""
+        """Send full tiles of this shape straight to the compiled call from now on."""
         key = (x.shape, x.dtype, x.device)
         if key in self._ready or x.device != self.device:
             return
@@ -339,17 +358,17 @@ class Predictor:
             self._ready[key] = ready
 
     def _samples(self, tile: Flat) -> Tensor:
-        """(samples, rows, ...) the parameters of each draw, for one tile."""
+        """The parameters of p(y | x) of each draw for one tile, (samples, rows, ...)."""
         executions = self.executions.of(tile)
         with self.executions.compiling(executions, "parameters"):
             return torch.cat([e.parameters(tile) for e in executions], dim=0)
 
 
 def _unpickled(kind: type, state: bytes) -> Any:
-    """An object of this class from its state as cloudpickle wrote it."""
-    made = object.__new__(kind)
-    vars(made).update(pickle.loads(state))
-    return made
+    """Restore an object of this class from the state that cloudpickle wrote."""
+    restored = object.__new__(kind)
+    vars(restored).update(pickle.loads(state))
+    return restored
 
 
 def _frozen(module: nn.Module, device: torch.device) -> nn.Module:

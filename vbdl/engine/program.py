@@ -1,4 +1,4 @@
-"""A program runs regions of a cut graph, and then the statistics of their output, as one compiled call."""
+"""A program: regions of a cut graph, followed by the statistics of their output, as one compiled call."""
 
 import contextlib
 import logging
@@ -20,17 +20,21 @@ from vbdl.types import Likelihood, State
 
 
 class Program:
-    """A call on named values, compiled when it is first made."""
+    """A function from named tensors to named tensors, compiled at its first call.
+
+    regions: the regions of `cut` to run, in order. aligned: see `vbdl.compiling.graph.trace`. handwritten: names of the
+    network's torch.autograd.Functions; if there are any, inputs that require a gradient are refused.
+    """
 
     def __init__(
-        self, found: Cut, regions: tuple[int, ...], compile: bool, aligned: bool, handwritten: Sequence[str] = ()
+        self, cut: Cut, regions: tuple[int, ...], compile: bool, aligned: bool, handwritten: Sequence[str] = ()
     ):
         self._handwritten = handwritten
-        self._regions = [found.regions[r] for r in regions if not found.regions[r].empty]
-        made = {name for region in self._regions for name in region.outputs}
-        self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in made))
+        self._regions = [cut.regions[r] for r in regions if not cut.regions[r].empty]
+        computed = {name for region in self._regions for name in region.outputs}
+        self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in computed))
         self.outputs = [name for region in self._regions for name in region.outputs]
-        self._output, self._compile, self._aligned = found.outputs[0], compile, aligned
+        self._output, self._compile, self._aligned = cut.outputs[0], compile, aligned
         self._call: Any = None
         self._graph: Any = None
         self._end: Any = None
@@ -38,9 +42,9 @@ class Program:
         self.checked: list[str] = []
 
     def finish(self, likelihood: Likelihood, finish: str, count: int, carried: Sequence[str] = ()) -> None:
-        """End the call in the parameters, sums or fields of its first `count` draws.
+        """Let the program return "parameters", "sums" or "fields" (`finish`) of its first `count` draws.
 
-        carried: names of the running sums that the draws' own are added to, in the order in which they are given.
+        carried: the names of the running sums that "sums" adds to, in the order of the arguments.
         """
 
         def end(parameters: Tensor, carried: State) -> State:
@@ -65,7 +69,7 @@ class Program:
         return (*ended.values(), *self._checks(values))
 
     def _checks(self, values: dict[str, Tensor]) -> list[Tensor]:
-        """The sum of each checked input, which is not finite if the input is not."""
+        """The sum of each input in `checked`: NaN or infinite if the input is not finite."""
         return [values[n].sum() for n in self.checked if values[n].is_floating_point()]
 
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
@@ -74,56 +78,60 @@ class Program:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
                 self._graph = trace(self._whole, *examples, aligned=self._aligned)
-                if self._compile and on_cpu(examples):  # measured there alone
+                if self._compile and on_cpu(examples):  # a gain on a CPU; not measured elsewhere
                     transpose_last(self._graph)
                 self._call = compile_graph(self._graph, examples) if self._compile else self._graph
                 self._dtypes = [t.dtype for t in examples]
-        if self._dtypes != [t.dtype for t in arguments]:  # compiled code would read other numbers out of their bytes
-            raise TypeError(f"compiled for {self._dtypes}, called with {[t.dtype for t in arguments]}")
+        if self._dtypes != [t.dtype for t in arguments]:  # compiled code would misread the bytes
+            dtypes = [t.dtype for t in arguments]
+            raise TypeError(f"compiled for {self._dtypes}, called with {dtypes}: convert the arguments")
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
             if self._handwritten:
                 raise NotImplementedError(
                     f"the network computes with {', '.join(self._handwritten)}, whose gradient is written by hand "
-                    f"(torch.autograd.Function) and is not in what was traced: a prediction has no gradient by its "
-                    f"inputs. Predict on inputs without requires_grad"
+                    f"(torch.autograd.Function) and is not in the traced graph, so a prediction has no gradient with "
+                    f"respect to its inputs. Predict on inputs without requires_grad"
                 )
-            found = _Differentiable(self._graph).run(*arguments)  # what is compiled has no gradient
-            return dict(zip(self.outputs, found, strict=False))
+            outputs = _Differentiable(self._graph).run(*arguments)  # the compiled call has no gradient
+            return dict(zip(self.outputs, outputs, strict=False))
         with torch.no_grad():
             return dict(zip(self.outputs, self._call(*arguments), strict=False))
 
     def ready(self, kept: dict[str, Tensor], tile: str) -> "Ready | None":
-        """The compiled call with these values in place; None where it is not compiled, or has no input named `tile`."""
+        """The compiled call with the values `kept` filled in, or None if it is not compiled or has no input `tile`."""
         if tile not in self.inputs or self._call is None or self._call is self._graph:
             return None
         return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
 
 
 class _Differentiable(fx.Interpreter):
-    """A graph operation by operation, kernels with their derivatives."""
+    """An interpreter that runs a graph operation by operation, with each kernel's derivative."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(with_derivative(target), args, kwargs)
 
 
 class Ready:
-    """A compiled call that needs one tile only: the short way, for networks so small that the long one costs more."""
+    """A compiled call that takes just a tile: saves overhead that is longer than a small network's own time.
+
+    call: the compiled call. arguments: its arguments; the tile goes to index `place`. names: the outputs' names.
+    """
 
     def __init__(self, call: Callable, arguments: list[Any], place: int, names: list[str]):
         self._call, self._arguments, self._place, self._names = call, arguments, place, names
 
     def __call__(self, tile: Tensor) -> State | None:
-        """Fields of the prediction; None where an input is not finite, or its sum overflows."""
-        found = self._found(tile)
-        if len(found) > len(self._names) and not math.isfinite(found[-1].item()):
+        """The prediction's fields for a tile, or None if an input is not finite or its sum overflows."""
+        outputs = self._run(tile)
+        if len(outputs) > len(self._names) and not math.isfinite(outputs[-1].item()):
             return None
-        return dict(zip(self._names, found, strict=False))
+        return dict(zip(self._names, outputs, strict=False))
 
     def checked(self, tile: Tensor) -> State:
-        """Fields of the prediction of a tile whose numbers are known to be finite."""
-        return dict(zip(self._names, self._found(tile), strict=False))
+        """The prediction's fields for a tile that is known to be finite."""
+        return dict(zip(self._names, self._run(tile), strict=False))
 
-    def _found(self, tile: Tensor) -> Any:
+    def _run(self, tile: Tensor) -> Any:
         arguments = self._arguments.copy()
         arguments[self._place] = aligned(tile)
         return self._call(*arguments)
@@ -134,12 +142,14 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Lets one thread at a time trace and compile, which change settings of the whole process. Inside, torch's fused
-    transformer and attention kernels are off, because they have no batching rule."""
+    """A context for tracing and compiling: one thread at a time, because they change settings of the whole process.
+
+    Inside, torch's fused transformer and attention kernels are off, because they have no batching rule for vmap.
+    """
     with _lock, sdpa_kernel(SDPBackend.MATH):
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        # torch 2.13 logs the whole traceback of an operation that does not fit; it is raised as well, and said once
+        # torch 2.13 logs the traceback of an operation that fails in tracing, besides raising the error
         log = logging.getLogger("torch._subclasses.fake_tensor")
         level = log.level
         log.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""How a predictor runs: the arguments of `vbdl.Predictor`, checked once."""
+"""The settings of a predictor: the arguments of `vbdl.Predictor` that say how it runs, checked once."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ INVARIANT_TILES = (64,)
 
 @dataclass(frozen=True)
 class PredictorSettings:
-    """The arguments of `vbdl.Predictor` that say how it runs; it documents them."""
+    """The arguments of `vbdl.Predictor` that say how it runs; see there for what each means."""
 
     n_samples: int
     seed: int
@@ -44,28 +44,30 @@ class PredictorSettings:
         joint: bool,
         estimator: str,
     ) -> "PredictorSettings":
-        """The settings with defaults filled in. Raises TypeError or ValueError that names the wrong argument."""
+        """Check the arguments and fill in defaults. Raises TypeError or ValueError that names the wrong argument."""
         available = posterior.n_draws
         if n_samples is None:
             n_samples = DEFAULT_SAMPLES if available is None else available
         n_samples, seed = whole_number("n_samples", n_samples, 1), whole_number("seed", seed)
         if available is not None and n_samples > available:
-            raise ValueError(f"n_samples is {n_samples}, but this posterior has only {available} different draws")
+            raise ValueError(
+                f"n_samples is {n_samples}, but this posterior has only {available} different draws: pass at most that"
+            )
         if tiles is None:
             tiles = INVARIANT_TILES if batch_invariant else DEFAULT_TILES
         sizes = tiles if isinstance(tiles, Iterable) and not isinstance(tiles, str) else [tiles]
         tiles = tuple(whole_number("each size in tiles", size, 1) for size in sizes)
         if not tiles:
-            raise ValueError("tiles are batch sizes of at least 1, got none")
+            raise ValueError("tiles are batch sizes of at least 1, got none: pass at least one size")
         if batch_invariant and not is_invariant(tiles):
-            raise ValueError(f"batch_invariant=True needs one size of tiles, 1 or a multiple of 64, got {tiles}")
+            raise ValueError(f"batch_invariant=True needs one tile size, 1 or a multiple of 64, got tiles={tiles}")
         memory_budget = whole_number("memory_budget", memory_budget)
         if chunk_size is not None:
             chunk_size = whole_number("chunk_size", chunk_size, 1)
         if autocast not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast is torch.bfloat16, torch.float16 or None, got {autocast!r}")
+            raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
         if estimator not in ("sampling", "moments"):
-            raise ValueError(f"estimator is 'sampling' or 'moments', got {estimator!r}")
+            raise ValueError(f"estimator must be 'sampling' or 'moments', got {estimator!r}")
         return cls(
             n_samples=n_samples,
             seed=seed,
@@ -80,27 +82,27 @@ class PredictorSettings:
 
     @property
     def largest_tile(self) -> int:
-        """Rows of the largest tile."""
+        """The number of rows of the largest tile."""
         return self.tiles[-1]
 
     def tile_for(self, rows: int) -> int:
-        """Rows of the smallest tile that holds this many rows, or of the largest tile where none does."""
+        """The size of the smallest tile that holds this many rows, or of the largest tile if none does."""
         return next((size for size in self.tiles if size >= rows), self.tiles[-1])
 
 
 def is_invariant(tiles: Sequence[int]) -> bool:
-    """Whether a row has the same bits in any batch that is cut into tiles of these sizes."""
+    """True if tiles of these sizes make a row's result identical bit for bit in every batch (on a CPU)."""
     return len(set(tiles)) == 1 and (tiles[0] == 1 or tiles[0] % 64 == 0)
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int. Raises TypeError if it is no whole number, and ValueError if it is below `least`."""
+    """The value as an int. Raises TypeError if it is not a whole number, and ValueError if it is below `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} is a whole number, got {value!r}")
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
     if least is not None and number < least:
-        raise ValueError(f"{name} is at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return number

@@ -1,8 +1,8 @@
-"""Predictions in steps of few draws, until each row's answer is settled or time is up.
+"""Adaptive predictions: draws are made in steps, until every row is settled or the time is up.
 
-After each step, a rule (`adaptive.py`) says which rows are settled; the others are packed together into fewer and
-smaller tiles and go on. Since draw s is the same whatever the number of draws, every row's answer is that of a
-predictor of as many samples, to rounding: here statistics are merged a step at a time, a predictor merges all at once.
+After each step a rule (`adaptive.py`) says which rows are settled, and the open rows are packed into fewer and smaller
+tiles for the next step. Draw s is the same whatever the number of draws, so a row's answer equals that of a predictor
+with as many samples, up to rounding: sums are merged step by step here, and over all draws at once there.
 """
 
 import time
@@ -23,17 +23,17 @@ from vbdl.types import Likelihood, State
 
 @dataclass
 class _Group:
-    """Rows that go through in one tile, and what is known of them after `count` draws."""
+    """The rows of one tile, with their statistics after `count` draws."""
 
-    rows: Tensor  # their numbers in the batch; the tile may be larger
+    rows: Tensor  # (rows,) int64, their indices in the batch; the tile may be padded with more
     tile: Flat
     executions: list[Any]
-    steps: list[Chunking]  # of each execution
+    steps: list[Chunking]  # the steps of each execution
     sums: State  # running sums of the draws so far
     rule_state: State
-    open: Tensor  # (rows,) bool, not settled yet
+    open: Tensor  # (rows,) bool, True for rows that are not settled yet
     count: int = 0
-    inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by execution, what its steps share
+    inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # index of an execution -> inputs of its steps
 
 
 def predict(
@@ -43,10 +43,11 @@ def predict(
     deadline: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[State, Tensor]:
-    """The fields of the prediction of these rows, and (rows,) the number of draws each is based on.
+    """Predict these rows step by step; return the prediction's fields, and the number of draws of each row, (rows,).
 
-    deadline: seconds from now; the first step of every row is made in any case, a later one only where the time the
-    last one took is left.
+    rule: which rows are settled after a step; None: no row stops early.
+    deadline: seconds from now. The first step is always made, a later one only if at least as much time is left as the
+        longest step has taken so far.
     """
     started, rows = clock(), x.rows
     likelihood, settings = executions.likelihood, executions.settings
@@ -71,7 +72,7 @@ def predict(
             if late:
                 break
             _step(executions, group, part, index, rule)
-            longest = max(clock() - begun, longest if number > 1 else 0.0)  # the first may have made the draws
+            longest = max(clock() - begun, longest if number > 1 else 0.0)  # the first step may include making draws
         if late:
             break
         if rule is None or number == len(steps) - 1:
@@ -98,7 +99,7 @@ def predict(
 
 
 def warm_up(executions: Executions, example: Flat) -> None:
-    """Compile every step, in both of its ends, for every size of tile: rows are packed into any of them."""
+    """Compile every step, with "sums" and with "parameters", for every tile size: open rows may be packed into any."""
     for size in executions.settings.tiles:
         (group,) = _packed(executions, pad(example, 0, size), torch.arange(size), None)
         for part, index in _steps(group):
@@ -107,12 +108,12 @@ def warm_up(executions: Executions, example: Flat) -> None:
 
 
 def _steps(group: _Group) -> Iterator[tuple[int, int]]:
-    """Each step as the number of its execution and its own number there."""
+    """Yield each step as (index of its execution, index of the step in that execution)."""
     return ((part, index) for part, steps in enumerate(group.steps) for index in range(len(steps)))
 
 
 def _step(executions: Executions, group: _Group, part: int, index: int, rule: Rule | None) -> None:
-    """Add the draws of one step to what is known of a group."""
+    """Add the draws of one step to a group's sums, count and rule state."""
     likelihood = executions.likelihood
     if rule is None or not rule.bets:
         group.sums = _run(executions, group, part, index, "sums")
@@ -135,34 +136,40 @@ def _run(executions: Executions, group: _Group, part: int, index: int, end: str)
 
 
 def _probabilities(likelihood: Likelihood, draws: Tensor, rule: Rule) -> Tensor:
-    """(draws, rows, ...) the probabilities of each draw alone."""
+    """The probabilities of each draw alone, (draws, rows, ...). Raises ValueError if the likelihood has none."""
     each = [likelihood.finish(likelihood.summarize(draw.unsqueeze(0))) for draw in draws]
     if "probs" not in each[0]:
-        raise ValueError(f"{type(rule).__name__} decides between classes: for outputs use a standard error")
+        raise ValueError(
+            f"{type(rule).__name__} is about probabilities of classes, which {type(likelihood).__name__} does not "
+            f"predict: use a standard error as the tolerance"
+        )
     return torch.stack([fields["probs"] for fields in each])
 
 
 def _check_average(likelihood: Likelihood, probs: Tensor, sums: State, rule: Rule) -> None:
-    """ValueError if the prediction is not the average of the probabilities of each draw, on which a rule bets."""
+    """Raise ValueError if the prediction is not the average of the draws' probabilities, which the rule assumes."""
     if not torch.allclose(probs.mean(0), likelihood.finish(sums)["probs"], rtol=0, atol=1e-4):
         raise ValueError(
-            f"{type(rule).__name__} bets on the probabilities of each draw, whose average must be the prediction's: "
-            f"{type(likelihood).__name__} makes something else of them. Use a standard error, or calibrate the logits"
+            f"{type(rule).__name__} needs a prediction that is the average of the draws' probabilities, which that of "
+            f"{type(likelihood).__name__} is not. Use a standard error as the tolerance, or calibrate the logits"
         )
 
 
 def _packed(executions: Executions, x: Flat, rows: Tensor, before: list[_Group] | None) -> list[_Group]:
-    """These rows in as few tiles as hold them, with what the groups before knew of them."""
+    """Pack these rows into as few tiles as hold them.
+
+    rows: indices in the batch x. before: the groups that the rows come from, which hold their sums, or None at first.
+    """
     settings = executions.settings
     size = settings.tile_for(len(rows))
     draws = settings.chunk_size or step_size(settings.n_samples)
     if before is not None:
         sums = _of_open_rows([g.sums for g in before], before)
         rule_state = _of_open_rows([g.rule_state for g in before], before)
-    mine = x.map(lambda t: t.index_select(0, rows.to(t.device)))
+    selected = x.map(lambda t: t.index_select(0, rows.to(t.device)))
     groups = []
     for start in range(0, max(len(rows), 1), size):
-        tile, numbers = pad(mine, start, size), rows[start : start + size]
+        tile, numbers = pad(selected, start, size), rows[start : start + size]
         each = executions.of(tile)
         groups.append(
             _Group(
@@ -180,7 +187,7 @@ def _packed(executions: Executions, x: Flat, rows: Tensor, before: list[_Group] 
 
 
 def _of_open_rows(states: list[State], groups: list[_Group]) -> State:
-    """Entries of the rows still open, one after the other; a scalar is the same for all."""
+    """Concatenate the entries of all open rows; a scalar entry is the same in every group and is taken once."""
     return {
         n: t if t.ndim == 0 else torch.cat(
             [s[n][: len(g.rows)][g.open.to(t.device)] for s, g in zip(states, groups, strict=True)]

@@ -1,4 +1,4 @@
-"""A model on tiles of one shape, as graphs of any number of draws."""
+"""The tracing of a model: graphs of any number of draws for tiles of one shape."""
 
 import warnings
 from collections.abc import Callable
@@ -19,10 +19,12 @@ from vbdl.types import State
 
 
 class Traced:
-    """Traces the call of some draws on one tile, rewrites it and cuts it by what each value depends on.
+    """A model with the graphs of its forward pass on tiles of one shape, for any number of draws.
 
-    strategy: "stacked", draws mapped together, or "loop", one after the other, which `find_strategy` decides.
-    shared: the entries that all draws share. Every graph reads these same tensors.
+    Each graph is traced, rewritten and cut into regions.
+
+    strategy: "stacked" maps the draws together with vmap, "loop" runs one after the other; `probe` decides.
+    shared: the parameters and buffers that all draws share; every graph reads these same tensors.
     """
 
     def __init__(
@@ -34,52 +36,62 @@ class Traced:
     ):
         self.model, self.tile, self.settings, self.n_samples = model, tile, settings, n_samples
         self.device, self.rows = tile.tensors[0].device, tile.rows
-        # equal alignment gives bit-identical rows; promised for tiles of 64, 128, ... rows
+        # rows of equally aligned products are bit-identical; promised for tiles of 64, 128, ... rows
         self.aligned = self.rows % 64 == 0
         self.strategy = "stacked"
-        self.handwritten: list[str] = []  # functions of the network whose gradient is written by hand
-        self.rewrites: tuple[str, ...] = ()  # what the last graph was rewritten to, in words
+        self.handwritten: list[str] = []  # names of the network's torch.autograd.Functions
+        self.rewrites: tuple[str, ...] = ()  # the rewrites of the last graph, in words
         self.shared = {n: t.detach() for n, t in model.shared(self.entries(torch.arange(1))).items()}
 
     def entries(self, numbers: Tensor) -> State:
-        """The entries that these draws have of their own, (samples, ...) each."""
+        """The parameters and buffers in which these draws differ, by name, (samples, ...) each.
+
+        numbers: (samples,) int64, the numbers of the draws.
+        """
         return self.model.entries(numbers, self.settings.seed)
 
     # -- graphs
 
     def probe(self) -> tuple[Cut, int, tuple[str, ...]]:
-        """The cut call of one or two draws, how many they are, and why the draws cannot be mapped, if they cannot."""
+        """Trace and cut the graph of two draws (or one), and decide the strategy.
+
+        Returns the cut graph, its number of draws, and the reasons why draws cannot be mapped, () if they can.
+        """
         entries, reasons = self.entries(torch.arange(min(2, self.n_samples))), ()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
+                warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
                 graph = self.graph(entries)
-        except Exception as error:  # what vmap cannot take, it says in many ways
+        except Exception as error:  # vmap raises errors of many types
             self.strategy, entries = "loop", self.entries(torch.arange(1))
             reasons = (f"the draws cannot be mapped together: {_first_line(error)}",)
             try:
                 graph = self.graph(entries)
-            except Exception as reason:  # it has just run, so tracing is what fails
+            except Exception as reason:  # the module has just run, so the tracing fails
                 raise ValueError(
-                    f"the module runs, but cannot be traced: {_first_line(reason)}. What it computes may depend on the "
-                    f"shapes of its inputs and not on their values: no `if` on a tensor, no .item(), no packed sequence"
+                    f"the module runs, but cannot be traced: {_first_line(reason)}. Its operations may depend on the "
+                    f"shapes of its inputs, but not on their values: remove any `if` on a tensor, .item() and packed "
+                    f"sequence"
                 ) from reason
         return self._cut(graph, entries), next(iter(entries.values())).shape[0], reasons
 
     def cut(self, numbers: Tensor) -> Cut:
-        """The call of as many draws as these, rewritten and cut. Made under the lock of `program.tracing`."""
+        """Trace, rewrite and cut the graph for as many draws as these, under the lock of `program.tracing`."""
         with torch.no_grad(), tracing():
             entries = self.entries(numbers)
             return self._cut(self.graph(entries), entries)
 
     def graph(self, entries: State) -> fx.GraphModule:
-        """The call of these draws, (samples, rows, ...) parameters of p(y | x); linear layers are whole."""
+        """Trace the forward pass of these draws, whose output is the parameters of p(y | x), (samples, rows, ...).
+
+        Each linear layer is one node of the graph, which the rewrites look for.
+        """
 
         def parameters(stacked: list[Tensor], shared: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor]:
-            own = dict(zip(entries, stacked, strict=True))
-            rest = dict(zip(self.shared, shared, strict=True))
+            drawn_state = dict(zip(entries, stacked, strict=True))
+            shared_state = dict(zip(self.shared, shared, strict=True))
             execute = call_stacked if self.strategy == "stacked" else call_each
-            return (execute(self.model, own, rest, rebuilt(self.tile.structure, inputs)),)
+            return (execute(self.model, drawn_state, shared_state, rebuilt(self.tile.structure, inputs)),)
 
         with WholeLinears(), only_forwards() as names:
             graph = trace(parameters, *self._arguments(entries), aligned=False)
@@ -87,18 +99,18 @@ class Traced:
         return graph
 
     def arguments(self, numbers: Tensor) -> list[Tensor]:
-        """The tensors that the call of these draws takes before the tile's: their entries, then the shared ones."""
+        """The arguments of a graph that precede the tile: the entries of these draws, then the shared entries."""
         return [*self.entries(numbers).values(), *self.shared.values()]
 
     def kinds(self, entries: State) -> list[int]:
-        """What each argument of a graph depends on, in order: DRAWN, ONCE or PREFIX."""
+        """The region of each argument of a graph, in order: DRAWN, ONCE or PREFIX."""
         return [DRAWN] * len(entries) + [ONCE] * len(self.shared) + [PREFIX] * len(self.tile.tensors)
 
     def _arguments(self, entries: State) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return list(entries.values()), list(self.shared.values()), list(self.tile.tensors)
 
     def _cut(self, graph: fx.GraphModule, entries: State) -> Cut:
-        """A traced call, rewritten, its linear layers lowered to products, and cut."""
+        """Rewrite a traced graph, lower its linear layers to matrix products and cut it into regions."""
         kinds, measured = self.kinds(entries), {}
         self.rewrites = tuple(
             rewrite(
@@ -119,7 +131,10 @@ class Traced:
     def _measure(
         self, graph: fx.GraphModule, node: fx.Node, of: Callable[[Tensor], int], measured: dict[str, int]
     ) -> int:
-        """The maximum of of(value) over all draws of this node, computed block by block; kept in `measured`."""
+        """The maximum of `of(value)` over this node's values in all draws, computed block by block.
+
+        measured: the maxima so far by the node's name, to which this one is added.
+        """
         if node.name not in measured:
             part = part_of(graph, node)
             names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]

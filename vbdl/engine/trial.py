@@ -1,4 +1,4 @@
-"""Runs one draw of a network before it is traced, to see that it takes the rows and keeps them apart."""
+"""The trial run: one draw of a network runs before tracing, to check that it accepts the rows and does not mix them."""
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +8,18 @@ from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import call
 from vbdl.types import State
 
-_APART = 1e-2  # of the largest output: beyond all rounding, far below what a neighbor's values make of a row
+_APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
 
 
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
-    """The network's outputs with these entries, (rows, ...). Raises ValueError if it returns another number of rows.
+    """Run the network on the tile with the parameters and buffers `state`, and return its outputs, (rows, ...).
 
-    What the network cannot take raises torch's own error.
+    Raises ValueError if the number of output rows differs from the tile's or batch normalization mixes rows; torch's
+    own error, if the network cannot take the tile, is not caught.
     """
     if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules()):
         raise _mixing()
-    buffers = {n for n, _ in network.named_buffers()}  # which a forward may write to
+    buffers = {n for n, _ in network.named_buffers()}  # cloned, because a forward pass may write to them
     outputs = call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile.nested)
     rows = tile.rows
     if outputs.shape[0] != rows:
@@ -30,38 +31,38 @@ def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
 
 
 def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -> None:
-    """Raise ValueError if the output of the first row changes with the other rows.
+    """Raise ValueError if the output of the first row changes when the other rows do, or if the inputs are written to.
 
-    outputs: those of the tile.
+    outputs: the network's outputs on the tile, (rows, ...).
     """
     if tile.rows == 1:
         others = tile.map(lambda t: torch.cat([t, _another(t)]))
     else:
         others = tile.map(lambda t: t[:1].expand_as(t).contiguous())
-    among = run_plainly(network, state, others)
+    with_others = run_plainly(network, state, others)
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
-    if torch.allclose(outputs[:1], among[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
+    if torch.allclose(outputs[:1], with_others[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
         return
     copies = tile.map(Tensor.clone)
     before = [t._version for t in copies.tensors]
     run_plainly(network, state, copies)
     if [t._version for t in copies.tensors] != before:
         raise ValueError(
-            "the module writes into its inputs (x -= ..., x.div_(...)), so the same rows are others the next time, "
-            "and every draw reads them: write x = x - ... where it normalizes them"
+            "the module writes into its inputs (x -= ..., x.div_(...)), so the next draw would read changed rows: "
+            "write x = x - ... where it normalizes them"
         )
     raise _mixing()
 
 
 def _another(row: Tensor) -> Tensor:
-    """A row unlike this one that the network takes too: other numbers, or the same ids and flags in reverse order."""
+    """A different row that the network accepts too: other numbers, or the same ids and flags in reverse order."""
     return row * 0.5 + 0.1 if row.is_floating_point() else row.flip(-1) if row.ndim > 1 else row
 
 
 def _mixing() -> ValueError:
     """The error for a network that mixes the rows of a batch."""
     return ValueError(
-        "the output of a row depends on the other rows of its batch, so there is no prediction of a row: the "
-        "batch is the first axis of every input (batch_first=True in recurrent layers and attention), and "
-        "batch normalization needs track_running_stats=True"
+        "the output of a row depends on the other rows of its batch, so a row has no prediction of its own: make the "
+        "batch the first axis of every input (batch_first=True in recurrent layers and attention), and give "
+        "batch normalization track_running_stats=True"
     )

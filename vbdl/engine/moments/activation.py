@@ -1,9 +1,9 @@
-"""Activations of normal values: closed forms where there are, Gauss-Hermite quadrature elsewhere.
+"""Rules for activations of normal values: closed forms if there are any, otherwise Gauss-Hermite quadrature.
 
 ReLU and the maximum of two: Clark, The Greatest of a Finite Set of Random Variables, Operations Research 9, 1961.
-The logistic function as a mixture of normal distribution functions, right to 3e-8 (the mean of each is again one):
-Monahan and Stefanski, Normal Scale Mixture Approximations to F*(z) and Computation of the Logistic-Normal Integral,
-in Handbook of the Logistic Distribution, 1992.
+The logistic function is replaced by a mixture of normal distribution functions, whose error is at most 3e-8 and whose
+expectation has a closed form: Monahan and Stefanski, Normal Scale Mixture Approximations to F*(z) and Computation of
+the Logistic-Normal Integral, in Handbook of the Logistic Distribution, 1992.
 """
 
 import math
@@ -19,9 +19,9 @@ from torch.special import ndtr
 from vbdl.engine.moments.arithmetic import add, mul
 from vbdl.engine.moments.value import Moments, mean_of, rule, var_of
 
-_STEEPEST = 12.0  # standard deviations from the kink beyond which a normal is on one side, in float32
-_SMALL = 1e-3  # variances below which the first-order variance is nearer than a difference of two means
-_NODES = 32
+_STEEPEST = 12.0  # standard deviations; farther from the kink a normal lies on one side, to float32 precision
+_SMALL = 1e-3  # below this variance a first-order variance has a smaller error than a difference of two means
+_NODES = 32  # of the Gauss-Hermite quadrature
 
 _MIXTURE = [  # (weight, scale): logistic(x) = sum of weight * ndtr(scale * x)
     (0.003246343272134, 1.365340806296348),
@@ -36,15 +36,15 @@ _MIXTURE = [  # (weight, scale): logistic(x) = sum of weight * ndtr(scale * x)
 
 
 def density(x: Tensor) -> Tensor:
-    """Of the standard normal."""
+    """The density of the standard normal distribution."""
     return (-0.5 * x**2).exp() / math.sqrt(2 * math.pi)
 
 
 def maximum(a: Any, b: Any) -> Moments:
-    """The larger of two independent normals, either of which may be certain.
+    """The moments of the larger of two independent normals, either of which may be a constant.
 
-    Written so that nothing large is subtracted: with d = E a - E b, s^2 = Var a + Var b, and P, p the standard normal
-    distribution function and density at d / s,
+    The formula avoids differences of large numbers: with d = E a - E b, s^2 = Var a + Var b, and P and p the standard
+    normal distribution function and density at d / s,
     E = E b + d P + s p,  Var = Var a P + Var b (1 - P) + d^2 P (1 - P) + d s p (1 - 2 P) - s^2 p^2.
     """
     difference = mean_of(a) - mean_of(b)
@@ -52,7 +52,7 @@ def maximum(a: Any, b: Any) -> Moments:
     spread = together.clamp_min(torch.finfo(together.dtype).tiny).sqrt()
     steps = (difference / spread).clamp(-_STEEPEST, _STEEPEST)
     above, below, p = ndtr(steps), ndtr(-steps), density(steps)
-    # beyond the clamp P(1 - P) is 0 to any precision, and d^2 must not be allowed to say otherwise
+    # beyond the clamp P (1 - P) is 0 in float32; the clamped d keeps d^2 from making it anything else
     d = steps * spread
     var = var_of(a) * above + var_of(b) * below + d**2 * above * below
     var = var + d * spread * p * (below - above) - (spread * p) ** 2
@@ -66,7 +66,7 @@ def relu(x: Moments) -> Moments:
 
 @rule("leaky_relu")
 def leaky_relu(x: Moments, slope: float = 0.01) -> Moments:
-    """slope x + (1 - slope) relu(x): E[x relu(x)] is E[relu(x)^2]"""
+    """The moments of slope x + (1 - slope) relu(x), whose covariance follows from E[x relu(x)] = E[relu(x)^2]."""
     rectified = relu(x)
     covariance = rectified.var + rectified.mean * (rectified.mean - x.mean)
     rest = 1 - slope
@@ -86,12 +86,12 @@ def clamp(x: Moments, low: float | None = None, high: float | None = None) -> Mo
 
 @rule("abs")
 def absolute(x: Moments) -> Moments:
-    """2 relu(x) - x"""
+    """The moments of |x| = 2 relu(x) - x."""
     return leaky_relu(x, -1.0)
 
 
 def _logistic(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """E logistic(x), and its derivative in the mean of x, which is E logistic'(x)."""
+    """E logistic(x) and E logistic'(x); the second is the derivative of the first with respect to the mean of x."""
     value, slope = torch.zeros_like(mean), torch.zeros_like(mean)
     for weight, scale in _MIXTURE:
         steep = scale / (1 + scale**2 * var).sqrt()
@@ -102,7 +102,7 @@ def _logistic(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 @rule("sigmoid")
 def sigmoid(x: Moments) -> Moments:
-    """E s^2 = E s - E s', because s' = s (1 - s)."""
+    """The moments of s = logistic(x): E s^2 = E s - E s', because s' = s (1 - s)."""
     mean, slope = _logistic(x.mean, x.var)
     var = torch.where(x.var < _SMALL, x.var * slope**2, mean * (1 - mean) - slope)
     return Moments(mean, var.clamp_min(0))
@@ -110,13 +110,13 @@ def sigmoid(x: Moments) -> Moments:
 
 @rule("tanh")
 def tanh(x: Moments) -> Moments:
-    """2 logistic(2 x) - 1"""
+    """The moments of tanh(x) = 2 logistic(2 x) - 1."""
     inner = sigmoid(Moments(2 * x.mean, 4 * x.var))
     return Moments(2 * inner.mean - 1, 4 * inner.var)
 
 
 def _quadrature(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
-    """Gauss-Hermite, with as many nodes as leave an error below that of taking x to be normal."""
+    """The moments of function(x) by Gauss-Hermite quadrature; its error is below that of assuming that x is normal."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     leading = (_NODES, *[1] * x.ndim)
     at = torch.from_numpy(nodes).to(x.mean).view(leading)
@@ -128,18 +128,21 @@ def _quadrature(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
 
 @rule("gelu")
 def gelu(x: Moments, approximate: str = "none") -> Moments:
-    """The mean in closed form (Stein), the variance by quadrature; the tanh approximation by quadrature alone."""
-    found = _quadrature(lambda t: F.gelu(t, approximate=approximate), x)
+    """The moments of gelu(x): the mean in closed form (Stein's lemma), the variance by quadrature.
+
+    The tanh approximation of gelu has no closed form: both are by quadrature.
+    """
+    by_quadrature = _quadrature(lambda t: F.gelu(t, approximate=approximate), x)
     if approximate != "none":
-        return found
+        return by_quadrature
     scale = (1 + x.var).sqrt()
     at = x.mean / scale
-    return Moments(x.mean * ndtr(at) + x.var / scale * density(at), found.var)
+    return Moments(x.mean * ndtr(at) + x.var / scale * density(at), by_quadrature.var)
 
 
 @rule("silu")
 def silu(x: Moments) -> Moments:
-    """x logistic(x): the mean in closed form (Stein), the variance by quadrature."""
+    """The moments of x logistic(x): the mean in closed form (Stein's lemma), the variance by quadrature."""
     value, slope = _logistic(x.mean, x.var)
     return Moments(x.mean * value + x.var * slope, _quadrature(F.silu, x).var)
 

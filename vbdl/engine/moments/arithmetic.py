@@ -1,4 +1,4 @@
-"""Sums, products and powers, of values taken to be independent; exact for those that are."""
+"""Rules for sums, products and powers; exact for independent arguments, which they are assumed to be."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def _filled(mean: Tensor, var: Any) -> Moments:
 
 @rule("add")
 def add(a: Any, b: Any, alpha: float = 1.0) -> Moments:
-    """a + alpha b"""
+    """The moments of a + alpha b."""
     if a is b:
         return mul(a, 1.0 + alpha)
     return _filled(mean_of(a) + alpha * mean_of(b), var_of(a) + alpha**2 * var_of(b))
@@ -28,7 +28,7 @@ def sub(a: Any, b: Any, alpha: float = 1.0) -> Moments:
 
 @rule("rsub")
 def rsub(a: Any, b: Any, alpha: float = 1.0) -> Moments:
-    """b - alpha a"""
+    """The moments of b - alpha a."""
     return add(b, a, -alpha)
 
 
@@ -39,7 +39,7 @@ def neg(a: Moments) -> Moments:
 
 @rule("mul")
 def mul(a: Any, b: Any) -> Moments:
-    """Var ab = Var a (E b)^2 + Var b (E a)^2 + Var a Var b"""
+    """The moments of a b: Var ab = Var a (E b)^2 + Var b (E a)^2 + Var a Var b."""
     if a is b:
         return power(a, 2)
     m, n, v, w = mean_of(a), mean_of(b), var_of(a), var_of(b)
@@ -55,7 +55,7 @@ def div(a: Any, b: Any) -> Moments:
 
 @rule("pow")
 def power(a: Moments, exponent: float) -> Moments:
-    """a or its square, for normal a"""
+    """The moments of a^1 or of a^2 for a normal a; other exponents raise ValueError."""
     if exponent == 1:
         return a
     if exponent != 2:
@@ -70,7 +70,7 @@ def square(a: Moments) -> Moments:
 
 @rule("exp")
 def exp(a: Moments) -> Moments:
-    """Log-normal."""
+    """The moments of exp(a) for a normal a, which is log-normal."""
     mean = (a.mean + a.var / 2).exp()
     return Moments(mean, torch.expm1(a.var) * mean**2)
 

@@ -1,4 +1,4 @@
-"""A posterior at one shape of input, predicted by moments: traced, interpreted, compiled like an Execution."""
+"""The moment execution: takes the place of an `Execution` and propagates moments instead of drawing."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
 from vbdl.types import State
 
-NODES = 256  # points of p(y | x)'s parameters that its moments are read from
-_MOST_DIMENSIONS = 4096
+NODES = 256  # quasi-random points of the parameters of p(y | x), which the likelihood averages over
+_MOST_DIMENSIONS = 4096  # the largest number of parameters of a row that get points of their own
 
 
 @dataclass(frozen=True)
 class MomentPlan:
-    """What is done instead of drawing, and what it costs in accuracy."""
+    """The plan of a moment execution; `explain` also measures the approximation's error."""
 
     execution: "MomentExecution"
     strategy: str = "moments"
 
     def explain(self) -> str:
-        """The estimator in words, and its error against sampling on the example, a line each."""
+        """Describe the estimator and its error against sampling on the example, one line for each."""
         return "\n".join(
             [
                 "strategy       moments: one deterministic pass with means and variances, AN APPROXIMATION: values are "
-                "taken to be normal and independent",
+                "assumed to be normal and independent",
                 f"predictive     {NODES} fixed points of the parameters' distribution",
                 f"against sampling, {self.execution.n_samples} draws, on the example: {self.execution.error()}",
             ]
@@ -43,9 +43,9 @@ class MomentPlan:
 
 
 class MomentExecution:
-    """Draws of one posterior on tiles of one shape, replaced by the moments of their outputs.
+    """The prediction of tiles of one shape from the mean and variance of the network's outputs over draws.
 
-    Raises ValueError for an ensemble, and for an operation that has no rule.
+    Raises ValueError for an ensemble, for autocast, and for an operation that has no rule.
     """
 
     one_call = True
@@ -59,14 +59,14 @@ class MomentExecution:
     ):
         if model.posterior.n_members > 1:
             raise ValueError(
-                "estimator='moments' is for MC dropout and mean-field networks: the members of an ensemble are few and "
-                "given, so that their average is exact and costs no more than a pass each. Use estimator='sampling'"
+                "estimator='moments' is for MC dropout and mean-field networks. An ensemble has few members, and their "
+                "exact average costs one pass each: use estimator='sampling'"
             )
         if settings.autocast is not None:
             raise ValueError("estimator='moments' computes in the network's own dtype: leave out autocast")
         self.model, self.likelihood, self.settings = model, model.likelihood, settings
         self.n_samples, self._tile = n_samples, tile
-        self.compiled: set[str] = set()  # names of the calls that are compiled, which need no lock any more
+        self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
         self.plan = MomentPlan(self)
         self._call: Any = None
         self._graph: Any = None
@@ -74,7 +74,7 @@ class MomentExecution:
             self._prepare()
 
     def _prepare(self) -> None:
-        """Trace one draw, and compute all that does not depend on the input: moments of weights and of masks."""
+        """Trace one draw, and compute what does not depend on the input, such as the moments of weights and masks."""
         self.model.posterior.prepare(self._tile.nested)
         stacked = self.model.entries(torch.arange(1), self.settings.seed)
         shared = {n: t.detach() for n, t in self.model.shared(stacked).items()}
@@ -84,22 +84,22 @@ class MomentExecution:
             inputs = rebuilt(self._tile.structure, tile)
             return (call(self.model, {**dict(zip(shared, rest, strict=True)), **one}, inputs),)
 
-        given = [*stacked.values(), *shared.values()]
+        state = [*stacked.values(), *shared.values()]
         self._traced = trace(parameters, list(stacked.values()), list(shared.values()), self._tensors(), aligned=False)
         nodes = list(self._traced.graph.nodes)
         places = [n for n in nodes if n.op == "placeholder"]
         (self._output,) = next(n for n in nodes if n.op == "output").args[0]
-        self._inputs = places[len(given) :]
+        self._inputs = places[len(state) :]
         moving = dependent(self._traced.graph, [n.name for n in self._inputs])
         self._moving = [n for n in nodes if n in moving and n.op != "output"]
         still = run(
             self._traced,
             [n for n in nodes if n not in moving and n.op != "output"],
-            dict(zip(places, given, strict=False)),
+            dict(zip(places, state, strict=False)),
         )
         self._kept = {n: still[n] for n in still if any(user in moving for user in n.users)}
-        found = run(self._traced, self._moving, {**self._kept, **dict(zip(self._inputs, self._tensors(), strict=True))})
-        outputs = found.get(self._output)
+        tile_values = dict(zip(self._inputs, self._tensors(), strict=True))
+        outputs = run(self._traced, self._moving, {**self._kept, **tile_values}).get(self._output)
         if not isinstance(outputs, Moments):
             raise ValueError(f"nothing random reaches the output of this {type(self.model.posterior).__name__}")
         self.parameter_shape = outputs.shape
@@ -119,13 +119,13 @@ class MomentExecution:
         points = arguments[-1]  # (points, 1, ...) standard normals
         fields = self.likelihood.finish(self.likelihood.summarize(outputs.mean + outputs.var.sqrt() * points))
         if "standard_error" in fields:
-            # nothing was drawn, so nothing says how far off this is
+            # without draws there is no estimate of the error
             fields["standard_error"] = torch.full_like(fields["standard_error"], torch.nan)
         self._names = list(fields)
         return tuple(fields.values())
 
     def fields(self, tile: Flat) -> State:
-        """Fields of the prediction of a tile."""
+        """The prediction's fields for a tile."""
         arguments = [*tile.tensors, *_tensors_of(self._kept), self._points]
         if self._call is None:
             examples = [t.detach() for t in arguments]
@@ -138,45 +138,49 @@ class MomentExecution:
             return dict(zip(self._names, self._call(*arguments), strict=True))
 
     def ready(self) -> None:
-        """No shorter way than `fields`."""
+        """Always None: a moment execution has no call of a tile alone."""
         return None
 
     def moments(self, tile: Flat) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the parameters of p(y | x) over draws: (rows, ...) each."""
+        """The mean and the variance of the parameters of p(y | x) over draws, (rows, ...) each."""
         with torch.no_grad():
             values = dict(zip(self._inputs, tile.tensors, strict=True))
             outputs: Moments = run(self._traced, self._moving, {**self._kept, **values})[self._output]
         return outputs.mean, outputs.var
 
     def parameters(self, tile: Flat) -> Tensor:
-        raise ValueError("estimator='moments' draws nothing: samples and log_prob need estimator='sampling'")
+        raise ValueError("estimator='moments' draws nothing: for samples and log_prob use estimator='sampling'")
 
     def error(self) -> str:
-        """How far the prediction of the example is from that of sampling."""
+        """Compare the prediction for the traced example to that of sampling, in words."""
         settings = dataclasses.replace(self.settings, compile=False)
         sampling = Execution(self.model, self._tile, settings, self.n_samples)
         drawn = self.likelihood.finish(sampling.sums(self._tile, sampling.empty_sums()))
-        found = self.fields(self._tile)
-        first = next(n for n in ("probs", "mean") if n in found)
-        far = (found[first] - drawn[first]).abs()
-        said = (
-            f"{first} differs by {float(far.mean()):.2g} on average and {float(far.max()):.2g} at most "
-            f"(sampling's own standard error {float(drawn['standard_error'].mean()):.2g})"
+        by_moments = self.fields(self._tile)
+        name = next(n for n in ("probs", "mean") if n in by_moments)
+        error = (by_moments[name] - drawn[name]).abs()
+        epistemic, epistemic_drawn = float(by_moments["epistemic"].mean()), float(drawn["epistemic"].mean())
+        return (
+            f"{name} differs by {float(error.mean()):.2g} on average and {float(error.max()):.2g} at most "
+            f"(sampling's own standard error {float(drawn['standard_error'].mean()):.2g}); "
+            f"mean epistemic {epistemic:.3g}, by sampling {epistemic_drawn:.3g}"
         )
-        ours, theirs = float(found["epistemic"].mean()), float(drawn["epistemic"].mean())
-        return f"{said}; mean epistemic {ours:.3g}, by sampling {theirs:.3g}"
 
 
 def _tensors_of(kept: dict[fx.Node, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+    """The tensors among these values in a flat list; moments give their mean and their variance."""
+    tensors: list[Tensor] = []
     for value in kept.values():
-        found += [value.mean, value.var] if isinstance(value, Moments) else [value] if isinstance(value, Tensor) else []
-    return found
+        if isinstance(value, Moments):
+            tensors += [value.mean, value.var]
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+    return tensors
 
 
-def _filled(kept: dict[fx.Node, Any], given: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
-    """`kept` with these tensors in place of its own, in the order of `_tensors_of`."""
-    each, filled = iter(given), {}
+def _filled(kept: dict[fx.Node, Any], tensors: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
+    """A copy of `kept` whose tensors are replaced by these, in the order of `_tensors_of`."""
+    each, filled = iter(tensors), {}
     for node, value in kept.items():
         if isinstance(value, Moments):
             value = Moments(next(each), next(each))
@@ -187,11 +191,11 @@ def _filled(kept: dict[fx.Node, Any], given: tuple[Tensor, ...]) -> dict[fx.Node
 
 
 def _normal_points(shape: tuple[int, ...]) -> Tensor:
-    """(points, 1, ...) standard normals that fill the space evenly, with means 0 and variances 1 exactly.
+    """Quasi-random standard normals, (points, 1, *shape), with means exactly 0 and variances exactly 1.
 
-    A scrambled Sobol sequence: the same points for every row and every predictor.
+    A scrambled Sobol sequence with a fixed seed: the same points for every row and every predictor.
     """
-    if _size(shape) > _MOST_DIMENSIONS:  # images of pixels: one point moves every pixel
+    if _size(shape) > _MOST_DIMENSIONS:  # images of pixels: all pixels share the coordinates of a point
         shape = (*[1] * (len(shape) - 1), shape[-1])
     engine = torch.quasirandom.SobolEngine(max(_size(shape), 1), scramble=True, seed=0)
     points = torch.special.ndtri(engine.draw(NODES).double().clamp(1e-6, 1 - 1e-6))

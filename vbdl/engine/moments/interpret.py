@@ -1,4 +1,4 @@
-"""A traced graph run with moments in place of random values."""
+"""The interpreter of traced graphs: runs them with moments in place of random values."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-# the rules enter themselves
+# importing these modules enters their rules into RULES
 from vbdl.engine.moments import activation, arithmetic, linear, normalization, pooling, shape, sources  # noqa: F401
 from vbdl.engine.moments.value import RULES, is_random
 
@@ -16,34 +16,41 @@ _SOURCES = {"words": sources.words, "normal": sources.normal}
 
 
 def dependent(graph: fx.Graph, names: Iterable[str]) -> set[fx.Node]:
-    """Nodes that depend on these placeholders, themselves among them."""
-    names, found = set(names), set()
+    """The placeholders with these names and all nodes that depend on them."""
+    names, nodes = set(names), set()
     for node in graph.nodes:
-        if node.name in names or any(used in found for used in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.name in names or any(used in nodes for used in node.all_input_nodes):
+            nodes.add(node)
+    return nodes
 
 
 def run(module: fx.GraphModule, nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
-    """The values of these nodes, in order, given those of the nodes they need."""
-    found = dict(values)
+    """Run these nodes in order, and return their values and the given ones.
+
+    values: the values of the nodes that they need, tensors or Moments.
+    """
+    results = dict(values)
     for node in nodes:
         if node.op == "placeholder":
             continue
         if node.op == "get_attr":
-            found[node] = getattr(module, str(node.target))
+            results[node] = getattr(module, str(node.target))
         elif node.op == "call_function":
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: found[n])
-            found[node] = _call(node, args, kwargs)
-    return found
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: results[n])
+            results[node] = _call(node, args, kwargs)
+    return results
 
 
 def _call(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Run one operation: by its rule if an argument is random, as it is otherwise."""
     target: Any = node.target
     if getattr(target, "namespace", "") == "vbdl" and target._opname in _SOURCES:
         return _SOURCES[target._opname](*args, **kwargs)
     if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-        raise ValueError(f"the module calls {target} in prediction, which draws from torch's generator")
+        raise ValueError(
+            f"the module calls {target} in prediction, which draws from torch's generator and ignores the predictor's "
+            f"seed: remove the call"
+        )
     if target is operator.getitem or not is_random([*args, *kwargs.values()]):
         return target(*args, **kwargs)
     name = target._opname
@@ -55,13 +62,13 @@ def _call(node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _used_once(mask: fx.Node) -> None:
-    """Rules take their arguments to be independent: a mask that enters a formula twice is not (alpha dropout)."""
+    """Raise ValueError if a mask is used in two places, as in alpha dropout: rules assume independent arguments."""
     node = mask
     while len(node.users) == 1:
         node = next(iter(node.users))
         if getattr(node.target, "_opname", "") not in ("view", "_to_copy", "unsqueeze", "expand", "reshape"):
             return
     raise ValueError(
-        "one dropout mask enters the result in two places, as in alpha dropout, and moment propagation takes its "
-        "values to be independent: use estimator='sampling'"
+        "one dropout mask enters the result in two places, as in alpha dropout, but moment propagation assumes "
+        "independent values: use estimator='sampling'"
     )

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: exact for independent inputs and weights, either or both of them random."""
+"""Rules for matrix products and convolutions, exact for independent inputs and weights, one or both of them random."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,10 @@ from vbdl.engine.moments.value import Moments, mean_of, rule
 
 
 def _bilinear(apply: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Moments:
-    """Sums of products: Var = Var a (E b)^2 + E[a^2] Var b, summed as the operation sums."""
+    """The moments of a sum of products a b, such as a matrix product.
+
+    apply: the operation. Var = apply(Var a, (E b)^2) + apply(E[a^2], Var b).
+    """
     var: Any = 0.0
     if isinstance(a, Moments):
         var = apply(a.var, mean_of(b) ** 2)
@@ -33,18 +36,18 @@ def product_and_sum(bias: Any, a: Any, b: Any, beta: float = 1.0, alpha: float =
 
 @rule("linear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Moments:
-    found = _bilinear(torch.nn.functional.linear, x, weight)
-    return found if bias is None else add(found, bias)
+    y = _bilinear(torch.nn.functional.linear, x, weight)
+    return y if bias is None else add(y, bias)
 
 
 @rule("convolution")
 def convolution(x: Any, weight: Any, bias: Any, *settings: Any) -> Moments:
-    """settings: stride, padding, dilation, transposed, output_padding, groups"""
-    found = _bilinear(lambda a, b: torch.ops.aten.convolution(a, b, None, *settings), x, weight)
+    """The moments of a convolution. settings: stride, padding, dilation, transposed, output_padding, groups."""
+    y = _bilinear(lambda a, b: torch.ops.aten.convolution(a, b, None, *settings), x, weight)
     if bias is None:
-        return found
-    spread = (-1, *[1] * (found.ndim - 2))
+        return y
+    spread = (-1, *[1] * (y.ndim - 2))
     reshaped = (
         Moments(bias.mean.view(spread), bias.var.view(spread)) if isinstance(bias, Moments) else bias.view(spread)
     )
-    return add(found, reshaped)
+    return add(y, reshaped)

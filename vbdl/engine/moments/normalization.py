@@ -1,5 +1,8 @@
-"""Normalization. In evaluation a batch norm is a scale and a shift, which is exact; a layer norm divides by a random
-spread, which is replaced by its expectation."""
+"""Rules for normalization: batch norm in evaluation mode is exact, layer norm is not.
+
+A batch norm in evaluation mode is a scale and a shift. A layer norm divides by a standard deviation that is random
+itself; the rule takes the root of the expected variance in its place.
+"""
 
 import math
 from typing import Any
@@ -18,10 +21,12 @@ def _affine(x: Any, weight: Any, bias: Any, shape: tuple[int, ...]) -> Any:
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 def batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *settings: Any) -> tuple:
-    """settings: (training,) momentum, eps"""
+    """The moments of a batch norm in evaluation mode. settings: (training,) momentum, eps."""
     *training, _, eps = settings
     if any(training):
-        raise ValueError("batch normalization with the statistics of the batch ties its rows together")
+        raise ValueError(
+            "batch normalization with the statistics of the batch mixes its rows: set track_running_stats=True"
+        )
     shape = (1, -1, *[1] * (x.ndim - 2))
     centered = sub(x, running_mean.view(shape)) if isinstance(x, Moments) else x - running_mean.view(shape)
     scale = (running_var + eps).rsqrt().view(shape)
@@ -34,12 +39,12 @@ def layer_norm(x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> 
     axes = list(range(x.ndim - len(shape), x.ndim))
     n = math.prod(shape)
     if isinstance(x, Moments):
-        centre = x.mean.mean(axes, keepdim=True)
+        center = x.mean.mean(axes, keepdim=True)
         noise = x.var.mean(axes, keepdim=True)
-        # an element less the mean of all n of them, itself among them
+        # the variance of an element minus the mean of all n elements, which contains the element itself
         var = x.var * (1 - 2 / n) + noise / n
-        expected = (x.mean - centre).square().mean(axes, keepdim=True) + noise * (1 - 1 / n)
-        normal: Any = div(Moments(x.mean - centre, var), (expected + eps).sqrt())
+        expected = (x.mean - center).square().mean(axes, keepdim=True) + noise * (1 - 1 / n)
+        normal: Any = div(Moments(x.mean - center, var), (expected + eps).sqrt())
     else:
         normal = torch.nn.functional.layer_norm(mean_of(x), shape, eps=eps)
     return _affine(normal, weight, bias, (1,) * (x.ndim - len(shape)) + tuple(shape)), None, None

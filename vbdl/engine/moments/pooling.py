@@ -1,4 +1,4 @@
-"""Pooling: averages exactly for independent pixels, maxima by Clark's formula, two at a time."""
+"""Rules for pooling: averages are exact for independent pixels, maxima use Clark's formula on two values at a time."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -12,8 +12,9 @@ from vbdl.engine.moments.value import Moments, each, rule
 
 
 def _pair(value: int | Sequence[int], n: int) -> list[int]:
-    found = [value] if isinstance(value, int) else list(value)
-    return found * n if len(found) == 1 else found
+    """A pooling argument as a list of n numbers, one for each axis; a single number counts for every axis."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * n if len(numbers) == 1 else numbers
 
 
 def _average(n: int):
@@ -30,8 +31,8 @@ def _average(n: int):
     ) -> Moments:
         if ceil_mode or divisor_override is not None or (not count_include_pad and any(_pair(padding, n))):
             raise ValueError(
-                "moment propagation averages over windows of one size: no ceil_mode, divisor_override or "
-                "count_include_pad=False; use estimator='sampling'"
+                "moment propagation averages over windows of one size, so not with ceil_mode, divisor_override or "
+                "count_include_pad=False: use estimator='sampling'"
             )
         size = 1
         for k in _pair(kernel, n):
@@ -64,7 +65,7 @@ def _maximum(n: int):
         x: Moments, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
     ) -> tuple[Moments, None]:
         if ceil_mode:
-            raise ValueError("moment propagation takes no ceil_mode in a maximum: use estimator='sampling'")
+            raise ValueError("moment propagation has no rule for max pooling with ceil_mode: use estimator='sampling'")
         kernel, padding, dilation = _pair(kernel, n), _pair(padding, n), _pair(dilation, n)
         stride = _pair(stride, n) if stride else kernel
         around = [p for size in reversed(padding) for p in (size, size)]
@@ -84,7 +85,7 @@ def _maximum(n: int):
                 continue
             assert isinstance(found, Moments) and isinstance(one, Moments) and held is not None
             best = maximum(found, one)
-            if any(padding):  # what lies outside takes no part
+            if any(padding):  # padded places do not take part in the maximum
                 pick = lambda b, f, o, held=held, valid=valid: torch.where(held & valid, b, torch.where(held, f, o))
                 best = Moments(pick(best.mean, found.mean, one.mean), pick(best.var, found.var, one.var))
             found, held = best, held | valid

@@ -1,4 +1,4 @@
-"""Operations that only rearrange elements: means and variances go the same way."""
+"""Rules for operations that only rearrange elements: means and variances are rearranged alike."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def _rearrange(name: str):
     operation = getattr(torch.ops.aten, name)
 
     def run(x: Moments, *args, **kwargs):
-        if name == "constant_pad_nd":  # what is padded with is certain
+        if name == "constant_pad_nd":  # the padding has variance 0
             sizes, *value = args
             return Moments(operation(x.mean, sizes, *value), operation(x.var, sizes, 0.0))
         return each(lambda t: operation(t, *args, **kwargs), x)
@@ -31,23 +31,25 @@ for _name in _REARRANGING:
 
 @rule("_to_copy", "to")
 def convert(x: Moments, **kwargs) -> Moments:
-    """A conversion of a mask to numbers, or of numbers to another precision."""
+    """Convert the dtype, for instance of a mask to numbers; a dtype that is not floating raises ValueError."""
     dtype = kwargs.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"moment propagation cannot follow a random value converted to {dtype}")
+        raise ValueError(
+            f"moment propagation has no rule to convert a random value to {dtype}: use estimator='sampling'"
+        )
     return Moments(x.mean.to(dtype), x.var.to(dtype))
 
 
 @rule("cat")
 def concatenate(parts: Sequence[Moments | Tensor], dim: int = 0) -> Moments:
-    found = [as_moments(p) for p in parts]
-    return Moments(torch.cat([m.mean for m in found], dim), torch.cat([m.var for m in found], dim))
+    moments = [as_moments(p) for p in parts]
+    return Moments(torch.cat([m.mean for m in moments], dim), torch.cat([m.var for m in moments], dim))
 
 
 @rule("stack")
 def stack(parts: Sequence[Moments | Tensor], dim: int = 0) -> Moments:
-    found = [as_moments(p) for p in parts]
-    return Moments(torch.stack([m.mean for m in found], dim), torch.stack([m.var for m in found], dim))
+    moments = [as_moments(p) for p in parts]
+    return Moments(torch.stack([m.mean for m in moments], dim), torch.stack([m.var for m in moments], dim))
 
 
 @rule("split", "split_with_sizes", "chunk")

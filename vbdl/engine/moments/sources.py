@@ -1,4 +1,4 @@
-"""Where randomness comes from: the words that masks are made of, and the normals of weights."""
+"""Rules for the sources of randomness: the random words behind dropout masks, and the normal noise of weights."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from vbdl.engine.moments.value import Moments, Uniform, rule
 
 
 def words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Uniform:
-    """vbdl::words"""
+    """The distribution of vbdl::words: uniform 32-bit words, (rows, columns)."""
     return Uniform((rows, columns), key.device)
 
 
 def normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Moments:
-    """vbdl::normal: mean 0, variance 1"""
+    """The moments of vbdl::normal: means 0 and variances 1, (rows, columns)."""
     return Moments(torch.zeros(rows, columns, device=key.device), torch.ones(rows, columns, device=key.device))
 
 
 @rule("ge")
 def at_least(x: Uniform, threshold: int) -> Moments:
-    """A mask: 1 where a word is at least the threshold, by Bernoulli."""
+    """The moments of a dropout mask, word >= threshold, which is Bernoulli(1 - threshold / 2^32)."""
     if not isinstance(x, Uniform):
-        raise ValueError("moment propagation cannot follow a comparison of random values: use estimator='sampling'")
+        raise ValueError("moment propagation has no rule to compare random values: use estimator='sampling'")
     keep = 1.0 - threshold / 2.0**32
     return Moments(
         torch.full(x.shape, keep, device=x.device), torch.full(x.shape, keep * (1.0 - keep), device=x.device)

@@ -1,4 +1,4 @@
-"""A random tensor as its mean and variance, and the table of what operations make of one."""
+"""The moments of a random tensor, its mean and variance, and the table of rules that propagate them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 Rule = Callable[..., Any]
-RULES: dict[str, Rule] = {}  # name of an aten operation -> what it makes of moments
+RULES: dict[str, Rule] = {}  # name of an aten operation -> function from moments to moments
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Elements with these means and variances, independent of each other."""
+    """A random tensor of independent elements, as the mean and the variance of each."""
 
     mean: Tensor
-    var: Tensor  # of the same shape, not negative
+    var: Tensor  # the shape of the mean; not negative
 
     @property
     def shape(self) -> torch.Size:
@@ -29,14 +29,17 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Uniform:
-    """Random words, uniform on 0 to 2^32 - 1: what a mask is made of."""
+    """A tensor of random words, uniform on 0, ..., 2^32 - 1, which dropout masks are computed from."""
 
     shape: tuple[int, ...]
     device: torch.device
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enter a function as the rule of these operations: the operation's own arguments, some of them Moments."""
+    """A decorator that enters a function into RULES for the aten operations with these names.
+
+    The function takes the operation's own arguments, some of them Moments in place of tensors.
+    """
 
     def enter(function: Rule) -> Rule:
         for name in names:
@@ -47,25 +50,25 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def mean_of(x: Any) -> Any:
-    """The mean of a random value; a certain one is its own."""
+    """The mean of x; x itself if it is not random."""
     return x.mean if isinstance(x, Moments) else x
 
 
 def var_of(x: Any) -> Any:
-    """The variance of a random value, 0.0 of a certain one."""
+    """The variance of x; 0.0 if it is not random."""
     return x.var if isinstance(x, Moments) else 0.0
 
 
 def as_moments(x: Moments | Tensor) -> Moments:
-    """A certain tensor as moments of variance zero."""
+    """x as Moments; a tensor gets variance zero."""
     return x if isinstance(x, Moments) else Moments(x, torch.zeros_like(x))
 
 
 def each(function: Callable[[Tensor], Tensor], x: Moments | Tensor) -> Moments | Tensor:
-    """What a rearrangement of elements makes of both."""
+    """Apply a rearrangement of elements to x; of Moments, to the mean and to the variance."""
     return Moments(function(x.mean), function(x.var)) if isinstance(x, Moments) else function(x)
 
 
 def is_random(values: Sequence[Any]) -> bool:
-    """Whether any of these arguments, or of the lists in them, is random."""
+    """True if any of these values is random, or any in the lists and tuples among them."""
     return any(isinstance(v, Moments | Uniform) or (isinstance(v, list | tuple) and is_random(v)) for v in values)
