@@ -1,1 +1,1 @@
-"""Traces, rewrites and compiles calls of modules: graphs, patterns, compiled code."""
+"""The compiler: traces modules into graphs, rewrites the graphs and compiles them."""

@@ -1,4 +1,4 @@
-"""Where compiled code is kept, before torch is imported: what is no folder there ends `import torch._dynamo`."""
+"""The folder of compiled code, checked before torch is imported: `import torch._dynamo` fails if it is a file."""
 
 import getpass
 import os
@@ -10,22 +10,25 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def give_place() -> None:
-    """Choose a new folder for this process where the one that torch would take is a file, and say so."""
-    given = os.environ.get(VARIABLE)
-    if given is None:
+    """Choose a new folder for this process, with a warning, if a file is in the place of the one that torch would use.
+
+    The folder is that of the environment variable TORCHINDUCTOR_CACHE_DIR, or torch's default.
+    """
+    folder = os.environ.get(VARIABLE)
+    if folder is None:
         try:
             name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
         except (KeyError, OSError, ImportError):  # a user without a name
             return
-        given = str(Path(tempfile.gettempdir()) / f"torchinductor_{name}")
-    if os.path.exists(given) and not os.path.isdir(given):
+        folder = str(Path(tempfile.gettempdir()) / f"torchinductor_{name}")
+    if os.path.exists(folder) and not os.path.isdir(folder):
         import logging
 
         os.environ[VARIABLE] = tempfile.mkdtemp(prefix="torchinductor_")
         logging.getLogger("vbdl").warning(
-            "%s is no folder, so compiled code of this process is kept in %s: set %s to a folder that can be "
-            "written to, and the next process finds it again",
-            given,
+            "%s is not a folder, so compiled code of this process is kept in %s: set %s to a folder that can be "
+            "written to, and later processes will find the compiled code there",
+            folder,
             os.environ[VARIABLE],
             VARIABLE,
         )

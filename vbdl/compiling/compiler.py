@@ -1,7 +1,7 @@
-"""The one file that compiles.
+"""The compilation of traced graphs by torch's Inductor.
 
-Graphs arrive traced, at fixed shapes, so they go to Inductor as they are: no second capture, no guards to check in
-every call, and no cache shared between predictors that could fill up.
+Graphs are already traced, at fixed shapes, so they go to Inductor directly and not through torch.compile: there is no
+second capture, no guards are checked in every call, and predictors share no cache of limited size.
 """
 
 import errno
@@ -17,35 +17,38 @@ from torch import Tensor, fx
 from vbdl.compiling.replay import Replayed, is_worth_replaying
 
 logger = logging.getLogger("vbdl")
-_said = threading.Event()
+_warned = threading.Event()
 
 
 def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """The graph as one compiled call at the shapes of these inputs; the graph itself where nothing can compile it."""
-    made: list[Any] = []
+    """Compile a graph at the shapes of these inputs.
+
+    Returns the graph itself, with a warning, if there is no C++ compiler or compiled code cannot be written.
+    """
+    compiled: list[Any] = []
 
     try:
         import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         def inner(*args: Any, **kwargs: Any) -> Any:
-            made.append(compile_fx_inner(*args, **kwargs))
-            return made[-1]
+            compiled.append(compile_fx_inner(*args, **kwargs))
+            return compiled[-1]
 
-        # every call has the shapes it was compiled for: what calls it sees to that, once and not in every call
+        # no assertions on sizes: callers check shapes once, not in every call
         with torch.no_grad(), torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):
             wrapped: Any = (
                 _from_cache(graph, inputs, inner) if on_cpu(inputs) else compile_fx(graph, list(inputs), inner)
             )
-            writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to what it is given
+            writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to its arguments
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
-            return wrapped if writes else _without_wrappers(wrapped, made, inputs) or wrapped
+            return wrapped if writes else _without_wrappers(wrapped, compiled, inputs) or wrapped
     except Exception as error:
         if _no_compiler(error):
-            _say("no C++ compiler was found", "Install g++ (or clang++), or set CXX, and start again.")
+            _warn("no C++ compiler was found", "Install g++ (or clang++), or set CXX, and start again.")
         elif (reason := _no_place(error)) is not None:
-            _say(
+            _warn(
                 f"compiled code cannot be written ({reason})",
                 "Make room, or set TORCHINDUCTOR_CACHE_DIR to a folder that can be written to, and start again.",
             )
@@ -54,15 +57,17 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
         return graph
 
 
-def _say(reason: str, advice: str) -> None:
-    """Once a process, whatever the first reason is."""
-    if not _said.is_set():
-        _said.set()
-        logger.warning("%s, so predictions run uncompiled: equal to rounding, slower. %s", reason, advice)
+def _warn(reason: str, advice: str) -> None:
+    """Log the first such warning of this process; later ones are dropped, whatever their reason."""
+    if not _warned.is_set():
+        _warned.set()
+        logger.warning(
+            "%s, so predictions run uncompiled: slower, with the same results up to rounding. %s", reason, advice
+        )
 
 
 def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) -> Callable:
-    """Compiled by way of Inductor's cache of graphs, which is passed by where no environment of shapes is there."""
+    """Compile with Inductor's cache of graphs, which Inductor skips unless the fake tensors have a ShapeEnv."""
     import torch._functorch.config
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
@@ -71,7 +76,7 @@ def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) ->
 
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fixed: list[Any] = [fake.from_tensor(t, static_shapes=True) for t in inputs]
-    # the other cache, of what is around the graph, makes no call of `inner`: see _without_wrappers
+    # a hit in the autograd cache would not call `inner`, which _without_wrappers relies on
     with tracing(TracingContext(fake)), torch._functorch.config.patch(enable_autograd_cache=False):
         return compile_fx(graph, fixed, inner)  # type: ignore[return-value]
 
@@ -80,27 +85,29 @@ def on_cpu(inputs: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in inputs)
 
 
-def _without_wrappers(wrapped: Callable, made: list[Any], inputs: list[Tensor]) -> Callable | None:
-    """What Inductor wrote, without the layers around it that serve gradients and mutation and cost as much as a small
-    network; None where they do something: on a GPU, or where the two do not return the same."""
-    direct = getattr(made[0], "current_callable", None) if len(made) == 1 else None
+def _without_wrappers(wrapped: Callable, compiled: list[Any], inputs: list[Tensor]) -> Callable | None:
+    """Inductor's generated code without the wrappers for gradients and mutation, which cost as much as a small network.
+
+    Returns None if the wrappers are needed: on a GPU, or if the two return different outputs for `inputs`.
+    """
+    direct = getattr(compiled[0], "current_callable", None) if len(compiled) == 1 else None
     if direct is None or not on_cpu(inputs):
         return None
     expected = wrapped(*inputs)
     try:
-        found = direct(list(inputs))
-    except Exception:  # another number or order of arguments
+        outputs = direct(list(inputs))
+    except Exception:  # the wrappers change the number or the order of arguments
         return None
-    same = len(found) == len(expected) and all(
+    same = len(outputs) == len(expected) and all(
         isinstance(a, Tensor) and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
         and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(outputs, expected, strict=True)
     )  # fmt: skip
     return (lambda *arguments: direct(list(arguments))) if same else None
 
 
 def can_compile() -> bool:
-    """Whether a C++ compiler that Inductor can use is there."""
+    """True if Inductor finds a C++ compiler."""
     from torch._inductor import cpp_builder
 
     try:
@@ -111,11 +118,11 @@ def can_compile() -> bool:
 
 
 def _no_place(error: BaseException | None) -> str | None:
-    """Why the cache of compiled code cannot be written to, or None where that is not what failed."""
+    """The reason why the cache of compiled code cannot be written to, or None if the error is about something else."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             return str(error)
-        for code in (errno.ENOSPC, errno.EROFS):  # said by the compiler, in a process of its own
+        for code in (errno.ENOSPC, errno.EROFS):  # the compiler is another process, whose message is all there is
             if os.strerror(code) in str(error):
                 return os.strerror(code)
         error = error.__cause__ or error.__context__

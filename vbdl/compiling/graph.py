@@ -1,11 +1,11 @@
-"""One call of the stacked module as a graph, cut by what each value depends on.
+"""Traced graphs of a module's forward pass, cut into four regions by what each value depends on.
 
-    once    depends on neither draw nor input     computed when the plan is made
-    drawn   depends on the draw only              masks and weights: once a draw, kept while memory allows
-    prefix  depends on the input only             the layers before the first random one: once a batch
-    body    depends on both                       what is left to compute for every draw and batch
+    once    neither draw nor input     computed once
+    drawn   the draw only              masks and weights: computed once a draw, and kept if memory allows
+    prefix  the input only             the layers before the first random one: computed once a batch
+    body    both                       computed for every draw and batch
 
-Nothing in it knows a method or a layer: the cut is where the data flow puts it.
+The regions follow from the data flow alone, whatever the method and the layers are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +26,11 @@ ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on th
 def trace(
     function: Callable, *args: Any, aligned: bool = True, decompositions: Mapping[Any, Callable] | None = None
 ) -> fx.GraphModule:
-    """The tensor operations of a call, without running it: shapes are those of the arguments, mutations are removed.
+    """Trace the tensor operations of function(*args), with fake tensors: shapes are fixed, mutations are removed.
 
-    aligned: matrix products with every row on a boundary, so that a row does not depend on its place in the batch.
-    Predictions promise that; a training step has no use for it.
-    decompositions: what to write for operations that are not to stay whole.
+    aligned: pad matrix products so that every row starts at a multiple of 64 bytes: then a row's result does not depend
+        on its place in the batch, which predictions promise and training does not need.
+    decompositions: aten operation -> function to trace in its place.
     """
     return make_fx(
         functionalize(function, remove="mutations"),
@@ -48,16 +48,16 @@ def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(into.dtype).broadcast_to(into.shape).clone()
 
 
-# what is random in training and says so in evaluation too, and what functionalization leaves without a derivative
+# rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative
 _PLAIN = {torch.ops.aten.rrelu_with_noise.default: _rrelu, torch.ops.aten.copy.default: _copy}
 
 
-# On a CPU a matrix product sums a row in an order that depends on how its memory is aligned, so the same row gives
-# other last bits at another place of the batch. With every row on a boundary of 64 bytes it does not: tables of other
-# widths are padded with zeros, weights when they are made and not in every call. (Linear layers need none of it: their
-# rows are the columns of the product, `linear.py`.)
-_LANES = 16
-_BLOCK = 64  # columns in whole blocks are summed alike wherever they lie
+# On a CPU the order in which a matrix product sums a row depends on the row's alignment in memory, so the same row can
+# get different last bits at different places of the batch. With every row at a multiple of 64 bytes it cannot. Matrices
+# of other widths are padded with zeros; weights are padded once, not in every call. (Linear layers need no padding:
+# their rows are the columns of the product, see `rewrite/linear.py`.)
+_LANES = 16  # float32 numbers in 64 bytes
+_BLOCK = 64  # a width that is a multiple of this is summed in the same order at any alignment
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -65,10 +65,10 @@ def _is_aligned(t: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b: (..., m, k), (..., k, n) with aligned rows."""
+    """a @ b with aligned rows, (..., m, k) @ (..., k, n); NotImplemented if the plain product has them already."""
     k, n = b.shape[-2:]
     if n % _BLOCK == 0 or (n % _LANES == 0 and _is_aligned(a) and _is_aligned(b)):
-        return NotImplemented  # as it is
+        return NotImplemented  # keeps the operation as it is
     extra_k, extra_n = -k % _LANES, -n % _LANES
     a, b = F.pad(a, (0, extra_k)), F.pad(b, (0, extra_n, 0, extra_k))
     return torch.matmul(a.contiguous(), b.contiguous())[..., :n]
@@ -94,7 +94,10 @@ _ALIGNED = {
 
 @dataclass
 class Region:
-    """Part of a graph, as a function of a flat list of values to a list of values."""
+    """A part of a graph as a graph of its own, from a flat list of values to a list of values.
+
+    inputs, outputs: names of the values. nodes: the part's nodes in the original graph, in order.
+    """
 
     graph: fx.GraphModule
     inputs: list[str]
@@ -106,11 +109,11 @@ class Region:
         return not self.nodes
 
     def flops(self) -> int:
-        """Multiplications and additions of its matrix products and convolutions."""
+        """The number of multiplications and additions in the region's matrix products and convolutions."""
         return sum(_flops(node) for node in self.nodes)
 
     def peak_bytes(self) -> int:
-        """Bytes of its own values alive at once, at most, when run in order."""
+        """The largest number of bytes that the region's values take at any time, if its nodes run in order."""
         last = {}
         for position, node in enumerate(self.nodes):
             for used in node.all_input_nodes:
@@ -127,16 +130,16 @@ class Region:
 
 @dataclass
 class Cut:
-    """The four regions, and where each placeholder of the whole graph went."""
+    """A graph cut into its four regions."""
 
-    regions: tuple[Region, Region, Region, Region]
-    placeholders: list[str]
-    outputs: list[str]
-    values: dict[str, fx.Node] = field(repr=False)
+    regions: tuple[Region, Region, Region, Region]  # ONCE, DRAWN, PREFIX, BODY
+    placeholders: list[str]  # names of the whole graph's placeholders, in order
+    outputs: list[str]  # names of the values that the whole graph returns
+    values: dict[str, fx.Node] = field(repr=False)  # name -> node of the whole graph
 
     @property
     def random(self) -> str | None:
-        """An operation that draws from torch's own generator, if there is one."""
+        """The name of an operation that draws from torch's generator, or None if there is none."""
         for node in self.values.values():
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 return str(node.target)
@@ -147,24 +150,27 @@ class Cut:
         return any(name in self.regions[BODY].outputs or name in self.regions[DRAWN].outputs for name in self.outputs)
 
     def kept_bytes(self) -> int:
-        """Bytes of what `drawn` makes and hands on, of which a view keeps the whole alive."""
-        made = set()
+        """The bytes of the values that `drawn` passes to other regions; a view counts as the whole tensor."""
+        kept = set()
         for name in self.regions[DRAWN].outputs:
             node = self.values[name]
             while _is_view(node):
                 node = node.all_input_nodes[0]
             if node.op != "placeholder":
-                made.add(node)
-        return sum(own_bytes(node) for node in made)
+                kept.add(node)
+        return sum(own_bytes(node) for node in kept)
 
 
 def dependence(traced: fx.GraphModule, kinds: Sequence[int]) -> dict[fx.Node, int]:
-    """Of every value, whether it depends on the draw, the input, both or neither; kinds: of each placeholder."""
+    """The region of every value: ONCE, DRAWN, PREFIX or BODY.
+
+    kinds: the region of each placeholder, in order: ONCE, DRAWN or PREFIX.
+    """
     region: dict[fx.Node, int] = {}
-    given = iter(kinds)
+    placeholder_kinds = iter(kinds)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            region[node] = next(given)
+            region[node] = next(placeholder_kinds)
         elif node.op != "output":
             region[node] = 0
             for used in node.all_input_nodes:
@@ -173,7 +179,7 @@ def dependence(traced: fx.GraphModule, kinds: Sequence[int]) -> dict[fx.Node, in
 
 
 def part_of(traced: fx.GraphModule, wanted: fx.Node) -> Region:
-    """What computes one value, as a function of the placeholders that it needs."""
+    """The part of a graph that computes one value, as a function of the placeholders that it needs."""
     needed: set[fx.Node] = set()
     stack = [wanted]
     while stack:
@@ -187,7 +193,10 @@ def part_of(traced: fx.GraphModule, wanted: fx.Node) -> Region:
 
 
 def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
-    """The regions of a traced call; kinds: ONCE, DRAWN or PREFIX of each placeholder, in order."""
+    """Cut a traced graph into its four regions.
+
+    kinds: the region of each placeholder, in order: ONCE, DRAWN or PREFIX.
+    """
     region = dependence(traced, kinds)
     placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
     end = next(n for n in traced.graph.nodes if n.op == "output")
@@ -196,15 +205,14 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
     regions = []
     for which in (ONCE, DRAWN, PREFIX, BODY):
         inside = [n for n in region if region[n] == which and n.op != "placeholder"]
-        mine = set(inside)
+        members = set(inside)
         inputs, outputs = [], []
         for node in inside:
             for used in node.all_input_nodes:
-                if used not in mine and used not in inputs:
+                if used not in members and used not in inputs:
                     inputs.append(used)
-            if node in returned or any(user not in mine for user in node.users if user.op != "output"):
+            if node in returned or any(user not in members for user in node.users if user.op != "output"):
                 outputs.append(node)
-        # a tuple cannot cross a cut: its parts do
         regions.append(_extract(traced, inside, inputs, outputs))
     return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
 
@@ -226,7 +234,7 @@ _VIEWS = {"view", "permute", "transpose", "t", "expand", "slice", "select", "squ
 
 
 def own_bytes(node: fx.Node) -> int:
-    """Bytes a node's value takes, 0 for a view of another."""
+    """The bytes that a node's value takes; 0 for a view of another value."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return 0

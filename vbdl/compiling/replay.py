@@ -1,8 +1,8 @@
-"""Small calls on a GPU, replayed as CUDA graphs: where starting a call's kernels takes longer than what they do.
+"""The replay of small calls on a GPU as CUDA graphs, for calls whose kernels take longer to launch than to run.
 
-A call is recorded when it is made for the second time. What was the same tensor both times (weights, masks that are
-kept) is read where it lies; the others are copied to where the recorded call reads them. What comes back are parts of
-one copy, so that a later call changes nothing that was handed out.
+A call is recorded the second time it is made. An argument that was the same tensor both times (weights, kept masks) is
+read in place; the others are copied into the recording's buffers. Outputs are copied out of the recording, so a later
+call does not change a result that was already returned.
 """
 
 import logging
@@ -11,20 +11,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
-from vbdl_kernels import flops as flops  # counts of the operators, registered when imported
+from vbdl_kernels import flops as flops  # importing it registers flop counts for the operators
 from vbdl_kernels import regime
 
 from vbdl.compiling.graph import Region, own_bytes
 
 logger = logging.getLogger("vbdl")
-_COPIED = 2**24  # bytes of inputs copied in every call; past this it is not worth it
-_RECORDINGS = 4  # of one call, before it is left alone: each costs some milliseconds
+_COPIED = 2**24  # the most bytes of arguments to copy in every call; with more, replaying does not pay
+_RECORDINGS = 4  # the most recordings of one call, each of which costs some milliseconds; then it runs unrecorded
 
 Recorder = Callable[[Callable[..., Sequence[Tensor]], list[Tensor]], tuple[Callable[[], None], Sequence[Tensor]]]
 
 
 def is_worth_replaying(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
-    """Whether all of it is on one GPU, writes to nothing it is given, and is estimated to be bound by its launches."""
+    """True if a graph runs on one GPU, writes to none of its arguments and is estimated to be bound by launches."""
     nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
     if not inputs or any(not t.is_cuda for t in inputs) or len({t.device for t in inputs}) > 1:
         return False
@@ -34,13 +34,13 @@ def is_worth_replaying(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
 
 
 def is_bound_by_launches(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
-    """By the model of `vbdl_kernels.regime`, whatever device it is on."""
+    """True if launching the graph's kernels is estimated to take longer than running them, by `vbdl_kernels.regime`."""
     nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
     work = Region(graph, [], [], nodes).flops()
     moved = sum(t.numel() * t.element_size() for t in inputs) + 2 * sum(own_bytes(n) for n in nodes)
-    # a kernel for every product and operator, and about one between two of them for all that is pointwise
-    alone = sum(getattr(n.target, "namespace", "") == "vbdl" or n.target in _PRODUCTS for n in nodes)
-    return regime.is_launch_bound(work, moved, 2 * alone + 1)
+    # one kernel for each product and vbdl operator, and about one for the pointwise operations between two of them
+    unfused = sum(getattr(n.target, "namespace", "") == "vbdl" or n.target in _PRODUCTS for n in nodes)
+    return regime.is_launch_bound(work, moved, 2 * unfused + 1)
 
 
 _aten = torch.ops.aten
@@ -48,19 +48,22 @@ _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.bad
 
 
 class Replayed:
-    """A compiled call. Safe to call from several threads: one at a time records and replays."""
+    """A compiled call that is recorded as a CUDA graph and replayed.
+
+    Thread-safe: one thread at a time records and replays. record: makes the recording (for tests, without a GPU).
+    """
 
     def __init__(self, call: Callable[..., Sequence[Tensor]], record: "Recorder | None" = None):
         self._call, self._record = call, record or _record
         self._lock = threading.Lock()
         self._before: list[Tensor] | None = None  # arguments of the first call
-        self._on = 0
-        self._fixed: list[bool] = []
-        self._buffers: list[Tensor] = []
-        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
-        self._outputs: Sequence[Tensor] = ()  # one for each dtype, see `_packed`
+        self._on = 0  # the CUDA stream of the first call
+        self._fixed: list[bool] = []  # for each argument, whether it is read in place
+        self._buffers: list[Tensor] = []  # the tensors that the recording reads
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []  # of the call's outputs
+        self._outputs: Sequence[Tensor] = ()  # the recording's outputs, one for each dtype, see `_packed`
         self._replay: Callable[[], None] | None = None
-        self._left = _RECORDINGS
+        self._left = _RECORDINGS  # how many more recordings may be made
 
     def __call__(self, *arguments: Tensor) -> Sequence[Tensor]:
         if not self._left:
@@ -69,7 +72,7 @@ class Replayed:
             if self._before is None:
                 self._before, self._on = list(arguments), _stream(arguments)
                 return self._call(*arguments)
-            # what one stream replays another must not wait for, nor overwrite
+            # the recording's buffers belong to one stream: a call on another would have to wait, or overwrite them
             if not self._left or _stream(arguments) != self._on:
                 return self._call(*arguments)
             if self._replay is None or any(
@@ -78,18 +81,18 @@ class Replayed:
                 self._again(arguments)
             if self._replay is None:
                 return self._call(*arguments)
-            for fixed, buffer, given in zip(self._fixed, self._buffers, arguments, strict=True):
+            for fixed, buffer, argument in zip(self._fixed, self._buffers, arguments, strict=True):
                 if not fixed:
-                    buffer.copy_(given)
+                    buffer.copy_(argument)
             self._replay()
             return self._unpacked([t.clone() for t in self._outputs])
 
     def _packed(self, *arguments: Tensor) -> list[Tensor]:
-        """The call, what it returns in one tensor a dtype: to copy it out is then one operation."""
-        found = self._call(*arguments)
-        self._shapes = [(t.shape, t.dtype) for t in found]
-        dtypes = dict.fromkeys(t.dtype for t in found)
-        return [torch.cat([t.reshape(-1) for t in found if t.dtype == dtype]) for dtype in dtypes]
+        """Run the call and join its outputs into one flat tensor for each dtype, so that one operation copies them."""
+        outputs = self._call(*arguments)
+        self._shapes = [(t.shape, t.dtype) for t in outputs]
+        dtypes = dict.fromkeys(t.dtype for t in outputs)
+        return [torch.cat([t.reshape(-1) for t in outputs if t.dtype == dtype]) for dtype in dtypes]
 
     def _unpacked(self, packed: list[Tensor]) -> list[Tensor]:
         sizes = lambda dtype: [shape.numel() for shape, of in self._shapes if of == dtype]
@@ -97,7 +100,7 @@ class Replayed:
         return [next(rest[dtype]).view(shape) for shape, dtype in self._shapes]
 
     def _again(self, arguments: Sequence[Tensor]) -> None:
-        """Record the call, reading in place what has never changed."""
+        """Record the call again; arguments that have been the same tensor in every call so far are read in place."""
         before = self._buffers or self._before or []
         fixed = self._fixed or [True] * len(arguments)
         self._fixed = [f and a is b for f, a, b in zip(fixed, arguments, before, strict=True)]
@@ -113,7 +116,7 @@ class Replayed:
         try:
             self._replay, self._outputs = self._record(self._packed, self._buffers)
         except RuntimeError as error:
-            logger.warning("a call could not be recorded as a CUDA graph and runs without: %s", error)
+            logger.warning("a call could not be recorded as a CUDA graph, so it runs without one: %s", error)
             self._left, self._buffers, self._before = 0, [], []
 
 
@@ -122,12 +125,12 @@ def _stream(arguments: Sequence[Tensor]) -> int:
 
 
 def _record(call: Callable[..., Sequence[Tensor]], buffers: list[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
-    """A CUDA graph of the call on these tensors: what replays it, and the tensors that it writes."""
+    """Record the call on these tensors as a CUDA graph; return a function that replays it, and its output tensors."""
     device = buffers[0].device
     with torch.cuda.device(device), torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is set up at a first call must not be recorded
+        with torch.cuda.stream(side):  # the first call sets up libraries, which must not be recorded
             call(*buffers)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

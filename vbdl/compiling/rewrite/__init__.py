@@ -1,14 +1,14 @@
-"""Rewrites of the traced call that give the same predictive for less work.
+"""Rewrites of traced graphs that compute the same predictive distribution with less work.
 
-A network is traced with its linear layers whole, each rewrite looks for its pattern in the graph and replaces it, and
-the layers that are left are lowered to products. A rewrite knows operations and what each depends on (draw, input),
-never a method.
+A network is traced with each linear layer as one node. Each rewrite finds its pattern in the graph and replaces it;
+the linear layers that remain are lowered to matrix products. A rewrite looks at operations and at what they depend on
+(draw, input), never at the method.
 
-    local      mean-field layers draw outputs, not weights     same distribution of every row, other draws
-    compact    dropped units are left out, masks are folded    the same numbers, to float rounding
-    fused      on an accelerator, kernels that draw            the same draws, to float rounding
-    linear     what is left becomes products                   the same numbers
-    loops      compiled, what is between them runs along memory   the same numbers
+    local      mean-field layers draw outputs, not weights            same distribution of every row, other draws
+    compact    dropped units are left out, masks folded into weights  same numbers, up to float rounding
+    fused      kernels on an accelerator draw weights and masks       same draws, up to float rounding
+    linear     the remaining linear layers become matrix products     same numbers
+    loops      compiled loops between products run along memory       same numbers
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from vbdl.compiling.rewrite.compact import compact
 from vbdl.compiling.rewrite.fused import fuse
 from vbdl.compiling.rewrite.local import reparameterize
 
-_MANY_ROWS = 128  # from here on one product with kept weights beats two for mean and variance
+_MANY_ROWS = 128  # from this many rows on, one product with kept weights is faster than two for mean and variance
 
 
 def rewrite(
@@ -33,19 +33,23 @@ def rewrite(
     largest_tile: int,
     measure: Callable[[fx.Node, Callable[[Tensor], int]], int],
 ) -> list[str]:
-    """Rewrite a traced call in place; returns a sentence on each choice.
+    """Rewrite a traced graph in place, and return a sentence on each choice.
 
-    rows: of the tile. budget: bytes for what is kept of all draws. joint: keep joint draws of weights. largest_tile:
-    of the predictor: which layers draw outputs is decided by it, never by this tile or a timing, so that a row has the
-    same draws whatever batch it comes in. measure: the largest of a measure of blocks of a drawn value.
+    kinds: the region of each placeholder (`vbdl.compiling.graph.dependence`).
+    rows: the rows of the tile.
+    budget: bytes for values that are kept of all draws.
+    joint: draw weights, so that a draw is one network for all rows.
+    largest_tile: the rows of the predictor's largest tile. It decides which layers draw outputs, and neither this tile
+        nor a timing does, so that a row has the same draws in every batch.
+    measure: measure(node, of) is the maximum of `of` over blocks of a node's values in all draws.
     """
-    said = []
+    sentences = []
     if not joint:
         hidden = largest_tile < _MANY_ROWS
-        if done := reparameterize(traced, kinds, rows, hidden):
-            said.append(
-                f"{len(done)} mean-field layers draw their outputs, not their weights: the same distribution of every "
-                f"row; joint=True draws weights"
+        if rewritten := reparameterize(traced, kinds, rows, hidden):
+            sentences.append(
+                f"{len(rewritten)} mean-field layers draw their outputs, not their weights: the same distribution of "
+                f"every row; joint=True draws weights"
             )
-    said += compact(traced, kinds, n_samples, budget, measure)
-    return said + fuse(traced, n_samples=n_samples, budget=budget)
+    sentences += compact(traced, kinds, n_samples, budget, measure)
+    return sentences + fuse(traced, n_samples=n_samples, budget=budget)

@@ -1,8 +1,8 @@
-"""Dropout as arithmetic that is left out, with the masks and the results of the dense network.
+"""The rewrite of dropout that computes only the kept units, with the same masks and results as the dense network.
 
 With one mask per draw, a draw of a dropout network *is* a smaller dense network: the kept rows and columns of each
-linear layer are gathered once, and a hidden layer costs (1 - p)^2 of its operations. Where all draws still share a
-layer's input and it has few outputs, its mask is folded into the weights instead: one wide product for all draws.
+weight matrix are gathered once, and a hidden layer costs (1 - p)^2 of its operations. If all draws share a layer's
+input and the layer has few outputs, its mask is instead multiplied into the weights: one wide product for all draws.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from vbdl.compiling.rewrite import cost
 from vbdl.compiling.rewrite.linear import LINEAR, arguments, is_linear
 
 _aten = torch.ops.aten
-_ROUND = 16  # kept units are padded to this, with units of weight zero
+_ROUND = 16  # the number of kept units is rounded up to a multiple of this, with units of weight zero
 _POINTWISE = {
     "relu", "gelu", "tanh", "sigmoid", "silu", "elu", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "mish",
     "softplus", "exp", "neg", "abs", "sin", "cos", "clamp", "clamp_min", "clamp_max", "_to_copy", "detach", "clone",
@@ -27,13 +27,19 @@ _POINTWISE = {
 
 
 def kept_units(mask: Tensor, width: int) -> Tensor:
-    """(samples, width) indices of the units a mask (samples, ..., units) keeps, in order, then of dropped ones."""
+    """The indices of the units that a mask keeps, in ascending order, then of dropped units to fill up.
+
+    mask: (samples, ..., units). Returns (samples, width).
+    """
     dropped = (mask.flatten(1) == 0).to(torch.int8)
     return dropped.sort(dim=1, stable=True).indices[:, :width]
 
 
 def of_units(t: Tensor, units: Tensor, stacked: bool) -> Tensor:
-    """t (samples, ..., n) or (..., n) at (samples, width) units of its last axis -> (samples, ..., width)."""
+    """Gather units along the last axis of t.
+
+    t: (samples, ..., n) if stacked, else (..., n). units: (samples, width) indices. Returns (samples, ..., width).
+    """
     if not stacked:
         t = t.expand(units.shape[0], *t.shape)
     index = units.view(units.shape[0], *[1] * (t.ndim - 2), -1).expand(*t.shape[:-1], -1)
@@ -43,33 +49,35 @@ def of_units(t: Tensor, units: Tensor, stacked: bool) -> Tensor:
 def submatrix(
     weight: Tensor, outputs: Tensor | None, inputs: Tensor | None, scale: Tensor | None, stacked: bool
 ) -> Tensor:
-    """Kept outputs (samples, m) and inputs (samples, k) of weights ((samples), n, i) -> (samples, m, k), its inputs
-    scaled by (samples, k)."""
+    """Gather the kept outputs and inputs of weights, and scale the inputs.
+
+    weight: (samples, n, i) if stacked, else (n, i). outputs: (samples, m) indices. inputs: (samples, k) indices.
+    scale: (samples, k). Returns (samples, m, k). Outputs or inputs of None are all kept.
+    """
     if outputs is not None and inputs is not None and not stacked:
-        found = weight[outputs.unsqueeze(2), inputs.unsqueeze(1)]  # no (samples, m, i) on the way
+        weight = weight[outputs.unsqueeze(2), inputs.unsqueeze(1)]  # without an intermediate (samples, m, i)
     else:
-        found = weight
         if outputs is not None:
-            found = of_units(found.mT, outputs, stacked).mT
+            weight = of_units(weight.mT, outputs, stacked).mT
             stacked = True
         if inputs is not None:
-            found = of_units(found, inputs, stacked)
-    return found if scale is None else found * scale.unsqueeze(1)
+            weight = of_units(weight, inputs, stacked)
+    return weight if scale is None else weight * scale.unsqueeze(1)
 
 
 @dataclass
 class _Site:
-    """A mask on what one or more linear layers take: mul(y, mask)."""
+    """A dropout mask on the input of one or more linear layers: mul(source, mask)."""
 
-    node: fx.Node  # the masked input
+    node: fx.Node  # the product of source and mask
     mask: fx.Node  # (samples, 1, ..., units), depends on the draw only
-    source: fx.Node  # what is masked
-    chain: list[fx.Node]  # pointwise steps from producer to source, in order
+    source: fx.Node  # the value that is masked
+    chain: list[fx.Node]  # pointwise operations from producer to source, in order
     producer: fx.Node  # a linear layer whose outputs can be left out, or any other value
-    consumers: list[fx.Node]
-    width: int = 0  # kept units, the most of any draw, padded
-    units: Any = field(default=None, repr=False)
-    scale: Any = field(default=None, repr=False)
+    consumers: list[fx.Node]  # the linear layers
+    width: int = 0  # the largest number of kept units of any draw, rounded up
+    units: Any = field(default=None, repr=False)  # node: (samples, width) indices of the kept units
+    scale: Any = field(default=None, repr=False)  # node: (samples, width), the mask at these units
 
     @property
     def size(self) -> int:
@@ -83,37 +91,38 @@ def compact(
     budget: int,
     measure: Callable[[fx.Node, Callable[[Tensor], int]], int],
 ) -> list[str]:
-    """Rewrite in place where the cost model finds it cheaper; returns a sentence on each choice.
+    """Rewrite a traced graph in place if the cost model finds that cheaper, and return a sentence on each choice.
 
-    budget: bytes for what is kept of all draws. measure: the largest of a measure of blocks of a drawn value, over
-    blocks of all draws.
+    budget: bytes for values that are kept of all draws. measure: measure(node, of) is the maximum of `of` over blocks
+    of a node's values in all draws.
     """
     region = dependence(traced, kinds)
     sites = _sites(traced, region)
     for site in sites:
         site.width = max(_ROUND, -(-measure(site.mask, _most_kept) // _ROUND) * _ROUND)
     smaller = [s for s in sites if s.width <= 0.9 * s.size]
-    said: list[str] = []
+    sentences: list[str] = []
     if smaller:
         dense, thin, size = _costs(smaller, region, n_samples)
         words = f"leaving out the dropped units is estimated at {_ms(thin)} a tile, masking them at {_ms(dense)}"
         if size > budget:
-            said.append(f"dropped units are masked: the smaller networks of all draws take {size / 2**20:.0f} MiB")
+            sentences.append(f"dropped units are masked: the smaller networks of all draws take {size / 2**20:.0f} MiB")
         elif thin < 0.9 * dense:
             _thin(traced, smaller, region)
-            said.append(f"every draw is a smaller network: {words}")
+            sentences.append(f"every draw is a smaller network: {words}")
             sites = [s for s in sites if s not in smaller]
         else:
-            said.append(f"dropped units are masked: {words}")
+            sentences.append(f"dropped units are masked: {words}")
     for site in sites:
-        if region[site.source] == PREFIX and (told := _fold(traced, site, n_samples, budget)):
-            said.append(told)
+        if region[site.source] == PREFIX and (sentence := _fold(traced, site, n_samples, budget)):
+            sentences.append(sentence)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    return said
+    return sentences
 
 
 def _sites(traced: fx.GraphModule, region: dict[fx.Node, int]) -> list[_Site]:
+    """Find the products of a value and a mask with one number a draw and unit whose users are all linear layers."""
     sites = []
     for node in traced.graph.nodes:
         if node.target is not _aten.mul.Tensor or region[node] != BODY:
@@ -129,7 +138,7 @@ def _sites(traced: fx.GraphModule, region: dict[fx.Node, int]) -> list[_Site]:
             continue
         value, whole = mask.meta["val"], node.meta["val"]
         if value.ndim != whole.ndim or value.shape[-1] != whole.shape[-1] or any(n != 1 for n in value.shape[1:-1]):
-            continue  # not one mask per draw and unit
+            continue  # the mask has more than one number for a draw and unit
         if region[source] == BODY and source.meta["val"].shape != whole.shape:
             continue
         chain, producer = _back(source, node, region)
@@ -138,12 +147,15 @@ def _sites(traced: fx.GraphModule, region: dict[fx.Node, int]) -> list[_Site]:
 
 
 def _takes(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node is the stacked input of a linear layer, and nothing else of it."""
+    """True if `user` is a linear layer with `node` as its stacked input, and as nothing else."""
     return is_linear(user) and user.args[0] is node and user.args[1] is not node and arguments(user)[3][0]
 
 
 def _back(source: fx.Node, user: fx.Node, region: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node]:
-    """The pointwise steps before `source` that only it uses, back to a linear layer if there is one."""
+    """Follow pointwise operations with a single user from `source` back to a linear layer.
+
+    Returns the operations in order, and the layer; or [] and `source`, if there is no such layer.
+    """
     chain: list[fx.Node] = []
     node = source
     while region[node] == BODY and list(node.users) == [user]:
@@ -158,7 +170,10 @@ def _back(source: fx.Node, user: fx.Node, region: dict[fx.Node, int]) -> tuple[l
 
 
 def _step(node: fx.Node, region: dict[fx.Node, int]) -> fx.Node | None:
-    """The one input of a pointwise step that has units of this draw and row; its others are one value a unit."""
+    """The input that depends on the row, if the node is a pointwise operation with exactly one; otherwise None.
+
+    All other inputs must be scalars or have one value for each unit.
+    """
     if node.op != "call_function" or getattr(node.target, "_opname", "") not in _POINTWISE:
         return None
     inner = None
@@ -174,11 +189,12 @@ def _step(node: fx.Node, region: dict[fx.Node, int]) -> fx.Node | None:
 
 
 def _most_kept(mask: Tensor) -> int:
+    """The largest number of units that a draw's mask keeps; mask: (samples, ..., units)."""
     return int((mask.flatten(1) != 0).sum(1).max())
 
 
 def _shape_of(linear: fx.Node) -> tuple[int, int, int]:
-    """(rows, inputs, outputs) of one sample."""
+    """The numbers (rows, inputs, outputs) of a linear layer for one sample."""
     x, weight, _, stacked = arguments(linear)
     value = x.meta["val"]
     rows = value[0].numel() if stacked[0] else value.numel()
@@ -187,7 +203,10 @@ def _shape_of(linear: fx.Node) -> tuple[int, int, int]:
 
 
 def _costs(sites: list[_Site], region: dict[fx.Node, int], n_samples: int) -> tuple[float, float, int]:
-    """(seconds masked, seconds compacted, bytes kept) of every linear layer that the sites touch."""
+    """The cost of all linear layers before and after these masks.
+
+    Returns the seconds with masks, the seconds with only the kept units, and the bytes of the gathered weights.
+    """
     inputs = {c: s for s in sites for c in s.consumers}
     outputs = {s.producer: s for s in sites if is_linear(s.producer)}
     dense = thin = 0.0
@@ -196,7 +215,7 @@ def _costs(sites: list[_Site], region: dict[fx.Node, int], n_samples: int) -> tu
         rows, k, n = _shape_of(linear)
         small_k = inputs[linear].width if linear in inputs else k
         small_n = outputs[linear].width if linear in outputs else n
-        if arguments(linear)[3][1]:  # weights of its own for every sample in any case
+        if arguments(linear)[3][1]:  # the weights are stacked already
             dense += cost.product(n_samples, rows, k, n) + cost.weights(n_samples, k, n)
         elif linear not in inputs or region[inputs[linear].source] != PREFIX:
             dense += cost.product(1, n_samples * rows, k, n)
@@ -213,6 +232,7 @@ def _costs(sites: list[_Site], region: dict[fx.Node, int], n_samples: int) -> tu
 
 
 def _thin(traced: fx.GraphModule, sites: list[_Site], region: dict[fx.Node, int]) -> None:
+    """Replace the linear layers before and after these masks by smaller ones of only the kept units."""
     graph = traced.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     for site in sites:
@@ -249,42 +269,45 @@ def _thin(traced: fx.GraphModule, sites: list[_Site], region: dict[fx.Node, int]
         if after is None:
             linear.replace_all_uses_with(new)
         else:
-            replaced[linear] = new  # its users are rebuilt on fewer units
+            replaced[linear] = new  # `_compacted` rebuilds the users of this layer on fewer units
 
 
 def _compacted(graph: fx.Graph, site: _Site, replaced: dict[fx.Node, fx.Node], region: dict[fx.Node, int]) -> fx.Node:
-    """What the mask let through, its kept units only; the mask's scale is in the weights."""
+    """The kept units of a site's source, (samples, rows, ..., width); the mask's scale is in the weights after it."""
     if site.node in replaced:
         return replaced[site.node]
     if site.producer not in replaced:
-        found = graph.call_function(of_units, (site.source, site.units, region[site.source] == BODY))
+        value = graph.call_function(of_units, (site.source, site.units, region[site.source] == BODY))
     else:
-        found = replaced[site.producer]
+        value = replaced[site.producer]
         inner = site.producer
         for step in site.chain:
             args, kwargs = map_arg(
                 (step.args, dict(step.kwargs)),
-                lambda n, inner=inner, found=found: found if n is inner else _own(graph, n, site, region),
+                lambda n, inner=inner, value=value: value if n is inner else _of_kept(graph, n, site, region),
             )
-            inner, found = step, graph.create_node("call_function", step.target, args, kwargs)
-    replaced[site.node] = found
-    return found
+            inner, value = step, graph.create_node("call_function", step.target, args, kwargs)
+    replaced[site.node] = value
+    return value
 
 
-def _own(graph: fx.Graph, node: fx.Node, site: _Site, region: dict[fx.Node, int]) -> fx.Node:
-    """A value of each unit, of the kept ones: (samples, 1, ..., width)."""
+def _of_kept(graph: fx.Graph, node: fx.Node, site: _Site, region: dict[fx.Node, int]) -> fx.Node:
+    """Gather the kept units of a value with one number for each unit, (samples, 1, ..., width); a scalar stays."""
     value = node.meta["val"]
     if not value.ndim or value.shape[-1] == 1:
         return node
     stacked = region[node] == DRAWN
-    if not stacked:  # give it the axes that a broadcast against (samples, rows, units) would
+    if not stacked:  # add the axes that broadcasting against (samples, rows, units) would add
         whole = site.node.meta["val"].ndim
         node = graph.call_function(torch.reshape, (node, [1] * (whole - 1 - value.ndim) + list(value.shape)))
     return graph.call_function(of_units, (node, site.units, stacked))
 
 
 def _masked_or_folded(site: _Site, n_samples: int) -> tuple[float, float]:
-    """Seconds of the layers after a mask on what all draws share: on activations, and in the weights."""
+    """The seconds of the layers after a mask whose source all draws share.
+
+    Returns them for the mask applied to activations, and for the mask folded into the weights.
+    """
     rows, k, _ = _shape_of(site.consumers[0])
     outputs = sum(_shape_of(c)[2] for c in site.consumers)
     masked = cost.product(1, n_samples * rows, k, outputs) + cost.activations(n_samples, rows, k)
@@ -292,6 +315,7 @@ def _masked_or_folded(site: _Site, n_samples: int) -> tuple[float, float]:
 
 
 def _fold(traced: fx.GraphModule, site: _Site, n_samples: int, budget: int) -> str | None:
+    """Fold a mask into the weights of the layers after it if that is cheaper; return a sentence, None if impossible."""
     size = 4 * n_samples * sum(arguments(c)[1].meta["val"].numel() for c in site.consumers)
     if any(arguments(c)[3][1] for c in site.consumers) or size > budget:
         return None
@@ -313,7 +337,7 @@ def _fold(traced: fx.GraphModule, site: _Site, n_samples: int, budget: int) -> s
 
 
 def _sort(traced: fx.GraphModule, early: list[fx.Node]) -> None:
-    """Every drawn value before what uses it: a unit list is needed where its mask's producer is."""
+    """Move these nodes and what they depend on to the front of the graph: a mask's units are needed by its producer."""
     graph = traced.graph
     anchor = [n for n in graph.nodes if n.op == "placeholder"][-1]
     needed: list[fx.Node] = []

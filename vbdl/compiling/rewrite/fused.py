@@ -1,12 +1,12 @@
-"""On an accelerator, what is drawn is drawn by the kernels of `vbdl_kernels`: the same draws, less memory traffic.
+"""The rewrite to the kernels of `vbdl_kernels` on an accelerator, which draw the same values with less memory traffic.
 
-    ensemble_mlp, bayesian_mlp      a small network in one kernel, its weights read or drawn there (`networks.py`)
-    sampled_linear                  a linear layer whose weights exist only inside its product
+    ensemble_mlp, bayesian_mlp      a small network in one kernel, which reads or draws its weights (`networks.py`)
+    sampled_linear                  a linear layer whose weights are drawn inside its product and never stored
     local_reparameterized_linear    both products of the local reparameterization from one read of the input
-    masked_linear                   dropout of what all draws share, its mask made in the product after it
-    sample_weights                  a parameter's noise, scale and shift in one pass, where the weights are wanted
+    masked_linear                   dropout of an input that all draws share, with masks drawn inside the next product
+    sample_weights                  a parameter's noise, scale and shift in one pass, for weights that are stored
 
-Which one a layer gets is decided by `vbdl_kernels.regime`: by its constants, or by what was measured on the device.
+`vbdl_kernels.regime` decides which kernel a layer gets, by its constants or by measurements on the device.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from vbdl.compiling.rewrite.local import drawn_by, local_linear
 from vbdl.compiling.rewrite.networks import source_of, whole_network
 
 _aten, _ops = torch.ops.aten, torch.ops.vbdl
-DEVICES = ("cuda", "xpu")  # where the operators are kernels; elsewhere they run their references, which save nothing
+DEVICES = ("cuda", "xpu")  # devices with kernels; on others the operators run reference code, which saves nothing
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WORDS = {
     "ensemble_mlp": "small networks run in one kernel, their weights read there",
@@ -34,16 +34,16 @@ _WORDS = {
 
 
 def fuse(traced: fx.GraphModule, *, n_samples: int, budget: int) -> list[str]:
-    """Rewrite in place what runs on an accelerator; returns a sentence on each choice.
+    """Rewrite the nodes that run on an accelerator, in place, and return a sentence on each choice.
 
-    n_samples: all draws, budget: bytes for what is kept of them, which decide whether weights would be kept.
+    n_samples: the number of all draws. budget: bytes for values that are kept of all draws.
     """
     graph, count = traced.graph, dict.fromkeys(_WORDS, 0)
     for node in list(graph.nodes):
         if not is_linear(node) or not _on_accelerator(node.args[0]):
             continue
-        if found := whole_network(graph, node, n_samples, budget):
-            count[found] += 1
+        if kernel := whole_network(graph, node, n_samples, budget):
+            count[kernel] += 1
     for node in list(graph.nodes):
         if is_linear(node) and _on_accelerator(node.args[0]):
             if _fused(graph, node, n_samples, budget):
@@ -63,56 +63,59 @@ def fuse(traced: fx.GraphModule, *, n_samples: int, budget: int) -> list[str]:
 
 
 def _fused(graph: fx.Graph, node: fx.Node, n_samples: int, budget: int) -> bool:
-    """A linear layer with drawn weights, as `sampled_linear` where that is estimated to be fastest."""
+    """Replace a linear layer with drawn weights by `sampled_linear` if estimated to be fastest; True if done."""
     x, weight, bias, stacked = arguments(node)
-    found = drawn_by(weight)
-    if found is None or found.stream != WEIGHT or x.meta["val"].dtype not in _DTYPES:
+    drawn = drawn_by(weight)
+    if drawn is None or drawn.stream != WEIGHT or x.meta["val"].dtype not in _DTYPES:
         return False
     value = x.meta["val"]
-    outputs, inputs = found.mean.meta["val"].shape
+    outputs, inputs = drawn.mean.meta["val"].shape
     rows = (value[0] if stacked[0] else value).numel() // inputs
     if not _is_fastest(n_samples, rows, inputs, outputs, value.dtype.itemsize, not stacked[0], budget):
         return False
-    own = None if bias is None else drawn_by(bias)
-    if own is not None and (own.stream != BIAS or source_of(own.key) is not source_of(found.key)):
-        own = None
+    drawn_bias = None if bias is None else drawn_by(bias)
+    if drawn_bias is not None and (drawn_bias.stream != BIAS or source_of(drawn_bias.key) is not source_of(drawn.key)):
+        drawn_bias = None
     with graph.inserting_before(node):
         flat = (value.shape[0], rows, inputs) if stacked[0] else (rows, inputs)
         x = graph.call_function(_aten.reshape.default, (x, flat))
-        tensors = [found.mean, found.std, *((own.mean, own.std) if own else (None, None))]
+        tensors = [drawn.mean, drawn.std, *((drawn_bias.mean, drawn_bias.std) if drawn_bias else (None, None))]
         cast = [None if t is None else _cast(graph, t, value.dtype) for t in tensors]
-        layer = own.layer if own else found.layer
-        y = graph.call_function(_ops.sampled_linear.default, (x, *cast, found.key, found.layer, "", layer))
+        layer = drawn_bias.layer if drawn_bias else drawn.layer
+        y = graph.call_function(_ops.sampled_linear.default, (x, *cast, drawn.key, drawn.layer, "", layer))
         y = graph.call_function(_aten.reshape.default, (y, tuple(node.meta["val"].shape)))
-        if bias is not None and own is None:
+        if bias is not None and drawn_bias is None:
             y = add_bias(graph, y, bias, stacked[2], axes=node.meta["val"].ndim - 2)
     _replace(graph, node, y)
     return True
 
 
 def _is_fastest(n_samples: int, rows: int, inputs: int, outputs: int, size: int, shared: bool, budget: int) -> bool:
-    """Against weights that are kept. Where all draws' do not fit the budget the operator is the choice: it draws them
-    inside its product, or a few at a time before it."""
+    """True if `sampled_linear` is estimated to be faster than a product with kept weights.
+
+    Also true if the weights of all draws do not fit into the budget: the operator draws them inside its product, or a
+    few at a time before it. size: bytes of a number. shared: all draws have the same input.
+    """
     if n_samples * inputs * outputs * size > budget:
         return True
     exact = regime.is_exact(size)
-    found = regime.choose(
+    choice = regime.choose(
         n_samples, rows, inputs, outputs, size, shared=shared, memory_budget=budget, kept=True, exact=exact
     )
-    return found == "fused"
+    return choice == "fused"
 
 
 def _masked(graph: fx.Graph, node: fx.Node, n_samples: int) -> bool:
-    """Dropout of an input that all draws share, and the layer after it, as `masked_linear`."""
+    """Replace dropout of an input that all draws share, and the layer after it, by `masked_linear`; True if done."""
     x, weight, bias, stacked = arguments(node)
     if stacked != [True, False, False] or x.target is not _aten.mul.Tensor or len(x.users) != 1:
         return False
     for source, mask in (x.args, x.args[::-1]):
-        if _is_tensor(source) and _is_tensor(mask) and (found := _mask_of(mask)) is not None:
+        if _is_tensor(source) and _is_tensor(mask) and (dropout := _mask_of(mask)) is not None:
             break
     else:
         return False
-    key, layer, p = found
+    key, layer, p = dropout
     shape, value = _value(x).shape, _value(source)
     if value.ndim != 2 or tuple(_value(mask).shape) != (shape[0], 1, shape[2]) or value.dtype not in _DTYPES:
         return False
@@ -129,7 +132,7 @@ def _masked(graph: fx.Graph, node: fx.Node, n_samples: int) -> bool:
 
 
 def _mask_of(node: Any) -> tuple[fx.Node, int, float] | None:
-    """(key, layer, rate) where a node is keep_mask / (1 - rate), a mask a draw."""
+    """The (key, layer, rate) of a dropout mask, if a node is keep_mask / (1 - rate) of each draw; otherwise None."""
     if node.target is not _aten.mul.Tensor or not isinstance(node.args[1], float):
         return None
     inner, scale = node.args
@@ -145,7 +148,7 @@ def _mask_of(node: Any) -> tuple[fx.Node, int, float] | None:
 
 
 def _local(graph: fx.Graph, node: fx.Node) -> bool:
-    """The local reparameterization in one kernel, a bias that is not drawn and added after it included."""
+    """Replace a local reparameterization, and a constant bias added after it, by one kernel; True if done."""
     x, mean, std, bias_mean, bias_std, key, layer = node.args
     dtype, outputs = _value(x).dtype, _value(mean).shape[0]
     if dtype not in _DTYPES:
@@ -164,15 +167,15 @@ def _local(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _sampled(graph: fx.Graph, node: fx.Node) -> bool:
-    """mean + std * normal, as `sample_weights`."""
-    if (found := drawn_by(node)) is None:
+    """Replace mean + std * normal by `sample_weights`; True if done."""
+    if (drawn := drawn_by(node)) is None:
         return False
-    mean, std = _value(found.mean), _value(found.std)
+    mean, std = _value(drawn.mean), _value(drawn.std)
     if mean.dtype != std.dtype or mean.dtype != _value(node).dtype or mean.dtype not in _DTYPES:
         return False
     with graph.inserting_before(node):
-        drawn = (found.mean, found.std, found.key, found.layer, found.stream)
-        weights = graph.call_function(_ops.sample_weights.default, drawn)
+        args = (drawn.mean, drawn.std, drawn.key, drawn.layer, drawn.stream)
+        weights = graph.call_function(_ops.sample_weights.default, args)
     _replace(graph, node, weights)
     return True
 

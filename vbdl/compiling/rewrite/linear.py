@@ -1,8 +1,8 @@
-"""Linear layers as one operation of the traced graph, so that what surrounds them can be recognized and rewritten.
+"""Linear layers as single operations of the traced graph, so that rewrites can recognize them.
 
-Traced as torch has it, a linear layer under vmap becomes views, expansions and one of several products, by what of it
-is stacked. Here it stays `stacked_linear` until all rewrites are done, and is then lowered to the product that is
-fastest on its shapes.
+Under vmap, torch traces a linear layer as views, expansions and one of several products, depending on which of its
+arguments are stacked. Here it stays one `stacked_linear` until all rewrites are done, and is then lowered to the
+product that is fastest for its shapes.
 """
 
 import math
@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 @torch.library.custom_op("vbdl::stacked_linear", mutates_args=())
 def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
-    """y[s, ..., o] = sum_i x[(s), ..., i] weight[(s), o, i] + bias[(s), o]; stacked: which of the three have s."""
+    """A linear layer for all samples: y[s, ..., o] = sum_i x[(s), ..., i] weight[(s), o, i] + bias[(s), o].
+
+    stacked: for each of x, weight and bias, whether it has the leading samples axis s.
+    """
     return lower(x, weight, bias, stacked)
 
 
@@ -28,12 +31,12 @@ def _(x, weight, bias, stacked):
 
 @stacked_linear.register_vmap
 def _(info, in_dims, x, weight, bias, stacked):
-    given = list(zip((x, weight, bias), in_dims[:3], strict=True))
-    if any(stacked):  # a module that maps over something itself, inside: one after the other
-        size = next(t.shape[d] for t, d in given if d is not None)
-        each = [[None if t is None else t if d is None else t.select(d, i) for t, d in given] for i in range(size)]
+    mapped = list(zip((x, weight, bias), in_dims[:3], strict=True))
+    if any(stacked):  # a vmap inside the module, within that over draws: one after the other
+        size = next(t.shape[d] for t, d in mapped if d is not None)
+        each = [[None if t is None else t if d is None else t.select(d, i) for t, d in mapped] for i in range(size)]
         return torch.stack([lower(x, w, b, stacked) for x, w, b in each]), 0  # type: ignore[arg-type]
-    first = [t if not d else t.movedim(d, 0) for t, d in given]
+    first = [t if not d else t.movedim(d, 0) for t, d in mapped]
     return stacked_linear(*first, [d is not None for d in in_dims[:3]]), 0
 
 
@@ -45,7 +48,7 @@ def _samples(x, weight, bias, stacked) -> int:
 
 
 def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
-    """The same in plain operations: one product where weights are shared, a batched one where they are not."""
+    """`stacked_linear` in plain operations: one product if the weights are shared, otherwise mostly a batched one."""
     xs, ws, bs = stacked
     flat = x.flatten(1, -2) if xs and ws else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     rows, out = flat.shape[-2], weight.shape[-2]
@@ -56,7 +59,7 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
         return y + (spread(bias, y.ndim - 2 if xs else y.ndim - 1) if bs else bias)
     samples = weight.shape[0]
     if weight.numel() * rows <= _TINY:
-        # no call of a library: one loop with what comes before and after it
+        # a plain sum, which Inductor fuses with the operations around it, is faster than a library's product
         kernels = weight.mT.contiguous()
         y = ((flat if xs else flat.unsqueeze(0)).unsqueeze(-1) * kernels.unsqueeze(1)).sum(-2)
     elif not xs and _as_one_matrix(samples, rows, out, flat):
@@ -66,7 +69,7 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
         y = _vector_products(flat if xs else flat.expand(samples, *flat.shape), weight)
     else:
         if xs and x.ndim == 3 and _across(flat):
-            # as the product before left them, so that the transpositions between them vanish (loops.py)
+            # the layout that the product before returns, so that the transpositions between the two cancel (loops.py)
             flat = flat.mT.contiguous().mT
         y = _product(flat if xs else flat.expand(samples, *flat.shape), weight)
     y = y.reshape(samples, *x.shape[1 if xs else 0 : -1], out)
@@ -76,17 +79,19 @@ def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., rows, inputs), (..., outputs, inputs) -> (..., rows, outputs).
+    """x @ weight^T: (..., rows, inputs), (..., outputs, inputs) -> (..., rows, outputs).
 
-    Many rows are the columns of the product: it is as fast for wide layers and several times faster for narrow ones,
-    and a row's sum does not depend on its place (`tests/rewrite/test_linear.py`).
+    With many rows, weight @ x^T is computed instead, and transposed: that is as fast for wide layers, several times
+    faster for narrow ones, and a row's sum does not depend on its place (`tests/rewrite/test_linear.py`).
     """
     return torch.matmul(weight, x.mT).mT if _across(x) else torch.matmul(x, weight.mT)
 
 
 def _across(x: Tensor) -> bool:
-    """Whether rows are the columns of the product: with 16 bits on a CPU always, where weights as they lie are read
-    up to twice as fast."""
+    """True if rows are the columns of the product: with many rows, or with 16 bits on a CPU.
+
+    There, weights in their own layout are read up to twice as fast.
+    """
     return x.shape[-2] >= _ACROSS or _is_half_on_cpu(x)
 
 
@@ -95,35 +100,37 @@ def _is_half_on_cpu(x: Tensor) -> bool:
 
 
 def _as_one_matrix(samples: int, rows: int, out: int, x: Tensor) -> bool:
-    """Whether the layers of all samples on the same x are faster as one matrix than as a batched product."""
+    """True if the layers of all samples on the same x are faster as one wide product than as a batched product."""
     if _is_half_on_cpu(x):  # a batched product copies x for every sample
         return rows > 1 or out <= _NARROW
     return samples * out <= _WIDE or (rows >= _ACROSS and out <= _NARROW)
 
 
 def _vector_products(x: Tensor, weight: Tensor) -> Tensor:
-    """`_product` of one row and weights that come from memory. As `baddbmm`, because `bmm` is compiled to a loop that
-    reads one row of a matrix at a time, which the library does faster."""
+    """`_product` of one row and weights that no cache holds, as `baddbmm`.
+
+    Inductor compiles `bmm` to a loop that reads one row of a matrix at a time; the library's product is faster.
+    """
     zero = weight.new_zeros(())
     if _is_half_on_cpu(x):
         return torch.baddbmm(zero.expand(*weight.shape[:-1], 1), weight, x.mT, beta=0).mT
     return torch.baddbmm(zero.expand(weight.shape[0], 1, weight.shape[1]), x, weight.mT, beta=0)
 
 
-_ACROSS = 16  # rows
-_TINY = 2**16  # multiplications; below, what a library call costs is more than they do
-_WIDE = 4096  # outputs of all samples; past this a batched product is as fast as one wide one
-_NARROW = 64  # outputs of a layer; below, a batched product is slower than one wide one
-_STREAMED = 2**23  # bytes of weights, more than the caches next to a core hold
+_ACROSS = 16  # rows; from this many on, rows are the columns of the product
+_TINY = 2**16  # multiplications; up to this many take less time than a library call
+_WIDE = 4096  # outputs of all samples; above, a batched product is as fast as one wide one
+_NARROW = 64  # outputs of a layer; up to this many, a batched product is slower than one wide one
+_STREAMED = 2**23  # bytes of weights; from this many on, the caches of a core do not hold them
 
 
 def spread(bias: Tensor, axes: int) -> Tensor:
-    """(samples, outputs) -> (samples, 1, ..., outputs), for rows of as many axes."""
+    """Insert `axes` axes of length 1 into a bias: (samples, outputs) -> (samples, 1, ..., outputs)."""
     return bias.view(bias.shape[0], *[1] * axes, bias.shape[-1])
 
 
 class WholeLinears(TorchFunctionMode):
-    """Keeps calls of `F.linear` whole while a network is traced."""
+    """A torch function mode in which every call of `F.linear` is traced as one `stacked_linear`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.linear:
@@ -146,20 +153,23 @@ def is_linear(node: fx.Node) -> bool:
 
 
 def arguments(linear: fx.Node) -> tuple[Any, Any, Any, list[bool]]:
-    """x, weight, bias (or None), and which of them are stacked."""
+    """The arguments of a linear layer: x, weight, bias (or None), and which of them are stacked."""
     return linear.args  # type: ignore[return-value]
 
 
 def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.Node, stacked: bool, axes: int) -> fx.Node:
-    """y (samples, ..., outputs), its rows of as many axes, plus a bias of all samples or one of each."""
-    own = graph.call_function(spread, (bias, axes)) if stacked else bias
-    return graph.call_function(torch.ops.aten.add.Tensor, (y, own))
+    """Add a bias to y, (samples, ..., outputs), with `axes` axes between.
+
+    bias: (samples, outputs) if stacked, else (outputs,).
+    """
+    bias = graph.call_function(spread, (bias, axes)) if stacked else bias
+    return graph.call_function(torch.ops.aten.add.Tensor, (y, bias))
 
 
 def free_layout(traced: fx.GraphModule) -> None:
-    """Let every value lie in memory as it comes, in place: a trace has views of layouts that lowering may change.
+    """Make a graph independent of memory layouts, in place, because lowering may change those that were traced.
 
-    What cannot take a value as it comes gets a contiguous copy of it.
+    Views become reshapes, and operations that need a contiguous tensor get a contiguous copy.
     """
     for node in traced.graph.nodes:
         if node.op != "call_function":
@@ -173,7 +183,7 @@ def free_layout(traced: fx.GraphModule) -> None:
 
 
 _DENSE = torch.contiguous_format
-# operations that read memory and not elements; `tests/rewrite/test_linear.py` tries the layers of torch for others
+# operations that depend on memory layout; `tests/rewrite/test_linear.py` tries torch's layers to find others
 _DENSE_ONLY = {
     torch.ops.aten.as_strided.default,
     torch.ops.aten.native_group_norm.default,

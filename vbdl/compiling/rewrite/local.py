@@ -1,11 +1,11 @@
-"""Local reparameterization: the outputs of a mean-field layer are drawn, not its weights.
+"""Local reparameterization: draws the outputs of a mean-field layer in place of its weights.
 
     y[s, b, o] = m[b, o] + sqrt(v[b, o]) noise[s, o],   m = x mean^T + bias_mean,   v = x^2 (std^2)^T + bias_std^2
 
-Kingma, Salimans and Welling, NeurIPS 2015, https://arxiv.org/abs/1506.02557. Where the weights act once on each row
-this is the distribution of the row's output exactly. A draw's noise is shared by all rows, so a draw is still a
-function of x; but rows are not jointly distributed as with one draw of the weights. So it is used where per-row
-quantities are asked, and `joint=True` keeps the weights.
+Kingma, Salimans and Welling, NeurIPS 2015, https://arxiv.org/abs/1506.02557. If the weights act once on each row, this
+is exactly the distribution of the row's output. All rows share the noise of a draw, so a draw is still a function of x,
+but the joint distribution of several rows differs from that with drawn weights. It is used for quantities of single
+rows; `joint=True` draws weights.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 
 @dataclass
 class Normal:
-    """A drawn parameter: mean + std * normal(key, layer, ...)."""
+    """A parameter drawn as mean + std * normal(key, layer, stream, ...); the tensors are nodes of the graph."""
 
     mean: Any
     std: Any
@@ -36,7 +36,11 @@ class Normal:
 def local_linear(
     x: Tensor, mean: Tensor, std: Tensor, bias_mean: Tensor | None, bias_std: Tensor | None, key: Tensor, layer: int
 ) -> Tensor:
-    """(samples, rows, outputs) from x (rows, inputs) that all samples share, or (samples, rows, inputs)."""
+    """A linear layer with normal weights, by drawing its outputs.
+
+    x: (rows, inputs) if all samples share it, else (samples, rows, inputs). mean, std: (outputs, inputs).
+    bias_mean, bias_std: (outputs,). Returns (samples, rows, outputs).
+    """
     flags = [x.ndim == 3, False, False]
     m = lower(x, mean.to(x.dtype), None if bias_mean is None else bias_mean.to(x.dtype), flags)
     variance = None if bias_std is None else bias_std.square().to(x.dtype)
@@ -45,9 +49,11 @@ def local_linear(
 
 
 def reparameterize(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: bool) -> list[str]:
-    """Rewrite in place every mean-field layer that it is exact for; with hidden=False only those whose input no draw
-    reaches, where it costs two products for all draws. Returns the names of what was rewritten."""
-    region, done = dependence(traced, kinds), []
+    """Rewrite mean-field layers in place, all for which local reparameterization is exact; return their nodes' names.
+
+    hidden: False rewrites only layers whose input does not depend on the draw: two products serve all draws there.
+    """
+    region, rewritten = dependence(traced, kinds), []
     for node in list(traced.graph.nodes):
         if not is_linear(node):
             continue
@@ -56,28 +62,28 @@ def reparameterize(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: 
             continue
         shape = x.meta["val"].shape[1:] if stacked[0] else x.meta["val"].shape
         drawn = drawn_by(weight)
-        # weights that act on more than one vector of a row correlate them, which noise of an output cannot
+        # weights that act on several vectors of a row make their outputs dependent, which noise on outputs does not
         if drawn is None or len(shape) != 2 or shape[0] != rows:
             continue
         bias_drawn = None if bias is None else drawn_by(bias)
         graph = traced.graph
         with graph.inserting_before(node):
-            own = (bias_drawn.mean, bias_drawn.std) if bias_drawn else (None, None)
-            found = graph.call_function(local_linear, (x, drawn.mean, drawn.std, *own, drawn.key, drawn.layer))
+            bias_moments = (bias_drawn.mean, bias_drawn.std) if bias_drawn else (None, None)
+            y = graph.call_function(local_linear, (x, drawn.mean, drawn.std, *bias_moments, drawn.key, drawn.layer))
             if bias is not None and bias_drawn is None:
-                found = add_bias(graph, found, bias, stacked[2], axes=1)
-        found.meta, region[found] = dict(node.meta), region[node]  # a layer may follow at once
-        node.replace_all_uses_with(found)
+                y = add_bias(graph, y, bias, stacked[2], axes=1)
+        y.meta, region[y] = dict(node.meta), region[node]  # the next layer may need them
+        node.replace_all_uses_with(y)
         graph.erase_node(node)
-        done.append(node.name)
-    if done:
+        rewritten.append(node.name)
+    if rewritten:
         traced.graph.eliminate_dead_code()
         traced.recompile()
-    return done
+    return rewritten
 
 
 def drawn_by(node: Any) -> Normal | None:
-    """What a node draws, if it is mean + std * normal and nothing else uses it."""
+    """The parts of mean + std * normal, if a node is such a sum and its parts have no other users; otherwise None."""
     node = _through(node, _aten._to_copy.default)
     if not _calls(node, _aten.add.Tensor) or len(node.args) != 2 or len(node.users) != 1:
         return None
@@ -93,7 +99,7 @@ def drawn_by(node: Any) -> Normal | None:
         return None
     shared = node.meta["val"].shape[1:]
     if mean.meta["val"].shape != shared or std.meta["val"].shape != shared:
-        return None  # means of each member: an ensemble of mean-field networks
+        return None  # every member has its own mean: an ensemble of mean-field networks
     return Normal(mean, std, key, layer, stream)
 
 

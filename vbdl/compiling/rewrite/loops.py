@@ -1,10 +1,10 @@
-"""Work on a transposed product, done before the transposition.
+"""The rewrite that moves transpositions behind the operations on a transposed product.
 
-A linear layer's rows are the columns of its product (`linear.py`), and the next layer's product takes them
-so. What comes between and after, a bias, an activation, a softmax, means over draws, is traced on the transposed view;
-compiled as it stands, Inductor writes results in the view's order: every layer transposes twice in passing, and loops
-over draws read with strides, one number at a time. Here the view is taken last: transpositions meet and vanish, and
-loops run along memory. Every number comes of the same operations in the same order.
+A linear layer's rows are the columns of its product (`linear.py`), and the next layer's product takes them the same
+way. The operations in between and after (bias, activation, softmax, means over draws) are traced on the transposed
+view. Inductor would compile them to write results in the view's order: every layer would transpose twice, and loops
+over draws would read one number at a time, with strides. Here the transposition comes last: those between two layers
+cancel, and loops run along memory. Every number is computed by the same operations in the same order.
 """
 
 from typing import Any
@@ -18,12 +18,14 @@ _TRANSPOSE = _aten.transpose.int
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default)
 _SOFTMAX = (_aten._log_softmax.default, _aten._softmax.default)
 _OVER_OTHER_AXES = (_aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default, _aten.slice.Tensor)  # args[1]: the axes
-_OF_LAYOUT = {"as_strided", "view_as_complex", "view_as_real", "set_"}  # what a value's place in memory is to matter to
+_OF_LAYOUT = {"as_strided", "view_as_complex", "view_as_real", "set_"}  # operations that depend on memory layout
 
 
 def transpose_last(traced: fx.GraphModule) -> None:
-    """Rewrite a traced call in place. Its values carry `meta["val"]`, as make_fx leaves them; what it returns lies in
-    memory as before, values inside may not."""
+    """Rewrite a traced graph in place.
+
+    Nodes need `meta["val"]`, as make_fx sets it. Outputs keep their memory layout; values inside the graph may not.
+    """
     graph = traced.graph
     if any(getattr(n.target, "_opname", "") in _OF_LAYOUT or n.target is _aten.view.dtype for n in graph.nodes):
         return
@@ -33,7 +35,7 @@ def transpose_last(traced: fx.GraphModule) -> None:
                 node.args = tree_map_only(fx.Node, lambda n: _in_order(graph, n), node.args)
         elif node.op == "call_function" and all(isinstance(n.meta.get("val"), Tensor) for n in _around(node)):
             if node.target in _RESHAPES and node.args[0].meta["val"].shape == node.meta["val"].shape:
-                node.replace_all_uses_with(node.args[0])  # a reshape to the shape that it has
+                node.replace_all_uses_with(node.args[0])  # a reshape to the same shape
             elif node.target in _RESHAPES[:2]:
                 node.target = _aten.reshape.default
             else:
@@ -44,7 +46,7 @@ def transpose_last(traced: fx.GraphModule) -> None:
 
 
 def _sink(graph: fx.Graph, node: fx.Node) -> None:
-    """The operation on what its transposed arguments are views of, then the view, where that gives the same."""
+    """Replace an operation on transposed views by the operation on their bases, then a transposition, if equivalent."""
     value, target = node.meta["val"], node.target
     args: Any = node.args
     kwargs: Any = node.kwargs
@@ -55,8 +57,8 @@ def _sink(graph: fx.Graph, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: _transposed(graph, n))  # type: ignore[misc]
     elif target in (*_SOFTMAX, *_OVER_OTHER_AXES) and _is_transposed(args[0]):
         ndim = args[0].meta["val"].ndim
-        given = args[1] if len(args) > 1 and args[1] is not None else []
-        axes = [a % ndim for a in (given if isinstance(given, list | tuple) else [given])]
+        dims = args[1] if len(args) > 1 and args[1] is not None else []
+        axes = [a % ndim for a in (dims if isinstance(dims, list | tuple) else [dims])]
         if target in _SOFTMAX and axes == [ndim - 1]:
             args = (args[0].args[0], ndim - 2, *args[2:])
         elif target in _OVER_OTHER_AXES and axes and max(axes) < ndim - 2:
@@ -79,23 +81,23 @@ def _is_transposed(node: fx.Node) -> bool:
 
 
 def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The last two axes of a value exchanged; a value of one axis gets a second, of length one."""
+    """Exchange the last two axes of a value; a value of one axis gets a second one of length 1, a scalar stays."""
     value = node.meta["val"]
     if _is_transposed(node):
         return node.args[0]  # type: ignore[return-value]
     if value.ndim == 0:
         return node
     if value.ndim == 1:
-        found = graph.call_function(_aten.unsqueeze.default, (node, -1))
-        found.meta["val"] = value.unsqueeze(-1)
+        transposed = graph.call_function(_aten.unsqueeze.default, (node, -1))
+        transposed.meta["val"] = value.unsqueeze(-1)
     else:
-        found = graph.call_function(_TRANSPOSE, (node, -2, -1))
-        found.meta["val"] = value.mT
-    return found
+        transposed = graph.call_function(_TRANSPOSE, (node, -2, -1))
+        transposed.meta["val"] = value.mT
+    return transposed
 
 
 def _in_order(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """What is returned, written out where it has become a view."""
+    """A returned value, copied to be contiguous if the rewrite made a transposed view of it."""
     if not (_is_transposed(node) and node.meta["val"].is_contiguous()):
         return node
     return graph.call_function(_aten.clone.default, (node,), {"memory_format": torch.contiguous_format})

@@ -1,8 +1,8 @@
-"""Small networks in one kernel: linear layers and activations one after the other, on chip, for every draw or member.
+"""The rewrite of a small network into one kernel, which runs all layers on chip for every draw or member.
 
-    x -> linear -> relu -> linear -> relu -> linear        widths up to 128, weights of its own for every sample
+    x -> linear -> relu -> linear -> relu -> linear        widths up to 128, separate weights for every sample
 
-Each layer alone would be launched for less work than a launch costs.
+Run layer by layer, each kernel would do less work than its launch costs.
 """
 
 import math
@@ -23,7 +23,10 @@ _ACTIVATIONS = {_aten.relu.default: "relu", _aten.tanh.default: "tanh", _aten.si
 
 
 def whole_network(graph: fx.Graph, first: fx.Node, n_samples: int, budget: int) -> str | None:
-    """Replace the layers from `first` on by one kernel, in place, where that is estimated to be fastest; its name."""
+    """Replace the layers from `first` on by one kernel, in place, if that is estimated to be fastest.
+
+    Returns the kernel's name, or None if the layers stay. budget: bytes for weights that are kept of all draws.
+    """
     chain, activation = _chain(first)
     if len(chain) < 2:
         return None
@@ -35,9 +38,9 @@ def whole_network(graph: fx.Graph, first: fx.Node, n_samples: int, budget: int) 
     times = regime.of_network(n_samples, rows, widths, size, drawn=drawn is not None, exact=regime.is_exact(size))
     weights = n_samples * size * sum(i * o for i, o in zip(widths, widths[1:], strict=False))
     if drawn is not None and weights > budget:
-        times = {"whole drawn": times["whole drawn"]}  # none of them can be kept
+        times = {"whole drawn": times["whole drawn"]}  # the other ways need kept weights
     best = min(times, key=times.__getitem__)
-    if best == "layers" or math.isinf(times[best]):  # layer by layer none need be kept either
+    if best == "layers" or math.isinf(times[best]):  # leaves the choice for each layer to `fused.py`
         return None
     last = chain[-1]
     with graph.inserting_before(last):
@@ -49,9 +52,9 @@ def whole_network(graph: fx.Graph, first: fx.Node, n_samples: int, budget: int) 
             numbers = [[d.layer for d in which] for which in pairs]
             new = graph.call_function(_ops.bayesian_mlp.default, (x, *tensors, drawn[0][0].key, *numbers, activation))
         else:
-            given = [arguments(layer) for layer in chain]
+            layers = [arguments(layer) for layer in chain]
             new = graph.call_function(
-                _ops.ensemble_mlp.default, (x, [g[1] for g in given], [g[2] for g in given], activation)
+                _ops.ensemble_mlp.default, (x, [a[1] for a in layers], [a[2] for a in layers], activation)
             )
     new.meta = dict(last.meta)
     last.replace_all_uses_with(new)
@@ -64,7 +67,7 @@ def whole_network(graph: fx.Graph, first: fx.Node, n_samples: int, budget: int) 
 
 
 def _chain(first: fx.Node) -> tuple[list[fx.Node], str]:
-    """Layers that follow each other with one activation in between, and the activation."""
+    """The linear layers from `first` on that have the same activation between them, and the activation's name."""
     chain: list[fx.Node] = []
     activation: Any = None
     node = first
@@ -85,7 +88,11 @@ def _chain(first: fx.Node) -> tuple[list[fx.Node], str]:
 
 
 def _fits(layer: fx.Node, first: fx.Node) -> bool:
-    """Weights and bias of its own for every sample, narrow enough, rows of one vector each, one dtype."""
+    """True if the kernel can run this layer.
+
+    It needs weights and bias for every sample, at most `WIDEST` inputs and outputs, rows of one vector each, and the
+    dtype of the first layer's input throughout.
+    """
     x, weight, bias, stacked = arguments(layer)
     if bias is None or not (stacked[1] and stacked[2]) or not (stacked[0] or layer is first):
         return False
@@ -99,19 +106,19 @@ def _fits(layer: fx.Node, first: fx.Node) -> bool:
 
 
 def _drawn(chain: list[fx.Node]) -> list[tuple[Normal, Normal]] | None:
-    """What weights and biases are drawn from, (weight, bias) each layer, where all are, by one key."""
-    found = []
+    """The distributions of the layers' (weight, bias) pairs, or None if not all of them are drawn with one key."""
+    pairs = []
     for layer in chain:
         _, weight, bias, _ = arguments(layer)
         pair = drawn_by(weight), drawn_by(bias)
         if pair[0] is None or pair[1] is None or (pair[0].stream, pair[1].stream) != (WEIGHT, BIAS):
             return None
-        found.append(pair)
-    return found if len({source_of(d.key) for pair in found for d in pair}) == 1 else None
+        pairs.append(pair)
+    return pairs if len({source_of(d.key) for pair in pairs for d in pair}) == 1 else None
 
 
 def source_of(key: fx.Node) -> fx.Node:
-    """The key itself: every layer's noise has a view of it of its own."""
+    """The original key behind the views and copies of it that each layer's noise uses."""
     while key.op == "call_function" and len(key.all_input_nodes) == 1:
         inner, name = key.all_input_nodes[0], getattr(key.target, "_opname", "")
         same = inner.meta["val"].shape == key.meta["val"].shape
