@@ -78,5 +78,5 @@ def test_refusals(data):
         recommend(_network(), (x[:10], y[:10]))
     with pytest.raises(ValueError, match="budget"):
         recommend(_network(), data, budget=0)
-    with pytest.raises(TypeError, match="a network is an nn.Module, got function"):
+    with pytest.raises(TypeError, match="a network must be an nn.Module, got function"):
         recommend(lambda x: x, data)

@@ -1,1 +1,1 @@
-"""Calls a module with other weights than its own: inputs of any structure, many states at once."""
+"""Calls of modules with replaced weights: nested inputs, and many sets of weights in one call."""

@@ -1,13 +1,13 @@
-"""Two features of torch's autograd that would go wrong inside a call with other weights, and are plain there.
+"""Contexts that switch off two features of torch's autograd that fail in calls of a module with replaced weights.
 
-Gradient checkpointing (`torch.utils.checkpoint`) runs a block again in the backward pass. By then the drawn or stacked
-weights are out of the module's places and the masks are gone: the gradient would silently be that of another network.
-Inside `activations_kept` the block's activations are kept, as without checkpointing: the numbers are the same, and
-memory is not saved.
+Gradient checkpointing (`torch.utils.checkpoint`) runs a block again in the backward pass. By then the module has its
+own weights back and the masks are gone, so the gradient would silently be that of another network. Inside
+`activations_kept`, blocks keep their activations as without checkpointing: the numbers are the same, but no memory is
+saved.
 
-Operations whose gradient is written by hand (`torch.autograd.Function`) are traced by no transform of torch. Inside
-`only_forwards` their forward alone runs, as plain operations; a graph that was traced there computes the right numbers
-and would have another gradient, so that it is not differentiated.
+Operations with a handwritten gradient (`torch.autograd.Function`) cannot be traced by torch's transforms. Inside
+`only_forwards`, just their forward runs, as plain operations. A graph traced there computes the right outputs, but its
+gradient would not be the handwritten one, so it must not be differentiated.
 """
 
 import contextlib
@@ -23,8 +23,10 @@ from torch.autograd.function import _SingleLevelFunction
 
 
 class _ThisThread(threading.local):
+    """Which of the two contexts this thread is in."""
+
     keeps_activations = False
-    forwards: list[str] | None = None  # names of the operations that ran forwards only
+    forwards: list[str] | None = None  # names of the operations that ran without their gradient; None outside
 
 
 _this_thread = _ThisThread()
@@ -33,7 +35,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def activations_kept() -> Iterator[None]:
-    """Inside, on this thread, checkpointed blocks keep their activations."""
+    """A context in which checkpointed blocks keep their activations, on this thread."""
     _replace_once(torchs.CheckpointFunction, _replace_checkpointing)
     before = _this_thread.keeps_activations
     _this_thread.keeps_activations = True
@@ -45,8 +47,10 @@ def activations_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_forwards() -> Iterator[list[str]]:
-    """Inside, on this thread, operations with a handwritten gradient run forwards only; afterwards the list holds their
-    names."""
+    """A context in which operations with a handwritten gradient run only their forward, on this thread.
+
+    Yields a list, to which the names of these operations are added.
+    """
     _replace_once(Function, _replace_apply)
     before = _this_thread.forwards
     _this_thread.forwards = names = []
@@ -57,8 +61,11 @@ def only_forwards() -> Iterator[list[str]]:
 
 
 def _replace_once(owner: type, replace: Callable[[], None]) -> None:
-    """Let torch's functions ask whether they are inside such a call; elsewhere they work as before. The mark lies on
-    torch's class, so that they are replaced once in a process, however often this module is imported."""
+    """Replace torch's functions once by ones that look at `_this_thread`; outside the contexts they work as before.
+
+    The class `owner` of torch is marked, so that they are replaced once per process even if this module is imported
+    twice.
+    """
     if "vbdl_asks" in vars(owner):
         return
     with _lock:
@@ -68,7 +75,7 @@ def _replace_once(owner: type, replace: Callable[[], None]) -> None:
 
 
 def _replace_checkpointing() -> None:
-    """Replaces what `checkpoint` uses, because networks hold `checkpoint` itself under names of their own."""
+    """Replace the functions that `checkpoint` calls; networks may have imported `checkpoint` itself already."""
     generator, checkpointed = torchs._checkpoint_without_reentrant_generator, torchs.CheckpointFunction.apply
 
     def around(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -78,7 +85,7 @@ def _replace_checkpointing() -> None:
             yield from generator(*args, **kwargs)
 
     def apply(function: Callable, preserve: bool, *args: Any) -> Any:
-        # without gradients nothing is kept anyway, and the call can be traced
+        # without gradients there are no activations to keep, and a plain call can be traced
         plainly = _this_thread.keeps_activations or not torch.is_grad_enabled()
         return function(*args) if plainly else checkpointed(function, preserve, *args)
 
@@ -87,7 +94,8 @@ def _replace_checkpointing() -> None:
 
 
 def _replace_apply() -> None:
-    original = inspect.getattr_static(Function, "apply")  # of Python up to torch 2.13, of C from 2.14 on
+    """Replace `Function.apply` by one that runs just the forward inside `only_forwards`."""
+    original = inspect.getattr_static(Function, "apply")  # a Python function up to torch 2.13, in C from 2.14 on
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         names = _this_thread.forwards
@@ -102,7 +110,7 @@ def _replace_apply() -> None:
 
 
 class _Context:
-    """The context of a forward without a backward: it keeps nothing."""
+    """A stand-in for the context of a torch.autograd.Function whose backward never runs: it saves nothing."""
 
     needs_input_grad = ()
 

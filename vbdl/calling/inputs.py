@@ -1,11 +1,11 @@
-"""The inputs of a call as a flat list of tensors, and the structure that a module is called with.
+"""The inputs of a module's call: a flat list of tensors, and the structure in which they are passed.
 
     x                          one tensor: module(x)
     (a, b), [a, b]             positional arguments: module(a, b)
-    {"a": a, "b": b}           keyword arguments, of a dict or any Mapping: module(a=a, b=b)
+    {"a": a, "b": b}           keyword arguments, from a dict or any Mapping: module(a=a, b=b)
 
-What is nested in these is passed on as it is: dicts in dicts, tuples, lists, None, True, False and texts. The first
-axis of every tensor is the batch. Arrays are taken as tensors.
+Arguments may be nested: dicts, tuples, lists, None, True, False and strings are passed on unchanged. The first axis of
+every tensor is the batch. NumPy arrays become tensors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from vbdl.types import Inputs
 
 @dataclass(frozen=True)
 class _TensorPlace:
-    """The place of one tensor in a structure."""
+    """The mark for a tensor in a structure."""
 
 
 TENSOR = _TensorPlace()
@@ -29,68 +29,68 @@ TENSOR = _TensorPlace()
 
 @dataclass(frozen=True)
 class Container:
-    """A Mapping, list or tuple in a structure; names: the keys of a Mapping, None otherwise."""
+    """A Mapping, list or tuple in a structure."""
 
-    kind: type
-    names: tuple[Any, ...] | None
+    kind: type  # the class of the container
+    names: tuple[Any, ...] | None  # the keys of a Mapping, None for a list or a tuple
     parts: tuple["Structure", ...]
 
 
 Structure = Container | _TensorPlace | None | bool | str
-"""How tensors are nested, and what is nested with them. Hashable, and equal for inputs that are nested alike."""
+"""The nesting of inputs with the values that are not tensors. Hashable; equal for inputs that are nested alike."""
 
 
 @dataclass(frozen=True)
 class Flat:
-    """The tensors of a call in order, and the structure they came in."""
+    """The inputs of a call as a flat tuple of tensors and the structure that they came in."""
 
     tensors: tuple[Tensor, ...]
     structure: Structure
 
     @property
     def rows(self) -> int:
-        """The number of rows."""
+        """The number of rows of the batch."""
         return self.tensors[0].shape[0]
 
     @property
     def nested(self) -> Any:
-        """The tensors in their structure, as a module is called with them."""
+        """The tensors in their structure, as a module takes them."""
         return rebuilt(self.structure, self.tensors)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Flat":
-        """The function of every tensor, in the same structure."""
+        """Apply a function to every tensor, and keep the structure."""
         return Flat(tuple(function(t) for t in self.tensors), self.structure)
 
 
 def flatten(inputs: Any) -> Flat:
-    """The inputs of a call, flat. Raises TypeError for what is no tensor and cannot be passed on."""
-    found: list[Tensor] = []
-    structure = _structure(inputs, found)
-    return Flat(tuple(found), structure)
+    """Flatten the inputs of a call. Raises TypeError for a value that no structure can hold, such as a number."""
+    flat: list[Tensor] = []
+    structure = _structure(inputs, flat)
+    return Flat(tuple(flat), structure)
 
 
-def _structure(value: Any, found: list[Tensor]) -> Structure:
-    """The structure of a value, whose tensors are appended to `found`."""
+def _structure(value: Any, flat: list[Tensor]) -> Structure:
+    """The structure of a value; its tensors are appended to `flat`."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
-        found.append(value)
+        flat.append(value)
         return TENSOR
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Mapping):
-        return Container(type(value), tuple(value), tuple(_structure(part, found) for part in value.values()))
+        return Container(type(value), tuple(value), tuple(_structure(part, flat) for part in value.values()))
     if isinstance(value, Sequence):
         kind = type(value) if isinstance(value, tuple | list) else tuple
-        return Container(kind, None, tuple(_structure(part, found) for part in value))
+        return Container(kind, None, tuple(_structure(part, flat) for part in value))
     raise TypeError(
-        f"inputs are tensors or arrays: one, a tuple of them, or a dict by argument name, also nested; got "
+        f"inputs are tensors or arrays: pass one, a tuple of them, or a dict by argument name, also nested; got "
         f"{type(value).__name__}"
     )
 
 
 def rebuilt(structure: Structure, tensors: Sequence[Tensor]) -> Any:
-    """These tensors in a structure."""
+    """Put these tensors into a structure."""
     return _filled(structure, iter(tensors))
 
 
@@ -110,7 +110,7 @@ def _filled(structure: Structure, tensors: Any) -> Any:
 
 
 def _mapping(kind: type, entries: dict[Any, Any]) -> Any:
-    """A Mapping of this class, or the dict where the class is made in another way (`collections.defaultdict`)."""
+    """A Mapping of this class, or the dict if its constructor takes no dict (`collections.defaultdict`)."""
     try:
         return kind(entries)
     except TypeError:
@@ -118,7 +118,7 @@ def _mapping(kind: type, entries: dict[Any, Any]) -> Any:
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call."""
+    """The positional and the keyword arguments that a module is called with."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
@@ -127,15 +127,15 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def tensors(inputs: Inputs) -> list[Tensor]:
-    """Every tensor of the inputs, in order."""
+    """All tensors of the inputs, in order."""
     return list(flatten(inputs).tensors)
 
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Any:
-    """The function of every tensor, in the same structure."""
+    """Apply a function to every tensor of the inputs, and keep the structure."""
     return flatten(inputs).map(function).nested
 
 
 def rebuild(like: Inputs, tensors: Sequence[Tensor]) -> Any:
-    """These tensors in the structure of `like`."""
+    """Put these tensors into the structure of `like`."""
     return rebuilt(flatten(like).structure, tensors)

@@ -1,6 +1,8 @@
-"""Many states, one module, one call: the only file that calls `vmap` and `functional_call`.
+"""Calls of one module with many states (parameters and buffers) at once, by `vmap` and `functional_call`.
 
-outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
+    outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
+
+No other file calls these two functions.
 """
 
 import contextlib
@@ -31,57 +33,63 @@ from vbdl.types import Likelihood, State
 
 
 def check_network(module: Any, scripted: bool = False) -> None:
-    """TypeError or ValueError for what cannot be called with other weights: no module, compiled, lazy, or scripted
-    where the method has to look inside.
+    """Raise TypeError or ValueError if a network cannot be called with replaced weights.
+
+    That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm or, unless `scripted`,
+    is a TorchScript module.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"a network is an nn.Module, got {type(module).__name__}")
+        raise TypeError(f"a network must be an nn.Module, got {type(module).__name__}")
     for name, m in module.named_modules():
         where = f"module '{name}'" if name else "the module"
         if hasattr(m, "_orig_mod"):
-            raise ValueError(f"{where} is compiled already, and vbdl compiles by itself: give it what was compiled")
+            raise ValueError(
+                f"{where} was returned by torch.compile: pass the module that you compiled, vbdl compiles it itself"
+            )
         if isinstance(m, torch.jit.ScriptModule) and not scripted:
-            raise ValueError(f"{where} is a TorchScript module, which cannot be looked into: give the Python module")
+            raise ValueError(
+                f"{where} is a TorchScript module, whose layers this method cannot replace: pass the Python module"
+            )
         if any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values()):
             raise ValueError(
                 f"{where} has torch.nn.utils.weight_norm, which torch cannot copy: use "
                 f"torch.nn.utils.parametrizations.weight_norm, which is the same"
             )
     if any(is_lazy(t) for t in state_of(module).values()):
-        raise ValueError("the module has lazy layers without weights yet: call it on one batch first")
+        raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
 
 
 def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters with hooks of their gradients, which no copy carries."""
+    """The names of the parameters that have gradient hooks, which a copy of the module would lose."""
     return tuple(n for n, p in module.named_parameters() if p._backward_hooks)
 
 
 def check_chosen(argument: str, chosen: Any) -> None:
-    """TypeError for one name or type of modules where a list of them is wanted: a name would be read by letters."""
+    """Raise TypeError for a single module name or type in place of a list: a name would be read letter by letter."""
     if isinstance(chosen, str | type):
         one = repr(chosen) if isinstance(chosen, str) else chosen.__name__
-        raise TypeError(f"{argument} is a list of module names or types, got {one}: write [{one}]")
+        raise TypeError(f"{argument} must be a list of module names or types, got {one}: write [{one}]")
 
 
 def state_of(module: nn.Module) -> State:
-    """Parameters and buffers by name; a tied one once, under its first name."""
+    """The parameters and buffers of a module by name; a tied one appears once, under its first name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def call(module: nn.Module, state: State, inputs: Any) -> Any:
-    """The module's output with these entries in place of its own, which stay untouched.
+    """Call a module with these parameters and buffers in place of its own, which stay unchanged.
 
-    In training an entry that the forward assigns (`self.mean = 0.9 * self.mean + ...`) is changed as one that it
-    writes to would be.
+    With gradients enabled, an entry that the forward pass assigns (`self.mean = 0.9 * self.mean + ...`) is updated in
+    `state`, as if the forward pass had written into it.
     """
     args, kwargs = arguments(inputs)
-    # functional_call would put a tensor in place once for every name of it. A module that has two names is one place:
-    # the second time the drawn tensor would be taken for the module's own, and be left there.
+    # functional_call would set a tensor once for each of its names. If a module has two names, the second time it would
+    # take the drawn tensor for the module's own and leave it there.
     places = places_of(module)
     used = {place: t for name, t in state.items() for place in places.get(name, ())}
     with activations_kept() if torch.is_grad_enabled() else contextlib.nullcontext():
         output = functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
-    if torch.is_grad_enabled():  # functional_call leaves in `used` what the entries have become
+    if torch.is_grad_enabled():  # functional_call puts assigned entries into `used`
         for name, t in state.items():
             for place in places.get(name, ()):
                 if used[place] is not t and used[place].shape == t.shape:
@@ -92,11 +100,11 @@ def call(module: nn.Module, state: State, inputs: Any) -> Any:
 
 
 def places_of(module: nn.Module) -> dict[str, list[str]]:
-    """Where each parameter and buffer is registered, by its first name: once for every module that holds it."""
+    """All names under which each parameter and buffer is registered, by its first name, one for each owning module."""
     first: dict[int, str] = {}
     places: dict[str, list[str]] = {}
     for kind in ("_parameters", "_buffers"):
-        for prefix, owner in module.named_modules():  # a module that has two names comes once
+        for prefix, owner in module.named_modules():  # yields a module that has two names once
             for leaf, t in vars(owner)[kind].items():
                 if t is not None:
                     name = f"{prefix}.{leaf}" if prefix else leaf
@@ -112,7 +120,11 @@ def call_stacked(
     randomness: str = "error",
     inputs_stacked: bool = False,
 ) -> Any:
-    """Outputs of every sample on the same inputs, or on inputs of its own: (samples, batch, ...)."""
+    """Call a module once with every sample's state, mapped together by vmap; returns (samples, batch, ...).
+
+    stacked: the entries in which samples differ. shared: all others. inputs: (batch, ...), the same for every sample,
+    or (samples, batch, ...) with inputs_stacked.
+    """
 
     flat = flatten(inputs)
 
@@ -130,47 +142,45 @@ def call_each(
     inputs: Any,
     inputs_stacked: bool = False,
 ) -> Tensor:
-    """`call_stacked` one sample after the other, for what vmap cannot take."""
+    """`call_stacked` without vmap, one sample after the other, for modules that vmap cannot map."""
     count = next(iter(stacked.values())).shape[0]
     outputs, flat = [], flatten(inputs)
     for index in range(count):
-        own = flat.map(lambda t, index=index: t[index]).nested if inputs_stacked else inputs
-        outputs.append(call(module, {**shared, **select(stacked, index)}, own))
+        sample_inputs = flat.map(lambda t, index=index: t[index]).nested if inputs_stacked else inputs
+        outputs.append(call(module, {**shared, **select(stacked, index)}, sample_inputs))
     return torch.stack(outputs)
 
 
 def can_map(module: nn.Module) -> bool:
-    """Whether vmap has a rule for every layer, as far as is known of torch's own: it has none for recurrent ones and
-    for the power iterations of a spectral norm.
-    """
+    """False if the module has one of torch's layers that vmap has no rule for: recurrent layers and spectral norm."""
     layers = (nn.RNNBase, _SpectralNorm, SpectralNorm)
-    return not any(isinstance(m, layers) for own in module.modules() for m in (own, *own._forward_pre_hooks.values()))
+    return not any(isinstance(m, layers) for sub in module.modules() for m in (sub, *sub._forward_pre_hooks.values()))
 
 
 def why_not_mapped(
     module: nn.Module, stacked: State, shared: State, inputs: Any, inputs_stacked: bool = False
 ) -> str | None:
-    """None where `call_stacked` gives what `call_each` gives, in value and gradient, on these inputs; else the reason.
+    """The reason why `call_stacked` must not replace `call_each`, or None if both agree in values and gradients.
 
-    `vmap` has no rule for some operations, and rules that leave out part of what the operation does for others. Nothing
-    that is passed is changed, and neither is torch's generator. A module with noise of its own is taken at its word.
+    Both run on these inputs: vmap has no rule for some operations, and incomplete rules for others. The arguments and
+    torch's generator stay unchanged. For a module that draws random numbers the two are not compared: returns None.
     """
     if not can_map(module):
         return "recurrent layers and power iterations have no batching rule"
 
     def run(execute: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        own = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in stacked.items()}
-        rest = {n: t.detach().clone() for n, t in shared.items()}
+        copies = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in stacked.items()}
+        shared_copies = {n: t.detach().clone() for n, t in shared.items()}
         extra = {"randomness": "different"} if execute is call_stacked else {}
-        with torch.set_grad_enabled(any(t.requires_grad for t in own.values())), warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*batching rule.*")  # torch would loop, inside, and only warn
-            # what a step writes to must not be what is differentiated
-            outputs = execute(module, dict(own), rest, inputs, inputs_stacked=inputs_stacked, **extra)
-            trained = [t for t in own.values() if t.requires_grad]
+        with torch.set_grad_enabled(any(t.requires_grad for t in copies.values())), warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
+            # a new dict, because the tensors to differentiate must not be replaced in `copies`
+            outputs = execute(module, dict(copies), shared_copies, inputs, inputs_stacked=inputs_stacked, **extra)
+            trained = [t for t in copies.values() if t.requires_grad]
             gradients = ()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs.sum(), trained, allow_unused=True, materialize_grads=True)
-        written = [t.detach() for t in own.values() if not t.requires_grad and t.is_floating_point()]
+        written = [t.detach() for t in copies.values() if not t.requires_grad and t.is_floating_point()]
         return (outputs.detach(), *gradients, *written)
 
     device = next(iter(stacked.values())).device
@@ -178,7 +188,7 @@ def why_not_mapped(
         before = torch.get_rng_state()
         try:
             together = run(call_stacked)
-        except Exception as error:  # what vmap cannot take, it says in many ways
+        except Exception as error:  # vmap raises errors of many types
             return (str(error).strip() or type(error).__name__).splitlines()[0]
         if not torch.equal(before, torch.get_rng_state()):
             return None
@@ -189,22 +199,23 @@ def why_not_mapped(
     return None
 
 
-_APART = 1e-3  # of the largest number: far beyond rounding, far below what a wrong rule does
+_APART = 1e-3  # relative to the largest number: far above rounding errors, far below the effect of a wrong rule
 
 
 def select(stacked: State, index: int) -> State:
-    """One sample of a stacked state."""
+    """The state of one sample: (samples, ...) entries -> (...) entries."""
     return {name: t[index] for name, t in stacked.items()}
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy; what a forward has kept in an attribute, which torch does not copy, is detached."""
+    """A deep copy of a module. Tensors that a forward pass stored in attributes are detached, to be copied at all."""
     return holding(module, {})
 
 
 def forget(module: nn.Module) -> None:
-    """Detach what forwards have kept in attributes, like an attention map: it holds the graph of a step of training,
-    or is a tensor of a trace that is over, which becomes None. Either would be in the way of a copy.
+    """Detach tensors that forward passes stored in attributes, such as attention maps, so that a copy is possible.
+
+    Such a tensor may hold the autograd graph of a training step. One from a finished trace is replaced by None.
     """
     for m in module.modules():
         for name, value in list(vars(m).items()):
@@ -212,9 +223,9 @@ def forget(module: nn.Module) -> None:
                 vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
 
 
-def is_computed(found: Any) -> bool:
-    """Whether a forward has made this tensor and left it in an attribute."""
-    return isinstance(found, Tensor) and (not found.is_leaf or _of_a_trace(found))
+def is_computed(value: Any) -> bool:
+    """True if a value is a tensor that a forward pass computed, with gradients or in a trace."""
+    return isinstance(value, Tensor) and (not value.is_leaf or _of_a_trace(value))
 
 
 def _of_a_trace(t: Tensor) -> bool:
@@ -226,31 +237,32 @@ def _detached(t: Tensor) -> Tensor | None:
 
 
 def holding(module: nn.Module, state: State) -> nn.Module:
-    """A copy with these tensors in place of its own of those names; tied ones stay tied."""
-    kept = [t for m in module.modules() for t in tree_leaves(vars(m)) if is_computed(t)]
-    memo: dict[int, Any] = {id(t): _detached(t) for t in kept}
-    for name, own in state_of(module).items():
+    """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied."""
+    stored = [t for m in module.modules() for t in tree_leaves(vars(m)) if is_computed(t)]
+    memo: dict[int, Any] = {id(t): _detached(t) for t in stored}
+    for name, tensor in state_of(module).items():
         if name in state:
-            is_parameter = isinstance(own, nn.Parameter)
-            memo[id(own)] = nn.Parameter(state[name], own.requires_grad) if is_parameter else state[name]
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(state[name], tensor.requires_grad) if is_parameter else state[name]
     return copy.deepcopy(module, memo)
 
 
 def blueprint(module: nn.Module) -> nn.Module:
-    """A copy that holds structure only: its parameters and buffers are on the meta device."""
+    """A copy of a module's structure, without numbers: its parameters and buffers are on the meta device."""
     return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
 
 
 def replicate(likelihood: Likelihood, n_members: int) -> None:
-    """Give every parameter of a likelihood a leading members axis, in place: each member learns its own.
+    """Give every parameter of a likelihood a leading members axis, in place, so that each member learns its own.
 
-    Marked by `n_members`; one that is marked already is left as it is.
+    Sets `likelihood.n_members`; a likelihood that has this number already stays as it is. Raises ValueError if it has
+    another.
     """
-    have = likelihood.n_members
-    if have == n_members or not any(True for _ in likelihood.parameters()):
+    current = likelihood.n_members
+    if current == n_members or not any(True for _ in likelihood.parameters()):
         return
-    if have is not None:
-        raise ValueError(f"the likelihood belongs to {have} members already, not to {n_members}: use a new one")
+    if current is not None:
+        raise ValueError(f"the likelihood belongs to {current} members already, not to {n_members}: use a new one")
     for owner in likelihood.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
             copies = p.detach().unsqueeze(0).repeat(n_members, *[1] * p.ndim)
