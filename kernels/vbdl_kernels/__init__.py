@@ -1,4 +1,4 @@
-"""Counter-based noise and the operators that draw it where it is used. Imports torch and triton, never vbdl."""
+"""Counter-based random numbers, and operators that draw them in their kernels. Imports torch and triton, not vbdl."""
 
 import warnings
 from typing import Any
@@ -21,5 +21,5 @@ from vbdl_kernels.sampled_linear import sampled_linear as sampled_linear
 def __getattr__(name: str) -> Any:
     if name != "local_reparameterised_linear":  # its name in version 0.1
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} is called local_reparameterized_linear now", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{name} is now called local_reparameterized_linear", DeprecationWarning, stacklevel=2)
     return local_reparameterized_linear

@@ -1,8 +1,8 @@
-"""The speeds of a GPU that the cost model computes with: those of an H100, or those measured on the device itself.
+"""The speeds of a GPU that the cost model uses: those of an H100, or those measured on the device itself.
 
-`python -m vbdl_kernels.measured` measures a device's own and keeps them in a file in $XDG_CACHE_HOME/vbdl
-(~/.cache/vbdl), named by the format, the device and the versions of torch and triton. The file is written whole or not
-at all, and one that cannot be read counts as none.
+`python -m vbdl_kernels.measured` measures them and writes a file in $XDG_CACHE_HOME/vbdl (~/.cache/vbdl), named after
+the file format, the device and the versions of torch and triton. The file is replaced atomically; a file that cannot be
+read is ignored.
 """
 
 import contextlib
@@ -19,34 +19,34 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 3
+FORMAT = 3  # the version of the file's format
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card does a second, and what a launch costs. Defaults: an H100, products at 65 % of the data sheet."""
+    """The speeds of a GPU, per second, and its latencies. Defaults: an H100, products at 65 % of the data sheet."""
 
-    normals: float = 0.97e12  # drawn inside a product of few rows
-    half_flops: float = 0.65 * 989e12  # tensor cores, bfloat16 and float16
-    float_flops: float = 0.65 * 494e12  # tensor cores, tf32
-    exact_flops: float = 51e12  # float32 without tensor cores
-    bytes: float = 3.0e12  # of main memory, read and written
+    normals: float = 0.97e12  # normals per second, drawn inside a product of few rows
+    half_flops: float = 0.65 * 989e12  # flops per second on tensor cores, bfloat16 and float16
+    float_flops: float = 0.65 * 494e12  # flops per second on tensor cores, tf32
+    exact_flops: float = 51e12  # flops per second in float32 without tensor cores
+    bytes: float = 3.0e12  # bytes per second, read from and written to main memory
     launch: float = 1.2e-6  # seconds between two kernels in a CUDA graph
-    dispatch: float = 20e-6  # seconds of the host to start a kernel outside of one; not measured on that card
-    overlap: float = 0.66  # of noise and product, the part of the shorter that the longer does not hide
-    step: float = 1.2e-6  # seconds of one layer of a small network inside one program: latency, not work
-    programs: float = 264.0  # of such networks at once
-    half_rows: float = 0.0  # rows up to which the fused kernel was measured to be the faster; 0: by the model
-    float_rows: float = 0.0  # the same in float32
+    dispatch: float = 20e-6  # seconds that the host takes to start a kernel outside a CUDA graph; not from an H100
+    overlap: float = 0.66  # for noise and product: the fraction of the shorter's time that the longer does not hide
+    step: float = 1.2e-6  # seconds that a layer of a small network takes inside one program: latency, not work
+    programs: float = 264.0  # number of such programs that run at once
+    half_rows: float = 0.0  # up to this many rows the fused kernel was measured to be faster; 0: ask the model
+    float_rows: float = 0.0  # half_rows for float32
 
 
 def device_card() -> Card:
-    """The constants measured on the current device, or the defaults."""
+    """The constants that were measured on the current device, or the defaults."""
     return Card(**(constants(tuple(Card.__dataclass_fields__)) or {}))
 
 
 def device_name() -> str | None:
-    """The current accelerator, or None on a CPU."""
+    """The name of the current accelerator, or None on a CPU."""
     return _name(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
@@ -56,10 +56,11 @@ def _name(index: int) -> str:
 
 
 def path_of(name: str) -> Path:
+    """The path of the file with a device's constants."""
     return _path(name, os.environ.get("XDG_CACHE_HOME"))
 
 
-@functools.cache  # asked for in every call of an operator, and the version of a package takes 300 us to find
+@functools.cache  # every call of an operator needs the path, and finding a package's version takes 300 us
 def _path(name: str, root: str | None) -> Path:
     try:
         triton = metadata.version("triton")
@@ -70,7 +71,7 @@ def _path(name: str, root: str | None) -> Path:
 
 
 def constants(names: Sequence[str]) -> dict[str, float] | None:
-    """What was measured on the current device, if all of these were."""
+    """The constants of these names that were measured on the current device, or None if not all of them were."""
     device = device_name()
     return None if device is None else _read(path_of(device), tuple(names))
 
@@ -78,25 +79,25 @@ def constants(names: Sequence[str]) -> dict[str, float] | None:
 @functools.cache
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, float] | None:
     try:
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
             return None
-        kept = {n: float(found["constants"][n]) for n in names}
+        values = {n: float(content["constants"][n]) for n in names}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    # zero rows: there the fused kernel was never the slower one, or never measured
-    sound = all(math.isfinite(v) and (v > 0 or (v == 0 and n.endswith("_rows"))) for n, v in kept.items())
-    return kept if sound else None
+    # 0 rows are valid: then the cost model decides
+    sound = all(math.isfinite(v) and (v > 0 or (v == 0 and n.endswith("_rows"))) for n, v in values.items())
+    return values if sound else None
 
 
-def keep(name: str, found: dict[str, float]) -> Path:
-    """Write the constants of a device; readers see the old file or the new one."""
+def keep(name: str, constants: dict[str, float]) -> Path:
+    """Write the constants of a device to its file and return the path; readers see the old file or the new one."""
     path = path_of(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".json")
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump({"format": FORMAT, "device": name, "constants": found}, file, indent=1)
+            json.dump({"format": FORMAT, "device": name, "constants": constants}, file, indent=1)
         os.replace(draft, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Multiplications and additions of the operators, for torch's flop counter. Imported where they are counted."""
+"""The flops (multiplications and additions) of the operators; importing this registers them with torch's counter."""
 
 from math import prod
 
@@ -9,17 +9,17 @@ _ops = torch.ops.vbdl
 
 
 def _linear(x, weight, *rest, out_shape, **options) -> int:
-    """x (..., in), weight (out, in) -> (samples, batch, out)"""
+    """The flops of one product for every sample.  x (..., in), weight (out, in)  ->  (samples, batch, out)"""
     return 2 * prod(out_shape) * weight[-1]
 
 
 def _moments(x, weight, *rest, out_shape, **options) -> int:
-    """Both moments, of an input that all draws share once for all of them."""
+    """The flops of the two products for mean and variance; an input that all draws share is counted once."""
     return 4 * prod(x) * weight[0]
 
 
 def _network(x, weights, *rest, out_shape, **options) -> int:
-    """Layer after layer; weights (..., out, in) each."""
+    """The flops of all layers, for every sample; weights[l]: (..., out, in)."""
     return 2 * out_shape[0] * out_shape[1] * sum(w[-2] * w[-1] for w in weights)
 
 

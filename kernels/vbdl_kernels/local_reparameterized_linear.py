@@ -1,11 +1,11 @@
-"""The local reparameterization: draw the outputs of a linear layer instead of its weights.
+"""The local reparameterization: draws the outputs of a linear layer instead of its weights.
 
     y[s, b, o] = m[b, o] + sqrt(v[b, o]) noise[s, o],   m = x mean^T + bias_mean,   v = x^2 (std^2)^T + bias_std^2
 
 Kingma, Salimans and Welling, *Variational Dropout and the Local Reparameterization Trick*, NeurIPS 2015
-(https://arxiv.org/abs/1506.02557). For one example, and weights that act on it once, this is the distribution of the
-sampled layer exactly. The noise of a draw is shared by the batch, so a draw is a function of x; it is not a joint draw
-over examples, as weights would be.
+(https://arxiv.org/abs/1506.02557). For a single example, and weights that act on it once, this is exactly the
+distribution of the layer with drawn weights. The batch shares the noise of a draw, so a draw is a function of x; but
+the joint distribution over examples is not that of drawn weights.
 """
 
 import torch
@@ -36,7 +36,7 @@ def reference_local_reparameterized_linear(
     layer: int,
     precision: str = "",
 ) -> Tensor:
-    """The specification of `local_reparameterized_linear`, moments and noise wide."""
+    """The specification of `local_reparameterized_linear`, with moments and noise in `wide_of` the dtype."""
     wide = wide_of(x.dtype)
     m, v = _moments(*(None if t is None else t.to(wide) for t in (x, mean, std, bias_mean, bias_std)))
     noise = philox.normal(key, layer, ACTIVATION, 1, mean.shape[0]).to(wide)  # (samples, 1, out)
@@ -68,9 +68,9 @@ class _LocalReparameterizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        """Sums over the draws first, then four products of the size of the layer: nothing of samples x out x in.
+        """Compute the gradient in plain torch, so that second derivatives are right too.
 
-        Plain torch on the inputs, so that a second derivative is right too.
+        It sums over the draws first, then makes four products of the layer's size: no tensor of samples x out x in.
         """
         *tensors, key = ctx.saved_tensors
         wide = wide_of(gradient.dtype)
@@ -81,7 +81,7 @@ class _LocalReparameterizedLinear(torch.autograd.Function):
         d_m, d_root = gradient, gradient * noise
         if x.ndim == 2:
             d_m, d_root = d_m.sum(0), d_root.sum(0)
-        positive = v > 0  # an output without variance has no gradient by its root, not an infinite one
+        positive = v > 0  # an output of variance 0 gets the gradient 0, not an infinite one
         d_v = torch.where(positive, d_root * 0.5 * torch.where(positive, v, 1.0).rsqrt(), 0.0)
         d_x = d_m @ mean + 2 * x * (d_v @ std.square())
         flat = lambda t: t.flatten(0, -2)
@@ -113,18 +113,19 @@ def local_reparameterized_linear(
     bias_std: Tensor | None = None,
     precision: str = "",
 ) -> Tensor:
-    """A linear layer's outputs under each draw, from their own distribution.
+    """Draw the outputs of a linear layer with normally distributed weights, without drawing the weights.
 
     x: (batch, in) shared or (samples, batch, in);  mean, std: (out, in);  bias_mean, bias_std: (out,) or None
     key: (samples, 2) int64  ->  (samples, batch, out);  one draw: x (..., in), key (2,)  ->  (..., out)
 
-    dtypes, precision, transforms and errors as in `sampled_linear`. With x shared, the two products are made once.
+    dtypes, precision, transforms and errors are as in `sampled_linear`. If x is shared, the two products are computed
+    once for all draws.
     """
     x, mean, std, bias_mean, bias_std = dispatch.autocast(x, mean, std, bias_mean, bias_std)
     check_parameters(mean, std, key, layer)
     check_linear(x, mean, bias_mean, bias_std, key)
     if precision not in ("", "ieee", "tf32"):
-        raise ValueError(f'precision is "ieee", "tf32" or "", got {precision!r}')
+        raise ValueError(f'precision must be "ieee", "tf32" or "", got {precision!r}')
     if key.ndim == 1:
         flat = x.reshape(-1, x.shape[-1])
         y = _local_reparameterized_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision)

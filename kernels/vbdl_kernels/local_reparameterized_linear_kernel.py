@@ -1,4 +1,4 @@
-"""Triton: both moments of a linear layer from one read of x, the noise of every draw in the epilogue."""
+"""The Triton kernel of `local_reparameterized_linear`: mean and variance from one read of x, then noise."""
 
 import torch
 import triton
@@ -17,14 +17,17 @@ def local_reparameterized_forward(
     OUT: tl.constexpr, DRAWS: tl.constexpr, BATCH: tl.constexpr, IN: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Of an input that all draws share (DRAWS 1) a program makes the moments once and `draws` draws of them; else the
-    examples of DRAWS draws, which `draws` equals, are the columns of one product."""
+    """Compute one tile of outputs for several draws.
+
+    If all draws share the input (DRAWS is 1), a program computes the moments once and then `draws` draws. Otherwise the
+    examples of DRAWS = `draws` draws are the columns of one product.
+    """
     out_tiles = tl.cdiv(rows, OUT)
     row = tl.program_id(0) % out_tiles * OUT + tl.arange(0, OUT)
     at = tl.arange(0, DRAWS * BATCH)
     example = tl.program_id(0) // out_tiles * BATCH + at % BATCH
     first = tl.program_id(1) * draws
-    of = first + at // BATCH  # the draw of a column of the product
+    of = first + at // BATCH  # the draw that a column of the product belongs to
     in_rows = row < rows
     in_batch = (example < batch) & (of < samples)
     source = x + (of.to(tl.int64) * x_sample + example.to(tl.int64) * x_batch)[None, :]
@@ -37,7 +40,7 @@ def local_reparameterized_forward(
         value = load_inputs(source, column, columns, in_batch, MASKED)
         m = matmul(load_tile(mean + offset, in_weight, MASKED), value, m, PRECISION, INTERPRET)
         s = load_tile(std + offset, in_weight, MASKED)
-        if INTERPRET:  # which does no arithmetic on bfloat16
+        if INTERPRET:  # the interpreter has no arithmetic on bfloat16
             s = s.to(tl.float32)
             value = value.to(tl.float32)
         v = matmul(s * s, value * value, v, PRECISION, INTERPRET)
@@ -63,12 +66,15 @@ def local_reparameterized_forward(
         tl.store(to + step, (m + root * noise).to(y.dtype.element_ty), mask=inside)
 
 
-_PROGRAMS = 256  # that keep a card busy: with fewer, several make the same moments and share the draws
+_PROGRAMS = 256  # programs that keep a card busy; with fewer tiles, several programs compute the same moments
 
 
 def config(batch: int, samples: int, columns: int, dtype: torch.dtype) -> dict:
-    """Measured on an H100. samples: draws with inputs of their own, 1 where all share it. Where they fill a tile their
-    product counts, else that there are programs enough for the memory."""
+    """The kernel's tile sizes, measured on an H100.
+
+    samples: the number of draws with different inputs, 1 if all share one. With enough rows to fill a tile, the product
+    limits the speed; otherwise the number of programs that read memory does.
+    """
     half = dtype != torch.float32
     tile = min(64, triton.next_power_of_2(batch))
     if samples > 1:

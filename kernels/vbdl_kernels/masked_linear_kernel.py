@@ -1,4 +1,4 @@
-"""Triton: a linear layer with a dropout mask on the weight's side of the product, or in the epilogue."""
+"""The Triton kernel of `masked_linear`: an input mask multiplies the weights, an output mask the result."""
 
 import torch
 import triton
@@ -17,7 +17,10 @@ def masked_linear_forward(
     OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr, ON_INPUT: tl.constexpr, ONCE: tl.constexpr,
     BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """ONCE: the product is the same for all draws (mask on the output, x shared), one program writes them all."""
+    """Compute one tile of y.
+
+    ONCE: all draws share the product (mask on the output, x shared), so one program writes the tile for every draw.
+    """
     row, example = tile_of(tl.program_id(0), rows, OUT, BATCH)
     first = tl.program_id(1)
     in_rows = row < rows
@@ -35,7 +38,7 @@ def masked_linear_forward(
             column = base + 32 * j
             offset = row[:, None] * columns + column[None, :]
             tile = load_tile(w + offset, in_rows[:, None] & (column < columns)[None, :], MASKED)
-            if INTERPRET:  # which does no arithmetic on bfloat16
+            if INTERPRET:  # the interpreter has no arithmetic on bfloat16
                 tile = tile.to(tl.float32)
             if ON_INPUT:
                 own = w0 if j == 0 else (w1 if j == 1 else (w2 if j == 2 else w3))

@@ -1,6 +1,6 @@
-"""Measure the constants of `card.Card` on the current device.
+"""The measurement of the constants of `card.Card` on the current device.
 
-python -m vbdl_kernels.measured        some seconds; prints what it measured, and keeps it for this device
+python -m vbdl_kernels.measured        takes some seconds, prints the constants and stores them for this device
 """
 
 import json
@@ -18,15 +18,16 @@ from vbdl_kernels.sampled_linear import sampled_linear
 
 Timer = Callable[[str, Callable[[], object]], float]  # (name of the operation, its call) -> seconds
 
-ROWS = (16, 32, 64, 128, 256, 512, 1024)  # where the fused kernel and the sampler are compared
+ROWS = (16, 32, 64, 128, 256, 512, 1024)  # numbers of rows for which the fused kernel and the sampler are compared
 
 
 def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int = 8) -> dict[str, float]:
-    """The constants of `card.Card`, from operations on layers of size x size and one small network.
+    """Measure the constants of `card.Card` with operations on layers of size x size and one small network.
 
-    Products of float32 follow `torch.set_float32_matmul_precision`; what it was on entry is set back.
+    timed: times one operation, given its name and its call. Changes `torch.set_float32_matmul_precision` and restores
+    it.
     """
-    rows, many = 128, 1024  # a product of few rows is bound by reading its weights
+    rows, many = 128, 1024  # reading the weights bounds a product of few rows
     make = lambda *shape: torch.randn(shape, device=device)
     weights = make(samples, size, size)
     mean, std, key = weights[0], weights[1].abs(), make_key(0, range(samples), device=device)
@@ -35,7 +36,7 @@ def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int =
     half, half_weights, one = x.bfloat16(), weights.bfloat16(), make(1)
     count = samples * size * size
     launch = timed("launch", lambda: one + 1)
-    # reads and writes one float32 each
+    # every number is read and written once, 4 bytes each
     copied = 8 * count / _above(timed("copy", lambda: weights.clone()), launch)
     product = _above(timed("product bfloat16", lambda: half @ half_weights.mT), launch)
     before = torch.get_float32_matmul_precision()
@@ -81,17 +82,17 @@ def measure(timed: Timer, device: str = "cuda", size: int = 4096, samples: int =
 
 
 def _host(call: Callable[[], object], times: int = 50) -> float:
-    """Seconds until the call returns, its kernels started: the median, after a first one."""
-    taken = []
+    """The median seconds until the call returns, with its kernels started but not finished; after a warm-up call."""
+    seconds = []
     for _ in range(times + 1):
         begun = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - begun)
-    return sorted(taken[1:])[times // 2]
+        seconds.append(time.perf_counter() - begun)
+    return sorted(seconds[1:])[times // 2]
 
 
 def _crossing(timed: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, key: torch.Tensor) -> float:
-    """The most of ROWS up to which the fused kernel is the faster; half the first where it never is."""
+    """The largest of ROWS up to which the fused kernel is faster than the sampler; half of the first if it never is."""
     fastest = ROWS[0] / 2
     for rows in ROWS:
         x = torch.randn(rows, mean.shape[1], device=mean.device).to(mean.dtype)
@@ -106,11 +107,12 @@ def _crossing(timed: Timer, name: str, mean: torch.Tensor, std: torch.Tensor, ke
 
 
 def _above(seconds: float, launch: float) -> float:
+    """The seconds of an operation without its launch, but at least a tenth of them."""
     return max(seconds - launch, 0.1 * seconds)
 
 
 def main() -> None:
-    if "--check" in sys.argv[1:]:  # all that is measured, once and tiny, on the CPU; nothing is kept
+    if "--check" in sys.argv[1:]:  # every measurement once, on tiny layers, on the CPU; stores nothing
 
         def once(_: str, call: Callable[[], object]) -> float:
             begun = time.perf_counter()
@@ -121,17 +123,17 @@ def main() -> None:
         return
     name = device_name()
     if name is None:
-        raise SystemExit("no accelerator: the model's own constants are used")
+        raise SystemExit("no accelerator, so nothing is measured: the cost model uses its default constants")
     from triton.testing import do_bench, do_bench_cudagraph
 
     def timed(name: str, call: Callable[[], object]) -> float:
-        if name in ("launch", "network"):  # shorter than the host takes to start them
+        if name in ("launch", "network"):  # these run for less time than the host takes to start them
             return do_bench_cudagraph(call, rep=20, return_mode="median") * 1e-3
         return do_bench(call, warmup=10, rep=50, return_mode="median") * 1e-3
 
-    found = measure(timed)
-    print(json.dumps(found, indent=1))
-    print(keep(name, found))
+    constants = measure(timed)
+    print(json.dumps(constants, indent=1))
+    print(keep(name, constants))
 
 
 if __name__ == "__main__":

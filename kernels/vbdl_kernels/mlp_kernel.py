@@ -1,4 +1,4 @@
-"""Triton: small networks layer by layer in registers, with stored weights or with weights drawn on the spot."""
+"""The Triton kernels of `ensemble_mlp` and `bayesian_mlp`: small networks in registers, weights stored or drawn."""
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ def activate(a, ACTIVATION: tl.constexpr):
 def dense(h, weights, biases, member, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
           PADDED_COLUMNS: tl.constexpr, PADDED_ROWS: tl.constexpr,
           BATCH: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """h weights^T + biases of one layer of one member, its widths padded to powers of two."""
+    """Compute h weights^T + biases for one layer of one member, with widths padded to powers of two."""
     row = tl.arange(0, PADDED_ROWS)
     column = tl.arange(0, PADDED_COLUMNS)
     inside = (row < ROWS)[None, :] & (column < COLUMNS)[:, None]
@@ -43,7 +43,10 @@ def ensemble_mlp_forward(
     WIDTHS: tl.constexpr, PADDED: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """h[l + 1] = activation(h[l] weights[l]^T + biases[l]); every width padded to a power of two."""
+    """Run h[l + 1] = activation(h[l] weights[l]^T + biases[l]) for one member and tile of the batch.
+
+    Every width is padded to a power of two.
+    """
     member = tl.program_id(0)
     example = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     in_batch = (example < batch)[:, None]
@@ -67,7 +70,7 @@ def ensemble_mlp_forward(
 def quarter(mean, std, row, group, k0, k1, draw, tag, h0, h1, h2, h3,
             ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
             PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """32 outputs of a layer: the weights of columns 32 j + group meet the units h_j of the layer before."""
+    """Compute 32 outputs of a layer: the sum over j of (weights of columns 32 j + group) @ (units h_j before)."""
     offset = row[:, None] * COLUMNS + group[None, :]
     rows = (row < ROWS)[:, None]
     inside = rows & (group < COLUMNS)[None, :]
@@ -101,7 +104,10 @@ def bayesian_mlp_forward(
     TAGS: tl.constexpr, BIAS_TAGS: tl.constexpr, WIDTHS: tl.constexpr, LAYERS: tl.constexpr, BATCH: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Activations are four tiles of 32 units, as the four words of a counter are 32 columns apart."""
+    """Run the network of one draw on one tile of the batch.
+
+    Activations are in four tiles of 32 units, because the four words of a counter are 32 columns apart.
+    """
     sample = tl.program_id(0)
     example = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     in_batch = (example < batch)[None, :]
@@ -179,7 +185,7 @@ def bayesian_mlp(x, means, stds, bias_means, bias_stds, key, layers, bias_layers
         bayesian_mlp_forward[samples, triton.cdiv(batch, tile)](
             x, contiguous(means), contiguous(stds), contiguous(bias_means), contiguous(bias_stds),
             key.contiguous(), y, batch, x.stride(0) if x.ndim == 3 else 0, x.stride(-2),
-            # constants, because a tensor of them would be a copy from the host in every call
+            # tags are constants, because a tensor would be copied from the host in every call
             TAGS=tuple(n << 4 for n in layers), BIAS_TAGS=tuple(n << 4 | 1 for n in bias_layers),
             WIDTHS=widths, LAYERS=len(means), BATCH=tile, ACTIVATION=activation,
             PRECISION=precision_of(""), FAST=fast_math(x), INTERPRET=interpreting(), enable_fp_fusion=True,

@@ -1,9 +1,9 @@
-"""The noise of `philox.py` inside a Triton kernel, and the arithmetic around it that all kernels share.
+"""The random numbers of `philox.py` as Triton functions, and the arithmetic that all kernels share.
 
-`tl.randn` is not used: it throws three of four Philox words away and calls a sine with a slow path, 131 instructions
-a normal where these take about 15. `FAST` turns on PTX (NVIDIA); without it the same map in Triton's own
-functions, which the interpreter and other vendors run. The two differ by float rounding, below 1e-6 except where
-the radius is nearly zero (lg2.approx near 1: up to 5e-4 absolute, of a normal whose radius is that small).
+`tl.randn` is not used: it discards three of four Philox words and calls a sine with a slow path, 131 instructions for a
+normal; these functions take about 15. `FAST` uses PTX (NVIDIA); without it, Triton's own functions compute the same
+map, for the interpreter and other vendors. The two differ by float rounding, by less than 1e-6 unless the radius is
+nearly zero (lg2.approx near 1: up to 5e-4 absolute, in a normal of such a small radius).
 """
 
 import triton
@@ -16,9 +16,10 @@ _MINUS_TWO_LN2 = tl.constexpr(-1.3862943611198906)  # -2 log(u) = this * log2(u)
 
 @triton.jit
 def multiply(a, CONSTANT: tl.constexpr, FAST: tl.constexpr):
-    """High and low words of a * CONSTANT, in one widening product.
+    """The high and the low word of a * CONSTANT, by one widening product.
 
-    Said in PTX: of a 64-bit product the assembler adds the high words in, which it does not always know to be zero.
+    PTX is faster than a 64-bit product, for which the assembler also adds the products of the high words unless it
+    knows that they are zero.
     """
     if FAST:
         product = tl.inline_asm_elementwise(
@@ -31,7 +32,7 @@ def multiply(a, CONSTANT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def philox(k0, k1, c0, c1, c2, c3, FAST: tl.constexpr):
-    """Philox4x32 with 7 rounds on uint32 tensors."""
+    """Compute the four words of each counter by Philox4x32 with 7 rounds, on uint32 tensors."""
     for _ in tl.static_range(7):
         high0, low0 = multiply(c0, 0xD2511F53, FAST)
         high1, low1 = multiply(c2, 0xCD9E8D57, FAST)
@@ -49,7 +50,7 @@ def box_muller(a, b, FAST: tl.constexpr):
     u = tl.fma(a.to(tl.float32), _SCALE, 0.5 * _SCALE)
     angle = b.to(tl.int32, bitcast=True).to(tl.float32) * _TWO_PI
     if FAST:
-        # abs: lg2.approx near 1 may come out a hair above 0, and the root of a negative number is NaN
+        # abs: lg2.approx near 1 may be slightly above 0, and the root of a negative number is NaN
         radius, cosine, sine = tl.inline_asm_elementwise(
             """{
             .reg .f32 l;
@@ -75,7 +76,7 @@ def box_muller(a, b, FAST: tl.constexpr):
 
 @triton.jit
 def load_key(key, sample):
-    """(seed low, seed high, draw) of one entry of key (samples, 2) int64."""
+    """The words (seed low, seed high, draw) of one entry of key, (samples, 2) int64."""
     seed = tl.load(key + 2 * sample)
     draw = tl.load(key + 2 * sample + 1)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), draw.to(tl.uint32)
@@ -83,10 +84,10 @@ def load_key(key, sample):
 
 @triton.jit
 def zero_like(tile, FAST: tl.constexpr):
-    """int32 zeros in the layout of a loaded tile.
+    """Make int32 zeros in the register layout of a loaded tile.
 
-    Noise built on them is made in the registers where the tile's own elements are. Built on plain ranges it is made
-    in the compiler's default layout, one element wide, and crosses shared memory two bytes at a time.
+    Noise computed from them is in the same registers as the tile's elements. Computed from plain ranges, it would be in
+    the compiler's default layout, one element wide, and cross shared memory two bytes at a time.
     """
     if FAST:
         if tile.dtype == tl.float32:
@@ -99,7 +100,7 @@ def zero_like(tile, FAST: tl.constexpr):
 
 @triton.jit
 def noise4(k0, k1, draw, tag, row, group, FAST: tl.constexpr):
-    """Four normals of each (row, group): those of columns 32 apart, see `columns_of`. row and group broadcast."""
+    """Compute the four normals of each (row, group), for columns 32 apart (`columns_of`); row and group broadcast."""
     zero = (row * 0 + group * 0).to(tl.uint32)
     w0, w1, w2, w3 = philox(
         k0, k1, row.to(tl.uint32) + zero, group.to(tl.uint32) + zero, draw + zero, tag.to(tl.uint32) + zero, FAST
@@ -111,13 +112,13 @@ def noise4(k0, k1, draw, tag, row, group, FAST: tl.constexpr):
 
 @triton.jit
 def columns_of(group):
-    """The column of word 0 of a group; word j is 32 * j further."""
+    """The column of word 0 of a group; word j belongs to the column 32 * j further."""
     return group // 32 * 128 + group % 32
 
 
 @triton.jit
 def words_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
-    """The four words of the counter that holds (row, column), and which of them is its own."""
+    """The four words of the counter that (row, column) belongs to, and the index of its own word among them."""
     group = column // 128 * 32 + column % 32
     zero = (row * 0 + column * 0).to(tl.uint32)
     w0, w1, w2, w3 = philox(
@@ -128,7 +129,7 @@ def words_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
 
 @triton.jit
 def normal_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
-    """The normal of each (row, column): four times the work of `noise4`, for vectors (biases, activations)."""
+    """Compute the normal of each (row, column), for vectors (biases, activations); four times the work of `noise4`."""
     w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column, FAST)
     even, odd = box_muller(tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3), FAST)
     return tl.where(word % 2 == 0, even, odd)
@@ -136,9 +137,9 @@ def normal_at(k0, k1, draw, tag, row, column, FAST: tl.constexpr):
 
 @triton.jit
 def keep_at(k0, k1, draw, tag, row, column, threshold, FAST: tl.constexpr):
-    """1.0 where a dropout keeps (row, column), else 0.0. threshold: int64, round(p * 2**32).
+    """Draw a dropout mask: 1.0 if (row, column) is kept, otherwise 0.0. threshold: int64, round(p * 2**32).
 
-    A number, not a truth value: Triton 3.6 cannot select a dot's operand by a mask made of random integers.
+    The mask is float and not bool because Triton 3.6 cannot select an operand of tl.dot by a mask of random integers.
     """
     w0, w1, w2, w3, word = words_at(k0, k1, draw, tag, row, column, FAST)
     own = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
@@ -176,7 +177,10 @@ def weight(mean, std, noise, FAST: tl.constexpr):
 
 @triton.jit
 def matmul(a, b, accumulator, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """accumulator + a @ b in float32. The interpreter multiplies the bits of bfloat16 (triton#11584): not there."""
+    """Compute accumulator + a @ b in float32.
+
+    Triton's interpreter multiplies the bits of bfloat16 numbers (triton#11584), so there they are cast to float32.
+    """
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     else:
@@ -185,7 +189,7 @@ def matmul(a, b, accumulator, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def load_tile(pointer, mask, MASKED: tl.constexpr):
-    """Without a mask where the shape needs none: a mask costs an instruction or two an element."""
+    """Load a tile, with a mask only if its shape needs one: a mask costs one or two instructions for each element."""
     if MASKED:
         return tl.load(pointer, mask=mask, other=0.0)
     else:
@@ -202,14 +206,14 @@ def store_tile(pointer, value, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def tile_of(program, rows, OUT: tl.constexpr, BATCH: tl.constexpr):
-    """Outputs and examples of a program: tiles of outputs first, which then share their examples in L2."""
+    """The outputs and examples of a program; neighboring programs have the same examples and share them in L2."""
     out_tiles = tl.cdiv(rows, OUT)
     return program % out_tiles * OUT + tl.arange(0, OUT), program // out_tiles * BATCH + tl.arange(0, BATCH)
 
 
 @triton.jit
 def load_inputs(source, column, columns, in_batch, MASKED: tl.constexpr):
-    """(columns, examples) of x; source: where each example begins, (1, examples)."""
+    """Load a tile of x, (columns, examples); source: pointers to the start of each example, (1, examples)."""
     if MASKED:
         inside = (column < columns)[:, None] & in_batch[None, :]
     else:

@@ -1,21 +1,21 @@
-"""Draw identity: every random number is a pure function of (seed, layer, stream, draw, row, column).
+"""Counter-based random numbers: each is a pure function of (seed, layer, stream, draw, row, column).
 
-Counter-based noise after Salmon, Moraes, Dror and Shaw, *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
-(https://doi.org/10.1145/2063384.2063405): Philox4x32 with 7 rounds, the fewest that pass every statistical test
-known (Random123's documentation), on this counter layout, which is frozen as `CONTRACT`:
+After Salmon, Moraes, Dror and Shaw, *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
+(https://doi.org/10.1145/2063384.2063405): Philox4x32 with 7 rounds, the fewest that pass all known statistical tests
+(Random123's documentation). The counter layout is fixed and has the version number `CONTRACT`:
 
     key     (seed low 32 bits, seed high 32 bits)
     counter (row, group, draw, layer << 4 | stream)      -> four 32-bit words w0 w1 w2 w3
     column  c of a row uses   group (c // 128) * 32 + c % 32,   word (c // 32) % 4
     normals (n0, n1) = box_muller(w0, w1),   (n2, n3) = box_muller(w2, w3)
 
-A weight (out, in) has row = out and column = in; a convolution's column is the flat (in, kh, kw); a bias or a
-vector is one row; a dropout mask has column = last axis and row = the axes before it, the batch left out. The four
-words of a counter are 32 columns apart so that a kernel can use each as a tile of its own.
+A weight (out, in) has row = out and column = in; a convolution's column is the flat (in, kh, kw); a bias or another
+vector is one row; a dropout mask has column = last axis and row = the axes before it without the batch. The four words
+of a counter are 32 columns apart, so that a kernel can use each as a separate tile.
 
-`words` and `normal` are opaque operators, so that a compiler neither sees nor narrows the 64-bit integer products.
-Each has a specification in plain torch (`reference_words`, `reference_normal`: any device, and right under
-`torch.compile` too) and a numpy implementation on the CPU, several times faster.
+`words` and `normal` are opaque operators, so that no compiler rewrites their 64-bit integer products in a narrower
+type. Each has a specification in plain torch (`reference_words`, `reference_normal`), for any device and correct under
+`torch.compile` too, and a NumPy implementation for the CPU, which is several times faster.
 """
 
 import math
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from vbdl_kernels.dispatch import has_triton, kernel_of, kernels_in, library
 
-CONTRACT = 1  # the layout above; a change of any bit is a new number, and old artifacts keep theirs
+CONTRACT = 1  # the version of the layout above; any change of a bit needs a new one, and artifacts store theirs
 ROUNDS = 7
 
-WEIGHT, BIAS, DROPOUT, ACTIVATION, SIGN = range(5)  # streams: what the noise of a layer is for
+WEIGHT, BIAS, DROPOUT, ACTIVATION, SIGN = range(5)  # streams: the purposes of a layer's noise
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,9 +38,10 @@ _GROUP = 32  # columns between two words of one counter
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * constant, both below 2**32, with no intermediate past 2**49.
+    """The high and the low 32 bits of a * constant, both factors below 2**32.
 
-    The shorter wrap-around product is right in eager int64 and silently wrong under some compilers.
+    No intermediate value exceeds 2**49. A simple product with int64 wrap-around is shorter and right in eager mode, but
+    silently wrong under some compilers.
     """
     low = a * (constant & 0xFFFF)
     middle = (low >> 16) + a * (constant >> 16)
@@ -52,7 +53,7 @@ def philox4x32(
     key: tuple[Tensor, Tensor],
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random 32-bit words of each counter, in plain torch.
+    """Compute the four random 32-bit words of each counter, in plain torch.
 
     counter, key: int64 tensors that broadcast, values in [0, 2**32)  ->  four int64 tensors, values in [0, 2**32)
     """
@@ -67,7 +68,7 @@ def philox4x32(
 
 
 def _counter_shape(columns: int) -> tuple[int, int]:
-    """(blocks of 128 columns, counters in a row)."""
+    """The number of blocks of 128 columns in a row, and the number of counters in a row."""
     blocks = -(-columns // (4 * _GROUP))
     return blocks, blocks * _GROUP
 
@@ -89,10 +90,10 @@ def reference_words(key: Tensor, layer: int, stream: int, rows: int, columns: in
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two standard normals (float32) of two words (int64). Box and Muller, 1958.
+    """Transform two words (int64) into two standard normals (float32). Box and Muller, 1958.
 
-    u is in (0, 1], so the logarithm is never of zero; the angle comes from the word read as a signed number, which
-    keeps float32's precision around zero.
+    u is in (0, 1], so its logarithm is finite. The angle is computed from the word as a signed number, which keeps
+    float32's precision around zero.
     """
     u = (a.to(torch.float32) + 0.5) * 2.0**-32
     angle = ((b ^ 0x80000000) - 0x80000000).to(torch.float32) * (2 * math.pi * 2.0**-32)
@@ -103,7 +104,7 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def reference_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
     """The specification of `normal`, in plain torch on any device."""
     blocks, _ = _counter_shape(columns)
-    # whole blocks, because the two words of a normal are 32 columns apart
+    # whole blocks, because the two words that make a pair of normals are 32 columns apart
     w = reference_words(key, layer, stream, rows, blocks * 4 * _GROUP)
     w = w.unflatten(-1, (blocks, 4, _GROUP))
     n0, n1 = box_muller(w[..., 0, :], w[..., 1, :])
@@ -120,15 +121,15 @@ def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool) -> Tensor:
-    """The references in numpy: its uint64 product is exact, and tiles stay in the cache."""
+    """`reference_words` or, if `normals`, `reference_normal` in NumPy, whose uint64 products are exact."""
     blocks, counters = _counter_shape(columns)
     dtype = torch.float32 if normals else torch.int64
     if key.numel() * rows * columns == 0:
         return torch.empty((*key.shape[:-1], rows, columns), dtype=dtype)
-    if columns < _GROUP:  # a narrow row needs the first word of its first counters only
+    if columns < _GROUP:  # a narrow row uses only the first word of its first counters
         counters = columns
     seed, draw = key.reshape(-1, 2).contiguous().numpy().view(np.uint64).T
-    lines = len(draw) * rows  # draws and rows alike, so that many small draws cost no more than a large one
+    lines = len(draw) * rows  # the rows of all draws, so that many small draws cost no more than a large one
     out = np.empty((lines, blocks, 4, counters // blocks), np.float32 if normals else np.int64)
     mask, half = np.uint64(_MASK), np.uint64(32)
     multipliers = [np.uint64(m) for m in _MULTIPLIERS]
@@ -171,7 +172,7 @@ def _numpy_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int)
 
 
 def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
-    """An opaque operator of one noise: numpy on the CPU, Triton on an accelerator that has it, else plain torch."""
+    """Register an opaque operator: NumPy on the CPU, Triton on an accelerator if installed, otherwise plain torch."""
     operator = f"vbdl::{name}"
     library.define(f"{name}(Tensor key, int layer, int stream, int rows, int columns) -> Tensor")
 
@@ -202,45 +203,48 @@ def _check(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Non
     if key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
         raise ValueError(f"key must be int64 of shape (..., 2), (seed, draw) last; got {key.dtype} {tuple(key.shape)}")
     if not 0 <= layer < 2**28 or not 0 <= stream < 16 or rows < 0 or columns < 0:
-        raise ValueError(f"layer {layer}, stream {stream}, rows {rows} or columns {columns} out of range")
+        raise ValueError(
+            f"layer {layer}, stream {stream}, rows {rows} or columns {columns} out of range: layer must be below "
+            f"2**28, stream below 16, and none negative"
+        )
 
 
 def words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
-    """Uniform 32-bit words of one layer and stream.
+    """Draw uniform 32-bit words for one layer and stream.
 
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) int64, values in [0, 2**32)
 
-    Takes any number of draws at once, works under `vmap`, `torch.compile(fullgraph=True)` and `make_fx`, and gives
-    the same bits in all of them. Raises ValueError for a key of another dtype or shape.
+    Takes any number of draws at once. Works under `vmap`, `torch.compile(fullgraph=True)` and `make_fx`, with the same
+    bits in all of them. Raises ValueError for a key of another dtype or shape.
     """
     _check(key, layer, stream, rows, columns)
     return torch.ops.vbdl.words(key, layer, stream, rows, columns)
 
 
 def normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
-    """Standard normals, float32; the same draw whatever dtype it is later cast to.
+    """Draw standard normals for one layer and stream.
 
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) float32
 
-    An opaque operator like `words`, so on one device eager, compiled and mapped calls give the same bits. Between
-    devices the words are the same and the normals agree to float rounding (about 1e-6).
+    An opaque operator like `words`: on one device, eager, compiled and mapped calls give the same bits. On different
+    devices the words are equal and the normals agree up to float rounding (about 1e-6).
     """
     _check(key, layer, stream, rows, columns)
     return torch.ops.vbdl.normal(key, layer, stream, rows, columns)
 
 
 def keep_mask(key: Tensor, layer: int, rows: int, columns: int, p: float, stream: int = DROPOUT) -> Tensor:
-    """Which units a dropout of rate p keeps: bool, True with probability 1 - round(p * 2**32) / 2**32.
+    """Draw a dropout mask of rate p: True keeps a unit, with probability 1 - round(p * 2**32) / 2**32.
 
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) bool
     """
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"the dropout rate is a probability, got {p}")
+        raise ValueError(f"the dropout rate p must be from 0 to 1, got {p}")
     return words(key, layer, stream, rows, columns) >= round(p * 2**32)
 
 
 def make_key(seed: int, draws: Tensor | range | list[int], device=None) -> Tensor:
-    """The key of each draw number: (seed, draw).  draws: (samples,)  ->  (samples, 2) int64"""
+    """Make the key (seed, draw) of each draw.  draws: (samples,) draw numbers  ->  (samples, 2) int64"""
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
     numbers = torch.as_tensor(list(draws) if isinstance(draws, range) else draws, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Triton: the words and the normals themselves, for what no other kernel draws where it is used."""
+"""The Triton kernel that writes random words and normals to memory, for operations that do not draw them themselves."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ def noise(
     key, out, tag, rows, columns,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, NORMAL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """out[s, r, c], contiguous: int64 words, or float32 normals."""
+    """Write out[s, r, c], contiguous: int64 words, or float32 normals if NORMAL."""
     group_tiles = tl.cdiv(columns, 4 * GROUPS)
     tile = tl.program_id(0)
     row = (tile // group_tiles * ROWS + tl.arange(0, ROWS))[:, None]

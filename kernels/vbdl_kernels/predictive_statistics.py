@@ -1,9 +1,10 @@
-"""What a predictor keeps of its draws, in one pass over the logits: no probabilities of samples x batch x classes.
+"""The statistics of class probabilities over draws, in one pass over the logits.
 
     mean = E p,   total = H[E p],   aleatoric = E H[p],   variance = E p^2 - (E p)^2;   epistemic = total - aleatoric
 
-Depeweg, Hernandez-Lobato, Doshi-Velez and Udluft, *Decomposition of Uncertainty in Bayesian Deep Learning*, ICML 2018
-(https://arxiv.org/abs/1710.07283), for the split.
+No tensor of probabilities, samples x batch x classes, is stored. The split of uncertainty is that of Depeweg,
+Hernandez-Lobato, Doshi-Velez and Udluft, *Decomposition of Uncertainty in Bayesian Deep Learning*, ICML 2018
+(https://arxiv.org/abs/1710.07283).
 """
 
 from typing import NamedTuple
@@ -15,14 +16,16 @@ from vbdl_kernels import dispatch
 
 
 class PredictiveStatistics(NamedTuple):
+    """The statistics of class probabilities over draws."""
+
     mean: Tensor  # (batch, classes): the predictive probabilities
-    variance: Tensor  # (batch, classes): of the probabilities over the draws, divided by their number
-    total: Tensor  # (batch,) nats: entropy of the mean
-    aleatoric: Tensor  # (batch,) nats: mean of the entropies
+    variance: Tensor  # (batch, classes): the variance of the probabilities over draws, divided by n and not n - 1
+    total: Tensor  # (batch,) nats: the entropy of the mean
+    aleatoric: Tensor  # (batch,) nats: the mean of the entropies
 
 
 def reference_predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification of `predictive_statistics`: float32, or float64 for float64 logits."""
+    """The specification of `predictive_statistics`, in float32, or in float64 for float64 logits."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     probs = logits.to(wide).softmax(-1)
     mean = probs.mean(0)
@@ -48,8 +51,8 @@ dispatch.kernels_in("predictive_statistics_kernel", "predictive_statistics")
 
 def _mapped(call, info, in_dims, logits):
     logits = logits.movedim(in_dims[0], 1)  # (samples, mapped, batch, classes)
-    found = call(logits.flatten(1, 2))
-    return tuple(t.unflatten(0, logits.shape[1:3]) for t in found), (0, 0, 0, 0)
+    statistics = call(logits.flatten(1, 2))
+    return tuple(t.unflatten(0, logits.shape[1:3]) for t in statistics), (0, 0, 0, 0)
 
 
 dispatch.batching("predictive_statistics", _mapped)
@@ -63,15 +66,17 @@ def _predictive_statistics(logits):
 
 
 def predictive_statistics(logits: Tensor) -> PredictiveStatistics:
-    """Mean, variance, total and aleatoric uncertainty of the classes' probabilities over the draws.
+    """Compute mean, variance, total and aleatoric uncertainty of the class probabilities over draws.
 
     logits: (samples, batch, classes), samples at least 1  ->  fields of (batch, classes) and (batch,), float32
 
-    Safe for logits up to 1e38, minus infinity among them; a row with a NaN, or of nothing but minus infinity, is NaN.
-    Statistics of chunks of draws merge: means by their numbers of draws, variances after Chan, and the total from the
-    merged mean. Where a derivative is asked for, plain torch runs instead of the kernel. Raises ValueError for other
-    shapes or no draws.
+    Logits may be up to 1e38 or minus infinity; a row with a NaN, or with only minus infinity, gives NaN.
+    Statistics of chunks of draws can be merged: means weighted by the numbers of draws, variances by Chan's formula,
+    and the total from the merged mean. If a derivative is needed, plain torch runs instead of the kernel. Raises
+    ValueError for other shapes or dtypes.
     """
     if logits.ndim != 3 or logits.shape[0] < 1 or not logits.is_floating_point():
-        raise ValueError(f"logits must be float (samples >= 1, batch, classes), got {tuple(logits.shape)}")
+        raise ValueError(
+            f"logits must be float (samples >= 1, batch, classes), got {logits.dtype} {tuple(logits.shape)}"
+        )
     return PredictiveStatistics(*_predictive_statistics(logits))

@@ -1,4 +1,4 @@
-"""Triton: softmax, entropies and running moments of a tile of examples, draw by draw, in registers."""
+"""The Triton kernel of `predictive_statistics`: softmax, entropies and running moments draw by draw, in registers."""
 
 import math
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from vbdl_kernels.dispatch import fast_math, on_device
 from vbdl_kernels.predictive_statistics import reference_predictive_statistics
 
-_LARGEST = 16384  # classes whose running moments fit the registers of a program
+_LARGEST = 16384  # the most classes whose running moments fit the registers of a program
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-1e38)  # stands for minus infinity: times log2(e), less the largest, it is still finite
+_LOWEST = tl.constexpr(-1e38)  # in place of minus infinity: still finite times log2(e) and minus the largest logit
 
 
 @triton.jit
 def exp2(z, FAST: tl.constexpr):
-    """Triton's own keeps numbers below 2**-126, for three instructions more; a probability may lose them."""
+    """Compute 2**z; results below 2**-126 become 0, which saves three instructions and is harmless here."""
     if FAST:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
@@ -30,7 +30,7 @@ def exp2(z, FAST: tl.constexpr):
 
 @triton.jit
 def log2(z, FAST: tl.constexpr):
-    """Of numbers from 1 up: Triton's own is a polynomial of twenty instructions."""
+    """Compute log2(z) for z >= 1; Triton's own log2 is a polynomial of twenty instructions."""
     if FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
@@ -41,7 +41,7 @@ def log2(z, FAST: tl.constexpr):
 
 @triton.jit
 def reciprocal(z, FAST: tl.constexpr):
-    """Of numbers from 1 up, to a bit: Triton's own first scales what could overflow."""
+    """Compute 1 / z for z >= 1, exact up to one bit; Triton's own division first scales against overflow."""
     if FAST:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
@@ -52,9 +52,9 @@ def reciprocal(z, FAST: tl.constexpr):
 
 @triton.jit
 def finite(z, FAST: tl.constexpr):
-    """Logits in float32, none below _LOWEST: 0 * -inf would be NaN. A NaN stays one."""
+    """Convert logits to float32 and raise them to at least _LOWEST, because 0 * -inf would be NaN; a NaN stays NaN."""
     if FAST and z.dtype == tl.bfloat16:
-        # two logits at once, and the upper one is its own float32 but for the bits of the lower
+        # two logits at once; the upper one, with the lower bits cleared, is already the float32 number
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 pair, low;
@@ -76,21 +76,23 @@ def finite(z, FAST: tl.constexpr):
 @triton.jit
 def offset_of(row, step, samples, batch, sample_stride, batch_stride,
               DRAWS: tl.constexpr, BATCH: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Where the logits of a row of the tile begin. Past the last draw, and past the last example, the last is read
-    again, which takes no mask."""
+    """The offset of the logits of a row of the tile.
+
+    Beyond the last draw or the last example, the last one is read again, so that no mask is needed.
+    """
     example = tl.minimum(tl.program_id(0) * BATCH + row % BATCH, batch - 1)
     sample = tl.minimum(step * DRAWS + row // BATCH, samples - 1)
     offset = sample.to(tl.int64) * sample_stride + example.to(tl.int64) * batch_stride
-    return tl.multiple_of(offset, ALIGN)  # said here: said of a result it is lost under Triton 3.6
+    return tl.multiple_of(offset, ALIGN)  # here, because Triton 3.6 loses the hint on the function's result
 
 
 @triton.jit
 def load_logits(logits, step, samples, batch, sample_stride, batch_stride,
                 DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
                 ALIGN: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
-    """(rows, COLUMNS) logits of a step."""
+    """Load the logits of a step, (rows, COLUMNS)."""
     ROWS: tl.constexpr = DRAWS * BATCH
-    if LANES > 0:  # neighbors in a range are in neighboring threads: here LANES classes of a row, then the next row
+    if LANES > 0:  # neighboring threads hold LANES classes of a row, then those of the next row
         at = tl.arange(0, COLUMNS * ROWS)
         start = offset_of(at // LANES % ROWS, step, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, 1)
         label = at // (LANES * ROWS) * LANES + at % LANES
@@ -114,10 +116,11 @@ def predictive_statistics_forward(
     DRAWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """A row of the tile is one example in one of DRAWS slots, which share the draws and are merged at the end.
+    """Compute the statistics of one tile of examples.
 
-    COLUMNS: CLASSES, or the power of two after it. ALIGN: what the strides are multiples of, which Triton finds out by
-    itself only of 16. LANES: threads that share a row, which exchange what they have for its sums; 0: as Triton likes.
+    A row of the tile is one example in one of DRAWS slots; the slots divide the draws and are merged at the end.
+    COLUMNS: CLASSES, rounded up to a power of two. ALIGN: a number that the strides are multiples of (Triton detects
+    just multiples of 16). LANES: the number of threads that share a row and exchange partial sums; 0: Triton's choice.
     """
     mean = tl.zeros((DRAWS * BATCH, COLUMNS), tl.float32)
     squares = mean
@@ -129,7 +132,7 @@ def predictive_statistics_forward(
             logits, 0, samples, batch, sample_stride, batch_stride, DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, LANES
         )  # fmt: skip
     for step in range(0, steps):
-        coming = tl.minimum(step + 1, steps - 1) if AHEAD else step  # on its way while this step computes
+        coming = tl.minimum(step + 1, steps - 1) if AHEAD else step  # AHEAD loads the next step while this one computes
         loaded = load_logits(
             logits, coming, samples, batch, sample_stride, batch_stride,
             DRAWS, BATCH, CLASSES, COLUMNS, ALIGN, LANES,
@@ -140,7 +143,7 @@ def predictive_statistics_forward(
         else:
             z = loaded
         z = finite(z, FAST)
-        # in powers of two, which is what the hardware has
+        # with powers of two, which the hardware computes fastest
         largest = tl.max(z, 1)
         z = z * _LOG2_E - (largest * _LOG2_E)[:, None]
         e = exp2(z, FAST)
@@ -148,18 +151,18 @@ def predictive_statistics_forward(
         inverse = reciprocal(norm, FAST)
         inverse = tl.where(largest == _LOWEST, float("nan"), inverse)  # no class is possible
         entropy = log2(norm, FAST) - tl.sum(e * z, 1) * inverse
-        # Welford: the variance of nearly equal draws is not lost between two large sums
+        # Welford's update: the variance of nearly equal draws does not cancel as in a difference of two large sums
         share = reciprocal(step + 1.0, FAST)
         delta = e * inverse[:, None] - mean
-        if DRAWS > 1:  # past the last draw the last one is read again, and counts for nothing
+        if DRAWS > 1:  # beyond the last draw, the last one is read again and must not count
             sample = step * DRAWS + slot
             entropy = tl.where(sample < samples, entropy, 0.0)
             delta = tl.where((sample < samples)[:, None], delta, 0.0)
         entropies += entropy
         mean += delta * share
         squares += delta * (1.0 - share) * delta
-    if DRAWS > 1:  # Chan, Golub and LeVeque: moments of parts to moments of the whole
-        count = ((samples - slot + DRAWS - 1) // DRAWS).to(tl.float32)  # draws of each slot, 0 for one without
+    if DRAWS > 1:  # merge the moments of the slots (Chan, Golub and LeVeque)
+        count = ((samples - slot + DRAWS - 1) // DRAWS).to(tl.float32)  # the number of draws of each slot, may be 0
         means = tl.reshape(mean, (DRAWS, BATCH, COLUMNS))
         counts = tl.reshape(tl.broadcast_to(count[:, None], mean.shape), (DRAWS, BATCH, COLUMNS))
         mean = tl.sum(means * counts, 0) * (1.0 / samples)
@@ -177,13 +180,16 @@ def predictive_statistics_forward(
     tl.store(aleatoric_out + example, entropies * (_LN_2 / samples), mask=example < batch)
 
 
-_PROGRAMS = 256  # that keep a card busy: with fewer examples, rows of the tile are slots of draws
+_PROGRAMS = 256  # programs that keep a card busy; with fewer examples, rows of a tile become slots of draws
 
 
 def config(classes: int, align: int, size: int, batch: int, samples: int) -> dict:
-    """align: what classes and strides are multiples of; size: bytes of a logit. Classes that do not come in whole
-    vectors of 16 bytes are spread 16 a thread over neighboring threads, as counted in the machine code; of the others,
-    measured on an H100, a row of up to 1024 is one warp's or two's, 4 to 16 elements a thread."""
+    """The kernel's tile sizes.
+
+    align: a number that classes and strides are multiples of. size: bytes of a logit. If the classes are not whole
+    vectors of 16 bytes, neighboring threads take 16 each, which needs the fewest instructions. Otherwise one or two
+    warps take a row of up to 1024 classes, with 4 to 16 elements for each thread, as measured on an H100.
+    """
     columns = triton.next_power_of_2(classes)
     lanes = max(1, columns // 16) if align * size < 16 and 4 <= columns <= 512 else 0
     if lanes:
@@ -191,7 +197,7 @@ def config(classes: int, align: int, size: int, batch: int, samples: int) -> dic
     else:
         elements = 16 if columns >= 256 else 4 if columns <= 64 and align == 4 else 8
         rows, warps = max(1, 64 * elements // columns), min(16, max(2, columns // 512))
-    if batch < _PROGRAMS * rows and warps < 8 and lanes != 1:  # more warps, to have as many slots
+    if batch < _PROGRAMS * rows and warps < 8 and lanes != 1:  # more warps make room for more slots
         more = min(8 // warps, triton.next_power_of_2(samples))
         rows, warps = rows * more, warps * more
     examples = 2 ** (max(1, batch // _PROGRAMS).bit_length() - 1)
@@ -205,9 +211,9 @@ def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     if classes > _LARGEST or classes == 0:
         return reference_predictive_statistics(logits)
     new = lambda *shape: logits.new_empty(shape, dtype=torch.float32)
-    found = new(batch, classes), new(batch, classes), new(batch), new(batch)
+    outputs = new(batch, classes), new(batch, classes), new(batch), new(batch)
     if batch == 0:
-        return found
+        return outputs
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     strides = logits.stride(0), logits.stride(1)
@@ -215,7 +221,7 @@ def predictive_statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     tile = config(classes, math.gcd(classes, *strides, 16 // size), size, batch, samples)
     with on_device(logits):
         predictive_statistics_forward[(triton.cdiv(batch, tile["BATCH"]),)](
-            logits, *found, samples, batch, *strides,
+            logits, *outputs, samples, batch, *strides,
             FAST=fast_math(logits), enable_fp_fusion=True, **tile,
         )  # fmt: skip
-    return found
+    return outputs

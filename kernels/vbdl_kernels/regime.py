@@ -1,11 +1,11 @@
-"""A cost model of the ways to execute drawn layers on a GPU: it predicts seconds and chooses the cheapest.
+"""The cost model for layers with drawn weights or masks on a GPU: estimates seconds and chooses the fastest way.
 
-It computes with the constants of `card.py`.
+It uses the constants of `card.py`.
 
-    estimates, choose    one layer: local reparameterization, fused, sampler and product, weights drawn before
-    of_network           a small network: one launch for all of it, or layer by layer
-    of_masks             dropout of what all draws share: in the product, or on the activations
-    is_launch_bound      whether a call is to be replayed as a CUDA graph
+    estimates, choose    one layer: local reparameterization, fused kernel, sampler and product, or kept weights
+    of_network           a small network: one kernel for all layers, or layer by layer
+    of_masks             dropout of an input that all draws share: in the product, or on activations
+    is_launch_bound      whether a call should be replayed as a CUDA graph
 """
 
 import contextlib
@@ -18,11 +18,15 @@ from vbdl_kernels.card import Card, device_card
 
 
 def is_exact(element_size: int) -> bool:
-    """Whether products of this dtype do without tensor cores, by torch's own setting."""
+    """True if products of this dtype use no tensor cores, by `torch.set_float32_matmul_precision`.
+
+    element_size: bytes of a number.
+    """
     return element_size == 4 and torch.get_float32_matmul_precision() == "highest"
 
 
 def flops_of(card: Card, element_size: int, exact: bool = False) -> float:
+    """The flops per second of a large product; exact: float32 without tensor cores."""
     if element_size == 2:
         return card.half_flops
     return card.exact_flops if exact else card.float_flops
@@ -38,32 +42,32 @@ def estimates(
     card: Card | None = None,
     exact: bool = False,
 ) -> dict[str, float]:
-    """Seconds of a forward call by each strategy.
+    """Estimate the seconds of a layer's forward pass by each strategy.
 
-    "local": `local_reparameterized_linear` (the same law for one example, not a joint draw over examples);
-    "fused": the kernel of `sampled_linear`;  "sampler": `sample_weights` and a batched product;  "drawn": the product
-    alone, with weights drawn and kept before, samples x out x in of them.
+    "local": `local_reparameterized_linear` (the same distribution for one example, another one jointly over examples);
+    "fused": the kernel of `sampled_linear`;  "sampler": `sample_weights`, then a batched product;  "drawn": a batched
+    product with weights that were drawn and kept before, samples x out x in of them.
     """
     card = card or device_card()
     weights, outputs = samples * n_in * n_out, samples * batch * n_out
     flops = flops_of(card, element_size, exact)
-    tile = max(batch, 16)  # a product of fewer columns costs as much
+    tile = max(batch, 16)  # a product with fewer than 16 rows takes as long as one with 16
     product = 2 * weights * tile / flops
     noise = weights / card.normals
-    repeated = noise * -(-batch // (128 if element_size == 2 else 64))  # a fused program draws for its rows alone
+    repeated = noise * -(-batch // (128 if element_size == 2 else 64))  # each fused program draws weights for its rows
     parameters = 2 * n_in * n_out * element_size / card.bytes
     stored = weights * element_size / card.bytes
     written = outputs * element_size / card.bytes
     products = 1 if shared else samples
-    overlap = 1.0 if exact else card.overlap  # without tensor cores both use the same units
+    overlap = 1.0 if exact else card.overlap  # without tensor cores, noise and product use the same units
     return {
         "local": card.launch
         + products * 2 * (2 * n_in * n_out * tile) / flops
         + (parameters if shared else parameters + samples * batch * n_in * element_size / card.bytes)
         + max(outputs / card.normals, written),
-        # noise and product use different units but do not overlap entirely
+        # noise and product use different units, but do not overlap entirely
         "fused": card.launch + max(repeated, product) + overlap * min(repeated, product) + parameters + written,
-        # it waits for nothing, and draws faster than a product does
+        # a kernel that only draws is faster at it than one that also multiplies
         "sampler": 2 * card.launch + max(0.75 * noise, stored) + max(product, stored) + parameters + written,
         "drawn": card.launch + max(product, stored) + written,
     }
@@ -83,23 +87,26 @@ def choose(
     exact: bool = False,
     card: Card | None = None,
 ) -> str:
-    """The cheapest of "local", "fused", "sampler" and "drawn" that gives what is asked for and fits.
+    """Choose the fastest of the strategies "local", "fused", "sampler" and "drawn" that are allowed and fit.
 
-    joint: rows are to be draws of one function, which the local reparameterization does not give. memory_budget: bytes
-    the sampler may hold; over it, the fused kernel is chosen even where it is slower. kept: many batches are to come,
-    so that weights may be drawn once, where they fit. A measured crossover decides between the kernel and the sampler.
+    joint: all rows of a draw must be outputs of one network, which excludes "local".
+    memory_budget: bytes of weights that "sampler" or "drawn" may hold; beyond it, "fused" is chosen even if it is
+        slower.
+    kept: many batches will follow, so weights may be drawn once ("drawn"), if they fit.
+
+    If a crossover was measured on the device, it decides between "fused" and "sampler", otherwise the estimates do.
     """
     card = card or device_card()
-    found = estimates(samples, batch, n_in, n_out, element_size, shared, card, exact)
+    times = estimates(samples, batch, n_in, n_out, element_size, shared, card, exact)
     fits = samples * n_in * n_out * element_size <= memory_budget
     rows = card.half_rows if element_size == 2 else 0.0 if exact else card.float_rows
-    faster = batch <= rows if rows else found["fused"] < found["sampler"]
+    faster = batch <= rows if rows else times["fused"] < times["sampler"]
     allowed = ["fused" if faster or not fits else "sampler"]
     if not joint:
         allowed.append("local")
     if kept and fits:
         allowed.append("drawn")
-    return min(allowed, key=found.__getitem__)
+    return min(allowed, key=times.__getitem__)
 
 
 _forced: str | None = None
@@ -107,7 +114,7 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def always(strategy: str) -> Iterator[None]:
-    """For measurements: inside, `sampled_linear` executes by this strategy, "fused" or "sampler", in every thread."""
+    """A context in which `sampled_linear` uses a strategy, "fused" or "sampler", in all threads; for measurements."""
     global _forced
     before, _forced = _forced, strategy
     try:
@@ -116,20 +123,20 @@ def always(strategy: str) -> Iterator[None]:
         _forced = before
 
 
-_CHUNK = 2**26  # bytes of weights that `sampled_linear` holds at once where it draws them before its product
+_CHUNK = 2**26  # the most bytes of weights that `sampled_linear` holds at once if it draws them before the product
 
 
 def draws_at_once(samples: int, batch: int, n_in: int, n_out: int, element_size: int, precision: str) -> int:
-    """Of a call of `sampled_linear`: how many draws' weights it makes before their product; 0 for the fused kernel.
+    """The number of draws whose weights `sampled_linear` makes before one product; 0 for the fused kernel.
 
-    A few, so that what it holds does not grow with the draws. precision: as the operator's.
+    It is limited by `_CHUNK`, so that memory does not grow with the number of draws. precision: as in `sampled_linear`.
     """
     exact = is_exact(element_size)
     if precision and element_size == 4 and (precision == "ieee") != exact:
-        return 0  # the library's product follows torch's setting
+        return 0  # the library's product follows torch's setting, not `precision`
     at_once = max(1, min(samples, _CHUNK // max(n_in * n_out * element_size, 1)))
-    found = _forced or choose(samples, batch, n_in, n_out, element_size, memory_budget=2**62, exact=exact)
-    return at_once if found == "sampler" else 0
+    strategy = _forced or choose(samples, batch, n_in, n_out, element_size, memory_budget=2**62, exact=exact)
+    return at_once if strategy == "sampler" else 0
 
 
 def of_network(
@@ -142,10 +149,10 @@ def of_network(
     exact: bool = False,
     card: Card | None = None,
 ) -> dict[str, float]:
-    """Seconds of a forward call of a small network with weights of its own for every sample.
+    """Estimate the seconds of a forward pass of a small network with different weights for every sample.
 
-    "whole": `ensemble_mlp`, weights from memory;  "whole drawn", if `drawn`: `bayesian_mlp`;  "layers": a batched
-    product a layer, and a pass over its outputs for the activation, weights from memory.
+    "whole": `ensemble_mlp`, with weights from memory;  "whole drawn", if `drawn`: `bayesian_mlp`;  "layers": for each
+    layer a batched product, with weights from memory, and a pass over its outputs for the activation.
     """
     card = card or device_card()
     pairs = list(zip(widths, widths[1:], strict=False))
@@ -155,26 +162,26 @@ def of_network(
     product = 2 * weights * max(batch, 16) / flops
     tiles = -(-batch // 64)
     waves = -(-samples * tiles // int(card.programs))
-    # one program computes with a warp group alone: a quarter of the card's rate where all are busy
+    # a program has one warp group, so that all programs together reach a quarter of the card's rate
     inside = card.launch + max(waves * len(pairs) * card.step, 4 * product)
-    if exact and max(widths) > 64:  # scalar products of this width do not fit the registers: 569 us on an H100 for 26
+    if exact and max(widths) > 64:  # scalar products of this width do not fit the registers: 569 us, not 26, on an H100
         inside = math.inf
     hidden = sum(o for _, o in pairs[:-1])
     layers = len(pairs) * card.launch + max(product, stored)
     layers += (len(pairs) - 1) * card.launch + 2 * samples * batch * hidden * element_size / card.bytes
-    found = {"whole": max(inside, card.launch + tiles * stored / 4), "layers": layers}  # tiles find weights in L2
+    times = {"whole": max(inside, card.launch + tiles * stored / 4), "layers": layers}  # weights come from L2
     if drawn:
-        found["whole drawn"] = inside + tiles * weights / card.normals
-    return found
+        times["whole drawn"] = inside + tiles * weights / card.normals
+    return times
 
 
 def of_masks(
     samples: int, batch: int, n_in: int, n_out: int, element_size: int = 2, *, exact: bool = False, card=None
 ) -> dict[str, float]:
-    """Seconds of dropout and the linear layer after it on an input that all draws share.
+    """Estimate the seconds of dropout and the linear layer after it, on an input that all draws share.
 
-    "masked": `masked_linear`, which makes a draw's mask in the product;  "activations": the masked input of every draw
-    written and read again, and one product with the rows of all draws.
+    "masked": `masked_linear`, which computes masks in the product;  "activations": every draw's masked input is written
+    and read again, then there is one product with the rows of all draws.
     """
     card = card or device_card()
     flops = flops_of(card, element_size, exact)
@@ -190,15 +197,15 @@ def of_masks(
     }
 
 
-# measured on an H100 at 4096 x 4096 and 32 draws (`benchmarks/results`): the masked product at 256 rows against the
-# library's, and what comes from L2 against main memory
+# measured on an H100 at 4096 x 4096 and 32 draws (`benchmarks/results`): the time of the masked product at 256 rows
+# relative to the library's, and the speed of reading from L2 relative to main memory
 _MASKED, _CACHE = 3.0, 1.5
 
 
 def is_launch_bound(work: float, bytes: float, launches: int, element_size: int = 4, card: Card | None = None) -> bool:
-    """Whether starting the kernels of a call takes the host longer than the kernels take.
+    """True if the host takes longer to start the kernels of a call than the kernels take to run.
 
-    work: multiplications and additions; bytes: read and written.
+    work: multiplications and additions. bytes: read and written. launches: the number of kernels.
     """
     card = card or device_card()
     return launches > 1 and launches * card.dispatch > work / flops_of(card, element_size) + bytes / card.bytes

@@ -1,7 +1,7 @@
-"""Weights drawn and kept: mean + std * noise, for convolutions, large batches and everything that is not a matmul.
+"""Draws of weights that are stored: mean + std * noise, for convolutions, large batches and other operations.
 
-The same draws as `sampled_linear`, to the bit on one device. The gradient draws the noise again, so that nothing but
-the weights themselves is stored.
+They are identical to those of `sampled_linear` bit for bit on one device. The gradient computes the noise again, so
+only the weights are stored.
 """
 
 import torch
@@ -12,19 +12,22 @@ from vbdl_kernels.philox import WEIGHT
 
 
 def rows_columns(shape: torch.Size) -> tuple[int, int]:
-    """How a parameter is counted: (out, in), a convolution's (out, in * height * width), a vector as one row."""
+    """The rows and columns of a parameter's noise.
+
+    (out, in) for a weight, (out, in * height * width) for a convolution's, (1, n) for a vector.
+    """
     rows = shape[0] if len(shape) > 1 else 1
     return rows, shape.numel() // rows if rows else 0
 
 
 def reference_noise(mean: Tensor, key: Tensor, layer: int, stream: int) -> Tensor:
-    """The noise of a parameter in its dtype.  mean: (*shape);  key: (..., 2)  ->  (..., *shape)"""
+    """The noise of a parameter, rounded to its dtype.  mean: (*shape);  key: (..., 2)  ->  (..., *shape)"""
     noise = philox.normal(key, layer, stream, *rows_columns(mean.shape))
     return noise.reshape(*key.shape[:-1], *mean.shape).to(mean.dtype)
 
 
 def reference_sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: int) -> Tensor:
-    """The specification of `sample_weights`: the noise in the parameters' dtype, then one rounding."""
+    """The specification of `sample_weights`: noise is rounded to the parameters' dtype, the sum is rounded once."""
     noise = reference_noise(mean, key, layer, stream)
     wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
     return (mean.to(wide) + std.to(wide) * noise.to(wide)).to(mean.dtype)
@@ -90,7 +93,7 @@ class _SampleWeights(torch.autograd.Function):
 
 
 class _SampleWeightsGradient(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is an answer and not a silent zero."""
+    """The gradient as a differentiable function, so that second derivatives are right and not silently zero."""
 
     @staticmethod
     def forward(gradient, key, layer, stream):
@@ -104,7 +107,7 @@ class _SampleWeightsGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_mean, d_std):
-        # the gradient's gradient is the sampling itself: d_mean + noise * d_std
+        # the gradient is linear, and its transpose is the sampling itself: d_mean + noise * d_std
         (key,) = ctx.saved_tensors
         return _SampleWeights.apply(d_mean, d_std, key, ctx.layer, ctx.stream).to(ctx.dtype), None, None, None
 
@@ -119,12 +122,13 @@ def _sample_weights(*arguments):
 
 
 def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: int = WEIGHT) -> Tensor:
-    """Draws of a parameter: mean + std * noise.
+    """Draw a parameter: mean + std * noise.
 
     mean, std: (*shape), one dtype;  key: (samples, 2) int64  ->  (samples, *shape);  key: (2,)  ->  (*shape)
+    layer, stream: the numbers of the noise, see `philox.py`.
 
-    Differentiable in mean and std, any number of times; takes `vmap`, `torch.compile(fullgraph=True)`, `torch.func`
-    and export. Raises ValueError for parameters that do not match, and for a key of another dtype or shape.
+    Differentiable with respect to mean and std, to any order. Works under `vmap`, `torch.compile(fullgraph=True)`,
+    `torch.func` and export. Raises ValueError if mean and std do not match, and for a key of another dtype or shape.
     """
     check_parameters(mean, std, key, layer)
     if key.ndim == 1:
@@ -133,13 +137,17 @@ def sample_weights(mean: Tensor, std: Tensor, key: Tensor, layer: int, stream: i
 
 
 def check_parameters(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> None:
+    """Raise ValueError if mean and std do not match, or for a key or a layer number that is not valid."""
     if mean.shape != std.shape or mean.dtype != std.dtype:
-        raise ValueError(f"mean and std differ: {tuple(mean.shape)} {mean.dtype} and {tuple(std.shape)} {std.dtype}")
+        raise ValueError(
+            f"mean and std differ: {tuple(mean.shape)} {mean.dtype} and {tuple(std.shape)} {std.dtype}; they need one "
+            f"shape and dtype"
+        )
     if mean.numel() >= 2**31:
         raise ValueError(f"{mean.numel()} weights in one parameter: kernels index up to 2**31")
     if not mean.is_floating_point():
-        raise ValueError(f"parameters are floating-point tensors, got {mean.dtype}")
+        raise ValueError(f"parameters must be floating-point tensors, got {mean.dtype}")
     if key.dtype != torch.int64 or key.ndim not in (1, 2) or key.shape[-1] != 2:
         raise ValueError(f"key must be int64 of shape (2,) or (samples, 2), got {key.dtype} {tuple(key.shape)}")
     if not 0 <= layer < 2**28:
-        raise ValueError(f"layer {layer} out of range")
+        raise ValueError(f"layer {layer} out of range: use a number from 0 to 2**28 - 1")

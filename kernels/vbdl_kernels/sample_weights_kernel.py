@@ -1,4 +1,4 @@
-"""Triton: weights of several draws in memory, mean and std read once; and the gradient that makes the noise again."""
+"""The Triton kernels of `sample_weights` and its gradient, which computes the noise again."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from vbdl_kernels.dispatch import fast_math, on_device
 from vbdl_kernels.noise_kernel import columns_of, load_key, load_tile, noise4, store_tile, weight, zero_like
 from vbdl_kernels.sample_weights import rows_columns
 
-_DRAWS = 4  # draws a program makes of the mean and std it has read
+_DRAWS = 4  # the number of draws that a program makes from one read of mean and std
 
 
 @triton.jit(do_not_specialize=["tag"])
@@ -18,9 +18,10 @@ def sample_weights_forward(
     tag, samples, rows, columns,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, DRAWS: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """weights[s, r, c] = mean[r, c] + std[r, c] * noise[s, r, c], all contiguous.
+    """Write weights[s, r, c] = mean[r, c] + std[r, c] * noise[s, r, c], all contiguous.
 
-    Draws are the fast axis of the grid: the programs that read a tile run side by side, and all but one find it in L2.
+    Draws are the fast axis of the grid: the programs that read the same tile run side by side, so all but the first
+    read it from L2.
     """
     group_tiles = tl.cdiv(columns, 4 * GROUPS)
     draws = tl.cdiv(samples, DRAWS)
@@ -60,7 +61,7 @@ def sample_weights_backward(
     tag, samples, rows, columns,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """d_mean = sum of gradient over the draws, d_std = sum of gradient * noise, in float32, one read."""
+    """Compute d_mean = sum of gradient over draws and d_std = sum of gradient * noise, in float32, in one read."""
     group_tiles = tl.cdiv(columns, 4 * GROUPS)
     tile = tl.program_id(0)
     row = tile // group_tiles * ROWS + tl.arange(0, ROWS)
@@ -102,7 +103,7 @@ def sample_weights_backward(
 
 
 def _config(rows: int) -> dict:
-    """A vector is one row and a small matrix a few: their programs are narrow in rows and wide in columns."""
+    """The tile sizes for a parameter of this many rows: few rows (a vector has one) get wide tiles."""
     if rows < 8:
         return dict(ROWS=1, GROUPS=128, num_warps=4)
     return dict(ROWS=min(16, triton.next_power_of_2(rows)), GROUPS=32, num_warps=2)

@@ -1,10 +1,10 @@
-"""A linear layer whose weights are drawn inside the matrix product: no tensor of samples x out x in.
+"""A linear layer that draws its weights inside the matrix product, without a tensor of samples x out x in.
 
     y[s, b, o] = sum_i x[s, b, i] (mean[o, i] + std[o, i] noise[s, o, i]) + bias[s, o]
 
 Weight uncertainty after Blundell, Cornebise, Kavukcuoglu and Wierstra, *Weight Uncertainty in Neural Networks*, ICML
-2015 (https://arxiv.org/abs/1505.05424); the noise is a function of its index (`philox.py`), so the gradients draw it
-again instead of reading it back. On the CPU and without triton the reference below runs, which does hold the weights.
+2015 (https://arxiv.org/abs/1505.05424). The noise is a function of its index (`philox.py`), so gradients compute it
+again instead of storing it. On the CPU and without triton the reference below runs, which does store the weights.
 """
 
 import torch
@@ -16,6 +16,7 @@ from vbdl_kernels.sample_weights import check_parameters, reference_sample_weigh
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -30,7 +31,7 @@ def reference_sampled_linear(
     precision: str = "",
     bias_layer: int | None = None,
 ) -> Tensor:
-    """The specification of `sampled_linear`: weights rounded to the parameters' dtype, products summed wide."""
+    """The specification of `sampled_linear`: weights are rounded to the parameters' dtype, sums are in `wide_of`."""
     wide = wide_of(x.dtype)
     weights = reference_sample_weights(mean, std, key, layer, WEIGHT)
     y = x.to(wide) @ weights.to(wide).mT
@@ -53,7 +54,7 @@ def _reference_parameters(gradient, x, key, layer, precision):
     wide = wide_of(gradient.dtype)
     product = gradient.to(wide).mT @ x.to(wide)
     noise = philox.normal(key, layer, WEIGHT, gradient.shape[-1], x.shape[-1]).to(wide)
-    return product.sum(0).to(gradient.dtype), (product * noise).sum(0).to(gradient.dtype)  # rounded once, at the end
+    return product.sum(0).to(gradient.dtype), (product * noise).sum(0).to(gradient.dtype)  # one rounding, at the end
 
 
 def _parameters_shape(gradient, x, key, layer, precision):
@@ -85,7 +86,7 @@ dispatch.kernels_in("sampled_linear_gradient_kernel", "sampled_linear_input", "s
 
 
 def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *rest):
-    """The vmap rule of a linear operator: one call with every draw of the mapped axis."""
+    """The vmap rule of a linear operator: one call for the whole mapped axis, unless parameters have it."""
     if any(dim is not None for dim in in_dims[1:5]):  # parameters per ensemble member
         return dispatch.one_by_one(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *rest)
     whole = lambda x, key: call(x, mean, std, bias_mean, bias_std, key, *rest)
@@ -95,7 +96,7 @@ def map_linear(call, info, in_dims, x, mean, std, bias_mean, bias_std, key, *res
 dispatch.batching("sampled_linear", map_linear)
 
 
-# The three functions below are each other's gradients, so a derivative of any order stays inside the kernels.
+# The gradient of each of the three functions below is made of the other two, so derivatives of any order use kernels.
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -204,15 +205,18 @@ def sampled_linear(
     precision: str = "",
     bias_layer: int | None = None,
 ) -> Tensor:
-    """A linear layer under each draw of its weights.
+    """Apply a linear layer with normally distributed weights, once with each draw of the weights.
 
     x: (batch, in) shared or (samples, batch, in);  mean, std: (out, in);  bias_mean, bias_std: (out,) or None
     key: (samples, 2) int64  ->  (samples, batch, out);  one draw: x (..., in), key (2,)  ->  (..., out)
 
-    All float tensors of one dtype (under autocast they are cast to its dtype); sums are float32. `bias_std` None is
-    a bias that is not random. precision: of float32 products, "ieee", "tf32", or "" for what
-    `torch.set_float32_matmul_precision` says. bias_layer: the layer number of the bias's noise, where it is not the
-    weights'. Differentiable to any order; takes `vmap`, which becomes one call with all draws,
+    layer, bias_layer: the layer numbers of the weights' and of the bias's noise; bias_layer defaults to layer.
+    bias_std: None for a bias that is not random.
+    precision: the precision of float32 products, "ieee", "tf32", or "" for the setting of
+        `torch.set_float32_matmul_precision`.
+
+    All floating-point tensors must have one dtype (autocast casts them to its own); sums are float32 (float64 for
+    float64). Differentiable to any order. Works under `vmap` (one call with all draws),
     `torch.compile(fullgraph=True)`, `torch.func` and export; forward-mode differentiation raises.
     Raises ValueError for shapes, dtypes or a key that do not fit.
     """
@@ -220,10 +224,10 @@ def sampled_linear(
     check_parameters(mean, std, key, layer)
     check_linear(x, mean, bias_mean, bias_std, key)
     if precision not in ("", "ieee", "tf32"):
-        raise ValueError(f'precision is "ieee", "tf32" or "", got {precision!r}')
+        raise ValueError(f'precision must be "ieee", "tf32" or "", got {precision!r}')
     bias_layer = layer if bias_layer is None else bias_layer
     if not 0 <= bias_layer < 2**28:
-        raise ValueError(f"layer {bias_layer} out of range")
+        raise ValueError(f"layer {bias_layer} out of range: use a number from 0 to 2**28 - 1")
     if key.ndim == 1:
         flat = x.reshape(-1, x.shape[-1])
         y = _sampled_linear(flat, mean, std, bias_mean, bias_std, key[None], layer, precision, bias_layer)
@@ -232,20 +236,21 @@ def sampled_linear(
 
 
 def check_linear(x: Tensor, weight: Tensor, bias_mean: Tensor | None, bias_std: Tensor | None, key: Tensor) -> None:
-    """Refuse what a kernel would read out of bounds."""
+    """Raise ValueError for shapes, dtypes or devices that do not fit: a kernel would read out of bounds."""
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} does not fit weights (out, in) {tuple(weight.shape)}")
     if weight.numel() >= 2**31:
         raise ValueError(f"{weight.numel()} weights in one layer: kernels index up to 2**31")
     if key.ndim == 2 and x.ndim not in (2, 3):
-        raise ValueError(f"with several draws x is (batch, in) or (samples, batch, in), got {tuple(x.shape)}")
+        raise ValueError(f"with several draws x must be (batch, in) or (samples, batch, in), got {tuple(x.shape)}")
     if key.ndim == 2 and x.ndim == 3 and x.shape[0] != key.shape[0]:
-        raise ValueError(f"x has {x.shape[0]} samples and key {key.shape[0]}")
+        raise ValueError(f"x has {x.shape[0]} samples and key {key.shape[0]}: both need the same number")
     if bias_std is not None and bias_mean is None:
-        raise ValueError("bias_std without bias_mean")
+        raise ValueError("bias_std without bias_mean: pass bias_mean too")
     for name, bias in (("bias_mean", bias_mean), ("bias_std", bias_std)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{name} {tuple(bias.shape)} does not fit {weight.shape[0]} outputs")
     tensors = [t for t in (x, weight, bias_mean, bias_std) if t is not None]
     if len({t.dtype for t in tensors}) > 1 or len({t.device for t in (*tensors, key)}) > 1:
-        raise ValueError(f"one dtype and one device, got {[(str(t.dtype), str(t.device)) for t in (*tensors, key)]}")
+        kinds = [(str(t.dtype), str(t.device)) for t in (*tensors, key)]
+        raise ValueError(f"all tensors must have one dtype and one device (key: int64), got {kinds}")

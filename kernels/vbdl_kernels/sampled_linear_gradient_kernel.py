@@ -1,4 +1,4 @@
-"""Triton: gradients of a linear layer whose weights are drawn, by its input and by mean and std; noise made again."""
+"""The Triton kernels of the gradients of `sampled_linear` for the input and for mean and std; noise is drawn again."""
 
 import torch
 import triton
@@ -20,7 +20,7 @@ def sampled_linear_input_gradient(
     OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """d_x[s, b, i] = sum_o gradient[s, b, o] w[s, o, i]: the weights drawn transposed, four input tiles at a time."""
+    """Compute d_x[s, b, i] = sum_o gradient[s, b, o] w[s, o, i], with weights drawn transposed, four tiles a step."""
     group_tiles = tl.cdiv(columns, 4 * GROUPS)
     program = tl.program_id(0)
     sample = program % samples
@@ -74,8 +74,10 @@ def sampled_linear_parameter_gradient(
     OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """With p[s] = gradient[s]^T x[s]: d_mean = sum_s p[s], d_std = sum_s noise[s] p[s]. The draws are a loop inside
-    the program, so that no p[s] reaches memory and no sum needs an atomic."""
+    """Compute d_mean = sum_s p[s] and d_std = sum_s noise[s] p[s], with p[s] = gradient[s]^T x[s].
+
+    Each program loops over the draws, so that no p[s] is written to memory and no sum needs atomics.
+    """
     group_tiles = tl.cdiv(columns, 128) * 32 // GROUPS
     program = tl.program_id(0)
     group = program % group_tiles * GROUPS + tl.arange(0, GROUPS)
@@ -134,7 +136,7 @@ def sampled_linear_parameter_gradient(
 
 
 def input_gradient_config(batch: int, dtype: torch.dtype, precision: str) -> dict:
-    """Measured on an H100, as the next one."""
+    """The tile sizes of the input's gradient, measured on an H100."""
     half = dtype != torch.float32
     tile = batch_tile(batch, 64 if half or precision == "tf32" else 32)
     if not half and precision == "ieee":
@@ -143,6 +145,7 @@ def input_gradient_config(batch: int, dtype: torch.dtype, precision: str) -> dic
 
 
 def parameter_gradient_config(batch: int, dtype: torch.dtype) -> dict:
+    """The tile sizes of the parameters' gradients, measured on an H100."""
     tile = batch_tile(batch, 32)
     if dtype == torch.float32:
         return dict(OUT=32, BATCH=tile, GROUPS=16, num_warps=2, num_stages=1)

@@ -1,8 +1,8 @@
-"""Triton: weights drawn inside the matrix product.
+"""The Triton kernel of `sampled_linear`, which draws weights inside the matrix product.
 
-The drawn weight is the register operand of the tensor-core product (out on M), so it never touches shared or global
-memory as a weight. Samples are the fastest axis of the grid: programs that read one tile of parameters run side by side
-and find it in L2. Two samples a program would halve that traffic, and were slower on an H100: fewer warps fit.
+The drawn weights are the register operand of the tensor-core product (outputs on M), so they are in neither shared nor
+global memory. Samples are the fastest axis of the grid: programs that read the same tile of parameters run side by side
+and read it from L2. Two samples for each program would halve that traffic, but were slower on an H100: fewer warps fit.
 """
 
 import torch
@@ -35,7 +35,10 @@ def sampled_linear_forward(
     OUT: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """y[s, b, o] = sum_i x[s, b, i] w[s, o, i] + bias[s, o].  BIAS: 0 none, 1 fixed, 2 drawn.  x_sample 0: shared."""
+    """Compute one tile of y[s, b, o] = sum_i x[s, b, i] w[s, o, i] + bias[s, o].
+
+    BIAS: 0 none, 1 fixed, 2 drawn. x_sample: the stride of samples in x, 0 if all share it.
+    """
     sample = tl.program_id(0) % samples
     row, example = tile_of(tl.program_id(0) // samples, rows, OUT, BATCH)
     in_rows = row < rows
@@ -76,18 +79,21 @@ def batch_tile(batch: int, largest: int) -> int:
 
 
 def forward_config(batch: int, dtype: torch.dtype, precision: str) -> dict:
-    """Measured on an H100, and held to no spills and the instruction budget by tests/kernels/test_compiled.py. Few rows
-    are multiplied by warps that do not wait for each other; many by Hopper's warp groups."""
+    """The kernel's tile sizes, measured on an H100.
+
+    tests/kernels/test_compiled.py checks that no register spills and how many instructions there are. Few rows are
+    multiplied by independent warps, many by Hopper's warp groups.
+    """
     half = dtype != torch.float32
     tile = batch_tile(batch, 128 if half else 64)
-    if not half and precision == "ieee":  # scalar products: registers and instructions for each pair
+    if not half and precision == "ieee":  # scalar products take registers and instructions for each pair of numbers
         return dict(OUT=64, BATCH=max(32, tile), GROUPS=16, num_warps=4, num_stages=2)
     narrow = dict(OUT=32, num_warps=2) if tile <= 32 else dict(OUT=64, num_warps=4)
     return narrow | dict(BATCH=tile, GROUPS=32 if half else 16, num_stages=2)
 
 
 def precision_of(precision: str) -> str:
-    """ "" follows torch: `torch.set_float32_matmul_precision`."""
+    """The precision of float32 products, "ieee" or "tf32"; "" becomes that of `torch.set_float32_matmul_precision`."""
     return precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
@@ -121,14 +127,16 @@ def sampled_linear(x, mean, std, bias_mean, bias_std, key, layer, precision, bia
 
 
 def _by_weights(y, x, mean, std, bias_mean, bias_std, key, layer, bias_layer, at_once) -> Tensor:
-    """The same, a few draws' weights at a time and the library's product: for batches so large that a fused program
-    would draw the same weights many times over."""
+    """Compute `sampled_linear` by `sample_weights` and the library's product, for `at_once` draws at a time.
+
+    It is for batches so large that fused programs would draw the same weights many times.
+    """
     bias = bias_mean
     if bias_std is not None:
         bias = sample_weights(bias_mean, bias_std, key, bias_layer, BIAS)[:, None]  # (samples, 1, out)
     for start in range(0, len(key), at_once):
         some = slice(start, start + at_once)
         weights = sample_weights(mean, std, key[some], layer, WEIGHT)
-        own = x[some] if x.ndim == 3 else x.expand(len(weights), *x.shape)
-        torch.bmm(own, weights.mT, out=y[some])
+        inputs = x[some] if x.ndim == 3 else x.expand(len(weights), *x.shape)
+        torch.bmm(inputs, weights.mT, out=y[some])
     return y if bias is None else y.add_(bias)
