@@ -21,6 +21,7 @@ library = torch.library.Library("vbdl", "FRAGMENT")
 
 @functools.cache
 def has_triton() -> bool:
+    """True if triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

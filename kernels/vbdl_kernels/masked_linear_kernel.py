@@ -64,6 +64,7 @@ def masked_linear_forward(
 
 
 def config(batch: int, dtype: torch.dtype) -> dict:
+    """The kernel's tile sizes."""
     tile = max(16, min(64, triton.next_power_of_2(batch)))
     if dtype == torch.float32 or tile > 32:
         return dict(OUT=64, BATCH=tile, GROUPS=32, num_warps=4, num_stages=2)

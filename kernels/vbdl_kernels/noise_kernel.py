@@ -47,6 +47,7 @@ def philox(k0, k1, c0, c1, c2, c3, FAST: tl.constexpr):
 
 @triton.jit
 def box_muller(a, b, FAST: tl.constexpr):
+    """Transform two words into two standard normals, as `philox.box_muller` does."""
     u = tl.fma(a.to(tl.float32), _SCALE, 0.5 * _SCALE)
     angle = b.to(tl.int32, bitcast=True).to(tl.float32) * _TWO_PI
     if FAST:

@@ -82,6 +82,7 @@ def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) ->
 
 
 def on_cpu(inputs: Sequence[Tensor]) -> bool:
+    """True if all inputs are on the CPU."""
     return all(t.device.type == "cpu" for t in inputs)
 
 

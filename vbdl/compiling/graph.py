@@ -106,6 +106,7 @@ class Region:
 
     @property
     def empty(self) -> bool:
+        """True if the region has no nodes."""
         return not self.nodes
 
     def flops(self) -> int:
@@ -147,6 +148,7 @@ class Cut:
 
     @property
     def output_depends_on_draw(self) -> bool:
+        """True if any output of the whole graph depends on the draw."""
         return any(name in self.regions[BODY].outputs or name in self.regions[DRAWN].outputs for name in self.outputs)
 
     def kept_bytes(self) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vbdl.types import State
 
-LEAST_DRAWS = 16  # fewer draws are not enough to estimate a standard error from
+LEAST_DRAWS = 16  # a standard error estimated from fewer draws is not used
 LOOKS = 16  # the most steps that the draws are divided into; a step has at least 8 draws
 
 # bet sizes, as fractions of the largest that cannot go bankrupt; a mixture of them works for small and large margins

@@ -81,6 +81,7 @@ class _Site:
 
     @property
     def size(self) -> int:
+        """The number of units of the mask, kept or dropped."""
         return self.mask.meta["val"].shape[-1]
 
 

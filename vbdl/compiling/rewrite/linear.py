@@ -149,6 +149,7 @@ def _whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_linear(node: fx.Node) -> bool:
+    """True if a node calls `stacked_linear`."""
     return node.op == "call_function" and node.target is LINEAR
 
 

@@ -36,6 +36,7 @@ def batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: A
 
 @rule("native_layer_norm")
 def layer_norm(x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple:
+    """The moments of a layer norm that divides by the root of the expected variance, an approximation."""
     axes = list(range(x.ndim - len(shape), x.ndim))
     n = math.prod(shape)
     if isinstance(x, Moments):

@@ -71,7 +71,7 @@ def _maximum(n: int):
         around = [p for size in reversed(padding) for p in (size, size)]
         inside = F.pad(torch.ones(x.shape[-n:], dtype=torch.bool, device=x.mean.device), around)
         x = Moments(F.pad(x.mean, around), F.pad(x.var, around))
-        found, held = None, None
+        largest, seen = None, None  # maxima so far, and which of them have seen a place that is not padding
         for offset in product(*map(range, kernel)):
             places: tuple = (...,)
             for axis, o in enumerate(offset):
@@ -80,17 +80,17 @@ def _maximum(n: int):
                 begin = o * step
                 places += (slice(begin, begin + (count - 1) * stride[axis] + 1, stride[axis]),)
             one, valid = each(lambda t, places=places: t[places], x), inside[places]
-            if found is None:
-                found, held = one, valid
+            if largest is None:
+                largest, seen = one, valid
                 continue
-            assert isinstance(found, Moments) and isinstance(one, Moments) and held is not None
-            best = maximum(found, one)
+            assert isinstance(largest, Moments) and isinstance(one, Moments) and seen is not None
+            best = maximum(largest, one)
             if any(padding):  # padded places do not take part in the maximum
-                pick = lambda b, f, o, held=held, valid=valid: torch.where(held & valid, b, torch.where(held, f, o))
-                best = Moments(pick(best.mean, found.mean, one.mean), pick(best.var, found.var, one.var))
-            found, held = best, held | valid
-        assert isinstance(found, Moments)
-        return found, None
+                pick = lambda b, f, o, seen=seen, valid=valid: torch.where(seen & valid, b, torch.where(seen, f, o))
+                best = Moments(pick(best.mean, largest.mean, one.mean), pick(best.var, largest.var, one.var))
+            largest, seen = best, seen | valid
+        assert isinstance(largest, Moments)
+        return largest, None
 
     return run
 
