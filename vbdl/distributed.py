@@ -179,7 +179,7 @@ def _share(posterior: Any, local: range) -> tuple[_Share, bool]:
     """The posterior of one process's draws, and whether it holds only a part of the members."""
     if len(posterior.parts) > 1:
         raise ValueError(
-            "members of different architectures cannot be divided among processes: shard one ensemble each"
+            "members of different architectures cannot be divided among processes: use one per architecture"
         )
     if isinstance(posterior, DeepEnsemble) and posterior.base is None and local.stop <= posterior.n_members:
         networks = []
