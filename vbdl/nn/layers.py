@@ -25,7 +25,7 @@ class _BayesianLayer(SampledNetwork):
 
     def __init__(self, layer: nn.Module, prior: float | Prior, initial_std: float):
         if not (initial_std > 0 and math.isfinite(initial_std)):
-            raise ValueError(f"initial_std is positive and finite, got {initial_std}")
+            raise ValueError(f"initial_std must be positive and finite, got {initial_std}")
         prior = Normal(float(prior)) if isinstance(prior, int | float) else prior
         names = [name for name, _ in layer.named_parameters()]
         super().__init__(layer, dict.fromkeys(names, prior), initial_std, n_data=1)

@@ -51,15 +51,17 @@ class MeanField(KeyedPosterior):
         check_network(module)
         check_chosen("parameters", parameters)
         if n_data < 1:
-            raise ValueError(f"n_data is the number of training rows, at least 1, got {n_data}")
+            raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
         if not (initial_std > 0 and math.isfinite(initial_std)):
-            raise ValueError(f"initial_std is positive and finite, got {initial_std}")
+            raise ValueError(f"initial_std must be positive and finite, got {initial_std}")
         if n_samples < 1:
-            raise ValueError(f"n_samples is at least 1, got {n_samples}")
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
         self.lost_hooks = parameter_hooks(module)
         if has_bayesian_layers(module):
             if parameters is not None or prior != 1.0 or initial_std != 0.05:
-                raise ValueError("a network with Bayesian layers has its priors and initial_std in those layers")
+                raise ValueError(
+                    "a network with Bayesian layers has its priors and initial_std in those layers: set them there"
+                )
             self.module = LayeredNetwork(copied(module), n_data)
         else:
             chosen = choose(module, None if parameters is None else tuple(parameters), prior)
