@@ -240,7 +240,7 @@ def test_a_hook_of_a_gradient_is_refused_where_it_would_be_lost():
     net[0].weight.register_hook(lambda g: g * 0)
     data = torch.randn(20, 3), torch.arange(20) % 2
     for q in (vbdl.MCDropout(net), vbdl.MeanField(net, 20), vbdl.DeepEnsemble([net, net])):
-        with pytest.raises(ValueError, match="'.*0.weight' has a hook of its gradient"):
+        with pytest.raises(ValueError, match="'.*0.weight' has a gradient hook"):
             vbdl.fit(q, data, vbdl.Categorical(), epochs=1, progress=False)
 
 

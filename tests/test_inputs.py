@@ -231,8 +231,8 @@ def test_inputs_nested_in_another_way_have_another_structure(one, other):
         ((A, 3), "tensors or arrays.*got int"),
         ({"a": A, "b": [1.0, 2.0]}, "tensors or arrays.*got float"),
         ((A, object()), "got object"),
-        ({}, "there is none"),
-        ((None, "text"), "there is none"),
+        ({}, "got none"),
+        ((None, "text"), "got none"),
     ],
 )
 def test_what_is_no_input_is_refused(x, message):

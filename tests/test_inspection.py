@@ -29,14 +29,14 @@ class Everything(nn.Module):
 def test_every_site_is_named_with_its_mask_and_its_batch():
     report = vbdl.inspect(Everything(), torch.randn(4, 7, 6))
     lines = "\n".join(report.stochastic)
-    assert "encoder.layers.0.self_attn (multi_head_attention_forward): p=0.1, a mask of 1x2x7x7 a draw" in lines
-    assert "encoder.layers.0.dropout1 (dropout): p=0.1, a mask of 7x1x6 a draw, batch on axis 1" in lines
-    assert "lstm (lstm): p=0.3, a mask of 7x1x5 a draw, batch on axis 1" in lines
-    assert "the module (dropout): p=0.25, a mask of 1x5 a draw, batch on axis 0" in lines
+    assert "encoder.layers.0.self_attn (multi_head_attention_forward): p=0.1, a mask of 1x2x7x7 per draw" in lines
+    assert "encoder.layers.0.dropout1 (dropout): p=0.1, a mask of 7x1x6 per draw, batch on axis 1" in lines
+    assert "lstm (lstm): p=0.3, a mask of 7x1x5 per draw, batch on axis 1" in lines
+    assert "the module (dropout): p=0.25, a mask of 1x5 per draw, batch on axis 0" in lines
     still = "\n".join(report.deterministic)
     assert "unused (Dropout): not called for this example" in still
     assert "nothing (dropout): p=0.0, so it drops nothing" in still
-    assert "single (GRU): p=0.2 acts between layers, it has one" in still
+    assert "single (GRU): p=0.2 acts between layers, but it has one" in still
     assert "strategy       loop" in report.plan and "lstm" in report.plan  # vmap has no rule for it, and it is said
 
 

@@ -49,7 +49,7 @@ def test_missing_labels_of_several_tasks(likelihood, outputs):
     y = (torch.arange(120).reshape(40, 3) % 2).float()
     y[3, 1] = y[7, 0] = torch.nan
     expected = (
-        "targets of 2 of 40 rows are missing .NaN., first in row 3: .*one of several tasks.* fit one predictor a task"
+        "targets of 2 of 40 rows are missing .NaN., first in row 3, .*one of several tasks.* fit one predictor per task"
     )
     with pytest.raises(ValueError, match=expected):
         _fit(vbdl.MCDropout(_net(outputs)), (X, y), likelihood)
@@ -87,7 +87,7 @@ def test_ids_outside_an_embedding(method, compile):
     predict(ids)
     y = torch.zeros(40, dtype=torch.int64)
     for bad, said in ((high, "run from 0 to 10"), (low, "run from -1 to 9")):
-        match = f"the ids in the inputs {said}, and module 'table' .Embedding. takes 0 to 9"
+        match = f"the ids in the inputs {said}, but module 'table' .Embedding. takes 0 to 9"
         for call in (
             lambda: predict(bad),  # noqa: B023
             lambda: predict(bad, samples=True),  # noqa: B023
@@ -102,7 +102,7 @@ def test_ids_outside_an_embedding(method, compile):
 
 def test_ids_that_the_module_makes_are_said_to_be_that():
     predict = vbdl.Predictor(vbdl.MCDropout(Words(offset=5)), vbdl.Categorical(), n_samples=2, compile=False)
-    with pytest.raises(ValueError, match="an index that the module makes of its inputs is outside"):
+    with pytest.raises(ValueError, match="the module computed an index out of range"):
         predict(torch.full((4, 3), 9))
     predict = vbdl.Predictor(vbdl.MCDropout(Words(bag=True)), vbdl.Categorical(), n_samples=2, compile=False)
     with pytest.raises(ValueError, match="'table' .EmbeddingBag. takes 0 to 9"):

@@ -1,6 +1,6 @@
 """vbdl: a JIT-compiled functional ensemble engine for Bayesian deep learning in PyTorch.
 
-The public names. Each is imported when it is first used, so that `vbdl --help` does not wait for torch.
+Public names are imported on first use, so that `vbdl --help` does not wait for torch.
 """
 
 import importlib

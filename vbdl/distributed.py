@@ -1,14 +1,14 @@
-"""One ensemble, or the draws of one posterior, over several processes: for what is too large for one device.
+"""Prediction by several processes: each computes its members of an ensemble, or its draws of another posterior.
 
     torchrun --nproc-per-node 2 script.py
         mesh = init_device_mesh("cpu", (2,))                  # or "cuda"
         predict = ShardedPredictor.load("model", mesh=mesh)   # each process reads its own members
-        p = predict(x)                                        # on every process, the whole prediction
+        p = predict(x)                                        # the whole prediction, on every process
 
-A plain ensemble's members are dealt out: each process holds its own, as the local part of a DTensor that is
-`Shard(0)` over the mesh (`sharded.stacked`). Of an endless posterior every process holds the parameters and takes
-its draws. For a tile of rows each process sums its draws and only the sums travel, `Likelihood.merge` adds them in the
-order of the processes: the same numbers on all of them, equal to those of one process to rounding.
+Each process holds its own members of a plain ensemble, as the local part of a DTensor that is `Shard(0)` over the mesh
+(`sharded.stacked`). Of any other posterior every process holds all parameters and computes its own draws. For each tile
+of rows a process summarizes its draws, and only these sums are sent; `Likelihood.merge` adds them in the order of the
+processes. All processes get identical predictions, equal to those of one process up to rounding.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ from vbdl.types import Inputs, Likelihood, Posterior, State
 class ShardedPredictor(Predictor):
     """A predictor whose draws are computed by all processes of a mesh; every process calls it with the same rows.
 
-    posterior, likelihood, n_samples, seed and options: as for `Predictor`; posterior is the whole one on every process,
-    of which a process keeps its share. For one that no process can hold, `load` reads shares of an artifact.
-    mesh: a device mesh of one axis; all processes of the default group unless given.
+    posterior, likelihood, n_samples, seed and options: as for `Predictor`. Every process passes the whole posterior and
+    keeps its share; if the posterior is too large for one process, `load` reads shares of an artifact.
+    mesh: a device mesh of one axis; by default all processes of the default group.
 
-    Raises ValueError where there are fewer draws than processes, or draws are kept (samples=True).
+    Raises ValueError if there are fewer draws than processes, or if a call asks for draws (samples=True).
     """
 
     def __init__(
@@ -52,18 +52,19 @@ class ShardedPredictor(Predictor):
     ):
         mesh = _mesh(mesh, options.get("device"), posterior)
         whole = Predictor(posterior, likelihood, n_samples, seed, **options)
-        own = _own(mesh, whole.n_samples)
-        share, sharded = _share(whole.posterior, own)
+        local = _local_draws(mesh, whole.n_samples)
+        share, sharded = _share(whole.posterior, local)
         likelihood, total = whole.likelihood, whole.n_samples
         del whole
-        self._begin(mesh, share, sharded, likelihood, own, total, {"seed": seed, **options})
+        self._begin(mesh, share, sharded, likelihood, local, total, {"seed": seed, **options})
 
     def _begin(
-        self, mesh: DeviceMesh, share: "_Share", sharded: bool, likelihood: Any, own: range, total: int, options: dict
+        self, mesh: DeviceMesh, share: "_Share", sharded: bool, likelihood: Any, local: range, total: int, options: dict
     ) -> None:
-        held = _own_members(likelihood, own) if sharded else likelihood
-        super().__init__(share, held, len(own), **options)
-        self.likelihood.for_draws(total)  # sums of all processes are merged
+        """Initialize from this process's share. local: the draws of this process. total: the draws of all processes."""
+        local_likelihood = _of_members(likelihood, local) if sharded else likelihood
+        super().__init__(share, local_likelihood, len(local), **options)
+        self.likelihood.for_draws(total)  # all draws, because the sums of all processes are merged
         self.mesh, self._group = mesh, mesh.get_group()
         self.n_draws, self._sharded = total, sharded
 
@@ -77,36 +78,43 @@ class ShardedPredictor(Predictor):
         trust: Sequence[str] = (),
         **settings: Any,
     ) -> "ShardedPredictor":
-        """The predictor of an artifact, of which every process reads its own members and never holds the others;
-        arguments as for `vbdl.load`. Posteriors that are no plain ensemble are loaded whole."""
+        """Load a predictor from an artifact, each process only its own members of a plain ensemble.
+
+        Other posteriors are loaded whole. Arguments as for `vbdl.load`.
+        """
         mesh = _mesh(mesh, settings.get("device", "cpu"), None)
 
         def share(manifest: Manifest) -> range:
-            return _own(mesh, settings.get("n_samples", manifest.settings.n_samples))
+            return _local_draws(mesh, settings.get("n_samples", manifest.settings.n_samples))
 
-        found = read_parts(locate(Path(folder)), module=module, trust=trust, share=share)
-        options = {**found.settings, **settings}
+        parts = read_parts(locate(Path(folder)), module=module, trust=trust, share=share)
+        options = {**parts.settings, **settings}
         total = options.pop("n_samples")
-        if found.own is None:
-            self = cls(found.posterior, found.likelihood, total, mesh=mesh, **options)
+        if parts.own is None:
+            self = cls(parts.posterior, parts.likelihood, total, mesh=mesh, **options)
         else:
             self = cls.__new__(cls)
-            own = found.own
-            self._begin(mesh, _Share(found.posterior, 0, len(own)), True, found.likelihood, own, total, options)
-        self.manifest = found.manifest
+            local = parts.own
+            self._begin(mesh, _Share(parts.posterior, 0, len(local)), True, parts.likelihood, local, total, options)
+        self.manifest = parts.manifest
         return self
 
     @property
     def stacked(self) -> dict[str, DTensor]:
-        """An ensemble's parameters and buffers, (members, ...) each, sharded over the mesh; empty for other posteriors.
-        `full_tensor()` of one gathers it."""
+        """The parameters and buffers of a plain ensemble, (members, ...) each, sharded over the mesh.
+
+        It is empty for other posteriors. A tensor's `full_tensor()` gathers it.
+        """
         if not self._sharded:
             return {}
         return {n: DTensor.from_local(t, self.mesh, [Shard(0)]) for n, t in self.posterior.inner.stacked().items()}
 
     def __call__(self, x: Inputs, samples: bool = False, **options: Any) -> Any:
         if samples or options:
-            raise ValueError("a sharded predictor gives sums of its draws, not the draws, and always takes all of them")
+            raise ValueError(
+                "a sharded predictor sums over all its draws and does not return them: call it with the rows alone, or "
+                "use vbdl.Predictor"
+            )
         flat = self.check(x)
         parts = [self._merged(tile) for tile in self.tiles_of(flat)]
         fields = {n: torch.cat([p[n] for p in parts])[: flat.rows] for n in parts[0]}
@@ -118,15 +126,15 @@ class ShardedPredictor(Predictor):
             sums = executions[0].empty_sums()
             for execution in executions:
                 sums = execution.sums(tile, sums)
-        each = _gathered(sums, self.mesh.size(), self._group)
-        merged = each[0]
-        for other in each[1:]:
-            merged = self.likelihood.merge(merged, other)
+        by_process = _gathered(sums, self.mesh.size(), self._group)
+        merged = by_process[0]
+        for added in by_process[1:]:
+            merged = self.likelihood.merge(merged, added)
         return self.likelihood.finish(merged)
 
 
 class _Share(Posterior):
-    """Draws `start, start + 1, ...` of a posterior, numbered from 0."""
+    """The draws `start, start + 1, ...` of a posterior, numbered from 0."""
 
     def __init__(self, inner: Any, start: int, n_draws: int):
         super().__init__()
@@ -147,41 +155,43 @@ class _Share(Posterior):
         self.inner.prepare(inputs)
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
-        raise NotImplementedError("a sharded posterior predicts, and is trained before it is shared out")
+        raise NotImplementedError("a sharded posterior cannot be trained: train the whole posterior before sharding it")
 
 
 def _mesh(mesh: DeviceMesh | None, device: Any, posterior: Any) -> DeviceMesh:
     if mesh is None:
         mesh = DeviceMesh(_device_type(device, posterior), torch.arange(dist.get_world_size()))
     if mesh.ndim != 1:
-        raise ValueError(f"the mesh has one axis, over which draws are shared out; got {mesh.ndim}")
+        raise ValueError(f"the mesh must have one axis, over which draws are divided; got {mesh.ndim}")
     return mesh
 
 
-def _own(mesh: DeviceMesh, total: int) -> range:
-    """The draws of this process."""
+def _local_draws(mesh: DeviceMesh, total: int) -> range:
+    """The numbers of the draws of this process. total: the number of draws of all processes."""
     rank, size = mesh.get_local_rank(), mesh.size()
     if total < size:
-        raise ValueError(f"{total} draws cannot be shared out to {size} processes: every one takes at least one")
+        raise ValueError(f"{total} draws cannot be divided among {size} processes: take more draws, or fewer processes")
     bounds = [total * r // size for r in range(size + 1)]
     return range(bounds[rank], bounds[rank + 1])
 
 
-def _share(posterior: Any, own: range) -> tuple[_Share, bool]:
-    """What a process needs for its draws, and whether that is a part of the members."""
+def _share(posterior: Any, local: range) -> tuple[_Share, bool]:
+    """The posterior of one process's draws, and whether it holds only a part of the members."""
     if len(posterior.parts) > 1:
-        raise ValueError("members of different architectures cannot be shared out: make an ensemble of each")
-    if isinstance(posterior, DeepEnsemble) and posterior.base is None and own.stop <= posterior.n_members:
+        raise ValueError(
+            "members of different architectures cannot be divided among processes: use one per architecture"
+        )
+    if isinstance(posterior, DeepEnsemble) and posterior.base is None and local.stop <= posterior.n_members:
         networks = []
-        for number in own:
+        for number in local:
             network = _network(posterior, number)
             networks.append(network)
-        return _Share(DeepEnsemble(networks), 0, len(own)), True
-    return _Share(posterior, own.start, len(own)), False
+        return _Share(DeepEnsemble(networks), 0, len(local)), True
+    return _Share(posterior, local.start, len(local)), False
 
 
 def _network(posterior: DeepEnsemble, number: int) -> nn.Module:
-    """A member as a network of its own."""
+    """A copy of one member as a network."""
     import copy
 
     network = copy.deepcopy(posterior.module).to_empty(device=next(iter(posterior.stacked().values())).device)
@@ -189,35 +199,35 @@ def _network(posterior: DeepEnsemble, number: int) -> nn.Module:
     return network
 
 
-def _own_members(likelihood: Any, own: range) -> Any:
-    """The likelihood with the parameters of its own members, where each has some."""
+def _of_members(likelihood: Any, members: range) -> Any:
+    """A copy of the likelihood with the parameters of these members only; itself if members share its parameters."""
     if likelihood.n_members is None:
         return likelihood
     import copy
 
-    found: Likelihood = copy.deepcopy(likelihood)
-    inner = found.innermost
+    part: Likelihood = copy.deepcopy(likelihood)
+    inner = part.innermost
     for name, p in list(inner.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(inner.get_submodule(owner), leaf, nn.Parameter(p.detach()[own.start : own.stop].clone(), False))
-    holder: Likelihood | None = found
-    while holder is not None:  # which one has the number itself depends on which one was trained
-        if "n_members" in vars(holder):
-            holder.n_members = len(own)
-        holder = holder.wrapped
-    return found
+        setattr(inner.get_submodule(owner), leaf, nn.Parameter(p.detach()[members.start : members.stop].clone(), False))
+    layer: Likelihood | None = part
+    while layer is not None:  # training set n_members on the layer that it was given, which may be any of them
+        if "n_members" in vars(layer):
+            layer.n_members = len(members)
+        layer = layer.wrapped
+    return part
 
 
 def _gathered(sums: State, size: int, group: Any) -> list[State]:
-    """The sums of every process, in one message."""
+    """Gather the sums of every process, in the order of the processes, in one message."""
     flat = torch.cat([t.reshape(-1) for t in sums.values()])
-    each = [torch.empty_like(flat) for _ in range(size)]
-    dist.all_gather(each, flat, group=group)
-    found = []
-    for one in each:
-        pieces = one.split([t.numel() for t in sums.values()])
-        found.append({n: piece.reshape(t.shape) for (n, t), piece in zip(sums.items(), pieces, strict=True)})
-    return found
+    received = [torch.empty_like(flat) for _ in range(size)]
+    dist.all_gather(received, flat, group=group)
+    by_process = []
+    for values in received:
+        pieces = values.split([t.numel() for t in sums.values()])
+        by_process.append({n: piece.reshape(t.shape) for (n, t), piece in zip(sums.items(), pieces, strict=True)})
+    return by_process
 
 
 def _device_type(device: Any, posterior: Any) -> str:

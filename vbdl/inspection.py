@@ -1,4 +1,4 @@
-"""What is random in a module, what is not and why, what it costs, and how vbdl would run it."""
+"""Inspection of a module: its dropout, other randomness, normalization, size, cost, and how vbdl would run it."""
 
 from dataclasses import dataclass, field
 
@@ -21,23 +21,23 @@ _NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 
 @dataclass
 class Report:
-    """What `vbdl.inspect` found; `print` it."""
+    """The result of `vbdl.inspect`, readable with `print`."""
 
     type: str
     parameters: int
     trainable: int
     buffers: int
-    layers: dict[str, int]  # module type -> how many hold parameters
-    stochastic: list[str] = field(default_factory=list)  # dropout that will be drawn, one call a line
-    deterministic: list[str] = field(default_factory=list)  # what looks random and will not be drawn, and why
+    layers: dict[str, int]  # number of modules with parameters, by type
+    stochastic: list[str] = field(default_factory=list)  # dropout calls that MCDropout would draw, one per line
+    deterministic: list[str] = field(default_factory=list)  # what looks random but would not be drawn, and why
     normalization: list[str] = field(default_factory=list)  # batch and instance normalization, and their state
-    tied: list[str] = field(default_factory=list)  # names of one and the same parameter
-    flops: int | None = None  # of one row, where an example was given
-    plan: str | None = None  # how MC dropout of it would run, where an example was given
+    tied: list[str] = field(default_factory=list)  # names that refer to the same parameter
+    flops: int | None = None  # floating-point operations per row; None without an example
+    plan: str | None = None  # how a predictor of MCDropout(module) would run; None without an example
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        operations = "" if self.flops is None else f", {self.flops:,} operations a row"
+        operations = "" if self.flops is None else f", {self.flops:,} operations per row"
         counts = ", ".join(f"{n} {kind}" for kind, n in self.layers.items())
         lines = [
             f"{self.type}: {self.parameters:,} parameters ({self.trainable:,} trainable), "
@@ -68,11 +68,11 @@ class Report:
 
 
 def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
-    """Every stochastic site of a module, each that will stay deterministic and why, normalization, size and plan.
+    """Report the dropout of a module, what stays deterministic and why, normalization, size and plan.
 
-    example: one batch, (batch, ...). With it the module is run (a copy, without gradients), which is the only way to
-    see dropout called inside a forward, to count operations and to make a plan; without it layers are listed only.
-    The module is left as it was.
+    example: one batch, (batch, ...), on which a copy of the module runs without gradients. Only this finds dropout
+    called inside a forward, counts operations and gives a plan; without an example only layers are listed.
+    The module is not changed.
     """
     check_network(module)
     report = Report(
@@ -103,7 +103,7 @@ def _normalization(module: nn.Module, report: Report) -> None:
     for name, m in module.named_modules():
         if isinstance(m, _NORMALIZATION):
             if m.running_mean is None:
-                state = "keeps no running statistics: a row would depend on its batch, MCDropout refuses it"
+                state = "keeps no running statistics: a row would depend on its batch, so MCDropout refuses it"
             elif m.num_batches_tracked is not None and int(m.num_batches_tracked) == 0:
                 state = "has seen no batch yet: train it before predicting"
             else:
@@ -115,7 +115,7 @@ def _tied(module: nn.Module, report: Report) -> None:
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    report.tied += [" = ".join(found) for found in names.values() if len(found) > 1]
+    report.tied += [" = ".join(shared) for shared in names.values() if len(shared) > 1]
 
 
 def _without_running(module: nn.Module, report: Report) -> None:
@@ -131,10 +131,10 @@ def _without_running(module: nn.Module, report: Report) -> None:
             if m.num_layers > 1:
                 report.stochastic.append(f"{label}: p={m.dropout} between its {m.num_layers} layers")
             else:
-                report.deterministic.append(f"{label}: p={m.dropout} acts between layers, it has one")
+                report.deterministic.append(f"{label}: p={m.dropout} acts between layers, but it has one")
         elif isinstance(m, nn.RReLU):
             report.deterministic.append(f"{label}: random in training only, predictions use the mean slope")
-    report.notes.append("dropout called inside a forward shows when it is run: inspect(module, example)")
+    report.notes.append("to find dropout called inside a forward, run the module: inspect(module, example)")
 
 
 def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
@@ -152,7 +152,8 @@ def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
         if isinstance(m, DROPOUT_LAYERS) and name not in called:
             report.deterministic.append(f"{name} ({type(m).__name__}): not called for this example")
         elif isinstance(m, nn.RNNBase) and m.dropout > 0 and m.num_layers == 1:
-            report.deterministic.append(f"{name} ({type(m).__name__}): p={m.dropout} acts between layers, it has one")
+            label = f"{name} ({type(m).__name__})"
+            report.deterministic.append(f"{label}: p={m.dropout} acts between layers, but it has one")
     args, kwargs = arguments(example)
     plain = copied(module).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -160,10 +161,13 @@ def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
     rows = tensors(example)[0].shape[0]
     report.flops = counter.get_total_flops() // max(rows, 1)
     if not isinstance(outputs, torch.Tensor):
-        report.notes.append(f"it returns {type(outputs).__name__}: vbdl predicts from one Tensor, wrap it")
+        report.notes.append(
+            f"the module returns {type(outputs).__name__}, but vbdl predicts from one Tensor: wrap it in a module that "
+            f"returns one"
+        )
         return
     if any(site.p > 0 for site in sites):
-        # any likelihood gives the same plan: the network is what costs
+        # any likelihood gives the same plan, which depends on the cost of the network
         width = outputs.shape[-1] if outputs.ndim > 1 else 1
         likelihood = Categorical() if outputs.ndim > 1 and width > 1 else Gaussian(width)
         report.plan = Predictor(MCDropout(module), likelihood, compile=False).explain(example)
@@ -175,5 +179,5 @@ def _describe(site: Site) -> str:
         shape[site.axis] = site.multiple
     units = "x".join(str(n) for n in shape)
     batch = "not on the batch" if site.axis is None else f"batch on axis {site.axis}"
-    what = f"{site.path or 'the module'} ({site.kind}): p={site.p}"
-    return f"{what}, a mask of {units} a draw, {batch}" if site.p > 0 else f"{what}, so it drops nothing"
+    call = f"{site.path or 'the module'} ({site.kind}): p={site.p}"
+    return f"{call}, a mask of {units} per draw, {batch}" if site.p > 0 else f"{call}, so it drops nothing"

@@ -1,6 +1,6 @@
-"""The table of methods: what the command line, the estimators, `recommend`, `inspect`, the suite and model cards know.
+"""The table of methods, which the command line, estimators, `recommend`, `inspect`, the suite and model cards read.
 
-A method is one file in `vbdl/posteriors/` and one entry here. Its class is imported when it is used, not before.
+A method is one file in `vbdl/posteriors/` and one entry here. Its class is imported on first use.
 """
 
 import importlib
@@ -12,31 +12,31 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to be uncertain about the weights of a network."""
+    """A method of approximating the posterior over the weights of a network."""
 
     name: str  # in commands, estimators and the suite: "mc-dropout"
     module: str  # "vbdl.posteriors.mc_dropout"
     class_name: str  # "MCDropout"
     words: str  # in a sentence: "MC dropout"
     when: str  # when to choose it
-    arguments: tuple[str, ...]  # those of the class, after the network, that a caller may know
-    dropout: float = 0.1  # rate of the networks that vbdl makes for it
-    needs_dropout: bool = False  # a network without dropout is refused
-    takes_trained: bool = False  # a network that is trained already can be used as it is
+    arguments: tuple[str, ...]  # constructor arguments after the network that `make` passes on
+    dropout: float = 0.1  # dropout rate of the networks that vbdl builds for it
+    needs_dropout: bool = False  # whether it refuses a network without dropout
+    takes_trained: bool = False  # whether a trained network can be used without training it again
     training: Mapping[str, Any] = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
-    old_names: tuple[str, ...] = ()  # that still work, with a warning
+    old_names: tuple[str, ...] = ()  # former names, which still work with a warning
 
     @property
     def has_members(self) -> bool:
-        """Whether its draws are networks of their own, so that a prediction takes every one of them."""
+        """Whether its draws are the members of an ensemble, so that a prediction uses all of them."""
         return "n_members" in self.arguments
 
     def load(self) -> type:
-        """The class."""
+        """Import and return the method's class."""
         return vars(importlib.import_module(self.module))[self.class_name]
 
     def make(self, network: Any, **known: Any) -> Any:
-        """The posterior over this network, with those of the known arguments that the class takes."""
+        """Build the posterior over this network, from those of the `known` arguments that the class takes."""
         return self.load()(network, **{name: value for name, value in known.items() if name in self.arguments})
 
 
@@ -80,11 +80,11 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(name: str) -> Method:
-    """The method of this name; ValueError for an unknown one, DeprecationWarning for an old one."""
+    """The method of this name. Raises ValueError for an unknown name, warns (DeprecationWarning) for a former one."""
     if name in METHODS:
         return METHODS[name]
     for method in METHODS.values():
         if name in method.old_names:
             warnings.warn(f"the method {name!r} is called {method.name!r} now", DeprecationWarning, stacklevel=2)
             return method
-    raise ValueError(f"method {name!r} is none of {', '.join(METHODS)}")
+    raise ValueError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}")

@@ -1,9 +1,9 @@
-"""A posterior and a likelihood as one model: what each draw has of its own, what all share, and p(y | x) of one draw.
+"""A posterior and a likelihood as one model: the entries of each draw, the shared entries, and p(y | x) of one draw.
 
-name              held                                  comes from
-network.*         (samples, ...), one entry a draw      Posterior.draws
-likelihood.*      (samples, ...), its member's          parameters of a likelihood that has members
-everything else   once                                  the module and the likelihood themselves
+entries           shape                                        source
+network.*         (samples, ...), one entry per draw           Posterior.draws
+likelihood.*      (samples, ...), those of the draw's member   parameters of a likelihood with members
+all others        no samples axis, shared                      the module and the likelihood themselves
 """
 
 from collections.abc import Collection
@@ -20,11 +20,11 @@ from vbdl.types import Likelihood, Posterior, State
 
 
 class Model(nn.Module):
-    """The module that is stacked and traced: inputs -> parameters of p(y | x), of one draw.
+    """The module that is stacked and traced: it maps inputs to parameters of p(y | x) for one draw.
 
     autocast: the dtype that the network runs in; the likelihood stays in float32.
-    first_member: the place of the posterior's members among the likelihood's, where the posterior is a part of an
-        ensemble of several architectures.
+    first_member: the likelihood's number of the posterior's first member, if the posterior is a part of an ensemble of
+        several architectures.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Model(nn.Module):
         super().__init__()
         self.network, self.likelihood = posterior.module, likelihood
         self._autocast, self._first_member = autocast, first_member
-        self._hidden = (posterior,)  # no submodule: its tensors are not called, they are what draws are made of
+        self._hidden = (posterior,)  # not a submodule: draws are computed from its tensors, calls do not use them
 
     @property
     def posterior(self) -> Posterior:
@@ -45,13 +45,13 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the posterior's tensors are."""
+        """The device of the posterior's tensors."""
         return next(chain(self.posterior.parameters(), self.posterior.buffers())).device
 
-    # -- which entries are whose
+    # -- the entries of draws and members
 
     def entries(self, numbers: Tensor, seed: int) -> State:
-        """What the draws of these numbers have of their own: (samples,) int64 -> (samples, ...) each, detached."""
+        """The entries that differ between draws, (samples, ...) each, detached; numbers: (samples,) int64 draws."""
         state = {f"network.{name}": t for name, t in self.posterior.draws(numbers, seed).items()}
         if self.likelihood.n_members is not None:
             member = self._first_member + self.posterior.member_of(numbers)
@@ -61,21 +61,21 @@ class Model(nn.Module):
         return {name: t.detach().to(device) for name, t in state.items()}
 
     def member_entries(self) -> State:
-        """What each member has of its own, (members, ...) each: the tensors that are trained, not copies."""
+        """The entries that differ between members, (members, ...) each: the trained tensors, not copies."""
         state = {f"network.{name}": t for name, t in self.posterior.stacked().items()}
         if self.likelihood.n_members is not None:
             state |= {f"likelihood.{name}": p for name, p in self.likelihood.named_parameters()}
         return state
 
     def shared(self, own: Collection[str]) -> State:
-        """The entries of network and likelihood that all draws share, held once. own: names that each draw has."""
+        """The entries of network and likelihood that all draws share. own: names of the entries that differ."""
         state = {f"network.{name}": t for name, t in self.posterior.shared().items()}
         state |= {f"likelihood.{name}": t for name, t in state_of(self.likelihood).items()}
         return {name: t for name, t in state.items() if name not in own}
 
     @property
     def by_member(self) -> frozenset[str]:
-        """Names of the trained tensors with a leading members axis: `posterior.<name>` and `likelihood.<name>`."""
+        """The names of the trained tensors with a leading members axis: `posterior.<name>` and `likelihood.<name>`."""
         names = {f"posterior.{name}" for name in self.posterior.by_member}
         if self.likelihood.n_members is not None:
             names |= {f"likelihood.{name}" for name, _ in self.likelihood.named_parameters()}
@@ -84,7 +84,7 @@ class Model(nn.Module):
     # -- one draw
 
     def forward(self, *args, **kwargs) -> Tensor:
-        """(batch, ...) inputs -> (batch, ...) parameters of p(y | x)"""
+        """The parameters of p(y | x), (batch, ...); the arguments are the network's inputs, (batch, ...) each."""
         if self._autocast is None:
             outputs = self.network(*args, **kwargs)
         else:
@@ -93,7 +93,7 @@ class Model(nn.Module):
                 outputs = self.network(*args, **kwargs)
         if not isinstance(outputs, Tensor):
             raise TypeError(
-                f"the module returned {type(outputs).__name__}, vbdl needs one Tensor (batch, ...): "
+                f"the module returned {type(outputs).__name__}, but vbdl needs one Tensor (batch, ...): "
                 f"wrap it in a module that picks the output to predict from"
             )
         if outputs.dtype in (torch.bfloat16, torch.float16):
@@ -106,10 +106,10 @@ _NORMALIZATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm}
 
 
 class MappedAutocast(TorchFunctionMode):
-    """Applies autocast to convolutions and normalization under `vmap`, whose batching rules pass autocast by.
+    """A context that applies autocast to convolutions and normalization under `vmap`, whose rules bypass autocast.
 
-    Without it a convolution would stay in float32, and the float32 scale of a normalization would make everything
-    after it float32 again.
+    Otherwise a convolution would stay in float32, and the float32 scale of a normalization would turn everything after
+    it into float32 again.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -122,5 +122,7 @@ class MappedAutocast(TorchFunctionMode):
             low = lambda a: a.to(self._dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
             return func(*map(low, args), **{k: low(a) for k, a in kwargs.items()})
         if func in _NORMALIZATIONS and args and args[0].dtype == self._dtype:
-            return func(args[0].float(), *args[1:], **kwargs).to(self._dtype)  # float32 inside, as unmapped
+            return func(args[0].float(), *args[1:], **kwargs).to(
+                self._dtype
+            )  # float32 inside, as autocast does without vmap
         return func(*args, **kwargs)

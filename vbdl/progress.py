@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then anywhere else, nothing for what ends at once."""
+"""Progress of long work: a bar on a terminal, log lines elsewhere, nothing for work that ends within seconds."""
 
 import logging
 import sys
@@ -7,15 +7,15 @@ from types import TracebackType
 
 logger = logging.getLogger("vbdl")
 
-_QUIET_SECONDS = 2.0  # work shorter than this says nothing
-_LINE_SECONDS = 15.0  # between two lines where there is no terminal
+_QUIET_SECONDS = 2.0  # time before progress is shown
+_LINE_SECONDS = 15.0  # time between two log lines
 
 
 class Progress:
-    """`with Progress("training", total) as bar: bar.advance("loss 0.31")`
+    """A progress display: `with Progress("training", total) as bar: bar.advance("loss 0.31")`.
 
-    shown: True and False force it; None shows a bar on a terminal and logs lines elsewhere. total may change on the
-    way: the time that is left is that of the steps that are left now.
+    total: number of steps; may be changed on the way, and the remaining time follows it.
+    shown: True shows a bar, False nothing; None shows a bar on a terminal and logs lines elsewhere.
     """
 
     def __init__(self, title: str, total: int, shown: bool | None = None):
@@ -29,7 +29,7 @@ class Progress:
         return self
 
     def advance(self, note: str = "", by: int = 1) -> None:
-        """`by` more steps are done; the note stands behind the bar."""
+        """Count `by` more steps as done, and show the note behind the bar."""
         self.done += by
         now = time.monotonic()
         if self._shown is False or now - self._start < _QUIET_SECONDS:

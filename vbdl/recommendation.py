@@ -1,4 +1,4 @@
-"""Which method for this network and this data: by rule, and by measuring small versions of each."""
+"""The choice of a method for a network and its data: by rule of thumb, and by measuring small versions of each."""
 
 import copy
 import math
@@ -27,30 +27,32 @@ _N_MEMBERS = 3  # of an ensemble
 
 @dataclass(frozen=True)
 class Measured:
-    """One method, as it did on the rows held out."""
+    """The scores of one method on the held-out rows."""
 
     method: str  # the name of its class
-    nll: Interval | None  # nats a row, mean and 95 % interval; None where it could not be tried
-    worse_by: Interval | None  # than the best, paired over rows, 95 %; None for the best itself
-    latency: float  # seconds, median of one row
+    nll: Interval | None  # nats per row, mean and 95 % interval; None if the method could not be tried
+    worse_by: Interval | None  # nll minus that of the best method, paired over rows, 95 %; None for the best
+    latency: float  # median seconds for one row
     training: float  # seconds
     epochs: int
-    note: str
+    note: str  # why the method could not be tried
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The method to start with, and what speaks for it."""
+    """The recommended method, the reason for it, and the measurements of all methods."""
 
     method: str  # the name of its class
     reason: str
-    rule: str  # what the rule alone would have said, and why
+    rule: str  # the method by rule of thumb, and why
     table: tuple[Measured, ...]
     n_train: int
     n_test: int
 
     def __str__(self) -> str:
-        columns = f"{'NLL a row (95 %)':>32s} {'worse by (95 %)':>32s} {'one row':>9s} {'training':>9s} {'epochs':>6s}"
+        columns = (
+            f"{'NLL per row (95 %)':>32s} {'worse by (95 %)':>32s} {'one row':>9s} {'training':>9s} {'epochs':>6s}"
+        )
         lines = [f"{'method':12s} {columns}"]
         for m in self.table:
             if m.nll is None:
@@ -80,26 +82,26 @@ def recommend(
     """Train a small version of every method of `vbdl.methods`, and compare them on held-out rows.
 
     Args:
-        module: the network; it is copied and stays as it is.
+        module: the network; it is copied and not changed.
         data: (inputs, targets), or a Dataset. A fifth of the rows is held out for the comparison, a tenth for early
             stopping.
-        likelihood: Categorical for whole-number targets and Gaussian for others, unless given.
-        budget: seconds for all training together, about: the last epoch of each method is finished.
-        trained: the module is trained already and should be used as it is, which MC dropout can do.
+        likelihood: by default Categorical for integer targets and Gaussian for others.
+        budget: approximate seconds for all training together; the last epoch of each method is completed.
+        trained: whether the module is trained already and is to be used without training, as MC dropout can.
         seed: of the split, the training and the draws.
-        compile: compile the predictors before their latency is measured, which takes some ten seconds each.
+        compile: whether to compile the predictors before measuring their latency, which takes about ten seconds each.
 
-    The score is the negative log-likelihood of the whole mixture, nats a row. Among the methods that are not
-    settled to be worse than the best (paired 95 % interval) the one of lowest latency is recommended. Small versions
-    trained for a short time: repeat with a larger budget where the answer matters.
+    The score is the negative log-likelihood of the mixture of all draws, in nats per row. Among the methods that are
+    not significantly worse than the best (paired 95 % interval), the one with the lowest latency is recommended. The
+    small versions are trained for a short time: repeat with a larger budget if the choice matters.
     """
     if not budget > 0:
-        raise ValueError(f"budget is in seconds and positive, got {budget}")
+        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
     check_network(module)
     x, y = whole(data)
     n = len(y)
     if n < 20:
-        raise ValueError(f"a comparison needs some rows to hold out: at least 20, there are {n}")
+        raise ValueError(f"a comparison needs rows to hold out: give at least 20, got {n}")
     if likelihood is None:
         outputs = 1 if y.ndim == 1 else y.shape[1]
         likelihood = Gaussian(outputs) if y.is_floating_point() else Categorical()
@@ -109,25 +111,25 @@ def recommend(
     n_weights = sum(p.numel() for p in module.parameters())
     rule = _rule(n_train, n_weights, budget, trained)
     candidates = [method for method in METHODS.values() if method.takes_trained or not trained]
-    found, scores = {}, {}
+    measured, scores = {}, {}
     for method in candidates:
         name = method.class_name
         try:
             posterior = method.make(copied(module), n_data=n_train, n_members=_N_MEMBERS, seed=seed)
-            found[name], scores[name] = _measure(
+            measured[name], scores[name] = _measure(
                 name, posterior, likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
             )
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
-            # a network without dropout, say, or a loss that diverges: the others can still be compared
-            found[name] = Measured(name, None, None, math.nan, 0.0, 0, str(error).splitlines()[0])
+            # e.g. a network without dropout, or a loss that diverges: the other methods can still be compared
+            measured[name] = Measured(name, None, None, math.nan, 0.0, 0, str(error).splitlines()[0])
     if not scores:
-        notes = "; ".join(f"{m.method}: {m.note}" for m in found.values())
+        notes = "; ".join(f"{m.method}: {m.note}" for m in measured.values())
         raise ValueError(f"no method could be tried on this module. {notes}")
-    return _decide(found, scores, rule, n_train, len(parts["test"][1]))
+    return _decide(measured, scores, rule, n_train, len(parts["test"][1]))
 
 
 def _rule(n_train: int, n_weights: int, budget: float, trained: bool) -> str:
-    """The method by rule of thumb, and why."""
+    """The method by rule of thumb, and why, as text."""
     if trained:
         return "MCDropout, since a trained network can be used as it is"
     if n_train < 1000 or n_train * 10 < n_weights:
@@ -138,14 +140,14 @@ def _rule(n_train: int, n_weights: int, budget: float, trained: bool) -> str:
 
 
 def _measure(name: str, posterior: Any, likelihood: Any, parts: Any, share: float, seed: int, compile: bool):
-    """One method trained within its share of the budget: what came out, and its scores of the test rows."""
+    """Train one method within its share of the budget in seconds; return its Measured and its NLL per test row."""
     likelihood = copy.deepcopy(likelihood)
     epochs, training = 0, 0.0
     if share > 0:
         options: dict[str, Any] = {"validation": parts["stop"], "seed": seed, "progress": False, "compile": False}
         options["batch_size"] = max(16, min(128, len(parts["train"][1]) // 10))
         begun = time.perf_counter()
-        # what an epoch takes is seen on a copy; the first call also pays for setting up, so the second is timed
+        # time an epoch on a copy; the first call includes the set-up, so the second is timed
         pilot, pilot_likelihood = copy.deepcopy(posterior), copy.deepcopy(likelihood)
         for _ in range(2):
             one_epoch = fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options).seconds
@@ -170,27 +172,28 @@ def _measure(name: str, posterior: Any, likelihood: Any, parts: Any, share: floa
     return Measured(name, interval, None, latency, training, epochs, ""), scores
 
 
-def _decide(found: dict[str, Measured], scores: dict[str, Tensor], rule: str, n_train: int, n_test: int):
+def _decide(measured: dict[str, Measured], scores: dict[str, Tensor], rule: str, n_train: int, n_test: int):
+    """Recommend the fastest of the methods that are not significantly worse than the best. scores: NLL per test row."""
     best = min(scores, key=lambda name: float(scores[name].mean()))
     table, close = [], [best]
-    for name, measured in found.items():
+    for name, row in measured.items():
         if name in scores and name != best:
             c = compare(scores[name], scores[best])
             worse = Interval(c.difference, c.lower, c.upper, c.level)
-            measured = Measured(**{**vars(measured), "worse_by": worse})
+            row = Measured(**{**vars(row), "worse_by": worse})
             if not c.lower > 0:
                 close.append(name)
-        table.append(measured)
-    chosen = min(close, key=lambda name: found[name].latency)
+        table.append(row)
+    chosen = min(close, key=lambda name: measured[name].latency)
     others = [name for name in scores if name != chosen]
     if not others:
-        reason = "It is the only one that could be tried."
+        reason = "It is the only method that could be tried."
     elif len(close) == 1:
-        reason = "Its held-out likelihood is better than that of every other, beyond the noise of these rows."
+        reason = "Its held-out likelihood is significantly better than that of every other method."
     else:
         rest = " and ".join(name for name in close if name != chosen)
         reason = (
-            f"On {n_test} rows it cannot be told apart from {rest} in likelihood, and it answers fastest: "
-            f"{1000 * found[chosen].latency:.2f} ms a row."
+            f"On {n_test} rows its likelihood does not differ significantly from that of {rest}, and it predicts "
+            f"fastest: {1000 * measured[chosen].latency:.2f} ms for one row."
         )
     return Recommendation(chosen, reason, rule, tuple(table), n_train, n_test)

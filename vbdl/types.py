@@ -1,8 +1,8 @@
-"""The vocabulary of vbdl: what a posterior, a likelihood and a prediction are. Imports nothing of vbdl.
+"""The base classes of vbdl: posterior, likelihood, prediction, calibrator and decision. Imports nothing of vbdl.
 
-Axes, everywhere and always in this order: (samples, batch, classes | outputs). Samples are draws of the parameters,
-members are the networks of an ensemble. Classification uncertainty is in nats, regression uncertainty is a variance
-in squared target units.
+Axes are always in this order: (samples, batch, classes | outputs). Samples are draws of the parameters, members are
+the networks of an ensemble. Classification uncertainty is in nats, regression uncertainty is a variance in squared
+target units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,15 +15,15 @@ State = dict[str, Tensor]
 """Parameters and buffers by name; stacked when every entry has a leading samples axis."""
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-"""What a module is called with: one tensor, positional or keyword arguments. These are tensors or nest tensors
-(`vbdl.calling.inputs`); the batch axis is first in each."""
+"""The inputs of a module: one tensor, or positional or keyword arguments. Arguments are tensors or nested structures of
+tensors (`vbdl.calling.inputs`), each with the batch axis first."""
 
 
 class Posterior(nn.Module):
-    """A distribution over the parameters (or masks) of one module, which can be trained: the base of every method.
+    """A trainable distribution over the parameters (or masks) of one module: the base class of every method.
 
-    A method sets `module`, and defines `draws` and `losses`; the rest has defaults. Its parameters and buffers are
-    trained, saved in checkpoints and artifacts, and copied to other devices like those of any `nn.Module`.
+    A method sets `module` and defines `draws` and `losses`; everything else has defaults. The parameters and buffers of
+    a posterior are trained, saved in checkpoints and artifacts, and moved to devices like those of any `nn.Module`.
 
         class Perturbed(Posterior):  # q(w) = N(trained weights, scale^2)
             def __init__(self, network, scale=0.1):
@@ -31,7 +31,7 @@ class Posterior(nn.Module):
                 self.module, self.scale = copy.deepcopy(network), scale
 
             def draws(self, numbers, seed):
-                key = make_key(seed, numbers)  # of vbdl_kernels, like `normal`
+                key = make_key(seed, numbers)  # from vbdl_kernels, like `normal`
                 noise = lambda i, w: normal(key.to(w.device), i, 0, 1, w.numel()).view(-1, *w.shape)
                 return {n: w + self.scale * noise(i, w) for i, (n, w) in enumerate(self.module.named_parameters())}
 
@@ -40,95 +40,95 @@ class Posterior(nn.Module):
     """
 
     module: nn.Module
-    """The module to call; the names in a State are names of its parameters and buffers."""
+    """The module to call; a State names its parameters and buffers."""
 
     n_members: int = 1
-    """Networks held: 1, or the size of the ensemble."""
+    """The number of networks: 1, or the size of the ensemble."""
 
     n_draws: int | None = None
-    """How many different samples there are; None where they never end."""
+    """The number of different samples, or None if it is unlimited."""
 
     kl_weight: float | None = None
-    """Weight of the KL term in the loss, which `fit(kl_warmup=...)` raises from 0; None where there is no such term."""
+    """The weight of the KL term in the loss, which `fit(kl_warmup=...)` raises from 0; None without a KL term."""
 
     lost_hooks: Sequence[str] = ()
-    """Parameters of the user's network with hooks of their gradients, which its copy does not carry: `fit` refuses."""
+    """The parameters whose gradient hooks the copy of the user's network lacks, by name; `fit` refuses them."""
 
     training_rows: Tensor | None = None
-    """Fingerprints of the rows it was trained on, (rows,) int64 sorted; set by `fit`. No buffer, so that state dicts of
-    networks stay as they are."""
+    """Fingerprints of the training rows, (rows,) int64, sorted; set by `fit`. Not a buffer, so that state dicts do not
+    change."""
 
     @property
     def user_network(self) -> nn.Module:
-        """The user's network, around which `module` may add its own."""
+        """The user's network; `module` may be a wrapper around it."""
         return self.module
 
     @property
     def parts(self) -> Sequence["Posterior"]:
-        """Posteriors over one architecture each; (self,) unless members differ in architecture."""
+        """Posteriors of one architecture each; (self,) unless members differ in architecture."""
         return (self,)
 
     @property
     def by_member(self) -> frozenset[str]:
-        """Names of its parameters and buffers with a leading members axis.
+        """The names of the posterior's parameters and buffers with a leading members axis.
 
-        Where there are any, training gives each member its own rows, its own gradient norm, its own early stopping and
-        its own parameters of the likelihood. What members share is not named here, and belongs to all.
+        If there are any, training gives each member its own rows, gradient norm, early stopping and likelihood
+        parameters. Entries not named here are shared by all members.
         """
         return frozenset()
 
     def config(self) -> dict[str, Any]:
-        """The arguments, beside the network, that make it again: `type(self)(network, **config)`, as JSON holds them.
+        """The constructor arguments besides the network, as JSON values: `type(self)(network, **config)` builds a copy.
 
-        Tensors are filled in from the artifact afterwards.
+        Loading an artifact fills in the tensors afterwards.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is made: define config(), to save it")
+        raise NotImplementedError(f"{type(self).__name__} cannot be saved without config(): define this method")
 
     # -- prediction
 
     def draws(self, numbers: Tensor, seed: int) -> State:
-        """The samples of these numbers: (samples,) int64 -> entries (samples, ...). A pure function of both."""
+        """The entries of these samples, (samples, ...) each: a pure function of numbers, (samples,) int64, and seed."""
         raise NotImplementedError(f"{type(self).__name__} does not define draws(numbers, seed)")
 
     def member_of(self, numbers: Tensor) -> Tensor:
-        """The member that each of these samples belongs to: (samples,) int64 -> (samples,) int64"""
+        """The member of each sample, (samples,) int64; numbers: (samples,) int64."""
         return numbers % self.n_members
 
     def prepare(self, inputs: Inputs) -> None:
-        """Look at one batch before prediction: find what can only be found by running, or raise."""
+        """Hook called with one batch before prediction, to learn from running the module or to raise an error."""
 
     # -- training
 
     def losses(self, x: Inputs, y: Tensor, likelihood: "Likelihood", own_rows: bool = False) -> Tensor:
-        """(members,) what training minimizes, each member's: mean over its batch, nats a row.
+        """The training loss of each member, (members,): the mean over its batch, in nats per row.
 
-        own_rows: x and y have a leading members axis, a batch for each; only where `by_member` names something. Then
-        `likelihood.n_members` is set, and each of its parameters has a leading members axis too.
+        own_rows: whether x and y have a leading members axis, one batch per member; only if `by_member` is not empty.
+        Then `likelihood.n_members` is set, and each parameter of the likelihood has a leading members axis too.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define losses(x, y, likelihood)")
 
     def loss(self, x: Inputs, y: Tensor, likelihood: "Likelihood") -> Tensor:
-        """The losses summed over members, so that the gradient of each is its own: a scalar, nats a row."""
+        """The sum of the members' losses, (), in nats per row; each member gets the gradient of its own loss."""
         return self.losses(x, y, likelihood).sum()
 
     def stacked(self) -> State:
-        """Entries of `module` that each member has of its own, (members, ...) each: the tensors that are trained."""
+        """The entries of `module` that differ between members, (members, ...) each: the tensors, not copies."""
         return {}
 
     def shared(self) -> State:
-        """Entries of `module` that members share, held once: the tensors that are trained."""
-        own = self.stacked()
+        """The entries of `module` that all members share, without a members axis: the tensors, not copies."""
+        stacked = self.stacked()
         entries = [*self.module.named_parameters(), *self.module.named_buffers()]
-        return {name: t for name, t in entries if name not in own}
+        return {name: t for name, t in entries if name not in stacked}
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: "Likelihood", own_rows: bool = False) -> None:
-        """Look at the first batch of a training: find what can only be found by running, or raise."""
+        """Hook called with the first training batch, to learn from running the module or to raise an error."""
 
     def after_epoch(self, epoch: int) -> None:
-        """Called after each epoch's last step, before its validation: collect the weights, for instance."""
+        """Hook called after each epoch's last step, before validation, e.g. to collect the weights."""
 
     def after_training(self, model: nn.Module, data: Iterable[tuple[Inputs, Tensor]]) -> None:
-        """Called once when training has ended, with the weights that are kept, in evaluation mode.
+        """Hook called once after training, with the final weights, in evaluation mode.
 
         model: posterior and likelihood as one module, inputs -> parameters of p(y | x) (`vbdl.model.Model`).
         data: the batches of the training rows, as `losses` takes them.
@@ -136,7 +136,7 @@ class Posterior(nn.Module):
 
 
 def is_posterior(found: object) -> TypeGuard[Posterior]:
-    """Whether it is a method made of `Posterior`."""
+    """Whether an object is a `Posterior`."""
     return isinstance(found, Posterior)
 
 
@@ -146,44 +146,46 @@ OUTCOMES = ("sets", "lower", "upper", "action", "risk", "var", "es")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a predictor returns: p(y | x) of some rows as tensors, the batch axis first.
+    """The result of a predictor: p(y | x) for a batch of rows as tensors, the batch axis first.
 
-    A likelihood's own prediction class inherits from it, as a frozen dataclass with keyword fields. Everything that the
-    library reads of a prediction has a name here; None means that this kind of prediction has no such value.
+    Each likelihood has a subclass of it, a frozen dataclass with keyword fields. Every value that the library reads
+    from a prediction is named here; None means that this kind of prediction has no such value.
     """
 
-    n_samples: int | Tensor  # draws; (batch,) where rows were drawn for until they were settled
+    n_samples: int | Tensor  # number of draws; (batch,) if draws were added until each row was settled
     total: Tensor  # (batch, ...) uncertainty: nats for classes, a variance in squared target units for regressions
-    aleatoric: Tensor  # (batch, ...) the part that more training data would not remove
-    epistemic: Tensor  # (batch, ...) the part that it would
+    aleatoric: Tensor  # (batch, ...) the part of total that more training data would not remove
+    epistemic: Tensor  # (batch, ...) the part of total that more training data would remove
     standard_error: Tensor | None = None  # Monte Carlo standard error of the mean
-    samples: Tensor | None = None  # (samples, batch, ...) parameters of p(y | x) of each draw, where asked for
+    samples: Tensor | None = None  # (samples, batch, ...) parameters of p(y | x) of each draw, if requested
     # added by calibrators
     sets: Tensor | None = None  # (batch, classes) bool, which classes a conformal set holds
     lower: Tensor | None = None  # (batch, ...) bounds of the conformal interval
     upper: Tensor | None = None
     # added by decisions
-    action: Tensor | None = None  # (batch,) what to do
-    risk: Tensor | None = None  # (batch,) the number that the action rests on
+    action: Tensor | None = None  # (batch,) the decision's action
+    risk: Tensor | None = None  # (batch,) the number by which the action was chosen
     var: Tensor | None = None  # (batch, ...) value at risk
     es: Tensor | None = None  # (batch, ...) expected shortfall
 
-    # Each of these is a field of some prediction classes and a property of others, so it is no field here.
+    # Each of these is a field of some subclasses and a property of others, so it is no field here.
     mean: ClassVar[Tensor]  # (batch, ...) E[y], or the probabilities of classes; every prediction has it
-    probs: ClassVar[Tensor | None] = None  # (batch, ..., classes), or (batch, ...) of yes; None in a regression
+    probs: ClassVar[Tensor | None] = None  # (batch, ..., classes), or (batch, ...) p(y = 1); None in a regression
     label: ClassVar[Tensor | None] = None  # (batch, ...) the most probable class
-    confidence: ClassVar[Tensor | None] = None  # (batch, ...) its probability
+    confidence: ClassVar[Tensor | None] = None  # (batch, ...) probability of the label
     std: ClassVar[Tensor | None] = None  # (batch, ...) predictive standard deviation
-    recalibration: ClassVar["Recalibration | None"] = None  # what a calibrator has made of the distribution function
+    recalibration: ClassVar["Recalibration | None"] = None  # the calibrator's map of the distribution function
 
     @property
     def parameters_shape(self) -> tuple[int, ...]:
-        """(batch, ...) shape of one draw's parameters of p(y | x), which `check_targets` is given; override where the
-        parameters are not of the shape of the mean."""
+        """The shape of one draw's parameters of p(y | x), (batch, ...), as `check_targets` takes it.
+
+        Override it if the parameters do not have the shape of the mean.
+        """
         return tuple(self.mean.shape if self.samples is None else self.samples.shape[1:])
 
     def values(self) -> dict[str, Tensor]:
-        """Every per-row value that this prediction has, by name: what answers and files are written from."""
+        """All per-row values of this prediction by name, which served answers and files of predictions contain."""
         center = {"mean": self.mean} if self.probs is None else {"probs": self.probs}
         named = {
             **center,
@@ -204,172 +206,179 @@ class Prediction:
         return {name: value for name, value in named.items() if value is not None}
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """(batch,) log p(y | x) in nats."""
+        """The log density log p(y | x), (batch,), in nats."""
         raise NotImplementedError(f"{type(self).__name__} has no density; give it a method log_prob(y)")
 
     def cdf(self, y: Tensor) -> Tensor:
-        """(batch, ...) probability of at most y."""
+        """The probability of at most y, (batch, ...)."""
         raise NotImplementedError(f"{type(self).__name__} has no distribution function; give it a method cdf(y)")
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """(batch, ...) bounds of the central interval that holds y with this probability."""
+        """The bounds of the central interval that holds y with probability `level`, (batch, ...) each."""
         raise NotImplementedError(f"{type(self).__name__} has no intervals; give it a method interval(level)")
 
 
 class Likelihood(nn.Module):
-    """How a network's outputs become p(y | x): a module whose forward maps outputs to parameters of p.
+    """A distribution p(y | x) of targets: a module whose forward maps a network's outputs to parameters of p.
 
-    Parameters are what `nll` and `summarize` take, so that anything learned or calibrated about
-    p(y | x) lives in forward, and is stacked, traced and compiled with the network.
+    `nll` and `summarize` take these parameters, so that everything learned or calibrated about p(y | x) is part of
+    forward, which is stacked, traced and compiled with the network.
     """
 
     n_members: int | None = None
-    """Members of an ensemble that have parameters of their own here: each parameter has a leading members axis.
-    None where all share them. Buffers are shared always."""
+    """The number of ensemble members with their own parameters here: each parameter then has a leading members axis.
+    None if all members share the parameters. Buffers are always shared."""
 
     @property
     def wrapped(self) -> "Likelihood | None":
-        """The likelihood that this one changes (a calibration, a decision, a shift of the targets), or None."""
+        """The likelihood inside this one if this is a wrapper (calibration, decision, centered targets), or None."""
         return None
 
     @property
     def innermost(self) -> "Likelihood":
-        """The likelihood that was trained, inside everything that wraps it."""
+        """The likelihood that was trained, inside all wrappers."""
         return self if self.wrapped is None else self.wrapped.innermost
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """(batch, ...) network outputs -> (batch, ...) parameters of p(y | x)"""
+        """The parameters of p(y | x), (batch, ...); outputs: (batch, ...) of the network."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward(outputs)")
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-        """y in the dtype and shape `nll` needs, or ValueError that says what is wrong and what to do."""
+        """The targets in the dtype and shape that `nll` needs. Raises ValueError for invalid targets.
+
+        parameters_shape: (batch, ...) shape of the parameters of p(y | x).
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define check_targets(y, parameters_shape)")
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """-log p(y | parameters) in nats, summed over everything but the batch: (batch,)"""
+        """The negative log-likelihood -log p(y | parameters), (batch,), in nats, summed over all axes but the batch."""
         raise NotImplementedError(f"{type(self).__name__} does not define nll(parameters, y)")
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """What training minimizes in place of `nll`, where that is another thing: (batch,)"""
+        """The loss that training minimizes, (batch,): `nll` unless overridden."""
         return self.nll(parameters, y)
 
     def summarize(self, parameters: Tensor) -> State:
-        """(samples, batch, ...) -> statistics of these samples that `merge` can add to others'."""
+        """The statistics of these samples, which `merge` can combine; parameters: (samples, batch, ...)."""
         raise NotImplementedError(f"{type(self).__name__} does not define summarize(parameters)")
 
     def merge(self, a: State, b: State) -> State:
-        """Statistics of the union of two sets of samples."""
+        """The statistics of the union of two sets of samples, from the statistics of each."""
         raise NotImplementedError(f"{type(self).__name__} does not define merge(a, b)")
 
     def finish(self, summary: State) -> State:
-        """The fields of the prediction, in plain torch."""
+        """The fields of the prediction from the statistics of all samples, in plain torch."""
         raise NotImplementedError(f"{type(self).__name__} does not define finish(summary)")
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
-        """The prediction of these fields; samples: (samples, batch, ...) parameters, where asked for."""
+        """The prediction with these fields; samples: (samples, batch, ...) parameters of p(y | x), if requested."""
         raise NotImplementedError(f"{type(self).__name__} does not define prediction(fields, n_samples)")
 
     def for_draws(self, n: int) -> None:
-        """Told by the predictor how many draws there will be at most, before any is summarized."""
+        """Hook called by the predictor with the largest number of draws, before any is summarized."""
 
 
 def check_likelihood(found: object) -> None:
-    """TypeError for anything but a `Likelihood`, like its class, or a loss of torch."""
+    """Raise TypeError for anything but an instance of `Likelihood`, e.g. for its class or a torch loss."""
     if not isinstance(found, Likelihood):
-        what = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+        kind = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
         raise TypeError(
-            f"a likelihood is vbdl.Categorical(), Bernoulli(), Gaussian() or another that inherits "
-            f"vbdl.types.Likelihood, got {what}"
+            f"a likelihood must be vbdl.Categorical(), Bernoulli(), Gaussian() or another instance of "
+            f"vbdl.types.Likelihood, got {kind}"
         )
 
 
 class Recalibration(Protocol):
-    """An increasing map of a distribution function F, between normal scores Φ⁻¹(F), in float64."""
+    """An increasing map of a distribution function F, as a map of normal scores Φ⁻¹(F), in float64."""
 
     def score(self, score: Tensor) -> Tensor:
-        """Normal score of the predictive, any shape -> calibrated normal score."""
+        """The calibrated normal score from that of the predictive distribution, any shape."""
         ...
 
     def inverse(self, score: Tensor) -> Tensor:
-        """Calibrated normal score, any shape -> normal score of the predictive."""
+        """The normal score of the predictive distribution from the calibrated one, any shape."""
         ...
 
     def log_slope(self, score: Tensor) -> Tensor:
-        """The log of what the map multiplies the density with where the predictive has this normal score."""
+        """The log of the factor that the map multiplies the density by at this normal score of the predictive."""
         ...
 
 
 class Calibrator(nn.Module):
-    """A correction of predictions, fitted on rows that training never saw. Inherit from it to write one.
+    """A correction of predictions, fitted on rows that training never saw. Subclass it to write a calibrator.
 
-    acts_on says which stage of a prediction it corrects:
+    acts_on names the stage of a prediction that the calibrator corrects:
 
-    * "logits": each draw's class logits, before they are averaged. `fit` is given logits (samples, batch, classes),
+    * "logits": each draw's class logits, before they are averaged. `fit` takes logits (samples, batch, classes),
       `forward` maps logits of any shape (..., classes).
-    * "probs": the averaged class probabilities. `fit` and `forward` are given (batch, classes), or (batch,) of yes.
-    * "prediction": the finished prediction. `fit_prediction` is given it; `fields`, `samples` and `recalibration` say
-      what becomes of its fields, of its draws and of its distribution function.
+    * "probs": the averaged class probabilities. `fit` and `forward` take (batch, classes), or (batch,) p(y = 1).
+    * "prediction": the finished prediction, which `fit_prediction` takes; `fields`, `samples` and `recalibration`
+      correct its fields, its draws and its distribution function.
 
     Everything but `fit` and `fit_prediction` is plain torch, traced and compiled with the network. Fitted numbers are
-    buffers; what the constructor was given is kept under the names of its arguments, which storage reads.
+    buffers; constructor arguments are attributes of the same name, which saving reads.
     """
 
     acts_on: str = "prediction"
     of_classes: bool = False
-    """For "prediction": whether it corrects predictions of classes. False: of regressions."""
+    """For "prediction": True to correct predictions of classes, False for regressions."""
     needs_samples: bool = False
-    """For "prediction": whether `fit_prediction` reads prediction.samples, or a density or quantile made of them."""
+    """For "prediction": whether `fit_prediction` reads prediction.samples, or a density or quantile."""
     changes_samples: bool = False
-    """For "prediction": whether `samples` changes them."""
+    """For "prediction": whether `samples` changes the draws."""
     one_logit: bool = False
-    """For "logits": whether it can also calibrate the one logit of yes and no, which `fit` is given as (0, logit)."""
+    """For "logits": whether it can also calibrate the logit of a binary target, which `fit` takes as (0, logit)."""
 
     def __init__(self) -> None:
         super().__init__()
 
     @property
     def recalibration(self) -> Recalibration | None:
-        """What becomes of the distribution function of a regression; None where it stays."""
+        """The map of the distribution function of a regression, or None if it does not change."""
         return None
 
     def fit(self, outputs: Tensor, y: Tensor) -> Self:
-        """Fit to float64 outputs of this stage and (batch,) int64 classes; returns self."""
+        """Fit to float64 outputs of this stage and (batch,) int64 classes, and return self."""
         raise NotImplementedError(f'{type(self).__name__} acts on "{self.acts_on}" and needs a method fit(outputs, y)')
 
     def fit_prediction(self, prediction: Prediction, y: Tensor) -> Self:
-        """Fit to a prediction of the calibration rows and their targets; returns self."""
+        """Fit to a prediction of the calibration rows and their targets, and return self."""
         raise NotImplementedError(f"{type(self).__name__} needs a method fit_prediction(prediction, y)")
 
     def fields(self, fields: State) -> State:
-        """The fields of the prediction, changed, or with `sets`, or `lower` and `upper`, added."""
+        """The corrected fields of the prediction; may add `sets`, or `lower` and `upper`."""
         return fields
 
     def samples(self, samples: Tensor) -> Tensor:
-        """The draws of the calibrated predictive: (samples, batch, ...) parameters of p(y | x) -> the same shape."""
+        """The draws of the calibrated prediction; samples: (samples, batch, ...) parameters of p(y | x)."""
         return samples
 
 
 class Decision(nn.Module):
-    """A map from predictions to actions in plain torch, compiled with the predictor. Inherit from it to write one.
+    """A map from predictions to actions in plain torch, compiled with the predictor. Subclass it to write a decision.
 
-    forward(prediction) returns (batch,) actions, or {"action": ..., and any of "risk", "var", "es"}. It is given
-    what the prediction knows: probs and label, or mean; total, aleatoric, epistemic.
+    forward(prediction) returns (batch,) actions, or {"action": ..., and any of "risk", "var", "es"}. The prediction
+    holds probs and label, or mean, and total, aleatoric and epistemic.
     """
 
     reads_distribution: bool = False
-    """Whether it reads prediction.distribution, the calibrated predictive of a regression: every draw is then kept."""
+    """Whether it reads prediction.distribution, the calibrated predictive distribution of a regression; all draws are
+    then kept."""
     reads_draws: bool = False
-    """Whether it reads prediction.per_draw, the mean over the draws of what `per_draw` makes of each. If a calibrator
-    has changed the draws, prediction.distribution is given in its place."""
+    """Whether it reads prediction.per_draw, the mean over the draws of the result of `per_draw`. If a calibrator
+    changed the draws, the prediction has `distribution` instead."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def per_draw(self, parameters: Tensor) -> Tensor:
-        """(samples, batch, ...) parameters of p(y | x) -> (samples, batch), for decisions that read draws."""
+        """One number per draw and row, (samples, batch), for decisions that read draws.
+
+        parameters: (samples, batch, ...) of p(y | x).
+        """
         raise NotImplementedError(f"{type(self).__name__} reads draws and needs a method per_draw(parameters)")
 
     @property
     def caution(self) -> str | None:
-        """What the user is warned of when this decision is put on a predictor."""
+        """The warning to give when this decision is put on a predictor, or None."""
         return None

@@ -350,7 +350,7 @@ def test_rows_that_the_model_raises_on_are_alone_in_quarantine(coded, tmp_path, 
 
 def test_a_model_that_raises_on_every_row_is_an_error_and_no_quarantine(coded, numbers, tmp_path, monkeypatch):
     predict, x, _ = coded
-    with pytest.raises(ValueError, match="outside of what it indexes"):
+    with pytest.raises(ValueError, match="computed an index out of range"):
         vbdl.predict_table(predict, numbers[:, :4], **SMALL)
     # and one that breaks in the middle: no row is blamed for that
     call, calls = vbdl.Predictor.__call__, []

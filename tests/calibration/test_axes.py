@@ -277,7 +277,7 @@ def test_an_axis_that_was_not_named_is_asked_for(make):
         vbdl.Predictor(vbdl.MCDropout(net), make(), compile=False)(x)
     with pytest.raises(ValueError, match=r"name the axis, .*channel_axis=1"):
         vbdl.fit(vbdl.MCDropout(net), (x, y), make(), epochs=1, compile=False, progress=False)
-    with pytest.raises(ValueError, match="channel_axis is not 0"):
+    with pytest.raises(ValueError, match="channel_axis must not be 0"):
         make(channel_axis=0)
     with pytest.raises(ValueError, match="returned 4 axes"):
         vbdl.Predictor(vbdl.MCDropout(net), make(channel_axis=4), compile=False)(x)

@@ -104,7 +104,7 @@ def test_the_predictor_can_be_calibrated(cancer):
     "options, said",
     [
         ({"method": "magic"}, "magic"),
-        ({"hidden": (8, 9)}, "all the same"),
+        ({"hidden": (8, 9)}, "equal widths"),
         ({"validation_fraction": 1.5}, "validation_fraction"),
         ({"patience": 0}, "patience"),
     ],

@@ -222,5 +222,5 @@ def test_wrong_outputs_are_refused_with_the_reason():
         HeteroscedasticGaussian()(torch.randn(5, 3))
     with pytest.raises(ValueError, match="std > 0"):
         Gaussian(1, std=0.0)
-    with pytest.raises(ValueError, match="beta lies between"):
+    with pytest.raises(ValueError, match="beta must lie between"):
         HeteroscedasticGaussian(beta=2.0)

@@ -195,7 +195,7 @@ def test_priors_are_given_by_layer_and_saved():
     other = MeanField(net, 101, prior={"": 1.0, "1": Normal(1.0), "1.bias": ScaleMixture()})
     other.load_state_dict(q.state_dict())
     assert float(other.kl().detach()) == float(q.kl().detach())
-    with pytest.raises(ValueError, match="prior of 'head' fits no"):
+    with pytest.raises(ValueError, match="prior of 'head' matches no"):
         MeanField(net, 101, prior={"head": 1.0})
 
 

@@ -146,7 +146,7 @@ def test_one_question_with_two_meanings_is_refused():
             return F.dropout(x, P) * 3 if self.training else x
 
     net = nn.Sequential(nn.Linear(6, 6), Both(), nn.Linear(6, 2))
-    with pytest.raises(ValueError, match="Both.forward.*asks self.training once"):
+    with pytest.raises(ValueError, match="Both.forward.*reads self.training once"):
         MCDropout(net).eval().prepare(torch.randn(5, 6))
     kept = MCDropout(nn.Sequential(*net, nn.Dropout(P)), deterministic=[Both]).eval()
     kept.prepare(torch.randn(5, 6))

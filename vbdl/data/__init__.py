@@ -1,1 +1,1 @@
-"""Reads rows: tensors, datasets, loaders; splits them, and tells one row from another."""
+"""Rows of data: reading them from tensors, datasets and loaders, splitting, tiling and fingerprinting them."""

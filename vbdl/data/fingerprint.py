@@ -1,4 +1,4 @@
-"""Fingerprints of rows: hashes that tell whether a row was seen before, and not what was in it."""
+"""Fingerprints of rows: hashes that tell whether a row was seen before without storing the row."""
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ def _mix(v: Tensor) -> Tensor:
 
 
 def fingerprints(x: Inputs) -> Tensor:
-    """Hash each row of the inputs to one int64, (batch,): equal rows have equal hashes, and two different rows have
-    equal ones with a probability of about 2^-64. Floats count as float32, and -0.0 as 0.0. Labels are not part of it.
+    """Hash each row of the inputs to one int64, (batch,).
+
+    Equal rows have equal hashes; two different rows have equal hashes with a probability of about 2^-64. Floats are
+    hashed as float32, and -0.0 as 0.0. Targets are not hashed.
     """
     total = None
     for t in tensors(x):
@@ -29,9 +31,9 @@ def fingerprints(x: Inputs) -> Tensor:
         else:
             words = flat.to(torch.int64)
         place = torch.arange(1, words.shape[1] + 1, device=words.device) * _ODD
-        # mixed before the sum, so that exchanging or shifting values cannot cancel
-        own = _mix(_mix(words) + place).sum(dim=1)
-        total = own if total is None else _mix(total) * 31 + own
+        # mixed with their place before the sum, so that rows with values exchanged or shifted differ
+        hashes = _mix(_mix(words) + place).sum(dim=1)
+        total = hashes if total is None else _mix(total) * 31 + hashes
     if total is None:
         raise ValueError("there is no input to fingerprint")
     return _mix(total).cpu()

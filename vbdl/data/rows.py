@@ -1,4 +1,4 @@
-"""Training data: the forms it is taken in, the checks of its rows, and the order in which each member sees them."""
+"""Training data: the accepted types, the checks of rows, and the order in which each member sees the rows."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,35 +34,40 @@ def whole(data: Any) -> tuple[Inputs, Tensor]:
         raise TypeError("an IterableDataset is a stream: give fit a DataLoader of it, or its rows as tensors")
     if isinstance(data, Dataset):
         rows = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
-        return _pair(torch.utils.data.default_collate(rows), "a Dataset has")
+        return _pair(torch.utils.data.default_collate(rows), "a Dataset must have")
     if isinstance(data, DataLoader):
-        raise TypeError("rows that are needed as a whole, as for validation, come as tensors or a Dataset, not batches")
+        raise TypeError("all rows are needed at once here, as for validation: give tensors or a Dataset, no DataLoader")
     if isinstance(data, Sequence) and len(data) == 2:
         x, y = as_tensor(data[0]), torch.as_tensor(as_tensor(data[1]))
         check_rows(x, y)
         return x, y
     raise TypeError(
-        f"data is (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
+        f"data must be (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
     )
 
 
 def _pair(item: Any, source: str) -> tuple[Any, Any]:
-    """The item split into inputs and targets; TypeError for an item that is no pair. source: where it comes from."""
+    """The inputs and the targets of an item. Raises TypeError for an item that is not a pair.
+
+    source: subject and verb of that error, e.g. "a Dataset must have".
+    """
     if isinstance(item, Sequence) and len(item) == 2:
         return item[0], item[1]
-    what = f"a dict of {list(item)}" if isinstance(item, Mapping) else type(item).__name__
+    kind = f"a dict of {list(item)}" if isinstance(item, Mapping) else type(item).__name__
     if isinstance(item, Sequence):
-        what = f"{len(item)} of them"
+        kind = f"{len(item)} elements"
     raise TypeError(
-        f"{source} (inputs, targets), got {what}: several inputs are a tuple, or a dict by argument name, in the first "
-        f"place"
+        f"{source} (inputs, targets), got {kind}: put several inputs first, as one tuple or one dict by argument name"
     )
 
 
 def check_rows(x: Inputs, y: Tensor) -> None:
-    """Raise ValueError if inputs and targets differ in their number of rows, have no rows, or hold NaN or infinity."""
+    """Raise ValueError if inputs and targets differ in their number of rows or have none, or inputs are not finite.
+
+    Raises TypeError if inputs are not tensors.
+    """
     if not all(isinstance(t, Tensor) for t in tensors(x)):
-        raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name")
+        raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name")
     sizes = {t.shape[0] for t in [*tensors(x), y]}
     if len(sizes) != 1:
         raise ValueError(f"inputs and targets disagree on the number of rows: {sorted(sizes)}")
@@ -71,7 +76,9 @@ def check_rows(x: Inputs, y: Tensor) -> None:
     for t in tensors(x):
         if t.is_floating_point() and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
             bad = (~ok).nonzero().flatten()
-            raise ValueError(f"{len(bad)} input rows are not finite, the first is row {int(bad[0])}: remove or impute")
+            raise ValueError(
+                f"{len(bad)} input rows are not finite, the first is row {int(bad[0])}: remove or impute them"
+            )
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype | None:
@@ -80,7 +87,7 @@ def floating_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
-    """Raise ValueError if an input has another floating dtype than the module's parameters. floating: their dtype."""
+    """Raise ValueError if a floating-point input has another dtype than `floating`, that of the module's parameters."""
     for t in tensors(x):
         if floating is not None and t.is_floating_point() and t.dtype != floating:
             raise ValueError(
@@ -90,20 +97,20 @@ def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
 
 def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) -> ValueError:
     """A ValueError that names the rows' shapes and dtypes and wraps the module's own error."""
-    if module is not None and (said := outside_range(x, error, [module])) is not None:
-        return said
+    if module is not None and (range_error := outside_range(x, error, [module])) is not None:
+        return range_error
     leaves = tensors(x)
     shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in leaves)
     hint = ""
     if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
-        hint = "; integers that are no indices are converted with x.to(torch.float32)"
+        hint = "; convert integers that are not indices with x.to(torch.float32)"
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
 
 
 def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:
     """A ValueError that names the ids in the inputs and the embeddings that are too small for them.
 
-    error: what torch or compiled code raised. Returns None if that is about anything but an index out of range.
+    error: raised by torch or compiled code. Returns None unless `error` is about an index out of range.
     """
     if not re.search(r"index out of range in self|index out of bounds|not in the valid range", str(error)):
         return None
@@ -118,35 +125,35 @@ def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> Val
         low, high = min(int(t.min()) for t in ids), max(int(t.max()) for t in ids)
         small = [f"'{m}' ({kind}) takes 0 to {n - 1}" for m, kind, n in dict.fromkeys(tables) if low < 0 or high >= n]
         if small:
-            return ValueError(f"the ids in the inputs run from {low} to {high}, and module {', '.join(small)}")
+            return ValueError(f"the ids in the inputs run from {low} to {high}, but module {', '.join(small)}")
     return ValueError(
-        "an index that the module makes of its inputs is outside of what it indexes: check that ids and lengths are "
-        "those that it was made for"
+        "the module computed an index out of range from its inputs: check that ids and lengths are within the range "
+        "that it was built for"
     )
 
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint sets of row numbers, ascending: those to train on, and a random fraction of all to validate on."""
+    """The ascending row numbers to train on and, disjoint, a random fraction of all rows to validate on."""
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction is a share of the rows between 0 and 1, got {fraction}")
+        raise ValueError(f"fraction must be a share of the rows between 0 and 1, got {fraction}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    held = round(n * fraction)
-    if not 0 < held < n:
-        raise ValueError(f"{fraction} of {n} rows leaves nothing to validate or to train on")
-    return order[held:].sort().values, order[:held].sort().values
+    count = round(n * fraction)
+    if not 0 < count < n:
+        raise ValueError(f"{fraction} of {n} rows leaves nothing to validate or to train on: give another share")
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def take(x: Inputs, rows: Tensor) -> Inputs:
-    """The rows with these numbers, of every input."""
+    """The rows with these numbers of every input."""
     return map_inputs(lambda t: t[rows], x)
 
 
 class Rows:
     """Batches of a data set in memory: each member sees its own rows in its own order, or all see one order.
 
-    rows: (members, n) row numbers, or (1, n) shared by all. own: whether each member has its own batches; a batch
-    (x, y) then has a leading members axis. The order of an epoch is a function of the member's seed and the epoch, so
-    that a resumed run sees the rows that an uninterrupted one sees.
+    rows: (members, n) row numbers, or (1, n) for all members. own: whether each member has its own batches, so that a
+    batch (x, y) has a leading members axis. The order of an epoch depends only on the member's seed and the epoch, so
+    that a resumed run sees the same batches as an uninterrupted one.
     """
 
     def __init__(self, x: Inputs, y: Tensor, rows: Tensor, batch_size: int, seeds: list[int], own: bool):
@@ -178,16 +185,16 @@ class Batches:
     def __len__(self) -> int:
         try:
             return len(self.loader)
-        except TypeError:  # of a stream, whose length nobody knows: it has one batch at least
+        except TypeError:  # a stream of unknown length, which has at least one batch
             return 1
 
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
         for batch in self.loader:
-            x, y = _pair(batch, "a DataLoader yields")
+            x, y = _pair(batch, "a DataLoader must yield")
             check_rows(x, y)
             yield x, y
 
 
 def bootstrap(n: int, seed: int) -> Tensor:
-    """(n,) row numbers drawn with replacement. Efron, Bootstrap Methods: Another Look at the Jackknife, 1979."""
+    """Draw n of n row numbers with replacement. Efron, Bootstrap Methods: Another Look at the Jackknife, 1979."""
     return torch.randint(n, (n,), generator=torch.Generator().manual_seed(seed))

@@ -19,29 +19,30 @@ def split(
     time: Tensor | Sequence | np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Divide n rows into named parts: the row numbers of each, int64, ascending, disjoint, together all n.
+    """Split n rows into named parts.
 
     Args:
-        n: rows of the data set.
-        shares: name -> share, positive, summing to one. 70 % train and 10 % each of validation, calibration and test
-            unless given.
-        stratify: (n,) class of each row; every part gets each class in the same share, as near as whole rows allow.
-        groups: (n,) patient, track or customer of each row; no group is in two parts. Groups are dealt out whole,
-            largest first, so that the shares of rows come as near as they can.
-        time: (n,) when each row was, numbers or dates; the parts follow each other in time, in the order of `shares`,
-            and rows of one instant stay together, so that no part holds a row later than the next part's.
+        n: number of rows in the data set.
+        shares: the share of the rows by name of the part, positive, summing to one; by default 70 % train and 10 % each
+            of validation, calibration and test.
+        stratify: (n,) class of each row; every part gets the same share of each class, up to whole rows.
+        groups: (n,) patient, track or customer of each row; no group is in two parts. Groups are assigned whole,
+            largest first, each to the part that is furthest below its share of the rows.
+        time: (n,) time of each row, numbers or dates; the parts follow each other in time, in the order of `shares`,
+            and rows of equal time are in one part, so that no part holds a row later than the next part's.
         seed: of the random choices; a split by time has none.
 
-    Returns: a dict in the order of shares. Only one of stratify, groups and time can be given.
-    Raises ValueError when a part would be empty.
+    Returns: the row numbers of each part, int64, ascending, by name in the order of `shares`; every row is in exactly
+    one part. Only one of stratify, groups and time can be given.
+    Raises ValueError if a part would be empty.
     """
     if not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f"n must be a whole number of rows, at least 1, not {n}")
     shares = dict(DEFAULT_SHARES if shares is None else shares)
     if not shares or any(not (math.isfinite(s) and s > 0) for s in shares.values()):
-        raise ValueError(f"shares must be positive, and are {shares}")
+        raise ValueError(f"shares must be positive, got {shares}")
     if abs(sum(shares.values()) - 1) > 1e-9:
-        raise ValueError(f"shares must sum to one, and sum to {sum(shares.values()):.6g}")
+        raise ValueError(f"shares must sum to one, got a sum of {sum(shares.values()):.6g}")
     if sum(choice is not None for choice in (stratify, groups, time)) > 1:
         raise ValueError("give one of stratify, groups and time: two of them can contradict each other")
     generator = torch.Generator().manual_seed(seed)
@@ -55,17 +56,18 @@ def split(
     else:
         part = torch.empty(n, dtype=torch.int64)
         part[torch.randperm(n, generator=generator)] = _consecutive(n, wanted)
-    found = {name: (part == i).nonzero().squeeze(1) for i, name in enumerate(shares)}
-    empty = [name for name, rows in found.items() if rows.numel() == 0]
+    rows_of = {name: (part == i).nonzero().squeeze(1) for i, name in enumerate(shares)}
+    empty = [name for name, rows in rows_of.items() if rows.numel() == 0]
     if empty:
         raise ValueError(
-            f"part {empty[0]!r} would have no row: {n} rows (or their groups, or instants) are too few "
-            f"for the shares {shares}"
+            f"part {empty[0]!r} would have no row: {n} rows (or their groups, or times) are too few for the shares "
+            f"{shares}; give larger shares or more rows"
         )
-    return found
+    return rows_of
 
 
 def _column(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
+    """The values as a tensor (n,); dates become int64 nanoseconds. name: the argument, for errors."""
     if not isinstance(values, Tensor):
         values = np.asarray(values)
         if name == "time" and values.dtype.kind in "MO":  # dates, of numpy, pandas or Python
@@ -75,14 +77,14 @@ def _column(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor
             values = dates.astype(np.int64)
     column = torch.as_tensor(values).detach().cpu()
     if column.shape != (n,):
-        raise ValueError(f"{name} must be ({n},), one value a row, not {tuple(column.shape)}")
+        raise ValueError(f"{name} must be ({n},), one value per row, not {tuple(column.shape)}")
     if column.is_floating_point() and bool(column.isnan().any()):
         raise ValueError(f"{name} has a NaN in row {int(column.isnan().nonzero()[0])}")
     return column
 
 
 def _codes(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
-    """Number the distinct values, which may be strings, 0, 1, ...: the number of each row."""
+    """The code of each row's value, (n,): distinct values, which may be strings, are numbered 0, 1, ..."""
     if not isinstance(values, Tensor):
         values = list(values)
         if any(isinstance(v, str) for v in values):
@@ -92,7 +94,7 @@ def _codes(values: Tensor | Sequence | np.ndarray, n: int, name: str) -> Tensor:
 
 
 def _consecutive(n: int, shares: list[float]) -> Tensor:
-    """The part of each of n places in a row, cut at the rounded cumulative shares."""
+    """The part number of each of n consecutive positions, cut at the rounded cumulative shares, (n,)."""
     ends = [round(n * sum(shares[: i + 1])) for i in range(len(shares))]
     return torch.bucketize(torch.arange(n), torch.tensor(ends[:-1], dtype=torch.int64), right=True)
 
@@ -101,7 +103,7 @@ def _by_time(time: Tensor, shares: list[float]) -> Tensor:
     order = time.argsort(stable=True)
     part = torch.empty_like(order)
     part[order] = _consecutive(time.numel(), shares)
-    # an instant that a cut would divide goes whole into the earlier part
+    # rows of equal time that a cut would divide all go to the earlier part
     _, instant = time.unique(return_inverse=True)
     earliest = torch.full((int(instant.max()) + 1,), len(shares), dtype=torch.int64)
     return earliest.scatter_reduce(0, instant, part, "amin")[instant]
@@ -109,13 +111,13 @@ def _by_time(time: Tensor, shares: list[float]) -> Tensor:
 
 def _by_group(groups: Tensor, shares: list[float], generator: torch.Generator) -> Tensor:
     sizes = torch.bincount(groups)
-    # a random order first, so that the stable sort by size leaves equal groups to chance
+    # shuffle first, so that the stable sort by size keeps groups of equal size in random order
     shuffled = torch.randperm(sizes.numel(), generator=generator)
     order = shuffled[sizes[shuffled].argsort(descending=True, stable=True)]
     missing = [share * groups.numel() for share in shares]
     of_group = torch.empty_like(sizes)
     for group in order.tolist():
-        # the part that lacks most, measured in what it wants: the usual greedy deal
+        # greedy: the part that lacks the largest fraction of its rows
         best = max(range(len(shares)), key=lambda i: (missing[i] / shares[i], -i))
         of_group[group] = best
         missing[best] -= int(sizes[group])
@@ -123,15 +125,15 @@ def _by_group(groups: Tensor, shares: list[float], generator: torch.Generator) -
 
 
 def _stratified(classes: Tensor, shares: list[float], generator: torch.Generator) -> Tensor:
-    # all rows in one line, classes one after the other and shuffled inside: dealing the line out in proportion gives
-    # every class, and the whole, its share to within a row a part
+    # sort rows by class, in random order within a class, and assign each to the part furthest below its share: every
+    # part gets its share of each class, and of all rows, to within a row
     n = classes.numel()
     shuffled = torch.randperm(n, generator=generator)
     line = shuffled[classes[shuffled].argsort(stable=True)]
     part = torch.empty(n, dtype=torch.int64)
-    given = [0.0] * len(shares)
+    assigned = [0.0] * len(shares)
     for place, row in enumerate(line.tolist(), start=1):
-        best = max(range(len(shares)), key=lambda i: (place * shares[i] - given[i], -i))
+        best = max(range(len(shares)), key=lambda i: (place * shares[i] - assigned[i], -i))
         part[row] = best
-        given[best] += 1
+        assigned[best] += 1
     return part

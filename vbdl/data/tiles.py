@@ -1,4 +1,4 @@
-"""Batches of inputs: what a predictor takes, and how they are cut into tiles of one size."""
+"""Inputs of a predictor: their checks, and cutting them into tiles of a fixed number of rows."""
 
 import math
 from typing import Any
@@ -12,20 +12,20 @@ from vbdl.data.rows import check_dtype
 
 
 def check_inputs(x: Any, device: torch.device, floating: torch.dtype | None) -> Flat:
-    """The inputs flat, their tensors on the device.
+    """Check the inputs, flatten them, and move their tensors to the device.
 
-    floating: dtype of the parameters. Raises TypeError or ValueError with what to do for anything else than finite
-    rows of tensors or arrays.
+    floating: dtype of the parameters. Raises TypeError or ValueError unless the inputs are tensors or arrays of finite
+    rows, and NotImplementedError inside a transform of torch.func.
     """
     flat = flatten(x)
     if not flat.tensors:
-        raise TypeError("inputs are tensors or arrays: one, a tuple of them, or a dict by argument name; there is none")
+        raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; got none")
     if any(t.ndim < 1 for t in flat.tensors):
-        raise ValueError("inputs have a batch axis first, got a scalar")
+        raise ValueError("inputs must have a batch axis first, got a scalar")
     if any(is_functorch_wrapped_tensor(t) for t in flat.tensors):
         raise NotImplementedError(
-            "a predictor cannot be called inside a transform of torch.func: give it all rows at once, and for a "
-            "gradient inputs with requires_grad"
+            "a predictor cannot be called inside a transform of torch.func: call it on all rows at once, and for "
+            "gradients on inputs with requires_grad"
         )
     if len({t.shape[0] for t in flat.tensors}) > 1:
         raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in flat.tensors]}")
@@ -33,7 +33,7 @@ def check_inputs(x: Any, device: torch.device, floating: torch.dtype | None) -> 
     for t in flat.tensors:
         if not t.is_floating_point():
             continue
-        # one reduction in the usual case; a sum that overflows is looked at again
+        # finite rows cost one reduction; a sum may overflow, so check each element if it is not finite
         if not math.isfinite(float(t.detach().sum())) and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
             bad = (~ok).nonzero().flatten().tolist()
             raise ValueError(
@@ -43,14 +43,14 @@ def check_inputs(x: Any, device: torch.device, floating: torch.dtype | None) -> 
 
 
 def aligned(t: Tensor) -> Tensor:
-    """The tensor, contiguous and on a boundary of 64 bytes as torch allocates: products round by how inputs lie."""
+    """The tensor, contiguous and 64-byte aligned, as torch allocates: the rounding of products depends on alignment."""
     if t.is_contiguous() and t.data_ptr() % 64 == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
 def padded(t: Tensor, start: int, rows: int) -> Tensor:
-    """Rows [start, start + rows) of a tensor, the last row repeated where there are fewer; contiguous."""
+    """Rows [start, start + rows) of a tensor, contiguous; copies of the last row fill up missing rows."""
     piece = t[start : start + rows]
     if piece.shape[0] == rows:
         return aligned(piece)
@@ -62,5 +62,5 @@ def padded(t: Tensor, start: int, rows: int) -> Tensor:
 
 
 def pad(inputs: Flat, start: int, rows: int) -> Flat:
-    """The tile of rows [start, start + rows) of the inputs, padded."""
+    """The tile of rows [start, start + rows) of the inputs, filled up with copies of the last row."""
     return inputs.map(lambda t: padded(t, start, rows))

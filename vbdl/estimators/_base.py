@@ -1,4 +1,4 @@
-"""What the two estimators share: their parameters, training and the predictor, in scikit-learn's conventions."""
+"""The base class of the two estimators: parameters, training and the predictor, in scikit-learn's conventions."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from vbdl.methods import method_of
 from vbdl.tabular.network import INITIAL_STD, TabularNetwork
 from vbdl.training.fit import fit
 
-_MIN_VALIDATION = 10  # rows below which stopping early would follow chance
+_MIN_VALIDATION = 10  # validation rows; with fewer, early stopping would follow noise
 
 
 class Estimator(BaseEstimator):
-    """Parameters, all keyword ones, as `vbdl.VBDLClassifier` and `vbdl.VBDLRegressor` document them."""
+    """The base class of `vbdl.VBDLClassifier` and `vbdl.VBDLRegressor`, which document its parameters."""
 
     def __init__(
         self,
@@ -51,37 +51,37 @@ class Estimator(BaseEstimator):
         self.compile = compile
         self.random_state = random_state
 
-    # -- for those that inherit: the target's side
+    # -- for subclasses: targets and likelihood
 
     def _likelihood(self, n_train: int) -> Any:
         raise NotImplementedError
 
     def _checked(self, X: Any, y: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and targets as arrays, by scikit-learn's rules."""
+        """The rows and targets as arrays, validated by scikit-learn's rules."""
         checked: Any = validate_data(self, X, y, dtype=np.float64, **options)
         return checked
 
     def _fit(self, x: np.ndarray, y: torch.Tensor, outputs: int, head: dict[str, Any]) -> None:
-        """Train on checked rows; head: the network's arguments that are about the target."""
+        """Train on checked rows. head: arguments of the network that concern the target."""
         method = method_of(self.method)
         seed = self._seed()
         self.mean_ = x.mean(axis=0) if self.standardize else np.zeros(x.shape[1])
         scale = x.std(axis=0) if self.standardize else np.ones(x.shape[1])
-        # a constant column has a std of rounding errors, which would be blown up to size one
+        # the std of a constant column is rounding error, which dividing by it would scale up to size one
         self.scale_ = np.where(scale > 1e-12 * np.maximum(1.0, np.abs(self.mean_)), scale, 1.0)
         rows = self._tensor(x)
         n = len(y)
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction lies in [0, 1), got {self.validation_fraction}")
-        held = round(n * self.validation_fraction)
+            raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
+        n_validation = round(n * self.validation_fraction)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         validation = None
-        if self.validation_fraction > 0 and held >= _MIN_VALIDATION:
-            validation = (rows[order[:held]], y[order[:held]])
-            rows, y = rows[order[held:]], y[order[held:]]
+        if self.validation_fraction > 0 and n_validation >= _MIN_VALIDATION:
+            validation = (rows[order[:n_validation]], y[order[:n_validation]])
+            rows, y = rows[order[n_validation:]], y[order[n_validation:]]
         widths = (self.hidden,) if isinstance(self.hidden, int) else tuple(self.hidden)
         if len(set(widths)) != 1:
-            raise ValueError(f"hidden is the width of each hidden layer, all the same; got {self.hidden}")
+            raise ValueError(f"hidden must be equal widths of the hidden layers, e.g. (64, 64); got {self.hidden}")
         rate = self.dropout if method.dropout else 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -112,9 +112,9 @@ class Estimator(BaseEstimator):
         )
         self.n_iter_ = history.epochs
         self.posterior_, self.likelihood_ = posterior, likelihood
-        self._predictor = self._made()  # here, because predicting may change no attribute
+        self._predictor = self._new_predictor()  # in fit, because scikit-learn forbids predict to set attributes
 
-    def _made(self) -> Predictor:
+    def _new_predictor(self) -> Predictor:
         samples = None if method_of(self.method).has_members else self.n_samples
         return Predictor(self.posterior_, self.likelihood_, samples, compile=self.compile)
 
@@ -128,10 +128,10 @@ class Estimator(BaseEstimator):
 
     @property
     def predictor_(self) -> Predictor:
-        """The predictor, on standardized rows: `vbdl.calibrate` and `with_decision` take it."""
+        """The predictor of standardized rows, which `vbdl.calibrate` and `with_decision` take."""
         check_is_fitted(self, "posterior_")
-        if "_predictor" not in self.__dict__:  # of a copy or a pickle
-            self._predictor = self._made()
+        if "_predictor" not in self.__dict__:  # a copied or unpickled estimator has none
+            self._predictor = self._new_predictor()
         return self._predictor
 
     def _predict(self, X: Any, samples: bool = False) -> Any:
@@ -140,7 +140,7 @@ class Estimator(BaseEstimator):
         return self.predictor_(self._tensor(x), samples=samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the predictor, which holds locks and compiled code and is made again."""
+        """The state without the predictor, which holds locks and compiled code and is built again when needed."""
         parent: Any = super()
         state: dict[str, Any] = dict(parent.__getstate__())
         state.pop("_predictor", None)

@@ -1,4 +1,4 @@
-"""`VBDLClassifier`: a Bayesian network as scikit-learn knows classifiers."""
+"""`VBDLClassifier`: a Bayesian neural network as a scikit-learn classifier."""
 
 from typing import Any
 
@@ -12,13 +12,15 @@ from vbdl.likelihoods.categorical import Categorical
 
 
 class VBDLClassifier(ClassifierMixin, Estimator):
-    """A small multilayer perceptron with a posterior over its weights, for rows of numbers.
+    """A classifier: a small multilayer perceptron with a posterior over its weights, for rows of numbers.
 
-    method: "deep-ensemble" of n_members, or "mc-dropout", "mean-field" or another of `vbdl.methods` with n_samples
-    draws in a prediction.
-    hidden: widths of the hidden layers, all the same. validation_fraction: rows held out to stop training by, after
-    `patience` epochs without a gain; 0 trains for `epochs`. standardize: inputs by their mean and std, which is what
-    the settings are made for. compile: training and prediction; for many rows.
+    method: "deep-ensemble" with n_members members, or "mc-dropout", "mean-field" or another method of `vbdl.methods`
+        with n_samples draws per prediction.
+    hidden: widths of the hidden layers, all equal.
+    validation_fraction: share of the rows held out for early stopping, after `patience` epochs without improvement; 0
+        trains for `epochs` epochs.
+    standardize: whether to standardize inputs by their mean and std, which the defaults assume.
+    compile: whether to compile training and prediction, which pays for many rows.
 
     After fit: classes_, n_features_in_, n_iter_, predictor_ (a `vbdl.Predictor` of standardized rows).
     """
@@ -27,27 +29,27 @@ class VBDLClassifier(ClassifierMixin, Estimator):
         return Categorical()
 
     def fit(self, X: Any, y: Any) -> "VBDLClassifier":
-        """X: (rows, features) finite numbers;  y: (rows,) labels of any kind"""
+        """Train the network. X: (rows, features) finite numbers; y: (rows,) labels of any type."""
         x, y = self._checked(X, y)
         check_classification_targets(y)
         self.classes_, numbers = np.unique(y, return_inverse=True)
         self.__dict__.pop("_predictor", None)
-        # one class is a constant, which two outputs can say too
+        # two outputs for a single class too
         self._fit(x, torch.from_numpy(numbers.astype(np.int64)), max(len(self.classes_), 2), {})
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """(rows, classes), in the order of classes_, averaged over the draws"""
+        """The class probabilities, (rows, classes), in the order of classes_, averaged over the draws."""
         p = self._predict(X).probs.double().numpy()[:, : len(self.classes_)]
         return p / p.sum(axis=1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:
-        """(rows,) the most probable label"""
-        probabilities = self.predict_proba(X)  # first: it says where nothing was fitted
+        """The most probable label of each row, (rows,)."""
+        probabilities = self.predict_proba(X)  # first, because it raises an error before fit
         return self.classes_[probabilities.argmax(axis=1)]
 
     def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
-        """total, aleatoric and epistemic, (rows,) each, in nats; total = aleatoric + epistemic"""
+        """The total, aleatoric and epistemic uncertainty, (rows,) each, in nats; total = aleatoric + epistemic."""
         p = self._predict(X)
         parts = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}
         return {name: part.numpy() for name, part in parts.items()}

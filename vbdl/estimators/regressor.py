@@ -1,4 +1,4 @@
-"""`VBDLRegressor`: a Bayesian network as scikit-learn knows regressors."""
+"""`VBDLRegressor`: a Bayesian neural network as a scikit-learn regressor."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from vbdl.likelihoods.normal_mixture import check_spread
 
 
 class VBDLRegressor(RegressorMixin, Estimator):
-    """A small multilayer perceptron with a posterior over its weights and a noise it learns, for rows of numbers.
+    """A regressor: a small multilayer perceptron with a posterior over its weights and a learned noise level.
 
-    noise: "constant", "per-row", or None for the first below 400 rows. The other parameters are those of
-    `VBDLClassifier`. The target is standardized inside: predictions are in its unit.
+    noise: "constant" or "per-row"; None for "constant" with fewer than 400 rows, else "per-row".
+    The other parameters are those of `VBDLClassifier`. Training standardizes the target; predictions are in its unit.
     """
 
     def __init__(
@@ -58,39 +58,39 @@ class VBDLRegressor(RegressorMixin, Estimator):
         self.noise = noise
 
     def _likelihood(self, n_train: int) -> Any:
-        found = HeteroscedasticGaussian(beta=0.5, unit=self._std) if self._per_row else Gaussian(std=self._std)
-        return Centered(found, self._center) if self._center else found
+        likelihood = HeteroscedasticGaussian(beta=0.5, unit=self._std) if self._per_row else Gaussian(std=self._std)
+        return Centered(likelihood, self._center) if self._center else likelihood
 
     def fit(self, X: Any, y: Any) -> "VBDLRegressor":
-        """X: (rows, features) finite numbers;  y: (rows,) finite numbers"""
+        """Train the network. X: (rows, features) finite numbers; y: (rows,) finite numbers."""
         x, y = self._checked(X, y, y_numeric=True)
         y = y.astype(np.float64)
         if self.noise not in (None, "constant", "per-row"):
-            raise ValueError(f"noise {self.noise!r} is neither 'constant' nor 'per-row'")
+            raise ValueError(f"noise must be 'constant', 'per-row' or None, got {self.noise!r}")
         self._per_row = self.noise == "per-row" or (self.noise is None and len(y) >= 400)
         if y.min() < y.max():
             check_spread(float(y.std()), "the target y")
         self._std = float(y.std()) or 1.0
         self.__dict__.pop("_predictor", None)
         mean = float(y.mean())
-        self._center = mean if is_far(mean, self._std) else 0.0  # float32 would round what is to be learned
+        self._center = mean if is_far(mean, self._std) else 0.0  # float32 would be too coarse without it
         head = {"log_variance": self._per_row, "target_mean": mean - self._center, "target_std": self._std}
         self._fit(x, torch.from_numpy(y if self._center else y.astype(np.float32)).unsqueeze(1), 1, head)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
-        """(rows,) mean; with return_std also (rows,) predictive std, of noise and of not knowing together"""
+        """The predictive mean, (rows,); with return_std also the total predictive std, (rows,)."""
         p = self._predict(X)
         mean = p.mean.flatten().double().numpy()
         return (mean, p.std.flatten().double().numpy()) if return_std else mean
 
     def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """(rows,) lower and upper bound of the central interval of the mixture that holds y with this probability"""
+        """The bounds, (rows,) each, of the mixture's central interval that holds y with probability `level`."""
         low, high = self._predict(X, samples=True).interval(level)
         return low.flatten().double().numpy(), high.flatten().double().numpy()
 
     def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
-        """total, aleatoric and epistemic variance, (rows,) each, in squared units of y"""
+        """The total, aleatoric and epistemic variance, (rows,) each, in squared units of y."""
         p = self._predict(X)
         parts = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}
         return {name: part.flatten().numpy() for name, part in parts.items()}

@@ -1,1 +1,1 @@
-"""How outputs become p(y | x): scored in training, averaged in prediction, split into aleatoric and epistemic."""
+"""Likelihoods: p(y | x) from a network's outputs, its loss, its average over draws, and its kinds of uncertainty."""

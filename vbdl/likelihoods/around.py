@@ -1,4 +1,4 @@
-"""The base of likelihoods around another likelihood: centered targets, a calibration, a decision."""
+"""The base class of likelihoods that wrap another likelihood: centered targets, a calibration, a decision."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from vbdl.types import OUTCOMES, Likelihood, Prediction, State
 
 
 class Around(Likelihood):
-    """A likelihood that hands every call to the one inside it; a subclass overrides what it changes."""
+    """A likelihood that forwards every call to the wrapped one; a subclass overrides what it changes."""
 
     likelihood: Likelihood
     decides: bool = False  # whether it adds an action to predictions
@@ -44,7 +44,7 @@ class Around(Likelihood):
         return self.likelihood.finish(summary)
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
-        """The inner likelihood's prediction, with the fields that calibrators and decisions have added."""
+        """The wrapped likelihood's prediction, with the fields that calibrators and decisions have added."""
         added = {name: value for name, value in fields.items() if name in OUTCOMES}
         inner = {name: value for name, value in fields.items() if name not in added}
         prediction = self.likelihood.prediction(inner, n_samples, samples)
@@ -52,7 +52,7 @@ class Around(Likelihood):
 
 
 def layers(likelihood: Likelihood) -> Iterator[Likelihood]:
-    """The likelihood and all inside it, outermost first: a decision, calibrations, the one that was trained."""
+    """Yield the likelihood and all it wraps, outermost first: a decision, calibrations, the one that was trained."""
     layer: Likelihood | None = likelihood
     while layer is not None:
         yield layer

@@ -1,4 +1,4 @@
-"""One class of several: softmax of the outputs."""
+"""Class targets: softmax of the outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ from vbdl.types import Likelihood, Prediction, State
 
 
 def _in_one_pass(parameters: Tensor) -> bool:
-    """Whether the kernel can take these logits: it reads them once and holds no (samples, batch, classes) array."""
+    """Whether the kernel can take these logits; it reads them once and makes no (samples, batch, classes) array."""
     return parameters.is_cuda and parameters.ndim == 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class CategoricalPrediction(Prediction):
-    """p(class | x), averaged over the samples. Entropies in nats, one a row (or a row and pixel).
+    """The class probabilities p(class | x), averaged over the samples.
 
     total is the entropy of the mean probabilities, aleatoric the mean entropy of the samples' probabilities, epistemic
-    their difference, the mutual information of class and parameters. samples are logits.
+    their difference, the mutual information of class and parameters: in nats, one value per row (or per row and pixel).
+    samples are logits.
     """
 
     probs: Tensor  # (batch, ..., classes)
@@ -33,39 +34,46 @@ class CategoricalPrediction(Prediction):
 
     @property
     def label(self) -> Tensor:
-        """(batch, ...) the most probable class."""
+        """The most probable class, (batch, ...)."""
         return self.probs.argmax(-1)
 
     @property
     def confidence(self) -> Tensor:
-        """(batch, ...) its probability."""
+        """The probability of the label, (batch, ...)."""
         return self.probs.amax(-1)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """(batch, ...) log p(y | x) in nats of the mean probabilities. ValueError for targets that do not fit them."""
+        """The log of the mean probability of class y, (batch, ...), in nats. Raises ValueError for invalid targets."""
         y = check_classes(torch.as_tensor(y, device=self.probs.device), self.probs.shape)
         picked = self.probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         return picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
 
 
 def check_classes(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-    """y as int64 class numbers (batch, ...) for (batch, ..., classes), or ValueError."""
+    """The targets as int64 class numbers, (batch, ...). Raises ValueError for any other dtype, shape or class.
+
+    parameters_shape: (batch, ..., classes).
+    """
     *shape, classes = parameters_shape
     if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"Categorical targets are class numbers (an integer dtype), got {y.dtype}")
+        raise ValueError(f"Categorical targets must be class numbers (an integer dtype), got {y.dtype}")
     if list(y.shape) != list(shape):
-        raise ValueError(f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes")
+        raise ValueError(
+            f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes: give one class number "
+            f"for each"
+        )
     if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise ValueError(
-            f"targets run from {int(y.min())} to {int(y.max())}, the module returns {classes} classes "
+            f"targets run from {int(y.min())} to {int(y.max())}, but the module returns {classes} classes "
             f"(0 to {classes - 1})"
         )
     return y.to(torch.int64)
 
 
 class Categorical(Likelihood):
-    """Outputs are logits, (batch, ..., classes), or with the classes on another axis (1 for images of pixels).
+    """The likelihood of class targets, whose outputs are logits, (batch, ..., classes).
 
+    class_axis: the axis of the classes in the outputs, 1 for images (batch, classes, height, width).
     Uncertainty: H[E p] = E H[p] + MI (Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
     https://arxiv.org/abs/1710.07283).
     """
@@ -78,11 +86,11 @@ class Categorical(Likelihood):
         return "" if self.class_axis == -1 else f"class_axis={self.class_axis}"
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """(batch, ..., classes) logits, the classes moved last."""
+        """The logits with the classes moved last, (batch, ..., classes)."""
         if outputs.ndim < 2:
             raise ValueError(
                 f"Categorical needs logits (batch, classes), the module returned {tuple(outputs.shape)}; "
-                f"for one logit a row use vbdl.Bernoulli()"
+                f"for one logit per row use vbdl.Bernoulli()"
             )
         return outputs if self.class_axis == -1 else outputs.movedim(self.class_axis, -1)
 
@@ -92,18 +100,21 @@ class Categorical(Likelihood):
             for axis in range(1, len(shape) - 1):
                 if list(y.shape) == shape[:axis] + shape[axis + 1 :]:
                     raise ValueError(
-                        f"targets {tuple(y.shape)} do not fit logits {tuple(shape)} with the classes last: they fit "
-                        f"with the classes on axis {axis}, vbdl.Categorical(class_axis={axis})"
+                        f"targets {tuple(y.shape)} do not fit logits {tuple(shape)} with the classes last, but with "
+                        f"the classes on axis {axis}: use vbdl.Categorical(class_axis={axis})"
                     )
         return check_classes(y, parameters_shape)
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """(batch, ..., classes) logits, (batch, ...) -> (batch,) nats, summed over the axes between."""
+        """The negative log-likelihood, (batch,), in nats, summed over the axes between batch and classes.
+
+        parameters: (batch, ..., classes) logits; y: (batch, ...).
+        """
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
         return per_row(-log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1))
 
     def summarize(self, parameters: Tensor) -> State:
-        """(samples, batch, ..., classes) logits -> running sums"""
+        """The statistics of these samples; parameters: (samples, batch, ..., classes) logits."""
         if _in_one_pass(parameters):
             samples = float(parameters.shape[0])
             statistics = predictive_statistics(parameters)
@@ -122,12 +133,12 @@ class Categorical(Likelihood):
 
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]
-        total = 0.0 - torch.xlogy(probs, probs).sum(-1)  # -0.0 where one class is certain, if it were negated
+        total = 0.0 - torch.xlogy(probs, probs).sum(-1)  # negating the sum would give -0.0 for a certain class
         return {
             "probs": probs,
             "total": total,
             "aleatoric": aleatoric,
-            # not negative by Jensen's inequality; rounding can leave -1e-8 where all samples agree
+            # not negative by Jensen's inequality, but rounding can give -1e-8 if all samples agree
             "epistemic": (total - aleatoric).clamp_min(0),
             "standard_error": standard_error(summary["n"], summary["deviation"]),
         }

@@ -1,4 +1,4 @@
-"""Real targets that are far from zero against their spread: dates, coordinates, counters."""
+"""Real targets that are far from zero compared with their spread: dates, coordinates, counters."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.normal_mixture import NormalLikelihood
 from vbdl.types import Prediction, State
 
-# targets this many standard deviations from zero lose a part in 10,000 of one in float32
+# float32 rounds targets this many standard deviations from zero by about 1e-4 standard deviations
 FAR = 1_000.0
 
 
 def is_far(mean: float, std: float) -> bool:
-    """Whether float32 is too coarse for numbers of this mean and standard deviation."""
+    """Whether float32 is too coarse for numbers with this mean and standard deviation."""
     return abs(mean) > FAR * std
 
 
 class Centered(Around):
-    """A likelihood of normals for y - center: the network, its training and every sum work on numbers of the size of
-    the spread, in float32, and predictions are about y, in float64.
+    """A Gaussian likelihood of y - center, whose predictions are about y, in float64.
 
-    center: subtracted from targets before they are float32, and added to means afterwards.
+    The network, its training and every sum work on float32 numbers of the size of the targets' spread.
+    center: subtracted from targets before they are converted to float32, and added to predicted means.
     """
 
     def __init__(self, likelihood: NormalLikelihood, center: float):
@@ -33,8 +33,8 @@ class Centered(Around):
         if not isinstance(likelihood, NormalLikelihood):
             raise TypeError(f"Centered is for Gaussian and HeteroscedasticGaussian, got {type(likelihood).__name__}")
         if not math.isfinite(center):
-            raise ValueError(f"center is a finite number, got {center}")
-        # no buffer: every tensor of a likelihood has a members axis after an ensemble's training
+            raise ValueError(f"center must be a finite number, got {center}")
+        # not a buffer: every tensor of a likelihood has a members axis after an ensemble's training
         self.center = float(center)
 
     def extra_repr(self) -> str:
@@ -42,13 +42,16 @@ class Centered(Around):
 
     @property
     def noise_std(self) -> Tensor:
-        """(outputs,), or (members, outputs) after an ensemble has learned it; target units. Of Gaussian only."""
+        """The noise std in target units, (outputs,), or (members, outputs) after an ensemble learned it.
+
+        Raises AttributeError unless the wrapped likelihood is Gaussian.
+        """
         if not isinstance(self.likelihood, Gaussian):
             raise AttributeError(f"{type(self.likelihood).__name__} has no noise_std")
         return self.likelihood.noise_std
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
-        """y, float64. ValueError for targets in float32: they were rounded already."""
+        """The targets in float64. Raises ValueError for targets in float32, which are rounded already."""
         if y.is_floating_point() and y.dtype != torch.float64:
             raise ValueError(f"targets about {self.center:.12g} are too coarse in {y.dtype}: give them in float64")
         return self.likelihood.check_targets(y.double(), parameters_shape)
@@ -60,7 +63,7 @@ class Centered(Around):
         return self.likelihood.training_loss(parameters, self._apart(parameters, y))
 
     def _apart(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """y - center, subtracted before it is rounded to what the parameters are held in."""
+        """The targets minus center, subtracted before rounding to the dtype of the parameters."""
         return (y - self.center).to(torch.promote_types(parameters.dtype, torch.float32))
 
     def finish(self, summary: State) -> State:

@@ -1,4 +1,4 @@
-"""Real targets with one noise level an output, learned with the network or given."""
+"""Real targets with one noise level per output, learned with the network or fixed."""
 
 import math
 
@@ -9,13 +9,14 @@ from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood
 
 
 class Gaussian(NormalLikelihood):
-    """y = output + noise, noise ~ N(0, std^2), the same for every row (homoscedastic).
+    """The likelihood y = output + noise with noise ~ N(0, std^2), the same for every row (homoscedastic).
 
-    std: the noise level in target units at the start, or for good with learned=False.
-    covariance: predictions carry the covariance between outputs, (batch, ..., outputs, outputs).
-    channel_axis: the axis of the outputs where it is not the last: 1 for images (batch, channels, height, width), which
-        then have one noise level a channel. It must be named for more than three axes.
-    Each member of an ensemble learns a noise level of its own.
+    n_outputs: number of targets of a row, each with its own noise level.
+    std: noise level in target units before training, or throughout with learned=False.
+    covariance: whether predictions hold the covariance between outputs, (batch, ..., outputs, outputs).
+    channel_axis: the axis of the outputs if it is not the last: 1 for images (batch, channels, height, width), which
+        then have one noise level per channel. It must be given for more than three axes.
+    Each member of an ensemble learns its own noise level.
     """
 
     def __init__(
@@ -43,19 +44,18 @@ class Gaussian(NormalLikelihood):
 
     @property
     def noise_std(self) -> Tensor:
-        """(outputs,), or (members, outputs) after an ensemble has learned it; target units."""
+        """The noise std in target units, (outputs,), or (members, outputs) after an ensemble learned it."""
         return self.log_std.detach().exp()
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """(batch, ..., outputs), or with the outputs on channel_axis -> the same shape and (..., 2), mean and
-        log-variance"""
+        """The mean and log-variance of each output: a last axis of 2 added to the shape of `outputs`."""
         mean = columns(outputs)
         axis = self.output_axis(mean.ndim)
         if mean.shape[axis] != self.n_outputs:
-            many = "" if mean.ndim < 3 else ", name their axis with channel_axis= where it is not the last"
+            hint = "" if mean.ndim < 3 else ", name their axis with channel_axis= if it is not the last"
             raise ValueError(
                 f"Gaussian(n_outputs={self.n_outputs}) got outputs {tuple(outputs.shape)}; "
-                f"give it n_outputs={mean.shape[axis]}{many}, or use HeteroscedasticGaussian for two heads"
+                f"give it n_outputs={mean.shape[axis]}{hint}, or use HeteroscedasticGaussian for two heads"
             )
         log_variance = (2 * self.log_std).clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
         log_variance = log_variance.reshape(-1, *[1] * (-1 - axis))

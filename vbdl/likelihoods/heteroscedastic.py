@@ -1,4 +1,4 @@
-"""Real targets whose noise the network predicts, row by row."""
+"""Real targets whose noise level the network predicts for each row."""
 
 import math
 
@@ -10,16 +10,17 @@ from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood
 
 
 class HeteroscedasticGaussian(NormalLikelihood):
-    """Outputs (batch, 2 * outputs), or (batch, ..., 2 * outputs): the means, then the log-variances.
+    """The likelihood y ~ N(mean, variance) whose outputs, (batch, ..., 2 * outputs), are means, then log-variances.
 
     Nix and Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994.
-    beta: training weighs each term by variance^beta, held constant, so that rows fitted badly at the start are not
-    given up to noise (Seitzer et al., On the Pitfalls of Heteroscedastic Uncertainty Estimation, ICLR 2022,
-    https://arxiv.org/abs/2203.09168); 0 is the plain likelihood, 0.5 the paper's choice.
-    unit: of the variances that beta weighs by. With the targets' standard deviation, steps, clipped gradients and the
-    balance with a KL term are the same whatever the targets are measured in.
-    channel_axis: the axis of means and log-variances where it is not the last: 1 for images (batch, 2 * outputs,
-    height, width). It must be named for more than three axes.
+    beta: training weighs each term by variance^beta, held constant, so that rows with a bad fit early in training are
+        not explained as noise (Seitzer et al., On the Pitfalls of Heteroscedastic Uncertainty Estimation, ICLR 2022,
+        https://arxiv.org/abs/2203.09168); 0 is the plain likelihood, 0.5 the paper's choice.
+    covariance: whether predictions hold the covariance between outputs, (batch, ..., outputs, outputs).
+    unit: the unit of the std in the weights variance^beta. Set to the targets' standard deviation, it makes steps,
+        clipped gradients and the balance with a KL term independent of the unit of the targets.
+    channel_axis: the axis of means and log-variances if it is not the last: 1 for images (batch, 2 * outputs, height,
+        width). It must be given for more than three axes.
     """
 
     def __init__(
@@ -30,9 +31,9 @@ class HeteroscedasticGaussian(NormalLikelihood):
         channel_axis: int | None = None,
     ):
         if not 0.0 <= beta <= 1.0:
-            raise ValueError(f"beta lies between 0 (likelihood) and 1 (squared error), got {beta}")
+            raise ValueError(f"beta must lie between 0 (likelihood) and 1 (squared error), got {beta}")
         if unit is not None and not (unit > 0 and math.isfinite(unit)):
-            raise ValueError(f"unit is positive and finite, got {unit}")
+            raise ValueError(f"unit must be positive and finite, got {unit}")
         super().__init__(covariance, channel_axis)
         self.beta, self.unit = beta, unit
 
@@ -41,7 +42,7 @@ class HeteroscedasticGaussian(NormalLikelihood):
         return ", ".join(part for part in (settings, super().extra_repr()) if part)
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """(batch, ..., 2 * outputs), or with them on channel_axis -> (batch, ..., outputs, 2), mean and log-variance"""
+        """The mean and log-variance of each output, (batch, ..., outputs, 2); outputs: (batch, ..., 2 * outputs)."""
         if outputs.ndim < 2 or outputs.shape[axis := self.output_axis(outputs.ndim)] % 2:
             raise ValueError(
                 f"HeteroscedasticGaussian needs (batch, 2 * outputs): means, then log-variances; "
@@ -51,7 +52,7 @@ class HeteroscedasticGaussian(NormalLikelihood):
         return torch.stack((mean, log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)), dim=-1)
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
-        """The negative log-likelihood, each output weighed by its variance^beta."""
+        """The negative log-likelihood, (batch,), in nats, with each output's term weighed by variance^beta."""
         if self.beta == 0.0:
             return self.nll(parameters, y)
         log_variance = parameters[..., 1].detach() - 2 * math.log(self.unit or 1.0)

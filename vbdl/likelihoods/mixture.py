@@ -1,8 +1,8 @@
-"""Normal score and quantile of mixtures of normals, element by element, in float64.
+"""Normal scores and quantiles of mixtures of normals, for each element, in float64.
 
-Components have a leading samples axis; everything behind it is elements, whatever the axes mean. In plain torch without
-a loop over data, so that a compiled call can hold it. Probabilities are logs: a predictive that is far too narrow has
-targets, and after calibration quantiles, where a probability is 0 in float64.
+Components are on a leading samples axis; all other axes are elements. Plain torch without a loop over data, so that
+compiled calls can contain it. Probabilities are computed as logs: a predictive distribution that is far too narrow has
+targets, and after calibration quantiles, at which a probability is 0 in float64.
 """
 
 import math
@@ -10,27 +10,30 @@ import math
 import torch
 from torch import Tensor
 
-# of a bracket of w standard deviations 24 halvings leave 6e-8 w, and two steps of Newton square that twice
+# 24 halvings shrink a bracket of w standard deviations to 6e-8 w, and two Newton steps square that error twice
 _HALVINGS, _NEWTON_STEPS = 24, 2
-FARTHEST_SCORE = 37.0  # beyond it Φ has no digits in float64
+FARTHEST_SCORE = 37.0  # Φ underflows in float64 not far beyond this score
 
 
 def averaged(values: Tensor, weights: Tensor | None) -> Tensor:
-    """(samples, ...) -> (...) mean, or sum with these weights, (samples,)."""
+    """The mean over the samples, or the sum with weights (samples,); values: (samples, ...) -> (...)."""
     if weights is None:
         return values.mean(0)
     return (values * weights.reshape(-1, *[1] * (values.ndim - 1))).sum(0)
 
 
 def _log_averaged(logs: Tensor, weights: Tensor | None) -> Tensor:
-    """The log of the average of exp(logs)."""
+    """The log of the mean over the samples of exp(logs), or of the sum with weights (samples,)."""
     if weights is None:
         return logs.logsumexp(0) - math.log(logs.shape[0])
     return (logs + weights.log().reshape(-1, *[1] * (logs.ndim - 1))).logsumexp(0)
 
 
 def mixture_score(mean: Tensor, std: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Φ⁻¹(F(y)), exact in both tails; mean, std: (samples, ...), y: (...), weights: (samples,)"""
+    """The normal score Φ⁻¹(F(y)) of y in the mixture, (...), accurate in both tails.
+
+    mean, std: (samples, ...); y: (...); weights: (samples,).
+    """
     z = (y.to(torch.float64) - mean.to(torch.float64)) / std.to(torch.float64)
     below = _log_averaged(torch.special.log_ndtr(z), weights)
     above = _log_averaged(torch.special.log_ndtr(-z), weights)
@@ -39,9 +42,9 @@ def mixture_score(mean: Tensor, std: Tensor, y: Tensor, weights: Tensor | None =
 
 
 def _score_of_log(log_p: Tensor) -> Tensor:
-    """Φ⁻¹(p), of a log p of at most log 0.5, however small p is."""
+    """The normal score Φ⁻¹(p) from log p <= log 0.5, for any small p."""
     near = torch.special.ndtri(log_p.exp())
-    # Φ(-s) = φ(s) / s · (1 - 1/s² + 3/s⁴ ...): s from s, which far out changes little
+    # Φ(-s) = φ(s) / s · (1 - 1/s² + 3/s⁴ ...), solved for s by fixed-point iteration, which converges fast in the tail
     base = -2 * log_p.clamp(max=-600.0) - math.log(2 * math.pi)
     far = base.sqrt()
     for _ in range(4):
@@ -51,7 +54,10 @@ def _score_of_log(log_p: Tensor) -> Tensor:
 
 
 def mixture_quantile(mean: Tensor, std: Tensor, score: Tensor, weights: Tensor | None = None) -> Tensor:
-    """F⁻¹(Φ(score)); mean, std: (samples, ...), score: anything that broadcasts to (...), weights: (samples,)"""
+    """The quantile F⁻¹(Φ(score)) of the mixture, (...).
+
+    mean, std: (samples, ...); score: broadcasts to (...); weights: (samples,).
+    """
     mean, std, score = mean.to(torch.float64), std.to(torch.float64), score.to(torch.float64)
     # a quantile of the mixture lies between the same quantile of its components
     each = mean + std * score
@@ -60,7 +66,7 @@ def mixture_quantile(mean: Tensor, std: Tensor, score: Tensor, weights: Tensor |
     else:
         counts = (weights > 0).reshape(-1, *[1] * (each.ndim - 1))
         low, high = each.where(counts, math.inf).amin(0), each.where(counts, -math.inf).amax(0)
-    # in the smaller tail, where a probability has its digits
+    # compute in the smaller tail, whose probability keeps its precision
     side = torch.where(score > 0, -1.0, 1.0).to(torch.float64)
     tail = torch.special.log_ndtr(side * score)
 

@@ -1,1 +1,1 @@
-"""Layers and interceptions that take a draw; `inspect`, which finds what is stochastic in a module."""
+"""Networks that draw from counters: dropout, sampled weights, Bayesian layers, and the training objective."""

@@ -1,7 +1,7 @@
-"""The architecture of a network: everything but its parameters and buffers. Only equal ones are stacked.
+"""The architecture of a network: everything but its parameters and buffers. Only networks of equal architecture stack.
 
-Modules, settings, hooks and constants are compared: a tensor, an array, a scaler or a closure that a network computes
-with and that is no buffer would be member 0's for every member of a stack.
+Modules, settings, hooks and constants are compared: a stack runs member 0's module, so a tensor, an array, a scaler or
+a closure that the network computes with and that is no buffer would be member 0's for every member.
 """
 
 import array
@@ -27,22 +27,25 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SCALARS = (bool, int, float, complex, str, bytes, type, range, slice, enum.Enum, torch.dtype, torch.device, np.generic)
 _SCALARS += (decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta)
-# where weights came from, which computes nothing: networks of transformers keep it
+# the origin of the weights, kept by networks of transformers, which changes no output
 _OF_NO_EFFECT = ("_name_or_path", "_commit_hash", "_is_hf_initialized")
-_MANY = 1000  # numbers in a list: past this they are compared as one
-_DEEP = 40  # objects within objects; what lies deeper is not what a forward computes with
+_MANY = 1000  # longer lists of numbers are compared by one digest
+_DEEP = 40  # levels of nested objects to read; deeper ones are taken not to affect a forward
 
 
 def stack(modules: Sequence[nn.Module], without: Collection[str] = ()) -> State:
-    """Stack the parameters and buffers of modules of one architecture: (members, ...) each, detached copies."""
+    """Stack the parameters and buffers of modules of one architecture into detached copies, (members, ...) each.
+
+    without: names to leave out.
+    """
     states = [state_of(module) for module in modules]
     return {name: torch.stack([s[name].detach() for s in states]) for name in states[0] if name not in without}
 
 
 def architecture(module: nn.Module) -> list[str]:
-    """Describe a module's architecture in lines, which are equal for modules that can be stacked."""
+    """Describe a module's architecture in lines of text; modules with equal lines can be stacked."""
     lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
-    # numbers of heads, rates and the like, which no tensor and not every extra_repr shows
+    # settings such as numbers of heads and rates, which show in no tensor and not in every extra_repr
     for name, m in module.named_modules():
         settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
         lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if is_plain(value)]
@@ -51,14 +54,14 @@ def architecture(module: nn.Module) -> list[str]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, a type, or nothing but lists, tuples and dicts of those."""
+    """Whether a value is a number, a string, a type, or lists, tuples and dicts of only those."""
     if isinstance(value, tuple | list | dict):
         return all(is_plain(v) for v in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, bool | int | float | str | type)
 
 
 def difference(a: list[str], b: list[str]) -> str:
-    """Say the first difference of two architectures, for an error message."""
+    """Describe the first difference of architecture b from a, that of member 0, for an error message."""
     for left, right in zip(a, b, strict=False):
         if left != right:
             return f"'{right}' where member 0 has '{left}'"
@@ -67,10 +70,11 @@ def difference(a: list[str], b: list[str]) -> str:
 
 
 def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
-    """Describe what a network holds beside parameters, buffers and plain settings, by path: `layer.scaler.mean_`.
+    """Describe the constants of a network, those not parameters, buffers or plain settings, by path.
 
-    Tensors and arrays are given by a digest of their numbers, functions by what they have closed over.
-    code: functions by their code too, which differs between versions of Python.
+    An example of a path is `layer.scaler.mean_`. Tensors and arrays are described by a digest of their values,
+    functions by the variables they close over. code: whether to describe a function by its code too, which differs
+    between versions of Python.
     """
     reader = _Reader(module, code)
     for name, m in module.named_modules():
@@ -92,8 +96,11 @@ def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
 
 
 def _is_named(kind: type) -> bool:
-    """Whether a class can be found by its name in its module. Not if it was defined in a function (its methods may use
-    the function's variables), made by `type(...)`, or shadowed by a later class of that name."""
+    """Whether a class can be found by its name in its module.
+
+    False for a class defined in a function (its methods may use the function's variables), made by `type(...)`, or
+    shadowed by a later class of that name.
+    """
     named: Any = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
         named = getattr(named, part, None)
@@ -101,13 +108,13 @@ def _is_named(kind: type) -> bool:
 
 
 class _Reader:
-    """Describes values and everything inside them, each object once, in `described`."""
+    """Collects descriptions of values and the objects inside them in `described`, each object once."""
 
     def __init__(self, module: nn.Module, code: bool):
         self.described: dict[str, str] = {}
         self._code = code
         self._known = {id(t) for t in state_of(module).values()} | {id(m) for m in module.modules()}
-        self._alive: list[Any] = []  # what has been read, so that no id is used again
+        self._alive: list[Any] = []  # objects that were read, kept alive so that no id is reused
 
     def read(self, path: str, value: Any, depth: int = 0) -> None:
         if value is None or isinstance(value, _SCALARS):
@@ -123,7 +130,7 @@ class _Reader:
         elif isinstance(value, np.ndarray):
             self.described[path] = _array(value)
         elif isinstance(value, nn.Module):
-            for name, t in state_of(value).items():  # in a plain list, say: it is not trained and not stacked
+            for name, t in state_of(value).items():  # e.g. in a plain list: neither trained nor stacked
                 self.read(f"{path}.{name}", t)
             for name, m in value.named_modules():
                 for key, inner in vars(m).items():
@@ -139,7 +146,7 @@ class _Reader:
 
     def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
-            # by their order where the keys are made when the program runs, like those of hooks
+            # other keys may differ between runs, like the ids of hooks: such entries are known by their order
             for key, inner in value.items():
                 yield f"[{key!r}]" if isinstance(key, str | int | bool | tuple) else "[.]", inner
         elif isinstance(value, list | tuple | collections.deque | array.array):
@@ -155,12 +162,12 @@ class _Reader:
             yield from (("", value.__func__), (".self", value.__self__))
         elif isinstance(value, types.FunctionType):
             yield from self._closed_over(path, value)
-        elif callable(inner := getattr(value, "__wrapped__", None)):  # in a cache, say
+        elif callable(inner := getattr(value, "__wrapped__", None)):  # e.g. a cached function
             yield "", inner
         elif callable(value) and isinstance(name := getattr(value, "__name__", None), str):
-            self.described[path] = name  # built in, or an operator
-        elif isinstance(held := _numbers(value), np.ndarray):  # a frame, a series
-            self.described[path] = _array(held)
+            self.described[path] = name  # a builtin or an operator
+        elif isinstance(array_of := _numbers(value), np.ndarray):  # a data frame or a series
+            self.described[path] = _array(array_of)
         else:
             self.described[path] = type(value).__qualname__
             if _may_hold_numbers(value):
@@ -172,7 +179,7 @@ class _Reader:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 yield f".{name}", cell.cell_contents
-            except ValueError:  # not filled yet
+            except ValueError:  # the cell is still empty
                 continue
         yield from ((f".default[{i}]", inner) for i, inner in enumerate(function.__defaults__ or ()))
         yield from ((f".{key}", inner) for key, inner in (function.__kwdefaults__ or {}).items())
@@ -188,7 +195,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _may_hold_numbers(value: Any) -> bool:
-    """Whether to read an object's attributes: not of a logger, a lock or a graph, which compute nothing."""
+    """Whether to read an object's attributes; False for loggers, locks and graphs, which do not affect outputs."""
     home = type(value).__module__
     return home.partition(".")[0] not in sys.stdlib_module_names - {"types"} and not home.startswith("torch.fx")
 

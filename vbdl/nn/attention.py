@@ -1,7 +1,7 @@
-"""Attention whose dropout is drawn from counters: the weights of a draw are dropped alike for every row.
+"""Attention whose dropout is drawn from counters: in one draw, all rows of a batch share the mask.
 
-torch's own attention draws inside one fused call, out of sight of `vmap` and of any seed; these are the same
-formulas (Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762) with the mask outside.
+torch's own attention draws its mask inside one fused call, which neither `vmap` nor vbdl's seed controls; these are the
+same formulas (Vaswani et al., Attention Is All You Need, 2017, https://arxiv.org/abs/1706.03762) with an explicit mask.
 """
 
 import math
@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, its dropout one mask a draw over (heads, length, source)."""
+    """`F.scaled_dot_product_attention` with one dropout mask per draw, (heads, length, source)."""
     if dropout_p == 0.0:
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
@@ -75,15 +75,20 @@ def multi_head_attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward`, its dropout one mask a draw over (heads, length, source)."""
+    """`F.multi_head_attention_forward` with one dropout mask per draw, (heads, length, source)."""
     if query.ndim != 3:
         raise ValueError(
-            f"attention in module '{mode.place()}' got an unbatched query {tuple(query.shape)}; give it a batch"
+            f"attention in module '{mode.place()}' got an unbatched query {tuple(query.shape)}: add a batch axis"
         )
     if static_k is not None or static_v is not None:
-        raise NotImplementedError(f"attention in module '{mode.place()}' uses static_k or static_v")
+        raise NotImplementedError(
+            f"attention in module '{mode.place()}' uses static_k or static_v, which vbdl does not support: pass key "
+            f"and value"
+        )
     if is_causal and attn_mask is None:
-        raise ValueError(f"attention in module '{mode.place()}' got is_causal=True without the attn_mask it hints at")
+        raise ValueError(
+            f"attention in module '{mode.place()}' got is_causal=True without attn_mask: pass the causal mask too"
+        )
     length, batch, width = query.shape
     weights_in: Any
     if use_separate_proj_weight:
@@ -119,10 +124,10 @@ def multi_head_attention_forward(
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the sources; zeros for a row that may look at none, where the formula is 0 / 0."""
+    """The softmax over the sources, with zeros if all sources are masked out, when the formula is 0 / 0."""
     return torch.softmax(scores, dim=-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
 
 
 def _mask(scores: Tensor, mask: Tensor) -> Tensor:
-    """torch's convention for this function: True is masked out, a float is added."""
+    """The scores with a mask applied as torch does in this function: True masks out, a float is added."""
     return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask

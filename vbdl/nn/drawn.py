@@ -1,9 +1,9 @@
-"""Weights of a mean-field network that are drawn where they are used, on devices that have kernels for it.
+"""Weights of a mean-field network that are drawn when an operation uses them, on devices with kernels for it.
 
-In training a network of drawn weights takes `Drawn` tensors in the place of its parameters. A linear layer that meets
-one is `vbdl_kernels.sampled_linear`: its weights exist inside the product only, and its backward pass draws the noise
-again. Whatever else meets one sees the weights, drawn in one pass, of which the noise is not kept either. The draws
-are those of plain operations, by the same counters.
+In training, `Drawn` tensors take the place of the network's parameters. A linear layer of a `Drawn` weight runs as
+`vbdl_kernels.sampled_linear`: the weights exist only inside the product, and the backward pass draws the noise again.
+Any other operation gets the weights themselves, drawn in one pass that does not keep the noise either. The draws are
+those of plain operations, from the same counters.
 """
 
 import contextlib
@@ -19,11 +19,14 @@ from torch.utils._pytree import tree_map_only
 from vbdl_kernels import dispatch, normal, sample_weights, sampled_linear
 from vbdl_kernels.philox import BIAS, WEIGHT
 
-DEVICES = ("cuda", "xpu")  # where the operators are kernels
+DEVICES = ("cuda", "xpu")  # device types with kernels for these operators
 
 
 def noise(key: Tensor, layer: int, like: Tensor) -> Tensor:
-    """Standard normals of one parameter: row = its first axis, column = the others, flat; a vector is one row."""
+    """Standard normal noise of the shape of a parameter, which the counters index by (row, column).
+
+    The row is the first axis of the parameter, the column runs over the other axes; a vector is one row.
+    """
     stream = BIAS if like.ndim < 2 else WEIGHT
     rows = 1 if like.ndim < 2 else like.shape[0]
     columns = like.numel() // max(rows, 1)
@@ -31,15 +34,18 @@ def noise(key: Tensor, layer: int, like: Tensor) -> Tensor:
 
 
 def drawn(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
-    """mean + std * noise of the draw in `key`, (2,); where a kernel can draw it, only once it is used."""
+    """mean + std * noise of the draw in `key`, (2,); a `Drawn` tensor if a kernel can draw it when it is used."""
     if _for_kernels(mean):
         return Drawn(mean, std, key, layer)
     return mean + std * noise(key, layer, mean)
 
 
 def _for_kernels(mean: Tensor) -> bool:
-    """On a device with kernels and for a gradient, which they save the memory of. A prediction's graph is rewritten
-    as a whole (`vbdl/compiling/rewrite/fused.py`), and members of an ensemble have means of their own, mapped."""
+    """Whether to draw this parameter in kernels: on a device that has them, when computing a gradient.
+
+    Kernels save the memory of the weights in the backward pass. A prediction's graph is rewritten as a whole instead
+    (`vbdl/compiling/rewrite/fused.py`), and the means of stacked members are mapped, which the kernels do not take.
+    """
     return (
         mean.device.type in DEVICES
         and mean.dtype in dispatch.KERNEL_DTYPES
@@ -52,17 +58,17 @@ def _for_kernels(mean: Tensor) -> bool:
 
 @dataclass
 class _Source:
-    """What a parameter is drawn from."""
+    """The mean, std and counters from which a parameter is drawn."""
 
     mean: Tensor
     std: Tensor
     key: Tensor
     layer: int
-    weights: Tensor | None = None  # once something has asked for them
+    weights: Tensor | None = None  # after the first call of `Drawn.weights`
 
 
 class Drawn(Tensor):
-    """A parameter that is not there yet. It has the shape, dtype and device of its mean."""
+    """A parameter that is drawn on first use, with the shape, dtype and device of its mean."""
 
     source: _Source
 
@@ -73,18 +79,18 @@ class Drawn(Tensor):
         return self
 
     def weights(self) -> Tensor:
-        """The draw itself, made once."""
-        own = self.source
-        if own.weights is None:
-            stream = BIAS if own.mean.ndim < 2 else WEIGHT
-            own.weights = sample_weights(own.mean, own.std, own.key, own.layer, stream)
-        return own.weights
+        """The drawn weights, computed once."""
+        source = self.source
+        if source.weights is None:
+            stream = BIAS if source.mean.ndim < 2 else WEIGHT
+            source.weights = sample_weights(source.mean, source.std, source.key, source.layer, stream)
+        return source.weights
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and (found := _fused(*args, **kwargs)) is not None:
-            return found
+        if func is F.linear and (output := _fused(*args, **kwargs)) is not None:
+            return output
         if func in _ABOUT and isinstance(args[0], Drawn):
             return func(args[0].source.mean, *args[1:], **kwargs)
         args, kwargs = tree_map_only(Drawn, Drawn.weights, (args, kwargs))
@@ -96,7 +102,7 @@ class Drawn(Tensor):
         return func(*args, **kwargs)
 
 
-# what is known of the weights without drawing them
+# properties and methods that are answered from the mean, without drawing the weights
 _PROPERTIES = "shape dtype device ndim layout is_cuda is_xpu is_sparse is_nested is_quantized requires_grad".split()
 _METHODS = """size dim numel nelement element_size is_floating_point is_complex __len__ new_empty new_zeros new_ones
     new_full new_tensor""".split()
@@ -105,20 +111,22 @@ _ABOUT |= {torch.numel, torch.is_floating_point, torch.is_complex}
 
 
 def _fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """The layer with its weights drawn in the product; None where the kernel does not take it."""
+    """The output of a linear layer whose weights are drawn in the product, or None if the kernel cannot take it."""
     if not isinstance(weight, Drawn) or isinstance(input, Drawn) or weight.ndim != 2 or input.ndim < 1:
         return None
-    own = weight.source
-    dtypes = {input.dtype, own.mean.dtype, *(() if bias is None else (bias.dtype,))}
+    source = weight.source
+    dtypes = {input.dtype, source.mean.dtype, *(() if bias is None else (bias.dtype,))}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(input.device.type):
-        return None  # torch says what does not fit
+        return None  # so that torch raises its own error about the dtypes
     bias_mean, bias_std, bias_layer = bias, None, None
     if isinstance(bias, Drawn):
         bias_mean, bias_std, bias_layer = bias.source.mean, bias.source.std, bias.source.layer
-    return sampled_linear(input, own.mean, own.std, own.key, own.layer, bias_mean, bias_std, bias_layer=bias_layer)
+    return sampled_linear(
+        input, source.mean, source.std, source.key, source.layer, bias_mean, bias_std, bias_layer=bias_layer
+    )
 
 
-# ---- what the draws of one step share
+# ---- values shared by the draws of one step
 
 
 _shared: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("shared", default=None)
@@ -126,7 +134,7 @@ _shared: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def draws_of_one_step() -> Iterator[None]:
-    """Inside, `once` computes a value for the first draw and hands it to the others."""
+    """Inside this context, `once` computes a value for the first draw and returns it for the others."""
     token = _shared.set({})
     try:
         yield
@@ -135,10 +143,13 @@ def draws_of_one_step() -> Iterator[None]:
 
 
 def once(what: str, of: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """A value that no draw changes, of one parameter: kept once for the backward pass and not for every draw."""
+    """A value of one parameter that is the same for all draws: computed, and kept for the backward pass, once.
+
+    what: name of the value. of: the parameter. make: computes the value.
+    """
     cache = _shared.get()
     if cache is None:
         return make()
     if (what, id(of)) not in cache:
-        cache[what, id(of)] = (make(), of)  # which keeps the parameter, and so its id
+        cache[what, id(of)] = (make(), of)  # holds the parameter, so that its id is not reused
     return cache[what, id(of)][0]

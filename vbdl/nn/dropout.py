@@ -1,8 +1,8 @@
-"""Every kind of dropout, drawn from counters: one mask a draw, shared by the batch.
+"""Dropout of every kind, drawn from counters: one mask per draw, shared by all rows of a batch.
 
-A network's forward runs under `CounterDropout`, which sees each torch function before it is called and replaces
-those that drop units, wherever they are: `nn.Dropout*`, `F.dropout` in a forward, attention, recurrent layers. Any
-other random operation raises and names its place, so that nothing random is missed or shared by accident.
+A network's forward runs under `CounterDropout`, which intercepts every torch function and replaces those that drop
+units, wherever they are: `nn.Dropout*`, `F.dropout` in a forward, attention, recurrent layers. Any other random
+operation raises an error that names the module, so that nothing random is missed or shared by accident.
 
 Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxiv.org/abs/1506.02142
 """
@@ -30,7 +30,7 @@ from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.recurrent import recurrent
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
 
-_ALPHA = -1.7580993408473766  # -scale * alpha of SELU: what alpha dropout sets dropped units to
+_ALPHA = -1.7580993408473766  # -scale * alpha of SELU, the value of dropped units in alpha dropout
 
 _RANDOM = frozenset(
     """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_
@@ -42,23 +42,24 @@ _RANDOM = frozenset(
 
 @dataclass(frozen=True)
 class Site:
-    """One call that drops units."""
+    """One call of a dropout function in a forward."""
 
-    path: str  # the innermost module that makes the call; "" is the root
-    kind: str  # the function called
-    p: float  # its rate, after any override
-    shape: tuple[int, ...]  # of what is masked
-    axis: int | None = 0  # where the batch is in that shape; None where the batch is not in it
-    multiple: int = 1  # rows of that axis that belong to one row of the batch
+    path: str  # name of the innermost module that makes the call; "" is the root
+    kind: str  # name of the function
+    p: float  # dropout rate, after any override
+    shape: tuple[int, ...]  # shape of the masked tensor
+    axis: int | None = 0  # the batch axis of that shape, or None if it has none
+    multiple: int = 1  # entries of that axis per row of the batch
 
 
 class CounterDropout(TorchFunctionMode):
-    """Masks of one draw for every dropout called inside.
+    """A context in which every dropout uses the masks of one draw.
 
-    key: (2,) int64, (seed, draw).  rate: overrides rates, for all sites or by module name.  sites: what a probe found
-    (`locate`), in the order of the calls; without it the batch is taken to be axis 0 everywhere.
-    per_row: a mask a row, as in training, where normalization and other random operations are left as they are too.
-    silent: dropouts are found, and drop nothing.
+    key: (2,) int64, (seed, draw).
+    rate: overrides dropout rates, all of them or by module name.
+    sites: the dropout calls in their order, found by `locate`; if None, axis 0 is taken for the batch in all of them.
+    per_row: one mask per row, as in training, with normalization and other random operations left unchanged.
+    silent: record the dropout calls in `found`, but drop nothing.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class CounterDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def place(self) -> str:
-        """Name of the innermost module whose method is being run."""
+        """The name of the innermost module whose method is running."""
         if self._names is None:
             self._names = {id(module): name for name, module in self._root.named_modules()}
         frame = sys._getframe(1)
@@ -104,7 +105,7 @@ class CounterDropout(TorchFunctionMode):
         return f"module '{path}'" if path else "the module itself"
 
     def p(self, p: float, path: str) -> float:
-        """The rate of a site: an override for all, for its module or for a module around it, or its own."""
+        """The dropout rate in a module: an override for all, for this module or one around it, or else p."""
         if isinstance(self.rate, Mapping):
             names = [n for n in self.rate if path == n or path.startswith(f"{n}.") or n == ""]
             return float(self.rate[max(names, key=len)]) if names else float(p)
@@ -113,9 +114,9 @@ class CounterDropout(TorchFunctionMode):
     def keep(
         self, kind: str, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None = 0
     ) -> Tensor | None:
-        """The mask of the next site, broadcastable to `shape`, or None where nothing is dropped.
+        """The mask of the next dropout call, broadcastable to `shape`, or None if nothing is dropped.
 
-        axis: where the batch is, if the caller knows (None: not in there); -1 asks the probe, then takes axis 0.
+        axis: the batch axis of `shape`, None if it has none, or -1 to look it up in `sites` (axis 0 without them).
         """
         if self.per_row:
             axis = None
@@ -126,8 +127,8 @@ class CounterDropout(TorchFunctionMode):
             if self.sites is not None:
                 if index >= len(self.sites) or self.sites[index].kind != kind:
                     raise RuntimeError(
-                        f"{kind} in {self._describe(path)} was not called when the module was first run: "
-                        f"a forward whose dropout calls depend on the data cannot be drawn reproducibly"
+                        f"{kind} in {self._describe(path)} was not called when the module first ran: a forward whose "
+                        f"dropout calls depend on the data cannot be drawn reproducibly; call the same ones each time"
                     )
                 axis, multiple = self.sites[index].axis, self.sites[index].multiple
         self.found.append(Site(path, kind, p, tuple(shape), axis, multiple))
@@ -136,8 +137,8 @@ class CounterDropout(TorchFunctionMode):
         sizes = list(shape)
         if axis is not None:
             sizes[axis] = multiple
-        # a mask of a draw keeps its rows apart, so that a longer sequence begins with a shorter one's mask; training,
-        # which needs no such thing, takes them as one row and wastes no word
+        # the counters of a draw index rows and columns, so that the mask of a longer sequence begins with that of a
+        # shorter one; training does not need this and uses one long row, which wastes no random words
         columns = sizes[-1] if len(sizes) > 1 and not self.per_row else math.prod(sizes)
         rows = math.prod(sizes) // max(columns, 1)
         keep = keep_mask(self.key.to(device), index, rows, columns, p).view(sizes)
@@ -164,11 +165,11 @@ def _element(mode: CounterDropout, func, input, p=0.5, training=True, inplace=Fa
 
 
 def _channel_sizes(mode: CounterDropout, kind: str, input: Tensor) -> Tensor:
-    """A view of one element a channel: whole channels are dropped."""
+    """One element per channel, (batch, channels), the shape of a mask that drops whole channels."""
     if input.ndim < 3:
         raise ValueError(
-            f"{kind} in {mode._describe(mode.place())} got {tuple(input.shape)}: channels are dropped from "
-            f"(batch, channels, ...), with at least one axis after the channels"
+            f"{kind} in {mode._describe(mode.place())} got {tuple(input.shape)}: it needs (batch, channels, ...), with "
+            f"at least one axis after the channels"
         )
     return input.flatten(2)[..., :1].squeeze(-1)
 
@@ -185,7 +186,7 @@ def _channels(mode: CounterDropout, func, input, p=0.5, training=True, inplace=F
 
 
 def _alpha(mode: CounterDropout, func, input, p=0.5, training=False, inplace=False, train=None):
-    """Klambauer et al., Self-Normalizing Neural Networks, 2017, https://arxiv.org/abs/1706.02515"""
+    """Alpha dropout. Klambauer et al., Self-Normalizing Neural Networks, 2017, https://arxiv.org/abs/1706.02515"""
     if not (training if train is None else train):
         return input
     kind = func.__name__
@@ -218,11 +219,11 @@ def _batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    """Always with the statistics of training: those of the batch would tie a row's prediction to its neighbors."""
+    """Batch normalization, in prediction with running statistics: a batch's own would mix its rows."""
     if mode.per_row:
         if training and input.ndim > 1 and input.numel() == input.shape[1]:
             raise ValueError(
-                f"batch normalization in {mode._describe(mode.place())} got one row to train on, and needs two: choose "
+                f"batch normalization in {mode._describe(mode.place())} got one row to train on, but needs two: choose "
                 f"a batch_size that does not leave one row for the last batch, or drop_last=True in a DataLoader"
             )
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -237,7 +238,7 @@ def _batch_norm(
 def _rrelu(mode: CounterDropout, func, input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
     if training and mode.per_row:
         return func(input, lower, upper, True, False)
-    return F.leaky_relu(input, (lower + upper) / 2)  # which it is in evaluation, without a random operation
+    return F.leaky_relu(input, (lower + upper) / 2)  # the evaluation of rrelu, without a random operation
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
@@ -276,7 +277,7 @@ def _is_torchs_own(module: nn.Module) -> bool:
 
 
 def may_drop(module: nn.Module) -> bool:
-    """Whether a forward might call a dropout, as far as can be told without running it."""
+    """Whether a forward might call dropout, judged by its layers and source code, without running it."""
     for m in module.modules():
         if isinstance(m, DROPOUT_LAYERS) or getattr(m, "dropout", None):
             return True
@@ -284,23 +285,23 @@ def may_drop(module: nn.Module) -> bool:
         homes = [type(m).__module__] if not _is_torchs_own(m) or "forward" in vars(m) else []
         for home in [*homes, *(getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks)]:
             try:
-                # the whole file, because a forward may call a function beside it
+                # the whole file, because a forward may call functions of its file
                 if "drop" in inspect.getsource(sys.modules[home]).lower():
                     return True
             except (OSError, TypeError, KeyError):
-                return True  # no source to read: running it will tell
+                return True  # without source, only running the module can tell
     return False
 
 
 class DropoutNetwork(KeyedNetwork):
-    """A module whose evaluation keeps dropout on, with the masks of the draw in `key`.
+    """A module whose evaluation mode keeps dropout on, with the masks of the draw in `key`.
 
-    In training mode it is the module itself (`Objective` draws the masks, one a row). In evaluation every dropout is
-    on and everything else is off: normalization evaluates, and so does what `deterministic` names, and whatever else
-    a module of one's own does in training only (`vbdl/nn/training_reads.py`).
+    In training mode it runs the module as it is (`Objective` draws the masks, one per row). In evaluation mode dropout
+    is on and everything else is in evaluation mode: normalization, modules named in `deterministic`, and whatever else
+    a user's module does in training only (`vbdl/nn/training_reads.py`).
     """
 
-    found_by_running = ("sites", "on", "off")  # which say nothing of the network that running it would not
+    found_by_running = ("sites", "on", "off")  # not part of the architecture: running the network finds them again
 
     def __init__(
         self,
@@ -312,7 +313,7 @@ class DropoutNetwork(KeyedNetwork):
         self.inner, self.rate, self.deterministic = inner, rate, deterministic
         self.sites: tuple[Site, ...] | None = None
         self.on: frozenset[Place] | None = EVERY
-        self.off: list[str] | None = None  # what is asked of `training` beside dropout; None before it is known
+        self.off: list[str] | None = None  # places that read `training` for other than dropout; None: unknown
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.train(inner.training)
 
@@ -329,7 +330,7 @@ class DropoutNetwork(KeyedNetwork):
         if isinstance(module, NORMALIZATION):
             return True
         if _is_torchs_own(module) and not isinstance(module, DROPOUT_LAYERS) and not hasattr(module, "dropout"):
-            return True  # nothing to drop there, but power iterations of a spectral norm to leave out
+            return True  # it drops nothing, but e.g. a spectral norm must not iterate
         return self._is_named_deterministic(name, module)
 
     def _is_named_deterministic(self, name: str, module: nn.Module) -> bool:
@@ -342,7 +343,7 @@ class DropoutNetwork(KeyedNetwork):
         return False
 
     def _fixed(self) -> set[int]:
-        """Modules that are in evaluation mode whatever they ask it for."""
+        """The ids of the modules that `deterministic` names, whose reads of `training` get the module's flag."""
         return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
 
     def masks(self) -> CounterDropout:
@@ -358,7 +359,7 @@ class DropoutNetwork(KeyedNetwork):
         return contextlib.nullcontext() if self.on is EVERY else Reads(self.on, self._fixed()).of(self.inner)
 
     def _find_reads(self, inputs) -> None:
-        """Find out which reads of `self.training` are about dropout, on two rows that differ."""
+        """Find out which reads of `self.training` are about dropout, by running two different rows."""
 
         def two_rows(t: Tensor) -> Tensor:
             other = t[:1] * 0.5 + 0.1 if t.is_floating_point() else t[:1]
@@ -381,35 +382,41 @@ class DropoutNetwork(KeyedNetwork):
 
     @torch.no_grad()
     def locate(self, inputs) -> tuple[Site, ...]:
-        """Every dropout call of a forward, with the place of the batch in it, found by running two batch sizes."""
+        """The dropout calls of a forward and the batch axis of each, found by running two batch sizes.
+
+        Raises RuntimeError or ValueError for dropout that cannot be drawn reproducibly for each row.
+        """
         if self.off is None:
             self._find_reads(inputs)
-        found = []
+        calls = []
         self.sites = None
         for rows in (2, 3):
             repeated = map_inputs(lambda t, rows=rows: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
             args, kwargs = arguments(repeated)
             with self.masks() as mode, self._reads():
                 self.inner(*args, **kwargs)
-            found.append(mode.found)
-        if [s.kind for s in found[0]] != [s.kind for s in found[1]]:
-            raise RuntimeError("the module calls other dropouts for another batch size: draws cannot be reproduced")
-        self.sites = tuple(_place_batch(a, b) for a, b in zip(*found, strict=True))
+            calls.append(mode.found)
+        if [s.kind for s in calls[0]] != [s.kind for s in calls[1]]:
+            raise RuntimeError(
+                "the module calls other dropouts for another batch size, so draws cannot be reproduced: call the same "
+                "ones for every batch size"
+            )
+        self.sites = tuple(_place_batch(a, b) for a, b in zip(*calls, strict=True))
         if any(site.multiple > 1 for site in self.sites):
-            # a row's part of a folded axis was taken to be in one piece: then equal rows, as here, stay equal
+            # `keep` assumes that a folded axis holds each row's entries in one block; equal rows then stay equal
             with CounterDropout(self.key, self.inner, 0.5, self.sites), self._reads():
                 outputs = self.inner(*args, **kwargs)
             for t in tree_leaves(outputs):
                 if isinstance(t, Tensor) and not torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4):
                     raise ValueError(
                         "dropout runs over an axis that folds the batch behind another axis, so vbdl cannot tell "
-                        "which part belongs to which row of the batch: fold with the batch first"
+                        "which part belongs to which row of the batch: put the batch first when folding"
                     )
         return self.sites
 
 
 def _place_batch(two: Site, three: Site) -> Site:
-    """The site, with the axis that grew with the batch."""
+    """The dropout call with its batch axis, the one that differs between calls on two and on three rows."""
     grown = [axis for axis, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
     if not grown:
         return Site(two.path, two.kind, two.p, two.shape, None)
@@ -417,7 +424,7 @@ def _place_batch(two: Site, three: Site) -> Site:
     multiple = two.shape[axis] // 2
     if len(grown) > 1 or two.shape[axis] != 2 * multiple or three.shape[axis] != 3 * multiple:
         raise ValueError(
-            f"{two.kind} in module '{two.path}' masks {two.shape} for 2 rows and {three.shape} for 3: "
-            f"vbdl cannot tell which part belongs to which row of the batch"
+            f"{two.kind} in module '{two.path}' masks {two.shape} for 2 rows and {three.shape} for 3, so vbdl cannot "
+            f"tell which part belongs to which row of the batch: use dropout on tensors with the batch as one axis"
         )
     return Site(two.path, two.kind, two.p, two.shape, axis, multiple)

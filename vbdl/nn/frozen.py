@@ -1,4 +1,4 @@
-"""Frozen layers: those whose parameters are all frozen, which training leaves as they are, buffers included."""
+"""Frozen layers: layers whose parameters are all frozen; training leaves their buffers unchanged too."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ _NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 
 
 def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield, with their names, the modules whose parameters are all frozen, and every module inside them."""
+    """Yield the name and module of every module whose parameters are all frozen, and of the modules inside it."""
     inside: set[int] = set()
     for name, m in module.named_modules():
         parameters = list(m.parameters())
@@ -19,9 +19,9 @@ def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def hold_frozen(module: nn.Module) -> None:
-    """Put frozen layers that have buffers in evaluation mode, so that training does not move their statistics.
+    """Put frozen layers that have buffers in evaluation mode, so that training does not change their statistics.
 
-    Dropout inside a frozen backbone stays on, as the rest of training has it.
+    Dropout inside a frozen backbone stays on in training.
     """
     for _, m in frozen_modules(module):
         if isinstance(m, _NORMALIZATION) or any(b is not None for b in m._buffers.values()):

@@ -1,4 +1,4 @@
-"""Networks that draw from a key: what MC dropout and mean-field inference put around a user's network."""
+"""Networks that draw from a key: the wrappers of MC dropout and mean-field inference around a user's network."""
 
 from collections.abc import Mapping
 
@@ -9,8 +9,8 @@ class KeyedNetwork(nn.Module):
     """A network whose forward is a pure function of its inputs, its parameters and its `key`.
 
     inner: the user's network.
-    key: (2,) int64 buffer, (seed, draw): everything random is drawn from it.
-    rate: overrides the rates of dropout inside, for all or by module name.
+    key: (2,) int64 buffer, (seed, draw), from which everything random is drawn.
+    rate: overrides the dropout rates of `inner`, all of them or by module name.
     """
 
     inner: nn.Module
@@ -18,8 +18,8 @@ class KeyedNetwork(nn.Module):
     rate: float | Mapping[str, float] | None = None
 
     def regularization(self, key: Tensor) -> Tensor | None:
-        """The term that a draw adds to the loss of a row, in nats (the KL of mean-field inference), or None."""
+        """The regularization that the loss of a row adds for a draw, in nats (e.g. the KL term), or None."""
         return None
 
     def adopt(self, other: "KeyedNetwork") -> None:
-        """Take over what another network of the same modules has found by running."""
+        """Copy what another network of the same modules found by running, such as dropout calls."""

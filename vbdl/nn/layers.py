@@ -1,9 +1,9 @@
-"""Bayesian layers for networks built by hand: nn.Linear and nn.Conv*d whose weights are drawn.
+"""Bayesian layers for networks built by hand: nn.Linear and nn.Conv*d with sampled weights.
 
     net = nn.Sequential(vbdl.BayesianLinear(8, 50), nn.ReLU(), nn.Linear(50, 1))
-    q = vbdl.MeanField(net, n_data=1000)      # draws the Bayesian layers, leaves the others as they are
+    q = vbdl.MeanField(net, n_data=1000)      # samples the weights of the Bayesian layers only
 
-A module needs none of these to be trained by mean-field inference: `vbdl.MeanField` takes any.
+Mean-field inference does not need these layers: `vbdl.MeanField` takes any module.
 """
 
 import math
@@ -21,17 +21,17 @@ from vbdl.nn.sampled import SampledNetwork
 
 
 class _BayesianLayer(SampledNetwork):
-    """One layer with a normal of its own for every weight. The means are `inner`'s parameters."""
+    """One layer with an independent normal for every weight; the means are the parameters of `inner`."""
 
     def __init__(self, layer: nn.Module, prior: float | Prior, initial_std: float):
         if not (initial_std > 0 and math.isfinite(initial_std)):
-            raise ValueError(f"initial_std is positive and finite, got {initial_std}")
+            raise ValueError(f"initial_std must be positive and finite, got {initial_std}")
         prior = Normal(float(prior)) if isinstance(prior, int | float) else prior
         names = [name for name, _ in layer.named_parameters()]
         super().__init__(layer, dict.fromkeys(names, prior), initial_std, n_data=1)
 
     def draw(self, number: int, seed: int = 0) -> None:
-        """Use the weights of this draw in calls outside a posterior."""
+        """Select the draw whose weights calls outside a posterior use."""
         self.key.copy_(make_key(seed, [number])[0])
 
     def extra_repr(self) -> str:
@@ -79,7 +79,7 @@ class BayesianConv3d(_BayesianLayer):
 
 
 class LayeredNetwork(KeyedNetwork):
-    """A network with Bayesian layers in it, with the interface of a SampledNetwork: one key draws them all."""
+    """A network with Bayesian layers, with the interface of a SampledNetwork: one key draws all layers."""
 
     kl_weight: Tensor
 
@@ -114,7 +114,7 @@ class LayeredNetwork(KeyedNetwork):
         return torch.stack([layer.kl(key) for layer in layers]).sum()  # type: ignore[operator]
 
     def regularization(self, key: Tensor) -> Tensor:
-        """The KL term of the loss of a row, in nats."""
+        """The KL term in the loss of a row, in nats."""
         return self.kl_weight * self.kl(key) / self.n_data
 
 

@@ -1,4 +1,4 @@
-"""The training objective as a module, so that it can be stacked, mapped and compiled like any other."""
+"""The training objective as a module, so that it can be stacked, mapped and compiled like a network."""
 
 from typing import Any
 
@@ -12,21 +12,21 @@ from vbdl.nn.dropout import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
-_TRAINING = 1 << 62  # training draws come from seeds of their own, never from those of a prediction
+_TRAINING = 1 << 62  # flips a bit of the seed, so that training and prediction never share draws
 
 
 def training_keys(seed: int, n_members: int, number: Tensor) -> Tensor:
-    """The keys of a training step, (members, 2); member m draws from seed + m. number: () the step's first draw."""
+    """The keys of a training step, (members, 2); member m draws from seed + m. number: () first draw of the step."""
     return torch.cat([make_key((seed + m) ^ _TRAINING, number.reshape(1)) for m in range(n_members)])
 
 
 class Objective(nn.Module):
-    """mean over the batch of -log p(y | x, w), plus the network's own regularization where it has one (the KL).
+    """The mean over the batch of -log p(y | x, w), plus the network's regularization (the KL) if it has one.
 
-    Everything random in it (dropout, a mask a row; drawn weights) is drawn from `key`, (2,) int64: a step is a pure
-    function of its key, the same eager or compiled, alone or stacked with other members.
+    Dropout masks, one per row, and sampled weights are drawn from `key`, (2,) int64: a step is a pure function of its
+    key, the same eager or compiled, alone or stacked with other members.
 
-    n_samples: draws of the network a step, averaged.
+    n_samples: draws of the network per step, averaged.
     """
 
     key: Tensor
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64))
 
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:
-        """-> () nats a row"""
+        """The loss, (), in nats per row."""
         with draws_of_one_step():
             terms = [self._at(self.key + self.key.new_tensor([0, k]), inputs, y) for k in range(self.n_samples)]
         return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
@@ -49,10 +49,11 @@ class Objective(nn.Module):
             with CounterDropout(key, network, per_row=True):
                 outputs = call(network, {}, inputs)
             return self._nll(outputs, y)
-        with CounterDropout(key, network.inner, network.rate, per_row=True):  # rates are by the user's module names
+        # `inner`, because `rate` is by the user's module names
+        with CounterDropout(key, network.inner, network.rate, per_row=True):
             outputs = call(network, {"key": key}, inputs)
         loss = self._nll(outputs, y)
-        # at the same key, since the KL of some priors is estimated at the weights drawn
+        # with the same key, since the KL of some priors is estimated at the drawn weights
         regularization = network.regularization(key)
         return loss if regularization is None else loss + regularization
 
@@ -61,9 +62,10 @@ class Objective(nn.Module):
 
 
 class KeyedPosterior(Posterior):
-    """A posterior of one network whose draws differ in their key alone, in training and in prediction.
+    """A posterior of one network whose draws differ only in their key, in training and in prediction.
 
-    seed: of the draws in training. steps: () int64 buffer, the training steps taken. n_samples: draws a step, averaged.
+    seed: of the draws in training. steps: () int64 buffer, the number of training steps so far. n_samples: draws per
+    training step, averaged.
     """
 
     module: KeyedNetwork
@@ -76,11 +78,11 @@ class KeyedPosterior(Posterior):
         return self.module.inner
 
     def draws(self, numbers: Tensor, seed: int) -> State:
-        """(samples,) draw numbers -> the key of each"""
+        """The key of each draw, {"key": (samples, 2)}; numbers: (samples,)."""
         return {"key": make_key(seed, numbers)}
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
-        """(1,) nats a row: the mean over the batch of -log p(y | x, draw), plus the network's regularization."""
+        """The mean over the batch of -log p(y | x, draw) plus the network's regularization, (1,), in nats per row."""
         if own_rows:
             x, y = map_inputs(lambda t: t[0], x), y[0]
         objective = Objective(self.module, likelihood, self.n_samples)

@@ -1,4 +1,4 @@
-"""Priors over weights: what a mean-field posterior is pulled towards."""
+"""Priors over weights, and the KL divergence of a mean-field posterior from them."""
 
 import math
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normal:
-    """w ~ N(0, std^2), each weight on its own."""
+    """The prior w ~ N(0, std^2), independent for each weight."""
 
     std: float = 1.0
 
     def __post_init__(self):
         if not (self.std > 0 and math.isfinite(self.std)):
-            raise ValueError(f"a prior std is positive and finite, got {self.std}")
+            raise ValueError(f"a prior std must be positive and finite, got {self.std}")
 
     def constants(self) -> list[float]:
-        """What has to be saved with a model."""
+        """The numbers to save with a model: std."""
         return [self.std]
 
 
 @dataclass(frozen=True)
 class ScaleMixture:
-    """w ~ pi N(0, wide^2) + (1 - pi) N(0, narrow^2).
+    """The prior w ~ pi N(0, wide^2) + (1 - pi) N(0, narrow^2), independent for each weight.
 
     Blundell et al., Weight Uncertainty in Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
     """
@@ -38,7 +38,7 @@ class ScaleMixture:
             raise ValueError(f"a scale mixture needs 0 < pi < 1 and 0 < narrow <= wide, got {self}")
 
     def constants(self) -> list[float]:
-        """What has to be saved with a model."""
+        """The numbers to save with a model: pi, wide, narrow."""
         return [self.pi, self.wide, self.narrow]
 
 
@@ -46,13 +46,13 @@ Prior = Normal | ScaleMixture
 
 
 def kl_normal(mean: Tensor, log_std: Tensor, prior: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, prior^2)) in nats, summed over the weights; prior: (1,) its std."""
+    """KL(N(mean, std^2) || N(0, prior^2)) in nats, summed over the weights; prior: (1,) std of the prior."""
     log_ratio = 2 * (log_std - prior.log())
     return 0.5 * (log_ratio.exp() + (mean / prior).square() - 1 - log_ratio).sum()
 
 
 def kl_scale_mixture(weight: Tensor, mean: Tensor, log_std: Tensor, prior: Tensor) -> Tensor:
-    """One-sample estimate of KL(q || mixture) in nats at weight ~ q; prior: (3,) pi, wide, narrow."""
+    """The one-sample estimate of KL(q || mixture) at weight ~ q, in nats, summed; prior: (3,) pi, wide, narrow."""
     pi, wide, narrow = prior.unbind()
     log_q = -log_std - 0.5 * ((weight - mean) * (-log_std).exp()).square()
     one = pi.log() - wide.log() - 0.5 * (weight / wide).square()

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN whose dropout between layers is drawn from counters: one mask a draw over (time, features)."""
+"""LSTM, GRU and RNN with dropout between layers drawn from counters: one mask per draw, (time, features)."""
 
 from typing import TYPE_CHECKING
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 def recurrent(mode: "CounterDropout", func, input: Tensor, *args):
-    """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`, run layer by layer when there is dropout between the layers."""
+    """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`, run layer by layer if there is dropout between the layers."""
     if isinstance(args[0], Tensor) and args[0].dtype == torch.int64 and args[0].ndim == 1:
         batch_sizes, *rest = args
         _, _, _, layers, dropout, training, _ = rest
         if training and layers > 1 and mode.p(dropout, mode.place()) > 0:
             raise NotImplementedError(
-                f"module '{mode.place()}' has dropout between recurrent layers and got a packed sequence: "
-                f"vbdl needs padded sequences there"
+                f"module '{mode.place()}' has dropout between recurrent layers and got a packed sequence: pass a "
+                f"padded sequence"
             )
-        # any dropout torch has left to do here would be its own, out of reach of the seed
+        # rate 0: torch would draw dropout from its own generator
         return func(input, batch_sizes, *rest[:4], 0.0, False, rest[6])
     hidden, weights, has_biases, layers, dropout, training, bidirectional, batch_first = args
     if not training or layers == 1 or mode.p(dropout, mode.place()) == 0.0:
@@ -32,8 +32,8 @@ def recurrent(mode: "CounterDropout", func, input: Tensor, *args):
         if layer:
             input = mode.drop(input, dropout, func.__name__, axis=0 if batch_first else 1)
         part = [s[layer * directions : (layer + 1) * directions] for s in states]
-        own = list(weights[layer * per_layer : (layer + 1) * per_layer])
+        layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
         start = tuple(part) if len(part) > 1 else part[0]
-        input, *final = func(input, start, own, has_biases, 1, 0.0, False, bidirectional, batch_first)
+        input, *final = func(input, start, layer_weights, has_biases, 1, 0.0, False, bidirectional, batch_first)
         finals.append(final)
     return (input, *(torch.cat(parts) for parts in zip(*finals, strict=True)))

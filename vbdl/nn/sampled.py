@@ -1,7 +1,7 @@
-"""A module whose weights are drawn from a normal of their own each: what mean-field inference trains and predicts with.
+"""Networks with an independent normal for every weight, which mean-field inference trains and predicts with.
 
-The module's own parameters are the means, under their own names; `log_std` stands beside them. No layer is replaced:
-the drawn weights are put in the parameters' place for one call, whatever the module does with them.
+The user's parameters are the means, under their own names; `log_std` holds the log of the stds. No layer is replaced:
+the drawn weights take the place of the parameters for one call, so any module works.
 """
 
 import functools
@@ -22,7 +22,7 @@ LOG_STD_BOUND = 30.0  # exp(2 * 30) is finite in float32
 
 
 class LogStd(nn.Module):
-    """Log of the std of every weight, by parameter."""
+    """The log of the std of every weight, one tensor per parameter."""
 
     def __init__(self, parameters: Mapping[str, Tensor], initial_std: float):
         super().__init__()
@@ -34,17 +34,18 @@ class LogStd(nn.Module):
         return getattr(self, _key(name))
 
     def reset_parameters(self) -> None:
-        """Back to the std at the start, as part of a fresh initialization."""
+        """Set every std to the initial one, as part of a new initialization of the network."""
         with torch.no_grad():
             for p in self.parameters():
                 p.fill_(self.initial)
 
 
 class SampledNetwork(KeyedNetwork):
-    """w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters; the others stay as they are.
+    """A network that draws w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters.
 
-    The padding row of an embedding is no weight: it stays as it is too, and is no part of the KL.
-    n_data: rows of the training set; the KL term of a row is kl_weight * KL / n_data.
+    The padding row of an embedding is not drawn and not part of the KL.
+    chosen: the prior of each parameter to draw; the others stay as they are.
+    n_data: number of rows in the training set; the KL term of a row is kl_weight * KL / n_data.
     """
 
     kl_weight: Tensor
@@ -59,7 +60,7 @@ class SampledNetwork(KeyedNetwork):
         super().__init__()
         self.inner = inner
         self.n_data = n_data
-        self.first_layer = 0  # of the layer numbers its noise is drawn for
+        self.first_layer = 0  # the layer number in the counters of the first chosen parameter
         parameters = dict(inner.named_parameters())
         self.chosen = tuple(chosen)
         self.padding = {name: row for name, row in padding_rows(inner).items() if name in chosen}
@@ -89,21 +90,21 @@ class SampledNetwork(KeyedNetwork):
 
     def weights(self) -> State:
         """The weights of the draw in `key`."""
-        found = {}
+        weights = {}
         for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer):
             std = once("std", self.log_std[name], functools.partial(self._std, name, log_std))
-            found[name] = drawn(mean, std, self.key, layer)
-        return found
+            weights[name] = drawn(mean, std, self.key, layer)
+        return weights
 
     def _std(self, name: str, log_std: Tensor) -> Tensor:
-        """The std of every weight, 0 for a row that pads."""
+        """The std of every weight of a parameter, 0 in a padding row."""
         if name not in self.padding:
             return log_std.exp()
         is_drawn = torch.arange(log_std.shape[0], device=log_std.device) != self.padding[name]
         return log_std.exp() * is_drawn.to(log_std.dtype).unsqueeze(-1)
 
     def _without_padding(self, name: str, t: Tensor) -> Tensor:
-        """The rows of a parameter that are weights."""
+        """A tensor of the shape of a parameter without its padding row."""
         row = self.padding.get(name)
         return t if row is None else torch.cat([t[:row], t[row + 1 :]])
 
@@ -111,7 +112,7 @@ class SampledNetwork(KeyedNetwork):
         return call(self.inner, self.weights(), kwargs if kwargs else args)
 
     def kl(self, key: Tensor | None = None) -> Tensor:
-        """KL(q || prior) in nats, summed over every weight: in closed form, or for a scale mixture at a draw."""
+        """KL(q || prior) in nats, summed over every weight: exact, or estimated at a draw for a scale mixture."""
         key = self.key if key is None else key
         total = self.kl_weight.new_zeros(())
         for layer, (name, mean, log_std) in enumerate(self.normals()):
@@ -126,12 +127,12 @@ class SampledNetwork(KeyedNetwork):
         return total
 
     def regularization(self, key: Tensor) -> Tensor:
-        """The KL term of the loss of a row, in nats."""
+        """The KL term in the loss of a row, in nats."""
         return self.kl_weight * self.kl(key) / self.n_data
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # registered names take no dots
+    return name.replace(".", "/")  # torch refuses dots in registered names
 
 
 def choose(
@@ -139,9 +140,12 @@ def choose(
     parameters: tuple[str | type[nn.Module], ...] | None,
     prior: Prior | float | Mapping[str, Prior | float],
 ) -> dict[str, Prior]:
-    """The parameters to sample and their priors: all that require a gradient, or those of the named or typed modules.
+    """The prior of each parameter to sample, by name.
 
-    Names are of modules or parameters and include everything below. Raises ValueError for a name that fits nothing.
+    parameters: modules by name or type, or names of parameters; a module includes everything inside it. By default all
+        floating-point parameters that require a gradient.
+    prior: one for all, or by name of a module or parameter.
+    Raises ValueError for an entry that matches no trainable parameter.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
     names = [n for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
@@ -156,7 +160,7 @@ def choose(
     if isinstance(prior, Mapping):
         for one in prior:
             if not any(_fits(n, owners[n], one) for n in names):
-                raise ValueError(f"the prior of {one!r} fits no sampled parameter; there are {names}")
+                raise ValueError(f"the prior of {one!r} matches no sampled parameter; there are {names}")
         return {n: _as_prior(_most_specific(n, prior)) for n in names}
     return {n: _as_prior(prior) for n in names}
 

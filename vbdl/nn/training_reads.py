@@ -1,9 +1,9 @@
-"""Dropout on and nothing else: what `self.training` answers to each place in the code that asks.
+"""Reads of `self.training` in a forward: True for those that switch dropout on, False for all others.
 
-A forward asks it for dropout (`F.dropout(x, p, self.training)`, `dropout_p=self.p if self.training else 0.0`) and for
-other things: a gate that is soft in training, an auxiliary head, statistics of its own, noise. Prediction by Monte
-Carlo dropout wants the first and none of the others. Which is which is found by running: a place is about dropout where
-answering True makes units drop and, with all dropout at a rate of 0, changes nothing else.
+A forward reads `self.training` for dropout (`F.dropout(x, p, self.training)`, `dropout_p=self.p if self.training else
+0.0`) and for other purposes: a gate that is soft in training, an auxiliary head, statistics, noise. Prediction by Monte
+Carlo dropout needs the former on and the latter off. Running the module tells them apart: a read is about dropout if
+True there makes units drop and, with all dropout at a rate of 0, changes no output.
 """
 
 import sys
@@ -19,26 +19,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 Place = tuple[str, str, int]
-"""File, function and instruction of a read of `self.training`."""
+"""A place in the code that reads `self.training`: (file, function, instruction)."""
 
 EVERY = None
-"""All places of a module's own code are answered True, as in a module that does nothing but drop in training."""
+"""Stands for all places of the user's code, as for a module whose training mode only adds dropout."""
 
 _READS = "_reads_of_training"
-_APART = 1e-4  # of the largest output: fused and plain attention differ by rounding
+_APART = 1e-4  # tolerance relative to the largest output, above the rounding of fused against plain attention
 
 
 class Reads:
-    """Answers to reads of `self.training` while a module runs.
+    """The answers to reads of `self.training` while a module runs.
 
-    on: places that are answered True, or EVERY. Reads inside torch's own code get the flag of the module, which stands
-    for its layer as a whole; so does every read of a module in `fixed`.
+    on: places that read True, or EVERY. Reads in torch's own code, and all reads of the modules with ids in `fixed`,
+    get the module's flag.
     """
 
     def __init__(self, on: Collection[Place] | None, fixed: Collection[int]):
         self.on, self._fixed = on, fixed
         self.seen: set[Place] = set()
-        self.unlike_flag = False  # a read of a module's own code that its flag would answer otherwise
+        self.unlike_flag = False  # whether any answer differed from the module's flag
 
     def answer(self, module: nn.Module, frame: types.FrameType) -> bool:
         flag = vars(module)["training"]
@@ -52,7 +52,7 @@ class Reads:
 
     @contextmanager
     def of(self, root: nn.Module) -> Iterator[None]:
-        """Inside, modules of `root` answer by these places."""
+        """Inside this context, `training` of the modules of `root` reads as `answer` says."""
         watched = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
         for m in watched:
             vars(m)[_READS] = self
@@ -79,16 +79,16 @@ def _watching(kind: type) -> type:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run with every dropout at a rate of 0 has shown."""
+    """The results of one run with every dropout at a rate of 0."""
 
     outputs: list[Any]
     structure: Any
-    written: list[Tensor]  # buffers, as the run left them
-    drops: int  # calls that would drop units
+    written: list[Tensor]  # buffers after the run
+    drops: int  # number of calls that would drop units
     error: str | None = None
 
     def computes_as(self, other: "Run") -> bool:
-        """Whether both gave the same outputs and left the same buffers."""
+        """Whether both runs have the same outputs and buffers, up to rounding."""
         if self.error or other.error or self.structure != other.structure:
             return False
         pairs = zip([*self.outputs, *self.written], [*other.outputs, *other.written], strict=True)
@@ -109,24 +109,26 @@ def _same(a: Any, b: Any) -> bool:
 def places_of_dropout(
     run: Callable[[Reads], tuple[Any, list[Tensor], int]], fixed: Collection[int]
 ) -> tuple[frozenset[Place] | None, list[str]]:
-    """The places that are about dropout, EVERY where all are; and what was switched off on the way, in words.
+    """The places that read `training` for dropout, or EVERY, and descriptions of the places that are switched off.
 
-    run: runs the module with these answers -> outputs, buffers as it left them, calls that would drop units.
-    Raises ValueError where one read drops units and does something else too.
+    run: runs the module with these answers and returns its outputs, its buffers after the run, and the number of calls
+        that would drop units.
+    fixed: ids of the modules whose reads get their flag.
+    Raises ValueError if one read both drops units and changes something else.
     """
 
     def look(on: Collection[Place] | None) -> tuple[Run, Reads]:
         reads = Reads(on, fixed)
         try:
             outputs, written, drops = run(reads)
-        except Exception as error:  # in training a module may do what a prediction cannot
+        except Exception as error:  # in training mode a module may do what a prediction cannot
             return Run([], None, [], 0, (str(error).strip() or type(error).__name__).splitlines()[0]), reads
         leaves, structure = tree_flatten(outputs)
         return Run(leaves, structure, written, drops), reads
 
     every, reads = look(EVERY)
     nothing = Reads(frozenset(), fixed)
-    outputs, written, drops = run(nothing)  # what fails here fails in prediction, and says why itself
+    outputs, written, drops = run(nothing)  # an error here is one of prediction too, so it is raised
     leaves, structure = tree_flatten(outputs)
     plain = Run(leaves, structure, written, drops)
     if every.computes_as(plain):
@@ -137,19 +139,19 @@ def places_of_dropout(
     while waiting := waiting - decided:
         place = min(waiting)
         decided.add(place)
-        found, reads = look(on | {place})
+        tried, reads = look(on | {place})
         waiting |= reads.seen
-        if found.error is None and found.drops > current.drops:
-            if not found.computes_as(current):
+        if tried.error is None and tried.drops > current.drops:
+            if not tried.computes_as(current):
                 raise ValueError(
-                    f"{_where(place)} asks self.training once for dropout and for something else that changes the "
-                    f"output, so that one cannot be on without the other: ask twice, or name the module in "
+                    f"{_where(place)} reads self.training once both for dropout and for something else that changes "
+                    f"the output, so one cannot be on without the other: read it twice, or name the module in "
                     f"deterministic= to keep it in evaluation mode"
                 )
             on.add(place)
-            current = found
-        elif found.error is not None or not found.computes_as(current):
-            off.append(f"{_where(place)}: {found.error or 'other than dropout'}")
+            current = tried
+        elif tried.error is not None or not tried.computes_as(current):
+            off.append(f"{_where(place)}: {tried.error or 'other than dropout'}")
     return frozenset(on), off
 
 

@@ -1,1 +1,1 @@
-"""The methods, one a file: each is a `Posterior` over the parameters or the masks of a network."""
+"""The methods, one per file: each is a `Posterior` over the parameters or the dropout masks of a network."""

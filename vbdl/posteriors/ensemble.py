@@ -1,4 +1,4 @@
-"""Deep ensembles: several networks trained from different starts, stacked into one.
+"""Deep ensembles: several networks trained from different initializations, their parameters stacked.
 
 Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles,
 NeurIPS 2017, https://arxiv.org/abs/1612.01474
@@ -32,20 +32,21 @@ from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
 
 
 class DeepEnsemble(Posterior):
-    """q(w) = an equal mixture of the members: parameters and buffers of every member, stacked.
+    """A deep ensemble: q(w) is an equal mixture of the members, whose parameters and buffers are stacked.
 
-    networks: a module, of which n_members fresh initializations are made, or a list of (trained) modules. Either may
-    be posteriors themselves: an ensemble of dropout or of mean-field networks. A list of different architectures is
-    taken too, and run one architecture after the other.
-    initialize: what makes a fresh initialization of a copy; unless given, every submodule's `reset_parameters`, and
-        what is frozen (requires_grad=False), like a pretrained backbone, stays as it is.
+    networks: a module, which is copied and initialized anew n_members times, or a list of (trained) modules. The
+        modules may be posteriors: an ensemble of dropout or mean-field networks. Modules of a list may differ in
+        architecture; the architectures then run one after the other.
+    initialize: function that initializes a copy of the module in place; by default every submodule's
+        `reset_parameters`, while frozen parameters (requires_grad=False), like a pretrained backbone, are kept.
     seed: of the initializations and of dropout in training; member m uses seed + m.
-    shared: names of the entries that members hold together, once; unless given, the frozen parameters (with the
-        buffers of frozen layers) that are equal in all members. They are computed once a batch, and not trained.
+    shared: names of parameters and buffers that all members share; by default the frozen parameters, and the buffers
+        of frozen layers, that are equal in all members. Layers of shared entries are computed once per batch, and
+        shared entries are not trained.
     """
 
     steps: Tensor
-    one_by_one: str | None = None  # why members are not trained together; None before that is known
+    one_by_one: str | None = None  # reason not to train members under `vmap`, "" for none; None: unknown
 
     def __init__(
         self,
@@ -61,25 +62,25 @@ class DeepEnsemble(Posterior):
             check_network(network, scripted=True)
             _base(network)
             if not state_of(network):
-                raise ValueError("the network has no parameter or buffer, so that members cannot differ")
+                raise ValueError("the network has no parameter or buffer, so members cannot differ: give another one")
         if isinstance(networks, nn.Module):
             if n_members is None or n_members < 1:
-                raise ValueError(f"DeepEnsemble of one module needs n_members of at least 1, got {n_members}")
+                raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
             members = [_fresh(networks, seed + m, initialize or reset_parameters) for m in range(n_members)]
         else:
             members = list(networks)
             if not members:
                 raise ValueError("an ensemble needs at least one member, got an empty list")
             if n_members not in (None, len(members)):
-                raise ValueError(f"n_members is {n_members} but {len(members)} networks were given")
+                raise ValueError(f"n_members is {n_members} but {len(members)} networks were given: leave it out")
         groups = _consecutive(members)
         if len(groups) > 1:
             if any(is_posterior(member) for member in members):
                 first, other = (architecture(_module_of(group[0])) for group in groups[:2])
-                said = "other frozen parameters" if first == other else difference(first, other)
+                how = "other frozen parameters" if first == other else difference(first, other)
                 raise ValueError(
                     f"members of different architectures must be plain networks, not posteriors; member "
-                    f"{len(groups[0])} has {said}"
+                    f"{len(groups[0])} has {how}"
                 )
             self._join([DeepEnsemble(group) for group in groups])
             return
@@ -90,12 +91,12 @@ class DeepEnsemble(Posterior):
 
         base = _base(members[0])
         modules: list[Any] = [m.module for m in members] if base is not None else members
-        # structure only, kept out of the registered modules: every parameter and buffer is in the stacks
+        # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
         self._hidden: tuple[Any, Any] = (blueprint(modules[0]), blueprint(base) if base is not None else None)
         if base is not None:
             self.n_draws = None if base.n_draws is None else base.n_draws * len(members)
         trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
-        self.stacked_parameters = nn.Module()  # a ParameterDict has no place for one named "values"
+        self.stacked_parameters = nn.Module()  # a ParameterDict cannot hold a parameter named "values"
         self.stacked_buffers = nn.Module()
         self.held_once = nn.Module()
         equal = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
@@ -132,7 +133,7 @@ class DeepEnsemble(Posterior):
 
     @property
     def module(self) -> nn.Module:
-        """The members' common module, whose tensors are placeholders; one a part for several architectures."""
+        """The members' common module, with placeholder tensors; a list of the parts for several architectures."""
         return self._parts if len(self._parts) else self._hidden[0]
 
     @property
@@ -141,7 +142,7 @@ class DeepEnsemble(Posterior):
 
     @property
     def base(self) -> KeyedPosterior | None:
-        """The posterior that every member is (without its tensors), or None if the members are plain networks."""
+        """The members' own posterior, with placeholder tensors, or None if the members are plain networks."""
         return None if len(self._parts) else self._hidden[1]
 
     @property
@@ -163,21 +164,21 @@ class DeepEnsemble(Posterior):
         return self
 
     def _link(self) -> None:
-        """Put the shared tensors in their places in the module that is called."""
+        """Put the shared tensors into the module that is called."""
         places = places_of(self._hidden[0])
         for name, t in self.shared().items():
             for place in places[name]:
                 prefix, _, leaf = place.rpartition(".")
                 owner = self._hidden[0].get_submodule(prefix)
-                held: dict[str, Any] = owner._parameters if isinstance(t, nn.Parameter) else owner._buffers
-                held[leaf] = t
+                tensors: dict[str, Any] = owner._parameters if isinstance(t, nn.Parameter) else owner._buffers
+                tensors[leaf] = t
 
     def shared(self) -> State:
-        """The parameters and buffers that all members share, without a members axis; none of them is trained."""
+        """The parameters and buffers shared by all members, without a members axis; none is trained."""
         return {name: getattr(self.held_once, _key(name)) for name in self._shared_names}
 
     def stacked(self) -> State:
-        """The parameters and buffers that each member has of its own, (members, ...) each: the trained tensors."""
+        """The parameters and buffers that differ between members, (members, ...) each: the tensors, not copies."""
         parameters = {name: getattr(self.stacked_parameters, _key(name)) for name in self._parameter_names}
         return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
 
@@ -197,9 +198,9 @@ class DeepEnsemble(Posterior):
         self.stacked_buffers.get_buffer("kl_weight").fill_(value)
 
     def member(self, index: int) -> State:
-        """The state dict of one member, a copy, to be loaded into a network of its own."""
+        """A copy of one member's state dict, to load into a network."""
         if not 0 <= index < self.n_members:
-            raise IndexError(f"member {index} of {self.n_members}")
+            raise IndexError(f"there is no member {index} of {self.n_members}: count from 0")
         for part in self.parts:
             if index < part.n_members:
                 entries = {**part.shared(), **{name: t[index] for name, t in part.stacked().items()}}
@@ -208,7 +209,7 @@ class DeepEnsemble(Posterior):
         raise AssertionError("unreachable")
 
     def draws(self, numbers: Tensor, seed: int) -> State:
-        """Sample s is member s % n_members; with dropout or weights of its own it is also draw s of those."""
+        """The entries of these samples: sample s is member s % n_members, at draw s of its dropout or weights."""
         stacked = self.stacked()
         which = numbers % self.n_members
         first, count = int(which[0]), len(which)
@@ -226,7 +227,7 @@ class DeepEnsemble(Posterior):
                 part._prepare_base(inputs)
 
     def _prepare_base(self, inputs: Inputs) -> None:
-        """Let the base posterior look at the inputs, with the first member's tensors."""
+        """Run the base posterior's `prepare` on the inputs, with the first member's tensors."""
         assert self.base is not None
         probe: Any = holding(self.base, {f"module.{name}": t for name, t in self.member(0).items()})
         probe.module.adopt(self._hidden[0])
@@ -234,13 +235,13 @@ class DeepEnsemble(Posterior):
         self._hidden[0].adopt(probe.module)
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
-        """(members,) each member's loss, nats a row.
+        """The loss of each member, (members,), in nats per row.
 
-        own_rows: x and y have a leading members axis, a batch for each member.
+        own_rows: x and y have a leading members axis, one batch per member.
         """
         if len(self._parts):
             if own_rows:
-                raise ValueError("members of different architectures share their batches")
+                raise ValueError("members of different architectures share their batches: give losses one batch")
             return torch.cat([part.losses(x, y, likelihood) for part in self.parts])
         objective, state, shared = self._objective(likelihood)
         self.steps += 1
@@ -249,7 +250,10 @@ class DeepEnsemble(Posterior):
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
     def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
-        """The members' objective, its entries of the next step, (members, ...) each, and its shared entries."""
+        """The training objective, its entries that differ between members, (members, ...), and its shared entries.
+
+        The keys among them are those of the next step.
+        """
         model, n_samples = Model(self, likelihood), 1 if self.base is None else self.base.n_samples
         state = model.member_entries()
         shared = model.shared(state)
@@ -257,9 +261,9 @@ class DeepEnsemble(Posterior):
         return Objective(self.module, likelihood, n_samples), state, shared
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
-        """Find out on the first batch whether `vmap` can train the members together, or one by one only.
+        """Find out on the first batch whether members can be trained together under `vmap`.
 
-        `one_by_one` then holds the reason, or "" if they are trained together.
+        Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
         """
         objective, state, shared = self._objective(likelihood)
         try:
@@ -269,19 +273,19 @@ class DeepEnsemble(Posterior):
                 raise
             raise ValueError(
                 "the network keeps a tensor in an attribute from one call to the next, which members would share: make "
-                "it a buffer with register_buffer(name, tensor), so that each has its own"
+                "it a buffer with register_buffer(name, tensor), so that each member has its own"
             ) from error
         self.one_by_one = reason or ""
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # registered names take no dots
+    return name.replace(".", "/")  # torch refuses dots in registered names
 
 
 def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:
-    """The names of the entries that members can share: frozen, and equal in all of them. chosen: names to take instead.
+    """The names of the entries that members share: those that are frozen and equal in all members.
 
-    Of a posterior those of the network inside; what the posterior keeps beside it is each member's.
+    Entries that a posterior adds to the user's network are not shared. chosen: names to share instead.
     """
     states = [state_of(module) for module in modules]
     if chosen is not None:
@@ -293,11 +297,11 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
     frozen = [_frozen_names(module) for module in modules]
     names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
     equal = [n for n in names if all(torch.equal(states[0][n], s[n]) for s in states[1:])]
-    return equal if len(equal) < len(states[0]) else []  # members that are all one have to be something
+    return equal if len(equal) < len(states[0]) else []  # at least one entry must be stacked
 
 
 def _frozen_names(module: nn.Module) -> set[str]:
-    """The names of the parameters that are not trained, and of the buffers of layers without trained parameters."""
+    """The names of frozen parameters, and of the buffers of layers whose parameters are all frozen."""
     names = {name for name, p in module.named_parameters() if not p.requires_grad}
     for path, m in frozen_modules(module):
         names |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
@@ -315,23 +319,26 @@ def _module_of(member: nn.Module) -> nn.Module:
 
 
 def _base(member: nn.Module) -> KeyedPosterior | None:
-    """The posterior that a member is, or None for a network."""
+    """The member if it is a posterior, or None if it is a plain network.
+
+    Raises TypeError for a posterior that does not draw from keys, like an ensemble.
+    """
     if is_posterior(member) and not isinstance(member, KeyedPosterior):
         raise TypeError(
-            f"members that are posteriors draw from keys, like vbdl.MCDropout and vbdl.MeanField, got "
+            f"members that are posteriors must draw from keys, like vbdl.MCDropout and vbdl.MeanField; got "
             f"{type(member).__name__}: give DeepEnsemble the networks themselves"
         )
     return member if isinstance(member, KeyedPosterior) else None
 
 
 def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
-    """Group consecutive members of the same architecture, in their order."""
+    """Group consecutive members of the same architecture, keeping their order."""
     groups: list[list[nn.Module]] = []
     last: list[str] | None = None
     for member in members:
         network = _module_of(member)
         frozen = [f"{name} is frozen" for name, p in network.named_parameters() if not p.requires_grad]
-        this = architecture(network) + frozen  # members that train other parts are not one either
+        this = architecture(network) + frozen  # members that freeze different parameters cannot be stacked
         if this != last:
             groups.append([])
         groups[-1].append(member)
@@ -340,7 +347,7 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
-    """Copy a module and initialize the copy under this seed; torch's global generator is restored afterwards."""
+    """Copy a module and initialize the copy with this seed; torch's global generator is left unchanged."""
     fresh = copied(module)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -349,17 +356,17 @@ def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], objec
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Call `reset_parameters` of every submodule, and keep what is frozen.
+    """Call `reset_parameters` of every submodule, and restore frozen parameters and buffers afterwards.
 
-    Raises ValueError where parameters belong to a submodule that has no initialization, or all are frozen.
+    Raises ValueError if a submodule with trainable parameters has no `reset_parameters`, or all parameters are frozen.
     """
     target = _network_of(module)
     if not any(p.requires_grad for p in target.parameters()):
         raise ValueError(
-            "every parameter is frozen, so all members would be one network: thaw what is to be trained with "
-            "requires_grad_(True), or give DeepEnsemble a list of trained modules"
+            "every parameter is frozen, so all members would be equal: call requires_grad_(True) on the parameters to "
+            "train, or give DeepEnsemble a list of trained modules"
         )
-    # a submodule's initialization may reach into others, so that what is frozen is put back in the end
+    # a submodule's initialization may change other submodules, so frozen tensors are restored at the end
     kept = {t: t.detach().clone() for m in target.modules() for t in _frozen(m)}
     for name, m in target.named_modules():
         reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)

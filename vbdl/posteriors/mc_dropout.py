@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: dropout stays on in prediction, and a sample is the network a mask leaves.
+"""Monte Carlo dropout: dropout stays on in prediction, and each sample is the network under one dropout mask.
 
 Gal and Ghahramani, Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep Learning, ICML 2016,
 https://arxiv.org/abs/1506.02142
@@ -16,16 +16,15 @@ from vbdl.types import Inputs
 
 
 class MCDropout(KeyedPosterior):
-    """q(w) = the module's weights with units dropped at its own rates, one mask a sample, shared by the batch.
+    """A Monte Carlo dropout posterior: each sample is the module under one dropout mask, shared by the rows of a batch.
 
     module: any network with dropout: layers, `F.dropout`, attention, between recurrent layers. It is copied.
-    p: overrides the rates, for every dropout or by module name, {"encoder": 0.1, "head.drop": 0.5}.
+    p: overrides the dropout rates, all of them or by module name, {"encoder": 0.1, "head.drop": 0.5}.
     deterministic: modules, by name or type, that stay in evaluation mode with their dropout off.
+    seed: of the masks in training, one mask per row; in an ensemble of these, member m uses seed + m.
 
-    seed: of the masks in training, a mask a row; member m of an ensemble of these uses seed + m.
-
-    Training and prediction draw from counters, never from torch's generator. Raises ValueError where the module has
-    no dropout, at once if no code of it mentions dropout, else when it is first run.
+    Training and prediction draw from counters, never from torch's generator. Raises ValueError if the module has no
+    dropout: at once if its code does not mention dropout, else when it first runs.
     """
 
     module: DropoutNetwork
@@ -41,7 +40,7 @@ class MCDropout(KeyedPosterior):
         check_network(module)
         for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
             if not 0.0 <= rate < 1.0:
-                raise ValueError(f"a dropout rate lies in [0, 1), got {rate}")
+                raise ValueError(f"a dropout rate must lie in [0, 1), got {rate}")
         check_chosen("deterministic", deterministic)
         names = {name for name, _ in module.named_modules()}
         for name in [*(p if isinstance(p, Mapping) else ()), *(d for d in deterministic if isinstance(d, str))]:
@@ -59,7 +58,7 @@ class MCDropout(KeyedPosterior):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     def prepare(self, inputs: Inputs) -> None:
-        """Run the module to find every dropout call, and the batch axis of each."""
+        """Run the module to find every dropout call and its batch axis. Raises ValueError if none drops units."""
         was_training = self.module.training
         self.module.eval()
         try:
@@ -67,7 +66,9 @@ class MCDropout(KeyedPosterior):
         finally:
             self.module.train(was_training)
         if not any(site.p > 0 for site in sites):
-            off = f". Off in prediction, as no dropout: {'; '.join(self.module.off)}" if self.module.off else ""
+            off = ""
+            if self.module.off:
+                off = f". Switched off in prediction, because it is not dropout: {'; '.join(self.module.off)}"
             raise ValueError(
                 f"no dropout with a rate above 0 was called when the module ran, so every sample would be the same: "
                 f"check the rates and deterministic=, or give MCDropout(module, p=...){off}"

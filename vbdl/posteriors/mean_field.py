@@ -1,4 +1,4 @@
-"""Mean-field variational inference: a normal of its own for every weight, fitted by maximizing the ELBO.
+"""Mean-field variational inference: an independent normal for every weight, fitted by maximizing the ELBO.
 
 Graves, Practical Variational Inference for Neural Networks, NeurIPS 2011; Blundell et al., Weight Uncertainty in
 Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
@@ -20,16 +20,18 @@ from vbdl.nn.sampled import SampledNetwork, choose
 
 
 class MeanField(KeyedPosterior):
-    """q(w) = prod_i N(mean_i, std_i^2); loss = E_q[-log p(y | x, w)] + kl_weight * KL(q || prior) / n_data.
+    """A mean-field posterior q(w) = prod_i N(mean_i, std_i^2).
 
-    module: any network; it is copied, and its weights are the initial means (train it first, or not). In one that has
-        `BayesianLinear` or `BayesianConv*d` layers those are drawn, and nothing else.
-    n_data: rows of the training set, which the KL is shared out over.
+    The loss of a row is E_q[-log p(y | x, w)] + kl_weight * KL(q || prior) / n_data.
+
+    module: any network, trained or not; it is copied, and its weights are the initial means. In a network with
+        `BayesianLinear` or `BayesianConv*d` layers only the weights of those layers are sampled.
+    n_data: number of rows in the training set, by which the KL is divided.
     prior: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name {"": 1.0, "head": 0.1}.
-    parameters: which to sample, by name or module type; all trainable ones unless given.
-    initial_std: std of every weight at the start.
-    n_samples: draws of the weights in a training step.
-    seed: of the draws in training; member m of an ensemble of these uses seed + m.
+    parameters: the parameters to sample, by name or module type; by default all trainable ones.
+    initial_std: std of every weight before training.
+    n_samples: draws of the weights per training step, averaged.
+    seed: of the draws in training; in an ensemble of these, member m uses seed + m.
     """
 
     module: Any
@@ -49,15 +51,17 @@ class MeanField(KeyedPosterior):
         check_network(module)
         check_chosen("parameters", parameters)
         if n_data < 1:
-            raise ValueError(f"n_data is the number of training rows, at least 1, got {n_data}")
+            raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
         if not (initial_std > 0 and math.isfinite(initial_std)):
-            raise ValueError(f"initial_std is positive and finite, got {initial_std}")
+            raise ValueError(f"initial_std must be positive and finite, got {initial_std}")
         if n_samples < 1:
-            raise ValueError(f"n_samples is at least 1, got {n_samples}")
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
         self.lost_hooks = parameter_hooks(module)
         if has_bayesian_layers(module):
             if parameters is not None or prior != 1.0 or initial_std != 0.05:
-                raise ValueError("a network with Bayesian layers has its priors and initial_std in those layers")
+                raise ValueError(
+                    "a network with Bayesian layers has its priors and initial_std in those layers: set them there"
+                )
             self.module = LayeredNetwork(copied(module), n_data)
         else:
             chosen = choose(module, None if parameters is None else tuple(parameters), prior)
@@ -67,7 +71,7 @@ class MeanField(KeyedPosterior):
 
     @property
     def kl_weight(self) -> float:
-        """The weight of the KL term; below 1 the posterior is tempered, as in a warm-up schedule."""
+        """The weight of the KL term; below 1 the posterior is tempered, as during a warm-up."""
         return float(self.module.kl_weight)
 
     @kl_weight.setter

@@ -1,1 +1,1 @@
-"""Trains: one stacked step of all members, checkpoints, early stopping."""
+"""Training of posteriors: the compiled step of all members, checkpoints and early stopping."""

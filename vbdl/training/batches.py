@@ -1,4 +1,4 @@
-"""The data of one training: the batches of each epoch, the rows it is validated on, and what tells them apart later."""
+"""The data of one training: the batches of each epoch, the validation rows, and fingerprints of the training rows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,17 +16,17 @@ Check = Callable[[Inputs, Tensor], tuple[Inputs, Tensor]]
 
 
 class TrainingData:
-    """What `fit` was given, as checked batches.
+    """The data of one training as batches, checked and moved to the device.
 
-    check: puts rows on the device, and raises for those that cannot be trained on.
-    own_rows: each member has batches of its own, with a leading members axis; never so with a DataLoader.
+    check: moves rows to the device and raises an error for rows that cannot be trained on.
+    own_rows: whether each member has its own batches, with a leading members axis; always False with a DataLoader.
     validation: (inputs, targets) to validate on, or None.
-    fingerprints: of the rows trained on, one tensor for all rows or one a batch of a DataLoader.
+    fingerprints: hashes of the training rows, one tensor for all rows or one per batch of a DataLoader.
     """
 
     def __init__(self, data: Any, options: TrainingOptions, n_members: int, stacked: bool, check: Check):
         self._check = check
-        self._unseen = True  # whether no epoch of a DataLoader was begun yet
+        self._unseen = True  # until the first epoch of a DataLoader begins
         self.fingerprints: list[Tensor] = []
         self.validation: tuple[Inputs, Tensor] | None = None
         if options.validation is not None and not options.holds_out:
@@ -34,7 +34,7 @@ class TrainingData:
         if isinstance(data, DataLoader):
             if options.bootstrap or options.member_rows is not None or options.holds_out:
                 raise ValueError(
-                    "bootstrap, member_rows and a share for validation pick rows, which a DataLoader does not let us: "
+                    "bootstrap, member_rows and a share for validation select rows, which a DataLoader does not allow: "
                     "give fit the tensors or the Dataset"
                 )
             self._batches: Rows | Batches = Batches(data)
@@ -43,21 +43,22 @@ class TrainingData:
         self.own_rows = self._batches.own
 
     def _rows(self, data: Any, options: TrainingOptions, n_members: int, stacked: bool) -> Rows:
-        """Each member's rows of a data set that is held whole."""
+        """The batches of a data set in memory, with the rows of each member."""
         x, y = whole(data)
         check_rows(x, y)
         x, y = self._check(x, y)
         rows = torch.arange(len(y))
         if options.holds_out:
             seed = options.seed if options.holdout_seed is None else options.holdout_seed
-            rows, held = holdout(len(y), float(options.validation), seed)  # type: ignore[arg-type]
-            self.validation = take(x, held), y[held]
+            rows, held_out = holdout(len(y), float(options.validation), seed)  # type: ignore[arg-type]
+            self.validation = take(x, held_out), y[held_out]
         seeds = [options.seed + m for m in range(n_members)]
         if options.member_rows is not None:
             chosen = torch.as_tensor(options.member_rows)
             if chosen.ndim != 2 or chosen.shape[0] != n_members:
                 raise ValueError(
-                    f"member_rows is (members, n) = ({n_members}, n) row numbers, got {tuple(chosen.shape)}"
+                    f"member_rows must be row numbers of shape (members, n) = ({n_members}, n), got shape "
+                    f"{tuple(chosen.shape)}"
                 )
         elif options.bootstrap:
             chosen = torch.stack([rows[bootstrap(len(rows), seed)] for seed in seeds])
@@ -67,11 +68,11 @@ class TrainingData:
         return Rows(x, y, chosen, options.batch_size, seeds if stacked else seeds[:1], stacked)
 
     def __len__(self) -> int:
-        """Batches in an epoch; 1 where a stream does not know."""
+        """The number of batches in an epoch; 1 for a stream of unknown length."""
         return len(self._batches)
 
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
-        """The checked batches of this epoch, (inputs, targets); those of a DataLoader are fingerprinted once."""
+        """Yield the checked batches of this epoch, (inputs, targets); a DataLoader's are fingerprinted once."""
         if isinstance(self._batches, Rows):
             yield from self._batches.epoch(number)
             return

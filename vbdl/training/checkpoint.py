@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: a safetensors file, with everything that is no tensor as JSON in its header."""
+"""Checkpoints of a training run: a safetensors file, whose header holds everything that is not a tensor as JSON."""
 
 import json
 import os
@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, history: Any, epoch: int) -> None:
-    """Write a checkpoint beside the old file and rename it over that, so that a whole file exists at every moment."""
+    """Write a checkpoint to a temporary file and rename it to `path`, so that `path` is always a complete file."""
     path = Path(path)
     flat = dict(tensors)
     state = optimizer.state_dict()
@@ -40,38 +40,41 @@ def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, histo
 
 
 def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
-    """Restore optimizer and schedule from a checkpoint; returns its tensors, the next epoch and the history."""
+    """Restore optimizer and schedule from a checkpoint and return its other tensors, the next epoch and the history."""
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("vbdl")
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a checkpoint of vbdl: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint of vbdl ({error}): remove it, or give another path") from error
     if about is None:
-        raise ValueError(f"{path} is not a checkpoint of vbdl")
+        raise ValueError(f"{path} is not a checkpoint of vbdl: remove it, or give another path")
     about = json.loads(about)
     if about["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {about['format']}, this vbdl reads {FORMAT}")
+        raise ValueError(
+            f"{path} has checkpoint format {about['format']}, but this version of vbdl reads format {FORMAT}: remove "
+            f"it, or give another path"
+        )
     state: dict[int, dict[str, Any]] = {}
-    for name in [n for n in found if n.startswith("optimizer.")]:
+    for name in [n for n in tensors if n.startswith("optimizer.")]:
         _, index, entry = name.split(".", 2)
-        state.setdefault(int(index), {})[entry] = found.pop(name)
+        state.setdefault(int(index), {})[entry] = tensors.pop(name)
     for index, entries in about["optimizer"]["plain"].items():
         state.setdefault(int(index), {}).update(entries)
     groups = about["optimizer"]["param_groups"]
-    # "initial_lr" is a schedule's
+    # "initial_lr" was added by a schedule
     if [set(g) - {"initial_lr"} for g in groups] != [
         set(g) - {"initial_lr"} for g in optimizer.state_dict()["param_groups"]
     ]:
-        raise ValueError(f"the checkpoint {path} is of another optimizer: remove it, or give another path")
+        raise ValueError(f"the checkpoint {path} was saved with another optimizer: remove it, or give another path")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and about["schedule"] is not None:
         schedule.load_state_dict(about["schedule"])
-    return found, about["epoch"], about["history"]
+    return tensors, about["epoch"], about["history"]
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a schedule's state that JSON can hold; its constructor makes the others again."""
+    """The entries of a schedule's state that JSON can hold; the schedule's constructor restores the others."""
     kept = {}
     for name, value in state.items():
         if isinstance(value, Tensor):

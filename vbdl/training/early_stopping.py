@@ -11,20 +11,23 @@ from vbdl.types import State
 class BestEpochs:
     """The state of every member at its best epoch so far.
 
-    by_member: names of entries with a leading members axis. An entry without one belongs to all members, and is kept
-    from the last epoch at which any member became better.
+    by_member: names of entries with a leading members axis. All other entries are shared by the members, and are kept
+    from the last epoch at which any member improved.
     """
 
     def __init__(self, members: int, patience: int | None, by_member: frozenset[str]):
         self.patience, self.by_member = patience, by_member
-        self.best = torch.full((members,), math.inf)  # nats a row
+        self.best = torch.full((members,), math.inf)  # nats per row
         self.epoch = torch.full((members,), -1)
-        self.waited = torch.zeros(members, dtype=torch.int64)  # epochs without a better one
+        self.waited = torch.zeros(members, dtype=torch.int64)  # epochs since the last improvement
         self.active = torch.ones(members, dtype=torch.bool)
         self.kept: State = {}
 
     def update(self, epoch: int, nll: Tensor, state: State) -> None:
-        """Keep the state of members whose validation loss fell, and stop those out of patience. nll: (members,)"""
+        """Keep the state of members whose validation loss fell, and stop members that have waited `patience` epochs.
+
+        nll: (members,) validation losses of this epoch.
+        """
         better = self.active & (nll < self.best)
         self.best = torch.where(better, nll, self.best)
         self.epoch = torch.where(better, epoch, self.epoch)
@@ -41,8 +44,10 @@ class BestEpochs:
             self.active &= self.waited < self.patience
 
     def last(self, epochs: int) -> int:
-        """The number of epochs after which training stops if no member becomes better again, at most `epochs`. Call it
-        after `update`."""
+        """The number of epochs after which training stops if no member improves again, at most `epochs`.
+
+        To be called after `update`.
+        """
         if self.patience is None:
             return epochs
         now = int((self.epoch + self.waited).max()) + 1
@@ -55,18 +60,18 @@ class BestEpochs:
         return not bool(self.active.any())
 
     def restore(self, state: State) -> None:
-        """Copy the kept entries, if there are any, into this state."""
+        """Copy the kept entries into this state; do nothing if `update` was never called."""
         with torch.no_grad():
             for name, kept in self.kept.items():
                 state[name].copy_(kept)
 
     def tensors(self) -> State:
-        """Everything that `load` needs to go on from here, for a checkpoint."""
+        """The tensors that a checkpoint saves and `load` takes."""
         numbers = {"best": self.best, "epoch": self.epoch, "waited": self.waited, "active": self.active}
         return numbers | {f"kept.{name}": t for name, t in self.kept.items()}
 
     def load(self, saved: State, device: torch.device) -> None:
-        """Take over what `tensors` returned in an earlier run."""
+        """Restore the tensors that `tensors` returned in an earlier run."""
         self.best, self.epoch = saved["best"], saved["epoch"]
         self.waited, self.active = saved["waited"], saved["active"]
         self.kept = {n.removeprefix("kept."): t.to(device) for n, t in saved.items() if n.startswith("kept.")}

@@ -1,8 +1,8 @@
-"""Training: every posterior by its own loss, all members of an ensemble in one stacked step.
+"""Training of posteriors: each by its own loss, all members of an ensemble in one stacked step.
 
-The step (forward, backward, and the changes of buffers) is traced once a batch shape and compiled like a prediction.
-Members share nothing but the step: each has its initialization, its order of the data, its gradient norm and its
-early stopping, so that the result is that of training them one by one, to float rounding.
+The step (forward, backward, and updates of buffers) is traced once per batch shape and compiled like a prediction.
+Members share only the step: each has its own initialization, order of the rows, gradient norm and early stopping, so
+that the result is that of training them one by one, up to float rounding.
 """
 
 from collections.abc import Callable
@@ -47,25 +47,26 @@ def fit(
 ) -> History:
     """Train a posterior and its likelihood in place.
 
-    data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader. With a DataLoader all members see its
-        batches; with anything else each has an order of its own.
-    optimizer: parameters -> optimizer, one that treats each number on its own (Adam, SGD, ...); AdamW(lr,
-        weight_decay) unless given.
-    schedule: optimizer -> learning-rate schedule, stepped once an epoch; "cosine" anneals to zero.
-    validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the epoch with the best
-        validation likelihood, and stops after `patience` epochs without a better one.
-    clip_norm: largest gradient norm of a member.
+    data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader. All members see the batches of a
+        DataLoader; of any other data each member has its own order of the rows.
+    optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
+        AdamW(lr, weight_decay) unless given.
+    schedule: function of the optimizer that returns a learning-rate schedule, stepped once per epoch; "cosine" anneals
+        to zero.
+    validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the state of the epoch with
+        its best validation likelihood, and stops after `patience` epochs without improvement.
+    clip_norm: the largest gradient norm of each member.
     kl_warmup: epochs over which the weight of the KL term rises from 0 to its value.
-    bootstrap: each member trains on its own resample of the rows.
-    member_rows: (members, n) the rows each member trains on, in place of all.
-    seed: of orders and resamples; member m uses seed + m. (Dropout and weights draw from the posterior's seed.)
-        torch's own generator is left as it was.
-    compile: compile the step; unless given, where there are steps enough to pay for it.
-    checkpoint: a file to save to every `checkpoint_every` epochs, and to go on from if it is there: the result is that
+    bootstrap: train each member on its own bootstrap resample of the rows.
+    member_rows: (members, n) row numbers that each member trains on, instead of all rows.
+    seed: of the row orders and resamples; member m uses seed + m. (Dropout masks and weights are drawn from the
+        posterior's seed.) torch's global generator is left unchanged.
+    compile: whether to compile the step; by default only if there are enough steps to repay the time.
+    checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
         of an uninterrupted run.
 
-    Raises ValueError for bad data, and before the first step for what a predictor would refuse, like a network that
-    cannot be traced or that mixes rows; FloatingPointError where the loss stops being finite.
+    Raises ValueError for bad data and, before the first step, for a network that a predictor would refuse, like one
+    that cannot be traced or that mixes rows; FloatingPointError if the loss becomes NaN or infinite.
     """
     options = TrainingOptions(
         epochs=epochs,
@@ -99,58 +100,63 @@ def fit(
         return TrainingRun(posterior, data, likelihood, options).run()
     except (IndexError, RuntimeError) as error:
         inputs = data[0] if isinstance(data, tuple | list) else None
-        if (said := outside_range(inputs, error, (part.module for part in posterior.parts))) is None:
+        if (range_error := outside_range(inputs, error, (part.module for part in posterior.parts))) is None:
             raise
-        raise said from error
+        raise range_error from error
 
 
 def _check_gradients(posterior: Posterior) -> None:
-    """ValueError for an embedding whose gradients are sparse, which neither Adam, a KL term nor clipping can take, and
-    for hooks of gradients, which the posterior's copy of the network has not."""
+    """Raise ValueError for sparse gradients of an embedding and for gradient hooks.
+
+    Adam, a KL term and clipping cannot take sparse gradients; the posterior's copy of the network lacks the hooks.
+    """
     for part in posterior.parts:
         if hooks := part.lost_hooks:
             raise ValueError(
-                f"parameter '{hooks[0]}' has a hook of its gradient (register_hook), which the posterior's copy of the "
-                f"network does not carry: mask the parameter by torch.nn.utils.parametrize, or freeze it with "
+                f"parameter '{hooks[0]}' has a gradient hook (register_hook), which the posterior's copy of the "
+                f"network does not have: mask the parameter with torch.nn.utils.parametrize, or freeze it with "
                 f"requires_grad_(False)"
             )
         for name, m in part.module.named_modules():
             if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse and m.weight.requires_grad:
                 raise ValueError(
-                    f"module '{name}' ({type(m).__name__}) has sparse gradients, which fit cannot train with: make it "
+                    f"module '{name}' ({type(m).__name__}) has sparse gradients, which fit cannot train with: build it "
                     f"with sparse=False"
                 )
 
 
 def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options: TrainingOptions) -> History:
-    """Members of different architectures: one architecture after the other."""
+    """Train members of different architectures, one architecture after the other."""
     import copy
 
     if options.checkpoint is not None or options.member_rows is not None:
-        raise ValueError("checkpoint and member_rows need members of one architecture")
+        raise ValueError("checkpoint and member_rows need members of one architecture: leave them out")
     if not isinstance(data, DataLoader):
         data = whole(data)
         check_rows(*data)
-        check_predictable(posterior, likelihood, data[0])  # all of them before the first is trained
-    total, trained, start = History(), [], 0
+        check_predictable(posterior, likelihood, data[0])  # check all architectures before the first is trained
+    total, likelihoods, start = History(), [], 0
     for part in posterior.parts:
-        own = copy.deepcopy(likelihood)
+        part_likelihood = copy.deepcopy(likelihood)
         part_options = replace(options, seed=options.seed + start, holdout_seed=options.seed)
-        one = TrainingRun(part, data, own, part_options).run()
-        trained.append(own)
+        history = TrainingRun(part, data, part_likelihood, part_options).run()
+        likelihoods.append(part_likelihood)
         start += part.n_members
-        total.best_epoch += one.best_epoch
-        total.epochs = max(total.epochs, one.epochs)
-        total.seconds += one.seconds
-        total.compile_seconds += one.compile_seconds
-        for mine, theirs in ((total.train_loss, one.train_loss), (total.validation_nll, one.validation_nll)):
-            for epoch, values in enumerate(theirs):
-                if epoch < len(mine):
-                    mine[epoch] = mine[epoch] + values
+        total.best_epoch += history.best_epoch
+        total.epochs = max(total.epochs, history.epochs)
+        total.seconds += history.seconds
+        total.compile_seconds += history.compile_seconds
+        for joined, added in (
+            (total.train_loss, history.train_loss),
+            (total.validation_nll, history.validation_nll),
+        ):
+            for epoch, values in enumerate(added):
+                if epoch < len(joined):
+                    joined[epoch] = joined[epoch] + values
                 else:
-                    mine.append(values)
+                    joined.append(values)
     replicate(likelihood, start)
     with torch.no_grad():
         for name, p in likelihood.named_parameters():
-            p.copy_(torch.cat([dict(own.named_parameters())[name] for own in trained]))
+            p.copy_(torch.cat([dict(trained.named_parameters())[name] for trained in likelihoods]))
     return total

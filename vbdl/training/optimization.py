@@ -1,4 +1,4 @@
-"""How a step changes the parameters: the optimizer, its schedule, and the clipping of gradients."""
+"""The optimizer, its learning-rate schedule, and the clipping of gradients."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,46 +10,47 @@ from vbdl.training.options import TrainingOptions
 
 
 def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of these parameters: what `options.optimizer` returns for them, AdamW unless given.
+    """The optimizer that `options.optimizer` returns for these parameters, or AdamW if it is None.
 
-    Raises TypeError or ValueError for an optimizer that cannot step from one gradient.
+    Raises TypeError if that is no optimizer, and ValueError for LBFGS, which needs several gradients per step.
     """
     if options.optimizer is None:
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     optimizer: Any = options.optimizer(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer returns a torch.optim.Optimizer, got {type(optimizer).__name__} from it")
+        raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__} from it")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "LBFGS evaluates the loss several times a step, which fit does not: use an optimizer with one gradient a "
-            "step, like AdamW or SGD"
+            "LBFGS evaluates the loss several times per step, which fit does not: use an optimizer with one gradient "
+            "per step, like AdamW or SGD"
         )
     return optimizer
 
 
 def make_schedule(options: TrainingOptions, optimizer: torch.optim.Optimizer) -> Any:
-    """The learning-rate schedule of this optimizer, stepped once an epoch; None for a constant rate."""
+    """The learning-rate schedule of this optimizer, stepped once per epoch; None for a constant rate."""
     if options.schedule is None:
         return None
-    if not callable(options.schedule):  # "cosine", the only name there is
+    if not callable(options.schedule):  # "cosine" is the only name
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     schedule = options.schedule(optimizer)
     if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ValueError(
-            "ReduceLROnPlateau waits for a number that fit does not give a schedule: use schedule='cosine' or one "
-            "of the epoch alone, like StepLR, and validation= with patience= to stop in time"
+            "ReduceLROnPlateau needs a metric at every step, which fit does not pass to a schedule: use "
+            "schedule='cosine' or a schedule of the epoch alone, like StepLR, and validation= with patience= to stop "
+            "early"
         )
     return schedule
 
 
 def clip_gradients(trained: Mapping[str, Tensor], largest: float, by_member: Collection[str]) -> None:
-    """Scale gradients down to this norm: each member's own, and that of all that members share.
+    """Scale the gradients of each member down to a norm of at most `largest`, and likewise those of shared tensors.
 
-    by_member: names of the tensors with a leading members axis.
+    by_member: names of the tensors with a leading members axis; the others are shared by all members.
     """
-    together = [p for name, p in trained.items() if name not in by_member]
-    if together:
-        torch.nn.utils.clip_grad_norm_(together, largest)
+    shared = [p for name, p in trained.items() if name not in by_member]
+    if shared:
+        torch.nn.utils.clip_grad_norm_(shared, largest)
     gradients = [p.grad for name, p in trained.items() if name in by_member and p.grad is not None]
     if not gradients:
         return

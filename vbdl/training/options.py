@@ -1,4 +1,4 @@
-"""What `vbdl.fit` is asked for, checked in one place."""
+"""The arguments of `vbdl.fit`, checked in one place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """The arguments of `vbdl.fit`, with its defaults; ValueError or TypeError for a value that no training can have."""
+    """The arguments of `vbdl.fit` with their defaults. Raises ValueError or TypeError for an invalid value."""
 
     epochs: int = 100
     batch_size: int = 128
@@ -31,32 +31,34 @@ class TrainingOptions:
     checkpoint: str | Path | None = None
     checkpoint_every: int = 10
     progress: bool | None = None
-    holdout_seed: int | None = None  # of the rows held out for validation; `seed` unless given
+    holdout_seed: int | None = None  # selects the validation rows; `seed` if None
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise ValueError(f"epochs is at least 1, got {self.epochs}")
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, got {self.batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.optimizer is not None and not callable(self.optimizer):
             raise TypeError(
                 f"optimizer must be a function of the parameters, e.g. lambda ps: torch.optim.SGD(ps, lr=0.1); got an "
                 f"instance of {type(self.optimizer).__name__}"
             )
         if not (self.schedule is None or self.schedule == "cosine" or callable(self.schedule)):
-            raise ValueError(f"schedule is 'cosine' or a function of the optimizer, got {self.schedule!r}")
+            raise ValueError(f"schedule must be 'cosine' or a function of the optimizer, got {self.schedule!r}")
         if self.holds_out and not 0 < self.validation < 1:  # type: ignore[operator]
-            raise ValueError(f"validation is a share of the rows between 0 and 1, or data; got {self.validation}")
+            raise ValueError(
+                f"validation must be a share of the rows between 0 and 1, or (inputs, targets); got {self.validation}"
+            )
         if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is at least 1 epoch without a gain, got {self.patience}")
+            raise ValueError(f"patience must be at least 1 epoch, got {self.patience}")
         if self.patience is not None and self.validation is None:
-            raise ValueError("patience counts epochs without a gain on validation rows: give validation= too")
+            raise ValueError("patience counts epochs without improvement on validation rows: give validation= too")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is a positive length of the gradient, got {self.clip_norm}")
+            raise ValueError(f"clip_norm must be a positive gradient norm, got {self.clip_norm}")
         if self.kl_warmup < 0:
-            raise ValueError(f"kl_warmup is a number of epochs, 0 for none, got {self.kl_warmup}")
+            raise ValueError(f"kl_warmup must be a number of epochs, 0 for none, got {self.kl_warmup}")
         if self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every is at least 1 epoch, got {self.checkpoint_every}")
+            raise ValueError(f"checkpoint_every must be at least 1 epoch, got {self.checkpoint_every}")
 
     @property
     def holds_out(self) -> bool:

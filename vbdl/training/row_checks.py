@@ -1,4 +1,4 @@
-"""Checks of rows before anything is trained on them: by the network, the likelihood, and a predictor of both."""
+"""Checks of rows before training: the network, the likelihood and a predictor must take them."""
 
 from typing import Any
 
@@ -13,35 +13,35 @@ from vbdl.types import Inputs, Likelihood, Posterior
 
 
 def check_predictable(posterior: Posterior, likelihood: Likelihood, x: Inputs) -> None:
-    """Raise the error that a predictor of this posterior raises for rows like these.
+    """Raise the error that a predictor of this posterior would raise for rows like these.
 
-    That is for a network that cannot be traced, mixes rows, draws from torch's generator or returns no tensor, and for
-    one whose output nothing random reaches. The predictor's first execution is built for it, uncompiled, of two rows
-    and two draws, on a copy of the posterior.
+    A predictor refuses a network that cannot be traced, mixes rows, draws from torch's generator or returns no tensor,
+    and one whose output is the same for all draws. The check builds a predictor's first execution, uncompiled, with
+    two rows and two draws, on a copy of the posterior.
     """
-    # of different architectures every one is looked at, which takes the draws of all members
+    # only the draws of all members reach every one of several architectures
     n_samples = None if len(posterior.parts) > 1 else min(2, posterior.n_draws or 2)
-    with torch.inference_mode(False):  # a predictor is made of tensors that may be differentiated
-        # two rows that differ, as the first and the last one mostly do: each is held against a batch of the other
+    with torch.inference_mode(False):  # a predictor's tensors may be differentiated
+        # the first and the last row, which mostly differ: equal rows would hide that the network mixes rows
         few = take(x, torch.tensor([0, tensors(x)[0].shape[0] - 1]))
         Predictor(posterior, likelihood, n_samples, compile=False, tiles=2).explain(few)
 
 
 class RowChecks:
-    """Puts rows on the posterior's device and their targets in the form that the likelihood needs.
+    """A callable that checks rows, moves them to the posterior's device, and converts targets for the likelihood.
 
-    The network is run once for each shape of a row, to know the shape of its output, and not for every batch; the first
-    rows are also checked by `check_predictable`.
+    The network runs once per shape of a row, to find the shape of its output, not once per batch; `check_predictable`
+    checks the first rows.
     """
 
     def __init__(self, model: Model, seed: int):
         self.model, self.seed, self.device = model, seed, model.device
         self._floating = floating_dtype(model.posterior)
-        self._output_shapes: dict[Any, tuple[int, ...]] = {}  # by names, shapes and dtypes of a row
+        self._output_shapes: dict[Any, tuple[int, ...]] = {}  # by argument names, shapes and dtypes of a row
 
     def __call__(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
-        """Inputs and targets to train on. Raises ValueError or TypeError that says what is wrong with them."""
-        # detached from what made them, like a network whose features they are
+        """The inputs and targets to train on. Raises ValueError or TypeError for rows that cannot be trained on."""
+        # detached from the graph that computed them, e.g. of a network whose features they are
         x, y = map_inputs(lambda t: t.detach().to(self.device), x), y.detach().to(self.device)
         check_dtype(x, self._floating)
         names = tuple(x) if isinstance(x, dict) else None
@@ -54,7 +54,7 @@ class RowChecks:
 
     @torch.no_grad()
     def _output_shape(self, one: Inputs) -> tuple[int, ...]:
-        """The shape of the parameters of p(y | x) of a row, found by running one."""
+        """The shape of the parameters of p(y | x) for one row, found by running the network on it."""
         posterior = self.model.posterior
         was_training = posterior.training
         posterior.eval()

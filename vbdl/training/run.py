@@ -1,4 +1,4 @@
-"""The epochs of one training: its steps, validation, checkpoints and what is left behind."""
+"""The epochs of one training: steps, validation, checkpoints, and the state of the posterior afterwards."""
 
 import math
 import time
@@ -21,34 +21,34 @@ from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
 from vbdl.training.validation import Validation
 
-# below this many steps, compiling (some seconds a batch shape) costs more than it saves
+# below this many steps, compiling (some seconds per batch shape) costs more than it saves
 _STEPS_WORTH_COMPILING = 4000
 
 
 @dataclass
 class History:
-    """What happened in a training, an entry an epoch."""
+    """The losses and times of a training, one entry per epoch."""
 
-    train_loss: list[list[float]] = field(default_factory=list)  # (epochs, members) nats a row
-    validation_nll: list[list[float]] = field(default_factory=list)  # (epochs, members) nats a row
-    best_epoch: list[int] = field(default_factory=list)  # (members,) the epoch kept, -1 for the last
+    train_loss: list[list[float]] = field(default_factory=list)  # (epochs, members) nats per row
+    validation_nll: list[list[float]] = field(default_factory=list)  # (epochs, members) nats per row
+    best_epoch: list[int] = field(default_factory=list)  # (members,) epoch whose state was kept, -1 for the last
     epochs: int = 0
     seconds: float = 0.0
-    compile_seconds: float = 0.0  # of which, for tracing and compiling
+    compile_seconds: float = 0.0  # time spent tracing and compiling, part of `seconds`
 
 
 class TrainingRun:
-    """One training of members of one architecture."""
+    """One training run of a posterior whose members have one architecture."""
 
     def __init__(self, posterior: Any, data: Any, likelihood: Any, options: TrainingOptions):
         self.posterior, self.likelihood, self.options = posterior, likelihood, options
         self.members: int = posterior.n_members
-        apart = bool(posterior.by_member)  # each member has rows, gradient norm and early stopping of its own
-        if apart:
+        separate = bool(posterior.by_member)  # whether members have their own rows, gradient norms and early stopping
+        if separate:
             replicate(likelihood, self.members)
         self.model = Model(posterior, likelihood)
         self.device = self.model.device
-        self.data = TrainingData(data, options, self.members, apart, RowChecks(self.model, options.seed))
+        self.data = TrainingData(data, options, self.members, separate, RowChecks(self.model, options.seed))
         self.validate = None
         if self.data.validation is not None:
             self.validate = Validation(self.model, options.seed, *self.data.validation)
@@ -63,7 +63,7 @@ class TrainingRun:
         self.history = History()
         self.best = BestEpochs(self.members, options.patience, self.model.by_member)
         self.start = 0
-        self._begun = False  # whether the posterior has seen a batch of this training
+        self._begun = False  # whether `before_training` was called
         self.kl_weight = posterior.kl_weight
 
     def _set_kl(self, epoch: int) -> None:
@@ -77,9 +77,9 @@ class TrainingRun:
         self._resume()
         self.posterior.train()
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has turned off
+            with torch.inference_mode(False), torch.enable_grad():  # also inside a caller's no_grad or inference_mode
                 self._epochs()
-        finally:  # a training that was interrupted has trained all the same
+        finally:  # also if the training was interrupted: the parameters have changed
             self._leave()
         if options.checkpoint is not None:
             self._save(history.epochs)
@@ -97,7 +97,9 @@ class TrainingRun:
         with torch.random.fork_rng(devices=devices), Progress("training", options.epochs, options.progress) as bar:
             bar.done = self.start
             for epoch in range(self.start, options.epochs):
-                torch.manual_seed((options.seed * 1_000_003 + epoch) % 2**63)  # for modules with noise of their own
+                torch.manual_seed(
+                    (options.seed * 1_000_003 + epoch) % 2**63
+                )  # for modules that draw from torch's generator
                 self._set_kl(epoch)
                 self._epoch(epoch)
                 self.posterior.after_epoch(epoch)
@@ -106,7 +108,7 @@ class TrainingRun:
                     nll = self.validate()
                     history.validation_nll.append(nll.tolist())
                     self.best.update(epoch, nll, state_of(self.losses))
-                    bar.total = self.best.last(options.epochs)  # when it stops if nothing is gained any more
+                    bar.total = self.best.last(options.epochs)  # the epochs until early stopping if no member improves
                     history.best_epoch = self.best.epoch.tolist()
                     note += f", validation {float(nll.mean()):.4g}"
                 if self.schedule is not None:
@@ -119,13 +121,13 @@ class TrainingRun:
                     break
 
     def _leave(self) -> None:
-        """The posterior as it is used after training, which knows its rows."""
+        """Put the posterior in evaluation mode, remove what training kept, and record the rows trained on."""
         if self.kl_weight is not None and self.options.kl_warmup:
             self.posterior.kl_weight = self.kl_weight
         self.posterior.eval()
         forget(self.posterior.module)
         forget(self.likelihood)
-        # what vbdl.calibrate refuses to calibrate on; a plain attribute, no buffer that the network would carry
+        # rows that vbdl.calibrate refuses; a plain attribute, since a buffer would enter the state dict
         before = self.posterior.training_rows
         seen = [*self.data.fingerprints, *([] if before is None else [before])]
         if seen:
@@ -158,7 +160,7 @@ class TrainingRun:
             )
         self.history.train_loss.append(means)
 
-    # -- stopping and going on
+    # -- checkpoints
 
     def _save(self, epoch: int) -> None:
         tensors = {f"model.{n}": t for n, t in state_of(self.losses).items()} | self.best.tensors()
@@ -170,17 +172,17 @@ class TrainingRun:
         path = self.options.checkpoint
         if path is None or not Path(path).exists():
             return
-        found, epoch, history = load_checkpoint(path, self.optimizer, self.schedule)
-        if (rows := found.pop("rows", None)) is not None:  # a run that is finished looks at no row again
+        tensors, epoch, history = load_checkpoint(path, self.optimizer, self.schedule)
+        if (rows := tensors.pop("rows", None)) is not None:  # resuming a finished run reads no batch to fingerprint
             self.data.fingerprints.append(rows)
-        own = state_of(self.losses)
-        saved = {n.removeprefix("model."): t for n, t in found.items() if n.startswith("model.")}
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
+        state = state_of(self.losses)
+        saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in saved.items()}:
             raise ValueError(f"the checkpoint {path} is of another model: remove it, or give another path")
         with torch.no_grad():
-            for name, t in own.items():
+            for name, t in state.items():
                 t.copy_(saved[name])
-        self.best.load(found, self.device)
+        self.best.load(tensors, self.device)
         for name, value in history.items():
             setattr(self.history, name, value)
         self.start = self.options.epochs if self.best.done else epoch

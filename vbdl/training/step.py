@@ -1,4 +1,4 @@
-"""One step of training, the forward and backward pass and the update of buffers, compiled once for each batch shape."""
+"""One training step, the forward and backward pass and the updates of buffers, compiled once per batch shape."""
 
 import logging
 import time
@@ -19,7 +19,10 @@ logger = logging.getLogger("vbdl")
 
 
 class Losses(nn.Module):
-    """Posterior and likelihood as one module whose forward returns the loss of each member."""
+    """Posterior and likelihood as one module, whose forward returns the loss of each member, (members,), nats per row.
+
+    own: whether each member has its own batch.
+    """
 
     def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool):
         super().__init__()
@@ -30,7 +33,7 @@ class Losses(nn.Module):
 
 
 class Step:
-    """Computes the losses of a batch and leaves their gradients in the parameters' `grad`."""
+    """A callable that computes the losses of a batch and puts their gradients in the parameters' `grad`."""
 
     def __init__(self, losses: Losses, compiled: bool):
         self.losses, self.compiled = losses, compiled
@@ -41,7 +44,7 @@ class Step:
         self._calls: dict[Any, Callable] = {}
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
-        """The loss of each member before the optimizer's step, (members,), nats a row."""
+        """The loss of each member before the optimizer's step, (members,), nats per row."""
         if not self.compiled:
             return self._plain(x, y)
         fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
@@ -58,7 +61,7 @@ class Step:
         with torch.no_grad():
             losses, *gradients = self._calls[key](*flat)
         for p, gradient in zip(self.trained.values(), gradients, strict=True):
-            # a fused optimizer reads memory in order and takes the parameter's layout for granted
+            # a fused optimizer reads the gradient in memory order and assumes the parameter's layout
             p.grad = gradient.contiguous()
         return losses
 
@@ -68,29 +71,30 @@ class Step:
         return losses.detach()
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
-        """The graph of the step; None, with one warning, if the network runs but cannot be traced."""
+        """The graph of the step, or None, after logging a warning, if the network cannot be traced."""
         try:
             return self._trace(whole, flat)
-        except Exception as error:  # what the network computes may depend on values: torch says so in many ways
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", said)
+        except Exception as error:  # torch raises many types of errors for a graph that depends on values
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", reason)
             return None
 
     def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
         if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
-            # differentiated first and its mutations removed then: no kernel has a gradient under `functionalize`
+            # differentiate before `trace` removes mutations: no kernel has a gradient under `functionalize`
             whole = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         return trace(whole, *flat, aligned=False)
 
     def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
-        """A function of a flat list (trained entries, fixed ones, inputs, targets) to losses and gradients."""
+        """A function from the flat list (trained entries, fixed entries, inputs, targets) to (losses, *gradients)."""
         count = len(self.trained)
 
         def whole(*flat: Tensor) -> tuple[Tensor, ...]:
             *entries, targets = flat
             inputs = rebuild(like, entries[count + len(fixed) :])
 
-            # what the step changes (running statistics, counters) has to be an argument of what is differentiated
+            # entries that the step changes (running statistics, counters) must be arguments of the function that
+            # torch.func.grad differentiates
             def total(trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
                 state = dict(zip([*self.trained, *fixed], [*trained, *others], strict=True))
                 losses = call(self.losses, state, (inputs, targets))

@@ -1,4 +1,4 @@
-"""The validation likelihood of each member, which early stopping goes by."""
+"""The validation loss of each member, by which early stopping selects an epoch."""
 
 import math
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from vbdl.data.rows import take
 from vbdl.model import Model
 from vbdl.types import Inputs
 
-# draws a member is judged by where it has draws: their mixture's likelihood, not one draw's
+# draws per member of a posterior that samples: validation scores their mixture
 _DRAWS = 8
-_ROWS_COMPARED = 32  # on which mapped draws are compared with draws one after the other, once
+_ROWS_COMPARED = 32  # rows on which `vmap` over draws is compared, once, with running draws one by one
 _ROWS_AT_ONCE = 1024
 
 
 class Validation:
-    """Mean -log p(y | x) of each member on rows that are not trained on; nats."""
+    """The mean -log p(y | x) of each member on the validation rows, in nats."""
 
     def __init__(self, model: Model, seed: int, x: Inputs, y: Tensor):
         self.model, self.seed, self.x, self.y = model, seed, x, y
-        self._execute: Callable[..., Tensor] | None = None  # of all draws
+        self._execute: Callable[..., Tensor] | None = None  # runs all draws, by `vmap` or one by one
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """(members,) with the posterior as it is now; it is in training mode afterwards"""
+        """The loss of each member, (members,), for the posterior's current state; leaves it in training mode."""
         model, posterior = self.model, self.model.posterior
         draws = 1 if posterior.n_draws is not None else _DRAWS
         posterior.eval()
