@@ -145,7 +145,7 @@ MANIFESTS = {
     "format true": ("dropout", put("format", True), "no format number"),
     "future format": ("dropout", put("format", 2), "format 2.*newer vbdl"),
     "past format": ("dropout", put("format", 0), "format 0"),
-    "other noise": ("dropout", put("versions/noise", 2), "counters of version 2"),
+    "other noise": ("dropout", put("versions/noise", 2), "version 2 of the noise generator"),
     "unknown field": ("dropout", put("execute", "rm -rf /"), "unknown field `execute`"),
     "unknown field inside": ("dropout", put("posterior/hook", "os:system"), "unknown field `hook`"),
     "unknown method": ("dropout", put("posterior/type", "Pickled"), "Invalid value"),
@@ -162,7 +162,7 @@ MANIFESTS = {
     "torch.load for a layer": ("dropout", put(f"{LAYERS}/0/name", "utils.skip_init"), "not among the layers"),
     "a layer's unknown argument": ("dropout", put(f"{LAYERS}/0/arguments/device", "cuda"), "no argument 'device'"),
     "an argument that is an object": ("dropout", put(f"{LAYERS}/2/arguments/p", {"a": 1}), "Dropout|dict"),
-    "an argument out of range": ("dropout", put(f"{LAYERS}/2/arguments/p", 2.0), "Dropout cannot be made"),
+    "an argument out of range": ("dropout", put(f"{LAYERS}/2/arguments/p", 2.0), "Dropout cannot be built"),
     "a layer of 8 EiB": ("dropout", put(f"{LAYERS}/0/arguments/in_features", 2**60), "Linear|shape"),
     "a layer of 4 TiB": ("dropout", put(f"{LAYERS}/0/arguments/out_features", 2**38), "shape"),
     "a convolution instead": (
@@ -294,7 +294,7 @@ MANIFESTS = {
     "10,001 names": (
         "dropout",
         lambda m: m["tensors"].update({f"posterior.{i}": {"dtype": "F32", "shape": [0]} for i in range(10_001)}),
-        "more than 10000",
+        "at most 10000 are allowed",
     ),
 }
 
@@ -408,7 +408,7 @@ TENSORS = {
             lambda h: {**h, **{f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}},
         ),
         True,
-        "more than 10000",
+        "at most 10000 are allowed",
     ),
     "twice the same name": (
         lambda d: with_header(d, lambda h: json.dumps(h).encode()[:-1] + b',"training_rows":{}}'),
@@ -476,7 +476,7 @@ CONSISTENT = {
     "float steps": (rewritten("posterior.steps", torch.tensor(1.0)), "is torch.float32 in the file"),
     "narrower weights": (rewritten(W, torch.ones(7, 4)), "shape"),
     "a tensor of nothing": (rewritten("elsewhere", torch.ones(2)), "neither to the posterior nor to the likelihood"),
-    "a tensor the posterior has not": (rewritten("posterior.extra", torch.ones(2)), "'extra' of shape None"),
+    "a tensor the posterior has not": (rewritten("posterior.extra", torch.ones(2)), "'extra' has shape None"),
     "a tensor the likelihood has not": (rewritten("likelihood.extra", torch.ones(2)), "no tensor 'extra'|described"),
     "a NaN threshold": (
         rewritten("likelihood.decision.threshold", torch.tensor(torch.nan, dtype=torch.float64)),
@@ -501,7 +501,7 @@ def test_files_that_agree_on_a_lie(case, artifacts, tmp_path):
 
 def test_a_folder_that_is_none(artifacts, tmp_path):
     files = artifacts["dropout"]
-    refused(tmp_path / "nowhere", "not there")
+    refused(tmp_path / "nowhere", "does not exist")
     (tmp_path / "file").write_bytes(b"x")
     refused(tmp_path / "file", "is a file")
     refused(lay(tmp_path / "empty", {}), "has no manifest.json")

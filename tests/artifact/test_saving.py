@@ -171,11 +171,11 @@ def test_a_network_of_ones_own_to_be_given(posterior, tmp_path):
     assert_same(vbdl.load(folder, module=Own()), predict)
     with pytest.raises(ArtifactError, match="load\\(folder, module=...\\)"):
         vbdl.load(folder)
-    with pytest.raises(ArtifactError, match="out_features is 5, and was 6"):
+    with pytest.raises(ArtifactError, match="out_features is 5 and was 6"):
         vbdl.load(folder, module=Own(width=5))
-    with pytest.raises(ArtifactError, match="slope is 0.3, and was 0.1"):
+    with pytest.raises(ArtifactError, match="slope is 0.3 and was 0.1"):
         vbdl.load(folder, module=Own(slope=0.3))
-    with pytest.raises(ArtifactError, match="is Sequential, and was Own"):
+    with pytest.raises(ArtifactError, match="is Sequential and was Own"):
         vbdl.load(folder, module=nn.Sequential(Own()))
 
 
@@ -183,7 +183,7 @@ def test_one_network_described_and_one_given(tmp_path):
     q = vbdl.DeepEnsemble([net(), net(), Own()])
     folder = predictor(q).save(tmp_path / "model", architecture=[None, f"{__name__}:Own"], arguments=[{}, {"width": 6}])
     assert_same(vbdl.load(folder, trust=(__name__,)), predictor(q))
-    with pytest.raises(ValueError, match="2 architectures, and 1 were given"):
+    with pytest.raises(ValueError, match="2 architectures, but architecture= has 1 entries"):
         predictor(q).save(tmp_path / "other", architecture=f"{__name__}:Own")
 
 

@@ -72,7 +72,7 @@ class Maker:
             network = copy.deepcopy(self._given[self._next])
             self._next += 1
             if not isinstance(architecture, Layers):
-                check_same(network, architecture.settings, "the module given has", ArtifactError)
+                check_same(network, architecture.settings, "module= is", ArtifactError)
             return network
         if isinstance(architecture, Layers):
             return _layers(architecture, self._trust)
