@@ -143,7 +143,7 @@ def test_a_network_given_to_load_has_the_same_constants(kind, tmp_path):
     right = p(x).mean
     folder = p.save(tmp_path / "m")
     assert torch.equal(vbdl.load(folder, module=KINDS[kind](1), compile=False)(x).mean, right)
-    with pytest.raises(ArtifactError, match="another network"):
+    with pytest.raises(ArtifactError, match="a different network"):
         vbdl.load(folder, module=KINDS[kind](2), compile=False)
 
 
@@ -193,7 +193,7 @@ def test_what_a_class_keeps_for_itself_is_compared_too(kind, tmp_path):
     p(x)
     folder = p.save(tmp_path / "m")
     vbdl.load(folder, module=PRIVATE[kind](1), compile=False)
-    with pytest.raises(ArtifactError, match="another network"):
+    with pytest.raises(ArtifactError, match="a different network"):
         vbdl.load(folder, module=PRIVATE[kind](0), compile=False)
 
 

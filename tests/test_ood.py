@@ -238,7 +238,7 @@ def test_features_are_the_inputs_of_a_layer():
     for layer, said in (("9", "no layer '9'"), ("", "no layer")):
         with pytest.raises(ValueError, match=said):
             ood.features(network, layer, [x])
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="batches is empty"):
         ood.features(network, "3", [])
     assert torch.equal(ood.features(network, "3", [x.numpy()]), ood.features(network, "3", [x]))
     with pytest.raises(TypeError, match=r"\[x\] for one"):

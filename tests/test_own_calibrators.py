@@ -331,7 +331,7 @@ def test_a_calibrator(name):
         nll = [float(-p(x, samples=True).log_prob(y).mean()) for p in (predict, calibrated)]
         assert nll[1] < nll[0]
     decided = vbdl.with_decision(predict, _Nothing())
-    with pytest.raises(ValueError, match="calibrate first, decide after"):
+    with pytest.raises(ValueError, match="already has a decision, on uncalibrated predictions: calibrate it first"):
         vbdl.calibrate(decided, (x, y), make())
 
 
@@ -395,7 +395,7 @@ def test_a_prediction_of_ones_own():
     torch.testing.assert_close(added.mean, prediction.mean)
     with pytest.raises(ValueError, match="is for classes"):
         vbdl.calibrate(predict, (x, y), TopClasses())
-    with pytest.raises(TypeError, match="recalibrates a RegressionPrediction"):
+    with pytest.raises(TypeError, match="needs a RegressionPrediction"):
         shift = calibration.CDFRecalibration().fit_scores(torch.randn(50))
         calibration.CalibratedLikelihood(Poisson(), shift, 50, 0).prediction(
             {n: t for n, t in _tensors(predict(x)).items()}, 3
@@ -411,7 +411,7 @@ def test_what_a_calibrator_does_not_define_is_named():
     with pytest.raises(NotImplementedError, match="Calibrator needs a method fit_prediction"):
         vbdl.calibrate(predict, (x, y), method)
     method.acts_on = "weights"
-    with pytest.raises(TypeError, match="needs a calibrator"):
+    with pytest.raises(TypeError, match="must be a calibrator of"):
         vbdl.calibrate(predict, (x, y), method)
     method.acts_on = "probs"
     predict, x, y = _classes()

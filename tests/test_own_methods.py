@@ -487,7 +487,7 @@ def test_a_package_is_exported_or_refused_in_words(posterior, data, tmp_path):
     q, noise, _ = usual(posterior, "own")
     predict = predicted(q, noise, tiles=8)
     if posterior == "entries made in draws":
-        with pytest.raises(ValueError, match="is drawn from the seed outside the network"):
+        with pytest.raises(ValueError, match="from the seed outside the network"):
             predict.export(tmp_path / "package", backend="onnx", example=data[0])
         return
     package = predict.export(tmp_path / "package", backend="onnx", example=data[0])

@@ -27,12 +27,10 @@ X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 def test_conformal_sets_of_several_questions(questions):
     predict = vbdl.Predictor(vbdl.MCDropout(_net(questions)), vbdl.Bernoulli(), n_samples=4, compile=False)
     y = (torch.arange(40 * questions).reshape(40, questions) % 3 == 0).float()
-    with pytest.raises(
-        ValueError, match=f"answers {questions} questions of yes or no .multi-label.: take one"
-    ) as caught:
+    with pytest.raises(ValueError, match=f"has {questions} binary outputs .multi-label.: fit one for each") as caught:
         calibrate(predict, (X, y), ConformalSets(0.1))
     assert "normalize" not in str(caught.value)
-    with pytest.raises(ValueError, match=f"y answers {questions} questions .* fit one ConformalSets a question"):
+    with pytest.raises(ValueError, match=f"y has {questions} binary outputs .* fit one ConformalSets for each"):
         ConformalSets(0.1).fit(predict(X).probs, y.long())
     # and what it says works
     p = predict(X)

@@ -112,7 +112,7 @@ dist.barrier()
 try:
     ShardedPredictor.load(folder / "wide", mesh=mesh)
 except ValueError as error:
-    check("damage anywhere is refused everywhere", "damaged or exchanged" in str(error))
+    check("damage anywhere is refused everywhere", "damaged or replaced" in str(error))
 
 try:
     ShardedPredictor(dropout, vbdl.Categorical(), 1, mesh=mesh, compile=False)

@@ -110,7 +110,7 @@ def test_what_python_raises_of_damage_is_an_artifact_error(tmp_path, monkeypatch
         with pytest.raises(ArtifactError, match="cannot be read"):
             vbdl.load(folder)
     monkeypatch.undo()
-    with pytest.raises(TypeError, match="trust is a sequence"):
+    with pytest.raises(TypeError, match="trust must be a sequence"):
         vbdl.load(folder, trust="mine")
 
 
@@ -133,7 +133,7 @@ def test_a_save_that_another_one_overtakes_is_made_again(code, tmp_path, monkeyp
     monkeypatch.setattr(files, "_put", overtaken)
     mine.save(tmp_path / "m", overwrite=True)
     assert vbdl.load(tmp_path / "m", compile=False).seed == 1 and len(calls) == 3
-    with pytest.raises(FileExistsError, match="is there already"):  # without overwrite the first one stays
+    with pytest.raises(FileExistsError, match="exists already"):  # without overwrite the first one stays
         other.save(tmp_path / "m")
 
 

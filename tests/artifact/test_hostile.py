@@ -145,7 +145,7 @@ MANIFESTS = {
     "format true": ("dropout", put("format", True), "no format number"),
     "future format": ("dropout", put("format", 2), "format 2.*newer vbdl"),
     "past format": ("dropout", put("format", 0), "format 0"),
-    "other noise": ("dropout", put("versions/noise", 2), "counters of version 2"),
+    "other noise": ("dropout", put("versions/noise", 2), "version 2 of the noise generator"),
     "unknown field": ("dropout", put("execute", "rm -rf /"), "unknown field `execute`"),
     "unknown field inside": ("dropout", put("posterior/hook", "os:system"), "unknown field `hook`"),
     "unknown method": ("dropout", put("posterior/type", "Pickled"), "Invalid value"),
@@ -162,7 +162,7 @@ MANIFESTS = {
     "torch.load for a layer": ("dropout", put(f"{LAYERS}/0/name", "utils.skip_init"), "not among the layers"),
     "a layer's unknown argument": ("dropout", put(f"{LAYERS}/0/arguments/device", "cuda"), "no argument 'device'"),
     "an argument that is an object": ("dropout", put(f"{LAYERS}/2/arguments/p", {"a": 1}), "Dropout|dict"),
-    "an argument out of range": ("dropout", put(f"{LAYERS}/2/arguments/p", 2.0), "Dropout cannot be made"),
+    "an argument out of range": ("dropout", put(f"{LAYERS}/2/arguments/p", 2.0), "Dropout cannot be built"),
     "a layer of 8 EiB": ("dropout", put(f"{LAYERS}/0/arguments/in_features", 2**60), "Linear|shape"),
     "a layer of 4 TiB": ("dropout", put(f"{LAYERS}/0/arguments/out_features", 2**38), "shape"),
     "a convolution instead": (
@@ -170,11 +170,23 @@ MANIFESTS = {
         put(f"{LAYERS}/0", {"name": "Conv1d", "arguments": {"in_channels": 5, "out_channels": 7, "kernel_size": 1}}),
         "shape",
     ),
-    "layers in a leaf": ("dropout", put(f"{LAYERS}/1/children", {"0": {"name": "ReLU"}}), "no layers inside"),
-    "a layer's name with a dot": ("dropout", put(f"{LAYERS}/0.weight", {"name": "ReLU"}), "cannot name a layer"),
+    "layers in a leaf": (
+        "dropout",
+        put(f"{LAYERS}/1/children", {"0": {"name": "ReLU"}}),
+        "layers inside, which only a Sequential has",
+    ),
+    "a layer's name with a dot": (
+        "dropout",
+        put(f"{LAYERS}/0.weight", {"name": "ReLU"}),
+        "is not a valid name of a layer",
+    ),
     "a missing layer": ("dropout", drop(f"{LAYERS}/3"), "shape None"),
     "tied to nothing": ("dropout", put("posterior/network/ties", {"0.weight": "9.weight"}), "cannot be tied"),
-    "tied to another shape": ("dropout", put("posterior/network/ties", {"0.weight": "3.weight"}), "differ in shape"),
+    "tied to another shape": (
+        "dropout",
+        put("posterior/network/ties", {"0.weight": "3.weight"}),
+        "their shapes differ",
+    ),
     "import of a stranger": (
         "dropout",
         put("posterior/network", {"type": "reference", "target": "antigravity:x", "arguments": {}, "settings": {}}),
@@ -224,7 +236,7 @@ MANIFESTS = {
     "a likelihood that is a function": (
         "dropout",
         put("likelihood/class", "os.system"),
-        "not among what can be stored",
+        "not a class that can be stored",
     ),
     "a likelihood to import": ("dropout", put("likelihood/class", "antigravity:X"), "runs code"),
     "a decision to import": (
@@ -260,7 +272,7 @@ MANIFESTS = {
     "a likelihood inside that is none": (
         "dropout",
         put("likelihood/arguments/likelihood", {"module": {"class": "Linear", "arguments": {}}}),
-        "not among what can be stored",
+        "not a class that can be stored",
     ),
     "a tensor in the manifest only": (
         "dropout",
@@ -275,14 +287,14 @@ MANIFESTS = {
     "another dtype": ("dropout", put("tensors/training_rows/dtype", "F64"), "is I64, the manifest says F64"),
     "a dtype that is none": ("dropout", put("tensors/training_rows/dtype", "OBJECT"), "I64"),
     "a control character in a name": ("dropout", put("tensors/a\x00b", {"dtype": "F32", "shape": [1]}), "manifest"),
-    "another digest": ("dropout", put("file_sha256", "0" * 64), "damaged or exchanged"),
+    "another digest": ("dropout", put("file_sha256", "0" * 64), "damaged or replaced"),
     "a digest that is a path": ("dropout", put("file_sha256", "../../etc/passwd"), "regex"),
     "a size that is none": ("dropout", put("file_bytes", 2**62), "file_bytes"),
     "fewer training rows": ("dropout", put("training_rows", 3), "fingerprints"),
     "10,001 names": (
         "dropout",
         lambda m: m["tensors"].update({f"posterior.{i}": {"dtype": "F32", "shape": [0]} for i in range(10_001)}),
-        "more than 10000",
+        "at most 10000 are allowed",
     ),
 }
 
@@ -299,10 +311,10 @@ RAW = {
     "cut short": (lambda m: m[: len(m) // 2], "not JSON"),
     "not UTF-8": (lambda m: m[:50] + b"\xff\xfe" + m[50:], "not JSON"),
     "a pickle": (lambda m: pickle.dumps(print), "not JSON"),
-    "twice the same key": (lambda m: m.replace(b"{", b'{"format": 2,', 1), "stands there twice"),
-    "twice the same key inside": (lambda m: m.replace(b'"seed":', b'"seed": 5, "seed":', 1), "stands there twice"),
-    "NaN": (lambda m: m.replace(b'"seed":', b'"x": NaN, "seed":', 1), "no number of JSON"),
-    "1e999": (lambda m: m.replace(b'"seed":', b'"x": 1e999, "seed":', 1), "no number of JSON"),
+    "twice the same key": (lambda m: m.replace(b"{", b'{"format": 2,', 1), "occurs twice"),
+    "twice the same key inside": (lambda m: m.replace(b'"seed":', b'"seed": 5, "seed":', 1), "occurs twice"),
+    "NaN": (lambda m: m.replace(b'"seed":', b'"x": NaN, "seed":', 1), "not a valid number in JSON"),
+    "1e999": (lambda m: m.replace(b'"seed":', b'"x": 1e999, "seed":', 1), "not a valid number in JSON"),
     "100,000 deep": (lambda m: b"[" * 100_000 + b"]" * 100_000, "not JSON"),
     "an object 100,000 deep": (lambda m: b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "not JSON"),
     "a number of 100,000 digits": (lambda m: b'{"format":' + b"9" * 100_000 + b"}", "not JSON"),
@@ -364,12 +376,12 @@ def exchanged(data: bytes) -> bytes:
 
 W = "posterior.module.inner.0.weight"
 TENSORS = {
-    "cut short": (lambda d: d[:-1], False, "cut short or exchanged"),
-    "cut in the header": (lambda d: d[:20], False, "cut short or exchanged"),
-    "empty": (lambda d: b"", False, "cut short or exchanged"),
-    "a byte more": (lambda d: d + b"x", False, "cut short or exchanged"),
-    "one bit flipped": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), False, "damaged or exchanged"),
-    "values in another order": (exchanged, False, "damaged or exchanged"),
+    "cut short": (lambda d: d[:-1], False, "truncated or replaced"),
+    "cut in the header": (lambda d: d[:20], False, "truncated or replaced"),
+    "empty": (lambda d: b"", False, "truncated or replaced"),
+    "a byte more": (lambda d: d + b"x", False, "truncated or replaced"),
+    "one bit flipped": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), False, "damaged or replaced"),
+    "values in another order": (exchanged, False, "damaged or replaced"),
     "a pickle": (lambda d: pickle.dumps({W: print}), True, "header"),
     "a zip of torch.save": (lambda d: _torch_save({W: torch.zeros(7, 5)}), True, "header"),
     "a zip with ../": (lambda d: _zip({"../../evil.py": b"import os"}), True, "header"),
@@ -378,7 +390,7 @@ TENSORS = {
     "a header of 0 bytes": (lambda d: struct.pack("<Q", 0) + d[8:], True, "header"),
     "a header of 100 MB": (lambda d: with_header(d, lambda h: json.dumps(h).encode() + b" " * 10**8), True, "header"),
     "a header that is no JSON": (lambda d: with_header(d, lambda h: b"{" * 100), True, "not JSON"),
-    "a header that is a list": (lambda d: with_header(d, lambda h: b"[]"), True, "not an object"),
+    "a header that is a list": (lambda d: with_header(d, lambda h: b"[]"), True, "not a JSON object"),
     "400,000 names": (
         lambda d: with_header(
             d,
@@ -396,17 +408,17 @@ TENSORS = {
             lambda h: {**h, **{f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}},
         ),
         True,
-        "more than 10000",
+        "at most 10000 are allowed",
     ),
     "twice the same name": (
         lambda d: with_header(d, lambda h: json.dumps(h).encode()[:-1] + b',"training_rows":{}}'),
         True,
-        "stands there twice",
+        "occurs twice",
     ),
     "a name with ../": (
         lambda d: with_header(d, lambda h: {("../../x" if n == W else n): v for n, v in h.items()}),
         True,
-        "not those of the manifest",
+        "name different tensors",
     ),
     "another shape": (in_header(f"{W}/shape", [5, 7]), True, "the manifest says"),
     "a shape of 2^60 x 0": (in_header(f"{W}/shape", [2**60, 0]), True, "the manifest says"),
@@ -414,11 +426,11 @@ TENSORS = {
     "another dtype": (in_header(f"{W}/dtype", "I32"), True, "the manifest says"),
     "offsets out of the file": (in_header(f"{W}/data_offsets", [10**9, 10**9 + 140]), True, "starts at byte"),
     "negative offsets": (in_header(f"{W}/data_offsets", [-140, 0]), True, "starts at byte"),
-    "offsets that are text": (in_header(f"{W}/data_offsets", ["0", "140"]), True, "no offsets"),
+    "offsets that are text": (in_header(f"{W}/data_offsets", ["0", "140"]), True, "are not two ints"),
     "offsets that do not fit": (in_header(f"{W}/data_offsets", [0, 4]), True, "needs 140 bytes"),
     "overlapping tensors": (lambda d: with_header(d, overlapping), True, "needs|starts at byte"),
-    "a hole": (lambda d: with_header(d, moved) + b"\0" * 4, True, "starts at byte|there are"),
-    "an entry more": (in_header(f"{W}/loader", "os.system"), True, "not described by"),
+    "a hole": (lambda d: with_header(d, moved) + b"\0" * 4, True, "starts at byte|its data has"),
+    "an entry more": (in_header(f"{W}/loader", "os.system"), True, "must have exactly dtype, shape and data_offsets"),
 }
 
 
@@ -463,8 +475,8 @@ CONSISTENT = {
     "integer weights": (rewritten(W, torch.ones(7, 5, dtype=torch.int64)), "is torch.int64 in the file"),
     "float steps": (rewritten("posterior.steps", torch.tensor(1.0)), "is torch.float32 in the file"),
     "narrower weights": (rewritten(W, torch.ones(7, 4)), "shape"),
-    "a tensor of nothing": (rewritten("elsewhere", torch.ones(2)), "neither of the posterior nor of the likelihood"),
-    "a tensor the posterior has not": (rewritten("posterior.extra", torch.ones(2)), "'extra' of shape None"),
+    "a tensor of nothing": (rewritten("elsewhere", torch.ones(2)), "neither to the posterior nor to the likelihood"),
+    "a tensor the posterior has not": (rewritten("posterior.extra", torch.ones(2)), "'extra' has shape None"),
     "a tensor the likelihood has not": (rewritten("likelihood.extra", torch.ones(2)), "no tensor 'extra'|described"),
     "a NaN threshold": (
         rewritten("likelihood.decision.threshold", torch.tensor(torch.nan, dtype=torch.float64)),
@@ -489,7 +501,7 @@ def test_files_that_agree_on_a_lie(case, artifacts, tmp_path):
 
 def test_a_folder_that_is_none(artifacts, tmp_path):
     files = artifacts["dropout"]
-    refused(tmp_path / "nowhere", "not there")
+    refused(tmp_path / "nowhere", "does not exist")
     (tmp_path / "file").write_bytes(b"x")
     refused(tmp_path / "file", "is a file")
     refused(lay(tmp_path / "empty", {}), "has no manifest.json")
@@ -499,7 +511,7 @@ def test_a_folder_that_is_none(artifacts, tmp_path):
 @pytest.mark.parametrize("name", ["model.pkl", "pytorch_model.bin", "model.pt2", "code.py", "..\\evil", "x.so", "a\nb"])
 def test_a_file_that_no_artifact_holds(name, artifacts, tmp_path):
     files = {**artifacts["dropout"], name: pickle.dumps(print)}
-    refused(lay(tmp_path / "model", files), "which no artifact does: nothing was read")
+    refused(lay(tmp_path / "model", files), "so nothing was read: an artifact holds only")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "README.md"])

@@ -69,7 +69,7 @@ def test_what_comes_from_the_hub_is_checked(hub):
     HubPredictor(predictor()).push_to_hub("me/model")
     path = store / "me/model/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match="cut short or exchanged"):
+    with pytest.raises(ArtifactError, match="truncated or replaced"):
         HubPredictor.from_pretrained("me/model")
 
 

@@ -137,7 +137,7 @@ def test_strangers_are_refused():
         pass
 
     for stranger in (Own(), Temperature(), nn.Linear(1, 1)):
-        with pytest.raises(ValueError, match="not among what can be stored"):
+        with pytest.raises(ValueError, match="cannot be stored because it is not registered"):
             describe(stranger)
     good = describe(Categorical())
     for bad in (

@@ -129,7 +129,9 @@ def test_a_trusted_class_has_to_be_registered(tmp_path):
 
 
 def test_what_is_not_registered_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="NotOpened is not among what can be stored: register it, with @vbdl.register"):
+    with pytest.raises(
+        ValueError, match="NotOpened cannot be stored because it is not registered: put @vbdl.register above"
+    ):
         vbdl.Predictor(vbdl.MCDropout(network()), NotOpened(), compile=False).save(tmp_path / "model")
     with pytest.raises(ValueError, match="Forgetful does not keep the argument 'factor'.*config"):
         vbdl.Predictor(vbdl.MCDropout(network()), Forgetful(), compile=False).save(tmp_path / "model")

@@ -148,11 +148,11 @@ def test_a_network_of_ones_own_by_reference(tmp_path):
         vbdl.load(folder, trust=__name__)
     assert_same(vbdl.load(folder, trust=(__name__,)), predict)
     assert_same(vbdl.load(folder, module=make_own(7, 0.2)), predict)
-    with pytest.raises(ValueError, match="slope is 0.1, and was 0.2"):
+    with pytest.raises(ValueError, match="slope is 0.1 and was 0.2"):
         predict.save(tmp_path / "other", architecture=target, arguments={"width": 7})
     with pytest.raises(ValueError, match="cannot be imported"):
         predict.save(tmp_path / "other", architecture=f"{__name__}:nothing")
-    with pytest.raises(TypeError, match='"module:name" of what makes the network, got <class'):
+    with pytest.raises(TypeError, match='"module:name" of a function or class that returns the network, got <class'):
         predict.save(tmp_path / "other", architecture=Own)
     assert not (tmp_path / "other").exists()
 
@@ -171,11 +171,11 @@ def test_a_network_of_ones_own_to_be_given(posterior, tmp_path):
     assert_same(vbdl.load(folder, module=Own()), predict)
     with pytest.raises(ArtifactError, match="load\\(folder, module=...\\)"):
         vbdl.load(folder)
-    with pytest.raises(ArtifactError, match="out_features is 5, and was 6"):
+    with pytest.raises(ArtifactError, match="out_features is 5 and was 6"):
         vbdl.load(folder, module=Own(width=5))
-    with pytest.raises(ArtifactError, match="slope is 0.3, and was 0.1"):
+    with pytest.raises(ArtifactError, match="slope is 0.3 and was 0.1"):
         vbdl.load(folder, module=Own(slope=0.3))
-    with pytest.raises(ArtifactError, match="is Sequential, and was Own"):
+    with pytest.raises(ArtifactError, match="is Sequential and was Own"):
         vbdl.load(folder, module=nn.Sequential(Own()))
 
 
@@ -183,7 +183,7 @@ def test_one_network_described_and_one_given(tmp_path):
     q = vbdl.DeepEnsemble([net(), net(), Own()])
     folder = predictor(q).save(tmp_path / "model", architecture=[None, f"{__name__}:Own"], arguments=[{}, {"width": 6}])
     assert_same(vbdl.load(folder, trust=(__name__,)), predictor(q))
-    with pytest.raises(ValueError, match="2 architectures, and 1 were given"):
+    with pytest.raises(ValueError, match="2 architectures, but architecture= has 1 entries"):
         predictor(q).save(tmp_path / "other", architecture=f"{__name__}:Own")
 
 
@@ -293,14 +293,14 @@ def test_what_cannot_be_saved_says_so(tmp_path):
     broken = vbdl.MCDropout(net())
     with torch.no_grad():
         broken.module.inner[0].weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="1 of 36 numbers of posterior.module.inner.0.weight are not finite"):
+    with pytest.raises(ValueError, match="1 of 36 values of posterior.module.inner.0.weight are not finite"):
         predictor(broken).save(tmp_path / "model")
 
     class Mine(nn.Module):
         def forward(self, prediction):
             return prediction.label
 
-    with pytest.raises(ValueError, match="Mine is not among what can be stored"):
+    with pytest.raises(ValueError, match="Mine cannot be stored because it is not registered"):
         vbdl.with_decision(predictor(), Mine()).save(tmp_path / "model")
     assert not os.listdir(tmp_path)
 

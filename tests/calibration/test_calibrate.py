@@ -170,7 +170,7 @@ def test_order_of_calibrations(classifier, rows):
     p = both(x[TEST])
     assert torch.equal(p.probs, logits_first(x[TEST]).probs)
     assert p.sets.dtype == torch.bool and p.sets.shape == p.probs.shape
-    with pytest.raises(ValueError, match="calibrate logits first"):
+    with pytest.raises(ValueError, match="calibrate the logits first"):
         calibrate(both, (x[CALIBRATION], y[CALIBRATION]), Temperature())
 
 
@@ -363,9 +363,9 @@ def test_the_action_travels_with_the_predictor(classifier, rows):
     assert 0 < int((p.action == REFER).sum()) < 600
     rule = Referral().for_capacity(calibrated(x[CALIBRATION]), 0.2)
     assert torch.equal(with_decision(calibrated, rule)(x[TEST]).action, rule(calibrated(x[TEST])))
-    with pytest.raises(ValueError, match="decides already"):
+    with pytest.raises(ValueError, match="already has a decision"):
         with_decision(deciding, rule)
-    with pytest.raises(ValueError, match="calibrate first"):
+    with pytest.raises(ValueError, match="calibrate it first"):
         calibrate(deciding, (x[CALIBRATION], y[CALIBRATION]), Temperature())
 
 

@@ -62,7 +62,7 @@ def test_realized_cost_and_refusals():
     cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])
     paid = realized_cost(torch.tensor([0, 1, REFER]), torch.tensor([1, 0, 1]), cost, 0.5)
     assert paid.tolist() == [5.0, 1.0, 0.5]
-    with pytest.raises(ValueError, match="give refer_cost"):
+    with pytest.raises(ValueError, match="pass refer_cost"):
         realized_cost(torch.tensor([REFER]), torch.tensor([1]), cost)
     with pytest.raises(ValueError, match="2 classes"):
         decide(torch.ones(1, 3) / 3, cost)

@@ -195,16 +195,16 @@ def test_a_package_that_is_damaged_or_hostile(onnx_packages, tmp_path):
     data = bytearray((folder / "tile_4.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "tile_4.onnx").write_bytes(data)
-    with pytest.raises(ExportError, match="damaged or exchanged"):
+    with pytest.raises(ExportError, match="damaged or replaced"):
         load_package(folder)
     for name, changes, reason in (
         ("path", {"tiles": {"4": "../../etc/passwd"}}, "names the file"),
         ("absolute", {"tiles": {"4": "/etc/passwd"}}, "names the file"),
         ("rows", {"tiles": {"-4": "tile_-4.onnx"}}, "names the file"),
-        ("backend", {"backend": "pickle"}, "names the back end"),
+        ("backend", {"backend": "pickle"}, "must name a back end"),
         ("format", {"format": 1}, "export again"),
-        ("unknown", {"run": "me"}, "does not fit its format"),
-        ("digest", {"sha256": {}}, "damaged or exchanged"),
+        ("unknown", {"run": "me"}, "does not match its schema"),
+        ("digest", {"sha256": {}}, "damaged or replaced"),
     ):
         folder = fresh(name)
         edit(folder, **changes)
@@ -218,16 +218,16 @@ def test_a_package_that_is_damaged_or_hostile(onnx_packages, tmp_path):
         with pytest.raises(ExportError, match="damaged or edited"):
             load_package(folder)
         edit(folder, inputs=inputs)
-        with pytest.raises(ExportError, match="takes x0 of shape" if field == "shape" else "names the dtype"):
+        with pytest.raises(ExportError, match="expects x0 of shape" if field == "shape" else "names the unknown dtype"):
             load_package(folder)
     folder = fresh("encoding")
     (folder / "package.json").write_bytes(b"\xff\xfe" + (source / "package.json").read_bytes())
-    with pytest.raises(ExportError, match="does not fit its format"):
+    with pytest.raises(ExportError, match="does not match its schema"):
         load_package(folder)
     folder = fresh("link")
     (folder / "tile_4.onnx").unlink()
     (folder / "tile_4.onnx").symlink_to(source / "tile_4.onnx")
-    with pytest.raises(ExportError, match="not a file of its own"):
+    with pytest.raises(ExportError, match="missing or not a regular file"):
         load_package(folder)
     with pytest.raises(ExportError, match="is not a package"):
         load_package(tmp_path / "nowhere")
@@ -319,7 +319,7 @@ def test_native_code_is_loaded_where_it_was_made_or_trusted(native, monkeypatch,
             load_package(folder, trust=True)
         (folder / "package.json").write_text(text)
         edit(folder, made_for={**about["made_for"], "torch": "2.0.0"})
-        with pytest.raises(ExportError, match="does not fit: it was made for torch 2.0.0"):
+        with pytest.raises(ExportError, match="does not fit this machine: it was made for torch 2.0.0"):
             load_package(folder, trust=True)
     finally:
         (folder / "package.json").write_text(text)

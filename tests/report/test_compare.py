@@ -69,7 +69,7 @@ def test_runs_that_cannot_be_paired_are_refused(stored, tmp_path, capsys):
         tensors, about = {n: found.get_tensor(n) for n in found.keys()}, found.metadata()  # noqa: SIM118
     tensors["label"] = tensors["label"].flip(1).contiguous()
     save_file(tensors, file, metadata=about)
-    with pytest.raises(ValueError, match="digits with linear: the runs have other test rows"):
+    with pytest.raises(ValueError, match="digits with linear cannot be compared: the runs have different test rows"):
         compare_runs(StoredRun.read(stored), StoredRun.read(other))
     results = [json.loads(text) for text in (other / "results.jsonl").read_text().splitlines()]
     (other / "results.jsonl").write_text(json.dumps(results[0] | {"splits": 4}) + "\n")
@@ -77,7 +77,7 @@ def test_runs_that_cannot_be_paired_are_refused(stored, tmp_path, capsys):
         compare_runs(StoredRun.read(stored), StoredRun.read(other))
     (other / "results.jsonl").write_text(json.dumps(results[0] | {"method": "mine"}) + "\n")
     assert main(["compare", str(stored), str(other)]) == 1
-    assert "share no data set" in capsys.readouterr().err
+    assert "have no result of the same data set and method" in capsys.readouterr().err
     with pytest.raises(ValueError, match="alpha"):
         compare_runs(StoredRun.read(stored), StoredRun.read(stored), alpha=0.0)
 

@@ -76,7 +76,7 @@ def test_fit_says_before_the_training_where_it_cannot_write(place, tmp_path, cap
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     (tmp_path / "file").write_text("keep me")
     for out, said in (
-        ("mine", "is there already"),
+        ("mine", "exists already"),
         ("mine --overwrite", "holds 'notes.txt'"),
         ("file --overwrite", "is not a folder"),
         ("file/model.vbdl", "cannot be written"),

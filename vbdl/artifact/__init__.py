@@ -1,4 +1,4 @@
-"""A predictor as a folder: safetensors, a manifest in JSON, a model card. `Predictor.save` and `vbdl.load`."""
+"""Saving and loading a predictor as a folder of safetensors, a JSON manifest and a model card."""
 
 from vbdl import former
 from vbdl.artifact.manifest import ArtifactError as ArtifactError

@@ -1,4 +1,4 @@
-"""Arguments of a class, as a file gives them, against the types that its constructor names."""
+"""A check of constructor arguments read from a file against the constructor's type annotations."""
 
 import functools
 import inspect
@@ -10,9 +10,9 @@ import msgspec
 
 
 def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
-    """TypeError for an argument of another type than the constructor of `kind` names, like a text for a number.
+    """Raise TypeError if an argument does not match its annotation in the constructor of `kind`.
 
-    What has no type there, or one that JSON does not know, is left to the constructor.
+    Arguments without an annotation, or with one that JSON cannot express (a tensor, a module), are not checked.
     """
     hints = _hints(kind)
     for name, value in arguments.items():
@@ -21,22 +21,22 @@ def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
         try:
             msgspec.convert(value, hints[name], strict=True)
         except msgspec.ValidationError as error:
-            raise TypeError(f"{kind.__name__} takes no {name} of {str(value)[:60]!r}: {error}") from None
+            raise TypeError(f"{kind.__name__} does not accept {name}={str(value)[:60]!r}: {error}") from None
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The types that msgspec can check."""
+    """The constructor's annotations by argument name, as far as msgspec can check them."""
     try:
-        found = typing.get_type_hints(kind.__init__)
+        annotations = typing.get_type_hints(kind.__init__)
     except (NameError, TypeError):
         return {}
-    taken = {}
+    checkable = {}
     for name, parameter in inspect.signature(kind).parameters.items():
-        if name in found and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        if name in annotations and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             try:
-                msgspec.json.Decoder(found[name])
+                msgspec.json.Decoder(annotations[name])
             except TypeError:  # a tensor, a module
                 continue
-            taken[name] = found[name]
-    return taken
+            checkable[name] = annotations[name]
+    return checkable

@@ -1,4 +1,4 @@
-"""The model card: what a person reads first, made from the manifest alone."""
+"""The model card (README.md) of an artifact, written from its manifest alone."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ from vbdl.artifact.manifest import (
 
 
 def card(manifest: Manifest) -> str:
-    """README.md of an artifact, with the front matter that the Hugging Face Hub reads."""
+    """The text of README.md, with the YAML front matter that the Hugging Face Hub reads."""
     parts = [
         "---\nlibrary_name: vbdl\ntags:\n- uncertainty\n- bayesian-deep-learning\n- pytorch\n---\n",
         f"# {method(manifest)}\n",
@@ -36,7 +36,7 @@ def card(manifest: Manifest) -> str:
 
 
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
-    """What there is to say about an artifact, a line each."""
+    """The rows (name, text) of the card's first table: method, network, inputs, draws, size, versions."""
     s, v = manifest.settings, manifest.versions
     numbers = sum(_count(e.shape) for n, e in manifest.tensors.items() if n.startswith("posterior."))
     rows = [
@@ -61,7 +61,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def fields(described: dict[str, Any]) -> list[str]:
-    """What to read of a prediction of this likelihood, the prediction itself first."""
+    """The names of the fields of a prediction with this likelihood, the prediction itself first."""
     arguments = described.get("arguments", {})
     inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
     if inner is not None:
@@ -82,7 +82,7 @@ _ADDED = {
 
 
 def _needed(manifest: Manifest) -> str:
-    """What load has to be given besides the folder."""
+    """The further arguments that `vbdl.load` needs for this artifact, as source text: ", module=network"."""
     q = manifest.posterior
     each = [g.member.network for g in q.members] if isinstance(q, Ensemble) else [q.network]
     if any(isinstance(a, Supplied) for a in each):
@@ -93,7 +93,7 @@ def _needed(manifest: Manifest) -> str:
 
 
 def _imported(manifest: Manifest) -> Iterator[str]:
-    """Every "module:name" that load imports."""
+    """Yield every "module:name" that `vbdl.load` imports for this artifact."""
     q = manifest.posterior
     for single in [g.member for g in q.members] if isinstance(q, Ensemble) else [q]:
         if isinstance(single, Registered):
@@ -106,7 +106,7 @@ def _imported(manifest: Manifest) -> Iterator[str]:
 
 
 def _classes_of_layers(layer: Layer) -> Iterator[str]:
-    """The registered classes among a layer and all below it."""
+    """Yield the "module:name" of every registered class among a layer and its descendants."""
     if ":" in layer.name:
         yield layer.name
     for child in layer.children.values():
@@ -114,7 +114,7 @@ def _classes_of_layers(layer: Layer) -> Iterator[str]:
 
 
 def _classes(described: dict[str, Any]) -> Iterator[str]:
-    """The registered classes of a stored module and of all in its arguments."""
+    """Yield the "module:name" of every registered class among a stored module and the modules in its arguments."""
     if ":" in str(described.get("class")):
         yield str(described["class"])
     for value in described.get("arguments", {}).values():
@@ -123,7 +123,7 @@ def _classes(described: dict[str, Any]) -> Iterator[str]:
 
 
 def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """Metrics as text, a line each: those in a group after its name, one with an interval as value [lower, upper]."""
+    """The metrics as rows (name, text): "group name" for one in a group, "value [lower, upper]" for an interval."""
     rows: list[tuple[str, str]] = []
     for name, value in metrics.items():
         if not isinstance(value, dict):
@@ -137,6 +137,7 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def method(manifest: Manifest) -> str:
+    """The method in words, like "Deep ensemble of 5 members"."""
     q = manifest.posterior
     if isinstance(q, Ensemble):
         count = sum(group.count for group in q.members)
@@ -167,8 +168,8 @@ def _architecture(a: Any) -> str:
         return f"{name}({', '.join(inside)})" if inside else name
     if isinstance(a, Reference):
         made = f"made by `{_plain(a.target)}`"
-        return made if a.target.startswith("vbdl.") else f"{made}, to be trusted by the caller of load"
-    return f"`{_plain(a.name)}`, to be given to load(module=...)"
+        return made if a.target.startswith("vbdl.") else f"{made}; load imports it only with trust="
+    return f"`{_plain(a.name)}`; pass it to load(module=...)"
 
 
 def inputs(manifest: Manifest) -> str:
@@ -178,7 +179,7 @@ def inputs(manifest: Manifest) -> str:
 
 
 def likelihood(described: dict[str, Any]) -> str:
-    """Outermost last: Categorical, calibrated by Temperature, deciding by Referral."""
+    """The likelihood in words, innermost first: "Categorical, calibrated by Temperature, deciding by Referral"."""
     arguments = described.get("arguments", {})
     inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
     name = _class_name(described.get("class"))
@@ -191,7 +192,7 @@ def likelihood(described: dict[str, Any]) -> str:
 
 
 def _class_name(stored: object) -> str:
-    """The class, without the module that a registered one is stored with."""
+    """The class name without the module path under which registered classes are stored."""
     return _plain(str(stored).rpartition(":")[2])
 
 
@@ -207,7 +208,7 @@ def _number(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """No character that would end a cell, a line or a code span."""
+    """The text without characters that would end a table cell, a line or a code span; at most 200 characters."""
     return text.translate({ord(c): " " for c in "|\n\r`<>"})[:200]
 
 

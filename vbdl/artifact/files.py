@@ -1,4 +1,4 @@
-"""An artifact as a folder: which files it may hold, how they are read and how a folder appears whole or not at all."""
+"""The folder of an artifact: the files it may hold, safe reading, and atomic writing."""
 
 import ctypes
 import errno
@@ -11,39 +11,43 @@ from pathlib import Path
 
 from vbdl.artifact.manifest import CARD, MANIFEST, TENSORS, ArtifactError
 
-_HIDDEN = {".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # what git, the Hub and desktops leave; never opened
+_HIDDEN = {".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # written by git, the Hub and desktops; never opened
 
 
 def locate(folder: Path) -> dict[str, Path]:
-    """The files of an artifact by name, or ArtifactError; nothing is opened.
+    """The paths of an artifact's files by file name; no file is opened.
 
-    Where a process was killed while it replaced the artifact by two renames, they are those of the old one.
+    If a process was killed between the two renames of a replacement, these are the files of the previous artifact.
+    Raises ArtifactError if the folder is missing, incomplete, or holds a symbolic link or any other file.
     """
     folder = next((f for f in (folder, _before(folder), folder) if f.is_dir()), folder)
     if not folder.is_dir():
-        reason = "a file" if folder.exists() else "not there"
-        raise ArtifactError(f"{folder} is {reason}: an artifact is a folder with {MANIFEST} and {TENSORS}")
-    found = {}
+        reason = "is a file" if folder.exists() else "does not exist"
+        raise ArtifactError(f"{folder} {reason}; an artifact is a folder with {MANIFEST} and {TENSORS}")
+    paths = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name in _HIDDEN:
                 continue
             if entry.name not in (MANIFEST, TENSORS, CARD):
                 raise ArtifactError(
-                    f"{folder} holds {ascii(entry.name[:80])}, which no artifact does: nothing was read. An artifact "
-                    f"holds {MANIFEST}, {TENSORS} and {CARD}; keep other files in a folder of their own"
+                    f"{folder} holds {ascii(entry.name[:80])}, so nothing was read: an artifact holds only "
+                    f"{MANIFEST}, {TENSORS} and {CARD}; keep other files in another folder"
                 )
             if entry.is_symlink():
-                raise ArtifactError(f"{entry.name} is a symbolic link: an artifact holds its files itself")
-            found[entry.name] = Path(entry.path)
+                raise ArtifactError(f"{entry.name} is a symbolic link; put the file itself into the artifact's folder")
+            paths[entry.name] = Path(entry.path)
     for name in (MANIFEST, TENSORS):
-        if name not in found:
-            raise ArtifactError(f"{folder} has no {name}: it is not an artifact of vbdl, or not a whole one")
-    return found
+        if name not in paths:
+            raise ArtifactError(f"{folder} has no {name}: it is no vbdl artifact, or an incomplete one")
+    return paths
 
 
 def open_regular(path: Path) -> tuple[int, int]:
-    """A file descriptor of a regular file and its size; links and devices are refused."""
+    """Open a regular file for reading: (file descriptor, size in bytes).
+
+    Raises ArtifactError for a link, a device or a file that cannot be opened.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
@@ -56,11 +60,11 @@ def open_regular(path: Path) -> tuple[int, int]:
 
 
 def read_whole(path: Path, limit: int) -> bytes:
-    """The bytes of a file that is no larger than `limit`."""
+    """The bytes of a regular file; ArtifactError if it has more than `limit` bytes."""
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         if size > limit:
-            raise ArtifactError(f"{path.name} has {size} bytes, more than {limit}")
+            raise ArtifactError(f"{path.name} has {size} bytes, more than the {limit} allowed")
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ArtifactError(f"{path.name} grew past {limit} bytes while it was read")
@@ -68,8 +72,11 @@ def read_whole(path: Path, limit: int) -> bytes:
 
 
 def check_place(folder: Path, replace: Callable[[Path], object] | None) -> bool:
-    """Whether a folder is there already that may be replaced. Raises OSError where it may not, as for `write_folder`,
-    or where nothing can be written beside it: before hours of work, rather than after."""
+    """Whether the folder exists and is not empty, so that `write_folder` would replace it.
+
+    Call it before hours of work: it raises the OSError that `write_folder` would raise afterwards, if the folder must
+    not be replaced or its parent cannot be written.
+    """
     folder = Path(os.path.abspath(folder))
     taken = _is_taken(folder, replace)
     try:
@@ -84,27 +91,29 @@ def check_place(folder: Path, replace: Callable[[Path], object] | None) -> bool:
 
 
 def _is_taken(folder: Path, replace: Callable[[Path], object] | None) -> bool:
-    """Whether something is at the name. FileExistsError where it may not be replaced."""
+    """Whether the folder exists and is not empty; FileExistsError if it must not be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FileExistsError(f"{folder} is there and is not a folder")
+        raise FileExistsError(f"{folder} exists and is not a folder; choose another path")
     taken = folder.exists() and any(folder.iterdir())
     if taken:
         if replace is None:
-            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite=True (--overwrite)")
+            raise FileExistsError(f"{folder} exists already; choose another folder, or overwrite=True (--overwrite)")
         replace(folder)
     return taken
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Path], object] | None) -> None:
-    """The folder with these files, written beside it, on the disk, then renamed into place.
+    """Write a folder of these files (name -> bytes) atomically: to a temporary folder beside it, synced, then renamed.
 
-    Raises FileExistsError where something is there already, unless `replace` is given: it raises where what is there
-    must not be deleted. Then the two change places in one step, so that a whole artifact is there at any time, also
-    where the process is killed. A file system that cannot do that gets two renames; whoever reads between them, or
-    after a kill between them, is given the old one (`locate`).
+    replace: called with an existing folder, it raises if that folder must not be deleted; without it an existing
+        folder raises FileExistsError.
+
+    An existing folder is exchanged with the new one in one step (renameat2), so that a complete artifact exists at any
+    time, even if the process is killed. File systems without that call get two renames; `locate` returns the old
+    artifact to whoever reads between the two, or after the process was killed there.
     """
     check_place(folder, replace)
-    folder = Path(os.path.abspath(folder))  # a name to rename to, not what a link at its end points to
+    folder = Path(os.path.abspath(folder))  # not resolve(): a final symbolic link must stay the name that is renamed to
     partial, before = _partial(folder), _before(folder)
     try:
         partial.mkdir()
@@ -113,13 +122,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes], replace: Callable[[Pa
             try:
                 _put(partial, folder, before)
                 break
-            except OSError as error:  # another one has been saved to this name, or taken away, in this moment
+            except OSError as error:  # another process saved or deleted this folder at the same moment
                 if error.errno not in _OVERTAKEN or attempt == _ATTEMPTS - 1:
                     raise
                 _is_taken(folder, replace)
         _sync_folder(folder.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what is not finished, or what was replaced
+        shutil.rmtree(partial, ignore_errors=True)  # the unfinished new folder, or the replaced old one
     shutil.rmtree(before, ignore_errors=True)
 
 
@@ -128,11 +137,11 @@ _OVERTAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT)
 
 
 def _put(partial: Path, folder: Path, before: Path) -> None:
-    """The new folder at the name; where there was one, it is at the other name or gone."""
+    """Rename the new folder into place; an old one then lies under the name `partial` or `before`."""
     if not folder.exists():
         os.rename(partial, folder)
     elif not _exchanged(partial, folder):
-        shutil.rmtree(before, ignore_errors=True)  # of a kill after both renames: the newer one is at the name
+        shutil.rmtree(before, ignore_errors=True)  # left by a process killed after both renames; folder is newer
         os.rename(folder, before)
         try:
             os.rename(partial, folder)
@@ -146,12 +155,12 @@ def _partial(folder: Path) -> Path:
 
 
 def _before(folder: Path) -> Path:
-    """Where the old artifact is between two renames."""
+    """The path of the old artifact between the two renames of a replacement."""
     return folder.with_name(f".{folder.name}.before") if folder.name else folder
 
 
 def _exchanged(a: Path, b: Path) -> bool:
-    """Two folders have changed places, in one step; False where this system or file system cannot do that."""
+    """Exchange two folders in one step; False if the operating system or the file system cannot."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if call is None:
         return False
@@ -165,7 +174,7 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """The files in a folder that is there, on the disk when this returns."""
+    """Write the files (name -> bytes) into an existing folder and sync them to disk."""
     for name, data in files.items():
         with open(folder / name, "wb") as file:
             file.write(data)

@@ -1,6 +1,6 @@
-"""Artifacts on the Hugging Face Hub, through its own mixin: `from_pretrained`, `save_pretrained`, `push_to_hub`.
+"""Artifacts on the Hugging Face Hub: `from_pretrained`, `save_pretrained`, `push_to_hub` (huggingface_hub's mixin).
 
-Needs the extra `hub`. Only this module ever talks to a network, and only when asked.
+Needs the extra `hub`. No other module of vbdl.artifact accesses the network.
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ from vbdl.engine.predictor import Predictor
 
 
 class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bayesian-deep-learning"]):
-    """A predictor with the methods of the Hub.
+    """A predictor with the methods of huggingface_hub's ModelHubMixin.
 
         HubPredictor(predict).push_to_hub("me/model")
         predict = HubPredictor.from_pretrained("me/model").predictor
 
-    save options (extras, metrics, example, architecture, arguments) are given to the constructor; load options
-    (module, trust, and settings of the predictor) to `from_pretrained`. Files from the Hub are checked like any other
-    artifact: nothing of them is executed.
+    The constructor takes the options of `vbdl.save` (extras, metrics, example, architecture, arguments),
+    `from_pretrained` those of `vbdl.load` (module, trust, settings of the predictor). Files from the Hub are checked
+    like any other artifact; no code in them is executed.
     """
 
     def __init__(self, predictor: Predictor, **save_options: Any):
@@ -36,7 +36,7 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
         return self.predictor(x, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._hub_mixin_config = None  # an artifact has a manifest, and no config.json
+        self._hub_mixin_config = None  # keeps the mixin from writing a config.json beside the manifest
         write_files(save_directory, contents(self.predictor, **self._options))
 
     @classmethod
@@ -60,7 +60,7 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
             "local_files_only": local_files_only,
             "token": token,
         }
-        # the cache of the Hub holds links to its own files
+        # the Hub's cache holds symbolic links, which `open_regular` refuses
         names = (MANIFEST, TENSORS)
         files = {name: Path(hf_hub_download(model_id, name, **download)).resolve() for name in names}
         return cls(load_files(files, **options))

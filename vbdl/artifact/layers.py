@@ -1,7 +1,7 @@
-"""Layers of torch.nn, of vbdl.nn and registered ones as names and arguments, and back. No other layer is made.
+"""Layers as class names with constructor arguments, and back: layers of torch.nn, of vbdl.nn and registered ones.
 
-Arguments are read off a layer's attributes, by the names of its constructor. Whether that was right is not assumed:
-`vbdl.artifact.networks` makes the network again when it is saved, and compares.
+The arguments are read from the attributes that have the names of the constructor's parameters. `vbdl.artifact.networks`
+verifies this on saving: it rebuilds the network and compares.
 """
 
 import inspect
@@ -38,14 +38,18 @@ _MADE_BY_TORCH = ("device", "dtype")
 
 
 class Undescribed(Exception):
-    """A layer that is in no list here, or that carries what a constructor does not give it."""
+    """Raised for a layer whose class is unknown here or whose state its constructor cannot reproduce."""
 
 
 def describe(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> Layer:
-    """The layer and all below it. values: tensors by full name, where the module's own are on the meta device."""
+    """The description of a layer and its descendants; raises Undescribed if one of them cannot be described.
+
+    prefix: the layer's path in the network with a trailing dot, or "". values: tensors by full name, used instead of
+    the module's own, which may be on the meta device.
+    """
     name = type(module).__name__
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        raise Undescribed(f"{prefix or 'the network'} has hooks or a forward of its own")
+        raise Undescribed(f"{prefix or 'the network'} has hooks or a replaced forward method")
     if type(module) is nn.Sequential:
         inside = {n: describe(m, f"{prefix}{n}.", values) for n, m in module._modules.items() if m is not None}
         return Layer("Sequential", children=inside)
@@ -58,59 +62,60 @@ def describe(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> La
     if modules.is_registered(type(module)):
         arguments = {n: _to_json(v) for n, v in modules.arguments_of(module).items()}
         return Layer(modules.registered_name(type(module)), arguments)
-    raise Undescribed(f"{type(module).__module__}.{type(module).__qualname__} is not a layer of torch.nn that is known")
+    raise Undescribed(f"{type(module).__module__}.{type(module).__qualname__} is not a known layer of torch.nn")
 
 
 def build(layer: Layer, trust: Sequence[str] = ()) -> nn.Module:
-    """The layer with fresh weights. ArtifactError for an unknown class and for arguments that it does not take.
+    """Build a layer with freshly initialized weights.
 
-    trust: packages that the class of a registered layer may be imported from.
+    trust: packages from which the class of a registered layer may be imported.
+    Raises ArtifactError for an unknown class or for arguments that its constructor does not accept.
     """
     if layer.name == "Sequential":
         if layer.arguments:
             raise ArtifactError("a Sequential takes no arguments")
-        made = nn.Sequential()
+        sequential = nn.Sequential()
         for name, child in layer.children.items():
             try:
-                made.add_module(name, build(child, trust))
+                sequential.add_module(name, build(child, trust))
             except (KeyError, TypeError) as error:
-                raise ArtifactError(f"{name!r} cannot name a layer: {error}") from None
-        return made
+                raise ArtifactError(f"{name!r} is not a valid name of a layer: {error}") from None
+        return sequential
     if layer.children:
-        raise ArtifactError(f"{layer.name[:80]} has no layers inside")
+        raise ArtifactError(f"a {layer.name[:80]} is described with layers inside, which only a Sequential has")
     if ":" in layer.name:
         return _registered(modules.registered_class(layer.name, trust), layer)
     kind = {**PLAIN, **BAYESIAN, "TransformerEncoderLayer": nn.TransformerEncoderLayer}.get(layer.name)
     if kind is None:
         raise ArtifactError(f"{layer.name[:80]!r} is not among the layers that an artifact may name")
-    # the options of a Bayesian convolution are those of the plain one
+    # a Bayesian layer passes its options on to the plain one
     plain = PLAIN[layer.name.removeprefix("Bayesian")] if layer.name in BAYESIAN else kind
-    taken = {*inspect.signature(plain).parameters} - {*_MADE_BY_TORCH}
-    given = dict(layer.arguments)
-    prior = given.pop("prior_std", None) if layer.name in BAYESIAN else None
-    initial = given.pop("initial_std", None) if layer.name in BAYESIAN else None
-    if odd := sorted(given.keys() - taken):
+    accepted = {*inspect.signature(plain).parameters} - {*_MADE_BY_TORCH}
+    remaining = dict(layer.arguments)
+    prior = remaining.pop("prior_std", None) if layer.name in BAYESIAN else None
+    initial = remaining.pop("initial_std", None) if layer.name in BAYESIAN else None
+    if odd := sorted(remaining.keys() - accepted):
         raise ArtifactError(f"{layer.name} has no argument {odd[0][:80]!r}")
-    arguments = {n: _from_json(v) for n, v in given.items()}
+    arguments = {n: _from_json(v) for n, v in remaining.items()}
     if layer.name in BAYESIAN:
         arguments |= {"prior": prior_of(prior), "initial_std": initial}
     try:
-        check_arguments(plain, {n: v for n, v in arguments.items() if n in given})
+        check_arguments(plain, {n: v for n, v in arguments.items() if n in remaining})
         return kind(**arguments)
-    except Exception as error:  # constructors refuse nonsense in many ways
-        raise ArtifactError(f"{layer.name} cannot be made with these arguments: {error}") from None
+    except Exception as error:  # constructors raise errors of any type
+        raise ArtifactError(f"{layer.name} cannot be built from these arguments: {error}") from None
 
 
 def _registered(cls: type[nn.Module], layer: Layer) -> nn.Module:
-    """A layer of the user's own, with fresh weights."""
+    """Build a layer of a registered class with freshly initialized weights."""
     try:
         return cls(**modules.decode(cls, {n: _from_json(v) for n, v in layer.arguments.items()}, {}, ()))
-    except Exception as error:  # constructors refuse nonsense in many ways
-        raise ArtifactError(f"{layer.name} cannot be made with these arguments: {error}") from error
+    except Exception as error:  # constructors raise errors of any type
+        raise ArtifactError(f"{layer.name} cannot be built from these arguments: {error}") from error
 
 
 def prior_of(constants: Any) -> Prior:
-    """A prior of the constants that `Prior.constants` gives."""
+    """The prior with the constants that `Prior.constants` returned: 1 for Normal, 3 for ScaleMixture."""
     if not isinstance(constants, list) or not all(isinstance(c, int | float) for c in constants):
         raise ArtifactError(f"a prior is a list of numbers, not {str(constants)[:80]}")
     if len(constants) not in (1, 3):
@@ -122,25 +127,25 @@ def prior_of(constants: Any) -> Prior:
 
 
 def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
-    found = {}
+    arguments = {}
     for name in inspect.signature(kind).parameters:
         if name in _MADE_BY_TORCH or name.startswith("_") or not hasattr(module, name):
             continue
         value = getattr(module, name)
         if name == "bias":
             value = value is not None and value is not False
-        found[name] = _to_json(value)
-    return found
+        arguments[name] = _to_json(value)
+    return arguments
 
 
 def _bayesian_arguments(module: Any, prefix: str, values: Mapping[str, Tensor]) -> dict[str, Any]:
     plain = PLAIN[type(module).__name__.removeprefix("Bayesian")]
     if type(module.inner) is not plain or module.n_data != 1:
-        raise Undescribed(f"{prefix} is not as its constructor makes it")
-    found = _arguments(module.inner, plain)
-    found["prior_std"] = values[f"{prefix}prior_0"].tolist()
-    found["initial_std"] = _exp(module.log_std.initial)
-    return found
+        raise Undescribed(f"{prefix} was changed after its construction")
+    arguments = _arguments(module.inner, plain)
+    arguments["prior_std"] = values[f"{prefix}prior_0"].tolist()
+    arguments["initial_std"] = _exp(module.log_std.initial)
+    return arguments
 
 
 def _exp(logarithm: float) -> float:
@@ -154,7 +159,7 @@ def _transformer_arguments(module: nn.TransformerEncoderLayer) -> dict[str, Any]
     attention: Any = module.self_attn
     activation = _ACTIVATIONS.get(module.activation)  # type: ignore[arg-type]
     if activation is None:
-        raise Undescribed("a TransformerEncoderLayer with an activation that has no name")
+        raise Undescribed("the activation of a TransformerEncoderLayer is neither relu nor gelu")
     return {
         "d_model": attention.embed_dim,
         "nhead": attention.num_heads,
@@ -173,13 +178,13 @@ def _to_json(value: Any) -> Any:
         return [_to_json(v) for v in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise Undescribed(f"an argument is a {type(value).__name__}")
+    raise Undescribed(f"an argument is a {type(value).__name__}, which JSON cannot hold")
 
 
 def _from_json(value: Any) -> Any:
-    """Lists are tuples again: that is what the constructors keep."""
+    """The argument with lists turned back into tuples, which the constructors keep."""
     if isinstance(value, list):
         return tuple(_from_json(v) for v in value)
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise ArtifactError(f"an argument of a layer is a {type(value).__name__}")
+    raise ArtifactError(f"an argument of a layer is a {type(value).__name__}; numbers, strings and lists are allowed")

@@ -1,4 +1,4 @@
-"""A predictor from disk, with the same draws. No pickle, no code of the file, no import that was not allowed."""
+"""Loading a predictor from an artifact: `vbdl.load`. It unpickles nothing and imports only trusted packages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,40 +39,40 @@ def load(
     trust: Sequence[str] = (),
     **settings: Any,
 ) -> Predictor:
-    """The predictor that `Predictor.save` wrote: same draws, same numbers.
+    """Load the predictor that `Predictor.save` wrote; it makes the same draws and the same predictions.
 
-    module: the network (or one for each architecture of an ensemble), where the artifact does not describe it; its
-        weights are of no importance.
-    trust: packages that an artifact may import its network from, and classes that were registered (`vbdl.register`).
-        Importing runs code: name only your own.
-    settings: other settings of Predictor than those saved (compile, device, n_samples, seed, tiles, ...);
-        batch_invariant=True replaces tiles that nobody chose by one size, so that a row has the same bits in any batch.
+    module: the network (or one for each architecture of an ensemble), needed if the artifact does not describe it; its
+        weights are ignored.
+    trust: packages from which the artifact may import its network and registered classes (`vbdl.register`). Importing
+        runs code: name only packages you trust.
+    settings: settings of Predictor that replace the saved ones (compile, device, n_samples, seed, tiles, ...);
+        batch_invariant=True replaces default tiles by a single size, so that a row has the same bits in any batch.
 
-    `manifest` of the predictor is what was read beside the tensors, with `extras`, `metrics` and `inputs`.
-    Raises ArtifactError (a ValueError) for what is damaged, hostile, of a newer format or no artifact, with the
-    reason; nothing of the artifact has been executed then.
+    The predictor's `manifest` holds everything stored beside the tensors, with `extras`, `metrics` and `inputs`.
+    Raises ArtifactError (a ValueError) with the reason if the folder is no artifact, damaged, hostile or of a newer
+    format; nothing of the artifact has been executed then.
     """
     folder = Path(folder)
     for _ in range(_READINGS):
-        this = _identity(folder)
+        identity = _identity(folder)
         try:
             return load_files(locate(folder), module=module, trust=trust, **settings)
         except ArtifactError:
-            if _identity(folder) == this:
+            if _identity(folder) == identity:
                 raise
     raise ArtifactError(f"{folder} was replaced {_READINGS} times while it was read")
 
 
-_READINGS = 50  # a busy machine may be slower in reading than another process in replacing
+_READINGS = 50  # attempts: another process may replace the artifact faster than a busy machine reads it
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Other numbers where another artifact has taken this one's place: the number alone is used again."""
+    """(inode, change time in ns) of the folder; changes when the artifact is replaced, an inode alone may be reused."""
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_ctime_ns
+    return status.st_ino, status.st_ctime_ns
 
 
 def load_files(
@@ -82,29 +82,29 @@ def load_files(
     trust: Sequence[str] = (),
     **settings: Any,
 ) -> Predictor:
-    """`load` of files by name, for those that lie elsewhere than in one folder."""
-    networks.Maker(module, trust)  # what the caller got wrong is no fault of the files
+    """Load a predictor like `load`, from the paths of its files by file name, which may lie in different folders."""
+    networks.Maker(module, trust)  # raises for wrong arguments here, so that they are not blamed on the files
     try:
-        found = read_parts(files, module=module, trust=trust)
+        parts = read_parts(files, module=module, trust=trust)
     except (ArtifactError, OSError, ModuleNotFoundError):
         raise
-    except Exception as error:  # damage shows itself in many ways
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ArtifactError(f"the artifact cannot be read: {said}") from error
-    chosen = {**found.settings, **settings}
-    if chosen.pop("batch_invariant", False) and chosen["tiles"] == DEFAULT_TILES:
-        chosen["tiles"] = INVARIANT_TILES
+    except Exception as error:  # damaged files cause errors of any type
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ArtifactError(f"the artifact cannot be read: {message}") from error
+    options = {**parts.settings, **settings}
+    if options.pop("batch_invariant", False) and options["tiles"] == DEFAULT_TILES:
+        options["tiles"] = INVARIANT_TILES
     try:
-        predictor = Predictor(found.posterior, found.likelihood, **chosen)
+        predictor = Predictor(parts.posterior, parts.likelihood, **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ArtifactError(f"the settings of the artifact do not fit: {error}") from error
-    predictor.manifest = found.manifest
+        raise ArtifactError(f"Predictor does not accept the artifact's settings: {error}") from error
+    predictor.manifest = parts.manifest
     return predictor
 
 
 @dataclass
 class Parts:
-    """What a predictor is made of. own: the members that are in the posterior, None for all."""
+    """The parts of a stored predictor. own: the members held by the posterior, or None if it holds all."""
 
     posterior: Any
     likelihood: Any
@@ -120,24 +120,24 @@ def read_parts(
     trust: Sequence[str] = (),
     share: Callable[[Manifest], range] | None = None,
 ) -> Parts:
-    """An artifact, checked, as what a predictor is made of.
+    """Read and check an artifact and rebuild the parts of its predictor.
 
-    share: which members of a plain ensemble to load; the others are not in memory at any time. Other posteriors are
-    loaded whole.
+    share: returns the members to load of an ensemble of plain networks; the others are never held in memory. Other
+        posteriors are loaded whole.
     """
     whole = decode(read_whole(files[MANIFEST], MAX_MANIFEST_BYTES))
     if whole.versions.noise != CONTRACT:
         raise ArtifactError(
-            f"the artifact draws by counters of version {whole.versions.noise}, this vbdl by {CONTRACT}: its "
-            f"numbers would be others. Load it with the vbdl that wrote it ({whole.versions.vbdl[:40]})"
+            f"the artifact uses version {whole.versions.noise} of the noise generator, this vbdl version {CONTRACT}: "
+            f"its predictions would differ. Load it with the vbdl that wrote it ({whole.versions.vbdl[:40]})"
         )
     own = share(whole) if share is not None and _is_plain_ensemble(whole.posterior) else None
     manifest = whole if own is None else _of_members(whole, own)
-    stated = {n: e for n, e in manifest.tensors.items() if n.startswith("posterior.")}
-    shapes = {n.removeprefix("posterior."): tuple(e.shape) for n, e in stated.items()}
+    posterior_entries = {n: e for n, e in manifest.tensors.items() if n.startswith("posterior.")}
+    shapes = {n.removeprefix("posterior."): tuple(e.shape) for n, e in posterior_entries.items()}
     with networks.quiet_generator():
         if module is None and _is_ours(manifest.posterior):
-            # first without memory, so that a description of a huge network is refused and not allocated
+            # first on the meta device, so that the description of a huge network is refused and not allocated
             with torch.device("meta"):
                 _check_shapes(_posterior(manifest, None, trust), shapes)
         read = lambda: read_tensors(files[TENSORS], whole)
@@ -145,29 +145,29 @@ def read_parts(
         posterior = _posterior(manifest, module, trust)
     _check_shapes(posterior, shapes)
     _fill(posterior, {n.removeprefix("posterior."): t for n, t in tensors.items() if n.startswith("posterior.")})
-    seen = tensors.get(TRAINING_ROWS)
-    if seen is not None:
-        if seen.dtype != torch.int64 or seen.ndim != 1 or len(seen) != manifest.training_rows:
-            raise ArtifactError("the fingerprints of the training rows are not one int64 a row")
-        posterior.training_rows = seen
+    fingerprints = tensors.get(TRAINING_ROWS)
+    if fingerprints is not None:
+        if fingerprints.dtype != torch.int64 or fingerprints.ndim != 1 or len(fingerprints) != manifest.training_rows:
+            raise ArtifactError("the fingerprints of the training rows are not one int64 per row")
+        posterior.training_rows = fingerprints
     elif manifest.training_rows:
-        raise ArtifactError("the fingerprints of the training rows are missing")
+        raise ArtifactError("the manifest counts training rows, but the file holds no fingerprints of them")
     likelihood = _likelihood(manifest, tensors, trust)
-    given = manifest.settings
+    settings = manifest.settings
     saved = {
-        "n_samples": given.n_samples,
-        "seed": given.seed,
-        "tiles": tuple(given.tiles),
-        "compile": given.compile,
-        "memory_budget": given.memory_budget,
-        "chunk_size": given.chunk_size,
-        "autocast": _dtype(given.autocast),
-        "joint": given.joint,
+        "n_samples": settings.n_samples,
+        "seed": settings.seed,
+        "tiles": tuple(settings.tiles),
+        "compile": settings.compile,
+        "memory_budget": settings.memory_budget,
+        "chunk_size": settings.chunk_size,
+        "autocast": _dtype(settings.autocast),
+        "joint": settings.joint,
     }
     return Parts(posterior, likelihood, saved, whole, own)
 
 
-_STACKED = "posterior.stacked_"  # what has a members axis first
+_STACKED = "posterior.stacked_"  # prefix of the tensors whose first axis is the members
 
 
 def _is_plain_ensemble(description: Any) -> bool:
@@ -179,23 +179,23 @@ def _is_plain_ensemble(description: Any) -> bool:
 
 
 def _of_members(manifest: Manifest, own: range) -> Manifest:
-    """The manifest of an ensemble of these members only, as if it had been saved alone."""
+    """The manifest as if an ensemble of only these members had been saved."""
     assert isinstance(manifest.posterior, Ensemble)
     group = manifest.posterior.members[0]
     if not 0 <= own.start < own.stop <= group.count:
-        raise ValueError(f"members {own.start} to {own.stop} of an ensemble of {group.count}")
+        raise ValueError(f"cannot load members {own.start} to {own.stop - 1} of an ensemble of {group.count}")
     tensors = dict(manifest.tensors)
     for name, entry in tensors.items():
         if name.startswith(_STACKED):
             if entry.shape[:1] != [group.count]:
-                raise ArtifactError(f"{name[:120]!r} has shape {entry.shape} and there are {group.count} members")
+                raise ArtifactError(f"{name[:120]!r} has shape {entry.shape}, but there are {group.count} members")
             tensors[name] = replace(entry, shape=[len(own), *entry.shape[1:]])
     members = [replace(group, count=len(own))]
     return replace(manifest, posterior=replace(manifest.posterior, members=members), tensors=tensors)
 
 
 def _is_ours(description: Any) -> bool:
-    """Whether the posterior is one of vbdl, of networks whose classes are of torch or vbdl or registered."""
+    """Whether the posterior is a class of vbdl and its networks are described by layers or made by vbdl."""
     singles = [group.member for group in description.members] if isinstance(description, Ensemble) else [description]
     return not any(isinstance(single, Registered) for single in singles) and all(
         isinstance(a, Layers) or (isinstance(a, Reference) and a.target.startswith("vbdl."))
@@ -209,67 +209,69 @@ def _posterior(manifest: Manifest, module: Any, trust: Sequence[str]) -> Any:
         return posteriors.build(manifest.posterior, maker.make, trust)
     except ArtifactError:
         raise
-    except Exception as error:  # networks and posteriors refuse nonsense in many ways
-        raise ArtifactError(f"the posterior cannot be made as described: {error}") from error
+    except Exception as error:  # constructors of networks and posteriors raise errors of any type
+        raise ArtifactError(f"the posterior cannot be built as described: {error}") from error
 
 
 def _check_shapes(posterior: nn.Module, stated: Mapping[str, tuple[int, ...]]) -> None:
-    own = {n: tuple(t.shape) for n, t in _untied(posterior).items()}
-    for name in [*own, *stated]:
-        if own.get(name) != stated.get(name):
+    shapes = {n: tuple(t.shape) for n, t in _untied(posterior).items()}
+    for name in [*shapes, *stated]:
+        if shapes.get(name) != stated.get(name):
             raise ArtifactError(
-                f"the posterior described has {name[:120]!r} of shape {own.get(name)}, the file {stated.get(name)}"
+                f"{name[:120]!r} has shape {shapes.get(name)} as described, {stated.get(name)} in the file"
             )
 
 
 def _untied(module: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, t in module.state_dict(keep_vars=True).items():
         if id(t) not in seen:
             seen.add(id(t))
-            found[name] = t
-    return found
+            tensors[name] = t
+    return tensors
 
 
 def _fill(posterior: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors in place of its own, dtypes included, tied ones staying tied."""
-    kinds = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(kinds) == 1:  # what is not in the file follows
-        posterior.to(kinds.pop())
-    for name, own in _untied(posterior).items():
+    """Replace the posterior's tensors by these, dtypes included; tied tensors stay tied."""
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(dtypes) == 1:  # cast tensors that are not in the file, too
+        posterior.to(dtypes.pop())
+    for name, target in _untied(posterior).items():
         t = tensors[name]
-        if t.is_floating_point() != own.is_floating_point() or (not t.is_floating_point() and t.dtype != own.dtype):
-            raise ArtifactError(f"{name} is {t.dtype} in the file, and {own.dtype} in the posterior described")
+        if t.is_floating_point() != target.is_floating_point() or (
+            not t.is_floating_point() and t.dtype != target.dtype
+        ):
+            raise ArtifactError(f"{name} is {t.dtype} in the file and {target.dtype} in the described posterior")
         if t.is_floating_point() and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())
-            raise ArtifactError(f"{bad} of {t.numel()} numbers of {name} are not finite: this is no trained posterior")
-        own.data = t.clone()  # in memory of its own, aligned as torch aligns
+            raise ArtifactError(f"{bad} of {t.numel()} values of {name} are not finite, so the posterior is unusable")
+        target.data = t.clone()  # in memory that torch allocates and aligns
 
 
 def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor], trust: Sequence[str]) -> Any:
-    own = {n.removeprefix("likelihood."): t for n, t in tensors.items() if n.startswith("likelihood.")}
-    if len(own) + sum(n.startswith("posterior.") for n in tensors) + (TRAINING_ROWS in tensors) != len(tensors):
-        raise ArtifactError("the file holds tensors that are neither of the posterior nor of the likelihood")
-    for name, t in own.items():
+    state = {n.removeprefix("likelihood."): t for n, t in tensors.items() if n.startswith("likelihood.")}
+    if len(state) + sum(n.startswith("posterior.") for n in tensors) + (TRAINING_ROWS in tensors) != len(tensors):
+        raise ArtifactError("the file holds tensors that belong neither to the posterior nor to the likelihood")
+    for name, t in state.items():
         if t.is_floating_point() and bool(t.isnan().any()):
             raise ArtifactError(f"likelihood.{name} holds NaN")
     try:
         described = modules.with_names_of_today(manifest.likelihood)
-        likelihood = modules.rebuild(described, own, trust)
+        likelihood = modules.rebuild(described, state, trust)
         if {n: tuple(t.shape) for n, t in likelihood.state_dict().items()} != {
-            n: tuple(t.shape) for n, t in own.items()
+            n: tuple(t.shape) for n, t in state.items()
         }:
-            raise ArtifactError("the likelihood described has other tensors than the file")
+            raise ArtifactError("the tensors of the described likelihood differ in name or shape from the file's")
         again = modules.describe(likelihood)
     except ArtifactError:
         raise
-    except Exception as error:  # constructors refuse nonsense in many ways
-        raise ArtifactError(f"the likelihood cannot be made as described: {error}") from error
+    except Exception as error:  # constructors raise errors of any type
+        raise ArtifactError(f"the likelihood cannot be built as described: {error}") from error
     if again != described:
-        raise ArtifactError("the likelihood described is not what its classes make of it")
+        raise ArtifactError("the likelihood built from its description describes itself differently")
     if not isinstance(likelihood, Likelihood):
-        raise ArtifactError(f"a {type(likelihood).__name__} is not a likelihood")
+        raise ArtifactError(f"the artifact's likelihood is a {type(likelihood).__name__}, which is not a likelihood")
     return likelihood
 
 
@@ -277,5 +279,5 @@ def _dtype(code: str | None) -> torch.dtype | None:
     if code is None:
         return None
     if code not in DTYPES or not DTYPES[code].is_floating_point:
-        raise ArtifactError(f"autocast names {code[:40]!r}, which is no floating-point dtype")
+        raise ArtifactError(f"autocast is {code[:40]!r}, which is not a floating-point dtype")
     return DTYPES[code]

@@ -1,7 +1,7 @@
-"""What an artifact says about itself: `manifest.json`, read strictly. Imports no torch.
+"""The schema of `manifest.json`, which describes an artifact, and its strict reader. Imports no torch.
 
-Nothing in it is executed or imported on its own: classes are looked up in the registry (`vbdl.artifact.modules`) and in
-the list of layers (`vbdl.artifact.layers`), the rest is numbers and names.
+Reading a manifest executes and imports nothing: it holds numbers and names, and names of classes are looked up in the
+registry (`vbdl.artifact.modules`) and in the list of layers (`vbdl.artifact.layers`).
 """
 
 import json
@@ -22,7 +22,7 @@ MAX_AXES = 16
 
 
 class ArtifactError(ValueError):
-    """An artifact that is damaged, hostile, of another version, or not one at all; the message says which."""
+    """Raised if a folder is no artifact or a damaged, hostile or incompatible one; the message says which."""
 
 
 Name = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f]+$")]
@@ -34,14 +34,14 @@ Target = Annotated[str, Meta(max_length=512, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_
 
 
 class TensorEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor of the file beside the manifest."""
+    """The dtype (code of safetensors) and shape of one tensor in model.safetensors."""
 
     dtype: str
     shape: Annotated[list[Size], Meta(max_length=MAX_AXES)]
 
 
 class Layer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A layer of torch.nn or of vbdl.nn by the name of its class, with the arguments of its constructor."""
+    """A layer of torch.nn or vbdl.nn as the name of its class and the arguments of its constructor."""
 
     name: Name
     arguments: dict[str, Any] = {}
@@ -49,22 +49,22 @@ class Layer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
 
 
 class Layers(Struct, frozen=True, forbid_unknown_fields=True, tag="layers", omit_defaults=True):
-    """A network that is rebuilt from its description alone."""
+    """A network described layer by layer, so that it is rebuilt from the description alone."""
 
     root: Layer
-    ties: dict[str, str] = {}  # parameter -> the parameter that it is
+    ties: dict[str, str] = {}  # name of a tied parameter -> name of the parameter it is tied to
 
 
 class Reference(Struct, frozen=True, forbid_unknown_fields=True, tag="reference"):
-    """A network that a function or class makes, `module:name`, imported only where the caller of load trusts it."""
+    """A network built by a function or class "module:name", imported only if the caller of `vbdl.load` trusts it."""
 
     target: Target
     arguments: dict[str, Any]
-    settings: dict[str, str]  # what has to be the same in the network that is made
+    settings: dict[str, str]  # classes, settings and constants that the built network must have
 
 
 class Supplied(Struct, frozen=True, forbid_unknown_fields=True, tag="supplied"):
-    """A network that the caller of load has to give."""
+    """A network that the caller of `vbdl.load` must pass as module=."""
 
     name: str
     settings: dict[str, str]
@@ -87,14 +87,14 @@ class MeanField(Struct, frozen=True, forbid_unknown_fields=True, tag="MeanField"
 
     network: Architecture
     n_data: Count
-    priors: dict[str, list[float]] | None  # by parameter; None where the layers have them
+    priors: dict[str, list[float]] | None  # constants by parameter; None if the layers hold their priors
     initial_std: float
     n_samples: Annotated[int, Meta(ge=1, le=2**20)]
     seed: Seed
 
 
 class Registered(Struct, frozen=True, forbid_unknown_fields=True, tag="registered"):
-    """A method of the user's own, by "module:Class": made as Class(network, **arguments), see `vbdl.register`."""
+    """A registered method "module:Class", rebuilt as Class(network, **arguments); see `vbdl.register`."""
 
     name: Target
     network: Architecture
@@ -102,7 +102,7 @@ class Registered(Struct, frozen=True, forbid_unknown_fields=True, tag="registere
 
 
 class Plain(Struct, frozen=True, forbid_unknown_fields=True, tag="network"):
-    """A network as the member of an ensemble."""
+    """A deterministic network as a member of an ensemble."""
 
     network: Architecture
 
@@ -111,7 +111,7 @@ Single = Dropout | MeanField | Registered
 
 
 class Members(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Members of an ensemble of one architecture; shared: names of the entries that they hold together."""
+    """The members of an ensemble with one architecture; shared: names of the tensors that all of them share."""
 
     count: Annotated[int, Meta(ge=1, le=MAX_MEMBERS)]
     member: Plain | Single
@@ -119,14 +119,14 @@ class Members(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class Ensemble(Struct, frozen=True, forbid_unknown_fields=True, tag="DeepEnsemble"):
-    """A deep ensemble: `vbdl.DeepEnsemble` of groups of members, one group for each architecture."""
+    """A deep ensemble (`vbdl.DeepEnsemble`): a group of members for each architecture."""
 
     members: Annotated[list[Members], Meta(min_length=1, max_length=MAX_MEMBERS)]
     seed: Seed
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
-    """How predictions are made."""
+    """The settings of a predictor that are stored: draws, seed, tiles, compilation, memory and precision."""
 
     n_samples: Annotated[int, Meta(ge=1, le=2**31)]
     seed: Seed
@@ -139,119 +139,122 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class InputEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor of a call; the shape is of one row."""
+    """One input tensor of the network: its dtype and the shape of one row."""
 
-    name: str | None  # where the module takes it by keyword
+    name: str | None  # keyword of the module's forward, or None if passed by position
     dtype: str
     shape: Annotated[list[Size], Meta(max_length=MAX_AXES)]
 
 
 class Inputs(Struct, frozen=True, forbid_unknown_fields=True):
-    """What rows look like: one tensor, several by position, or several by keyword."""
+    """The inputs of the network: one tensor, several by position, or several by keyword."""
 
     layout: Annotated[str, Meta(pattern=r"^(tensor|positional|keyword)$")]
     tensors: Annotated[list[InputEntry], Meta(min_length=1, max_length=256)]
 
 
 class Versions(Struct, frozen=True, forbid_unknown_fields=True):
-    """What wrote the artifact."""
+    """The versions of the software that wrote the artifact."""
 
     vbdl: str
     torch: str
-    noise: int  # of the counters that draws are made from, `vbdl_kernels.CONTRACT`
+    noise: int  # version of the noise generator, `vbdl_kernels.CONTRACT`; equal versions make equal draws
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything about a saved predictor but its tensors."""
+    """The description of a saved predictor: everything except its tensors."""
 
     format: int
     versions: Versions
     posterior: Single | Ensemble
-    likelihood: dict[str, Any]  # with the calibration and the decision in it, see vbdl.artifact.modules
+    likelihood: dict[str, Any]  # with its calibration and decision, see vbdl.artifact.modules
     settings: Settings
     inputs: Inputs | None
     tensors: dict[Name, TensorEntry]
     file_bytes: Count
     file_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-    training_rows: Size  # rows whose fingerprints are in the file; 0 where training recorded none
+    training_rows: Size  # number of fingerprints in the file; 0 if training recorded none
     metrics: dict[str, Any]
-    extras: dict[str, Any]  # whatever the caller of save put in: a schema of columns, preprocessing
+    extras: dict[str, Any]  # the caller's own data, e.g. a schema of columns or preprocessing
 
 
 def encode(manifest: Manifest) -> bytes:
-    """JSON for people too: indented, keys in the order of the class."""
+    """The manifest as indented JSON with keys in the order of the class's fields."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
 def decode(data: bytes) -> Manifest:
-    """The manifest, or ArtifactError: not JSON, twice the same key, another version, unknown or wrong fields."""
-    found = _plain_json(data)
-    version = found.get("format")
+    """Parse a manifest; ArtifactError for invalid JSON, a repeated key, another format, unknown or wrong fields."""
+    raw = _plain_json(data)
+    version = raw.get("format")
     if type(version) is not int:
-        raise ArtifactError("the manifest has no format number: it is not an artifact of vbdl")
+        raise ArtifactError("the manifest has no format number, so this is no vbdl artifact")
     if version > FORMAT:
         raise ArtifactError(
             f"the artifact has format {version}, and this vbdl reads up to {FORMAT}: install a newer vbdl"
         )
-    if version < FORMAT:  # the first format has no older ones; those to come are migrated here, one step a version
-        raise ArtifactError(f"the artifact has format {version}, which no vbdl has written")
+    if version < FORMAT:  # migrations from older formats go here, one step per version; format 1 is the first
+        raise ArtifactError(f"the artifact has format {version}, which no version of vbdl writes")
     try:
-        manifest = msgspec.convert(found, Manifest)
+        manifest = msgspec.convert(raw, Manifest)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise ArtifactError(f"the manifest does not fit its format: {error}") from None
+        raise ArtifactError(f"the manifest does not match its schema: {error}") from None
     if len(manifest.tensors) > MAX_TENSORS:
-        raise ArtifactError(f"the manifest names {len(manifest.tensors)} tensors, more than {MAX_TENSORS}")
+        raise ArtifactError(f"the manifest names {len(manifest.tensors)} tensors; at most {MAX_TENSORS} are allowed")
     return manifest
 
 
 def check_json(value: Any, what: str) -> dict[str, Any]:
-    """A dict that JSON gives back as it is; ValueError for others, at save and not at load."""
+    """Return `value` if it is a dict that survives a round trip through JSON; else raise ValueError, already on saving.
+
+    what: name of the value in the error.
+    """
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is a dict that JSON can hold, got {type(value).__name__}")
+        raise ValueError(f"{what} must be a dict that JSON can hold, got {type(value).__name__}")
     try:
         text = json.dumps(value, allow_nan=False)
         if json.loads(text) != value:
-            raise ValueError("keys are strings, and lists are lists, not tuples")
+            raise ValueError("keys must be strings; use lists instead of tuples")
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not what JSON can hold: {error}") from None
+        raise ValueError(f"{what} cannot be stored as JSON: {error}") from None
     if len(text) > MAX_MANIFEST_BYTES // 2:
-        raise ValueError(f"{what} takes {len(text)} characters, more than {MAX_MANIFEST_BYTES // 2}")
+        raise ValueError(f"{what} takes {len(text)} characters; at most {MAX_MANIFEST_BYTES // 2} are allowed")
     return value
 
 
 def strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ: which of two would count depends on the reader."""
-    found: dict[str, Any] = {}
+    """A JSON object from its pairs; ArtifactError for a repeated key, which JSON readers resolve differently."""
+    unique: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ArtifactError(f"the key {key[:80]!r} stands there twice")
-        found[key] = value
-    return found
+        if key in unique:
+            raise ArtifactError(f"the key {key[:80]!r} occurs twice")
+        unique[key] = value
+    return unique
 
 
 def _plain_json(data: bytes) -> dict[str, Any]:
     def refuse(text: str) -> NoReturn:
-        raise ArtifactError(f"{text} is no number of JSON")
+        raise ArtifactError(f"{text} is not a valid number in JSON")
 
     def number(text: str) -> float:
         value = float(text)
         return value if math.isfinite(value) else refuse(text)
 
     try:
-        found = json.loads(
+        parsed = json.loads(
             data.decode("utf-8"), object_pairs_hook=strict_object, parse_constant=refuse, parse_float=number
         )
     except ArtifactError as error:
         raise ArtifactError(f"{MANIFEST}: {error}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
         raise ArtifactError(f"{MANIFEST} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{MANIFEST} holds a {type(found).__name__} and not an object")
-    return found
+    if not isinstance(parsed, dict):
+        raise ArtifactError(f"{MANIFEST} holds a {type(parsed).__name__} instead of an object")
+    return parsed
 
 
 def read(folder: str | Path) -> Manifest:
-    """The manifest of an artifact, without its tensors. ArtifactError where it is not sound."""
+    """Read the manifest of an artifact without its tensors; ArtifactError if the artifact or manifest is invalid."""
     from vbdl.artifact.files import locate, read_whole
 
     return decode(read_whole(locate(Path(folder))[MANIFEST], MAX_MANIFEST_BYTES))

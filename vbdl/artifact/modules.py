@@ -1,9 +1,9 @@
-"""The registry of classes that an artifact may name, and modules as a name with plain arguments, and back.
+"""The registry of classes that an artifact may name, and modules as descriptions, and back.
 
-What vbdl brings is stored under the name of its class, "Temperature"; a class of the user's own, opened by
-`vbdl.register`, under "package.module:Class". A stored module is data: its class is looked up here, its arguments are
-numbers, texts, lists, other modules or tensors, and its tensors are put where the class has them. A class of the user's
-own that this process has not registered is imported only from the packages in `trust`.
+A class of vbdl is stored by its name, "Temperature"; a user's class registered with `vbdl.register` by
+"package.module:Class". The description of a module is data: the name of its class and its constructor's arguments
+(numbers, strings, lists, other modules or tensors); its tensors are stored beside it. A user's class that this process
+has not registered is imported only from the packages in `trust`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
 _DECISIONS = (AnomalyFlags, DecidingLikelihood, ExpectedCost, HandOver, PathBounds, Referral, Risk)
-# layers and posteriors of vbdl have more than plain arguments: `vbdl.artifact.layers` and `vbdl.artifact.posteriors`
+# layers and posteriors of vbdl need more than plain arguments: see `vbdl.artifact.layers`, `vbdl.artifact.posteriors`
 _BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS)}
 _FORMER = {"NormalisedIntervals": "NormalizedIntervals"}  # names that version 0.1 stored
 _REGISTERED: dict[str, type[nn.Module]] = {}  # by "module:Class"
@@ -43,22 +43,22 @@ Class = TypeVar("Class", bound=type[nn.Module])
 
 
 def register(cls: Class) -> Class:
-    """Let predictors be saved and loaded with this class of your own; use it as a decorator.
+    """Register your own class, so that predictors that contain it can be saved and loaded; use it as a decorator.
 
         @vbdl.register
         class Sharpened(vbdl.types.Calibrator):
             acts_on = "probs"
             def __init__(self, power: float = 2.0): ...
 
-    cls: a posterior, likelihood, calibration, decision or layer, an `nn.Module` at the top level of a module. It is
-        stored as its name and the arguments of its constructor: what `config()` returns where the class has that
-        method, else the attributes of the arguments' names. Its parameters and buffers are stored beside it.
+    cls: a posterior, likelihood, calibration, decision or layer: a subclass of `nn.Module` at the top level of a
+        module. It is stored as its name and the arguments of its constructor: what its method `config()` returns, or
+        without that method the attributes of the arguments' names. Its parameters and buffers are stored beside it.
 
     Another process loads such a predictor with `vbdl.load(folder, trust=("package",))`, which imports the class.
-    Raises TypeError for what is no class of modules, ValueError for a class that cannot be imported by its name.
+    Raises TypeError if cls is not a subclass of nn.Module, ValueError if it is defined inside a function.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register takes a class of nn.Module, got {cls!r}")
+        raise TypeError(f"register takes a subclass of nn.Module, got {cls!r}")
     if "<locals>" in cls.__qualname__:
         raise ValueError(
             f"{cls.__qualname__} is defined inside a function, where load cannot import it: define it at the top level "
@@ -69,21 +69,21 @@ def register(cls: Class) -> Class:
 
 
 def is_registered(cls: type) -> bool:
-    """Whether this very class, not one it inherits from, was opened by `register`."""
+    """Whether this class itself, not only one of its bases, was registered with `register`."""
     return _REGISTERED.get(f"{cls.__module__}:{cls.__qualname__}") is cls
 
 
 def registered_name(cls: type) -> str:
-    """The name "module:Class" that this class is stored under; ValueError where it was not registered."""
+    """The name "module:Class" by which the class is stored; ValueError if it is not registered."""
     if not is_registered(cls):
         raise ValueError(
-            f"{cls.__name__} is not among what can be stored: register it, with @vbdl.register above its class"
+            f"{cls.__name__} cannot be stored because it is not registered: put @vbdl.register above the class"
         )
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def registered_class(name: str, trust: Sequence[str]) -> type[nn.Module]:
-    """The class that is stored under "module:Class". ArtifactError where the caller of load does not trust it."""
+    """The class stored as "module:Class", imported if needed; ArtifactError if it is not trusted or not registered."""
     if name not in _REGISTERED:
         if not is_trusted(name.partition(":")[0], trust):
             raise untrusted(name)
@@ -94,7 +94,7 @@ def registered_class(name: str, trust: Sequence[str]) -> type[nn.Module]:
 
 
 def with_names_of_today(description: Any) -> Any:
-    """A description in which every class that 0.1 stored by a former name has its name of today."""
+    """A copy of a description in which names of classes from vbdl 0.1 are replaced by today's names."""
     if isinstance(description, Mapping):
         today = {key: with_names_of_today(value) for key, value in description.items()}
         if isinstance(stored := today.get("class"), str):
@@ -106,16 +106,16 @@ def with_names_of_today(description: Any) -> Any:
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """What `rebuild` needs beside `module.state_dict()`: a dict that JSON can hold.
+    """Describe a module as a dict that JSON can hold; `rebuild` needs it and `module.state_dict()`.
 
-    ValueError for a module whose class is not registered: a predictor with such a decision is saved without it, and
-    the decision is put on again after loading.
+    Raises ValueError for a class that is not registered. A predictor with a decision of such a class can be saved
+    without the decision, which is attached again after loading.
     """
     name = _stored_name(type(module))
     encoded = {argument: encode(value, argument) for argument, value in arguments_of(module).items()}
     description: dict[str, Any] = {"class": name, "arguments": {a: v for a, v in encoded.items() if v is not None}}
     if isinstance(module, Referral) and module.certificate is not None:
-        # what 0.1 did not record is left out, so that its certificates are described as they were
+        # fields that vbdl 0.1 did not record are None and left out, so that its certificates keep their description
         description["certificate"] = {n: v for n, v in dataclasses.asdict(module.certificate).items() if v is not None}
     members = vars(module).get("n_members")
     if members is not None:
@@ -124,9 +124,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 
 def arguments_of(module: nn.Module) -> dict[str, Any]:
-    """The arguments that make this module again, by name: `config()`, or the attributes of the constructor's names.
+    """The constructor's arguments for this module by name: `config()`, or else the attributes of the parameters' names.
 
-    ValueError for a class of the user's own that does not keep one of them.
+    Raises ValueError for a registered class without config() that does not keep one of its arguments.
     """
     config = getattr(type(module), "config", None)  # a method, not an attribute or a submodule of that name
     if callable(config):
@@ -137,7 +137,7 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
         try:
             values[argument] = getattr(module, argument)
         except AttributeError:
-            # the classes of vbdl keep what they do not have under its name in a parameter or a buffer
+            # an argument that a class of vbdl does not keep as an attribute is held by its parameters or buffers
             if is_registered(type(module)):
                 raise ValueError(
                     f"{type(module).__name__} does not keep the argument {argument!r} of its constructor, so it cannot "
@@ -147,7 +147,7 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
 
 
 def encode(value: Any, name: str) -> Any:
-    """One argument as JSON: a module as its description, a tensor as its name in the module's state."""
+    """One constructor argument as JSON: a module as its description, a tensor as its name in the state dict."""
     if isinstance(value, nn.Module):
         return {"module": describe(value)}
     if isinstance(value, Tensor):
@@ -156,14 +156,14 @@ def encode(value: Any, name: str) -> Any:
 
 
 def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:
-    """The module of a description and a state dict. ValueError for an unknown class, argument or tensor."""
+    """Rebuild a module from its description and state dict; ValueError for an unknown class, argument or tensor."""
     cls = _class_named(description.get("class"), trust)
     arguments = decode(cls, description.get("arguments", {}), state, trust)
     module: Any = cls(**arguments)
     if "n_members" in description:
         members = description["n_members"]
         if type(members) is not int or members < 1:
-            raise ValueError(f"n_members is a number of members, not {str(members)[:40]!r}")
+            raise ValueError(f"n_members must be a positive int, got {str(members)[:40]!r}")
         module.n_members = members
     _fill(module, {n: t for n, t in state.items() if "." not in n})
     if "certificate" in description:
@@ -174,9 +174,9 @@ def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor], trust: 
 def decode(
     cls: type[nn.Module], stored: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str]
 ) -> dict[str, Any]:
-    """The arguments of a constructor that `encode` stored, of the types that it names.
+    """The constructor arguments of `cls` from their JSON (`encode`), checked against its type annotations.
 
-    state: the tensors of the module that it makes.
+    state: the tensors of the module to be built, by name.
     """
     allowed = inspect.signature(cls).parameters
     arguments: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def decode(
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The tensors of the module itself in place of those that its constructor made, whatever their shape was."""
+    """Replace the module's own parameters and buffers by these tensors, whose shapes may differ."""
     own = {*module._parameters, *module._buffers}
     for name, t in state.items():
         if name not in own:
@@ -219,9 +219,9 @@ def _class_named(name: Any, trust: Sequence[str]) -> type[nn.Module]:
         return _BUILT_IN[name]
     if isinstance(name, str) and ":" in name:
         return registered_class(name, trust)
-    raise ValueError(f"{name!r} is not among what can be stored: {sorted(_BUILT_IN)}, and registered classes")
+    raise ValueError(f"{name!r} is not a class that can be stored: {sorted(_BUILT_IN)}, and registered classes")
 
 
 def _lists(value: Any) -> Any:
-    """Tuples as lists, as JSON gives them back."""
+    """The value with tuples turned into lists, as JSON returns them."""
     return [_lists(v) for v in value] if isinstance(value, tuple) else value

@@ -1,7 +1,6 @@
-"""The network of a posterior: described layer by layer, referred to by a name that can be imported, or left to the
-caller of load.
+"""The network of a posterior as an architecture, and back: described by layers, named, or supplied on loading.
 
-A name is imported only where the caller allows it, because importing runs code; layers come from a list and run none.
+Importing a name runs code, so it needs the caller's trust; layers are built from a fixed list of classes.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from vbdl.calling.stacking import state_of
 from vbdl.nn.architecture import architecture as described_lines
 from vbdl.nn.architecture import constants
 
-_NUMBERED = "first_layer"  # of a Bayesian layer, which the posterior around it numbers
+_NUMBERED = "first_layer"  # attribute of Bayesian layers, set by the posterior that contains them
 
 
 def describe(
@@ -28,60 +27,65 @@ def describe(
     target: str | None,
     arguments: Mapping[str, Any],
 ) -> Architecture:
-    """How to make the network again: by `target`, "module:name", where given, else by its layers, else not at all.
+    """Describe how to rebuild a network: by `target` ("module:name") if given, else by its layers, else as Supplied.
 
-    values: its tensors by name, where its own are on the meta device. ValueError where `target` makes another network.
+    values: tensors by name, used instead of the network's own, which may be on the meta device.
+    Raises ValueError if `target` builds a different network.
     """
     if target is not None:
-        made = _import(target)(**arguments)
-        check_same(made, settings(network), f"{target} makes", ValueError)
+        rebuilt = _import(target)(**arguments)
+        check_same(rebuilt, settings(network), f"{target} builds", ValueError)
         return Reference(target, check_json(dict(arguments), "arguments"), settings(network))
     try:
-        found = Layers(layers.describe(network, "", values), _ties(network))
+        layered = Layers(layers.describe(network, "", values), _ties(network))
         with torch.device("meta"):
-            again = _layers(found)
-        if _lines(again) == _lines(network):
-            return found
+            relayered = _layers(layered)
+        if _lines(relayered) == _lines(network):
+            return layered
     except (layers.Undescribed, ArtifactError):
         pass
     return Supplied(f"{type(network).__module__}.{type(network).__qualname__}", settings(network))
 
 
 class Maker:
-    """Makes the networks of an artifact, in the order of its architectures.
+    """Builder of an artifact's networks, in the order of its architectures.
 
-    module: networks for those that were not described. trust: top-level modules that may be imported from.
+    module: networks that replace those of the artifact, one for each architecture.
+    trust: packages from which the artifact's names may be imported.
     """
 
     def __init__(self, module: nn.Module | Sequence[nn.Module] | None, trust: Sequence[str]):
         self._given = [module] if isinstance(module, nn.Module) else list(module or ())
         if isinstance(trust, str):
-            raise TypeError('trust is a sequence of module names: ("mypackage",)')
+            raise TypeError('trust must be a sequence of package names, e.g. ("mypackage",), not a string')
         self._trust = tuple(trust)
         self._next = 0
 
     def make(self, architecture: Architecture) -> nn.Module:
-        """A network, its weights of no importance."""
-        if self._given:  # what the caller brings replaces what the artifact would make
+        """Build the network of the next architecture; its weights are arbitrary."""
+        if self._given:  # the caller's networks replace the artifact's
             if self._next >= len(self._given):
-                raise ArtifactError(f"the artifact has more architectures than the {len(self._given)} modules given")
+                raise ArtifactError(
+                    f"the artifact has more architectures than module= has networks ({len(self._given)}); pass one for "
+                    f"each"
+                )
             network = copy.deepcopy(self._given[self._next])
             self._next += 1
             if not isinstance(architecture, Layers):
-                check_same(network, architecture.settings, "the module given has", ArtifactError)
+                check_same(network, architecture.settings, "module= is", ArtifactError)
             return network
         if isinstance(architecture, Layers):
             return _layers(architecture, self._trust)
         if isinstance(architecture, Supplied):
             raise ArtifactError(
-                f"the network of this artifact is a {architecture.name}, which it does not describe: "
-                f"load(folder, module=...) with such a network, or save it with architecture='module:function'"
+                f"this artifact does not describe its network, a {architecture.name}: pass such a network to "
+                f"load(folder, module=...), or save it with architecture='module:function'"
             )
         self._check_trust(architecture.target)
         network = _import(architecture.target)(**architecture.arguments)
         if not isinstance(network, nn.Module):
-            raise ArtifactError(f"{architecture.target} made a {type(network).__name__} and not a network")
-        check_same(network, architecture.settings, f"{architecture.target} makes", ArtifactError)
+            raise ArtifactError(f"{architecture.target} returned a {type(network).__name__}, not an nn.Module")
+        check_same(network, architecture.settings, f"{architecture.target} builds", ArtifactError)
         return network
 
     def _check_trust(self, target: str) -> None:
@@ -89,33 +93,33 @@ class Maker:
         parts = path.split(".")
         if is_trusted(path, self._trust):
             return
-        # layers of vbdl itself: classes of networks, whose constructors touch nothing outside
+        # public nn.Module classes of vbdl need no trust: their constructors have no side effects
         if parts[0] == "vbdl" and not any(p.startswith("_") for p in [*parts, *name.split(".")]):
-            found = _import(target)
-            if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == path:
+            kind = _import(target)
+            if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == path:
                 return
-        raise untrusted(target, ", or give the network with module=")
+        raise untrusted(target, ", or pass the network as module=")
 
 
 @contextlib.contextmanager
 def quiet_generator() -> Iterator[None]:
-    """Making networks draws fresh weights; torch's generator is left as it was."""
+    """Restore torch's generator on exit, because building networks draws their initial weights from it."""
     with torch.random.fork_rng(devices=[]):
         yield
 
 
 def _layers(description: Layers, trust: Sequence[str] = ()) -> nn.Module:
-    made = layers.build(description.root, trust)
+    network = layers.build(description.root, trust)
     for name, first in description.ties.items():
         owner, _, leaf = name.rpartition(".")
         try:
-            shared = made.get_parameter(first)
-            if made.get_parameter(name).shape != shared.shape:
-                raise ArtifactError(f"{name} cannot be {first}: they differ in shape")
-            setattr(made.get_submodule(owner), leaf, shared)
+            shared = network.get_parameter(first)
+            if network.get_parameter(name).shape != shared.shape:
+                raise ArtifactError(f"{name} cannot be tied to {first}: their shapes differ")
+            setattr(network.get_submodule(owner), leaf, shared)
         except AttributeError as error:
             raise ArtifactError(f"{name} cannot be tied to {first}: {error}") from None
-    return made
+    return network
 
 
 def _ties(network: nn.Module) -> dict[str, str]:
@@ -127,36 +131,40 @@ def _ties(network: nn.Module) -> dict[str, str]:
 def _import(target: str) -> Any:
     maker = import_named(target)
     if not callable(maker):
-        raise ArtifactError(f"{target[:120]!r} is not a function or class that makes a network")
+        raise ArtifactError(f"{target[:120]!r} is not a function or class that builds a network")
     return maker
 
 
 def settings(network: nn.Module) -> dict[str, str]:
-    """The class of every module and, after a colon, its settings and constants: what equal tensors do not show."""
-    found = {}
+    """The properties that equal tensors do not show: {path: class} and {"path:name": setting or constant}."""
+    properties = {}
     for name, m in network.named_modules():
-        found[name] = type(m).__qualname__
+        properties[name] = type(m).__qualname__
         for key, value in vars(m).items():
             if key.startswith("_") or key in ("training", _NUMBERED):
                 continue
             if callable(value) and not isinstance(value, type):
                 value = getattr(value, "__qualname__", None)
             if value is None or _is_plain(value):
-                found[f"{name}:{key}"] = repr(value)
-    return found | {f":{path}": value for path, value in constants(network, code=False).items()}
+                properties[f"{name}:{key}"] = repr(value)
+    return properties | {f":{path}": value for path, value in constants(network, code=False).items()}
 
 
 def check_same(network: nn.Module, expected: Mapping[str, str], who: str, error: type[ValueError]) -> None:
-    """Raises where a class or a setting differs. Settings that one of them lacks come and go with versions of torch."""
+    """Raise `error` if a class or setting of the network differs from `expected`, made by `settings`.
+
+    A setting that only one of the two has is ignored: versions of torch add and remove them.
+    who: subject and verb of the message, like "module= is".
+    """
     if not isinstance(network, nn.Module):
-        raise error(f"{who} a {type(network).__name__} and not a network")
-    own = settings(network)
-    for key in [*expected, *own]:
-        everywhere = key in own and key in expected
-        if own.get(key) != expected.get(key) and (everywhere or ":" not in key):
+        raise error(f"{who} a {type(network).__name__} instead of a network")
+    actual = settings(network)
+    for key in [*expected, *actual]:
+        everywhere = key in actual and key in expected
+        if actual.get(key) != expected.get(key) and (everywhere or ":" not in key):
             what = key.lstrip(":") or "the network"
             raise error(
-                f"{who} another network: {what} is {own.get(key)}, and was {expected.get(key)} when it was saved"
+                f"{who} a different network: {what} is {actual.get(key)} and was {expected.get(key)} when saved"
             )
 
 
@@ -167,7 +175,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _lines(network: nn.Module) -> list[str]:
-    """What has to be equal; dtypes are those of the tensors that are put in."""
+    """The lines that must be equal for two architectures to be the same; dtypes are left out."""
     shapes = {f"{name}: {tuple(t.shape)}" for name, t in state_of(network).items()}
     lines = [line for line in described_lines(network) if f".{_NUMBERED} = " not in line]
     return [bare if (bare := line.rpartition(" torch.")[0]) in shapes else line for line in lines]

@@ -1,4 +1,4 @@
-"""Posteriors as descriptions, and back: a function each way for every method of vbdl, one for all registered ones."""
+"""Posteriors as descriptions in the manifest, and back."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,14 @@ from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
 
-_TYPE = "type:"  # before the name of a class, where a choice of modules is not by their names
+_TYPE = "type:"  # prefix that marks the name of a class among the names of submodules
 
 
 def describe(posterior: Any, network: Describe) -> Single | Ensemble:
-    """The posterior without its tensors; `network` describes a network. ValueError for a method not registered."""
+    """Describe a posterior without its tensors; ValueError for a method that is not registered.
+
+    network: describes a network, given its tensors by name.
+    """
     if isinstance(posterior, DeepEnsemble):
         members = [Members(part.n_members, _member(part, network), list(part.shared())) for part in posterior.parts]
         return Ensemble(members, posterior.parts[0].seed if len(members) == 1 else 0)
@@ -46,7 +49,10 @@ def _member(part: DeepEnsemble, network: Describe) -> Plain | Single:
 
 
 def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Single:
-    """values: tensors of posterior.module by name, where its own are on the meta device."""
+    """Describe a posterior that is no ensemble.
+
+    values: tensors of posterior.module by name, used instead of its own, which may be on the meta device.
+    """
     inner = {n.removeprefix("inner."): t for n, t in values.items() if n.startswith("inner.")}
     if type(posterior) is MCDropout:
         module = posterior.module
@@ -60,17 +66,17 @@ def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> 
         if isinstance(module, SampledNetwork):
             priors = {n: values[f"prior_{i}"].tolist() for i, n in enumerate(module.chosen)}
             initial = math.exp(module.log_std.initial)
-        found = network(module.inner, inner)
-        return MeanField(found, module.n_data, priors, initial, posterior.n_samples, posterior.seed)
+        architecture = network(module.inner, inner)
+        return MeanField(architecture, module.n_data, priors, initial, posterior.n_samples, posterior.seed)
     return _registered(posterior, values, network)
 
 
 def _registered(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Registered:
-    """A method of the user's own: class(network, **config()) makes it again."""
+    """Describe a registered method, which is rebuilt as class(network, **config())."""
     name = modules.registered_name(type(posterior))
     paths = [n for n, m in posterior.module.named_modules() if m is posterior.user_network]
     if not paths:
-        raise ValueError(f"{name}: the network of this posterior is not in its module, so it cannot be stored")
+        raise ValueError(f"{name} cannot be stored: its network is not a submodule of its module; assign it as one")
     prefix = f"{paths[0]}." if paths[0] else ""
     inner = {n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)}
     try:
@@ -78,15 +84,16 @@ def _registered(posterior: Any, values: Mapping[str, Tensor], network: Describe)
     except NotImplementedError as error:
         raise ValueError(str(error)) from None
     if tensors := [n for n, v in arguments.items() if isinstance(v, Tensor)]:
-        raise ValueError(f"config() of {name} has the tensor {tensors[0]!r}: return numbers or lists of them")
+        raise ValueError(f"config() of {name} has the tensor {tensors[0]!r}: return numbers or lists of numbers")
     encoded = {n: modules.encode(v, n) for n, v in arguments.items()}
     return Registered(name, network(posterior.user_network, inner), check_json(encoded, f"config() of {name}"))
 
 
 def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ()) -> Any:
-    """A posterior of this description whose tensors do not matter yet.
+    """Build a posterior from its description; its tensors are arbitrary until they are filled in.
 
-    make: makes a network. trust: packages that the class of a registered method may be imported from.
+    make: builds a network from its architecture.
+    trust: packages from which the class of a registered method may be imported.
     """
     if not isinstance(description, Ensemble):
         return _build_single(description, make, trust)
@@ -100,7 +107,7 @@ def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ())
 
 
 def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Any:
-    if isinstance(description, Registered):  # its class first: nothing is made for one that is not trusted
+    if isinstance(description, Registered):  # the class first, so that nothing is built if it is not trusted
         cls: Any = modules.registered_class(description.name, trust)
         arguments = modules.decode(cls, description.arguments, {}, trust)
         return cls(make(description.network), **arguments)
@@ -122,14 +129,14 @@ def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Any:
 
 
 def architectures(description: Single | Ensemble) -> Sequence[Architecture]:
-    """Of each part, in order."""
+    """The architectures of the posterior's parts, in order."""
     if isinstance(description, Ensemble):
         return [group.member.network for group in description.members]
     return [description.network]
 
 
 def _names(network: nn.Module, chosen: str | type) -> bool:
-    """Whether a choice says something: a class that no module is of does not."""
+    """Whether a choice of deterministic modules has an effect: a name, or a class that a module is an instance of."""
     return isinstance(chosen, str) or any(isinstance(m, chosen) for m in network.modules())
 
 
@@ -138,10 +145,10 @@ def _type_name(kind: type) -> str:
 
 
 def _type(network: nn.Module, name: str) -> type[nn.Module]:
-    """A class by its name, among those of the modules that are there: nothing is imported for it."""
+    """The class of this name among the classes and bases of the network's modules; nothing is imported."""
     name = name.removeprefix(_TYPE)
     for module in network.modules():
         for kind in type(module).__mro__:
             if _type_name(kind) == name and issubclass(kind, nn.Module):
                 return kind
-    raise ArtifactError(f"deterministic names the class {name[:120]!r}, and no module of the network is one")
+    raise ArtifactError(f"deterministic names the class {name[:120]!r}, but no module of the network is an instance")

@@ -48,26 +48,26 @@ def save(
     arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the predictor as a folder of safetensors, JSON and a model card; returns the folder.
+    """Save the predictor as a folder of safetensors, a JSON manifest and a model card; return the folder.
 
-    extras: whatever belongs to the model and is not of vbdl, a schema of columns or preprocessing, as JSON holds it;
-        read back as `vbdl.load(folder).manifest.extras`. Of a predictor that was loaded, or made of one that was, its
-        own unless given; so are architecture and arguments.
-    metrics: figures for the model card, {"accuracy": 0.97, ...}, as JSON holds them.
-    example: one batch of inputs, of which the shape of a row is recorded; what was predicted before, unless given.
-    architecture: "module:name" of what makes the network, called with `arguments`. Networks of torch.nn's own layers
-        describe themselves. Another without this is saved too, and `load` then asks for module=. For an ensemble
-        of several architectures one of each, None where it describes itself.
-    overwrite: replace an artifact that is there.
+    extras: your own data about the model, e.g. a schema of columns or preprocessing, as a dict that JSON can hold;
+        read back as `vbdl.load(folder).manifest.extras`. A predictor that was loaded, or derived from a loaded one,
+        keeps its extras, architecture and arguments unless new ones are given.
+    metrics: metrics for the model card, {"accuracy": 0.97, ...}, as a dict that JSON can hold.
+    example: one batch of inputs, from which the shapes of a row are recorded; default: the inputs of an earlier call.
+    architecture: "module:name" of a function or class that returns the network when called with `arguments`. Not
+        needed for networks of torch.nn's layers; other networks are saved without it, too, but `load` then needs
+        module=. For an ensemble of several architectures a sequence, with None for those that need no name.
+    overwrite: replace an existing artifact.
 
-    The folder appears whole or not at all. Raises ValueError where a tensor is not finite or something cannot be
-    stored, FileExistsError where the folder is not empty.
+    The folder appears complete or not at all. Raises ValueError if a tensor is not finite or something cannot be
+    stored, FileExistsError if the folder exists and is not empty.
     """
     folder = Path(folder)
-    found = contents(
+    files = contents(
         predictor, extras=extras, metrics=metrics, example=example, architecture=architecture, arguments=arguments
     )
-    write_folder(folder, found, locate if overwrite else None)
+    write_folder(folder, files, locate if overwrite else None)
     return folder
 
 
@@ -80,11 +80,11 @@ def contents(
     architecture: str | Sequence[str | None] | None = None,
     arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, bytes]:
-    """The files of the artifact by name, not written yet; arguments as for `save`."""
+    """The bytes of the artifact's files by file name; arguments as for `save`."""
     if predictor.estimator != "sampling":
         raise ValueError(
-            "an artifact predicts by sampling: save replace(estimator='sampling'), and after loading take "
-            "replace(estimator='moments')"
+            "an artifact predicts by sampling: save predictor.replace(estimator='sampling'), and call "
+            "replace(estimator='moments') after loading"
         )
     before = predictor.manifest
     if extras is None and before is not None:
@@ -97,13 +97,13 @@ def contents(
     tensors = {f"posterior.{n}": t for n, t in _state(predictor.posterior).items()}
     tensors |= {f"likelihood.{n}": t for n, t in _state(predictor.likelihood).items()}
     for name, t in tensors.items():
-        # a threshold may be infinite, a weight may not
+        # thresholds of a likelihood may be infinite, weights may not
         sound = t.isfinite() if name.startswith("posterior.") else ~t.isnan()
         if t.is_floating_point() and not bool(sound.all()):
-            raise ValueError(f"{int((~sound).sum())} of {t.numel()} numbers of {name} are not finite: not saved")
-    seen = training_rows(predictor.posterior)
-    if seen is not None:
-        tensors[TRAINING_ROWS] = seen
+            raise ValueError(f"nothing was saved: {int((~sound).sum())} of {t.numel()} values of {name} are not finite")
+    fingerprints = training_rows(predictor.posterior)
+    if fingerprints is not None:
+        tensors[TRAINING_ROWS] = fingerprints
     data = to_bytes(tensors)
     manifest = Manifest(
         format=FORMAT,
@@ -115,34 +115,42 @@ def contents(
         tensors=entries(tensors),
         file_bytes=len(data),
         file_sha256=hashlib.sha256(data).hexdigest(),
-        training_rows=0 if seen is None else len(seen),
+        training_rows=0 if fingerprints is None else len(fingerprints),
         metrics=check_json(dict(metrics or {}), "metrics"),
         extras=check_json(dict(extras or {}), "extras"),
     )
     encoded = encode(manifest)
     if len(encoded) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"the manifest takes {len(encoded)} bytes, more than {MAX_MANIFEST_BYTES}: fewer extras")
+        raise ValueError(f"the manifest has {len(encoded)} bytes, more than {MAX_MANIFEST_BYTES}; pass fewer extras")
     return {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}
 
 
 def _describe(posterior: Any, architecture: Any, arguments: Any, known: Sequence[Architecture | None]) -> Any:
-    """known: how the artifact that the posterior was loaded from makes the network of each part, or None."""
+    """Describe a posterior for the manifest.
+
+    known: the architecture of each part in the artifact that the posterior was loaded from, or None.
+    """
     if not (architecture is None or isinstance(architecture, Sequence)):
-        raise TypeError(f'architecture is the "module:name" of what makes the network, got {architecture!r}')
+        raise TypeError(
+            f'architecture must be "module:name" of a function or class that returns the network, got {architecture!r}'
+        )
     targets = [architecture] if architecture is None or isinstance(architecture, str) else list(architecture)
-    given = [arguments or {}] if arguments is None or isinstance(arguments, Mapping) else list(arguments)
+    each_arguments = [arguments or {}] if arguments is None or isinstance(arguments, Mapping) else list(arguments)
     parts = len(posterior.parts)
     if architecture is None:
         targets = [None] * parts
-    given = given * parts if len(given) == 1 else given
-    if len(targets) != parts or len(given) != parts:
-        raise ValueError(f"the posterior has {parts} architectures, and {len(targets)} were given")
-    remaining = iter(zip(targets, given, known, strict=True))
+    each_arguments = each_arguments * parts if len(each_arguments) == 1 else each_arguments
+    if len(targets) != parts or len(each_arguments) != parts:
+        raise ValueError(
+            f"the posterior has {parts} architectures, but architecture= has {len(targets)} entries and arguments= "
+            f"{len(each_arguments)}"
+        )
+    remaining = iter(zip(targets, each_arguments, known, strict=True))
 
     def network(module: nn.Module, values: Mapping[str, Tensor]) -> Any:
         target, called_with, before = next(remaining)
         if isinstance(before, Reference):
-            # not imported again: the network may have come by module=, from somebody who does not trust the name
+            # not imported again: a caller of load who does not trust the name may have passed the network as module=
             return Reference(before.target, before.arguments, networks.settings(module))
         return networks.describe(module, values, target, called_with)
 
@@ -151,21 +159,21 @@ def _describe(posterior: Any, architecture: Any, arguments: Any, known: Sequence
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Its tensors, a tied one once, under its first name."""
-    found, seen = {}, set()
+    """The module's tensors by name; a tied tensor appears once, under its first name."""
+    tensors, seen = {}, set()
     for name, t in module.state_dict(keep_vars=True).items():
         if not isinstance(t, Tensor):
-            raise ValueError(f"{name} is a {type(t).__name__} and not a tensor: such a module cannot be saved")
+            raise ValueError(f"the module cannot be saved: {name} of its state is a {type(t).__name__}, not a tensor")
         if id(t) not in seen:
             seen.add(id(t))
-            found[name] = t.detach()
-    return found
+            tensors[name] = t.detach()
+    return tensors
 
 
 def training_rows(posterior: Any) -> Tensor | None:
-    """Fingerprints of the rows that it was trained on, (rows,) int64 sorted, or None where none were recorded."""
-    found = [p.training_rows for p in (posterior, *posterior.parts)]
-    known = [t.cpu() for t in found if t is not None]
+    """The fingerprints of the rows the posterior was trained on, (rows,) int64 sorted, or None if not recorded."""
+    recorded = [p.training_rows for p in (posterior, *posterior.parts)]
+    known = [t.cpu() for t in recorded if t is not None]
     return torch.cat(known).unique() if known else None
 
 
@@ -179,7 +187,7 @@ def _settings(predictor: Predictor) -> Settings:
 
 
 def inputs_of(predictor: Predictor, example: Any) -> Inputs | None:
-    """What rows look like, from the example, from what was predicted, or from the artifact it was loaded from."""
+    """The inputs of the network: from the example, an earlier prediction, or the artifact the predictor came from."""
     if example is not None:
         flat = predictor.check(example)
         structure, rows = flat.structure, [(tuple(t.shape), t.dtype) for t in flat.tensors]
@@ -191,8 +199,8 @@ def inputs_of(predictor: Predictor, example: Any) -> Inputs | None:
         if example is None:
             return None
         raise ValueError(
-            "an artifact describes inputs that are one tensor, a tuple of tensors or a dict of tensors, and this "
-            "example is nested in another way: save without an example"
+            "the example must be a tensor, a tuple of tensors or a dict of tensors; a network whose inputs are nested "
+            "otherwise is saved without an example"
         )
     names = structure.names if isinstance(structure, Container) else None
     layout = "keyword" if names else "positional" if isinstance(structure, Container) else "tensor"

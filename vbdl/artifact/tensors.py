@@ -1,4 +1,4 @@
-"""The tensors of an artifact: one safetensors file, every name and size of it checked before a byte of data is read."""
+"""The tensors of an artifact: one safetensors file, whose names and sizes are checked before its data is read."""
 
 import contextlib
 import hashlib
@@ -36,24 +36,24 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def entries(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """What the manifest says of these tensors."""
+    """The manifest's entries for these tensors: dtype and shape by name."""
     for name, t in tensors.items():
         if t.dtype not in CODES:
-            raise ValueError(f"{name} is {t.dtype}, which an artifact does not hold; it holds {sorted(DTYPES)}")
+            raise ValueError(f"{name} is {t.dtype}, which an artifact cannot hold; use one of {sorted(DTYPES)}")
     if len(tensors) > MAX_TENSORS:
-        raise ValueError(f"there are {len(tensors)} tensors, an artifact holds {MAX_TENSORS}")
+        raise ValueError(f"the predictor has {len(tensors)} tensors; an artifact holds at most {MAX_TENSORS}")
     return {n: TensorEntry(CODES[t.dtype], list(t.shape)) for n, t in tensors.items()}
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file. Every tensor is copied, because views of one memory are not taken."""
+    """The tensors as the bytes of a safetensors file. Each is copied, because safetensors refuses shared memory."""
     return write_tensors({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()})
 
 
 def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors, which are exactly those of the manifest; ArtifactError otherwise.
+    """Read the tensors by name; ArtifactError if they are not exactly those of the manifest.
 
-    The file is read into memory and not mapped: one that is cut short while it is mapped ends the process.
+    The file is read into memory and not mapped: truncating a mapped file would kill the process.
     """
     with _opened(path, manifest) as (file, start, _):
         data = start + file.read(manifest.file_bytes - len(start))
@@ -66,9 +66,11 @@ def read_tensors(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def read_share(path: Path, manifest: Manifest, prefix: str, own: range) -> dict[str, Tensor]:
-    """The tensors, of those whose names begin with `prefix` only the entries `own` of the first axis; ArtifactError as
-    for all. The file is read to its end for its digest, in memory of what is returned."""
-    found: dict[str, Tensor] = {}
+    """Read the tensors like `read_tensors`, but of those whose name begins with `prefix` only rows `own` of axis 0.
+
+    The whole file is read for its digest, but only the returned tensors and one block are held in memory.
+    """
+    tensors: dict[str, Tensor] = {}
     with _opened(path, manifest) as (file, start, header):
         digest, total = hashlib.sha256(start), len(start)
         for name in sorted(header, key=lambda n: (header[n]["data_offsets"], n)):
@@ -87,30 +89,32 @@ def read_share(path: Path, manifest: Manifest, prefix: str, own: range) -> dict[
                 at += len(block)
             total += at
             dtype = DTYPES[entry.dtype]
-            found[name] = (torch.frombuffer(kept, dtype=dtype) if kept else torch.empty(0, dtype=dtype)).reshape(shape)
+            tensors[name] = (torch.frombuffer(kept, dtype=dtype) if kept else torch.empty(0, dtype=dtype)).reshape(
+                shape
+            )
         _check_end(file, total, manifest)
     _check_digest(digest, manifest)
-    return found
+    return tensors
 
 
-_BLOCK = 2**20  # bytes in memory beside what is kept
+_BLOCK = 2**20  # bytes read at a time
 
 
 @contextlib.contextmanager
 def _opened(path: Path, manifest: Manifest) -> Iterator[tuple[BinaryIO, bytes, dict[str, Any]]]:
-    """The file after its header, what was read of it, and the header, which has been found to be the manifest's."""
+    """Open the file and check its header: (file positioned at the data, bytes read so far, parsed header)."""
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         if size != manifest.file_bytes:
             raise ArtifactError(
-                f"{TENSORS} has {size} bytes, the manifest says {manifest.file_bytes}: it was cut short or exchanged"
+                f"{TENSORS} has {size} bytes, the manifest says {manifest.file_bytes}: it was truncated or replaced"
             )
         prefix = file.read(8)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
             raise ArtifactError(
-                f"the header of {TENSORS} says that it has {header_bytes} bytes; at most {MAX_HEADER_BYTES} and no "
-                f"more than the file are taken"
+                f"the header of {TENSORS} claims {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed, and no "
+                f"more than the file has"
             )
         header = file.read(header_bytes)
         yield file, prefix + header, _check_header(header, manifest.tensors, size - 8 - header_bytes)
@@ -123,37 +127,37 @@ def _check_end(file: BinaryIO, read: int, manifest: Manifest) -> None:
 
 def _check_digest(digest: Any, manifest: Manifest) -> None:
     if digest.hexdigest() != manifest.file_sha256:
-        raise ArtifactError(f"the bytes of {TENSORS} are not those the manifest was written for: damaged or exchanged")
+        raise ArtifactError(f"{TENSORS} does not have the SHA-256 in the manifest: it was damaged or replaced")
 
 
 def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> dict[str, Any]:
-    """The header: names, dtypes and shapes are the manifest's, and the data is exactly covered, without holes or
-    overlaps."""
+    """Parse the header; ArtifactError unless names, dtypes and shapes are the manifest's and the tensors cover the data
+    exactly, without gaps or overlaps."""
     try:
-        found = json.loads(header.decode("utf-8"), object_pairs_hook=strict_object)
+        header_entries = json.loads(header.decode("utf-8"), object_pairs_hook=strict_object)
     except ArtifactError as error:
-        raise ArtifactError(f"header of {TENSORS}: {error}") from None
+        raise ArtifactError(f"the header of {TENSORS} is invalid: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"the header of {TENSORS} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"the header of {TENSORS} is not an object of JSON")
-    found.pop("__metadata__", None)
-    if len(found) > MAX_TENSORS:
-        raise ArtifactError(f"{TENSORS} names {len(found)} tensors, more than {MAX_TENSORS}")
-    if found.keys() != expected.keys():
-        odd = sorted(found.keys() ^ expected.keys())
+    if not isinstance(header_entries, dict):
+        raise ArtifactError(f"the header of {TENSORS} is not a JSON object")
+    header_entries.pop("__metadata__", None)
+    if len(header_entries) > MAX_TENSORS:
+        raise ArtifactError(f"{TENSORS} names {len(header_entries)} tensors; at most {MAX_TENSORS} are allowed")
+    if header_entries.keys() != expected.keys():
+        odd = sorted(header_entries.keys() ^ expected.keys())
         raise ArtifactError(
-            f"the tensors of {TENSORS} are not those of the manifest: {ascii(odd[0][:80])} is in one of them only"
+            f"{TENSORS} and the manifest name different tensors: {ascii(odd[0][:80])} is only in one of them"
         )
     spans = []
-    for name, entry in found.items():
+    for name, entry in header_entries.items():
         stated = expected[name]
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ArtifactError(f"tensor {name[:80]!r} is not described by dtype, shape and data_offsets")
+            raise ArtifactError(f"the header's entry of {name[:80]!r} must have exactly dtype, shape and data_offsets")
         if entry["dtype"] not in DTYPES or entry["dtype"] != stated.dtype:
             raise ArtifactError(
                 f"tensor {name[:80]!r} is {str(entry['dtype'])[:20]}, the manifest says {stated.dtype[:20]}; "
-                f"an artifact holds {sorted(DTYPES)}"
+                f"allowed are {sorted(DTYPES)}"
             )
         if entry["shape"] != stated.shape or len(stated.shape) > MAX_AXES:
             raise ArtifactError(
@@ -161,20 +165,20 @@ def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes
             )
         span = entry["data_offsets"]
         if not (isinstance(span, list) and len(span) == 2 and all(type(o) is int for o in span)):
-            raise ArtifactError(f"tensor {name[:80]!r} has no offsets")
+            raise ArtifactError(f"the data_offsets of tensor {name[:80]!r} are not two ints")
         needed = math.prod(stated.shape) * DTYPES[stated.dtype].itemsize
         if span[1] - span[0] != needed:
             raise ArtifactError(
                 f"tensor {name[:80]!r} of shape {stated.shape} needs {needed} bytes and has {span[1] - span[0]}"
             )
         if needed == 0 and max(stated.shape, default=0) > data_bytes + 1:
-            raise ArtifactError(f"tensor {name[:80]!r} of shape {stated.shape} is empty and claims to be huge")
+            raise ArtifactError(f"tensor {name[:80]!r} of shape {stated.shape} is empty, but has a huge axis")
         spans.append((span[0], span[1], name))
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
-            raise ArtifactError(f"tensor {name[:80]!r} starts at byte {start} where {end} was expected")
+            raise ArtifactError(f"tensor {name[:80]!r} starts at byte {start}, expected {end}")
         end = stop
     if end != data_bytes:
-        raise ArtifactError(f"the tensors of {TENSORS} take {end} bytes, and there are {data_bytes}")
-    return found
+        raise ArtifactError(f"the tensors of {TENSORS} take {end} bytes, but its data has {data_bytes}")
+    return header_entries

@@ -1,4 +1,4 @@
-"""Imports that a stored name asks for. Importing runs code, so only the caller of load can allow it."""
+"""Imports of names that an artifact stores. Importing runs code, so only the caller of `vbdl.load` can allow it."""
 
 import importlib
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from vbdl.artifact.manifest import ArtifactError
 
 
 def is_trusted(path: str, trust: Sequence[str]) -> bool:
-    """Whether the module `path` is one of the packages in `trust`, or inside one."""
+    """Whether the module `path` is a package in `trust` or lies inside one."""
     return any(path == package or path.startswith(f"{package}.") for package in trust)
 
 
 def untrusted(target: str, otherwise: str = "") -> ArtifactError:
-    """The error for a name that the caller of load has not allowed; otherwise: what else the caller can do."""
+    """The ArtifactError for a "module:name" outside the trusted packages; otherwise: text of another remedy."""
     package = target.partition(":")[0].partition(".")[0]
     return ArtifactError(
-        f"the artifact asks to import {target[:120]!r}, which runs code: where you trust it, "
+        f"the artifact asks to import {target[:120]!r}, which runs code: if you trust it, use "
         f"load(folder, trust=({package[:60]!r},)){otherwise}"
     )
 
 
 def import_named(target: str) -> Any:
-    """The object that "module:name" names. ArtifactError where it cannot be imported."""
+    """Import the object that "module:name" names; ArtifactError if that fails."""
     path, _, name = target.partition(":")
     try:
         value: Any = importlib.import_module(path)

@@ -1,6 +1,6 @@
-"""The benchmark suite: data sets and methods by name, run against published tables, resumable, seeded.
+"""The benchmark suite runs methods on data sets and compares the scores with published tables; seeded and resumable.
 
-A data set or a method of one's own is one file with `@dataset` or `@method`, given to `vbdl bench --plugin FILE`.
+A data set or method of your own is one file with `@dataset` or `@method`, given to `vbdl bench --plugin FILE`.
 """
 
 from vbdl.bench.registry import dataset as dataset

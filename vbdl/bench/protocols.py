@@ -1,10 +1,10 @@
-"""Published protocols of UCI regression and the columns they gave.
+"""Published protocols for UCI regression, and the published results.
 
 * 2016: Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, Table 1: 10 times the base epochs, batches
   of 32, rates 0.005 and 0.05. They tuned tau by Bayesian optimization on the test splits; here it is chosen from the
-  grid of 2018 on the last fifth of the training part, which no test row takes part in.
+  grid of 2018 on the last fifth of the training part, without test rows.
 * 2018: the authors' grid search, yaringal/DropoutUncertaintyExps@6eb4497: 100 times the base epochs, batches of 128,
-  four rates, three values of tau, chosen by validation likelihood split by split, then trained again on all of it.
+  four rates, three values of tau, chosen for each split by validation likelihood, then trained again on all rows.
 * Deep ensembles: Lakshminarayanan, Pritzel and Blundell, NeurIPS 2017, section 3.3 and Table 1.
 * Mean-field: the MFVI column of Antoran, Allingham and Hernandez-Lobato, Depth Uncertainty, NeurIPS 2020.
 """
@@ -17,19 +17,19 @@ from vbdl.bench.task import Published
 
 @dataclass(frozen=True)
 class Set:
-    """What the protocols say of one data set."""
+    """The protocols' settings for one data set."""
 
     rows: int
     features: int
     splits: int
-    hidden: int  # units of the one hidden layer
-    epochs: int  # base number, which the protocols multiply
+    hidden: int  # units of the hidden layer
+    epochs: int  # base number of epochs, which the protocols multiply
     taus: tuple[float, float, float]  # noise precisions to choose from, original target units
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How MC dropout is searched and trained."""
+    """The settings with which MC dropout is searched and trained."""
 
     name: str
     of: Set
@@ -58,12 +58,12 @@ PROTOCOLS = ("2016", "2018")
 
 
 def protocol(name: str, of: str) -> Protocol:
-    """The protocol of this year for a data set."""
+    """The protocol of a year, "2016" or "2018", for a data set."""
     if name == "2016":
         return Protocol("2016", SETS[of], 10, 32, (0.005, 0.05))
     if name == "2018":
         return Protocol("2018", SETS[of], 100, 128, (0.005, 0.01, 0.05, 0.1))
-    raise ValueError(f"the protocol is one of {', '.join(PROTOCOLS)}, not {name!r}")
+    raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {name!r}")
 
 
 # RMSE and log-likelihood, as printed: MC dropout 2016 and 2018 (standard errors), deep ensembles and MFVI (standard
@@ -143,15 +143,15 @@ _PRINTED = {
     ),
 }
 
-_ROUNDED = 0.01 / math.sqrt(12)  # standard deviation of what printing two decimals leaves out
+_ROUNDED = 0.01 / math.sqrt(12)  # standard deviation of the rounding to two printed decimals
 
 
 def published(of: str, year: str, per_split: dict[str, tuple[float, ...]]) -> tuple[Published, ...]:
-    """Every published column of a data set, beside a run of the protocol of this year.
+    """The published columns of a data set, for comparison with a run of the protocol of a year.
 
-    per_split: "rmse" and "ll" of MC dropout 2018, where they are known.
+    per_split: {"rmse" or "ll": value of each split} of MC dropout 2018, if known.
 
-    The energy RMSE of 2018 is printed with its standard deviation: the error is the log file's, 0.0135.
+    The energy RMSE of 2018 is printed with its standard deviation; its standard error, 0.0135, is from the log file.
     """
     printed, root = _PRINTED[of], math.sqrt(SETS[of].splits)
     columns = (
@@ -160,7 +160,7 @@ def published(of: str, year: str, per_split: dict[str, tuple[float, ...]]) -> tu
         ("Deep Ensembles 2017", "deep-ensemble", printed[4:6], root, "Lakshminarayanan et al. 2017, Table 1"),
         ("MFVI (DUN 2020)", "mean-field", printed[6:8], root, "Antoran et al. 2020, standard splits"),
     )
-    found = []
+    entries = []
     for column, method, pair, divisor, source in columns:
         for metric, (mean, spread) in zip(("rmse", "ll"), pair, strict=True):
             error = math.hypot(spread / divisor, _ROUNDED)
@@ -170,12 +170,12 @@ def published(of: str, year: str, per_split: dict[str, tuple[float, ...]]) -> tu
                 error = math.sqrt(sum((v - mean) ** 2 for v in known) / (len(known) - 1) / len(known))
             elif column == "MC dropout 2018" and of == "energy" and metric == "rmse":
                 error = 0.0135
-            found.append(Published(column, method, metric, mean, error, source, _differs(column, of, year), known))
-    return tuple(found)
+            entries.append(Published(column, method, metric, mean, error, source, _differs(column, of, year), known))
+    return tuple(entries)
 
 
 def _differs(column: str, of: str, year: str) -> str:
-    """How a run of MC dropout by the protocol of one year differs from the column of the other."""
+    """The difference between an MC dropout run by the protocol of `year` and the column of the other year, or ""."""
     other = column.removeprefix("MC dropout ")
     if other in (column, year):
         return ""

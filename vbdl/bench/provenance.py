@@ -1,4 +1,4 @@
-"""What a number was made with: commit, versions, machine."""
+"""The provenance of a result: commit, versions and machine."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import vbdl
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (None outside a checkout), versions and machine, as JSON takes them."""
+    """The commit (None outside a checkout), versions and machine, as a dict that JSON can hold."""
     import torch
 
     root = Path(vbdl.__file__).parents[1]

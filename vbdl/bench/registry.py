@@ -1,4 +1,4 @@
-"""Data sets and methods by name. A file of one's own adds to them with the same decorators."""
+"""The registry of data sets and methods by name; a plugin file adds to it with the same decorators."""
 
 import importlib.util
 from collections.abc import Callable
@@ -27,18 +27,20 @@ def dataset(name: str, suite: str = "own") -> Callable[[Callable], Callable]:
 
 
 def method(name: str) -> Callable[[Callable], Callable]:
-    """Register `train(task, run)` as a method. It returns a `Stacked` posterior, or a `vbdl.Predictor` a split."""
+    """Register `train(task, run)` as a method; it returns a `Stacked` posterior or a `vbdl.Predictor` per split."""
     return _register(METHODS, "method", name, "")
 
 
 def _register(where: dict[str, Entry], kind: str, name: str, suite: str) -> Callable[[Callable], Callable]:
     if not name or any(c in name for c in "/\\ .\n"):
-        raise ValueError(f"the name of a {kind} becomes part of a file name, so no {name!r}: letters, digits and '-'")
+        raise ValueError(
+            f"{name!r} cannot be the name of a {kind}, which becomes part of a file name: use letters, digits and '-'"
+        )
 
     def decorate(make: Callable) -> Callable:
         before = where.get(name)
         if before is not None and before.make.__module__ != make.__module__:
-            raise ValueError(f"there is a {kind} {name!r} already, from {before.make.__module__}: take another name")
+            raise ValueError(f"{before.make.__module__} already registered a {kind} {name!r}: use another name")
         where[name] = Entry(name, make, suite, (make.__doc__ or "").strip().partition("\n")[0])
         return make
 
@@ -46,21 +48,21 @@ def _register(where: dict[str, Entry], kind: str, name: str, suite: str) -> Call
 
 
 def load_builtin() -> None:
-    """Register what vbdl brings."""
+    """Register the data sets and methods of vbdl."""
     from vbdl.bench.datasets import bundled, images, tabular, uci  # noqa: F401
     from vbdl.bench.methods import deep_ensemble, linear, mc_dropout, mean_field, single  # noqa: F401
     from vbdl.bench.methods.training import without_protocol
     from vbdl.methods import METHODS as TABLE
 
-    for name in TABLE.keys() - METHODS.keys():  # a method without a file of its own is trained like any other
+    for name in TABLE.keys() - METHODS.keys():  # methods without a file here have no published protocol
         method(name)(without_protocol(TABLE[name]))
 
 
 def load_plugin(path: Path) -> None:
-    """Run a Python file, whose decorators register what it brings. It is code: give files that you trust."""
+    """Run a Python file whose decorators register data sets and methods. Its code is executed: use files you trust."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no plugin file {path}")
+        raise FileNotFoundError(f"the plugin file {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"vbdl_bench_plugin_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
@@ -72,9 +74,9 @@ def load_plugin(path: Path) -> None:
 
 
 def suites() -> dict[str, list[str]]:
-    """Names of the data sets of each suite; "quality" is every one but the bundled and one's own."""
-    found: dict[str, list[str]] = {}
+    """The names of the data sets by suite; "quality" is all of them but the bundled and the user's own."""
+    by_suite: dict[str, list[str]] = {}
     for entry in DATASETS.values():
-        found.setdefault(entry.suite, []).append(entry.name)
-    found["quality"] = [e.name for e in DATASETS.values() if e.suite not in ("bundled", "own")]
-    return found
+        by_suite.setdefault(entry.suite, []).append(entry.name)
+    by_suite["quality"] = [e.name for e in DATASETS.values() if e.suite not in ("bundled", "own")]
+    return by_suite

@@ -1,4 +1,4 @@
-"""A run of the suite: what is missing is trained, scored and written as one JSON line a result."""
+"""Run the suite: train and score the missing results, and append each as a JSON line."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What all results of a run have in common; a run is gone on with under the same settings only."""
+    """The settings common to all results of a run, which can be resumed only with the same settings."""
 
     seed: int = 0
     effort: float = 1.0
@@ -34,7 +34,7 @@ class Settings:
 
 
 class Suite:
-    """Results of methods on data sets, in the folder `out`."""
+    """A run of methods on data sets, with results in the folder `out`."""
 
     def __init__(
         self,
@@ -55,24 +55,24 @@ class Suite:
             if unknown:
                 raise ValueError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(known)}")
         if not settings.effort > 0:
-            raise ValueError(f"effort is a share of the training above 0, got {settings.effort}")
+            raise ValueError(f"effort must be positive (a share of the epochs), got {settings.effort}")
         self.out, self.source, self.settings, self.say = Path(out), source, settings, say
         self.progress, self.compile = progress, compile
-        self.made_with = provenance()  # now: a checkout may have changed when a result is there
+        self.made_with = provenance()  # at the start, because the checkout may change during the run
         self.wanted = [(d, m) for d in datasets for m in methods]
 
     def run(self) -> list[dict[str, Any]]:
-        """Every result, those of an earlier start included; failures carry "error" and are tried again next time.
+        """Compute the missing results and return all, with those of earlier starts.
 
-        Raises DataMissingError before anything is trained where a data set is not to be had, ValueError where the
-        folder holds a run of other settings.
+        A failure has the key "error" and is tried again next time. Raises DataMissingError before any training if a
+        data set is not available, and ValueError if the folder holds a run with other settings.
         """
         done = self._open()
         pending = [pair for pair in self.wanted if pair not in done]
         if done:
-            self.say(f"{len(done)} results are in {self.out} already; {len(pending)} to go")
+            self.say(f"{self.out} already has {len(done)} results; {len(pending)} to go")
         for name in dict.fromkeys(d for d, _ in pending):
-            self._task(name)  # what is missing is said before the first hour of training
+            self._task(name)  # raises for missing data before the first training
         self._kept: tuple[str, Task] | None = None
         begun = time.perf_counter()
         for number, (name, method) in enumerate(pending, start=1):
@@ -90,7 +90,7 @@ class Suite:
         return registry.DATASETS[name].make(self.source, self.settings.protocol)
 
     def _loaded(self, name: str) -> Task:
-        """One data set is kept at a time: its methods come one after the other."""
+        """The task of a data set; only the last one is kept, because methods of a data set run one after the other."""
         if self._kept is None or self._kept[0] != name:
             self._kept = name, self._task(name)
         return self._kept[1]
@@ -109,28 +109,28 @@ class Suite:
             "splits": task.n_splits,
             "rows": {"train": task.n_train, "test": task.x.shape[1] - task.n_train},
         }
-        resumed = folder.exists()  # then the seconds are those since
+        resumed = folder.exists()  # if so, seconds counts only the time since the restart
         begun, processor = time.perf_counter(), _processor_seconds()
         try:
             trained = registry.METHODS[method].make(task, run)
             trained = trained if hasattr(trained, "parameters") else Each(trained)
             middle = time.perf_counter()
-            found = evaluate(task, trained, task.x[:, task.n_train :], task.test[1])
+            test_rows = evaluate(task, trained, task.x[:, task.n_train :], task.test[1])
             ended = time.perf_counter()
             ood = {n: evaluate(task, trained, x) for n, x in task.ood.items()}
         except (FloatingPointError, RuntimeError) as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            return result | {"error": said, "traceback": traceback.format_exc(), **self.made_with, "finished": _now()}
-        every = scores.regression(task, found) if task.regression else scores.classification(task, found)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            return result | {"error": reason, "traceback": traceback.format_exc(), **self.made_with, "finished": _now()}
+        every = scores.regression(task, test_rows) if task.regression else scores.classification(task, test_rows)
         file = Path("rows") / f"{key}.safetensors"
-        rows.save(self.out / file, task, found, ood)
+        rows.save(self.out / file, task, test_rows, ood)
         shutil.rmtree(folder, ignore_errors=True)
         tested = task.n_splits * (task.x.shape[1] - task.n_train)
         return result | {
-            "draws": found.draws,
+            "draws": test_rows.draws,
             "scores": scores.plain(every),
-            "uncertainty": {"test": _means(found), **{n: _means(o) for n, o in ood.items()}},
-            "ood": {n: scores.plain(scores.out_of_distribution(found, o)) for n, o in ood.items()},
+            "uncertainty": {"test": _means(test_rows), **{n: _means(o) for n, o in ood.items()}},
+            "ood": {n: scores.plain(scores.out_of_distribution(test_rows, o)) for n, o in ood.items()},
             "seconds": {"train": middle - begun, "predict": ended - middle},
             "processor_seconds": _processor_seconds() - processor,
             "resumed": resumed,
@@ -146,7 +146,7 @@ class Suite:
     # -- the folder
 
     def _open(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Results that are there, by data set and method."""
+        """The results that the folder holds, by (data set, method); creates the folder if needed."""
         self.out.mkdir(parents=True, exist_ok=True)
         about, settings = self.out / ABOUT, asdict(self.settings)
         if about.exists():
@@ -154,20 +154,20 @@ class Suite:
             other = [n for n, v in settings.items() if before["settings"].get(n) != v]
             if other:
                 was = ", ".join(f"{n} {before['settings'].get(n)}" for n in other)
-                raise ValueError(f"{self.out} holds a run with {was}: go on with that, or give another --out")
+                raise ValueError(f"{self.out} holds a run with {was}: continue with these, or give another --out")
         else:
             if (self.out / RESULTS).exists():
-                raise ValueError(f"{self.out} has results and no {ABOUT}: give another --out")
+                raise ValueError(f"{self.out} has results but no {ABOUT}: give another --out")
             about.write_text(json.dumps({"format": FORMAT, "settings": settings, "started": _now()}) + "\n")
-        found: dict[tuple[str, str], dict[str, Any]] = {}
+        results: dict[tuple[str, str], dict[str, Any]] = {}
         for result in read_results(self.out):
             file = self.out / result.get("file", "")
             if "error" not in result and file.is_file():
-                found[result["dataset"], result["method"]] = {**result}
-        return {pair: found[pair] for pair in self.wanted if pair in found}
+                results[result["dataset"], result["method"]] = {**result}
+        return {pair: results[pair] for pair in self.wanted if pair in results}
 
     def _append(self, result: dict[str, Any]) -> None:
-        """A whole line or, after a crash, part of one, which reading leaves out and the next line starts after."""
+        """Append a result as a line; a line truncated by a crash is ended first, and readers skip it."""
         path = self.out / RESULTS
         cut_short = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
@@ -177,7 +177,7 @@ class Suite:
 
 
 def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> Rows:
-    """Sums over the draws for rows (splits, rows, ...) and, where known, their targets."""
+    """Predict and summarize rows, (splits, rows, ...), with scores if their targets are given."""
     with torch.no_grad():
         if not task.regression:
             return classified(trained.parameters(x), y)
@@ -186,25 +186,25 @@ def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None =
 
 
 def line(result: dict[str, Any]) -> str:
-    """A result in one line for the terminal."""
+    """A result as one line of text for the terminal."""
     name = f"{result['dataset']:15} {result['method']:14}"
     if "error" in result:
         return f"{name} FAILED: {result['error']}"
     shown = ("rmse", "ll", "crps") if result["kind"] == "regression" else ("accuracy", "nll", "ece")
-    said = []
+    parts = []
     for metric in shown:
         score = result["scores"][metric]
         half = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3g}"
-        said.append(f"{metric} {score['value']:.4g}{half}")
-    return f"{name} {', '.join(said)}; trained in {result['seconds']['train']:.0f} s"
+        parts.append(f"{metric} {score['value']:.4g}{half}")
+    return f"{name} {', '.join(parts)}; trained in {result['seconds']['train']:.0f} s"
 
 
-def _means(found: Rows) -> dict[str, float]:
-    return {part: float(getattr(found, part).mean()) for part in ("total", "aleatoric", "epistemic")}
+def _means(rows: Rows) -> dict[str, float]:
+    return {part: float(getattr(rows, part).mean()) for part in ("total", "aleatoric", "epistemic")}
 
 
 def _processor_seconds() -> float:
-    """Of this process and of the compilers it waited for: what does not count the time of other programs."""
+    """The CPU seconds of this process and its finished child processes, such as compilers."""
     return time.process_time() + sum(os.times()[2:4])
 
 

@@ -1,6 +1,6 @@
-"""What a prediction costs as one size grows, the others held: draws, members, width, rows of a batch, rows in all.
+"""Measure the cost of a prediction as one size grows: draws, members, width, rows of a batch or rows in all.
 
-python -m vbdl.bench.scaling METHOD DRAWS    # bytes at the peak of a prediction, in a process that did nothing else
+python -m vbdl.bench.scaling METHOD DRAWS    # prints the peak memory of a prediction in bytes, in a fresh process
 """
 
 import json
@@ -38,7 +38,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def cells() -> Iterator[tuple[str, str, int, str]]:
-    """(quantity, axis, size, method): every size of every axis, for the methods that it means something to."""
+    """Yield (quantity, axis, size, method) for every size of every axis and the methods it applies to."""
     for axis, sizes in SIZES.items():
         for name, method in METHODS.items():
             if axis not in ("draws", "members") or method.has_members == (axis == "members"):
@@ -48,7 +48,7 @@ def cells() -> Iterator[tuple[str, str, int, str]]:
 
 
 def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
-    """An untrained network of these sizes, two hidden layers: cost does not depend on the weights."""
+    """A predictor with an untrained network of these sizes; the cost does not depend on the weights."""
     torch.manual_seed(0)
     entry = METHODS[method]
     network: nn.Module = mlp(FEATURES, at["width"], 0.2 if entry.needs_dropout else 0.0, CLASSES)
@@ -60,14 +60,14 @@ def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
 def measure(
     out: Path, compile: bool = True, seconds: float = 0.5, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Measure every cell that `out` does not hold yet; one JSON line each: quantity, axis, size, method, value.
+    """Measure every cell that `out` does not hold yet, and append a JSON line (quantity, axis, size, method, value).
 
-    seconds: of a call, the median; bytes: resident memory at the peak of a prediction above that before it, where the
-    system tells (Linux).
+    seconds: time spent on a cell. The quantity "seconds" is the median of a call; "bytes" is the peak of the resident
+    memory during a prediction minus the peak before it (Linux only).
     """
     out = Path(out)
-    found = [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
-    done = {(r["quantity"], r["axis"], r["size"], r["method"]) for r in found}
+    lines = [json.loads(text) for text in out.read_text().splitlines()] if out.exists() else []
+    done = {(r["quantity"], r["axis"], r["size"], r["method"]) for r in lines}
     about = provenance()
     for cell in cells():
         quantity, axis, size, method = cell
@@ -84,9 +84,9 @@ def measure(
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write(json.dumps(line | about) + "\n")
-        found.append(line | about)
+        lines.append(line | about)
         say(f"{axis} {size:5} {method:14} {said}")
-    return found
+    return lines
 
 
 def _timed(method: str, at: dict[str, int], compile: bool, seconds: float) -> dict[str, Any]:
@@ -107,25 +107,25 @@ def _timed(method: str, at: dict[str, int], compile: bool, seconds: float) -> di
 
 def _peak_in_a_process(method: str, draws: int) -> int:
     command = [sys.executable, "-m", "vbdl.bench.scaling", method, str(draws)]
-    # glibc before 2.38 does not use aligned blocks a second time that it has freed
+    # glibc before 2.38 does not reuse freed aligned blocks
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.split()[-1])
 
 
 def _peak() -> int:
-    """Bytes resident at most so far. (What `resource` says begins with the peak of the parent process.)"""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE)
-    if found is None:
-        raise OSError(f"{_STATUS} does not tell the peak of the resident memory")
-    return int(found[1]) * 1024
+    """The peak of the resident memory so far, bytes. (`resource` would include the peak of the parent process.)"""
+    match = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE)
+    if match is None:
+        raise OSError(f"{_STATUS} has no line VmHWM, the peak of the resident memory")
+    return int(match[1]) * 1024
 
 
 def _peak_above_start(method: str, draws: int) -> int:
-    """Bytes that predicting adds at most to what this process holds; uncompiled, so that no compiling is in it."""
+    """The bytes by which a prediction raises this process's peak memory; uncompiled, to exclude the compiler's."""
     torch.set_num_threads(1)
     x = torch.randn(USUAL["batch"], FEATURES)
-    predictor(method, USUAL | {"draws": 2, "width": 8}, compile=False)(x)  # what is loaded at first use
+    predictor(method, USUAL | {"draws": 2, "width": 8}, compile=False)(x)  # loads what torch loads at first use
     before = _peak()
     predictor(method, USUAL | {"draws": draws}, compile=False)(x)
     return _peak() - before

@@ -1,4 +1,4 @@
-"""Scores of a result with their intervals: over the splits where there are several, over the rows otherwise."""
+"""The scores of a result with their intervals, over the splits if there are several, else over the rows."""
 
 import math
 from collections.abc import Callable
@@ -18,22 +18,22 @@ _RESAMPLES = 200
 
 @dataclass
 class Score:
-    """A number, the interval that holds it at 95 %, and how to read it."""
+    """A score with its 95 % confidence interval and unit."""
 
     value: float
     lower: float | None
     upper: float | None
     standard_error: float | None
-    better: str  # "higher", "lower", or "0.9": the nearer to that the better
+    better: str  # "higher", "lower", or the best value as text, like "0.9"
     unit: str
     per_split: list[float] = field(default_factory=list)
 
 
 def regression(task: Task, rows: Rows) -> dict[str, Score]:
-    """RMSE, log-likelihood, CRPS, coverage, quantile error and area under the risk-coverage curve."""
+    """The scores of a regression: RMSE, log-likelihood, CRPS, coverage, quantile error and AURC."""
     nll, loss, crps, pit, total = _all(rows.nll, rows.loss, rows.crps, rows.pit, rows.total)
     inside = ((pit >= 0.05) & (pit <= 0.95)).double()
-    found = {
+    scores = {
         "rmse": _score(lambda a: a.mean().sqrt(), "lower", "target units", loss),
         "ll": _score(lambda a: -a.mean(), "higher", "nats", nll),
         "crps": _score(lambda a: a.mean(), "lower", "target units", crps),
@@ -41,16 +41,16 @@ def regression(task: Task, rows: Rows) -> dict[str, Score]:
         "quantile_error": _score(metrics.quantile_calibration_error, "lower", "share", pit),
         "aurc": _score(metrics.aurc, "lower", "squared target units", total, loss),
     }
-    return found
+    return scores
 
 
 def classification(task: Task, rows: Rows) -> dict[str, Score]:
-    """Accuracy, NLL, Brier score, ECE, risk-coverage; AUROC of two classes, and cost where the set has one."""
+    """The scores of a classification: accuracy, NLL, Brier, ECE, AURC; AUROC for two classes, cost if defined."""
     (_, y), probs = task.test, rows.probs
     assert probs is not None
     nll, loss, total = _all(rows.nll, rows.loss, rows.total)
     brier = torch.stack([metrics.brier_score(p, t) for p, t in zip(probs, y, strict=True)])
-    found = {
+    scores = {
         "accuracy": _score(lambda a: 1 - a.mean(), "higher", "share", loss),
         "nll": _score(lambda a: a.mean(), "lower", "nats", nll),
         "brier": _score(lambda a: a.mean(), "lower", "", brier),
@@ -60,26 +60,26 @@ def classification(task: Task, rows: Rows) -> dict[str, Score]:
     }
     if task.n_splits == 1:
         exact = metrics.accuracy_interval(probs[0], y[0], LEVEL)
-        found["accuracy"].lower, found["accuracy"].upper = exact.lower, exact.upper
+        scores["accuracy"].lower, scores["accuracy"].upper = exact.lower, exact.upper
     if len(task.classes) == 2:
-        found["auroc"] = _area(probs[..., 1], y == 1)
+        scores["auroc"] = _area(probs[..., 1], y == 1)
     if task.cost is not None:
         cost = task.cost.double()
-        action = (probs @ cost).argmin(-1)  # what is expected to cost least
-        found["cost"] = _score(lambda a: a.mean(), "lower", "cost a row", cost[y, action])
-    return found
+        action = (probs @ cost).argmin(-1)  # the action with the lowest expected cost
+        scores["cost"] = _score(lambda a: a.mean(), "lower", "cost a row", cost[y, action])
+    return scores
 
 
 def out_of_distribution(inside: Rows, outside: Rows) -> dict[str, Score]:
-    """AUROC of telling rows out of distribution from test rows by each part of the uncertainty."""
-    found = {}
+    """The AUROC of each part of the uncertainty for telling out-of-distribution rows from test rows."""
+    scores = {}
     for part in ("total", "epistemic"):
         a, b = getattr(inside, part), getattr(outside, part)
-        if float(a.abs().max()) + float(b.abs().max()) < 1e-12:  # one network knows no epistemic part
+        if float(a.abs().max()) + float(b.abs().max()) < 1e-12:  # a single network has no epistemic part
             continue
         strange = torch.cat([torch.zeros_like(a), torch.ones_like(b)], dim=1).bool()
-        found[part] = _area(torch.cat([a, b], dim=1), strange)
-    return found
+        scores[part] = _area(torch.cat([a, b], dim=1), strange)
+    return scores
 
 
 def _all(*tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -88,31 +88,31 @@ def _all(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _score(metric: Callable[..., Any], better: str, unit: str, *rows: Tensor) -> Score:
-    """The metric of each split, (splits, rows, ...) tensors; its interval from the splits, or by resampling rows."""
-    each = [float(metric(*own)) for own in zip(*rows, strict=True)]
+    """The score of a metric of (splits, rows, ...) tensors; its interval is from the splits, or by resampling rows."""
+    each = [float(metric(*rows_of_split)) for rows_of_split in zip(*rows, strict=True)]
     if len(each) > 1:
         return _over_splits(each, better, unit)
-    found = metrics.bootstrap(metric, *(t[0] for t in rows), n_resamples=_RESAMPLES, level=LEVEL)
-    return Score(found.value, found.lower, found.upper, None, better, unit, each)
+    interval = metrics.bootstrap(metric, *(t[0] for t in rows), n_resamples=_RESAMPLES, level=LEVEL)
+    return Score(interval.value, interval.lower, interval.upper, None, better, unit, each)
 
 
 def _area(scores: Tensor, positive: Tensor) -> Score:
-    """AUROC; a split of one class only is a fault of the data set."""
+    """The AUROC of (splits, rows) scores; every split must have both classes."""
     each = [metrics.auroc(s, p) for s, p in zip(scores, positive, strict=True)]
     if len(each) > 1:
         return _over_splits(each, "higher", "")
-    found = metrics.auroc_interval(scores[0], positive[0], LEVEL)
-    return Score(found.value, found.lower, found.upper, None, "higher", "", each)
+    interval = metrics.auroc_interval(scores[0], positive[0], LEVEL)
+    return Score(interval.value, interval.lower, interval.upper, None, "higher", "", each)
 
 
 def _over_splits(each: list[float], better: str, unit: str) -> Score:
-    found = metrics.mean_estimate(torch.tensor(each, dtype=torch.float64))
-    interval = found.interval(LEVEL)
-    return Score(found.value, interval.lower, interval.upper, found.standard_error, better, unit, each)
+    estimate = metrics.mean_estimate(torch.tensor(each, dtype=torch.float64))
+    interval = estimate.interval(LEVEL)
+    return Score(estimate.value, interval.lower, interval.upper, estimate.standard_error, better, unit, each)
 
 
 def plain(scores: dict[str, Score]) -> dict[str, Any]:
-    """As JSON takes them: numbers that are not finite become null."""
+    """The scores as dicts for JSON, in which numbers that are not finite are null."""
     return {name: {k: _finite(v) for k, v in asdict(s).items()} for name, s in scores.items()}
 
 

@@ -1,4 +1,4 @@
-"""Where data come from: a folder, scikit-learn's own sets, or OpenML by name where a network exists."""
+"""The source of the suite's data: a local folder, or OpenML by name if the network may be used."""
 
 import hashlib
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# of the files that published numbers here were made with; another file of the name would give other numbers
+# file name -> SHA-256 of the files that the published numbers belong to
 SHA256 = {
     "boston.npz": "25c446659b57df582435552861ec79656de50f372d7378a302aaaf158a348393",
     "concrete.npz": "e5c82a81795fde6377920ed65e4673a959b7d3f52cea09b9e5cf3e35d5c18bae",
@@ -27,30 +27,30 @@ SHA256 = {
 
 
 class DataMissingError(OSError):
-    """Neither the folder nor the network has a data set."""
+    """Raised if neither the folder nor the network has a data set."""
 
 
 class Source:
-    """A folder of data sets, and the network for what is not in it.
+    """A source of data sets: a folder, and OpenML for those that are not in it.
 
-    folder: as `--data` or VBDL_DATA give it; files are looked for in it and in its sub-folders of the usual names.
-    network: whether OpenML may be asked.
+    folder: from `--data` or VBDL_DATA; a file may lie in its usual sub-folder or directly in the folder.
+    network: whether OpenML may be used.
     """
 
     def __init__(self, folder: Path | str | None = None, network: bool = True):
         self.folder = None if folder is None else Path(folder)
         self.network = network
         if self.folder is not None and not self.folder.is_dir():
-            raise FileNotFoundError(f"the data folder {self.folder} is not there: give another --data, or VBDL_DATA")
+            raise FileNotFoundError(f"the data folder {self.folder} does not exist: give another --data, or VBDL_DATA")
 
     def find(self, path: str) -> Path | None:
-        """The file of this path, or of its name, in the folder; its checksum is compared. None where it is not."""
+        """Find a file by its path or name in the folder, and check its SHA-256; None if it is not there."""
         if self.folder is None:
             return None
-        for found in (self.folder / path, self.folder / Path(path).name):
-            if found.is_file():
-                self._check(found)
-                return found
+        for file in (self.folder / path, self.folder / Path(path).name):
+            if file.is_file():
+                self._check(file)
+                return file
         return None
 
     @staticmethod
@@ -62,20 +62,20 @@ class Source:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != wanted:
             raise ValueError(
-                f"{file} is not the file that the published numbers belong to (SHA-256 {digest[:12]}..., wanted "
+                f"{file} is not the file that the published numbers belong to (SHA-256 {digest[:12]}..., expected "
                 f"{wanted[:12]}...): fetch it again, or register your copy as a data set of your own"
             )
 
     def arrays(self, path: str) -> dict[str, np.ndarray] | None:
-        """The arrays of an .npz file, without pickles, or None where it is not there."""
+        """The arrays of an .npz file by name, without unpickling, or None if the file is not there."""
         file = self.find(path)
         if file is None:
             return None
-        with np.load(file, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
 
     def missing(self, name: str, path: str, said: str = "") -> "DataMissingError":
-        """The error for a set that nothing has; path: of the file that would have been read."""
+        """The DataMissingError for a data set. path: of its file; said: text of a further reason."""
         where = (
             f"{path} is not in the folder {self.folder}" if self.folder else f"no folder was given to find {path} in"
         )
@@ -85,9 +85,10 @@ class Source:
         )
 
     def openml(self, name: str, openml_name: str | None, shape: tuple[int, int], path: str) -> tuple[Any, Any]:
-        """(inputs, targets) from OpenML by name, of this shape. DataMissingError says what to do without a network.
+        """Fetch (inputs, targets) from OpenML; DataMissingError, which says what to do, if that is impossible.
 
-        name: of the data set here.  path: of the file that would have been read.
+        name: the data set's name here. openml_name: its name on OpenML, or None. shape: the expected shape of inputs.
+        path: of the file that was not in the folder.
         """
         if openml_name is None or not self.network:
             raise self.missing(name, path)
@@ -96,11 +97,11 @@ class Source:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("OpenML is read with scikit-learn: pip install 'vbdl[demo]'") from error
         try:
-            found: Any = fetch_openml(name=openml_name, version=1, as_frame=False, parser="liac-arff")
-        except Exception as error:  # sklearn raises whatever urllib and the server make of it
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self.missing(name, path, f", and OpenML did not answer ({said})") from error
-        if tuple(found.data.shape) != shape:
-            said = f", and OpenML's {openml_name!r} is {tuple(found.data.shape)} where the published set is {shape}"
-            raise self.missing(name, path, said)
-        return found.data, found.target
+            fetched: Any = fetch_openml(name=openml_name, version=1, as_frame=False, parser="liac-arff")
+        except Exception as error:  # sklearn raises errors of many types for network and server failures
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise self.missing(name, path, f", and OpenML did not answer ({reason})") from error
+        if tuple(fetched.data.shape) != shape:
+            reason = f", and OpenML's {openml_name!r} is {tuple(fetched.data.shape)} where the published set is {shape}"
+            raise self.missing(name, path, reason)
+        return fetched.data, fetched.target

@@ -1,4 +1,4 @@
-"""Predictions of all splits in one call: each member of a stacked posterior on the rows of its own split."""
+"""Predict all splits in one call: each member of a stacked posterior predicts the rows of its split."""
 
 from collections.abc import Iterator
 
@@ -9,18 +9,19 @@ from vbdl.calling.stacking import call_each, call_stacked, can_map
 from vbdl.model import Model
 from vbdl.types import Likelihood, Posterior
 
-_ROWS = 32_768  # rows times draws times members in one call: activations of a small network stay in the cache
+_ROWS = 32_768  # rows times draws times members in one call, so that activations of a small network fit the cache
 
 
 @torch.no_grad()
 def stacked_parameters(
     posterior: Posterior, likelihood: Likelihood, x: Tensor, samples: int, per_split: int = 1, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Parameters of p(y | x) of each draw, members reading the rows of their own split.
+    """Yield the parameters of p(y | x) of each draw, in chunks (draws, splits, rows, ...).
 
-    posterior: an ensemble of splits * per_split members, member m of split m // per_split.
-    x: (splits, rows, ...)  ->  chunks of (draws, splits, rows, ...), in all `samples` draws where draws never end,
-    and one of each member otherwise. Draw s of member m is what `vbdl.Predictor` calls its sample s * members + m.
+    posterior: an ensemble of splits * per_split members; member m belongs to split m // per_split.
+    x: (splits, rows, ...), the rows of each split.
+    samples: number of draws for posteriors with unlimited draws; others give one draw of each member.
+    Draw s of member m is sample s * members + m of `vbdl.Predictor`.
     """
     splits, rows = x.shape[:2]
     members = posterior.n_members

@@ -1,4 +1,4 @@
-"""What is kept of a method's draws on a set of rows: sums that need each draw once, in float64."""
+"""Summaries of a method's draws on a set of rows: running sums in float64 that need each draw once."""
 
 import math
 from collections.abc import Iterable
@@ -10,12 +10,15 @@ from torch import Tensor
 from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments
 from vbdl.metrics.crps import crps_mixture
 
-_CRPS_DRAWS = 64  # its work grows with their square
+_CRPS_DRAWS = 64  # draws used for the CRPS, whose cost grows with their square
 
 
 @dataclass
 class Rows:
-    """Everything a score or a figure needs, a number a row: (splits, rows) each; variances in squared target units."""
+    """The quantities of each row that scores and figures need, (splits, rows) each.
+
+    total, aleatoric and epistemic are in nats for classes, in squared units of the target for regressions.
+    """
 
     total: Tensor
     aleatoric: Tensor
@@ -31,7 +34,10 @@ class Rows:
 
 
 def classified(chunks: Iterable[Tensor], y: Tensor | None) -> Rows:
-    """chunks: (draws, splits, rows, classes) logits; y: (splits, rows) class numbers, where they are known."""
+    """Summarize the draws of a classifier.
+
+    chunks: (draws, splits, rows, classes) logits. y: (splits, rows) class indices, or None.
+    """
     n, probs, entropy = 0, torch.zeros(()), torch.zeros(())
     for chunk in chunks:
         log_p = chunk.double().log_softmax(-1)
@@ -50,9 +56,10 @@ def classified(chunks: Iterable[Tensor], y: Tensor | None) -> Rows:
 
 
 def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre: Tensor) -> Rows:
-    """chunks: (draws, splits, rows, 1, 2) mean and log-variance in standardized units; y: (splits, rows) standardized.
+    """Summarize the draws of a regression in units of the target.
 
-    scale, centre: (splits,) target units in one of them, and the target that is 0 there.
+    chunks: (draws, splits, rows, 1, 2) mean and log-variance, standardized. y: (splits, rows), standardized, or None.
+    scale, centre: (splits,) standard deviation and mean that the targets were standardized with.
     """
     count = torch.zeros((), dtype=torch.float64)
     mean = deviation = noise = log_density = pit = torch.zeros(())

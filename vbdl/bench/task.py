@@ -1,4 +1,4 @@
-"""What a data set hands to a method, and a method to the runner."""
+"""The types that data sets, methods and the runner exchange: tasks, runs and trained posteriors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,44 +22,48 @@ class Published:
     mean: float
     standard_error: float  # over the splits, of the published mean
     source: str
-    differs: str = ""  # in what the run departs from how the column was made
-    per_split: tuple[float, ...] = ()  # on the same splits, where the authors gave them: allows a paired test
+    differs: str = ""  # how the run's settings differ from those of the column
+    per_split: tuple[float, ...] = ()  # values on the same splits, if published; they allow a paired test
 
 
 @dataclass(frozen=True)
 class Task:
     """A data set with all its splits stacked, each standardized by its own training part.
 
-    Rows of a split: the training part first (its last fifth is what a method may validate on), then the test part.
+    The rows of a split are the training part, whose last fifth a method may use for validation, then the test part.
     """
 
     name: str
     x: Tensor  # (splits, rows, ...) float32
-    y: Tensor  # (splits, rows) class numbers, or (splits, rows, 1) standardized targets
+    y: Tensor  # (splits, rows) class indices, or (splits, rows, 1) standardized targets
     n_train: int  # rows of the training part of each split
     network: Callable[[float, int], nn.Module]  # (dropout rate, outputs) -> a fresh network
     classes: tuple[str, ...] = ()  # names of the classes; empty for regression
-    scale: tuple[float, ...] = ()  # regression: target units in one unit of y, a number a split
-    centre: tuple[float, ...] = ()  # regression: the training mean, target units
-    columns: tuple[str, ...] = ()  # names of the features, where rows are tables
+    scale: tuple[float, ...] = ()  # regression: standard deviation of each split's training targets
+    centre: tuple[float, ...] = ()  # regression: mean of each split's training targets
+    columns: tuple[str, ...] = ()  # names of the features of a table
     recipe: Mapping[str, Any] = field(default_factory=dict)  # options of `fit` for this data set
     protocol: Any = None  # a published protocol that the methods follow, vbdl.bench.protocols.Protocol
-    ood: Mapping[str, Tensor] = field(default_factory=dict)  # (splits, rows, ...) inputs unlike the training set's
+    ood: Mapping[str, Tensor] = field(default_factory=dict)  # out-of-distribution inputs, (splits, rows, ...)
     published: tuple[Published, ...] = ()
-    cost: Tensor | None = None  # (classes, classes) of deciding for the column where the row is true
+    cost: Tensor | None = None  # (classes, classes): cost of deciding for the column's class if the row's is true
     image: tuple[float, float] | None = None  # images: pixel = value * image[0] + image[1], in 0..255
     about: str = ""
-    notes: tuple[str, ...] = ()  # where the data differ from what is standard
+    notes: tuple[str, ...] = ()  # differences from the standard data set
 
     def __post_init__(self):
         if self.x.shape[:2] != self.y.shape[:2]:
-            raise ValueError(f"{self.name}: inputs {tuple(self.x.shape)} and targets {tuple(self.y.shape)} disagree")
+            raise ValueError(
+                f"{self.name}: x {tuple(self.x.shape)} and y {tuple(self.y.shape)} must have the same splits and rows"
+            )
         if not 1 <= self.n_train < self.x.shape[1]:
-            raise ValueError(f"{self.name}: n_train is {self.n_train} of {self.x.shape[1]} rows")
+            raise ValueError(
+                f"{self.name}: n_train must be at least 1 and less than {self.x.shape[1]} rows: {self.n_train}"
+            )
         if not self.classes and len(self.scale) != self.n_splits:
-            raise ValueError(f"{self.name}: a regression set gives the target scale of each of its splits")
+            raise ValueError(f"{self.name}: a regression needs the target scale of each of its {self.n_splits} splits")
         if self.x.dtype != torch.float32 or not bool(self.x.isfinite().all()):
-            raise ValueError(f"{self.name}: inputs are float32 and finite: impute what is missing")
+            raise ValueError(f"{self.name}: x must be float32 and finite: impute missing values")
 
     @property
     def n_splits(self) -> int:
@@ -71,11 +75,11 @@ class Task:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of all splits one after the other: (splits * rows, ...)."""
+        """The inputs and targets of all splits, concatenated: (splits * rows, ...) each."""
         return self.x.flatten(0, 1), self.y.flatten(0, 1)
 
     def numbers(self, start: int, stop: int) -> Tensor:
-        """(splits, stop - start) row numbers in `rows` of these positions of each split."""
+        """The indices in `rows` of positions start to stop of each split, (splits, stop - start)."""
         return torch.arange(self.n_splits).unsqueeze(1) * self.x.shape[1] + torch.arange(start, stop)
 
     @property
@@ -85,35 +89,36 @@ class Task:
 
 @dataclass
 class Run:
-    """How a method was asked to run."""
+    """The options with which a method is run, and what it reports."""
 
     seed: int = 0
-    effort: float = 1.0  # share of the epochs, for a quick look
-    samples: int | None = None  # draws in evaluation, of posteriors whose draws never end; None: the method's choice
-    compile: bool | None = None  # of training steps; None: where there are enough of them
+    effort: float = 1.0  # share of the epochs, less than 1 for a quick look
+    samples: int | None = None  # draws in evaluation, for posteriors with unlimited draws; None: the method's choice
+    compile: bool | None = None  # whether to compile training steps; None: if there are enough of them
     folder: Path | None = None  # for checkpoints of long trainings
     progress: bool | None = None
-    details: dict[str, Any] = field(default_factory=dict)  # what the method found out: chosen rates, times
-    notes: list[str] = field(default_factory=list)  # where it departs from the protocol, for the reader of the result
+    details: dict[str, Any] = field(default_factory=dict)  # reported by the method: chosen rates, times
+    notes: list[str] = field(default_factory=list)  # reported by the method: differences from the protocol
 
     def epochs(self, whole: float) -> int:
-        """The share of these epochs that was asked for, at least one."""
+        """The number of epochs at this effort, at least one. whole: the number at effort 1."""
         return max(1, round(whole * self.effort))
 
     def draws(self, usual: int) -> int:
-        """How many draws to evaluate with, where the method would take `usual`."""
+        """The number of draws in evaluation: `samples`, or `usual` if that is None."""
         return usual if self.samples is None else self.samples
 
     def checkpoint(self, name: str) -> Path | None:
-        """Where a training of this name may save itself, if anywhere."""
+        """The path of the checkpoint of a training of this name, or None if there is no folder."""
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 
 
 @dataclass
 class Stacked:
-    """A trained posterior whose members are those of split 0, then those of split 1, and so on.
+    """A trained posterior for all splits: the members of split 0, then those of split 1, and so on.
 
-    samples: draws in evaluation, shared out over the members of a split; every member where draws end.
+    samples: draws in evaluation, divided among the members of a split; posteriors with a fixed number of draws use
+        each member once.
     """
 
     posterior: Posterior
@@ -123,18 +128,20 @@ class Stacked:
     seed: int = 0
 
     def parameters(self, x: Tensor) -> Iterator[Tensor]:
-        """Chunks (draws, splits, rows, ...) of the draws' parameters of p(y | x); x: (splits, rows, ...)."""
+        """Yield the parameters of p(y | x) in chunks (draws, splits, rows, ...). x: (splits, rows, ...)."""
         return stacked_parameters(self.posterior, self.likelihood, x, self.samples, self.per_split, self.seed)
 
 
 @dataclass
 class Each:
-    """A predictor for each split."""
+    """Trained predictors, one for each split."""
 
     predictors: Sequence[Any]
 
     def parameters(self, x: Tensor) -> Iterator[Tensor]:
-        """One chunk (draws, splits, rows, ...)."""
+        """Yield the parameters of p(y | x) in one chunk, (draws, splits, rows, ...). x: (splits, rows, ...)."""
         if len(self.predictors) != x.shape[0]:
-            raise ValueError(f"{len(self.predictors)} predictors were returned for {x.shape[0]} splits")
+            raise ValueError(
+                f"the method returned {len(self.predictors)} predictors for {x.shape[0]} splits; return one for each"
+            )
         yield torch.stack([p(own, samples=True).samples for p, own in zip(self.predictors, x, strict=True)], dim=1)

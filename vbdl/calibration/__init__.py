@@ -1,7 +1,7 @@
-"""Calibrators: corrections of a predictor's predictions, fitted on rows that training never saw.
+"""Calibrators correct a predictor's predictions; they are fitted on rows that were not used for training.
 
 Each is a `vbdl.types.Calibrator`. `calibrate(predictor, (x, y), method)` puts one inside a predictor; alone, its `fit`
-(float64) and its `forward` take anybody's logits, probabilities, means or levels.
+(float64) and its `forward` accept logits, probabilities, means or levels of any model.
 """
 
 from vbdl import former

@@ -1,4 +1,4 @@
-"""The affine map of logits that matrix scaling and Dirichlet calibration fit, regularized by ODIR.
+"""The affine map of logits shared by matrix scaling and Dirichlet calibration, with ODIR regularization.
 
 Kull, Perello-Nieto, Kängsepp, Silva Filho, Song, Flach, Beyond temperature scaling: Obtaining well-calibrated
 multiclass probabilities with Dirichlet calibration, 2019, https://arxiv.org/abs/1910.12656 (off-diagonal and intercept
@@ -17,8 +17,8 @@ from vbdl.types import Calibrator
 class Affine(Calibrator):
     """An affine map of logits, z -> W z + b, W (classes, classes), b (classes,).
 
-    odir: weight in the loss (nats a row) of the mean squared off-diagonal entry of W and of the mean squared entry of
-    b. Without it (0) the classes² parameters overfit unless rows are many times more.
+    odir: weight, in a loss in nats per row, of the mean squared off-diagonal entry of W and the mean squared entry of
+        b. With odir=0 the classes² parameters overfit unless there are many more rows.
     """
 
     weight: Tensor | None
@@ -27,7 +27,7 @@ class Affine(Calibrator):
     def __init__(self, odir: float = 1e-2):
         super().__init__()
         if not odir >= 0:
-            raise ValueError(f"odir must not be negative, and is {odir}")
+            raise ValueError(f"odir must not be negative, but is {odir}")
         self.odir = odir
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
@@ -36,7 +36,7 @@ class Affine(Calibrator):
         return f"odir={self.odir}"
 
     def fit_logits(self, logits: Tensor, y: Tensor) -> None:
-        """Minimize the NLL of the mean over samples. logits: (samples, batch, classes) float64;  y: (batch,)"""
+        """Minimize the NLL of the samples' mean probability. logits: (samples, batch, classes) float64;  y: (batch,)"""
         samples, _, classes = logits.shape
         require_all_classes(y, classes, type(self).__name__)
         rows = torch.arange(y.numel(), device=y.device)
@@ -53,7 +53,7 @@ class Affine(Calibrator):
         self.weight, self.bias = best[: classes**2].reshape(classes, classes), best[classes**2 :]
 
     def map(self, logits: Tensor) -> Tensor:
-        """(..., classes) -> (..., classes)"""
+        """Map logits: (..., classes) -> (..., classes)."""
         if self.weight is None or self.bias is None:
             raise RuntimeError(f"{type(self).__name__} has not been fitted: call fit first")
         return logits @ self.weight.to(logits.dtype).T + self.bias.to(logits.dtype)

@@ -1,4 +1,4 @@
-"""Input checks, the minimizer and one-versus-rest maps that the calibrators share."""
+"""Input checks, the minimizer and one-versus-rest maps shared by the calibrators."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from vbdl.metrics._checks import check_finite, check_labels, check_probs_and_labels
 
-# the smallest normal float32: what a probability that underflowed to 0 is taken for
+# the smallest normal float32, used for probabilities that underflowed to 0
 TINY = 1.1754943508222875e-38
 
 
 def check_logits_and_labels(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits in float64, (samples, batch, classes), and y in int64, (batch,); one sample gets its axis.
+    """Check and return (logits, y): float64 (samples, batch, classes) and int64 (batch,).
 
-    ValueError for NaN or infinite logits, for no rows, for fewer than two classes.
+    Logits (batch, classes) become one sample. Raises ValueError for NaN or infinite logits, no rows, or fewer than two
+    classes.
     """
     values = check_finite(logits, "logits")
     if values.ndim == 2:
@@ -32,13 +33,13 @@ def check_logits_and_labels(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_all_classes(y: Tensor, n_classes: int, method: str) -> None:
-    """Raises ValueError if a class has no row: its map would be fitted to negatives alone."""
+    """Raise ValueError if a class has no rows, because its map would be fitted to negatives alone."""
     missing = (torch.bincount(y, minlength=n_classes) == 0).nonzero().squeeze(1).tolist()
     if missing:
         raise ValueError(
-            f"{method} fits parameters to every class, and class {missing[0]} "
-            f"({len(missing)} of {n_classes} in all) has no row to calibrate on; add rows, or use "
-            "Temperature, whose one parameter is for all classes"
+            f"{method} fits parameters for every class, but class {missing[0]} "
+            f"({len(missing)} of {n_classes} in all) has no row to calibrate on; add rows, or use Temperature, which "
+            "has one parameter for all classes"
         )
 
 
@@ -47,7 +48,7 @@ def minimize(
     start: Tensor,
     bounds: list[tuple[float | None, float | None]] | None = None,
 ) -> Tensor:
-    """The float64 vector that minimizes a scalar loss, found by L-BFGS-B with gradients from autograd."""
+    """Minimize a scalar loss of a float64 vector by L-BFGS-B with gradients from autograd; return the vector."""
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         point = torch.from_numpy(x.copy()).to(start.device).requires_grad_()
@@ -62,16 +63,16 @@ def minimize(
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        # ftol of rounding size: the default 2e-9 stops with four wrong digits in a temperature
+        # ftol at rounding level: the default 2e-9 stops early, with four wrong digits in a temperature
         options={"maxiter": 1000, "maxfun": 5000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
     )
     if not np.isfinite(result.x).all() or not np.isfinite(result.fun):
-        raise RuntimeError(f"the fit did not stay finite: {result.message}")
+        raise RuntimeError(f"the fit became infinite or NaN: {result.message}")
     return torch.from_numpy(np.asarray(result.x)).to(start.device)
 
 
 def binary_problems(probs: Tensor, y: Tensor, method: str) -> list[tuple[Tensor, Tensor]]:
-    """The one-versus-rest problems, (probability, label) of each class; of class 1 alone if there are two.
+    """The one-versus-rest problems: a pair (probability, label) for each class, or only for class 1 of two.
 
     probs: (batch, classes) or (batch,);  y: (batch,)  ->  [((batch,) float64, (batch,) float64)]
     """
@@ -82,11 +83,11 @@ def binary_problems(probs: Tensor, y: Tensor, method: str) -> list[tuple[Tensor,
 
 
 def one_versus_rest(apply: Callable[[Tensor], Tensor], n_maps: int, probs: Tensor) -> Tensor:
-    """Calibrated probabilities in the shape and dtype of probs, from maps of one class each.
+    """Calibrate probabilities with one map for each class; the result has the shape and dtype of probs.
 
-    apply: (maps, batch) -> (maps, batch) in float64. Two classes: the map of class 1 decides both.
-    More: every class through its own map, then normalized; a row that all maps send to 0 keeps the probabilities it
-    had.
+    apply: (maps, batch) -> (maps, batch) in float64.
+    For two classes the map of class 1 determines both. For more, each class has its map, and the results are
+    normalized; a row that all maps send to 0 keeps its original probabilities.
     """
     if n_maps == 0:
         raise RuntimeError("this calibrator has not been fitted: call fit first")
@@ -107,6 +108,6 @@ def one_versus_rest(apply: Callable[[Tensor], Tensor], n_maps: int, probs: Tenso
 
 
 def stack_padded(rows: list[Tensor]) -> Tensor:
-    """Vectors of different lengths as one matrix, (rows, longest), each padded with its last value."""
+    """Stack vectors of different lengths as a matrix (rows, longest), each padded with its last value."""
     longest = max(r.numel() for r in rows)
     return torch.stack([torch.cat((r, r[-1:].expand(longest - r.numel()))) for r in rows])

@@ -1,4 +1,4 @@
-"""Adaptive conformal inference: coverage kept over a stream whose distribution moves.
+"""Adaptive conformal inference: conformal coverage over a stream whose distribution changes.
 
 Gibbs, Candès, Adaptive Conformal Inference Under Distribution Shift, 2021, https://arxiv.org/abs/2106.00170
 """
@@ -13,14 +13,13 @@ from vbdl.metrics._checks import check_rate
 
 
 class AdaptiveConformal:
-    """A threshold on a non-conformity score, moved after every outcome: a miss lowers the level alpha_t by step · (1 -
-    alpha), a hit raises it by step · alpha.
+    """A threshold on a non-conformity score that is updated after every outcome.
 
-    For any sequence whatever, also an adversary's, the share of misses in the first T differs from alpha by at most
+    A miss lowers the level alpha_t by step · (1 - alpha), a hit raises it by step · alpha. For any sequence, even an
+    adversarial one, the share of misses among the first T outcomes differs from alpha by at most
     (max(alpha, 1 - alpha) + step) / (step · T).
 
-    window: how many of the latest scores the quantile is taken from. The state is plain numbers; a stream that stops
-    can be resumed from `state()`.
+    window: number of latest scores from which the quantile is computed. `state()` and `load` resume a stream.
     """
 
     def __init__(self, alpha: float, step: float = 0.005, window: int = 1000):
@@ -30,12 +29,12 @@ class AdaptiveConformal:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         self.step, self.window = step, window
-        self.level = self.alpha  # alpha_t; leaves [0, 1] on purpose
+        self.level = self.alpha  # alpha_t; may leave [0, 1], as the method requires
         self.scores: deque[float] = deque(maxlen=window)
         self.n, self.misses = 0, 0
 
     def threshold(self) -> float:
-        """The largest score inside the next set: +inf for level <= 0 or too few scores, -inf for level >= 1."""
+        """The largest score included in the next set: +inf for level <= 0 or too few scores, -inf for level >= 1."""
         if self.level <= 0:
             return math.inf
         if self.level >= 1:
@@ -44,13 +43,13 @@ class AdaptiveConformal:
         return float(conformal_quantile(scores, self.level))
 
     def update(self, score: float) -> bool:
-        """Take the score of the next outcome, and return whether it was inside the set.
+        """Update with the score of the next outcome; return whether it was inside the set.
 
-        ValueError for a score that is not finite: the state stays as it was.
+        Raises ValueError for a score that is not finite, without changing the state.
         """
         score = float(score)
         if not math.isfinite(score):
-            raise ValueError(f"a score must be finite, and is {score}")
+            raise ValueError(f"score must be finite, but is {score}")
         inside = score <= self.threshold()
         self.level += self.step * (self.alpha - (0.0 if inside else 1.0))
         self.scores.append(score)
@@ -59,7 +58,7 @@ class AdaptiveConformal:
         return inside
 
     def state(self) -> dict:
-        """The state as numbers and a list, which `load` takes."""
+        """The state as a dict of numbers and a list, for `load`."""
         return {
             "level": self.level,
             "scores": list(self.scores),

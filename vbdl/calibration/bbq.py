@@ -14,21 +14,21 @@ from torch import Tensor
 from vbdl.calibration._fit import binary_problems, one_versus_rest, stack_padded
 from vbdl.types import Calibrator
 
-_PRIOR_ROWS = 2.0  # N' of the paper: the prior weighs as much as this many rows, shared by the bins
+_PRIOR_ROWS = 2.0  # N' of the paper: the weight of the prior in rows, divided among the bins
 
 
 def _average_of_histograms(p: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inner edges and the values of the average of histograms of all numbers of bins, piecewise constant."""
+    """(inner edges, values) of the piecewise constant average of the histograms with all numbers of bins."""
     n = len(p)
     order = np.argsort(p, kind="stable")
     ordered, cumulative = p[order], np.concatenate(([0.0], np.cumsum(hit[order])))
-    # the paper's range: n^(1/3) / 10 to 10 n^(1/3), and no more bins than rows
+    # the paper's range of bins is n^(1/3) / 10 to 10 n^(1/3); here no more bins than rows
     most = max(1, min(n, math.ceil(10 * n ** (1 / 3))))
     models = []
     for bins in range(max(1, math.floor(n ** (1 / 3) / 10)), most + 1):
         cut = np.arange(1, bins) * n // bins
         edges = np.unique((ordered[cut - 1] + ordered[cut]) / 2)
-        # equal probabilities must share a bin, so counts follow from the edges and not from the cuts
+        # equal probabilities must share a bin, so counts are computed from the edges, not the cuts
         position = np.concatenate(([0], np.searchsorted(ordered, edges, side="right"), [n]))
         rows, hits = np.diff(position), np.diff(cumulative[position])
         ends = np.concatenate(([0.0], edges, [1.0]))
@@ -38,19 +38,20 @@ def _average_of_histograms(p: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, 
         models.append((evidence, edges, (hits + alpha) / (rows + prior)))
     log_weights = np.array([m[0] for m in models])
     weights = np.exp(log_weights - logsumexp(log_weights))
-    # models that together weigh less than rounding only lengthen the table
+    # models with negligible weight are dropped to keep the table short
     models = [(w, e, v) for w, (_, e, v) in zip(weights, models, strict=True) if w > 1e-15]
     total = sum(w for w, _, _ in models)
     union = np.unique(np.concatenate([e for _, e, _ in models]))
-    # right-closed pieces: the piece that ends at an edge is found by the edge itself
+    # pieces are right-closed, so looking up an edge finds the piece that ends there
     inside = np.concatenate((union, [1.0]))
     values = sum(w / total * v[np.searchsorted(e, inside)] for w, e, v in models)
     return union, np.asarray(values)
 
 
 class BBQ(Calibrator):
-    """Bayesian model average of equal-mass histograms, kept as one table; acts on the mean probability, one-versus-rest
-    and normalized beyond two classes. Never 0 or 1.
+    """A Bayesian model average of equal-mass histograms, stored as one table; its probabilities are never 0 or 1.
+
+    It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized.
     """
 
     acts_on = "probs"
@@ -63,18 +64,18 @@ class BBQ(Calibrator):
         self.register_buffer("values", None)  # (maps, pieces)
 
     def fit(self, probs: Tensor, y: Tensor) -> "BBQ":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
+        """Fit; return self. probs: (batch, classes), or (batch,) of class 1;  y: (batch,). Every class needs a row."""
         edges, values = [], []
         for p, hit in binary_problems(probs, y, "BBQ"):
             e, v = _average_of_histograms(p.cpu().numpy(), hit.cpu().numpy())
-            # an edge at 1 never separates: it makes the padding of an empty list of edges possible
+            # an edge at 1 separates nothing; it lets an empty list of edges be padded
             edges.append(torch.from_numpy(np.append(e, 1.0)).to(p.device))
             values.append(torch.from_numpy(np.append(v, v[-1])).to(p.device))
         self.edges, self.values = stack_padded(edges), stack_padded(values)
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         edges, values = self.edges, self.values
         if edges is None or values is None:
             raise RuntimeError("BBQ has not been fitted: call fit first")

@@ -1,4 +1,4 @@
-"""Beta calibration: a curve of three parameters in the logs of the probability and of its complement.
+"""Beta calibration: a curve with three parameters in the logs of the probability and of its complement.
 
 Kull, Silva Filho, Flach, Beta calibration: a well-founded and easily implemented improvement on logistic calibration
 for binary classifiers, 2017, https://proceedings.mlr.press/v54/kull17a.html
@@ -13,8 +13,9 @@ from vbdl.types import Calibrator
 
 
 class Beta(Calibrator):
-    """σ(a log p - b log(1 - p) + c) with a, b >= 0; acts on the mean probability, one-versus-rest and normalized beyond
-    two classes. Monotone, and the identity (a = b = 1, c = 0) is among its curves.
+    """The map p -> σ(a log p - b log(1 - p) + c) with a, b >= 0: monotone, the identity for a = b = 1, c = 0.
+
+    It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized.
     """
 
     acts_on = "probs"
@@ -25,7 +26,7 @@ class Beta(Calibrator):
         self.register_buffer("coefficients", None)  # (maps, 3): a, b, c
 
     def fit(self, probs: Tensor, y: Tensor) -> "Beta":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
+        """Fit; return self. probs: (batch, classes), or (batch,) of class 1;  y: (batch,). Every class needs a row."""
         coefficients = []
         for p, hit in binary_problems(probs, y, "Beta"):
             low, high = p.clamp(min=TINY).log(), -(1 - p).clamp(min=TINY).log()
@@ -35,7 +36,7 @@ class Beta(Calibrator):
                         v[0] * low + v[1] * high + v[2], hit
                     ),
                     torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=p.device),
-                    # the bounds are the paper's: a negative coefficient would not be monotone
+                    # bounds as in the paper: with a negative coefficient the curve would not be monotone
                     [(0.0, None), (0.0, None), (None, None)],
                 )
             )
@@ -43,7 +44,7 @@ class Beta(Calibrator):
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         if self.coefficients is None:
             raise RuntimeError("Beta has not been fitted: call fit first")
         a, b, c = self.coefficients.T[:, :, None]

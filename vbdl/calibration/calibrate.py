@@ -1,4 +1,4 @@
-"""`vbdl.calibrate`: a calibrator fitted to a predictor, on rows that its training never saw."""
+"""`vbdl.calibrate`: fit a calibrator to a predictor, on rows that were not used for training."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ _P = ParamSpec("_P")
 
 
 def _accepts_x_and_y(function: Callable[_P, Predictor]) -> Callable[_P, Predictor]:
-    """The function, which also takes (predictor, x, y, method), the form of version 0.1, with a warning."""
+    """Wrap `calibrate` so that it also accepts version 0.1's (predictor, x, y, method), with a DeprecationWarning."""
     old_form = inspect.signature(lambda predictor, x, y, method, *, allow_overlap=False: None)
     new_form: Callable[..., Predictor] = function
 
@@ -53,24 +53,24 @@ def calibrate(
     """Return a predictor with the same draws and calibrated predictions; the given one is not changed.
 
     Args:
-        data: (x, y), calibration rows as for training. None of them may be a training row.
-        method: a calibrator of vbdl.calibration, or one of your own (`vbdl.types.Calibrator`), not fitted yet. It is
-            copied, and fitted in float64. Temperature() and its kind act on each sample's logits, Temperature("probs")
-            and the others on the mean probability; StdScaling on the variances, CDFRecalibration on
-            quantiles and densities (of a prediction with samples=True); ConformalSets adds `sets` to predictions, and
-            AbsoluteIntervals, NormalizedIntervals and CQR add `lower` and `upper`.
-        allow_overlap: calibrate on training rows in spite of all. How many they were is recorded in the
-            likelihood (n_overlap), and saved with it, as are the fingerprints of all of them (calibration_rows).
+        data: (x, y), calibration rows in the form of training data. None of them may be a training row.
+        method: a calibrator of vbdl.calibration or your own `vbdl.types.Calibrator`. It is copied, and the copy is
+            fitted in float64. Temperature(), VectorScaling and MatrixScaling act on each sample's logits, other
+            calibrators of classes on the mean probability; StdScaling acts on the variances, CDFRecalibration on
+            quantiles and densities (of a prediction with samples=True). ConformalSets adds the field `sets` to
+            predictions; AbsoluteIntervals, NormalizedIntervals and CQR add `lower` and `upper`.
+        allow_overlap: calibrate even if rows were used for training. Their number is recorded in the likelihood
+            (n_overlap) and saved with it, as are the fingerprints of all calibration rows (calibration_rows).
 
-    Raises ValueError when rows were trained on (vbdl.fit records a fingerprint of each; a posterior that was
-    trained in another way has none, and cannot be checked), and for data the method cannot be fitted to.
+    Raises ValueError if rows were used for training, and for data to which the method cannot be fitted. Training rows
+    are known by the fingerprints that vbdl.fit records; a posterior trained in another way cannot be checked.
     """
     if not isinstance(predictor, Predictor):
         raise TypeError(f"calibrate needs a Predictor, got {type(predictor).__name__}")
     if not isinstance(method, Calibrator) or method.acts_on not in STAGES:
         raise TypeError(
-            f"calibrate needs a calibrator of vbdl.calibration, or one of a class that inherits from "
-            f"vbdl.types.Calibrator; got {type(method).__name__}"
+            f"method must be a calibrator of vbdl.calibration or of a class that inherits from vbdl.types.Calibrator, "
+            f"got {type(method).__name__}"
         )
     if not isinstance(data, Sequence) or len(data) != 2:
         raise TypeError(f"calibrate needs the calibration rows as a pair (x, y), got {type(data).__name__}")
@@ -84,11 +84,11 @@ def calibrate(
     n_overlap = _overlap(predictor, rows)
     if n_overlap and not allow_overlap:
         raise ValueError(
-            f"{n_overlap} of {n_rows} calibration rows were trained on, and would make the model look better than "
-            "it is; use rows from vbdl.split, or allow_overlap=True, which is recorded"
+            f"{n_overlap} of {n_rows} calibration rows were trained on, so the calibration would be too "
+            "optimistic; use rows from vbdl.split, or allow_overlap=True, which is recorded"
         )
     needs_samples = method.acts_on == "logits" or method.needs_samples
-    # one that was warmed up compiles nothing more, so another with the same draws is asked
+    # a sealed predictor cannot compile for new shapes, so an unsealed copy with the same draws predicts
     source = predictor.replace() if predictor.sealed else predictor
     prediction = source(x, samples=needs_samples)
     target = predictor.likelihood.check_targets(y, prediction.parameters_shape)
@@ -106,27 +106,27 @@ def calibrate(
 
 
 def _check_order(likelihood: Likelihood, method: Calibrator) -> None:
-    """Raises ValueError if the method would change the inputs of a calibration or decision that is there already."""
+    """Raise ValueError if the method would change the inputs of an existing calibration or decision."""
     name = type(method).__name__
     if isinstance(likelihood, Around) and likelihood.decides:
-        raise ValueError("this predictor decides already, on uncalibrated numbers: calibrate first, decide after")
+        raise ValueError("this predictor already has a decision, on uncalibrated predictions: calibrate it first")
     if method.acts_on == "logits":
         for calibrated in calibrations(likelihood):
             if calibrated.method.acts_on != "logits":
                 raise ValueError(
-                    f"{name} would change the samples that {type(calibrated.method).__name__} was fitted behind: "
-                    f"calibrate logits first, the finished prediction after"
+                    f"{name} would change the samples, after {type(calibrated.method).__name__} was fitted to their "
+                    f"prediction: calibrate the logits first"
                 )
     if method.changes_samples and is_recalibrated(likelihood):
         raise ValueError(
-            f"{name} would change the mixture that CDFRecalibration was fitted to: use it first and "
-            f"CDFRecalibration after, or CDFRecalibration alone, which corrects a wrong scale too"
+            f"{name} would change the mixture that CDFRecalibration was fitted to: use {name} before "
+            f"CDFRecalibration, or only CDFRecalibration, which corrects the scale, too"
         )
 
 
 def _overlap(predictor: Predictor, rows: Tensor) -> int:
-    """The number of rows, given by their fingerprints, that the posterior was trained on."""
-    # an ensemble of several architectures is trained as a whole, or part by part
+    """The number of rows (fingerprints) that the posterior was trained on."""
+    # an ensemble of several architectures may be trained as a whole or part by part
     posterior = predictor.posterior
     seen = [trained.training_rows for trained in (posterior, *posterior.parts)]
     known = [trained for trained in seen if trained is not None]
@@ -134,16 +134,16 @@ def _overlap(predictor: Predictor, rows: Tensor) -> int:
 
 
 def _check_kind(method: Calibrator, prediction: Prediction) -> None:
-    """Raises ValueError for a calibrator of classes on a regression, or the other way round."""
+    """Raise ValueError if a calibrator for classes is used for a regression, or vice versa."""
     name, probs = type(method).__name__, prediction.probs
     if method.of_classes and probs is None:
-        raise ValueError(f"{name} is for classes, and this is a regression: use AbsoluteIntervals, CQR or StdScaling")
+        raise ValueError(f"{name} is for classes, but this is a regression: use AbsoluteIntervals, CQR or StdScaling")
     if not method.of_classes and probs is not None:
-        raise ValueError(f"{name} is for regressions, and this predicts classes: use Temperature or ConformalSets")
+        raise ValueError(f"{name} is for regressions, but this predicts classes: use Temperature or ConformalSets")
     if probs is not None and probs.ndim > 1 and prediction.total.shape == probs.shape:
         raise ValueError(
-            f"{name} makes one set of classes a row, and this prediction answers {probs.shape[1:].numel()} "
-            f"questions of yes or no (multi-label): take one question at a time, with p = predict(x) and "
+            f"{name} makes one set of classes per row, but this prediction has {probs.shape[1:].numel()} binary "
+            f"outputs (multi-label): fit one for each output, with p = predict(x) and "
             f"{name}(alpha).fit(p.probs[:, i], y[:, i].long())"
         )
 
@@ -161,10 +161,10 @@ def _fit_logits(method: Calibrator, prediction: Prediction, y: Tensor) -> None:
     if logits.ndim == y.ndim + 1:
         if not method.one_logit:
             raise ValueError(
-                f"{type(method).__name__} needs a logit for each class, and this likelihood has one for yes and no: "
-                "use Temperature or Platt"
+                f"{type(method).__name__} needs a logit for each class, but this likelihood has a single logit for two "
+                "classes: use Temperature or Platt"
             )
-        # one logit l is the pair (0, l); dividing it by T is dividing both
+        # a single logit l is equivalent to the pair (0, l), also after division by T
         logits = logits.reshape(logits.shape[0], -1)
         logits = torch.stack((torch.zeros_like(logits), logits), dim=-1)
     method.fit(logits.reshape(logits.shape[0], -1, logits.shape[-1]), y.reshape(-1).long())

@@ -1,4 +1,4 @@
-"""A likelihood with a calibration inside it, traced and compiled with the network."""
+"""A likelihood that contains a calibration, which is traced and compiled with the network."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,15 @@ from vbdl.types import Calibrator, Likelihood, Prediction, Recalibration, State
 class CalibratedLikelihood(Around):
     """A likelihood whose predictions are corrected by a calibrator, `method`.
 
-    What total, aleatoric and epistemic are afterwards, which always add up:
+    total, aleatoric and epistemic always add up. Depending on the method they are:
 
-    * acts_on "logits" (a temperature on each sample): entropies of the calibrated samples and of their mean, with
-      the meaning that they had.
-    * acts_on "probs": total is the entropy of the calibrated mean probability. Single samples were not
-      calibrated, so their share is carried over: epistemic is as large a part of total as before. It is 0
-      where the samples agree, and orders rows of equal total as before.
+    * acts_on "logits" (a temperature on each sample): the entropies of the calibrated samples and of their mean, with
+      the same meaning as before.
+    * acts_on "probs": total is the entropy of the calibrated mean probability. The samples are not calibrated, so
+      epistemic keeps its share of total; it is 0 if the samples agree, and orders rows of equal total as before.
     * std scaling: all three variances times scale².
-    * CDF recalibration: untouched, and so is the mean; quantiles, intervals and densities are the new ones.
-    * conformal sets and intervals: untouched; they add fields of their own.
+    * CDF recalibration: unchanged, like the mean; quantiles, intervals and densities are recalibrated.
+    * conformal sets and intervals: unchanged; they add fields.
 
     standard_error stays that of the uncalibrated mean.
     """
@@ -39,12 +38,12 @@ class CalibratedLikelihood(Around):
     ):
         super().__init__(likelihood)
         if calibration_rows is not None and (calibration_rows.dtype != torch.int64 or calibration_rows.ndim != 1):
-            raise ValueError("the fingerprints of the calibration rows are not one int64 a row")
+            raise ValueError("the fingerprints of the calibration rows must be one int64 per row, (rows,)")
         self.method = method
-        # buffers, so that a saved predictor says what it was calibrated on
+        # buffers, so that they are saved with the predictor
         self.register_buffer("n_rows", torch.tensor(n_rows))
         self.register_buffer("n_overlap", torch.tensor(n_overlap))
-        # fingerprints, (rows,) int64 sorted; None in what was saved before they were recorded
+        # fingerprints, (rows,) int64 sorted; None in artifacts from before they were recorded
         self.register_buffer("calibration_rows", calibration_rows)
 
     @property
@@ -62,8 +61,8 @@ class CalibratedLikelihood(Around):
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         if self.method.acts_on != "logits":
             raise ValueError(
-                f"{type(self.method).__name__} calibrates the finished prediction and not its single samples, which "
-                "have no likelihood of their own: use predict(x, samples=True).log_prob(y)"
+                f"{type(self.method).__name__} calibrates the whole prediction, not its samples, so a sample has no "
+                "likelihood: use predict(x, samples=True).log_prob(y)"
             )
         return self.likelihood.nll(parameters, y)
 
@@ -77,9 +76,9 @@ class CalibratedLikelihood(Around):
         return self.method.fields(fields) if self.method.acts_on == "prediction" else fields
 
     def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
-        """The inner likelihood's prediction, with the fields that the method has added.
+        """The inner likelihood's prediction, with the fields that the method adds.
 
-        samples are those of the calibrated predictive, except for "probs": there they stay as they were.
+        The samples are calibrated, too, except by methods that act on "probs".
         """
         if samples is not None:
             samples = self.method.samples(samples)
@@ -89,19 +88,19 @@ class CalibratedLikelihood(Around):
             return prediction
         if not isinstance(prediction, RegressionPrediction):
             raise TypeError(
-                f"{type(self.method).__name__} recalibrates a RegressionPrediction, and {type(prediction).__name__} is "
-                f"none: let it inherit from vbdl.likelihoods.normal_mixture.RegressionPrediction"
+                f"{type(self.method).__name__} needs a RegressionPrediction, got {type(prediction).__name__}: let it "
+                f"inherit from vbdl.likelihoods.normal_mixture.RegressionPrediction"
             )
         return recalibrated(prediction, recalibration)
 
 
 def calibrations(likelihood: Likelihood) -> list[CalibratedLikelihood]:
-    """The calibrations inside a likelihood, in reverse order of their fits."""
+    """The calibrations inside a likelihood, the last fitted first."""
     return [layer for layer in layers(likelihood) if isinstance(layer, CalibratedLikelihood)]
 
 
 def calibration_rows(likelihood: Likelihood) -> tuple[Tensor, bool]:
-    """The fingerprints of the rows a likelihood was calibrated on, (rows,) int64, and whether all were recorded."""
+    """(fingerprints of the rows a likelihood was calibrated on, (rows,) int64; whether all were recorded)."""
     recorded = [one.calibration_rows for one in calibrations(likelihood)]
     known = [rows.cpu() for rows in recorded if isinstance(rows, Tensor)]
     rows = torch.cat(known).unique() if known else torch.empty(0, dtype=torch.int64)
@@ -109,8 +108,10 @@ def calibration_rows(likelihood: Likelihood) -> tuple[Tensor, bool]:
 
 
 def calibrated_draws(likelihood: Likelihood, parameters: Tensor) -> tuple[Tensor, Recalibration | None]:
-    """The draws, (samples, batch, ..., 2), after this likelihood's calibrations, and the calibrations' recalibration of
-    the distribution function of their mixture, or None."""
+    """(the calibrated draws, (samples, batch, ..., 2); the recalibration of their mixture's distribution, or None).
+
+    parameters: the draws before calibration, (samples, batch, ..., 2).
+    """
     recalibration = None
     for calibrated in calibrations(likelihood):
         parameters = calibrated.method.samples(parameters)
@@ -121,23 +122,23 @@ def calibrated_draws(likelihood: Likelihood, parameters: Tensor) -> tuple[Tensor
 
 
 def is_recalibrated(likelihood: Likelihood) -> bool:
-    """Whether a calibration inside this likelihood recalibrates the distribution function."""
+    """Whether a calibration inside this likelihood recalibrates the predictive distribution function."""
     return any(calibrated.method.recalibration is not None for calibrated in calibrations(likelihood))
 
 
 def changes_draws(likelihood: Likelihood) -> bool:
-    """Whether a calibration inside this likelihood changes single draws, or the distribution of their mixture."""
+    """Whether a calibration inside this likelihood changes draws or the distribution of their mixture."""
     changed = any(calibrated.method.changes_samples for calibrated in calibrations(likelihood))
     return changed or is_recalibrated(likelihood)
 
 
 def _with_probs(fields: State, calibrator: Calibrator) -> State:
-    """The fields with calibrated probabilities, (..., classes), or (...,) of yes, and the entropies that follow."""
+    """The fields with calibrated probabilities, (..., classes), or (...,) of class 1, and with their entropies."""
     probs, before = fields["probs"], fields["total"]
     many = probs.ndim > before.ndim
     flat = probs.reshape(-1, probs.shape[-1]) if many else probs.reshape(-1)
     probs = calibrator(flat).reshape(probs.shape)
-    total = 0.0 - xlogy(probs, probs)  # 0 and never -0.0 where it is certain
+    total = 0.0 - xlogy(probs, probs)  # gives 0.0, not -0.0, for certain rows
     total = total.sum(-1) if many else total - xlogy(1 - probs, 1 - probs)
     share = torch.where(before > 0, fields["epistemic"] / before.clamp_min(1e-30), 0.0).clamp(0, 1)
     epistemic = total * share

@@ -1,8 +1,8 @@
-"""CDF recalibration: the predictive distribution function, bent so that its values become uniform.
+"""CDF recalibration: a map of the predictive distribution function that makes its values uniform.
 
 Kuleshov, Fenner, Ermon, Accurate Uncertainties for Deep Learning Using Calibrated Regression, 2018,
 https://arxiv.org/abs/1807.00263
-Schwarz, Estimating the Dimension of a Model, 1978, https://doi.org/10.1214/aos/1176344136 (how many knots)
+Schwarz, Estimating the Dimension of a Model, 1978, https://doi.org/10.1214/aos/1176344136 (the number of knots)
 """
 
 import torch
@@ -18,16 +18,16 @@ from vbdl.types import Calibrator, Recalibration
 
 
 class CDFRecalibration(Calibrator):
-    """F'(y) = R(F(y)), R a smooth increasing map of [0, 1] under which F(y) of the calibration rows is uniform.
+    """A recalibration F'(y) = R(F(y)): R is a smooth increasing map under which F(y) of the rows is uniform.
 
-    For any predictive with a distribution function (Gaussian, mixture, somebody else's). R is a curve between normal
-    scores, Φ⁻¹(F) -> Φ⁻¹(F'): a quadratic spline, straight beyond its last knots, fitted by maximum likelihood. A wrong
-    scale or center is a straight line of it, so that tails without calibration rows are scaled as the others are. The
-    number of knots grows with the rows (BIC); of a calibrated predictive it is none, and R changes nothing.
-    The empirical distribution of F(y), which the paper takes, has no density: its spacings lose 0.42 nats a row,
-    however many rows there are.
+    It works for any predictive distribution function F (Gaussian, mixture, or of another model). R is a curve between
+    normal scores, Φ⁻¹(F) -> Φ⁻¹(F'): a quadratic spline, linear beyond its last knots, fitted by maximum likelihood. A
+    wrong scale or center of F needs only a straight line, which also corrects tails without calibration rows. BIC
+    chooses the number of knots; for a calibrated F there is none, and R is the identity.
+    The paper uses the empirical distribution of F(y), which has no density; its spacings lose 0.42 nats per row for any
+    number of rows.
 
-    Saved by version 0.1: knots and values are that empirical distribution, linear between knots, and stay it.
+    In artifacts of version 0.1 knots and values are that empirical distribution, linear between knots, and remain so.
     """
 
     needs_samples = True
@@ -38,13 +38,16 @@ class CDFRecalibration(Calibrator):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("knots", None)  # (knots,) normal scores; of version 0.1 levels of F
-        self.register_buffer("values", None)  # (knots,) calibrated levels, of version 0.1 alone
-        self.register_buffer("slopes", None)  # (knots,) of the curve at its knots
-        self.register_buffer("offset", None)  # () the curve at its first knot
+        self.register_buffer("knots", None)  # (knots,) normal scores; in version 0.1 levels of F
+        self.register_buffer("values", None)  # (knots,) calibrated levels, only in version 0.1
+        self.register_buffer("slopes", None)  # (knots,) slopes of the curve at its knots
+        self.register_buffer("offset", None)  # () value of the curve at its first knot
 
     def fit(self, cdf: Tensor) -> "CDFRecalibration":
-        """cdf: F(y) of the calibration rows, any shape, in [0, 1]; for a map of its own, one output at a time."""
+        """Fit R to F(y) of the calibration rows; return self.
+
+        cdf: any shape, in [0, 1]. All values share one R; for an R of each output fit one calibrator per output.
+        """
         u = check_finite(cdf, "cdf").reshape(-1)
         if u.numel() == 0:
             raise ValueError("cdf has no rows")
@@ -53,7 +56,7 @@ class CDFRecalibration(Calibrator):
         return self.fit_scores(score_of(cdf.detach()).reshape(-1))
 
     def fit_scores(self, scores: Tensor) -> "CDFRecalibration":
-        """scores: Φ⁻¹(F(y)) of the calibration rows, any shape, which have digits where F rounds to 0 or 1."""
+        """Fit R to normal scores Φ⁻¹(F(y)), any shape, which stay precise where F rounds to 0 or 1; return self."""
         if scores.numel() == 0:
             raise ValueError("scores has no rows")
         curve = fit_curve(check_finite(scores, "scores").reshape(-1))
@@ -61,12 +64,12 @@ class CDFRecalibration(Calibrator):
         return self
 
     def fit_prediction(self, prediction: RegressionPrediction, y: Tensor) -> "CDFRecalibration":
-        """Fit one map for all elements, to a prediction that kept its samples."""
+        """Fit one R for all outputs of a prediction with samples; return self."""
         return self.fit_scores(prediction.score(y))
 
     @property
     def steps(self) -> Steps | None:
-        """The empirical distribution that version 0.1 has saved, or None where R is a curve."""
+        """The empirical distribution from an artifact of version 0.1, or None if R is a curve."""
         return None if self.knots is None or self.values is None else Steps(self.knots, self.values)
 
     @property
@@ -74,37 +77,37 @@ class CDFRecalibration(Calibrator):
         return self if self.steps is None else self.steps
 
     def forward(self, cdf: Tensor) -> Tensor:
-        """Level of the predictive, any shape, in [0, 1] -> calibrated level"""
+        """R: levels of the predictive distribution, any shape, in [0, 1] -> calibrated levels."""
         if (steps := self.steps) is not None:
             return steps(cdf)
         return with_ends(cdf, normal_cdf(self.score(score_of(cdf))))
 
     def level(self, calibrated: Tensor) -> Tensor:
-        """The level to ask the predictive for: the calibrated q-quantile is F⁻¹(level(q))."""
+        """The inverse of R: calibrated levels -> levels of F. The calibrated q-quantile is F⁻¹(level(q))."""
         if (steps := self.steps) is not None:
             return steps.level(calibrated)
         return with_ends(calibrated, normal_cdf(self.inverse(score_of(calibrated))))
 
     def slope(self, cdf: Tensor) -> Tensor:
-        """dR/dF at a level of the predictive: what densities are multiplied with."""
+        """dR/dF at levels of F: the factor of recalibrated densities."""
         if (steps := self.steps) is not None:
             return steps.slope(cdf)
         return self.log_slope(score_of(cdf)).exp().to(cdf.dtype)
 
     def score(self, score: Tensor) -> Tensor:
-        """Normal score of the predictive, any shape -> calibrated normal score, float64"""
+        """R on normal scores: scores of F, any shape -> calibrated scores, float64."""
         if (steps := self.steps) is not None:
             return steps.score(score)
         return self._curve()(score)
 
     def inverse(self, score: Tensor) -> Tensor:
-        """Calibrated normal score, any shape -> normal score of the predictive, float64"""
+        """The inverse of R on normal scores: calibrated scores, any shape -> scores of F, float64."""
         if (steps := self.steps) is not None:
             return steps.inverse(score)
         return self._curve().inverse(score)
 
     def log_slope(self, score: Tensor) -> Tensor:
-        """log dR/dF where the predictive has this normal score, float64"""
+        """log dR/dF at normal scores of F, any shape, float64."""
         if (steps := self.steps) is not None:
             return steps.log_slope(score)
         curve, z = self._curve(), score.to(torch.float64)

@@ -1,4 +1,4 @@
-"""Split conformal prediction: sets of classes that hold the true one with a stated probability.
+"""Split conformal prediction: sets of classes that contain the true class with a stated probability.
 
 Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005, https://doi.org/10.1007/b106715 (split conformal,
 class-conditional)
@@ -8,9 +8,9 @@ Romano, Sesia, Candès, Classification with Valid and Adaptive Coverage, 2020, h
 Angelopoulos, Bates, Malik, Jordan, Uncertainty Sets for Image Classifiers using Conformal Prediction, 2021,
 https://arxiv.org/abs/2009.14193 (RAPS)
 
-The promise, for rows exchangeable with the calibration rows: P(y in set) >= 1 - alpha, on average over calibration sets
-and rows. It is about all rows together, not about each kind of row, and it ends where the rows shift. Every
-number of calibration rows keeps it: with too few, the set holds every class.
+The guarantee is P(y in set) >= 1 - alpha for rows exchangeable with the calibration rows, on average over calibration
+sets and rows. It is marginal, not for each kind of row, and does not hold under distribution shift. It holds for any
+number of calibration rows: with too few, every set contains all classes.
 """
 
 import torch
@@ -22,21 +22,21 @@ from vbdl.types import Calibrator, Prediction, State
 
 
 class LAC(nn.Module):
-    """The score 1 - p_k, which gives the smallest sets on average; a hard row may get an empty one."""
+    """The score 1 - p_k, which gives the smallest sets on average; a difficult row may get an empty set."""
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
-        """(batch, classes) -> (batch, classes) scores, low for likely"""
+        """The scores of classes, low for likely ones: probs (batch, classes) -> (batch, classes)."""
         return 1 - probs
 
 
 def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The mass of the classes at least as likely as each class, and its rank, counted from 1.
+    """For each class (mass of the classes at least as likely, rank from 1): (batch, classes) each.
 
-    Equal probabilities are ranked by class number.
+    Equal probabilities are ranked by class index.
     """
     order = probs.argsort(dim=1, descending=True, stable=True)
     mass = probs.gather(1, order).cumsum(1)
-    # the least likely class has exactly 1: a threshold of 1 must not be a matter of rounding, row by row
+    # makes the mass of the least likely class exactly 1, so that a threshold of 1 does not depend on rounding
     mass = mass / mass[:, -1:]
     rank = torch.arange(1, probs.shape[1] + 1, dtype=probs.dtype, device=probs.device).expand_as(order)
     back = order.argsort(dim=1)
@@ -44,10 +44,10 @@ def _cumulative(probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class APS(nn.Module):
-    """The score of class k is the mass of the classes down to k: sets grow with the difficulty of the row.
+    """The score of class k is the mass of the classes at least as likely as k; sets grow with the row's difficulty.
 
-    randomized: takes u · p_k off again, u uniform of the row, given by the caller. Coverage is then 1 - alpha and not
-    above; without, sets are larger than they need be.
+    randomized: subtract u · p_k, where u is a uniform number per row from the caller. The coverage is then exactly
+        1 - alpha; without it sets are larger than necessary.
     """
 
     def __init__(self, randomized: bool = False):
@@ -58,13 +58,13 @@ class APS(nn.Module):
         return f"randomized={self.randomized}"
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
-        """(batch, classes), u (batch,) in [0, 1] -> (batch, classes) scores"""
+        """The scores of classes: probs (batch, classes), u (batch,) in [0, 1] -> (batch, classes)."""
         mass, _ = _cumulative(probs)
         return mass - _uniform(self.randomized, u, probs) * probs
 
 
 class RAPS(nn.Module):
-    """The score of APS plus penalty · (rank - k_reg)₊, which keeps unlikely classes out of large sets."""
+    """The score of APS plus penalty · max(rank - k_reg, 0), which keeps unlikely classes out of large sets."""
 
     def __init__(self, penalty: float = 0.01, k_reg: int = 5, randomized: bool = False):
         super().__init__()
@@ -76,7 +76,7 @@ class RAPS(nn.Module):
         return f"penalty={self.penalty}, k_reg={self.k_reg}, randomized={self.randomized}"
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
-        """(batch, classes), u (batch,) in [0, 1] -> (batch, classes) scores"""
+        """The scores of classes: probs (batch, classes), u (batch,) in [0, 1] -> (batch, classes)."""
         mass, rank = _cumulative(probs)
         extra = self.penalty * (rank - self.k_reg).clamp(min=0)
         return mass - _uniform(self.randomized, u, probs) * probs + extra
@@ -86,18 +86,19 @@ def _uniform(randomized: bool, u: Tensor | None, probs: Tensor) -> Tensor | floa
     if not randomized:
         return 0.0
     if u is None:
-        raise ValueError("randomized=True needs u, one uniform number a row, (batch,)")
+        raise ValueError("randomized=True needs u, one uniform number per row, (batch,)")
     if u.shape != probs.shape[:1]:
         raise ValueError(f"u must be ({probs.shape[0]},), not {tuple(u.shape)}")
     return u.to(probs.dtype).unsqueeze(1)
 
 
 class ConformalSets(Calibrator):
-    """Adds to predictions the set of classes whose score is at most a quantile of the true classes' scores.
+    """A calibrator that adds sets of classes: those with a score of at most a quantile of the true classes' scores.
 
-    score: LAC(), APS() or RAPS(), or any module of theirs' signature. per_class: a quantile for each class from its own
-    rows, which gives the promise class by class; a class with too few rows (or none)
-    is in every set. never_empty: adds the most probable class to an empty set, coverage can only rise.
+    score: LAC(), APS() or RAPS(), or any module with their signature.
+    per_class: a quantile for each class from its own rows, which gives the guarantee for each class; a class with too
+        few rows is in every set.
+    never_empty: add the most probable class to empty sets; the coverage can only increase.
     """
 
     of_classes = True
@@ -120,11 +121,14 @@ class ConformalSets(Calibrator):
         return f"alpha={self.alpha}, per_class={self.per_class}, never_empty={self.never_empty}"
 
     def fit(self, probs: Tensor, y: Tensor, u: Tensor | None = None) -> "ConformalSets":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,);  u: see APS."""
+        """Fit the thresholds; return self.
+
+        probs: (batch, classes), or (batch,) of class 1;  y: (batch,);  u: (batch,), see APS.
+        """
         if probs.ndim == 2 and y.shape == probs.shape:
             raise ValueError(
-                f"y answers {probs.shape[1]} questions of yes or no a row (multi-label), and a conformal set is of the "
-                f"classes of one question: fit one ConformalSets a question, fit(probs[:, i], y[:, i])"
+                f"y has {probs.shape[1]} binary outputs per row (multi-label), but a conformal set is for one output: "
+                f"fit one ConformalSets for each, fit(probs[:, i], y[:, i])"
             )
         probs, y = check_probs_and_labels(probs, y)
         scores = self.score(probs, u).gather(1, y[:, None]).squeeze(1)  # of the true class
@@ -136,10 +140,10 @@ class ConformalSets(Calibrator):
         return self
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
-        """(batch, classes), or (batch,) of class 1 -> (batch, classes) bool"""
+        """The sets: probs (batch, classes), or (batch,) of class 1 -> (batch, classes) bool."""
         if self.thresholds is None:
             raise RuntimeError("ConformalSets has not been fitted: call fit first")
-        # the arithmetic of fit, in its precision: a score equal to the threshold must stay equal
+        # the same arithmetic and precision as in fit, so that a score equal to the threshold stays equal
         p = probs.to(torch.float64)
         if probs.ndim == 1:
             p = torch.stack((1 - p, p), dim=1)
@@ -151,8 +155,8 @@ class ConformalSets(Calibrator):
 
     def fit_prediction(self, prediction: Prediction, y: Tensor) -> "ConformalSets":
         if prediction.probs is None:
-            raise ValueError("ConformalSets is fitted to probabilities, and this is a regression")
-        return self.fit(prediction.probs, y.long())  # yes or no comes as 0.0 and 1.0
+            raise ValueError("ConformalSets needs class probabilities, but this prediction is a regression")
+        return self.fit(prediction.probs, y.long())  # binary targets are floats, 0.0 and 1.0
 
     def fields(self, fields: State) -> State:
         """The prediction's fields, and `sets`, (batch, classes) bool."""
@@ -160,5 +164,5 @@ class ConformalSets(Calibrator):
 
 
 def set_coverage(sets: Tensor, y: Tensor) -> Tensor:
-    """1.0 where the set holds the true class: (batch, classes) bool, (batch,) -> (batch,) float64"""
+    """1.0 for each row whose set contains the true class, else 0.0: (batch, classes) bool, (batch,) -> (batch,)."""
     return sets.gather(1, y[:, None]).squeeze(1).to(torch.float64)

@@ -4,8 +4,8 @@ Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, Distribution-Free Predictive Infere
 https://arxiv.org/abs/1604.04173 (absolute, and divided by a predicted spread)
 Romano, Patterson, Candès, Conformalized Quantile Regression, 2019, https://arxiv.org/abs/1905.03222
 
-P(y in interval) >= 1 - alpha for rows exchangeable with the calibration rows, for each element of a row on its own.
-With too few rows, (n + 1)(1 - alpha) > n, the interval is infinite.
+The guarantee is P(y in interval) >= 1 - alpha for rows exchangeable with the calibration rows, for each output
+separately. With too few rows, (n + 1)(1 - alpha) > n, the interval is infinite.
 """
 
 import math
@@ -20,20 +20,20 @@ from vbdl.types import Calibrator, Prediction, State
 
 
 class _Intervals(Calibrator):
-    """The base of the three kinds of intervals: a level, a threshold for each output, bounds in the prediction."""
+    """The base class of conformal intervals, with a threshold for each output."""
 
     threshold: Tensor | None
 
     def __init__(self, alpha: float):
         super().__init__()
         self.alpha = check_rate(alpha, "alpha")
-        self.register_buffer("threshold", None)  # () or (...), one for each element of a row
+        self.register_buffer("threshold", None)  # () or (...), one for each output
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
 
     def _fit(self, scores: Tensor) -> Self:
-        """Set the threshold of each element from its scores, (batch,) or (batch, ...)."""
+        """Set the threshold of each output from its scores, (batch,) or (batch, ...)."""
         columns = scores.unsqueeze(-1).flatten(1)
         quantiles = [conformal_quantile(column, self.alpha) for column in columns.T]
         self.threshold = torch.stack(quantiles).reshape(scores.shape[1:])
@@ -49,28 +49,28 @@ class _Intervals(Calibrator):
         raise NotImplementedError
 
     def inputs(self, mean: Tensor, total: Tensor) -> tuple[Tensor, ...]:
-        """The arguments of fit and forward, made of the mean and the total variance of a prediction."""
+        """The arguments of fit and forward, from the mean and total variance of a prediction."""
         raise NotImplementedError
 
     def fit_prediction(self, prediction: Prediction, y: Tensor) -> Self:
         return self.fit(*self.inputs(prediction.mean, prediction.total), y)
 
     def fields(self, fields: State) -> State:
-        """The prediction's fields, and `lower` and `upper`, (batch, ...) in target units."""
+        """The prediction's fields, and `lower` and `upper`, (batch, ...) in units of the target."""
         lower, upper = self(*self.inputs(fields["mean"], fields["total"]))
         return {**fields, "lower": lower, "upper": upper}
 
 
 class AbsoluteIntervals(_Intervals):
-    """mean ± q, one width for all rows: score |y - mean|, target units."""
+    """Intervals mean ± q of one width for all rows, from the score |y - mean| in units of the target."""
 
     def fit(self, mean: Tensor, y: Tensor) -> Self:
-        """mean, y: (batch,) or (batch, ...)"""
+        """Fit q; return self. mean, y: (batch,) or (batch, ...)"""
         mean, y = check_targets(mean, y)
         return self._fit((y - mean).abs())
 
     def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """-> lower, upper, the shape of mean"""
+        """The bounds (lower, upper), in the shape of mean."""
         half = self._threshold(mean.dtype)
         return mean - half, mean + half
 
@@ -79,15 +79,15 @@ class AbsoluteIntervals(_Intervals):
 
 
 class NormalizedIntervals(_Intervals):
-    """mean ± q · std, as wide as the predictive says a row is uncertain: score |y - mean| / std."""
+    """Intervals mean ± q · std, whose width follows the predicted uncertainty, from the score |y - mean| / std."""
 
     def fit(self, mean: Tensor, std: Tensor, y: Tensor) -> Self:
-        """mean, std, y: (batch,) or (batch, ...)"""
+        """Fit q; return self. mean, std, y: (batch,) or (batch, ...)"""
         mean, y = check_targets(mean, y)
         return self._fit((y - mean).abs() / check_std(std, mean.shape))
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """-> lower, upper, the shape of mean"""
+        """The bounds (lower, upper), in the shape of mean."""
         half = self._threshold(mean.dtype) * std
         return mean - half, mean + half
 
@@ -96,14 +96,14 @@ class NormalizedIntervals(_Intervals):
 
 
 class CQR(_Intervals):
-    """Predicted quantiles moved outwards, or inwards, by q: score max(lower - y, y - upper), target units.
+    """Predicted quantiles, moved outwards or inwards by q, from the score max(lower - y, y - upper) in target units.
 
-    Where moving inwards would cross the bounds both become their midpoint. Inside a predictor the quantiles are those
-    of the normal with the predictive's mean and variance: a first guess, which this corrects.
+    If moving inwards would make the bounds cross, both become their midpoint. Inside a predictor the quantiles are
+    those of the normal distribution with the prediction's mean and total variance.
     """
 
     def fit(self, lower: Tensor, upper: Tensor, y: Tensor) -> Self:
-        """lower, upper: predicted alpha/2 and 1 - alpha/2 quantiles;  y: all (batch,) or (batch, ...)"""
+        """Fit q. lower, upper: predicted alpha/2 and 1 - alpha/2 quantiles;  y: all (batch,) or (batch, ...)"""
         lower, y = check_targets(lower, y, "lower")
         upper = check_finite(upper, "upper")
         if upper.shape != lower.shape:
@@ -111,7 +111,7 @@ class CQR(_Intervals):
         return self._fit(torch.maximum(lower - y, y - upper))
 
     def forward(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """-> lower, upper, the shape of lower"""
+        """The calibrated bounds (lower, upper), in the shape of the predicted ones."""
         move = self._threshold(lower.dtype)
         low, high = lower - move, upper + move
         middle = (lower + upper) / 2

@@ -1,4 +1,4 @@
-"""The conformal rank and quantile: which of n scores is the threshold that keeps the promised coverage."""
+"""The conformal rank and quantile: the threshold among n scores that guarantees the coverage."""
 
 import math
 
@@ -10,15 +10,15 @@ from vbdl.metrics._counts import at_most
 
 
 def conformal_rank(n: int, alpha: float) -> int:
-    """⌈(n + 1)(1 - alpha)⌉, of the decimal that alpha was meant to be: 0.1 and 1 - 0.9 have one rank.
+    """The rank ⌈(n + 1)(1 - alpha)⌉, computed for the decimal that alpha was meant to be, e.g. 0.1 for 1 - 0.9.
 
-    alpha: the share of misses that is allowed; of a coverage it is 1 - coverage, rounded as it may be.
+    alpha: allowed share of misses, 1 - coverage.
     """
     return n + 1 - at_most(check_rate(alpha, "alpha"), n + 1)
 
 
 def conformal_quantile(scores: Tensor, alpha: float) -> Tensor:
-    """The conformal_rank-th smallest score, (): infinite when there are too few. scores: (n,), n >= 0"""
+    """The conformal_rank-th smallest score, (); infinite if there are too few scores. scores: (n,), n >= 0"""
     n = scores.numel()
     rank = conformal_rank(n, alpha)
     if rank > n:

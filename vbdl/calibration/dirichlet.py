@@ -13,21 +13,21 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 
 class Dirichlet(Affine):
-    """softmax(W log p + b), W (classes, classes); acts on the mean probability. odir: see Affine.
+    """The map p -> softmax(W log p + b), W (classes, classes), of the mean probability. odir: see Affine.
 
-    Probabilities below the smallest normal float32 count as that.
+    Probabilities below the smallest normal float32 are replaced by it.
     """
 
     acts_on = "probs"
 
     def fit(self, probs: Tensor, y: Tensor) -> "Dirichlet":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
+        """Fit; return self. probs: (batch, classes), or (batch,) of class 1;  y: (batch,). Every class needs a row."""
         probs, y = check_probs_and_labels(probs, y)
         self.fit_logits(probs.clamp(min=TINY).log().unsqueeze(0), y)
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         p = probs.to(torch.float64)
         if probs.ndim == 1:
             p = torch.stack((1 - p, p), dim=1)

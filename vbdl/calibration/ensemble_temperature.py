@@ -1,4 +1,4 @@
-"""Ensemble temperature scaling: a temperature, mixed with the probabilities as they are and with chance.
+"""Ensemble temperature scaling: tempered probabilities, mixed with the original ones and the uniform distribution.
 
 Zhang, Kailkhura, Han, Mix-n-Match: Ensemble and Compositional Methods for Uncertainty Calibration in Deep Learning,
 2020, https://arxiv.org/abs/2003.07329
@@ -13,10 +13,10 @@ from vbdl.types import Calibrator
 
 
 class EnsembleTemperature(Calibrator):
-    """w₁ softmax(log p / T) + w₂ p + w₃ / classes, w on the simplex; acts on the mean probability.
+    """The map p -> w₁ softmax(log p / T) + w₂ p + w₃ / classes of the mean probability, with w on the simplex.
 
-    Keeps the most probable class: each of the three parts has the same order. "Ensemble" is the paper's word for these
-    three; the temperature of a deep ensemble is Temperature("logits") or ("probs").
+    It keeps the most probable class. "Ensemble" is the paper's word for the three parts; for the temperature of a deep
+    ensemble use Temperature("logits") or Temperature("probs").
     """
 
     acts_on = "probs"
@@ -27,7 +27,7 @@ class EnsembleTemperature(Calibrator):
         self.register_buffer("weights", torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
 
     def fit(self, probs: Tensor, y: Tensor) -> "EnsembleTemperature":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Minimizes the NLL."""
+        """Minimize the negative log-likelihood. probs: (batch, classes), or (batch,) of class 1;  y: (batch,)."""
         probs, y = check_probs_and_labels(probs, y)
         log_p, classes = probs.clamp(min=TINY).log(), probs.shape[1]
         picked = probs.gather(1, y[:, None]).squeeze(1)
@@ -38,14 +38,14 @@ class EnsembleTemperature(Calibrator):
             mixed = w[0] * scaled.exp() + w[1] * picked + w[2] / classes
             return -mixed.clamp(min=TINY).log().mean()
 
-        # weights from their logits within ±30: the ends are a weight of 1e-13, in effect none
+        # logits of the weights differ by at most 30, so a weight can be as small as 1e-13, in effect 0
         start = torch.tensor([0.0, 2.0, 0.0, -2.0], dtype=torch.float64, device=probs.device)
         best = minimize(loss, start, [(-6.9, 6.9), (-15, 15), (-15, 15), (-15, 15)])
         self.log_temperature, self.weights = best[0], best[1:].softmax(0)
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         p = probs.to(torch.float64)
         if probs.ndim == 1:
             p = torch.stack((1 - p, p), dim=1)

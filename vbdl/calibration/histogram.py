@@ -1,4 +1,4 @@
-"""Histogram binning: the frequency observed in the bin.
+"""Histogram binning: a probability is replaced by the frequency observed in its bin.
 
 Zadrozny, Elkan, Obtaining calibrated probability estimates from decision trees and naive Bayesian classifiers, 2001,
 https://dl.acm.org/doi/10.5555/645530.655658
@@ -12,11 +12,12 @@ from vbdl.types import Calibrator
 
 
 class Histogram(Calibrator):
-    """Each class's probability becomes that class's frequency among the rows of its bin; acts on the mean probability,
-    one-versus-rest and normalized beyond two classes.
+    """A map of each class's probability to the class's frequency among the calibration rows of its bin.
 
-    binning: "width" (equal, right-closed) or "mass" (equal counts, cut midway between neighbors). A bin without rows
-    gives its midpoint. A frequency may be 0 or 1: the log-likelihood can be infinite.
+    It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized.
+
+    binning: "width" (equal width, right-closed) or "mass" (equal counts, edges midway between neighboring values).
+    An empty bin gives its midpoint. A frequency may be 0 or 1, so the log-likelihood can be infinite.
     """
 
     acts_on = "probs"
@@ -30,14 +31,14 @@ class Histogram(Calibrator):
         if binning not in ("width", "mass"):
             raise ValueError(f"binning must be 'width' or 'mass', not {binning!r}")
         self.n_bins, self.binning = n_bins, binning
-        self.register_buffer("edges", None)  # (maps, bins - 1), inner ones
+        self.register_buffer("edges", None)  # (maps, bins - 1), inner edges
         self.register_buffer("values", None)  # (maps, bins)
 
     def extra_repr(self) -> str:
         return f"n_bins={self.n_bins}, binning={self.binning!r}"
 
     def fit(self, probs: Tensor, y: Tensor) -> "Histogram":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
+        """Fit; return self. probs: (batch, classes), or (batch,) of class 1;  y: (batch,). Every class needs a row."""
         edges, values = [], []
         for p, hit in binary_problems(probs, y, "Histogram"):
             cut = torch.arange(1, self.n_bins, device=p.device)
@@ -58,7 +59,7 @@ class Histogram(Calibrator):
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         edges, values = self.edges, self.values
         if edges is None or values is None:
             raise RuntimeError("Histogram has not been fitted: call fit first")

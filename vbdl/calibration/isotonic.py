@@ -14,26 +14,26 @@ from vbdl.types import Calibrator
 
 
 def isotonic_knots(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Knots (x, value) of the non-decreasing least-squares fit; between knots it is linear.
+    """The knots (x, value) of the non-decreasing least-squares fit, which is linear between knots.
 
-    Equal x are one observation, their weighted mean: scipy's routine does not see that they are equal.
+    x, y, weights: (n,). Equal x are replaced by their weighted mean, because scipy's routine treats them as different.
     """
     weights = np.ones_like(x) if weights is None else weights
     unique, where = np.unique(x, return_inverse=True)
     mass = np.bincount(where, weights=weights)
     mean = np.bincount(where, weights=weights * y) / mass
     fitted = isotonic_regression(mean, weights=mass).x
-    # of a run of equal values the ends say everything
+    # of a run of equal values only the ends are needed
     keep = np.ones(len(fitted), dtype=bool)
     keep[1:-1] = (fitted[1:-1] != fitted[:-2]) | (fitted[1:-1] != fitted[2:])
     return unique[keep], fitted[keep]
 
 
 class Isotonic(Calibrator):
-    """A non-decreasing curve through the outcomes, linear between knots and constant outside; acts on the mean
-    probability, one-versus-rest and normalized beyond two classes.
+    """A non-decreasing curve fitted to the outcomes, linear between knots and constant outside.
 
-    The curve may reach 0 or 1: the log-likelihood can be infinite.
+    It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized. The curve may
+    reach 0 or 1, so the log-likelihood can be infinite.
     """
 
     acts_on = "probs"
@@ -46,7 +46,7 @@ class Isotonic(Calibrator):
         self.register_buffer("values", None)  # (maps, knots)
 
     def fit(self, probs: Tensor, y: Tensor, weights: Tensor | None = None) -> "Isotonic":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row.
+        """Fit; return self. probs: (batch, classes), or (batch,) of class 1;  y: (batch,). Every class needs a row.
 
         weights: (batch,) positive weight of each row.
         """
@@ -58,7 +58,7 @@ class Isotonic(Calibrator):
         knots, values = [], []
         for p, hit in binary_problems(probs, y, "Isotonic"):
             x, value = isotonic_knots(p.cpu().numpy(), hit.cpu().numpy(), mass)
-            # a curve of one knot is a constant; two of them spare the lookup a special case
+            # a curve with one knot is constant; repeating the knot avoids a special case in the lookup
             x, value = (np.repeat(x, 2), np.repeat(value, 2)) if len(x) == 1 else (x, value)
             knots.append(torch.from_numpy(x).to(p.device))
             values.append(torch.from_numpy(value).to(p.device))
@@ -66,7 +66,7 @@ class Isotonic(Calibrator):
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         knots, values = self.knots, self.values
         if knots is None or values is None:
             raise RuntimeError("Isotonic has not been fitted: call fit first")

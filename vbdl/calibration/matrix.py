@@ -1,4 +1,4 @@
-"""Matrix scaling: an affine map of the logits, held back by ODIR.
+"""Matrix scaling: an affine map of the logits with ODIR regularization.
 
 Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
 """
@@ -10,18 +10,18 @@ from vbdl.calibration._fit import check_logits_and_labels
 
 
 class MatrixScaling(Affine):
-    """softmax(W z + b), W (classes, classes); acts on each sample's logits. odir: see Affine.
+    """The map z -> W z + b, W (classes, classes), of each sample's logits. odir: see Affine.
 
-    Not blind to a constant added to all logits of a row.
+    A constant added to all logits of a row changes the result.
     """
 
     acts_on = "logits"
 
     def fit(self, logits: Tensor, y: Tensor) -> "MatrixScaling":
-        """logits: (batch, classes) or (samples, batch, classes);  y: (batch,).  Every class needs a row."""
+        """Fit; return self. logits: (batch, classes) or (samples, batch, classes);  y: (batch,), with every class."""
         self.fit_logits(*check_logits_and_labels(logits, y))
         return self
 
     def forward(self, logits: Tensor) -> Tensor:
-        """(..., classes) -> (..., classes) logits"""
+        """Map logits: (..., classes) -> (..., classes)."""
         return self.map(logits)

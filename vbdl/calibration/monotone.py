@@ -1,7 +1,7 @@
-"""Smooth increasing curves, fitted by maximum likelihood so that they map scores to standard normal ones.
+"""Smooth increasing curves, fitted by maximum likelihood to map scores to standard normal ones.
 
-Straight beyond the last knots, quadratic between them: slopes are positive and linear from knot to knot, so the density
-that belongs to a curve is continuous, and the inverse is a closed form.
+A curve is quadratic between knots and linear beyond the last ones. Its slope is positive and linear between knots, so
+the corresponding density is continuous, and the inverse has a closed form.
 """
 
 import math
@@ -14,20 +14,20 @@ from vbdl.calibration._fit import minimize
 
 _KNOTS = (3, 5, 9, 17, 33)
 _ROWS_A_PARAMETER = 10
-_MOST_SCORES = 8192  # more are taken at even ranks: the curve has no detail that these do not show
-_STEEPEST = 20.0  # a slope of the curve against that of the straight line through the scores
+_MOST_SCORES = 8192  # of more scores this many, at even ranks, are used: the curve shows no finer detail
+_STEEPEST = 20.0  # largest ratio of a slope to that of the fitted straight line
 _SLOPES = (1e-3, 1e3)
 
 
 class MonotoneCurve(NamedTuple):
-    """An increasing curve g through its knots, with the slope at each."""
+    """An increasing curve g, given by its knots and the slope at each knot."""
 
     knots: Tensor  # (knots,) ascending
     slopes: Tensor  # (knots,) positive
-    offset: Tensor  # () g at the first knot
+    offset: Tensor  # () value of g at the first knot
 
     def __call__(self, z: Tensor) -> Tensor:
-        """g(z), any shape, float64"""
+        """g(z), in float64 and the shape of z."""
         z = z.to(torch.float64)
         first, last = self.knots[0], self.knots[-1]
         ends = self.slopes[0] * (z - first).clamp(max=0) + self.slopes[-1] * (z - last).clamp(min=0)
@@ -38,7 +38,7 @@ class MonotoneCurve(NamedTuple):
         return self.offset + ends + inside.sum(-1)
 
     def slope(self, z: Tensor) -> Tensor:
-        """g'(z), any shape, float64"""
+        """g'(z), in float64 and the shape of z."""
         z = z.to(torch.float64)
         if self.knots.numel() == 1:
             return self.slopes[0].expand(z.shape)
@@ -46,7 +46,7 @@ class MonotoneCurve(NamedTuple):
         return self.slopes[0] + (self.slopes.diff() * (into / width)).sum(-1)
 
     def inverse(self, value: Tensor) -> Tensor:
-        """z with g(z) = value, any shape, float64"""
+        """The z with g(z) = value, in float64 and the shape of value."""
         value = value.to(torch.float64)
         at = self(self.knots)
         below, above = (value - at[0]).clamp(max=0) / self.slopes[0], (value - at[-1]).clamp(min=0) / self.slopes[-1]
@@ -54,21 +54,21 @@ class MonotoneCurve(NamedTuple):
             return self.knots[0] + below + above
         rise, bend = at.diff(), self.slopes.diff() / self.knots.diff()
         far = torch.minimum((value.unsqueeze(-1) - at[:-1]).clamp(min=0), rise)
-        # the root of slope x + bend x² / 2 = far in each segment, without cancellation
+        # solves slope x + bend x² / 2 = far for x in each segment, without cancellation
         root = (self.slopes[:-1].square() + 2 * bend * far).clamp(min=0).sqrt()
         return self.knots[0] + (2 * far / (self.slopes[:-1] + root)).sum(-1) + below + above
 
     def _into(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Width of each segment, (segments,), and how far z has come in it, (..., segments)."""
+        """(width of each segment, (segments,); distance of z from its start, clamped to it, (..., segments))."""
         width = self.knots.diff()
         return width, torch.minimum((z.unsqueeze(-1) - self.knots[:-1]).clamp(min=0), width)
 
 
 def fit_curve(scores: Tensor) -> MonotoneCurve:
-    """The curve under which scores, (n,) float64, are most likely standard normal, with as many knots as BIC allows.
+    """Fit the curve that maps scores, (n,) float64, to standard normal ones; BIC chooses the number of knots.
 
-    The candidates are no change, a shift, a straight line, and curves of 3, 5, 9, 17 and 33 knots, each with at least
-    ten different scores a parameter.
+    The candidates are the identity, a shift, a straight line, and curves with 3, 5, 9, 17 and 33 knots, if there are at
+    least ten different scores per parameter.
     """
     z = scores.sort().values
     n, different = z.numel(), z.unique().numel()
@@ -93,17 +93,17 @@ def fit_curve(scores: Tensor) -> MonotoneCurve:
 
 
 def _fit_knots(z: Tensor, count: int, n: int, slope: float) -> MonotoneCurve:
-    """Maximum likelihood with this many knots, a convex problem in the slopes and the offset.
+    """Fit a curve with `count` knots by maximum likelihood, a convex problem in the slopes and the offset.
 
-    Knots lie at quantiles of the scores, evenly on the scale of a normal, as far out as ten scores are left.
+    Knots are at quantiles of the scores, evenly spaced in normal scores; ten scores lie beyond each outermost knot.
     """
     end = float(torch.special.ndtri(torch.tensor(1 - min(10 / n, 0.25), dtype=torch.float64)))
     levels = torch.special.ndtr(torch.linspace(-end, end, count, dtype=torch.float64, device=z.device))
     knots = z.quantile(levels).unique()
-    # apart by enough that a slope per width is a number
+    # drops knots so close to the previous one that a division by their distance would overflow
     knots = knots[torch.cat((knots.new_ones(1, dtype=torch.bool), knots.diff() > 1e-6))]
     size = knots.numel()
-    # the curve and its slope are linear in slopes and offset: their values for one slope of 1, the others 0
+    # the curve and its slope are linear in slopes and offset, so evaluate them for each slope 1 with the others 0
     each = torch.eye(size, dtype=torch.float64, device=z.device)
     curves = [MonotoneCurve(knots, one, knots.new_zeros(())) for one in each]
     values, slopes = torch.stack([c(z) for c in curves], 1), torch.stack([c.slope(z) for c in curves], 1)

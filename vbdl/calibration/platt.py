@@ -17,10 +17,10 @@ def _logit(p: Tensor) -> Tensor:
 
 
 class Platt(Calibrator):
-    """σ(a · logit(p) + b); acts on the mean probability, one-versus-rest and normalized beyond two classes.
+    """The map p -> σ(a · logit(p) + b) of the mean probability; more than two classes one-versus-rest, normalized.
 
-    smoothed: fits to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which keeps the curve finite
-    where the classes separate.
+    smoothed: fit to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which keeps the curve finite
+        if the classes are separable.
     """
 
     acts_on = "probs"
@@ -34,7 +34,7 @@ class Platt(Calibrator):
         self.register_buffer("intercept", None)
 
     def fit(self, probs: Tensor, y: Tensor) -> "Platt":
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  Every class needs a row."""
+        """Fit; return self. probs: (batch, classes), or (batch,) of class 1;  y: (batch,). Every class needs a row."""
         curves = []
         for p, hit in binary_problems(probs, y, "Platt"):
             z = _logit(p)
@@ -53,7 +53,7 @@ class Platt(Calibrator):
         return self
 
     def forward(self, probs: Tensor) -> Tensor:
-        """(batch, classes) -> (batch, classes), or (batch,) -> (batch,)"""
+        """Calibrate probabilities: (batch, classes) -> (batch, classes), or (batch,) -> (batch,)."""
         slope, intercept = self.slope, self.intercept
         if slope is None or intercept is None:
             raise RuntimeError("Platt has not been fitted: call fit first")

@@ -1,4 +1,4 @@
-"""Predictions whose distribution function was recalibrated."""
+"""Predictions with a recalibrated distribution function."""
 
 from dataclasses import dataclass, fields
 
@@ -14,7 +14,7 @@ from vbdl.types import Recalibration
 
 @dataclass(frozen=True)
 class Recalibrations:
-    """Two recalibrations, the second of what the first has made."""
+    """The composition of two recalibrations: `second` is applied to the result of `first`."""
 
     first: Recalibration
     second: Recalibration
@@ -31,11 +31,10 @@ class Recalibrations:
 
 @dataclass(frozen=True, kw_only=True)
 class RecalibratedPrediction(RegressionPrediction):
-    """A mixture with a recalibrated distribution function: cdf, quantile, interval and log_prob are the new ones.
+    """A mixture with a recalibrated distribution function, which cdf, quantile, interval and log_prob use.
 
-    mean, total, aleatoric and epistemic stay those of the mixture: the map moves probability between its quantiles, and
-    says nothing about which part of the spread is epistemic. How the elements of a row depend on each other stays too
-    (their copula).
+    mean, total, aleatoric and epistemic stay those of the mixture, because the recalibration does not tell which part
+    of the spread is epistemic. The dependence between the outputs of a row (their copula) stays, too.
     """
 
     recalibration: Recalibration  # of the mixture's distribution function
@@ -51,16 +50,16 @@ class RecalibratedPrediction(RegressionPrediction):
     def quantile(self, q: float | Tensor) -> Tensor:
         levels = self._levels(q)
         if isinstance(self.recalibration, Steps):
-            # in the mixture's own precision a level next to 1 may round to it
+            # in the mixture's dtype a level close to 1 may round to 1
             tiny = torch.finfo(self.mean.dtype).eps / 4
             asked = self.recalibration.level(levels).clamp(tiny, 1 - 2 * tiny).to(self.mean.dtype)
             return self._quantile_of_score(torch.special.ndtri(asked.to(torch.float64)))
         return self._quantile_of_score(self.recalibration.inverse(torch.special.ndtri(levels)))
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """(batch,) log density, nats, joint over a row's elements.
+        """The joint log density of a row's outputs, nats, (batch,).
 
-        y' has the density of the mixture at the y of the same level, times dy / dy' of each element.
+        The density at y' is that of the mixture at the y of the same level, times dy / dy' of each output.
         """
         components = self._components()
         y = as_columns(torch.as_tensor(y, device=components.device), components.shape[1:-1])
@@ -69,7 +68,7 @@ class RecalibratedPrediction(RegressionPrediction):
             return super().log_prob(y) + slope.log().flatten(1).sum(1)
         score = super().score(y)
         slope = self.recalibration.log_slope(score)
-        if components.shape[0] == 1 or y[:1].numel() <= 1:  # elements that do not depend on each other
+        if components.shape[0] == 1 or y[:1].numel() <= 1:  # independent outputs
             return super().log_prob(y) + slope.flatten(1).sum(1).to(y.dtype)
         mean, std = self.normals()
         moved = mixture_quantile(mean, std, self.recalibration.score(score))
@@ -78,12 +77,12 @@ class RecalibratedPrediction(RegressionPrediction):
 
 
 def _log_density(components: Tensor, y: Tensor) -> Tensor:
-    """The log density of each element alone, (batch, ...), up to a constant; components: (samples, batch, ..., 2)"""
+    """The log density of each output alone, (batch, ...), up to a constant. components: (samples, batch, ..., 2)"""
     return torch.logsumexp(-normal_nll(components.to(torch.float64), y), dim=0)
 
 
 def recalibrated(prediction: RegressionPrediction, recalibration: Recalibration) -> RecalibratedPrediction:
-    """The prediction with this recalibration on top of the one that it has."""
+    """The prediction with this recalibration applied after the one it already has, if any."""
     before = prediction.recalibration
     values = {f.name: vars(prediction)[f.name] for f in fields(RegressionPrediction)}
     both = recalibration if before is None else Recalibrations(before, recalibration)

@@ -1,4 +1,4 @@
-"""Std scaling: one factor on the predicted standard deviations, the regression sibling of a temperature.
+"""Std scaling: a factor on the predicted standard deviations, the analogue of a temperature for regressions.
 
 Laves, Ihler, Fast, Kahrs, Ortmaier, Well-Calibrated Regression Uncertainty in Medical Imaging with Deep Learning, 2020,
 https://proceedings.mlr.press/v121/laves20a.html
@@ -19,12 +19,13 @@ from vbdl.types import Calibrator, State
 
 
 class StdScaling(Calibrator):
-    """std -> scale · std, the mean stays; scale > 0 minimizes the negative log-likelihood.
+    """A map std -> scale · std that keeps the mean; scale > 0 minimizes the negative log-likelihood.
 
-    per_output: a scale for each output, or one for all. Outputs are the last axis, or the likelihood's channel_axis;
-    every other axis (time, pixels) shares their scales. A mixture is stretched about its own mean, means_s -> mean +
-    scale (means_s - mean) and stds_s -> scale · stds_s, so that its shape stays and total, aleatoric and epistemic
-    variance are all multiplied by scale²: they still add up, and their ratio is that of before.
+    per_output: a scale for each output, or one for all. Outputs are on the last axis, or the likelihood's channel_axis;
+        all other axes (time, pixels) share the scales.
+
+    A mixture is stretched about its mean, means_s -> mean + scale (means_s - mean) and stds_s -> scale · stds_s. This
+    keeps its shape and multiplies total, aleatoric and epistemic variance by scale², so they still add up.
     """
 
     needs_samples = True
@@ -43,11 +44,13 @@ class StdScaling(Calibrator):
         return self.log_scale.exp()
 
     def fit(self, mean: Tensor, std: Tensor, y: Tensor, output_axis: int = -1) -> "StdScaling":
-        """Gaussian: mean, std (batch,) or (batch, ...), in closed form, scale² = mean of z².
-        Mixture: mean, std (samples, batch) or (samples, batch, ...).  y: (batch,) or (batch, ...).
-        output_axis: the axis of the outputs, counted from the end.
+        """Fit the scale; return self.
 
-        ValueError without rows, and when every mean equals its target: the best scale would be 0.
+        mean, std: of a Gaussian, (batch,) or (batch, ...), with the closed form scale² = mean of z²; or of a mixture,
+            (samples, batch) or (samples, batch, ...).
+        y: (batch,) or (batch, ...).
+        output_axis: the axis of the outputs, counted from the end.
+        Raises ValueError without rows, and if every mean equals its target, because the best scale would be 0.
         """
         if y.shape[0] == 0:
             raise ValueError("y has no rows")
@@ -61,12 +64,12 @@ class StdScaling(Calibrator):
         z2 = ((y - mean) / check_std(std, mean.shape)) ** 2
         mean_z2 = self._averaged(z2, output_axis)
         if bool((mean_z2 == 0).any()):
-            raise ValueError("every mean equals its target: a std of 0 would fit best; use new rows")
+            raise ValueError("every mean equals its target, so a std of 0 would fit best; use other rows")
         self.log_scale = 0.5 * mean_z2.log()
         return self
 
     def _averaged(self, each: Tensor, output_axis: int) -> Tensor:
-        """(batch, ...) -> what a scale has of its own: (), (outputs,), or (outputs, 1, ...) with axes behind."""
+        """The means over values that share a scale: (batch, ...) -> (), (outputs,), or (outputs, 1, ...)."""
         if not self.per_output or each.ndim == 1:
             return each.mean()
         last = each.movedim(output_axis, -1)
@@ -75,45 +78,45 @@ class StdScaling(Calibrator):
     def _fit_mixture(
         self, apart: Tensor, stds: Tensor, residual: Tensor, log_weights: Tensor, output_axis: int
     ) -> Tensor:
-        """log scale of the mixture with component means `apart` from the mixture's mean."""
+        """The log scale for a mixture. apart: the components' means minus the mixture's, (samples, batch, ...)."""
         moment = self._averaged(residual**2 / (stds**2 + apart**2).mean(0), output_axis)
         if bool((moment == 0).any()):
-            raise ValueError("every mean equals its target: a std of 0 would fit best; use new rows")
+            raise ValueError("every mean equals its target, so a std of 0 would fit best; use other rows")
         start = 0.5 * moment.log()
 
         def loss(v: Tensor) -> Tensor:
             scale = v.reshape(start.shape).exp()
             z = (residual - scale * apart) / (scale * stds)
             log_density = -0.5 * z**2 - (scale * stds).log() - 0.5 * math.log(2 * math.pi)
-            # elements apart: each has its own mixture, so that one scale cannot lean on another
+            # each output has a separate mixture, so that its scale is fitted independently
             weights = log_weights.reshape(-1, *[1] * (log_density.ndim - 1))
             return -self._averaged((log_density + weights).logsumexp(0), output_axis).sum()
 
         return minimize(loss, start.reshape(-1)).reshape(start.shape)
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Gaussian (batch,) or (batch, ...) -> the same mean, the scaled std"""
+        """Scale a Gaussian: mean, std (batch,) or (batch, ...) -> (mean, scaled std)."""
         return mean, std * self.scale.to(std.dtype)
 
     def mixture(self, means: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
-        """(samples, batch) or (samples, batch, ...) -> the stretched mixture"""
+        """Stretch a mixture: means, stds (samples, batch) or (samples, batch, ...) -> (means, stds)."""
         scale, center = self.scale.to(means.dtype), means.mean(dim=0)
         return center + scale * (means - center), scale * stds
 
     def variance(self, variance: Tensor) -> Tensor:
-        """total, aleatoric or epistemic (batch, ...), squared target units -> the scaled one"""
+        """Scale a variance (total, aleatoric or epistemic), (batch, ...), in squared units of the target."""
         return variance * (2 * self.log_scale).exp().to(variance.dtype)
 
     def fit_prediction(self, prediction: RegressionPrediction, y: Tensor) -> "StdScaling":
-        """From a prediction that kept its samples, mean and log-variance (samples, batch, ..., 2)."""
+        """Fit to a prediction with samples, mean and log-variance (samples, batch, ..., 2); return self."""
         return self.fit(*prediction.normals(), y, prediction.output_axis)
 
     def fields(self, fields: State) -> State:
-        """The prediction's fields, the variances scaled."""
+        """The prediction's fields with scaled variances."""
         scaled = {n: self.variance(fields[n]) for n in ("total", "aleatoric", "epistemic")}
         if "covariance" in fields:
             scale = self.scale.to(fields["covariance"].dtype)
-            scale = scale.flatten() if scale.ndim else scale  # covariances have the outputs last, wherever they were
+            scale = scale.flatten() if scale.ndim else scale  # covariances have the outputs on the last axes
             scaled["covariance"] = fields["covariance"] * (scale.unsqueeze(-1) * scale if scale.ndim else scale**2)
         return {**fields, **scaled}
 

@@ -1,4 +1,4 @@
-"""The recalibration of version 0.1: the empirical distribution of F(y), linear between its knots."""
+"""The CDF recalibration of version 0.1: the empirical distribution of F(y), linear between knots."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from vbdl.metrics.intervals import normal_cdf
 
 @dataclass(frozen=True)
 class Steps:
-    """A map of [0, 1] that is linear between knots. Artifacts saved by version 0.1 hold it."""
+    """A map of [0, 1] that is linear between knots, as stored in artifacts of version 0.1."""
 
     knots: Tensor  # (knots,) levels of F
     values: Tensor  # (knots,) calibrated levels
 
     def __call__(self, cdf: Tensor) -> Tensor:
-        """Level of the predictive, any shape -> calibrated level"""
+        """Levels of the predictive distribution, any shape -> calibrated levels."""
         return _interpolate(cdf, self.knots, self.values)
 
     def level(self, calibrated: Tensor) -> Tensor:
-        """Calibrated level, any shape -> level of the predictive"""
+        """Calibrated levels, any shape -> levels of the predictive distribution."""
         return _interpolate(calibrated, self.values, self.knots)
 
     def slope(self, cdf: Tensor) -> Tensor:
-        """What the density is multiplied with at this level of the predictive"""
+        """The factor of recalibrated densities at levels of the predictive distribution."""
         right = torch.searchsorted(self.knots, cdf.to(torch.float64).contiguous(), right=True)
         slopes = self.values.diff() / self.knots.diff()
         return slopes.take(right.clamp(1, slopes.numel()) - 1).to(cdf.dtype)

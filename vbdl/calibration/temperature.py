@@ -1,8 +1,8 @@
-"""Temperature scaling: all logits divided by one number.
+"""Temperature scaling: all logits are divided by one number.
 
 Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
 Rahaman, Thiery, Uncertainty Quantification and Deep Ensembles, 2021, https://arxiv.org/abs/2007.08792 (before or after
-the average of an ensemble)
+averaging an ensemble)
 """
 
 import math
@@ -19,13 +19,13 @@ _LOG_LIMIT = math.log(1000.0)
 
 
 class Temperature(Calibrator):
-    """softmax(z / T), T > 0 by construction: log T is what is fitted, in float64, within [1e-3, 1e3].
+    """The map z -> z / T of logits; T is fitted in [1e-3, 1e3], as log T in float64.
 
-    acts_on="logits": each sample's logits, z -> z / T; fitted to the mean over samples of the probabilities, which is
-    what the predictor returns. acts_on="probs": the mean probability, p -> softmax(log p / T).
+    acts_on: "logits", z -> z / T for each sample, fitted to the samples' mean probability, which predictors return; or
+        "probs", p -> softmax(log p / T) for the mean probability.
 
-    The most probable class stays the same, exactly, for "probs" and for one sample. With several samples and "logits"
-    it may change where members disagree: the mean of sharpened members is not the sharpened mean.
+    The most probable class never changes with "probs" or a single sample. With "logits" and several samples it may
+    change if they disagree, because the mean of sharpened samples is not the sharpened mean.
     """
 
     acts_on = "logits"
@@ -47,20 +47,21 @@ class Temperature(Calibrator):
         return f"temperature={self.temperature:.6g}, acts_on={self.acts_on!r}"
 
     def fit(self, outputs: Tensor, y: Tensor) -> "Temperature":
-        """Minimizes the negative log-likelihood.
+        """Minimize the negative log-likelihood; return self.
 
         outputs: for "logits" (batch, classes) or (samples, batch, classes); for "probs" (batch, classes), or (batch,)
-        of class 1;  y: (batch,).  Returns self.
+            of class 1.
+        y: (batch,); classes may be missing.
 
-        A class without rows is no hindrance. Rows that are all predicted right, or no better than by chance, have no
-        best T: it ends at a limit, with a warning.
+        If all rows are predicted correctly, or none better than by chance, no T is best: it ends at a limit, with a
+        warning.
         """
         if self.acts_on == "probs":
             probs, y = check_probs_and_labels(outputs, y)
             logits = probs.clamp(min=TINY).log().unsqueeze(0)
         else:
             logits, y = check_logits_and_labels(outputs, y)
-        # a shift of each row changes nothing, and leaves numbers that can be divided without overflow
+        # shifting a row's logits changes no probability, and prevents overflow in the division
         logits = logits - logits.amax(dim=-1, keepdim=True)
         rows = torch.arange(y.numel(), device=y.device)
 
@@ -68,18 +69,18 @@ class Temperature(Calibrator):
             log_probs = (logits * torch.exp(-log_temperature)).log_softmax(-1)[:, rows, y]
             return -(log_probs.logsumexp(0) - math.log(logits.shape[0])).mean()
 
-        # the loss of a mixture can have more than one valley: start in the deepest of a coarse walk
+        # the loss of a mixture can have several local minima: start at the best point of a coarse grid
         starts = torch.linspace(-3, 3, 25, dtype=torch.float64, device=logits.device)
         with torch.no_grad():
             start = starts[int(torch.stack([loss(s) for s in starts]).argmin())]
         best = minimize(lambda v: loss(v[0]), start.reshape(1), [(-_LOG_LIMIT, _LOG_LIMIT)])[0]
-        # towards a limit the loss goes flat before the search arrives there
+        # near a limit the loss is flat, so the search may stop before it
         for limit, reason in (
-            (-_LOG_LIMIT, "these rows are all predicted right; calibrate on more rows"),
+            (-_LOG_LIMIT, "all these rows are predicted correctly; calibrate on more rows"),
             (
                 _LOG_LIMIT,
-                "these rows are predicted no better than by chance, and every probability becomes 1/classes, or nearly "
-                "so; look whether y belongs to these rows, or calibrate on more of them",
+                "these rows are predicted no better than by chance, and every probability becomes about 1/classes; "
+                "check that y belongs to these rows, or calibrate on more rows",
             ),
         ):
             if loss(at := best.new_tensor(limit)) <= loss(best):
@@ -89,7 +90,7 @@ class Temperature(Calibrator):
         return self
 
     def forward(self, outputs: Tensor) -> Tensor:
-        """logits -> logits of any shape, or probs -> probs (batch, classes) or (batch,), by acts_on."""
+        """Calibrate logits of any shape, or probs (batch, classes) or (batch,), depending on acts_on."""
         scale = torch.exp(-self.log_temperature)
         if self.acts_on == "logits":
             return outputs * scale.to(outputs.dtype)

@@ -1,4 +1,4 @@
-"""Vector scaling: a factor and a shift for each class's logit.
+"""Vector scaling: a factor and an offset for each class's logit.
 
 Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
 """
@@ -13,10 +13,10 @@ from vbdl.types import Calibrator
 
 
 class VectorScaling(Calibrator):
-    """softmax(w ∘ z + b), w and b (classes,); acts on each sample's logits.
+    """The map z -> w ∘ z + b, w and b (classes,), of each sample's logits.
 
-    Unlike a temperature it can change the most probable class, and is not blind to a constant added
-    to all logits of a row: fit it to the logits it will meet.
+    Unlike a temperature it can change the most probable class, and a constant added to all logits of a row changes the
+    result, so fit it to logits of the same network.
     """
 
     acts_on = "logits"
@@ -29,7 +29,7 @@ class VectorScaling(Calibrator):
         self.register_buffer("bias", None)
 
     def fit(self, logits: Tensor, y: Tensor) -> "VectorScaling":
-        """logits: (batch, classes) or (samples, batch, classes);  y: (batch,).  Every class needs a row."""
+        """Fit; return self. logits: (batch, classes) or (samples, batch, classes);  y: (batch,), with every class."""
         logits, y = check_logits_and_labels(logits, y)
         samples, _, classes = logits.shape
         require_all_classes(y, classes, "VectorScaling")
@@ -46,7 +46,7 @@ class VectorScaling(Calibrator):
         return self
 
     def forward(self, logits: Tensor) -> Tensor:
-        """(..., classes) -> (..., classes) logits"""
+        """Map logits: (..., classes) -> (..., classes)."""
         if self.weight is None or self.bias is None:
             raise RuntimeError("VectorScaling has not been fitted: call fit first")
         return logits * self.weight.to(logits.dtype) + self.bias.to(logits.dtype)

@@ -1,7 +1,6 @@
-"""From a predictive to an action: refer to a person, hand over to the driver, size a risk.
+"""Decisions from predictive distributions: refer to a person, hand over to the driver, size a risk.
 
-Everything takes any predictive: a prediction of vbdl, or somebody else's probabilities, uncertainties or samples as
-tensors.
+Each accepts a prediction of vbdl, or probabilities, uncertainties or samples of any other model as tensors.
 """
 
 from vbdl import former

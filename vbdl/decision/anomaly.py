@@ -1,4 +1,4 @@
-"""Flags for anomalous rows (transactions) with a budget of false alarms.
+"""Flags for anomalous rows (e.g. transactions) with a bounded rate of false alarms.
 
 Bates, Candès, Lei, Romano, Sesia, Testing for Outliers with Conformal p-values, 2023, https://arxiv.org/abs/2104.08279
 Benjamini, Hochberg, Controlling the False Discovery Rate, 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
@@ -17,13 +17,13 @@ from vbdl.types import Decision, Prediction
 
 
 class AnomalyFlags(Decision):
-    """Conformal p-values of anomaly scores (high for odd) against scores of normal rows.
+    """A decision that flags rows by conformal p-values of their anomaly scores (high for anomalous rows).
 
-    Inside a predictor the score is an uncertainty of the prediction, `kind` (see uncertainty_of), and `action` says
-    whether the row is flagged at a budget of `false_alarms`.
+    Inside a predictor the score is the prediction's uncertainty of the given `kind` (see uncertainty_of), and `action`
+    is True for a flagged row; a normal row is flagged with probability at most `false_alarms`.
 
-    p = (1 + normal rows with a score at least as high) / (n + 1): for a normal row, exchangeable with those of `fit`,
-    P(p <= a) <= a for every a. A NaN score gets the smallest p-value there is.
+    p = (1 + number of normal rows with a score at least as high) / (n + 1). For a normal row exchangeable with those
+    of `fit`, P(p <= a) <= a for every a. A NaN score gets the smallest possible p-value.
     """
 
     scores: Tensor | None
@@ -35,25 +35,25 @@ class AnomalyFlags(Decision):
         self.register_buffer("scores", None)  # (n,) sorted
 
     def fit(self, scores: Tensor) -> "AnomalyFlags":
-        """scores: (n,) of rows known to be normal, that the score was not fitted on"""
+        """Store the scores of normal rows, (n,), which must not have been used to fit the score; return self."""
         self.scores = check_scores(scores).sort().values
         if self.false_alarms is not None:
             self._check_budget(self.false_alarms)
         return self
 
     def forward(self, prediction: Prediction | Evidence) -> Tensor:
-        """A prediction -> (batch,) bool flags, at the budget given to the constructor"""
+        """Whether each row of the prediction is flagged at the constructor's `false_alarms`, (batch,) bool."""
         if self.false_alarms is None:
-            raise RuntimeError("give AnomalyFlags a budget to decide with: AnomalyFlags(false_alarms=0.01)")
+            raise RuntimeError("deciding needs a rate of false alarms: AnomalyFlags(false_alarms=0.01)")
         return self._within(uncertainty_of(prediction, self.kind), self.false_alarms)
 
     def p_values(self, scores: Tensor) -> Tensor:
-        """(batch,) -> (batch,) float64"""
+        """The conformal p-values of scores: (batch,) -> (batch,) float64."""
         count, n = self._count(scores)
         return count.to(torch.float64) / (n + 1)
 
     def _count(self, scores: Tensor) -> tuple[Tensor, int]:
-        """1 + normal rows with a score at least as high, (batch,) int64, and how many normal rows there are."""
+        """(1 + the number of normal rows with a score at least as high, (batch,) int64; the number of normal rows)."""
         if self.scores is None:
             raise RuntimeError("AnomalyFlags has not been fitted: call fit first")
         n = self.scores.numel()
@@ -61,14 +61,14 @@ class AnomalyFlags(Decision):
         return 1 + n - torch.searchsorted(self.scores, asked), n
 
     def _within(self, scores: Tensor, false_alarms: float) -> Tensor:
-        """Whether the p-value is at most the budget, counted in rows."""
+        """Whether the p-value is at most `false_alarms`, compared exactly in numbers of rows."""
         count, n = self._count(scores)
         return count <= at_most(false_alarms, n + 1)
 
     def flag(self, scores: Tensor, false_alarms: float) -> Tensor:
-        """(batch,) bool: each normal row is flagged with probability at most false_alarms.
+        """Whether each row is flagged, (batch,) bool; a normal row is flagged with probability at most false_alarms.
 
-        ValueError when the budget is below 1 / (n + 1): no row could ever be flagged.
+        Raises ValueError if false_alarms is below 1 / (n + 1), because no row could ever be flagged.
         """
         within = self._within(scores, check_rate(false_alarms, "false_alarms"))
         self._check_budget(false_alarms)
@@ -78,13 +78,16 @@ class AnomalyFlags(Decision):
         assert self.scores is not None
         if at_most(false_alarms, self.scores.numel() + 1) < 1:
             raise ValueError(
-                f"a budget of {false_alarms:.6g} needs at least {math.ceil(1 / false_alarms - 1e-9) - 1} normal rows, "
-                f"there are {self.scores.numel()}: nothing could ever be flagged"
+                f"with {self.scores.numel()} normal rows nothing could ever be flagged at false_alarms="
+                f"{false_alarms:.6g}; fit on at least {math.ceil(1 / false_alarms - 1e-9) - 1} normal rows"
             )
 
     def flag_fdr(self, scores: Tensor, share: float) -> Tensor:
-        """(batch,) bool: among the flagged of this batch at most this share is false, on average (Benjamini and
-        Hochberg; conformal p-values depend on each other in the way it allows)."""
+        """Whether each row of this batch is flagged, (batch,) bool, with a false discovery rate of at most `share`.
+
+        This is the procedure of Benjamini and Hochberg; conformal p-values have the dependence that it allows (Bates et
+        al.).
+        """
         check_rate(share, "share")
         p = self.p_values(scores)
         m = p.numel()

@@ -1,4 +1,4 @@
-"""Were the losses beyond value at risk as many as promised, and did they come one at a time?
+"""Backtests of a value at risk: tests that violations are as frequent as stated and do not cluster.
 
 Kupiec, Techniques for Verifying the Accuracy of Risk Measurement Models, 1995, https://doi.org/10.3905/jod.1995.407942
 Christoffersen, Evaluating Interval Forecasts, 1998, https://doi.org/10.2307/2527341
@@ -16,31 +16,32 @@ from vbdl.metrics._checks import check_rate
 
 @dataclass(frozen=True)
 class Backtest:
-    """Tests of a value at risk; small p-values speak against the model.
+    """The results of tests of a value at risk; small p-values are evidence against the model.
 
-    kupiec, independence and conditional are likelihood-ratio tests, whose p-values are asymptotic: of few expected
-    violations (below about ten, 250 days at 99 % have 2.5) they are wrong by a factor. kupiec_exact is of the same
-    hypothesis as kupiec and holds at any number of days.
+    kupiec, independence and conditional are likelihood-ratio tests with asymptotic p-values, which are wrong by a
+    factor if fewer than about ten violations are expected (250 days at 99 % have 2.5). kupiec_exact tests the same
+    hypothesis as kupiec and is valid for any number of days.
     """
 
     n: int
     violations: int
     expected: float
-    kupiec: float  # p-value of the right share of violations, asymptotic
-    independence: float  # p-value of no clustering (first-order), asymptotic
+    kupiec: float  # p-value of "violations have the stated rate", asymptotic
+    independence: float  # p-value of "violations do not cluster" (first-order), asymptotic
     conditional: float  # p-value of both together, asymptotic
-    kupiec_exact: float  # p-value of the right share of violations, two-sided binomial, exact
+    kupiec_exact: float  # p-value of "violations have the stated rate", two-sided binomial, exact
 
 
 def backtest(violations: Tensor, level: float) -> Backtest:
-    """violations: (days,) bool in time order, y < -VaR;  level: of the VaR, say 0.99.
+    """Test a value at risk against observed violations.
 
-    Without any violation, or with nothing but, there is no clustering to test and independence is 1. ValueError below
-    two days.
+    violations: (days,) bool in time order, y < -VaR. level: of the VaR, e.g. 0.99.
+    If no day or every day is a violation, clustering cannot be tested and independence is 1. Raises ValueError for
+    fewer than two days.
     """
     check_rate(level, "level")
     if violations.dtype != torch.bool or violations.ndim != 1:
-        raise ValueError("violations must be (days,) bool")
+        raise ValueError(f"violations must be (days,) bool, not {tuple(violations.shape)} {violations.dtype}")
     if violations.numel() < 2:
         raise ValueError(f"a backtest needs at least two days, there are {violations.numel()}")
     hits = violations.cpu()
@@ -64,5 +65,5 @@ def backtest(violations: Tensor, level: float) -> Backtest:
 
 
 def _log_likelihood(hits: int, n: int, p: float) -> float:
-    """log p^hits (1 - p)^(n - hits), with 0 log 0 = 0"""
+    """The Bernoulli log-likelihood log p^hits (1 - p)^(n - hits), with 0 log 0 = 0."""
     return float(xlogy(hits, p) + xlogy(n - hits, 1 - p))

@@ -1,4 +1,4 @@
-"""The action of least expected cost, with the choice to refer.
+"""The action with the lowest expected cost, or a referral to a person if that costs less.
 
 Chow, On optimum recognition error and reject tradeoff, 1970, https://doi.org/10.1109/TIT.1970.1054406
 Elkan, The Foundations of Cost-Sensitive Learning, 2001, https://dl.acm.org/doi/10.5555/1642194.1642224
@@ -11,15 +11,16 @@ from vbdl.decision.distribution import Evidence
 from vbdl.types import Decision, Prediction
 
 REFER = -1
-"""The action that hands the row to a person."""
+"""The action that refers a row to a person."""
 
 
 class ExpectedCost(Decision):
-    """argmin_a Σ_k p_k cost[k, a]; REFER (-1) where even that costs more than refer_cost.
+    """A decision for the action argmin_a Σ_k p_k cost[k, a], or REFER (-1) if even that costs more than refer_cost.
 
-    cost: (classes, actions), what action a costs when the class is k, in any one unit; actions need not be classes
-    (accept, decline). refer_cost: what a referral costs, in the same unit; None: never refer.
-    Equal costs: the action of the lowest number, and an action rather than a referral.
+    cost: (classes, actions), the cost of action a if the true class is k; actions need not be classes (accept,
+        decline).
+    refer_cost: the cost of a referral, in the same unit; None: never refer.
+    Of equal costs the first action is taken, and an action rather than a referral.
     """
 
     cost: Tensor
@@ -41,19 +42,19 @@ class ExpectedCost(Decision):
         self.register_buffer("refer_cost", refer)
 
     def expected(self, probs: Tensor) -> Tensor:
-        """(batch, classes), or (batch,) of class 1 -> (batch, actions) expected cost"""
+        """The expected costs: probs (batch, classes), or (batch,) of class 1 -> (batch, actions)."""
         p = probs.to(torch.float64)
         if probs.ndim == 1:
             p = torch.stack((1 - p, p), dim=1)
         if p.ndim != 2 or p.shape[1] != self.cost.shape[0]:
             raise ValueError(f"cost is for {self.cost.shape[0]} classes, probs is {tuple(probs.shape)}")
-        # a sum over classes, not a matmul: its order, and so a tie, must not depend on the batch size
+        # a sum, not a matmul, whose order of summation and thus ties would depend on the batch size
         return (p.unsqueeze(2) * self.cost).sum(dim=1)
 
     def forward(self, prediction: Prediction | Evidence | Tensor) -> Tensor:
-        """A prediction with probs, or probs themselves -> (batch,) int64 actions.
+        """The action for each row of a prediction with probs, or of probs: (batch,) int64.
 
-        A row whose probabilities are not finite is referred, refer_cost or not: the safe reading.
+        A row whose probabilities are not finite is referred, even without refer_cost.
         """
         expected = self.expected(prediction if isinstance(prediction, Tensor) else _probs_of(prediction))
         least, action = expected.min(dim=1)
@@ -64,28 +65,28 @@ class ExpectedCost(Decision):
 
 
 def _probs_of(prediction: Prediction | Evidence) -> Tensor:
-    """(batch, classes), or (batch,) of class 1. ValueError for a regression, and for several questions of yes or no."""
+    """The prediction's probs, (batch, classes) or (batch,) of class 1; ValueError for regressions and multi-label."""
     probs = prediction.probs
     if probs is None:
-        raise ValueError("an expected cost needs class probabilities, and this prediction is a regression")
+        raise ValueError("an expected cost needs class probabilities, but this prediction is a regression")
     if probs.ndim > 1 and prediction.total.shape == probs.shape:
         raise ValueError(
-            f"a cost is of one class a row, and this prediction answers {probs.shape[-1]} questions of yes or no: "
-            f"decide on probs[:, i], one question after the other"
+            f"a cost needs one class per row, but this prediction has {probs.shape[-1]} binary outputs: decide on each "
+            f"probs[:, i] separately"
         )
     return probs
 
 
 def decide(probs: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
-    """(batch, classes), or (batch,) of class 1 -> (batch,) int64 actions: see ExpectedCost."""
+    """The actions of ExpectedCost: probs (batch, classes), or (batch,) of class 1 -> (batch,) int64."""
     return ExpectedCost(cost, refer_cost)(probs)
 
 
 def realized_cost(actions: Tensor, y: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
-    """The cost that each decision turned out to have, given the class: actions, y (batch,) -> (batch,)"""
+    """The cost of each action, given the true class: actions, y (batch,) -> (batch,)."""
     cost = torch.as_tensor(cost, dtype=torch.float64, device=actions.device)
     referred = actions == REFER
     if bool(referred.any()) and refer_cost is None:
-        raise ValueError("some rows were referred: give refer_cost")
+        raise ValueError("some rows were referred; pass refer_cost")
     paid = cost[y.to(actions.device), actions.clamp(min=0)]
     return torch.where(referred, 0.0 if refer_cost is None else float(refer_cost), paid)

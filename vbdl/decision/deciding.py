@@ -1,4 +1,4 @@
-"""`vbdl.with_decision`: a predictor whose predictions carry the action."""
+"""Predictors that decide: `vbdl.with_decision` adds the field `action` to predictions."""
 
 import copy
 import warnings
@@ -15,14 +15,14 @@ from vbdl.likelihoods.moments import merge_mean
 from vbdl.likelihoods.normal_mixture import NormalLikelihood
 from vbdl.types import Decision, Likelihood, State
 
-_PLAIN = Decision()  # what a decision asks for that is a plain module: nothing but the fields of the prediction
+_PLAIN = Decision()  # the requests of a decision that is a plain module: only the fields of the prediction
 
 
 class DecidingLikelihood(Around):
-    """A likelihood whose predictions have `action`, made by a decision module in the same compiled call.
+    """A likelihood whose predictions have `action`, computed by a decision module in the same compiled call.
 
-    What the decision is given beside the fields of the prediction is what it asks for (`vbdl.types.Decision`): for one
-    that reads the calibrated distribution of a regression all draws of a row are kept until the end.
+    A decision gets the fields of the prediction and what it requests as a `vbdl.types.Decision`. If it reads the
+    calibrated distribution of a regression, all draws of a row are kept until the end.
     """
 
     decides = True
@@ -31,7 +31,7 @@ class DecidingLikelihood(Around):
     def __init__(self, likelihood: Likelihood, decision: nn.Module):
         super().__init__(likelihood)
         self.decision = decision
-        self._places = 1  # for draws; the predictor says how many there are
+        self._places = 1  # number of draws that running sums have room for; see for_draws
 
     @property
     def n_members(self) -> int | None:
@@ -42,7 +42,7 @@ class DecidingLikelihood(Around):
         return self.decision if isinstance(self.decision, Decision) else _PLAIN
 
     def for_draws(self, n: int) -> None:
-        """Set the number of draws that running sums have room for; a compiled call cannot lengthen them."""
+        """Set the number of draws that running sums have room for, because a compiled call cannot extend them."""
         self._places = n
 
     def summarize(self, parameters: Tensor) -> State:
@@ -50,7 +50,10 @@ class DecidingLikelihood(Around):
         if self._keeps_draws:
             empty = max(self._places - parameters.shape[0], 0)
             filled = torch.cat((parameters, parameters.new_zeros(empty, *parameters.shape[1:])))
-            return {**summary, "draws": filled.movedim(0, 1).contiguous()}  # rows first, as all running sums
+            return {
+                **summary,
+                "draws": filled.movedim(0, 1).contiguous(),
+            }  # the rows' axis first, as in all running sums
         if not self._asks.reads_draws:
             return summary
         return {**summary, "per_draw": self._asks.per_draw(_about(parameters, self._center)).mean(0)}
@@ -90,13 +93,13 @@ class DecidingLikelihood(Around):
         if not isinstance(self.innermost, NormalLikelihood):
             return False
         if self._asks.reads_draws:
-            return changes_draws(self.likelihood)  # otherwise the mean over the draws is all that is needed
+            return changes_draws(self.likelihood)  # if not, the mean over the draws suffices
         return self._asks.reads_distribution
 
     def _distribution(self, summary: State, fields: State) -> Distribution:
         draws = summary["draws"].movedim(1, 0)
         there = torch.arange(draws.shape[0], device=draws.device) < summary["n"]
-        # an empty place is at the mean, which calibrations stretch about, and has no weight
+        # an unused place has weight 0; it holds the mean, which calibrations keep
         middle = (fields["mean"] - self._center).to(draws.dtype)
         mean = torch.where(there.reshape(-1, *[1] * (draws.ndim - 2)), draws[..., 0], middle)
         draws, recalibration = calibrated_draws(self.likelihood, torch.stack((mean, draws[..., 1]), -1))
@@ -112,16 +115,16 @@ def _about(parameters: Tensor, center: float) -> Tensor:
 
 
 def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
-    """A predictor with the same draws, whose predictions have `action`.
+    """Return a predictor with the same draws whose predictions have the field `action`.
 
-    decision: Referral, ExpectedCost, HandOver, Risk, AnomalyFlags, or any module that takes a prediction (its fields:
-    probs, label, mean, total, aleatoric, epistemic, whichever there are) to (batch,) actions in plain torch. One that
-    reads more than these fields inherits from `vbdl.types.Decision`.
+    decision: Referral, ExpectedCost, HandOver, Risk, AnomalyFlags, or any module in plain torch that maps a prediction
+        to (batch,) actions. It can read the fields that the prediction has of probs, label, mean, total, aleatoric and
+        epistemic; to read more, inherit from `vbdl.types.Decision`.
     """
     if isinstance(predictor.likelihood, DecidingLikelihood):
-        raise ValueError("this predictor decides already; start from the one it was made of")
+        raise ValueError("this predictor already has a decision; call with_decision on the predictor without it")
     if not isinstance(decision, nn.Module):
-        raise TypeError(f"a decision is a module, got {type(decision).__name__}")
+        raise TypeError(f"decision must be an nn.Module, got {type(decision).__name__}")
     if isinstance(decision, Decision) and decision.caution is not None:
         warnings.warn(decision.caution, stacklevel=2)
     likelihood = copy.deepcopy(predictor.likelihood)

@@ -1,6 +1,6 @@
-"""The predictive distribution of a regression that decisions read: the mixture of all draws, after calibration.
+"""The predictive distribution of a regression for decisions: the mixture of all draws after calibration.
 
-In plain torch, so that it is part of the compiled prediction.
+It uses only torch operations, so that decisions are part of the compiled prediction.
 """
 
 import math
@@ -16,13 +16,14 @@ from vbdl.likelihoods.mixture import averaged, mixture_quantile, mixture_score
 from vbdl.metrics.intervals import normal_cdf
 from vbdl.types import Prediction, Recalibration
 
-_NODES = 64  # of the Gauss-Legendre rule for integrals of a recalibrated distribution function, 1e-5 of them
+_NODES = 64  # nodes of the Gauss-Legendre rule for recalibrated distributions, relative error 1e-5
 
 
 class Distribution:
-    """An equal mixture of normals, (samples, batch, ...), whose distribution function may be recalibrated.
+    """A mixture of normal distributions, (samples, batch, ...), whose distribution function may be recalibrated.
 
-    weights: (samples,), summing to one, where some of the samples are empty places.
+    components: (samples, batch, ..., 2), mean and log-variance.
+    weights: (samples,), summing to one; equal by default.
     """
 
     def __init__(self, components: Tensor, weights: Tensor | None = None, recalibration: Recalibration | None = None):
@@ -31,29 +32,29 @@ class Distribution:
         self.recalibration = recalibration
 
     def quantile(self, level: float) -> Tensor:
-        """(batch, ...) the value that y is at most with this probability."""
+        """The quantile of y at this level in (0, 1): (batch, ...)."""
         score = torch.full((), float(stats.norm.ppf(level)), dtype=torch.float64, device=self.mean.device)
         if self.recalibration is not None:
             score = self.recalibration.inverse(score)
         return mixture_quantile(self.mean, self.std, score, self.weights)
 
     def mean_below(self, quantile: Tensor, level: float) -> Tensor:
-        """(batch, ...) the mean of y below its quantile of this level, which is given too."""
+        """The mean of y below `quantile`, which must be its quantile at `level`: (batch, ...)."""
         if self.recalibration is None:
             z = (quantile - self.mean) / self.std
             density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-            # by what falls short of the quantile, which is small where the targets are large
+            # computed from the shortfall below the quantile, which avoids cancellation for targets of large magnitude
             short = (quantile - self.mean) * normal_cdf(z) + self.std * density
             return quantile - averaged(short, self.weights) / level
         far, weight = self._nodes(quantile)
         return quantile - (weight * self._level(quantile - far, -1)).sum(0) / level
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """(batch, ...) mean and variance."""
+        """The mean and variance of y, (batch, ...) each."""
         mean = averaged(self.mean, self.weights)
         if self.recalibration is None:
             return mean, averaged(self.std.square() + (self.mean - mean).square(), self.weights)
-        # by parts, around a point in the middle: E(y - c) = ∫ P(y > c + t) - P(y < c - t) dt
+        # integration by parts around the median c: E(y - c) = ∫ P(y > c + t) - P(y < c - t) dt
         center = self.quantile(0.5)
         far, weight = self._nodes(center)
         above, below = self._level(center + far, 1), self._level(center - far, -1)
@@ -62,7 +63,7 @@ class Distribution:
         return center + first, second - first.square()
 
     def moved(self, y: Tensor) -> Tensor:
-        """(batch, ...) the value of the mixture before recalibration that has the level of y after it."""
+        """The value whose level before recalibration equals the level of y after it: (batch, ...)."""
         if self.recalibration is None:
             return y
         y = y.to(torch.float64).expand(self.mean.shape[1:])
@@ -70,13 +71,13 @@ class Distribution:
         return mixture_quantile(self.mean, self.std, score, self.weights)
 
     def _level(self, y: Tensor, side: int) -> Tensor:
-        """P(below y) for side -1, P(above y) for 1; y: (nodes, batch, ...)"""
+        """P(Y < y) for side -1, P(Y > y) for side 1; y: (nodes, batch, ...)."""
         assert self.recalibration is not None
         score = mixture_score(self.mean.unsqueeze(1), self.std.unsqueeze(1), y, self.weights)
         return normal_cdf(-side * self.recalibration.score(score))
 
     def _nodes(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """The nodes, as distances from `start`, and weights of an integral to infinity, (nodes, batch, ...) each."""
+        """(distances of the nodes from `start`, weights) of an integral to infinity, (nodes, batch, ...) each."""
         t, w = (torch.from_numpy(a).to(start.device) for a in np.polynomial.legendre.leggauss(_NODES))
         t, w = (t + 1) / 2, w / 2
         spread = averaged(self.std.square() + (self.mean - averaged(self.mean, self.weights)).square(), self.weights)
@@ -86,9 +87,9 @@ class Distribution:
 
 
 class Evidence(SimpleNamespace):
-    """What a decision inside a predictor is given: the fields of the prediction so far, under the same names.
+    """The fields of a prediction that a decision inside a predictor reads, under the prediction's names.
 
-    label: of classes, (batch, ...) int64. distribution, per_draw: for a decision that reads them.
+    label: the predicted class, (batch, ...) int64. distribution, per_draw: set only if the decision requests them.
     """
 
     distribution: Distribution | None = None
@@ -96,13 +97,13 @@ class Evidence(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"the decision asks for {name!r} of a prediction that has {', '.join(vars(self))}: Referral and "
-            "ExpectedCost decide on classes, Risk on a regression"
+            f"the decision reads {name!r}, but the prediction has only {', '.join(vars(self))}: use Referral and "
+            "ExpectedCost for classes, Risk for a regression"
         )
 
 
 def distribution_of(prediction: Prediction | Evidence) -> Distribution | None:
-    """The distribution that a decision is given inside a predictor, or that of a prediction's samples; None without."""
+    """The predictive distribution of a regression, inside a predictor or from a prediction's samples, or None."""
     if isinstance(prediction, Evidence):
         return prediction.distribution
     if prediction.samples is None:

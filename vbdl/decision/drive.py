@@ -1,4 +1,4 @@
-"""A stream of frames through a predictor that hands over: memory, a clock and a fail-safe around predict(x)."""
+"""Run a stream of frames through a predictor with a HandOver decision, with memory, a deadline and a fail-safe."""
 
 import copy
 import logging
@@ -11,28 +11,29 @@ from vbdl.types import Inputs, Prediction
 
 
 class Drive:
-    """One drive: drive(x) -> Step, frame after frame, of a predictor made by with_decision(predictor, HandOver(...)).
+    """One drive: drive(x) -> Step for each frame, with a predictor made by with_decision(predictor, HandOver(...)).
 
-    A frame that is None, one whose prediction raises, and one that is not finite hand over; so does one that takes
-    longer than the machine's deadline, at the deadline: the prediction runs in a thread of its own, and while a late
-    one is still at it every new frame is late too. Warm the predictor up first: a frame that compiles is late.
+    A frame hands over if it is None, its prediction raises, or its risk is not finite. It also hands over at the
+    deadline of HandOver, if the prediction is not finished: predictions run in a separate thread, and while a late one
+    still runs, every new frame is late, too. Warm the predictor up first, because a frame that compiles is late.
 
-    `prediction` is the last frame's, None where there was none in time. Several drives may share a predictor; each has
-    a machine of its own, `machine`, whose state() and load carry it over a restart. `close` ends the thread.
+    `prediction` is that of the last frame, or None if it was not finished in time. Several drives can share a
+    predictor; each has its own state machine, `machine`, whose state() and load carry it over a restart. `close` ends
+    the thread.
     """
 
     def __init__(self, predictor: Predictor):
         likelihood = predictor.likelihood
         decision = likelihood.decision if isinstance(likelihood, DecidingLikelihood) else None
         if not isinstance(decision, HandOver):
-            raise TypeError("a drive needs a predictor that hands over: with_decision(predictor, HandOver(...))")
+            raise TypeError("Drive needs a predictor with a HandOver decision: with_decision(predictor, HandOver(...))")
         self.predictor, self.machine = predictor, copy.deepcopy(decision)
         self.prediction: Prediction | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vbdl-drive")
         self._running: Future | None = None
 
     def __call__(self, x: Inputs | None) -> Step:
-        """x: one row, (1, ...); None for a frame that never came."""
+        """Process one frame. x: one row, (1, ...), or None for a missing frame."""
         self.prediction = None
         if x is None:
             return self.machine.step(None)
@@ -43,14 +44,14 @@ class Drive:
             prediction, risk = self._running.result(timeout=self.machine.deadline)
         except TimeoutError:
             return self.machine.fail("late")
-        except Exception as error:  # whatever went wrong, the driver must be told at once, and the reason kept
+        except Exception as error:  # any error hands over at once; its reason is logged
             log = logging.getLogger(__name__)
-            said = " ".join(str(error).split())[:300]  # one line a frame, however many a second there are
+            said = " ".join(str(error).split())[:300]  # a single line, because there may be many frames per second
             log.error("a frame could not be predicted: %s: %s", type(error).__name__, said)
-            log.debug("where it failed", exc_info=error)
+            log.debug("traceback of the failed frame", exc_info=error)
             return self.machine.fail("failed")
         self.prediction = prediction
-        return self.machine.step(risk, 0.0)  # in time, or the wait would have ended
+        return self.machine.step(risk, 0.0)  # latency 0: the deadline was enforced by the wait above
 
     def _predict(self, x: Inputs) -> tuple[Prediction, float]:
         prediction = self.predictor(x)
@@ -58,11 +59,11 @@ class Drive:
         return prediction, risk
 
     def resume(self) -> None:
-        """The driver gives control back."""
+        """End a latched hand-over, after the driver gave control back."""
         self.machine.resume()
 
     def close(self) -> None:
-        """Ends the thread, without waiting for a prediction that hangs."""
+        """End the thread without waiting for a running prediction."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> "Drive":

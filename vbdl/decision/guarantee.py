@@ -1,13 +1,11 @@
-"""Bounds on a risk from a sample of losses, that hold with a stated probability.
+"""Bounds on a risk (mean loss) from a sample of losses, which hold with a stated probability.
 
-Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial,
-1934,
+Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934,
 https://doi.org/10.1093/biomet/26.4.404
-Angelopoulos, Bates, Candès, Jordan, Lei, Learn then Test: Calibrating Predictive Algorithms to
-Achieve
-Risk Control, 2021, https://arxiv.org/abs/2110.01052 (Hoeffding-Bentkus p-value, sequences with several starts)
-Wiens, A fixed sequence Bonferroni procedure for testing multiple endpoints, 2003, https://doi.org/10.1002/pst.64 (a
-level that passes on)
+Angelopoulos, Bates, Candès, Jordan, Lei, Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control,
+2021, https://arxiv.org/abs/2110.01052 (Hoeffding-Bentkus p-value, sequences with several starts)
+Wiens, A fixed sequence Bonferroni procedure for testing multiple endpoints, 2003, https://doi.org/10.1002/pst.64
+(levels that pass on to the next test)
 """
 
 import math
@@ -17,17 +15,17 @@ import numpy as np
 from scipy import stats
 from scipy.special import xlogy
 
-_FIRST_SHARE = 0.75  # of delta, for the strictest start: where few losses are among the certain rows it is the best one
+_FIRST_SHARE = 0.75  # share of delta for the strictest start, the best one if the most certain rows have few losses
 
 
 def risk_p_value(mean, n, risk: float, binary: bool):
-    """P-value of "the true mean loss is above risk", from the mean of n independent losses in [0, 1].
+    """The p-value of the hypothesis "the true mean loss is above risk", from the mean of n independent losses.
 
-    mean, n: numbers or arrays of them, n >= 1. binary losses (0 or 1): the exact binomial tail; others: the
-    smaller of Hoeffding's and Bentkus's bound.
+    mean: in [0, 1]. n: >= 1; both numbers or arrays. binary: losses are 0 or 1, and the exact binomial tail is used;
+    for other losses in [0, 1] it is the smaller of Hoeffding's and Bentkus's bounds.
     """
     mean, n = np.asarray(mean, dtype=np.float64), np.asarray(n)
-    # a mean times n is a count that may have been rounded
+    # the sum of the losses, up to rounding
     count = mean * n
     if binary:
         return stats.binom.cdf(np.round(count), n, risk)
@@ -42,14 +40,14 @@ def _hoeffding(mean: np.ndarray, n: np.ndarray, risk: float) -> np.ndarray:
 
 
 def risk_upper_bound(mean: float, n: int, delta: float, binary: bool) -> float:
-    """The risk that the true mean loss exceeds with probability at most delta; 1 without rows."""
+    """The upper bound that the true mean loss exceeds with probability at most delta; 1 if n is 0."""
     if n == 0:
         return 1.0
     if binary:
         count = round(mean * n)
         return 1.0 if count == n else float(stats.beta.ppf(1 - delta, count + 1, n - count))
     low, high = mean, 1.0
-    # the p-value falls in the risk; 100 halvings end at the last risk above delta
+    # the p-value decreases with the risk; bisection finds where it crosses delta
     for _ in range(100):
         middle = 0.5 * (low + high)
         if middle < 1 and risk_p_value(mean, n, middle, False) > delta:
@@ -60,11 +58,12 @@ def risk_upper_bound(mean: float, n: int, delta: float, binary: bool) -> float:
 
 
 def starting_shares(kept: np.ndarray, risk: float, delta: float, several: bool) -> np.ndarray:
-    """The share of delta that each number of kept rows starts with, (cuts,), fixed before any loss is seen.
+    """The initial share of delta for the test of each threshold, (cuts,), fixed before any loss is seen.
 
-    kept: numbers of rows that thresholds can keep, ascending. One start is the fewest rows that could pass without a
-    loss. Several are that, with three quarters of delta, and as many of its doublings as fit, which share the rest:
-    where chance puts a loss among the first few rows, the next start is not held up by it.
+    kept: (cuts,) numbers of rows that thresholds keep, ascending.
+    several: False: all of delta starts at the fewest rows that could pass without a loss. True: three quarters of delta
+        start there, the rest in equal parts at as many doublings of that number as fit, so that a chance loss among the
+        first few rows does not stop all tests.
     """
 
     def fewest(share: float) -> int:
@@ -88,11 +87,11 @@ def starting_shares(kept: np.ndarray, risk: float, delta: float, several: bool) 
 
 
 def last_passed(p_values: np.ndarray, shares: np.ndarray) -> tuple[int, float]:
-    """The index of the last test in order that passes, and the level it passed at; (-1, 0) if none does.
+    """(index of the last test that passes, the level it passed at), or (-1, 0) if none passes.
 
-    A test that passes hands its level on to the next, one that fails loses it, each adds the share of its own: the
-    probability that any true hypothesis is rejected is at most the sum of the shares, however the tests depend on each
-    other.
+    Each test's level is its own share plus the level of the test before it, if that passed (fixed-sequence
+    Bonferroni). The probability of rejecting any true hypothesis is at most the sum of the shares, however the tests
+    depend on each other.
     """
     level, best, at = 0.0, -1, 0.0
     for i, (p, share) in enumerate(zip(p_values.tolist(), shares.tolist(), strict=True)):
@@ -105,7 +104,7 @@ def last_passed(p_values: np.ndarray, shares: np.ndarray) -> tuple[int, float]:
 
 
 def lowest_passing(passes: Callable[[float], bool], risk: float) -> float:
-    """The lowest risk above this one, to three digits and rounded up, that passes; 1 where none does."""
+    """The lowest risk above `risk` that passes, rounded up to three digits; 1 if none does."""
     low, high = risk, None
     for asked in risk + (1 - risk) * np.linspace(0, 1, 42)[1:-1]:
         if passes(float(asked)):
@@ -118,7 +117,7 @@ def lowest_passing(passes: Callable[[float], bool], risk: float) -> float:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if passes(middle) else (middle, high)
     unit = 10.0 ** (math.floor(math.log10(high)) - 2)
-    for more in range(20):  # what passes at a risk need not at one a little higher: tests begin elsewhere
+    for more in range(20):  # a slightly higher risk may fail, because its tests start elsewhere
         rounded = float(f"{(math.ceil(high / unit - 1e-9) + more) * unit:.3g}")
         if rounded < 1 and passes(rounded):
             return rounded

@@ -1,4 +1,4 @@
-"""Driving hand-over: from a stream of predictions to drive, warn, hand over."""
+"""Hand-over to the driver: turn a stream of predictions into the modes drive, warn and hand over."""
 
 import enum
 import math
@@ -15,7 +15,7 @@ from vbdl.types import Decision, Prediction
 
 
 class Mode(enum.IntEnum):
-    """What the vehicle does with this frame."""
+    """The vehicle's mode after a frame."""
 
     DRIVE = 0
     WARN = 1
@@ -24,30 +24,26 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Step:
-    """One frame: its mode, and why."""
+    """The result for one frame: the mode and its reason."""
 
     mode: Mode
     reason: str  # "risk", "dwell", "latched", "late", "missing", "failed" or "not finite"
 
 
 class HandOver(Decision):
-    """A state machine over a risk per frame (an uncertainty, or a path risk), one number, high for bad.
+    """A decision and state machine over the risk of each frame (an uncertainty or a path risk, high is bad).
 
-    warn, hand_over: (enter, leave) thresholds of each level; enter at risk >= enter, leave only after `dwell` frames in
-    a row of risk < leave: the gap and the dwell keep it from chattering. Going up never waits. Coming down goes one
-    level at a time. deadline: seconds a frame may take; a late frame, a missing one and one that is not finite hand
-    over at once (fail-safe). latched: a hand-over ends only by `resume`, called when the driver gives control back;
-    otherwise it ends like a warning.
+    warn, hand_over: (enter, leave) thresholds of a mode. It is entered at once if risk >= enter, and left only after
+        `dwell` successive frames with risk < leave, one mode at a time; gap and dwell prevent chattering.
+    deadline: seconds a frame may take. A late, missing or non-finite frame hands over at once (fail-safe).
+    latched: a hand-over ends only by `resume`, called when the driver gives control back; otherwise like a warning.
+    kind: the uncertainty of a prediction used as risk (see uncertainty_of).
+    bounds: use the probability that the predicted path leaves these bounds as risk instead.
 
-    kind, bounds: where the risk of a prediction comes from: an uncertainty (see uncertainty_of), or with bounds the
-    probability that the predicted path leaves them.
-
-    Two ways to use it. Alone: `step` takes one risk after the other, from wherever they come. Inside a predictor
-    (`with_decision`): `action` is the mode that each row asks for on its own, as one frame after a drive without
-    incident, `risk` the number it rests on; a prediction has no memory. `Drive` puts memory, deadline and fail-safe
-    around such a predictor.
-
-    The state is a few numbers: `state()` and `load` carry it over a restart.
+    Alone, `step` takes the risks of successive frames from any source. Inside a predictor (`with_decision`), which has
+    no memory, `action` is the mode of each row as a first frame, in mode DRIVE, and `risk` the number it is based on;
+    `Drive` adds memory, deadline and fail-safe to such a predictor. `state()` and `load` carry the state machine over a
+    restart.
     """
 
     bounds: PathBounds | None
@@ -65,7 +61,7 @@ class HandOver(Decision):
         super().__init__()
         for name, (enter, leave) in (("warn", warn), ("hand_over", hand_over)):
             if not (math.isfinite(enter) and math.isfinite(leave) and leave <= enter):
-                raise ValueError(f"{name} must be (enter, leave), finite, leave <= enter: {enter, leave}")
+                raise ValueError(f"{name} must be (enter, leave), finite, leave <= enter, not {enter, leave}")
         if not (warn[0] <= hand_over[0] and warn[1] <= hand_over[1]):
             raise ValueError(f"warn {warn} must not lie above hand_over {hand_over}")
         if dwell < 1:
@@ -86,33 +82,34 @@ class HandOver(Decision):
         return self.bounds is not None
 
     def per_draw(self, parameters: Tensor) -> Tensor:
-        """Probability of each draw that its path leaves the bounds."""
+        """The probability of each draw that its path leaves the bounds, (samples, batch)."""
         assert self.bounds is not None
         return self.bounds(parameters)
 
     def risk(self, prediction: Prediction | Evidence) -> Tensor:
-        """(batch,) the number of each row that the thresholds are compared with"""
+        """The risk of each row, which the thresholds are compared with, (batch,)."""
         if self.bounds is None:
             return uncertainty_of(prediction, self.kind)
         distribution = distribution_of(prediction)
         if distribution is not None:
             return self.bounds.of(distribution)
         if not isinstance(prediction, Evidence) or prediction.per_draw is None:
-            raise ValueError("a path risk needs the draws of a prediction: predict with predict(x, samples=True)")
+            raise ValueError("a path risk needs the draws of a prediction: call predict(x, samples=True)")
         return prediction.per_draw
 
     def forward(self, prediction: Prediction | Evidence) -> dict[str, Tensor]:
-        """A prediction -> action, (batch,) int64 modes, each row's own, and risk, (batch,). Not finite hands over."""
+        """The mode of each row on its own, `action` (batch,) int64, and its `risk` (batch,); non-finite hands over."""
         risk = self.risk(prediction).to(torch.float64)
-        # written so that a NaN fails both
+        # comparisons that are False for NaN, so that NaN hands over
         mode = torch.where(risk < self.hand_over[0], int(Mode.WARN), int(Mode.HAND_OVER))
         mode = torch.where(risk < self.warn[0], int(Mode.DRIVE), mode)
         return {"action": torch.where(risk.isfinite(), mode, int(Mode.HAND_OVER)), "risk": risk}
 
     def step(self, risk: float | None, latency: float | None = None) -> Step:
-        """Takes the frame's risk, None for a frame that never came, and how long it took in seconds.
+        """Process one frame.
 
-        With a deadline a latency must be given: a frame of unknown latency counts as late.
+        risk: its risk, or None for a missing frame. latency: seconds it took; with a deadline a frame without it counts
+        as late.
         """
         if risk is None:
             return self.fail("missing")
@@ -136,15 +133,15 @@ class HandOver(Decision):
         return self._go(Mode(self.mode - 1))
 
     def run(self, risks: Tensor, latencies: Tensor | None = None) -> Tensor:
-        """Frames in order: (frames,) risks and seconds -> (frames,) int64 modes"""
+        """Process frames in order: risks and latencies in seconds, (frames,) each -> modes, (frames,) int64."""
         if risks.ndim != 1 or (latencies is not None and latencies.shape != risks.shape):
-            raise ValueError("risks and latencies must both be (frames,)")
+            raise ValueError("risks must be (frames,), and latencies, if given, of the same shape")
         waits = [None] * risks.numel() if latencies is None else latencies.tolist()
         steps = [self.step(r, w) for r, w in zip(risks.tolist(), waits, strict=True)]
         return torch.tensor([int(s.mode) for s in steps], dtype=torch.int64)
 
     def resume(self) -> None:
-        """The driver gives control back. Starts in WARN: the risk has to show that it is low."""
+        """End a hand-over, after the driver gave control back; the mode is WARN until the risk has been low."""
         if self.mode == Mode.HAND_OVER:
             self.mode, self.calm = Mode.WARN, 0
 
@@ -160,6 +157,6 @@ class HandOver(Decision):
         return Step(mode, "risk")
 
     def fail(self, reason: str) -> Step:
-        """Hand over, whatever the risk was."""
+        """Hand over for this reason, whatever the risk."""
         self.mode, self.calm = Mode.HAND_OVER, 0
         return Step(self.mode, reason)

@@ -1,10 +1,9 @@
-"""Probability that a predicted path crosses a bound within its horizon.
+"""The probability that a predicted path crosses a bound within its horizon.
 
-`path_risk` counts sampled paths, whatever made them; `PathBounds` is the closed form for the normals of a regression
-predictor, draw by draw, and needs no sampling.
+`path_risk` counts sampled paths of any model; `PathBounds` computes the probability in closed form for each draw of a
+regression predictor.
 
-The predictive samples are whole paths: each is one function of the inputs, so that its steps belong together, and the
-probability counts paths and not steps.
+A sample is a whole path, whose steps are dependent, so the probability counts paths, not steps.
 """
 
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ from vbdl.metrics.intervals import normal_cdf
 
 @dataclass(frozen=True)
 class PathRisk:
-    """probability: share of paths that leave the bounds. by_step is cumulative: crossed at or before."""
+    """The risk of each path to leave its bounds, estimated from samples."""
 
-    probability: Tensor  # (batch,)
-    upper: Tensor  # (batch,) exact one-sided bound on it, given this many samples
-    by_step: Tensor  # (batch, horizon)
+    probability: Tensor  # (batch,) share of samples that leave the bounds
+    upper: Tensor  # (batch,) exact one-sided upper confidence bound on the probability
+    by_step: Tensor  # (batch, horizon) share of samples that have left the bounds at or before the step
 
 
 def path_risk(
@@ -35,24 +34,25 @@ def path_risk(
     upper: float | Tensor | None = None,
     level: float = 0.95,
 ) -> PathRisk:
-    """paths: (samples, batch, horizon), samples of the predictive including its noise.
+    """Estimate the probability that a path leaves its bounds.
 
-    lower, upper: bounds, numbers or anything that broadcasts to (batch, horizon); at least one. A path that is not
-    finite anywhere counts as crossing there: the safe reading of a broken number.
-    level: confidence of `upper`, which is all that a few samples with no crossing can promise.
+    paths: (samples, batch, horizon), samples of the predictive distribution including its noise. A value that is not
+        finite counts as a crossing.
+    lower, upper: bounds, numbers or tensors that broadcast to (batch, horizon); at least one.
+    level: confidence level of the result's `upper`, which is informative even if no sample crosses.
     """
     check_rate(level, "level")
     if paths.ndim != 3 or paths.shape[0] == 0 or paths.shape[2] == 0:
         raise ValueError(f"paths must be (samples, batch, horizon), not {tuple(paths.shape)}")
     if lower is None and upper is None:
-        raise ValueError("give lower, upper or both: without a bound nothing can be crossed")
+        raise ValueError("give lower, upper or both; without a bound nothing can be crossed")
     outside = ~paths.isfinite()
     for bound, side in ((lower, -1), (upper, 1)):
         if bound is None:
             continue
         bound = torch.as_tensor(bound, dtype=paths.dtype, device=paths.device)
         if bool(bound.isnan().any()):
-            raise ValueError("a bound is NaN")
+            raise ValueError("lower or upper is NaN; use -inf or inf for steps without a bound")
         outside = outside | (side * (paths - bound) > 0)
     crossed = outside.cummax(dim=2).values  # (samples, batch, horizon)
     samples = paths.shape[0]
@@ -68,13 +68,13 @@ def path_risk(
 
 
 class PathBounds(nn.Module):
-    """Probability of each draw that its path leaves the bounds within the horizon, where outputs are the steps.
+    """The probability of each draw that its path leaves the bounds, for a regression whose outputs are the steps.
 
-    Given the draw, steps are independent normals: 1 - Π_t P(lower_t <= y_t <= upper_t). The mean over draws is that of
-    the whole predictive, exactly; steps of one path belong together through the draw that they share.
+    Given the draw, the steps are independent normals, so it is 1 - Π_t P(lower_t <= y_t <= upper_t). Its mean over
+    draws is the exact probability under the predictive distribution, whose steps depend on each other through the draw.
 
-    lower, upper: numbers, (horizon,), or the axes of the targets behind the batch, in target units; at least one.
-    Every element of a row is a step.
+    lower, upper: in units of the target, numbers, (horizon,), or of the shape of a row's targets; at least one. Every
+        output of a row is a step.
     """
 
     lower: Tensor | None
@@ -83,21 +83,21 @@ class PathBounds(nn.Module):
     def __init__(self, lower: float | Tensor | None = None, upper: float | Tensor | None = None):
         super().__init__()
         if lower is None and upper is None:
-            raise ValueError("give lower, upper or both: without a bound nothing can be crossed")
+            raise ValueError("give lower, upper or both; without a bound nothing can be crossed")
         for name, bound in (("lower", lower), ("upper", upper)):
             t = None if bound is None else torch.as_tensor(bound, dtype=torch.float64)
             if t is not None and bool(t.isnan().any()):
-                raise ValueError(f"{name} must be a number or (horizon,), and not NaN")
+                raise ValueError(f"{name} has a NaN; it must be a number or (horizon,)")
             self.register_buffer(name, t)
 
     def forward(self, parameters: Tensor) -> Tensor:
-        """(samples, batch, horizon, 2), or (samples, batch, ..., 2), mean and log-variance -> (samples, batch)"""
+        """The probability of each draw: (samples, batch, horizon or ..., 2) mean, log-variance -> (samples, batch)."""
         self._check(tuple(parameters.shape))
         mean, log_variance = parameters.to(torch.float64).unbind(-1)
         return self._outside(mean, (0.5 * log_variance).exp(), self.lower, self.upper)
 
     def of(self, distribution: Distribution) -> Tensor:
-        """(batch,) the probability for a calibrated predictive: bounds are put where their levels have moved."""
+        """The probability under a calibrated distribution, (batch,); recalibration is applied to the bounds."""
         mean, std = distribution.mean, distribution.std
         self._check((*mean.shape, 2))
         moved = [None if b is None else distribution.moved(b) for b in (self.lower, self.upper)]
@@ -114,11 +114,11 @@ class PathBounds(nn.Module):
                 continue
             steps = shape[2:-1]
             if bound.ndim > len(steps) or tuple(bound.shape) != steps[len(steps) - bound.ndim :]:
-                raise ValueError(f"{name} has {_listed(bound.shape)} steps, and the path {_listed(steps)}")
+                raise ValueError(f"{name} has {_listed(bound.shape)} steps, but the path has {_listed(steps)}")
 
     @staticmethod
     def _outside(mean: Tensor, std: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
-        # the smaller tails are added, so that a small risk is not lost beside a probability next to one
+        # sums the tail probabilities, so that a small risk is not lost by rounding next to one
         outside = torch.zeros_like(mean)
         if lower is not None:
             outside = outside + normal_cdf((lower - mean) / std)

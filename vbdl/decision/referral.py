@@ -1,4 +1,4 @@
-"""Medical referral: which rows a person should see.
+"""Referral of uncertain rows to a person, e.g. in medical screening.
 
 Geifman, El-Yaniv, Selective Classification for Deep Neural Networks, 2017, https://arxiv.org/abs/1705.08500 (selection
 with guaranteed risk)
@@ -25,17 +25,18 @@ from vbdl.types import Decision, Prediction
 
 
 def check_kind(kind: str) -> None:
-    """Raises ValueError for a kind of uncertainty that does not exist."""
+    """Raise ValueError for an unknown kind of uncertainty."""
     if kind not in ("total", "aleatoric", "epistemic", "confidence"):
         raise ValueError(f"kind must be 'total', 'aleatoric', 'epistemic' or 'confidence', not {kind!r}")
 
 
 def uncertainty_of(prediction: Prediction | Evidence | Tensor, kind: str = "total") -> Tensor:
-    """One number a row, (batch,), high for uncertain.
+    """The uncertainty of each row, (batch,).
 
-    prediction: a tensor (batch,) is taken as the uncertainty itself; of a prediction it is total, aleatoric or
-    epistemic (nats or squared target units), or "confidence", which is 1 - the largest probability. A regression of
-    several outputs has no one number: pass a tensor.
+    prediction: a prediction, or a tensor (batch,), which is returned. A regression with several outputs has no single
+        uncertainty per row: pass a tensor.
+    kind: "total", "aleatoric" or "epistemic" (nats, or squared units of the target), or "confidence", which is 1 minus
+        the largest probability.
     """
     check_kind(kind)
     if isinstance(prediction, Tensor):
@@ -47,50 +48,50 @@ def uncertainty_of(prediction: Prediction | Evidence | Tensor, kind: str = "tota
     elif kind == "epistemic":
         values = prediction.epistemic
     elif (probs := prediction.probs) is None:
-        raise ValueError("a confidence needs class probabilities, and this prediction is a regression")
+        raise ValueError("kind='confidence' needs class probabilities, but this prediction is a regression")
     else:
         values = 1 - (torch.maximum(probs, 1 - probs) if probs.ndim == 1 else probs.amax(dim=-1))
     if values.ndim == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.ndim != 1:
         raise ValueError(
-            f"an uncertainty is one number a row, (batch,), and this is {tuple(values.shape)}; "
-            "reduce it over outputs and pass the tensor"
+            f"the uncertainty must be one number per row, (batch,), not {tuple(values.shape)}; reduce it over outputs "
+            "and pass the tensor"
         )
     return values
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The guarantee that a threshold was chosen for, and the calibration rows it rests on."""
+    """The guarantee of a threshold, and the numbers of calibration rows it is based on."""
 
-    risk: float  # asked for
-    delta: float  # probability with which the promise may fail
-    risk_bound: float  # upper bound on the mean loss of the kept rows, at this delta
-    coverage: float  # share of the calibration rows kept
+    risk: float  # requested upper bound on the mean loss of kept rows
+    delta: float  # probability with which the guarantee may fail
+    risk_bound: float  # upper bound on the mean loss of kept rows that holds except with probability delta
+    coverage: float  # share of the calibration rows that is kept
     n_kept: int
     n: int
-    lowest_risk: float | None = None  # the lowest that these rows allow to promise; None where it was not recorded
+    lowest_risk: float | None = None  # the lowest risk that these rows can guarantee; None if not recorded
 
     def refusal(self) -> str:
-        """The message that says why every row is referred."""
+        """The message that explains why every row is referred."""
         text = (
-            f"no threshold can be promised to keep a risk of {self.risk:g} but for a probability of {self.delta:g}: "
-            f"every row is referred"
+            f"every row is referred, because no threshold can guarantee a risk of at most {self.risk:g} except with "
+            f"probability {self.delta:g}"
         )
         if self.lowest_risk is None or self.lowest_risk >= 1:
             return f"{text}. Calibrate on more rows than these {self.n}"
         return (
-            f"{text}. The lowest risk that these {self.n} rows allow to promise is {self.lowest_risk:.3g}: ask for "
-            f"that, or calibrate on more rows"
+            f"{text}. The lowest risk that these {self.n} rows can guarantee is {self.lowest_risk:.3g}: use that, or "
+            f"calibrate on more rows"
         )
 
 
 class Referral(Decision):
-    """Refers the rows whose uncertainty is at least a threshold. A NaN uncertainty is always referred.
+    """A decision that refers rows whose uncertainty is at least a threshold or NaN.
 
-    kind: which uncertainty of a prediction counts (see uncertainty_of). The threshold is given, or chosen on
-    calibration rows by `for_capacity`, `for_cost`, or `for_risk`, the last with a guarantee.
+    kind: the uncertainty of a prediction that is compared (see uncertainty_of).
+    threshold: given, or chosen on calibration rows by `for_capacity`, `for_cost` or, with a guarantee, `for_risk`.
     """
 
     threshold: Tensor
@@ -98,7 +99,7 @@ class Referral(Decision):
     def __init__(self, kind: str = "total", threshold: float = math.inf):
         super().__init__()
         if math.isnan(threshold):
-            raise ValueError("threshold must be a number, and is NaN")
+            raise ValueError("threshold must be a number, not NaN")
         check_kind(kind)
         self.kind = kind
         self.certificate: Certificate | None = None
@@ -114,33 +115,37 @@ class Referral(Decision):
         return self.certificate.refusal()
 
     def refer(self, prediction: Prediction | Evidence | Tensor) -> Tensor:
-        """(batch,) bool; prediction: see uncertainty_of"""
-        # not (u < threshold), so that a NaN is referred
+        """Whether each row is referred, (batch,) bool. prediction: as in uncertainty_of."""
+        # not (u < threshold), so that NaN is referred
         return ~(uncertainty_of(prediction, self.kind).to(torch.float64) < self.threshold)
 
     def forward(self, prediction: Prediction | Evidence) -> Tensor:
-        """A classification -> (batch,) int64: the most probable class, or REFER (-1)."""
+        """The most probable class of each row of a classification, or REFER (-1): (batch,) int64."""
         if prediction.label is None:
-            raise ValueError("a referral is of classes, and this prediction is a regression: use refer(prediction)")
+            raise ValueError("this prediction is a regression and has no class to return: use refer(prediction)")
         return torch.where(self.refer(prediction), REFER, prediction.label.to(torch.int64))
 
     def for_capacity(self, prediction: Prediction | Evidence | Tensor, share: float) -> "Referral":
-        """Refers at most this share of the calibration rows, the most uncertain; ties stay together, unreferred."""
+        """Set the threshold to refer at most this share of the calibration rows, the most uncertain; return self.
+
+        Rows of equal uncertainty are treated alike, and kept if referring all of them would exceed the share.
+        """
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], not {share}")
         ordered = check_scores(uncertainty_of(prediction, self.kind), "uncertainty").sort().values
         n = ordered.numel()
         allowed = at_most(share, n)
         above = torch.cat((ordered.new_tensor([-math.inf]), ordered))[n - allowed]
-        # the first value above the largest that must be kept
+        # the smallest value above the largest uncertainty that must be kept
         later = ordered[ordered > above]
         self.certificate = None
         return self._set(float(later[0]) if later.numel() else math.inf)
 
     def for_cost(self, prediction: Prediction | Evidence | Tensor, loss: Tensor, refer_cost: float) -> "Referral":
-        """Least mean cost on the calibration rows: loss (batch,) of a kept row, refer_cost of a referred one.
+        """Set the threshold with the lowest mean cost on the calibration rows; return self.
 
-        Of several best thresholds the one that refers least.
+        loss: (batch,), the cost of keeping each row. refer_cost: the cost of referring a row, in the same unit.
+        Of equally good thresholds the one that refers fewest rows is taken.
         """
         ordered, losses, cuts = self._sorted(prediction, loss)
         total = torch.cat((losses.new_zeros(1), losses.cumsum(0)))
@@ -158,17 +163,19 @@ class Referral(Decision):
         delta: float = 0.05,
         method: str = "sgr",
     ) -> "Referral":
-        """The largest coverage whose mean loss on kept rows is at most `risk`, except with probability delta over
-        calibration sets.
+        """Set the threshold of largest coverage that guarantees a mean loss of kept rows <= `risk`; return self.
 
-        loss: (batch,) bool, or in [0, 1]. method "sgr": selection with guaranteed risk, from several strictnesses at
-        once, each with a share of delta that goes on to the next when it passes (see vbdl.decision.guarantee). The
-        bisection of Geifman and El-Yaniv misses what can be kept where the p-value is not monotone in the coverage.
-        "ltt": learn then test from the strictest alone, with the whole of delta, up to the first that fails.
+        The guarantee holds except with probability delta over calibration sets, for rows exchangeable with these; use
+        `check` to test it on other rows.
 
-        The promise is about rows exchangeable with these: on shifted rows there is none, and `check` tells. If no
-        threshold can be promised every row is referred (threshold -inf), with a warning, and the certificate says
-        n_kept = 0 and in `lowest_risk` what could have been promised.
+        loss: (batch,) bool, or in [0, 1].
+        method: "sgr", selection with guaranteed risk, tests thresholds from several starting points, each with a share
+            of delta that passes on to the next threshold (see vbdl.decision.guarantee; the bisection of Geifman and
+            El-Yaniv loses coverage if the p-value is not monotone in it). "ltt", learn then test, starts only at the
+            strictest threshold, with all of delta, and ends at the first failure.
+
+        If no threshold can be guaranteed, every row is referred (threshold -inf), with a warning; the certificate then
+        has n_kept = 0 and the lowest risk that could have been guaranteed.
         """
         check_rate(risk, "risk")
         check_rate(delta, "delta")
@@ -176,7 +183,7 @@ class Referral(Decision):
             raise ValueError(f"method must be 'sgr' or 'ltt', not {method!r}")
         ordered, losses, cuts = self._sorted(prediction, loss)
         if bool(((losses < 0) | (losses > 1)).any()):
-            raise ValueError("for_risk needs losses in [0, 1]: divide by the largest possible loss")
+            raise ValueError("for_risk needs losses in [0, 1]; divide them by the largest possible loss")
         binary = bool(((losses == 0) | (losses == 1)).all())
         n = losses.numel()
         sums = np.concatenate(([0.0], losses.cumsum(0).cpu().numpy()))
@@ -197,20 +204,20 @@ class Referral(Decision):
         return self._set(self._keep(ordered, best))
 
     def check(self, prediction: Prediction | Evidence | Tensor, y_loss: Tensor, level: float = 0.95) -> Interval:
-        """Mean loss of the rows this keeps, with its exact binomial interval: is the promise true here?
+        """The mean loss of the kept rows with its exact binomial interval, to test the guarantee on these rows.
 
-        y_loss: (batch,) bool or 0/1. ValueError when every row is referred.
+        y_loss: (batch,) bool or 0/1. Raises ValueError if every row is referred.
         """
         kept = ~self.refer(prediction)
         losses = y_loss.to(torch.float64)[kept.to(y_loss.device)]
         if losses.numel() == 0:
-            raise ValueError("every row is referred: there is no kept row to check")
+            raise ValueError("every row is referred, so there is no kept row to check")
         if not bool(((losses == 0) | (losses == 1)).all()):
             raise ValueError("check needs losses of 0 and 1")
         return proportion_interval(int(losses.sum()), losses.numel(), level)
 
     def _sorted(self, prediction: Prediction | Evidence | Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Uncertainties ascending, their losses, and the numbers of rows that a threshold can keep."""
+        """(uncertainties ascending, their losses, numbers of rows that a threshold can keep)."""
         if loss.dtype == torch.bool:
             loss = loss.to(torch.float64)
         values = check_scores(uncertainty_of(prediction, self.kind), "uncertainty")
@@ -225,8 +232,10 @@ class Referral(Decision):
 
     @staticmethod
     def _keep(ordered: Tensor, kept: int) -> float:
-        """Threshold that keeps the first `kept`: the next value, so that given it the kept rows are an independent
-        sample of all rows below it, which the bounds rely on."""
+        """The threshold that keeps the first `kept` rows: the next larger uncertainty.
+
+        Given that value, the kept rows are an independent sample of all rows below it, as the bounds require.
+        """
         if kept == 0:
             return -math.inf
         return math.inf if kept == ordered.numel() else float(ordered[kept])
@@ -237,7 +246,7 @@ class Referral(Decision):
 
 
 def refer_most_uncertain(prediction: Prediction | Evidence | Tensor, k: int, kind: str = "total") -> Tensor:
-    """(batch,) bool: exactly the k most uncertain rows of this batch; NaN first, ties by row number."""
+    """Select exactly the k most uncertain rows of this batch, (batch,) bool; NaN first, ties by row index."""
     values = uncertainty_of(prediction, kind).to(torch.float64)
     n = values.numel()
     if not 0 <= k <= n:
@@ -249,11 +258,12 @@ def refer_most_uncertain(prediction: Prediction | Evidence | Tensor, k: int, kin
 
 
 class ReferralBudget:
-    """So many referrals a day, decided row by row: never more than the budget.
+    """A daily budget of referrals, spent row by row and never exceeded.
 
-    reference: uncertainties of earlier rows, (rows,). A row is referred when it is among the share of the reference
-    that the rest of the budget can pay for, given how many rows the day still expects; so an easy morning leaves more
-    for the afternoon. After `expected` rows the rest is spent first come, first served.
+    reference: (rows,), uncertainties of earlier rows. budget: referrals per day. expected: rows per day.
+    A row is referred if its share of reference rows at least as uncertain is at most (budget left / rows still
+    expected), so an easy morning leaves more for the afternoon. After `expected` rows every row is referred while the
+    budget lasts.
     """
 
     def __init__(self, reference: Tensor, budget: int, expected: int):
@@ -267,7 +277,7 @@ class ReferralBudget:
         self.left, self.seen = self.budget, 0
 
     def step(self, uncertainty: float) -> bool:
-        """Whether this row is referred. NaN counts as the most uncertain."""
+        """Decide whether this row is referred. A NaN counts as most uncertain."""
         remaining = max(1, self.expected - self.seen)
         self.seen += 1
         if self.left == 0:

@@ -1,10 +1,10 @@
-"""Financial risk from a predictive: value at risk and expected shortfall, parameter uncertainty included.
+"""Value at risk (VaR) and expected shortfall (ES) of predictive distributions, including parameter uncertainty.
 
 McNeil, Frey, Embrechts, Quantitative Risk Management, 2015, chapter 2
 Acerbi, Tasche, On the coherence of expected shortfall, 2002, https://arxiv.org/abs/cond-mat/0104295
 
-The outcome y is a return or a profit, high is good. At level 0.99, VaR is minus the 1 % quantile of y and
-ES minus the mean of y below it: both positive for losses, in units of y.
+The outcome y is a return or a profit: high is good. At level 0.99, VaR is minus the 1 % quantile of y and ES is minus
+the mean of y below that quantile; both are in units of y and positive for losses.
 """
 
 import math
@@ -23,7 +23,7 @@ from vbdl.types import Decision, Prediction
 
 @dataclass(frozen=True)
 class TailRisk:
-    """Value at risk and expected shortfall of each row, units of the outcome, losses positive."""
+    """The value at risk and expected shortfall of each row, in units of the outcome, positive for losses."""
 
     level: float
     var: Tensor  # (batch,) or (batch, ...)
@@ -33,8 +33,8 @@ class TailRisk:
 def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | None = None) -> TailRisk:
     """VaR and ES of the Gaussian mixture over samples: the quantile by bisection, ES in closed form.
 
-    means, stds: (samples, batch) or (samples, batch, ...). One sample is the Gaussian without parameter
-    uncertainty; std 0 is not allowed.
+    means, stds: (samples, batch) or (samples, batch, ...), stds > 0. weights: (samples,), equal by default.
+    A single sample is a Gaussian without parameter uncertainty.
     """
     check_rate(level, "level")
     means, stds, _, log_weights = check_mixture(means, stds, None, weights)
@@ -47,7 +47,7 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
         middle = 0.5 * (low + high)
         below = (weight * normal_cdf((middle - means) / stds)).sum(dim=0) < tail
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        # done when the interval is a rounding error wide
+        # stop when the interval is as narrow as a rounding error
         if bool((high - low <= 4e-16 * (low.abs() + high.abs())).all()):
             break
     quantile = 0.5 * (low + high)
@@ -63,10 +63,10 @@ def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
 
 
 def sample_tail(samples: Tensor, level: float) -> TailRisk:
-    """VaR and ES of the samples' empirical distribution, exact also where the tail ends inside a sample.
+    """VaR and ES of the samples' empirical distribution, exact also if the tail ends inside a sample's mass.
 
-    samples: (samples, batch) or (samples, batch, ...), draws of y with its noise. ValueError when the
-    tail holds less than one sample: (1 - level) · samples >= 1 is needed.
+    samples: (samples, batch) or (samples, batch, ...), draws of y with its noise. Raises ValueError if the tail holds
+    less than one sample, (1 - level) · samples < 1.
     """
     check_rate(level, "level")
     samples = check_finite(samples, "samples")
@@ -76,7 +76,7 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
     mass = float(whole) if whole == last else (1 - level) * samples.shape[0]
     if whole < 1:
         raise ValueError(
-            f"the {1 - level:.3g} tail of {samples.shape[0]} samples holds less than one; "
+            f"the {1 - level:.3g} tail of {samples.shape[0]} samples holds less than one sample; "
             f"draw at least {math.ceil(1 / (1 - level) - 1e-9)}"
         )
     ordered = samples.sort(dim=0).values
@@ -86,17 +86,18 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
 
 
 class Risk(Decision):
-    """Value at risk, expected shortfall and a position that shrinks with uncertainty, inside a predictor of returns.
+    """A decision on predicted returns: a position that shrinks with uncertainty, value at risk, expected shortfall.
 
-    All three are those of the predictive itself, the mixture of every draw as it was calibrated: its quantile, the mean
-    beyond it, its mean and variance. Parameter uncertainty is in them. A prediction from outside
-    the predictor needs its samples for that, predict(x, samples=True); without, it is read as the normal of its mean
-    and total variance.
+    All are computed from the calibrated mixture of all draws, so they include parameter uncertainty. For a prediction
+    made outside a deciding predictor this needs predict(x, samples=True); without samples it is taken as the normal
+    distribution with its mean and total variance.
 
-    level: of VaR and ES. The position is fraction · mean / variance, within ±limit, as a share of wealth: the
-    growth-optimal one for small returns (Kelly) at fraction 1, mean-variance with a risk aversion of 1 / fraction.
+    level: of VaR and ES.
+    fraction: the position is fraction · mean / variance, as a share of wealth: at fraction 1 growth-optimal for small
+        returns (Kelly), in general mean-variance with a risk aversion of 1 / fraction.
+    limit: bound on the position, ±limit.
     max_var: the position is scaled down until its own VaR is at most this, in units of the return.
-    A row whose mean or variance is not finite gets a position of 0.
+    A row whose mean or variance is not finite gets the position 0.
     """
 
     reads_distribution = True
@@ -114,7 +115,7 @@ class Risk(Decision):
         return f"level={self.level}, fraction={self.fraction}, limit={self.limit}, max_var={self.max_var}"
 
     def forward(self, prediction: Prediction | Evidence) -> dict[str, Tensor]:
-        """A regression -> action (the position), var and es of holding 1, each (batch, ...)"""
+        """The `action` (position), and `var` and `es` of a position of 1, for a regression: (batch, ...) each."""
         distribution = distribution_of(prediction)
         dtype = prediction.mean.dtype
         if distribution is None:
@@ -125,7 +126,7 @@ class Risk(Decision):
         mean, variance = distribution.moments()
         position = (self.fraction * mean / variance).clamp(-self.limit, self.limit)
         if self.max_var is not None:
-            # short of it, the loss is in the other tail
+            # the losses of a short position are in the upper tail
             var = torch.where(position < 0, -position * distribution.quantile(self.level), -position * low)
             position = position * (self.max_var / var.clamp(min=self.max_var))
         position = torch.where(mean.isfinite() & variance.isfinite() & (variance > 0), position, 0.0)

@@ -1,4 +1,4 @@
-"""Predictors compiled ahead of time, for Python without a compiler, for C++ and for ONNX Runtime."""
+"""Compile predictors ahead of time, for Python without a compiler, for C++ and for ONNX Runtime."""
 
 from vbdl.export.gate import ExportError as ExportError
 from vbdl.export.package import Package as Package

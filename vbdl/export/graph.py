@@ -1,9 +1,8 @@
-"""The whole prediction of one tile as one graph of plain torch operations: draws, network, statistics, calibration
-and decision, with the seed and the rows as its inputs.
+"""The prediction of one tile as a single graph of plain torch operations, with the seed and the rows as its inputs.
 
-The noise of a predictor comes from opaque operators (`vbdl_kernels.philox`); here they are written out in the integer
-arithmetic of their specification, which every back end has. The draws are the same, and so are the numbers, to
-rounding.
+The graph holds draws, network, statistics, calibration and decision. A predictor's noise comes from opaque operators
+(`vbdl_kernels.philox`); here they are replaced by integer arithmetic according to their specification, which every
+back end supports. The draws are the same, and the predictions equal up to rounding.
 """
 
 from collections.abc import Sequence
@@ -30,9 +29,9 @@ _NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.d
 
 @dataclass(frozen=True)
 class TileCall:
-    """module(seed, *tile) -> the fields of the prediction of one tile, in the order of `fields`.
+    """A module that predicts one tile: module(seed, *tile) -> the prediction's fields, in the order of `fields`.
 
-    seed: () int64. tile: the tensors of one tile of rows, in the order of the call.
+    seed: () int64. tile: the input tensors of one tile of rows, in the order of the call.
     """
 
     module: fx.GraphModule
@@ -40,22 +39,22 @@ class TileCall:
 
 
 def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
-    """The prediction of tiles like this one, as a module that `torch.export` takes."""
+    """Trace the prediction of tiles with the shapes of this one into a module that `torch.export` accepts."""
     if predictor.estimator != "sampling":
-        raise ValueError("a package predicts by sampling: export replace(estimator='sampling')")
+        raise ValueError("a package predicts by sampling: export predictor.replace(estimator='sampling')")
     executions = predictor.executions.make(tile)
     likelihood = predictor.likelihood
     parts = [_Part(e, predictor) for e in executions]
     fields: list[str] = []
 
     def whole(constants: list[Tensor], seed: Tensor, given: list[Tensor]) -> list[Tensor]:
-        left, sums = iter(constants), None
+        remaining, sums = iter(constants), None
         for part in parts:
-            added = likelihood.summarize(part.parameters(left, seed, given))
+            added = likelihood.summarize(part.parameters(remaining, seed, given))
             sums = added if sums is None else likelihood.merge(sums, added)
-        found = likelihood.finish(sums)
-        fields[:] = found
-        return list(found.values())
+        finished = likelihood.finish(sums)
+        fields[:] = finished
+        return list(finished.values())
 
     constants = [t for part in parts for t in part.constants]
     seed = torch.tensor(predictor.seed, device=predictor.device)
@@ -73,41 +72,41 @@ def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
 
 
 def _closed(traced: fx.GraphModule, constants: Sequence[Tensor]) -> fx.GraphModule:
-    """The traced call with its constants inside, as buffers of one flat module: exporters lose those of submodules."""
-    held: dict[str, Tensor] = {}
+    """The traced call with its constants as buffers of one flat module; exporters lose buffers of submodules."""
+    buffers: dict[str, Tensor] = {}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
 
     def constant(t: Tensor) -> fx.Node:
-        name = f"constant_{len(held)}"
-        held[name] = t
+        name = f"constant_{len(buffers)}"
+        buffers[name] = t
         return graph.get_attr(name)
 
-    given = 0
+    position = 0
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            inputs = given - len(constants)
+            inputs = position - len(constants)
             name = "seed" if inputs == 0 else f"x{inputs - 1}"
-            copied[node] = constant(constants[given]) if inputs < 0 else graph.placeholder(name)
-            given += 1
+            copied[node] = constant(constants[position]) if inputs < 0 else graph.placeholder(name)
+            position += 1
         elif node.op == "get_attr":
             copied[node] = constant(getattr(traced, node.target))
         elif node.op == "output":
             graph.output(tuple(copied[n] for n in tree_leaves(node.args)))
         else:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
-    # placeholders come first
+    # exporters expect placeholders before all other nodes
     first = next(iter(graph.nodes))
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         first.prepend(node)
     holder = nn.Module()
-    for name, t in held.items():
+    for name, t in buffers.items():
         holder.register_buffer(name, t.detach())
     return fx.GraphModule(holder, graph)
 
 
 class _Part:
-    """The draws of one architecture: the traced call, what of its arguments is constant, and which are keys."""
+    """The traced draws of one architecture, with its constant arguments and the names of its key arguments."""
 
     def __init__(self, execution: Execution, predictor: Predictor):
         numbers = torch.arange(execution.n_samples)
@@ -117,15 +116,15 @@ class _Part:
         needed = execution.n_samples * execution.plan.activation_bytes
         if needed > predictor.settings.memory_budget:
             raise ValueError(
-                f"a package makes all {execution.n_samples} draws of a tile at once, which takes {needed / 2**20:.0f} "
-                f"MiB here, more than memory_budget: use smaller tiles, fewer draws or a larger memory_budget"
+                f"a package makes all {execution.n_samples} draws of a tile at once, which needs {needed / 2**20:.0f} "
+                f"MiB, more than memory_budget: use smaller tiles, fewer draws or a larger memory_budget"
             )
         self._numbers = numbers.to(traced.device)
         self._keys = _keys(execution, numbers, state, predictor.seed)
         self._names, shared = list(state), list(traced.shared.values())
         with torch.no_grad(), tracing():
             graph = traced.graph(state)
-        # no budget for what is kept of the draws: nothing may depend on the masks or weights of one seed
+        # budget 0 keeps no precomputed draws: the graph must not depend on the masks or weights of one seed
         rewrite(
             graph,
             traced.kinds(state),
@@ -140,7 +139,7 @@ class _Part:
         self.constants = [t for n, t in state.items() if n not in self._keys] + shared
 
     def parameters(self, constants: Any, seed: Tensor, x: list[Tensor]) -> Tensor:
-        """(samples, rows, ...) parameters of p(y | x); takes its own from the front of what is left of `constants`."""
+        """The parameters of p(y | x), (samples, rows, ...). constants: an iterator that starts with this part's."""
         entries = []
         for name in self._names:
             key = torch.stack((seed.expand(self._numbers.shape), self._numbers), dim=-1)
@@ -150,28 +149,28 @@ class _Part:
 
 
 def _keys(execution: Execution, numbers: Tensor, state: State, seed: int) -> set[str]:
-    """Entries of a draw that are its (seed, draw); ValueError where anything else of a draw depends on the seed."""
+    """The names of the entries that are (seed, draw) keys; ValueError if another entry depends on the seed."""
     posterior = execution.traced.model.posterior
-    other = execution.traced.model.entries(numbers, seed + 1 if seed < 2**62 else seed - 1)
-    found = set()
+    state_of_other_seed = execution.traced.model.entries(numbers, seed + 1 if seed < 2**62 else seed - 1)
+    keys = set()
     for name, t in state.items():
-        if torch.equal(other[name], t):
+        if torch.equal(state_of_other_seed[name], t):
             continue
         if t.dtype != torch.int64 or not torch.equal(t.cpu(), make_key(seed, numbers)):
             raise ValueError(
-                f"{name.removeprefix('network.')} of a {type(posterior).__name__} is drawn from the seed "
-                f"outside the network, so a package could not draw it: only (seed, draw) keys can be"
+                f"a {type(posterior).__name__} draws {name.removeprefix('network.')} from the seed outside the "
+                f"network, which a package cannot do: draw it inside the network, from its (seed, draw) key"
             )
-        found.add(name)
-    return found
+        keys.add(name)
+    return keys
 
 
 def _check_plain(graph: fx.GraphModule) -> None:
-    """Nothing of vbdl and nothing that draws from torch's generator is left in the graph."""
+    """Raise ValueError if the graph still has an operator of vbdl or one that draws from torch's generator."""
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise ValueError(f"{node.target} draws from torch's generator: a package of it would not be the predictor")
+            raise ValueError(f"{node.target} draws from torch's generator, so a package could not repeat its draws")
         if str(node.target).startswith("vbdl."):
             raise ValueError(f"{node.target} is an operator of vbdl, which a package cannot hold")

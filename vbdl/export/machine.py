@@ -1,4 +1,4 @@
-"""What a compiled package was made for, and which packages were made here."""
+"""The machine that a compiled package was made for, and the record of packages made on this machine."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import torch
 
 
 def describe() -> dict[str, object]:
-    """The machine and the libraries that compiled code depends on."""
+    """The properties that compiled code depends on: torch version, operating system, architecture, CPU features."""
     return {
         "torch": str(torch.__version__),
         "system": platform.system(),
@@ -20,33 +20,33 @@ def describe() -> dict[str, object]:
 
 
 def misfit(made_for: dict[str, object]) -> str | None:
-    """Why a package made for one machine does not run on this one, or None."""
+    """The reason why a package made for a machine (`describe`) cannot run on this one, or None."""
     here = describe()
     for key in ("torch", "system", "machine"):
         if made_for.get(key) != here[key]:
-            return f"it was made for {key} {made_for.get(key)}, and this is {here[key]}"
+            return f"it was made for {key} {made_for.get(key)}, but this is {here[key]}"
     missing = sorted(set(made_for.get("cpu", ())) - _cpu_flags())  # type: ignore[call-overload]
-    return f"it was made for a processor with {', '.join(missing[:5])}, which this has not" if missing else None
+    return f"it was made for a processor with {', '.join(missing[:5])}, which this one lacks" if missing else None
 
 
 def _cpu_flags() -> set[str]:
-    """Instruction sets, as Linux names them; the compiler uses all that there are."""
+    """The CPU's instruction sets by their Linux names; the compiler uses all of them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return {torch.backends.cpu.get_cpu_capability()}
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return set(found.partition(":")[2].split())
+    flags_line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return set(flags_line.partition(":")[2].split())
 
 
 def index() -> Path:
-    """The folder that remembers which packages were made here, readable by its owner only."""
+    """The path of the folder that records which packages were made here."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "vbdl" / "packages"
 
 
 def remember(digest: str) -> None:
-    """Note that a package with this digest was made here."""
+    """Record that a package with this digest was made here, in a folder that only its owner can read."""
     folder = index()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)

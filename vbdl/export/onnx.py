@@ -1,4 +1,4 @@
-"""The same graph for ONNX Runtime."""
+"""Write the graph of a tile's prediction as an ONNX file, and run it in ONNX Runtime."""
 
 import logging
 import warnings
@@ -14,7 +14,7 @@ from vbdl.export.graph import TileCall
 
 
 def write(call: TileCall, arguments: tuple[Tensor, ...], path: Path) -> None:
-    """One file with the weights inside. ModuleNotFoundError without the extra `onnx`."""
+    """Write the call as one ONNX file that includes the weights; ModuleNotFoundError without the extra `onnx`."""
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
@@ -37,11 +37,11 @@ def write(call: TileCall, arguments: tuple[Tensor, ...], path: Path) -> None:
     _name_outputs(path, call.fields)
 
 
-_OUTPUT = "vbdl_output_"  # a field is called as some value inside may be, `mean` for instance
+_OUTPUT = "vbdl_output_"  # prefix during export: an inner value of the graph may have a field's name, like `mean`
 
 
 def _name_outputs(path: Path, fields: Sequence[str]) -> None:
-    """The graph's outputs called as the fields are, and no value inside it."""
+    """Rename the graph's outputs to the names of the fields, and inner values that have such a name to another."""
     import onnx
 
     model = onnx.load(path)
@@ -62,9 +62,9 @@ def _name_outputs(path: Path, fields: Sequence[str]) -> None:
 
 
 def runner(path: Path, rows: int, shapes: Sequence[Sequence[int]]) -> Any:
-    """A call of one tile in ONNX Runtime, with as many threads as torch has.
+    """Load a function (seed, *tensors) -> fields that predicts one tile in ONNX Runtime, on as many threads as torch.
 
-    rows, shapes: of the tile and of a row of each tensor. ValueError where the graph takes others.
+    rows: the tile's size. shapes: the shape of a row of each tensor. Raises ValueError if the graph expects others.
     """
     try:
         import onnxruntime
@@ -75,17 +75,17 @@ def runner(path: Path, rows: int, shapes: Sequence[Sequence[int]]) -> Any:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    for given in session.get_inputs():
-        if given.name != "seed":
-            place = int(given.name.removeprefix("x"))
-            if place >= len(shapes) or list(given.shape) != [rows, *shapes[place]]:
-                raise ValueError(f"{path.name} takes {given.name} of shape {given.shape}")
+    for node in session.get_inputs():
+        if node.name != "seed":
+            place = int(node.name.removeprefix("x"))
+            if place >= len(shapes) or list(node.shape) != [rows, *shapes[place]]:
+                raise ValueError(f"{path.name} expects {node.name} of shape {node.shape}, not as package.json says")
 
     def call(*arguments: Tensor) -> list[Tensor]:
-        given: dict[str, np.ndarray] = {}
+        feed: dict[str, np.ndarray] = {}
         taken = iter(arguments) if len(names) == len(arguments) else iter(arguments[1:])
         for name in names:
-            given[name] = next(taken).numpy()
-        return [torch.from_numpy(np.asarray(v)) for v in session.run(None, given)]
+            feed[name] = next(taken).numpy()
+        return [torch.from_numpy(np.asarray(v)) for v in session.run(None, feed)]
 
     return call

@@ -1,11 +1,10 @@
-"""A predictor compiled ahead of time: a folder of native code that loads without compiling, from Python or C++.
+"""A package: a predictor compiled ahead of time into a folder that Python or C++ loads without a compiler.
 
-The code itself looks at nothing: other sizes than it was made for read out of bounds, other strides give other
-numbers. So every call goes through a check (dtype, shape, device, finite) and is padded to whole tiles, here and in
-`cpp/vbdl_package.h`.
+Compiled code does not check its inputs: a wrong size reads out of bounds, wrong strides give wrong results. So every
+call is checked (dtype, shape, device, finite) and padded to whole tiles, here and in `cpp/vbdl_package.h`.
 
-A package is native code and a derived cache: it is loaded where it was made, or where the caller trusts it, and only
-on a machine that it fits.
+A package is native code derived from a predictor. It is loaded only where it was made or if the caller trusts it, and
+only on a machine that it fits.
 """
 
 import hashlib
@@ -41,33 +40,33 @@ _MAX_BYTES = 2**20
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`package.json`."""
+    """The content of `package.json`, which describes a package."""
 
     format: int
     backend: str  # "aoti" or "onnx"
     inputs: Inputs
     fields: list[str]
-    tiles: dict[str, str]  # rows of a tile -> its file
-    sha256: dict[str, str]  # of each file
-    seed: int  # unless a call gives another
+    tiles: dict[str, str]  # number of rows of a tile -> name of its file
+    sha256: dict[str, str]  # file name -> SHA-256
+    seed: int  # default of a call
     n_samples: int
     device: str
     made_for: dict[str, Any]
     model: str  # digest of the predictor it was made from
     measured: dict[str, float]  # largest difference from the predictor, by field
-    digest: str = ""  # of all of the above, and by `sha256` of the files
+    digest: str = ""  # SHA-256 of all fields above, which through `sha256` covers the files
 
 
 def _digest(description: Description) -> str:
-    """Of everything in a description but the digest itself: what rows look like decides what native code reads."""
+    """The SHA-256 of a description without its digest; it covers the input shapes, which bound what the code reads."""
     return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(description, digest=""))).hexdigest()
 
 
 class Package:
-    """package(x, seed=None) -> the fields of the prediction by name, (batch, ...) each.
+    """A loaded package: package(x, seed=None) -> the prediction's fields by name, (batch, ...) each.
 
-    Any number of rows, as tensors or arrays. Raises ValueError for rows of another dtype, shape or device, and for rows
-    that are not finite.
+    x may be tensors or arrays with any number of rows. Raises ValueError for a wrong dtype, shape or device and for
+    rows that are not finite.
     """
 
     def __init__(self, description: Description, runners: Mapping[int, Any]):
@@ -93,39 +92,41 @@ class Package:
 
     def _check(self, x: Any) -> tuple[Rows, int]:
         x = as_tensor(x)
-        given = _parts(x) if isinstance(x, Tensor | tuple | dict) else []
+        parts = _parts(x) if isinstance(x, Tensor | tuple | dict) else []
         expected = self._inputs.tensors
         if self._inputs.layout == "keyword":
             names = [e.name for e in expected]
             if not isinstance(x, dict) or sorted(x) != sorted(map(str, names)):
-                raise ValueError(f"this package takes a dict of {names}")
+                raise ValueError(f"this package takes a dict with the keys {names}")
             x = {str(n): x[str(n)] for n in names}
-            given = _parts(x)
-        sound = bool(given) and all(isinstance(t, Tensor) for t in given)
-        if len(given) != len(expected) or not sound:
-            got = len(given) if sound else type(x).__name__
+            parts = _parts(x)
+        sound = bool(parts) and all(isinstance(t, Tensor) for t in parts)
+        if len(parts) != len(expected) or not sound:
+            got = len(parts) if sound else type(x).__name__
             raise ValueError(f"this package takes {len(expected)} tensor(s) or array(s), got {got}")
-        for t, e in zip(given, expected, strict=True):
+        for t, e in zip(parts, expected, strict=True):
             who = e.name or "the input"
             if t.dtype != DTYPES[e.dtype]:
                 raise ValueError(f"{who} is {t.dtype}, this package takes {DTYPES[e.dtype]}")
             if list(t.shape[1:]) != list(e.shape) or t.ndim != len(e.shape) + 1:
                 raise ValueError(f"{who} is {tuple(t.shape)}, this package takes (rows, {str(e.shape)[1:-1]})")
             if t.device.type != self.description.device or t.layout != torch.strided:
-                raise ValueError(f"{who} is on {t.device}, this package runs on {self.description.device}, dense")
+                raise ValueError(
+                    f"{who} is {t.layout} on {t.device}, this package takes dense tensors on {self.description.device}"
+                )
             if t.is_floating_point() and not math.isfinite(float(t.detach().sum())):
                 ok = t.isfinite().flatten(1).all(1) if t.ndim > 1 else t.isfinite()
                 if not bool(ok.all()):
                     bad = (~ok).nonzero().flatten().tolist()
                     raise ValueError(f"{len(bad)} of {len(ok)} rows are not finite, the first is row {bad[0]}")
-        rows = {t.shape[0] for t in given}
+        rows = {t.shape[0] for t in parts}
         if len(rows) > 1:
-            raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in given]}")
+            raise ValueError(f"the inputs have different numbers of rows: {[tuple(t.shape) for t in parts]}")
         return map_inputs(lambda t: t.detach(), x), rows.pop()
 
 
 def _parts(x: Any) -> list[Any]:
-    """The arguments of a call, tensors or not."""
+    """The positional and keyword arguments of a call as one list, not necessarily tensors."""
     args, kwargs = arguments(x)
     return [*args, *kwargs.values()]
 
@@ -138,32 +139,32 @@ def export(
     example: Rows | None = None,
     rebuild: bool = False,
 ) -> Package:
-    """Compile the predictor ahead of time into a folder, for every tile size of it; the package, loaded.
+    """Compile the predictor ahead of time into a folder, for each of its tile sizes, and return the loaded package.
 
-    A predictor with the default tiles gets one size, 64.
+    A predictor with the default tiles is compiled for one size, 64.
 
-    backend: "aoti", native code for this machine, or "onnx", for ONNX Runtime anywhere.
-    example: rows like the real ones, on which the gate compares; random normal numbers of the shape of what was
-        predicted before, unless given.
-    rebuild: compile again even where a package of this predictor is there and fits.
+    backend: "aoti", native code for this machine, or "onnx", for ONNX Runtime on any machine.
+    example: rows like the real ones, on which package and predictor are compared; default: standard normal numbers in
+        the shape of an earlier prediction's inputs.
+    rebuild: compile again even if the folder holds a valid package of this predictor.
 
-    The package is compared with the predictor before the folder appears. Raises ExportError where it is another: no
-    epistemic spread, numbers apart by more than 1e-5, a seed without effect.
+    The folder appears only after the package's predictions have been compared with the predictor's. Raises ExportError
+    if they differ by more than 1e-5, have no epistemic spread or do not depend on the seed.
     """
     if backend not in ("aoti", "onnx"):
-        raise ValueError(f'backend is "aoti" or "onnx", not {backend!r}')
+        raise ValueError(f'backend must be "aoti" or "onnx", not {backend!r}')
     probe, inputs = _probe(predictor, example)
-    if predictor.tiles == DEFAULT_TILES:  # nobody chose them, and each takes minutes to compile
+    if predictor.tiles == DEFAULT_TILES:  # the user chose none, and each size takes minutes to compile
         predictor = predictor.replace(tiles=INVARIANT_TILES)
     folder, model = Path(folder), identity(predictor)
     check_place(folder, _locate)
     if folder.exists() and not rebuild:
         try:
-            found = load_package(folder)
-            if found.description.model == model and found.description.backend == backend:
-                return found
+            existing = load_package(folder)
+            if existing.description.model == model and existing.description.backend == backend:
+                return existing
         except ExportError:
-            pass  # of another machine, another model, damaged: a cache is made again
+            pass  # damaged, or made on or for another machine: export again
     with tempfile.TemporaryDirectory() as scratch:
         files, fields = {}, []
         for size in predictor.tiles:
@@ -203,65 +204,68 @@ def export(
 
 
 def load_package(folder: str | Path, *, trust: bool = False) -> Package:
-    """A package from its folder, ready to be called; nothing is compiled.
+    """Load a package from its folder; nothing is compiled.
 
-    trust: run native code that was not made by this user on this machine. It can do whatever you can.
-    Raises ExportError where files are damaged, the package was made for another machine, or is not trusted.
+    trust: accept native code that was not made by this user on this machine. It can do whatever you can.
+    Raises ExportError if files are damaged, or the package was made for another machine or is not trusted.
     """
     folder = Path(folder)
     try:
         data = (folder / DESCRIPTION).read_bytes()
         if len(data) > _MAX_BYTES:
-            raise ExportError(f"{DESCRIPTION} has {len(data)} bytes")
+            raise ExportError(f"{DESCRIPTION} has {len(data)} bytes, more than the {_MAX_BYTES} allowed")
         description = msgspec.json.decode(data, type=Description)
     except OSError as error:
         raise ExportError(f"{folder} is not a package: {error}") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise ExportError(f"{DESCRIPTION} does not fit its format: {error}") from None
+        raise ExportError(f"{DESCRIPTION} does not match its schema: {error}") from None
     if description.format != FORMAT:
         raise ExportError(f"the package has format {description.format}, this vbdl reads {FORMAT}: export again")
     if description.digest != _digest(description):
-        raise ExportError(f"{DESCRIPTION} is not as it was exported: damaged or edited")
+        raise ExportError(f"{DESCRIPTION} was damaged or edited after the export: export again")
     if odd := [e.dtype for e in description.inputs.tensors if e.dtype not in DTYPES]:
-        raise ExportError(f"{DESCRIPTION} names the dtype {odd[0][:40]!r}")
+        raise ExportError(f"{DESCRIPTION} names the unknown dtype {odd[0][:40]!r}; known are {sorted(DTYPES)}")
     if description.backend not in ("aoti", "onnx") or not description.tiles:
-        raise ExportError(f"{DESCRIPTION} names the back end {description.backend[:40]!r}")
+        raise ExportError(
+            f"{DESCRIPTION} must name a back end, aoti or onnx, and at least one tile; its back end is "
+            f"{description.backend[:40]!r}"
+        )
     if description.backend == "aoti" and (reason := machine.misfit(description.made_for)):
-        raise ExportError(f"the package does not fit: {reason}. Export the model again here")
+        raise ExportError(f"the package does not fit this machine: {reason}. Export the model again here")
     for rows, name in description.tiles.items():
         suffix = "pt2" if description.backend == "aoti" else "onnx"
         if not rows.isdecimal() or name != f"tile_{rows}.{suffix}":
-            raise ExportError(f"{DESCRIPTION} names the file {name[:80]!r}")
+            raise ExportError(f"{DESCRIPTION} names the file {name[:80]!r} for tiles of {rows[:20]} rows: export again")
         path = folder / name
         if path.is_symlink() or not path.is_file():
-            raise ExportError(f"{name} is not there, or not a file of its own")
+            raise ExportError(f"{name} is missing or not a regular file: export again")
         digest = machine.sha256(path)
         if digest != description.sha256.get(name):
-            raise ExportError(f"{name} is not the file that was exported: damaged or exchanged")
+            raise ExportError(f"{name} was damaged or replaced after the export: export again")
     if description.backend == "aoti" and not trust and not machine.was_made_here(description.digest):
         raise ExportError(
-            "this is native code that was not made here: export the model again, or load_package(..., trust=True) if "
-            "you know who made it"
+            "this native code was not made here: export the model again, or use load_package(..., trust=True) if you "
+            "know who made it"
         )
     try:
         runners = _runners(description, folder)
     except ImportError:
         raise
-    except Exception as error:  # a runtime refuses a file in many ways
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ExportError(f"the files of the package cannot be loaded: {said}") from error
+    except Exception as error:  # runtimes raise errors of any type
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ExportError(f"the files of the package cannot be loaded: {message}") from error
     return Package(description, runners)
 
 
 def _locate(folder: Path) -> None:
-    """Raises unless a folder holds a package and nothing else: only that is replaced."""
+    """Raise FileExistsError if the folder holds anything but a package, because it would be deleted."""
     for entry in folder.iterdir():
         if entry.name != DESCRIPTION and not re.fullmatch(r"tile_\d+\.(pt2|onnx)", entry.name):
-            raise FileExistsError(f"{folder} holds {entry.name}, which no package does: choose another folder")
+            raise FileExistsError(f"{folder} holds {entry.name}, which is no part of a package: choose another folder")
 
 
 def identity(predictor: Predictor) -> str:
-    """A digest of everything that a prediction depends on."""
+    """The SHA-256 of everything a prediction depends on: tensors, modules, settings, torch version and device."""
     digest = hashlib.sha256()
     for owner in (predictor.posterior, predictor.likelihood):
         for name, t in sorted(owner.state_dict().items()):
@@ -274,14 +278,14 @@ def identity(predictor: Predictor) -> str:
 
 
 def _compile(call: TileCall, tile: Flat, path: Path, backend: str, seed: int) -> None:
-    """One file, for one size of tile."""
+    """Compile the call of one tile size into one file."""
     arguments = (torch.tensor(seed), *tile.tensors)
     if backend == "onnx":
         from vbdl.export.onnx import write
 
         write(call, arguments, path)
         return
-    from torch._inductor import aoti_compile_and_package  # what loads a package needs no compiler, and waits for none
+    from torch._inductor import aoti_compile_and_package  # here, so that loading a package does not import the compiler
 
     from vbdl.export.native import written
 
@@ -309,7 +313,7 @@ def _runners(description: Description, folder: Path) -> dict[int, Any]:
 
 
 def _probe(predictor: Predictor, example: Rows | None) -> tuple[Rows, Inputs]:
-    """Rows to compare on, and what they look like."""
+    """(the rows to compare package and predictor on, the description of the inputs)."""
     if example is not None:
         checked = predictor.check(example)
         if checked.rows < 1:
@@ -317,14 +321,14 @@ def _probe(predictor: Predictor, example: Rows | None) -> tuple[Rows, Inputs]:
         return checked.nested, cast(Inputs, inputs_of(predictor, example))
     inputs = inputs_of(predictor, None)
     if inputs is None:
-        raise ValueError("nothing was predicted yet, so the shape of a row is not known: export(..., example=rows)")
+        raise ValueError("the shape of a row is unknown before the first prediction: use export(..., example=rows)")
     if any(not DTYPES[e.dtype].is_floating_point for e in inputs.tensors):
-        raise ValueError("integer inputs have a meaning that random numbers have not: export(..., example=rows)")
+        raise ValueError("integer inputs cannot be replaced by random numbers: use export(..., example=rows)")
     generator = torch.Generator().manual_seed(0)
-    made = [
+    columns = [
         torch.randn((64, *e.shape), generator=generator, dtype=torch.float32).to(predictor.device, DTYPES[e.dtype])
         for e in inputs.tensors
     ]
     if inputs.layout == "keyword":
-        return {str(e.name): t for e, t in zip(inputs.tensors, made, strict=True)}, inputs
-    return (made[0] if inputs.layout == "tensor" else tuple(made)), inputs
+        return {str(e.name): t for e, t in zip(inputs.tensors, columns, strict=True)}, inputs
+    return (columns[0] if inputs.layout == "tensor" else tuple(columns)), inputs

@@ -1,8 +1,9 @@
-"""Scores of predictions and of uncertainties.
+"""Metrics of predictions and of uncertainties.
 
-Per-row scores return (batch,) and go into `Mean` (a stream), `mean_estimate` (with its standard error), `bootstrap` and
-`compare` (two methods, paired). Metrics of whole sets return a number; those with an exact form of bounded memory have
-a streaming class beside them, the others go into `Rows`.
+A score of single rows returns (batch,); pass it to `Mean` to average it over a stream, and its result to
+`mean_estimate` (mean with standard error) or `compare` (two methods, paired). A metric of a whole set returns a number;
+`bootstrap` gives it an interval. A metric that can be computed exactly in bounded memory has a streaming class beside
+it; wrap the others in `Rows`.
 """
 
 from vbdl.metrics.accuracy import accuracy as accuracy

@@ -1,7 +1,7 @@
-"""Bins of stated probabilities, and what is counted in them.
+"""Bins of predicted probabilities, with their counts, hits and sums.
 
-Equal-width bins are right-closed, the first one closed on both sides: p = 1 lies in the last bin. A confidence of lower
-precision is compared with the edges after conversion to float64.
+Equal-width bins are closed on the right, the first one on both sides: p = 1 lies in the last bin. Probabilities are
+compared with the bin edges in float64.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def bin_numbers(p: Tensor, n_bins: int) -> Tensor:
-    """Number of the equal-width right-closed bin of each p in [0, 1]: int64, the shape of p."""
+    """The index of each p's equal-width bin, closed on the right; p in [0, 1]. int64, the shape of p."""
     edges = torch.arange(1, n_bins, dtype=torch.float64, device=p.device) / n_bins
     return torch.bucketize(p.contiguous(), edges)
 
 
 def equal_mass_bins(p: Tensor, n_bins: int) -> Tensor:
-    """Number of the equal-mass bin of each p (batch,): int64.
+    """The index of each p's equal-mass bin: p (batch,) -> (batch,) int64.
 
-    Ranks are cut into n_bins parts whose sizes differ by at most one, then equal values are put together, into the
-    bin of the first of them: the order of the rows cannot matter. With many equal values there are fewer bins.
+    The ranks are split into n_bins parts whose sizes differ by at most one; all equal values then go into the bin of
+    the first of them, so that the order of the rows does not matter. With many equal values some bins stay empty.
     """
     n = p.numel()
     ordered, order = p.sort(stable=True)
@@ -33,7 +33,7 @@ def equal_mass_bins(p: Tensor, n_bins: int) -> Tensor:
 
 
 def binned(p: Tensor, n_bins: int, binning: str) -> Tensor:
-    """The number of each p's bin; binning: "width" or "mass"."""
+    """The index of each p's bin; binning: "width" (equal width) or "mass" (equal mass)."""
     if binning == "width":
         return bin_numbers(p, n_bins)
     if binning == "mass":
@@ -42,7 +42,7 @@ def binned(p: Tensor, n_bins: int, binning: str) -> Tensor:
 
 
 def check_bins(n_bins: int) -> int:
-    """The number of bins, or ValueError if it is not positive."""
+    """Return n_bins; ValueError if it is not positive."""
     if n_bins < 1:
         raise ValueError(f"n_bins must be at least 1, not {n_bins}")
     return n_bins
@@ -50,7 +50,7 @@ def check_bins(n_bins: int) -> int:
 
 @dataclass
 class Bins:
-    """Counts, hits and summed probabilities of each bin."""
+    """The rows, hits and summed probabilities in each bin: tensors (bins,)."""
 
     counts: Tensor  # int64
     hits: Tensor  # int64
@@ -74,15 +74,15 @@ class Bins:
         )
 
     def gaps(self) -> Tensor:
-        """|mean probability - frequency| of each bin, 0 where it is empty."""
+        """|mean probability - frequency of hits| of each bin, (bins,); 0 for empty bins."""
         return ((self.sums - self.hits) / self.counts.clamp(min=1)).abs()
 
     def expected(self) -> float:
-        """Σ n_b/n · gap_b, with one division: exact where the sums are."""
+        """Σ n_b/n · gap_b, computed with a single division, so that exact sums give an exactly rounded result."""
         return float((self.sums - self.hits).abs().sum() / self.counts.sum())
 
     def debiased_square(self) -> float:
-        """Σ n_b/n (gap_b² - f_b(1 - f_b)/(n_b - 1)); bins of one row say nothing and count as 0."""
+        """Σ n_b/n (gap_b² - f_b(1 - f_b)/(n_b - 1)) with the frequency f_b; bins with a single row count as 0."""
         n_bin = self.counts.to(torch.float64)
         f = self.hits / n_bin.clamp(min=1)
         terms = self.gaps() ** 2 - f * (1 - f) / (n_bin - 1).clamp(min=1)

@@ -1,19 +1,19 @@
-"""What every metric and calibrator asks of its inputs, with one wording for each refusal."""
+"""Checks of the inputs of metrics and calibrators, with one wording for each error."""
 
 import torch
 from torch import Tensor
 
-# how far a row may be from summing to one: rounding of a softmax in that dtype, and no more
+# tolerated difference of a row's sum from one: the rounding of a softmax in that dtype
 _SUM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 def _first_row(bad: Tensor) -> int:
-    """Number of the first row in which `bad` holds anywhere."""
+    """The index of the first row that has a True anywhere in `bad`."""
     return int(bad.reshape(bad.shape[0], -1).any(dim=1).nonzero()[0])
 
 
 def check_finite(values: Tensor, name: str) -> Tensor:
-    """`values` as float64, detached. ValueError with the row number when one is NaN or infinite."""
+    """Return `values` as float64, detached; ValueError with the row's index if one is NaN or infinite."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(values).__name__}")
     values = values.detach()
@@ -26,10 +26,10 @@ def check_finite(values: Tensor, name: str) -> Tensor:
 
 
 def check_probs(probs: Tensor, name: str = "probs", empty: bool = False) -> Tensor:
-    """Probabilities as float64 (batch, classes); (batch,) is read as the probability of class 1 of two.
+    """Return probabilities as float64 (batch, classes); (batch,) is taken as the probability of class 1 of two.
 
-    ValueError when a value is NaN or outside [0, 1], when a row does not sum to one, or, unless `empty` is allowed,
-    when there are no rows.
+    Raises ValueError if a value is NaN or outside [0, 1], if a row does not sum to one, or if there are no rows and
+    `empty` is False.
     """
     if not isinstance(probs, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(probs).__name__}")
@@ -63,7 +63,7 @@ def check_probs(probs: Tensor, name: str = "probs", empty: bool = False) -> Tens
 
 
 def check_labels(y: Tensor, n: int, n_classes: int, name: str = "y") -> Tensor:
-    """Labels as int64 (batch,). Errors when they are not whole numbers in [0, n_classes) or not n of them."""
+    """Return labels as int64 (batch,). TypeError if they are not integers, ValueError if not n in [0, n_classes)."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(y).__name__}")
     if y.is_floating_point() or y.is_complex():
@@ -79,13 +79,13 @@ def check_labels(y: Tensor, n: int, n_classes: int, name: str = "y") -> Tensor:
 
 
 def check_probs_and_labels(probs: Tensor, y: Tensor, empty: bool = False) -> tuple[Tensor, Tensor]:
-    """(probs float64 (batch, classes), y int64 (batch,)), both checked and on the device of probs."""
+    """Check and return (probs, y): float64 (batch, classes) and int64 (batch,), both on the device of probs."""
     values = check_probs(probs, empty=empty)
     return values, check_labels(y, values.shape[0], values.shape[1]).to(values.device)
 
 
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
-    """One finite float64 number a row, (batch,), at least one row."""
+    """Return scores as float64; ValueError unless they are (batch,), finite and at least one."""
     values = check_finite(scores, name)
     if values.ndim != 1:
         raise ValueError(f"{name} must be (batch,), not {tuple(values.shape)}")
@@ -95,9 +95,9 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 
 
 def check_targets(mean: Tensor, y: Tensor, name: str = "mean") -> tuple[Tensor, Tensor]:
-    """Regression values and targets as float64 of one shape, (batch,) or (batch, ...).
+    """Return predicted values and targets as float64 of one shape, (batch,) or (batch, ...).
 
-    Shapes must be equal: (batch,) against (batch, 1) would broadcast to (batch, batch) without a word.
+    The shapes must be equal, because (batch,) and (batch, 1) would silently broadcast to (batch, batch).
     """
     mean, y = check_finite(mean, name), check_finite(y, "y")
     if mean.shape != y.shape:
@@ -108,21 +108,21 @@ def check_targets(mean: Tensor, y: Tensor, name: str = "mean") -> tuple[Tensor, 
 
 
 def check_std(std: Tensor, shape: torch.Size, name: str = "std", zero: bool = False) -> Tensor:
-    """Standard deviations as float64 of the given shape; positive, or not negative where `zero` is allowed."""
+    """Return standard deviations as float64; ValueError unless of this shape and positive (0 is allowed if `zero`)."""
     std = check_finite(std, name)
     if std.shape != shape:
         raise ValueError(f"{name} is {tuple(std.shape)}, expected {tuple(shape)}")
     bad = std < 0 if zero else std <= 0
     if bool(bad.any()):
         raise ValueError(
-            f"{name} must be {'not negative' if zero else 'positive'}, and is {float(std[bad][0]):g} "
+            f"{name} must be {'not negative' if zero else 'positive'}, but is {float(std[bad][0]):g} "
             f"in row {_first_row(bad)}"
         )
     return std
 
 
 def check_rate(value: float, name: str) -> float:
-    """A number strictly between 0 and 1."""
+    """Return the value as a float; ValueError unless it lies strictly between 0 and 1."""
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
     return float(value)

@@ -1,4 +1,4 @@
-"""The class behind as_torchmetric; imported by it alone, since it needs torchmetrics."""
+"""The class that as_torchmetric returns, in a module of its own because it needs torchmetrics."""
 
 import copy
 from typing import Any
@@ -10,12 +10,12 @@ from vbdl.metrics.streaming import Accumulator
 
 
 class AccumulatorMetric(torchmetrics.Metric):
-    """A torchmetrics.Metric that keeps its state in an accumulator of vbdl.metrics."""
+    """A torchmetrics.Metric whose state is an accumulator of vbdl.metrics."""
 
     full_state_update = False
 
     def __init__(self, accumulator: Accumulator) -> None:
-        # this class gathers by itself: its state is counts and sums in an accumulator, no list of tensors
+        # torchmetrics does not know the accumulator, so this class merges it over processes itself
         super().__init__(sync_on_compute=False, compute_with_cache=False)
         self.accumulator = _emptied(accumulator)
 
@@ -50,7 +50,7 @@ def _scalar(value: Any) -> torch.Tensor:
 
 
 def _over_processes(accumulator: Accumulator) -> Accumulator:
-    """The accumulators of all processes merged, in the order of ranks."""
+    """The accumulators of all processes merged in the order of their ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return accumulator
     parts: list[Any] = [None] * torch.distributed.get_world_size()

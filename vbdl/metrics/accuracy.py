@@ -10,7 +10,7 @@ from vbdl.metrics.estimate import Interval, proportion_interval
 
 
 def correct(probs: Tensor, y: Tensor) -> Tensor:
-    """1.0 where the most probable class is the true one; the first of equally probable classes counts.
+    """1.0 for each row whose most probable class (the first, if several are) is the true one, else 0.0.
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,) float64
     """
@@ -19,7 +19,7 @@ def correct(probs: Tensor, y: Tensor) -> Tensor:
 
 
 def accuracy(probs: Tensor, y: Tensor) -> float:
-    """Share of rows whose most probable class is the true one. ValueError without rows."""
+    """The share of rows whose most probable class is the true one; ValueError if there are no rows."""
     hits = correct(probs, y)
     if hits.numel() == 0:
         raise ValueError("probs has no rows")
@@ -27,13 +27,13 @@ def accuracy(probs: Tensor, y: Tensor) -> float:
 
 
 def accuracy_interval(probs: Tensor, y: Tensor, level: float = 0.95) -> Interval:
-    """Accuracy with its exact binomial (Clopper-Pearson) interval."""
+    """The accuracy with its exact binomial (Clopper-Pearson) interval."""
     hits = correct(probs, y)
     return proportion_interval(int(hits.sum()), hits.numel(), level)
 
 
 def squared_error(mean: Tensor, y: Tensor) -> Tensor:
-    """(y - mean)² of each row, averaged over outputs, squared target units.
+    """(y - mean)² of each row, averaged over outputs, in squared units of the target.
 
     mean, y: (batch,) or (batch, outputs)  ->  (batch,)
     """
@@ -42,7 +42,7 @@ def squared_error(mean: Tensor, y: Tensor) -> Tensor:
 
 
 def rmse(mean: Tensor, y: Tensor) -> float:
-    """Root of the mean squared error over rows and outputs, target units. ValueError without rows."""
+    """The root mean squared error over rows and outputs, in units of the target; ValueError if there are no rows."""
     errors = squared_error(mean, y)
     if errors.numel() == 0:
         raise ValueError("mean has no rows")

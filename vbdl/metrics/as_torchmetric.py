@@ -1,4 +1,4 @@
-"""The streaming metrics for people whose training loop speaks torchmetrics, which need not be installed otherwise."""
+"""Streaming metrics as torchmetrics.Metric objects; torchmetrics is needed only here."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from vbdl.metrics.streaming import Accumulator
 
 
 def as_torchmetric(accumulator: Accumulator) -> Any:  # a torchmetrics.Metric, which need not be installed
-    """A torchmetrics.Metric around an accumulator: Mean(brier_score), CalibrationError(), Rows(auroc), ...
+    """Wrap an accumulator, like Mean(brier_score), CalibrationError() or Rows(auroc), as a torchmetrics.Metric.
 
-    update, compute, reset, forward (the value of the batch, which is added too), merge_state, and all processes
-    together in compute where torch.distributed runs. It can be copied, pickled and put into a MetricCollection. The
-    accumulator given is copied, and starts empty. compute returns a float64 scalar; what else an accumulator knows (an
-    interval, a diagram, parts of a score) is asked of `.accumulator`.
+    The metric has update, compute, reset, merge_state and forward (which adds a batch and returns its value); if
+    torch.distributed runs, compute covers the rows of all processes. It can be copied, pickled and put into a
+    MetricCollection. It works on an empty copy of the accumulator. compute returns a float64 scalar; the accumulator's
+    other results (an interval, a diagram, parts of a score) are available from `.accumulator`.
 
-    ImportError when torchmetrics is not installed.
+    Raises ImportError if torchmetrics is not installed.
     """
     try:
         from vbdl.metrics._torchmetric import AccumulatorMetric

@@ -1,4 +1,4 @@
-"""Brier score, and what it is made of.
+"""The Brier score and its decomposition.
 
 Brier, Verification of forecasts expressed in terms of probability, 1950,
 https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
@@ -19,7 +19,7 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 
 def brier_score(probs: Tensor, y: Tensor) -> Tensor:
-    """Σ_k (p_k - 1[y = k])² of each row, in [0, 2]: over all classes, so twice sklearn's binary score.
+    """The Brier score Σ_k (p_k - 1[y = k])² of each row, in [0, 2]; for two classes twice sklearn's binary score.
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,)
     """
@@ -29,12 +29,12 @@ def brier_score(probs: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BrierParts:
-    """brier = reliability - resolution + uncertainty + within_bin, exactly.
+    """The parts of the mean Brier score: brier = reliability - resolution + uncertainty + within_bin, exactly.
 
-    reliability: squared distance of forecast and frequency in a bin, lower is better. resolution: how far the bins'
-    frequencies lie from the base rate, higher is better. uncertainty: of the labels alone.
-    within_bin: variance of the forecasts inside bins minus twice their covariance with the labels; 0 when each bin
-    holds one value.
+    reliability: squared difference of mean forecast and frequency in a bin, lower is better. resolution: squared
+    difference of the bins' frequencies from the base rate, higher is better. uncertainty: variance of the labels alone.
+    within_bin: variance of the forecasts inside bins minus twice their covariance with the labels; 0 if each bin holds
+    a single forecast value.
     """
 
     brier: float
@@ -48,9 +48,9 @@ class BrierParts:
 
 
 class BrierDecomposition:
-    """Streaming decomposition of the Brier score, class by class in equal-width bins, summed over classes.
+    """A streaming decomposition of the Brier score, in equal-width bins for each class, summed over classes.
 
-    State: five (classes, bins) tables, int64 counts and float64 sums.
+    Its state is five (classes, bins) tables: counts in int64, sums in float64.
     """
 
     def __init__(self, n_bins: int = 10):
@@ -119,7 +119,7 @@ class BrierDecomposition:
 
 
 def brier_decomposition(probs: Tensor, y: Tensor, n_bins: int = 10) -> BrierParts:
-    """The parts of the mean Brier score of probs (batch, classes), y (batch,)."""
+    """The parts of the mean Brier score. probs: (batch, classes);  y: (batch,)"""
     parts = BrierDecomposition(n_bins)
     parts.update(probs, y)
     return parts.compute()

@@ -1,11 +1,9 @@
-"""Calibration error of the top label: how far the confidence lies from the accuracy, bin by bin.
+"""Calibration error of the top label: the difference of confidence and accuracy, in bins of the confidence.
 
 Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017, https://arxiv.org/abs/1706.04599
 Kumar, Liang, Ma, Verified Uncertainty Calibration, 2019, https://arxiv.org/abs/1909.10155 (debiased)
 Roelofs, Cain, Shlens, Mozer, Mitigating Bias in Calibration Error Estimation, 2022, https://arxiv.org/abs/2012.08668
-(as many bins as stay in order)
-
-The stream keeps int64 counts and float64 sums, O(bins).
+(the largest number of bins whose frequencies increase)
 """
 
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a reliability diagram shows. Empty bins have NaN means."""
+    """The values of a reliability diagram; NaN for empty bins."""
 
-    counts: Tensor  # (bins,) int64
-    confidence: Tensor  # (bins,) mean stated probability
+    counts: Tensor  # (bins,) int64, rows
+    confidence: Tensor  # (bins,) mean predicted probability
     frequency: Tensor  # (bins,) observed frequency
 
 
@@ -32,9 +30,10 @@ def _top_label(probs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CalibrationError:
-    """Streaming calibration error of the top label in equal-width bins: ECE, MCE, the debiased L2 error.
+    """The streaming calibration error of the top label in equal-width bins.
 
-    compute() is the ECE; max_error() the MCE; debiased() Kumar's; reliability() the diagram.
+    compute() returns the expected calibration error (ECE), max_error() the maximum (MCE), debiased() the debiased L2
+    error of Kumar et al., reliability() the diagram. The state is int64 counts and float64 sums, O(bins).
     """
 
     def __init__(self, n_bins: int = 15):
@@ -83,28 +82,29 @@ def _top_bins(probs: Tensor, y: Tensor, n_bins: int, binning: str) -> Bins:
 
 
 def ece(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
-    """Expected calibration error of the top label, in [0, 1].
+    """The expected calibration error of the top label, in [0, 1].
 
-    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  binning: "width" or "mass" (needs all rows).
+    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  binning: "width" (equal width) or "mass" (equal
+    mass).
     """
     return _top_bins(probs, y, n_bins, binning).expected()
 
 
 def mce(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
-    """Maximum calibration error: the largest gap of any bin that holds a row. Noisy where bins are small."""
+    """The maximum calibration error: the largest gap of a bin that is not empty. It is noisy for bins of few rows."""
     return float(_top_bins(probs, y, n_bins, binning).gaps().max())
 
 
 def debiased_calibration_error(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "mass") -> float:
-    """Root of the debiased squared calibration error of the top label (Kumar et al.); 0 where it is negative."""
+    """The root of the debiased squared calibration error of the top label (Kumar et al.); 0 if that is negative."""
     return max(0.0, _top_bins(probs, y, n_bins, binning).debiased_square()) ** 0.5
 
 
 def ece_sweep(probs: Tensor, y: Tensor, binning: str = "mass") -> float:
-    """ECE with the most bins whose frequencies still rise with the confidence (Roelofs et al.): nothing to choose.
+    """The ECE with the largest number of bins whose frequencies increase with the confidence (Roelofs et al.).
 
-    From one bin upwards, up to one a row; the count before the first that breaks the order. O(batch · bins): all rows
-    are needed, for a stream Rows(ece_sweep).
+    Numbers of bins are tried from one upwards to one per row, until one breaks the order. O(batch · bins) time. All
+    rows are needed at once: for a stream use Rows(ece_sweep).
     """
     confidence, hit = _top_label(*check_probs_and_labels(probs, y))
     error = 0.0

@@ -1,4 +1,4 @@
-"""Class-wise calibration error: the mean over classes of the calibration error of each class's own probability."""
+"""Class-wise calibration error: the mean over classes of the calibration error of the class's probability."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 
 class ClasswiseCalibrationError:
-    """Streaming class-wise ECE: mean over classes of the ECE of each class's own probability, equal width."""
+    """The streaming class-wise ECE: the mean over classes of the ECE of the class's probability, equal-width bins."""
 
     def __init__(self, n_bins: int = 15):
         self.n_bins = check_bins(n_bins)
@@ -42,12 +42,12 @@ class ClasswiseCalibrationError:
     def compute(self) -> float:
         if self._bins is None or int(self._bins.counts.sum()) == 0:
             raise ValueError("no rows yet: call update first")
-        # every class has seen every row, so the mean over classes is one division by all counts
+        # each class counts every row, so dividing by the sum of all counts averages over rows and classes
         return self._bins.expected()
 
 
 def classwise_ece(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
-    """Mean over classes of the calibration error of that class's probability, in [0, 1]."""
+    """The mean over classes of the ECE of the class's probability, in [0, 1]. probs: (batch, classes);  y: (batch,)"""
     probs, y = check_probs_and_labels(probs, y)
     check_bins(n_bins)
     errors = [

@@ -1,4 +1,4 @@
-"""Continuous ranked probability score and energy score, exact, in target units.
+"""The continuous ranked probability score (CRPS) and the energy score, computed exactly, in units of the target.
 
 Gneiting, Raftery, Strictly proper scoring rules, prediction, and estimation, 2007,
 https://doi.org/10.1198/016214506000001437
@@ -19,16 +19,16 @@ _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
 def _expected_distance(difference: Tensor, std: Tensor) -> Tensor:
-    """E|difference + std·Z| for a standard normal Z; |difference| where std is 0."""
+    """E|difference + std·Z| for a standard normal Z; |difference| if std is 0."""
     z = difference / std.clamp(min=torch.finfo(torch.float64).tiny)
-    # 2Φ(z) - 1 = erf(z/√2), without the cancellation of the left side
+    # erf(z/√2) = 2Φ(z) - 1, but without the cancellation of the right side
     spread = 2 * std * _INV_SQRT_2PI * torch.exp(-0.5 * z * z)
     smooth = spread + difference * torch.erf(z / math.sqrt(2))
     return torch.where(std > 0, smooth, difference.abs())
 
 
 def crps_gaussian(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
-    """CRPS of N(mean, std²), target units, each output on its own; std = 0 scores |y - mean|.
+    """The CRPS of N(mean, std²) for each output separately, in units of the target; |y - mean| if std is 0.
 
     mean, std, y: (batch,) or (batch, ...)  ->  the same shape
     """
@@ -38,11 +38,12 @@ def crps_gaussian(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
 
 
 def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """CRPS of the Gaussian mixture over samples, in closed form, target units, each output on its own.
+    """The CRPS of the Gaussian mixture over samples, in closed form, for each output separately, in target units.
 
     means, stds: (samples, batch) or (samples, batch, ...);  y: means.shape[1:]  ->  y.shape
+    weights: (samples,), equal by default.
 
-    Work grows with the square of the samples, memory with the samples.
+    Time grows with the square of the number of samples, memory linearly.
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights, zero=True)
     assert target is not None
@@ -55,11 +56,11 @@ def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None 
 
 
 def crps_samples(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
-    """CRPS of the samples' empirical distribution, target units, each output on its own, by sorting.
+    """The CRPS of the samples' empirical distribution for each output separately, in units of the target.
 
     samples: (samples, batch) or (samples, batch, ...);  y: samples.shape[1:]  ->  y.shape
 
-    fair=True is unbiased for the distribution that the samples were drawn from, and needs two of them.
+    fair=True gives an unbiased estimate for the distribution the samples were drawn from (Ferro); needs two samples.
     """
     samples, y = _check_samples(samples, y, fair)
     m = samples.shape[0]
@@ -72,7 +73,7 @@ def crps_samples(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
 
 
 def energy_score(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
-    """E‖X - y‖ - ½E‖X - X'‖ of each row, target units: the CRPS of its elements jointly.
+    """The energy score E‖X - y‖ - ½E‖X - X'‖ of each row, in units of the target: a CRPS of all outputs jointly.
 
     samples: (samples, batch, ...);  y: (batch, ...)  ->  (batch,)
     """

@@ -1,4 +1,4 @@
-"""How much the members of an ensemble differ.
+"""Measures of how much the members of an ensemble differ.
 
 Fort, Hu, Lakshminarayanan, Deep Ensembles: A Loss Landscape Perspective, 2019, https://arxiv.org/abs/1912.02757
 (disagreement)
@@ -19,18 +19,22 @@ from vbdl.metrics._checks import check_labels, check_probs
 
 @dataclass(frozen=True)
 class Diversity:
-    """Averages over rows, and over pairs of members where it says pairwise."""
+    """The diversity of an ensemble's members: averages over rows, and over pairs of members if "pairwise"."""
 
     disagreement: float  # pairwise share of rows with different labels, in [0, 1]
     mutual_information: float  # nats: entropy of the mean minus mean entropy, = mean KL to the mean
-    pairwise_kl: float  # nats; infinite where one member excludes what another allows
-    variance: float  # of the probabilities over members, summed over classes
-    error_correlation: float  # pairwise, of being wrong; NaN without y, or where no member is ever wrong
-    q_statistic: float  # pairwise, in [-1, 1]; NaN without y, or where it is 0/0
+    pairwise_kl: float  # nats; infinite if a member gives probability 0 to a class that another allows
+    variance: float  # variance of the probabilities over members, summed over classes
+    error_correlation: float  # pairwise correlation of errors; NaN without y, or if a member is always right or wrong
+    q_statistic: float  # pairwise, in [-1, 1]; NaN without y, or if it is 0/0
 
 
 def diversity(probs: Tensor, y: Tensor | None = None) -> Diversity:
-    """probs: (members, batch, classes), at least two members;  y: (batch,), for the last two figures."""
+    """Measure the diversity of an ensemble.
+
+    probs: (members, batch, classes), at least two members.
+    y: (batch,) labels, needed for error_correlation and q_statistic.
+    """
     if not isinstance(probs, Tensor) or probs.ndim != 3:
         shape = tuple(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
         raise ValueError(f"probs must be a (members, batch, classes) tensor, not {shape}")
@@ -68,7 +72,7 @@ def diversity(probs: Tensor, y: Tensor | None = None) -> Diversity:
 
 
 def _q_statistic(a: Tensor, b: Tensor) -> float:
-    """(n11 n00 - n01 n10) / (n11 n00 + n01 n10)."""
+    """Yule's Q of two members' errors, (n11 n00 - n01 n10) / (n11 n00 + n01 n10); a, b: (batch,) 0 or 1."""
     both, neither = float((a * b).sum()), float(((1 - a) * (1 - b)).sum())
     only_a, only_b = float((a * (1 - b)).sum()), float(((1 - a) * b).sum())
     total = both * neither + only_a * only_b

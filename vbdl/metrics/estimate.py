@@ -1,4 +1,4 @@
-"""A number with its uncertainty, intervals around it, and the comparison of two methods on the same rows."""
+"""Estimates with standard errors, confidence intervals, and the comparison of two methods on the same rows."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vbdl.metrics._checks import check_rate, check_scores
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between two bounds that hold it with probability `level`."""
+    """An estimate with its confidence interval [lower, upper] at confidence `level`."""
 
     value: float
     lower: float
@@ -26,7 +26,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over rows and its standard error; the standard error of fewer than two rows is NaN."""
+    """A mean over n rows and its standard error, which is NaN for fewer than two rows."""
 
     value: float
     standard_error: float
@@ -36,7 +36,7 @@ class Estimate:
         return self.value
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Student's t interval for the mean. ValueError when there are fewer than two rows."""
+        """Student's t interval for the mean; ValueError if there are fewer than two rows."""
         check_rate(level, "level")
         if self.n < 2:
             raise ValueError(f"an interval needs at least two rows, there are {self.n}")
@@ -45,7 +45,7 @@ class Estimate:
 
 
 def mean_estimate(scores: Tensor) -> Estimate:
-    """Mean of per-row scores (batch,) with its standard error."""
+    """The mean of the rows' scores (batch,) with its standard error."""
     scores = check_scores(scores)
     n = scores.numel()
     error = float(scores.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
@@ -53,7 +53,7 @@ def mean_estimate(scores: Tensor) -> Estimate:
 
 
 def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Exact binomial interval of a proportion.
+    """The exact binomial interval of the proportion successes / n.
 
     Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934,
     https://doi.org/10.1093/biomet/26.4.404
@@ -74,10 +74,10 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of any metric of whole tensors, resampling rows.
+    """The percentile bootstrap interval of any metric, by resampling rows.
 
-    Every tensor of `rows` has the batch first; `metric(*rows)` returns one number. A metric that is biased on resampled
-    rows (ECE, AURC) has a biased interval: the value is that of the rows themselves.
+    rows: tensors (batch, ...). metric: metric(*rows) returns one number. The interval's value is the metric of the
+    original rows. If resampling biases the metric, as it does for ECE and AURC, the interval is biased, too.
 
     Efron, Tibshirani, An Introduction to the Bootstrap, 1993, https://doi.org/10.1201/9780429246593
     """
@@ -102,7 +102,7 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean of a - b over rows. p_value: two-sided, of no difference."""
+    """The mean of a - b over rows with its interval. p_value: of the two-sided test that it is zero."""
 
     difference: float
     lower: float
@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def settled(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.lower > 0 or self.upper < 0
 
 
@@ -125,11 +125,11 @@ def compare(
     n_resamples: int = 9999,
     seed: int = 0,
 ) -> Comparison:
-    """Paired comparison of two methods from their scores on the same rows, (batch,) each.
+    """Compare two methods by their scores on the same rows, (batch,) each.
 
-    method "t": Student's interval and test of the differences. method "permutation": the same interval, p-value by
-    flipping the signs of the differences, which assumes no distribution. Rows must be independent; for rows in groups
-    (tracks, patients) average the scores of each group first.
+    method: "t", Student's interval and test of the differences, or "permutation", the same interval with a p-value from
+    flipping the signs of the differences, which needs no normal distribution.
+    Rows must be independent; if they come in groups (tracks, patients), average the scores of each group first.
     """
     check_rate(level, "level")
     a, b = check_scores(scores_a, "scores_a"), check_scores(scores_b, "scores_b")

@@ -1,4 +1,4 @@
-"""Calibration error of all probabilities at once.
+"""Calibration error of the whole probability vector.
 
 Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification, 2019, https://arxiv.org/abs/1910.11385
 """
@@ -12,10 +12,10 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 
 class JointCalibrationError:
-    """Streaming calibration error of all probabilities at once (Widmann et al., ECE with total variation).
+    """The streaming calibration error of the whole probability vector (Widmann et al., ECE with total variation).
 
-    Each of the K probabilities is cut into n_bins; a cell is a distinct K-tuple of bin numbers; the error is Σ_cells
-    n_c/n · ½‖mean p - label frequencies‖₁. Memory grows with the cells that occur, not with the rows.
+    Each of the K probabilities is assigned to one of n_bins bins; a cell is a K-tuple of bin indices. The error is
+    Σ_cells n_c/n · ½‖mean p - label frequencies‖₁. Memory grows with the number of occupied cells, not of rows.
     """
 
     def __init__(self, n_bins: int = 10):
@@ -23,7 +23,7 @@ class JointCalibrationError:
         self.reset()
 
     def reset(self) -> None:
-        self._cells: Tensor | None = None  # (cells, classes) int64 bin numbers
+        self._cells: Tensor | None = None  # (cells, classes) int64 bin indices
 
     def update(self, probs: Tensor, y: Tensor) -> None:
         probs, y = check_probs_and_labels(probs, y, empty=True)
@@ -33,7 +33,7 @@ class JointCalibrationError:
         self._fold(bin_numbers(probs, self.n_bins), difference, probs.shape[0])
 
     def _fold(self, cells: Tensor, differences: Tensor, n: int) -> None:
-        """Adds rows, or the cells of another accumulator: equal cells are summed."""
+        """Add rows or the cells of another accumulator; equal cells are summed."""
         if self._cells is not None:
             if self._cells.shape[1] != cells.shape[1]:
                 raise ValueError(f"earlier batches had {self._cells.shape[1]} classes, not {cells.shape[1]}")
@@ -60,7 +60,7 @@ class JointCalibrationError:
 
 
 def joint_ece(probs: Tensor, y: Tensor, n_bins: int = 10) -> float:
-    """Calibration error of all probabilities at once, in [0, 1]: see JointCalibrationError."""
+    """The calibration error of the whole probability vector, in [0, 1]; see JointCalibrationError."""
     error = JointCalibrationError(n_bins)
     probs, y = check_probs_and_labels(probs, y)
     error.update(probs, y)

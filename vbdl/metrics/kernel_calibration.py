@@ -1,10 +1,11 @@
-"""Squared kernel calibration error: calibration of all probabilities at once, without bins.
+"""The squared kernel calibration error: calibration of the whole probability vector, without bins.
 
 Widmann, Lindsten, Zachariah, Calibration tests in multi-class classification: A unifying framework, 2019,
 https://arxiv.org/abs/1910.11385
 
-h_ij = exp(-TV(p_i, p_j)/ν) (e_{y_i} - p_i)ᵀ(e_{y_j} - p_j), TV the total variation distance ½‖p_i - p_j‖₁. The pairwise
-estimators cost rows² · classes in blocks of bounded memory; the linear one costs rows.
+The estimators average h_ij = exp(-TV(p_i, p_j)/ν) (e_{y_i} - p_i)ᵀ(e_{y_j} - p_j) over pairs of rows, with the total
+variation distance TV = ½‖p_i - p_j‖₁. The pairwise ones take O(rows² · classes) time, in blocks of bounded memory; the
+linear one takes O(rows).
 """
 
 import torch
@@ -17,7 +18,7 @@ _BLOCK = 1024  # rows of a block of the pair matrix: 8 MiB of float64 at a time
 
 
 def _blocks(probs: Tensor):
-    """(i, j, TV distances of block i against block j) over the upper triangle of blocks."""
+    """Yield (slice i, slice j, TV distances between the rows of both) over the upper triangle of blocks of rows."""
     n = probs.shape[0]
     for i in range(0, n, _BLOCK):
         for j in range(i, n, _BLOCK):
@@ -25,9 +26,9 @@ def _blocks(probs: Tensor):
 
 
 def median_distance(probs: Tensor) -> float:
-    """Median total variation distance over all pairs of rows i < j, exactly, in O(rows) memory.
+    """The exact median total variation distance over all pairs of rows i < j, in O(rows) memory.
 
-    A first pass counts distances in 4096 bins, a second collects only those of the two middle ranks' bins.
+    A first pass counts the distances in 4096 bins; a second collects only those in the bins of the two middle ranks.
     """
     probs = check_probs(probs)
     n = probs.shape[0]
@@ -63,12 +64,13 @@ def median_distance(probs: Tensor) -> float:
 
 
 def skce(probs: Tensor, y: Tensor, estimator: str = "unbiased", bandwidth: float | None = None) -> float:
-    """Squared kernel calibration error.
+    """The squared kernel calibration error.
 
-    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  bandwidth ν: the median distance unless given.
-    estimator: "biased" (mean over all i, j, never negative), "unbiased" (mean over i ≠ j), "linear" (mean over the
-    disjoint pairs (0, 1), (2, 3), ...: unbiased, more variance, O(batch) once the bandwidth is known). ValueError below
-    two rows, and when all rows are equal and no bandwidth is given.
+    probs: (batch, classes), or (batch,) of class 1;  y: (batch,).
+    bandwidth: ν of the kernel; by default the median distance between rows.
+    estimator: "biased" (mean over all i, j, never negative), "unbiased" (mean over i ≠ j) or "linear" (mean over the
+        disjoint pairs (0, 1), (2, 3), ...: unbiased with more variance, O(batch) if the bandwidth is given).
+    Raises ValueError for fewer than two rows, and if the median distance is 0 and no bandwidth is given.
     """
     probs, y = check_probs_and_labels(probs, y)
     n = probs.shape[0]
@@ -77,7 +79,7 @@ def skce(probs: Tensor, y: Tensor, estimator: str = "unbiased", bandwidth: float
     if bandwidth is None:
         bandwidth = median_distance(probs)
     if not bandwidth > 0:
-        raise ValueError(f"the bandwidth must be positive, and is {bandwidth}: most rows are equal, pass bandwidth=")
+        raise ValueError(f"the bandwidth must be positive, but is {bandwidth}: most rows are equal, pass bandwidth=")
     residual = one_hot(y, probs.shape[1]) - probs
     if estimator == "linear":
         pairs = n // 2

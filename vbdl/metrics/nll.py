@@ -1,4 +1,4 @@
-"""Negative log-likelihood of a predictive distribution, in nats a row (nats + log target units for densities).
+"""The negative log-likelihood of a predictive distribution, in nats per row; densities depend on the target's units.
 
 Good, Rational Decisions, 1952, https://doi.org/10.1111/j.2517-6161.1952.tb00104.x
 """
@@ -14,21 +14,21 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 def categorical_nll(probs: Tensor, y: Tensor) -> Tensor:
-    """-log p(y) of each row, nats.
+    """-log p(y) of each row, in nats.
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,)
 
-    A true class of probability exactly 0 scores infinity: nothing is clipped. ValueError for NaN and for rows that do
-    not sum to one.
+    Nothing is clipped: a true class with probability exactly 0 scores infinity. Raises ValueError for NaN and for rows
+    that do not sum to one.
     """
     probs, y = check_probs_and_labels(probs, y, empty=True)
     return -probs.gather(1, y[:, None]).squeeze(1).log()
 
 
 def gaussian_nll(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
-    """-log N(y; mean, std²) of each row, nats, summed over a row's elements.
+    """-log N(y; mean, std²) of each row, in nats, summed over the row's outputs.
 
-    mean, std, y: (batch,) or (batch, ...)  ->  (batch,).  ValueError for std that is not positive.
+    mean, std, y: (batch,) or (batch, ...)  ->  (batch,).  Raises ValueError if a std is not positive.
     """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape)
@@ -39,7 +39,7 @@ def gaussian_nll(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
 def check_mixture(
     means: Tensor, stds: Tensor, y: Tensor | None, weights: Tensor | None, zero: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Checked float64 (means, stds, y, log weights) of a mixture over the leading samples axis."""
+    """Check a Gaussian mixture over the leading samples axis; return (means, stds, y, log weights) as float64."""
     means = check_finite(means, "means")
     if means.ndim < 2 or means.shape[0] == 0:
         raise ValueError(f"means must be (samples, batch) or (samples, batch, ...), not {tuple(means.shape)}")
@@ -59,11 +59,12 @@ def check_mixture(
 
 
 def mixture_nll(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """-log Σ_s w_s Π_d N(y_d; mean_sd, std_sd²) of each row, nats: the joint density over its elements.
+    """-log Σ_s w_s Π_d N(y_d; mean_sd, std_sd²) of each row, in nats: the joint density of the row's outputs.
 
     means, stds: (samples, batch) or (samples, batch, ...);  y: (batch,) or (batch, ...)  -> (batch,)
+    weights: (samples,), equal by default.
 
-    The predictive of an ensemble is this mixture; a Gaussian of its mean and variance is another distribution.
+    This mixture is the predictive distribution of an ensemble; the Gaussian with its mean and variance is not.
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights)
     assert target is not None

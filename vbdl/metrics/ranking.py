@@ -1,7 +1,7 @@
-"""How well a score separates positives from negatives: AUROC, AUPR, FPR at a TPR. Higher score = positive.
+"""Metrics of how well a score separates positives from negatives: AUROC, AUPR, FPR at a TPR. Positives score high.
 
-All rows are needed and sorted once: for a stream wrap them, Rows(auroc). Equal scores count half (AUROC) or enter
-together (AUPR, FPR), so the order of rows cannot matter. ValueError when a class is missing or a score is NaN.
+They need all rows at once: for a stream use Rows(auroc). Ties count half (AUROC) or are accepted together (AUPR, FPR),
+so that the order of rows does not matter. Raises ValueError if a class is missing or a score is NaN.
 
 Hanley, McNeil, The meaning and use of the area under a ROC curve, 1982, https://doi.org/10.1148/radiology.143.1.7063747
 DeLong, DeLong, Clarke-Pearson, Comparing the areas under two or more correlated ROC curves, 1988,
@@ -30,14 +30,14 @@ def _check(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mid_ranks(values: Tensor) -> Tensor:
-    """Ranks 1..n, equal values sharing the mean of theirs."""
+    """The ranks 1..n of the values; equal values share their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).to(torch.float64)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:
-    """P(score of a positive > score of a negative) + ½P(equal); constant scores give exactly 0.5.
+    """The AUROC: P(score of a positive > score of a negative) + ½P(equal); exactly 0.5 for constant scores.
 
     scores: (batch,);  positive: (batch,) bool or 0/1
     """
@@ -48,10 +48,10 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
 
 
 def auroc_interval(scores: Tensor, positive: Tensor, level: float = 0.95) -> Interval:
-    """AUROC with DeLong's interval on the logit scale (which keeps it inside [0, 1]); needs two rows of each class.
+    """The AUROC with DeLong's interval on the logit scale, which stays inside [0, 1]; needs two rows of each class.
 
-    At an AUROC of exactly 0 or 1 DeLong's variance is 0 although the truth is not known exactly: then the far bound is
-    the one that a separation of all n = min(n1, n0) rows allows (rule of three, (1 - level)^(1/n)).
+    At an AUROC of exactly 0 or 1 DeLong's variance is 0 although the true value is uncertain. The inner bound is then
+    (1 - level)^(1/n) away from the other end of [0, 1], with n = min(n1, n0) (rule of three).
     """
     check_rate(level, "level")
     scores, labels = _check(scores, positive)
@@ -74,7 +74,7 @@ def auroc_interval(scores: Tensor, positive: Tensor, level: float = 0.95) -> Int
 
 
 def _cumulative(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(true positives, false positives) accepted at each distinct threshold, highest threshold first."""
+    """(true positives, false positives) at each distinct threshold, the highest first; float64 counts."""
     values, inverse = scores.unique(return_inverse=True)
     zeros = torch.zeros(values.numel(), dtype=torch.int64, device=scores.device)
     positives = zeros.index_add(0, inverse, labels.to(torch.int64))
@@ -84,7 +84,7 @@ def _cumulative(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aupr(scores: Tensor, positive: Tensor) -> float:
-    """Average precision, Σ (recall step) · precision; no interpolation, which is optimistic (Davis, Goadrich, 2006).
+    """The average precision Σ (recall step) · precision, without interpolation (optimistic, Davis, Goadrich, 2006).
 
     Constant scores give exactly the share of positives.
     """
@@ -94,7 +94,7 @@ def aupr(scores: Tensor, positive: Tensor) -> float:
 
 
 def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
-    """Lowest false-positive rate of any threshold that accepts at least `tpr` of the positives (FPR95)."""
+    """The lowest false-positive rate among thresholds that accept at least the share `tpr` of positives (FPR95)."""
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must lie in (0, 1], not {tpr}")
     true, false = _cumulative(*_check(scores, positive))

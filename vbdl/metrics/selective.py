@@ -1,12 +1,11 @@
-"""Selective prediction: the loss of what is kept when the most uncertain rows are refused.
+"""Metrics of selective prediction: the loss of the rows that are kept when the most uncertain ones are rejected.
 
 Geifman, Uziel, El-Yaniv, Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, 2019,
 https://arxiv.org/abs/1805.08206 (AURC, E-AURC)
 
-uncertainty: (batch,), lower is kept first. loss: (batch,), of any kind (0/1 errors, squared errors, costs). Rows of
-equal uncertainty are kept in no particular order: where a cut falls inside such a group, the expected loss over its
-orders counts, so the order of rows cannot matter. All rows are
-needed and sorted once: for a stream wrap them, Rows(aurc).
+uncertainty: (batch,), rows with lower uncertainty are kept first. loss: (batch,), of any kind (0/1 errors, squared
+errors, costs). If a cut falls inside a group of rows with equal uncertainty, the expected loss over the orders of the
+group is taken, so that the order of rows does not matter. All rows are needed at once: for a stream use Rows(aurc).
 """
 
 from dataclasses import dataclass
@@ -29,14 +28,14 @@ def _check(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Mean loss of the k least uncertain rows, k = 1..batch."""
+    """The risk-coverage curve: the mean loss of the k least uncertain rows for k = 1..batch."""
 
     coverage: Tensor  # (batch,) k / batch
-    risk: Tensor  # (batch,) loss units
+    risk: Tensor  # (batch,) in units of the loss
 
 
 def risk_coverage(uncertainty: Tensor, loss: Tensor) -> RiskCoverage:
-    """The whole risk-coverage curve: uncertainty, loss (batch,) -> coverage, risk (batch,)."""
+    """The risk-coverage curve. uncertainty, loss: (batch,)"""
     uncertainty, loss = _check(uncertainty, loss)
     n = loss.numel()
     _, inverse, counts = uncertainty.unique(return_inverse=True, return_counts=True)
@@ -47,14 +46,14 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor) -> RiskCoverage:
 
 
 def aurc(uncertainty: Tensor, loss: Tensor) -> float:
-    """Area under the risk-coverage curve: the mean of its risks over k = 1..batch, loss units."""
+    """The area under the risk-coverage curve: the mean risk over k = 1..batch, in units of the loss."""
     return float(risk_coverage(uncertainty, loss).risk.mean())
 
 
 def excess_aurc(uncertainty: Tensor, loss: Tensor) -> float:
-    """E-AURC: AURC minus that of the best possible order (by the loss itself); at least 0.
+    """The excess AURC: the AURC minus that of the best order, which is by the loss itself; at least 0.
 
-    The optimum is computed exactly, not by the approximation r + (1 - r) log(1 - r).
+    The best AURC is computed exactly, not by the approximation r + (1 - r) log(1 - r).
     """
     uncertainty, loss = _check(uncertainty, loss)
     return aurc(uncertainty, loss) - aurc(loss, loss)
@@ -67,22 +66,22 @@ def _n_kept(coverage: float, n: int) -> int:
 
 
 def risk_at_coverage(uncertainty: Tensor, loss: Tensor, coverage: float) -> float:
-    """Mean loss of the ceil(coverage · batch) least uncertain rows, loss units."""
+    """The mean loss of the ceil(coverage · batch) least uncertain rows, in units of the loss."""
     curve = risk_coverage(uncertainty, loss)
     return float(curve.risk[_n_kept(coverage, curve.risk.numel()) - 1])
 
 
 def coverage_at_risk(uncertainty: Tensor, loss: Tensor, risk: float) -> float:
-    """Largest coverage that some threshold on the uncertainty reaches with mean loss <= risk; 0 if none.
+    """The largest coverage at which a threshold on the uncertainty keeps rows with mean loss <= risk; 0 if none does.
 
-    Only cuts between different uncertainties count, since a threshold can make no other. This is the empirical figure;
-    for one that holds on new rows see vbdl.decision.Referral.
+    Rows of equal uncertainty are kept or rejected together. This describes the given rows; for a guarantee on new rows
+    see vbdl.decision.Referral.
     """
     uncertainty, loss = _check(uncertainty, loss)
     curve = risk_coverage(uncertainty, loss)
     ordered = uncertainty.sort().values
     cut = torch.ones_like(ordered, dtype=torch.bool)
     cut[:-1] = ordered[1:] > ordered[:-1]
-    # a sum of n losses carries n roundings; a risk equal to the target must not fail by one
+    # the sum of n losses has n rounding errors; they must not reject a risk that equals the target
     allowed = cut & (curve.risk <= risk + 1e-12 * max(1.0, abs(risk)))
     return float(curve.coverage[allowed].max()) if bool(allowed.any()) else 0.0

@@ -1,7 +1,7 @@
-"""Accumulators for streams of batches: update, compute, merge, reset.
+"""Accumulators that compute metrics over streams of batches: update, compute, merge, reset.
 
-`Mean` turns any per-row score into a stream of O(1) memory. `Rows` is for the metrics that have no exact form of
-bounded memory (everything that sorts): it keeps the rows, and grows with them.
+`Mean` averages any score of single rows in O(1) memory. `Rows` is for metrics that cannot be computed exactly in
+bounded memory, because they sort all rows: it keeps the rows.
 """
 
 import math
@@ -16,10 +16,10 @@ from vbdl.metrics.estimate import Estimate, Interval, bootstrap
 
 
 class Mean:
-    """Mean of a per-row score and its standard error, in O(1) memory: Mean(brier_score), Mean(gaussian_nll).
+    """The mean of a score of single rows with its standard error, in O(1) memory: Mean(brier_score), ...
 
-    Counts are int64 and moments float64, merged by Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance,
-    1983, https://doi.org/10.1080/00031305.1983.10483115
+    Batches are merged by the method of Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance, 1983,
+    https://doi.org/10.1080/00031305.1983.10483115
     """
 
     def __init__(self, score: Callable[..., Tensor]):
@@ -32,14 +32,14 @@ class Mean:
         self.m2 = 0.0  # sum of squared deviations from the mean
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Adds a batch: the arguments of the score, which returns (batch,). A batch without rows adds nothing."""
+        """Add a batch, given as the arguments of the score, which returns (batch,). An empty batch changes nothing."""
         scores = check_finite(self.score(*args, **kwargs), "the score").reshape(-1)
         if scores.numel():
             mean = float(scores.mean())
             self._combine(scores.numel(), mean, float(((scores - mean) ** 2).sum()))
 
     def merge(self, other: "Mean") -> "Mean":
-        """Adds what another accumulator of the same score has seen; returns self."""
+        """Add the rows of another accumulator of the same score; return self."""
         if other.score is not self.score and getattr(other.score, "__qualname__", None) != getattr(
             self.score, "__qualname__", other
         ):
@@ -57,7 +57,7 @@ class Mean:
         self.n = total
 
     def compute(self) -> Estimate:
-        """ValueError before the first row."""
+        """The mean over all rows so far; ValueError if there are none."""
         if self.n == 0:
             raise ValueError("no rows yet: call update first")
         error = math.sqrt(self.m2 / (self.n - 1) / self.n) if self.n > 1 else math.nan
@@ -65,14 +65,14 @@ class Mean:
 
 
 class Accumulator(Protocol):
-    """What every metric of streams is: batches go in, the metric of all of them comes out."""
+    """The interface of streaming metrics: they take batches and return the metric of all rows."""
 
     def update(self, *rows: Tensor) -> None:
-        """Adds a batch."""
+        """Add a batch."""
         ...
 
     def merge(self, other: Any) -> Any:
-        """Adds what another accumulator of the same kind has seen; returns itself."""
+        """Add the rows of another accumulator of the same kind; return self."""
         ...
 
     def compute(self) -> Any:
@@ -80,12 +80,12 @@ class Accumulator(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forgets every row."""
+        """Forget all rows."""
         ...
 
 
 class Rows:
-    """Any metric of whole tensors over a stream, exact, keeping every row on the CPU: memory grows with the rows."""
+    """Any metric over a stream, computed exactly on all rows, which are kept on the CPU."""
 
     def __init__(self, metric: Callable[..., Any]):
         self.metric = metric
@@ -95,25 +95,25 @@ class Rows:
         self.rows: list[tuple[Tensor, ...]] = []
 
     def update(self, *rows: Tensor) -> None:
-        """Adds a batch: the tensors that the metric takes, batch first."""
+        """Add a batch, given as the arguments of the metric, tensors (batch, ...)."""
         if len({r.shape[0] for r in rows}) != 1:
             raise ValueError(f"all tensors must have the same number of rows, got {[r.shape[0] for r in rows]}")
         if self.rows and len(self.rows[0]) != len(rows):
             raise ValueError(f"earlier batches had {len(self.rows[0])} tensors, this one has {len(rows)}")
-        # clone: a view would keep the caller's whole batch alive, and see its later changes
+        # copied: a view would keep the caller's batch in memory and change with it
         self.rows.append(tuple(r.detach().to("cpu", copy=True) for r in rows))
 
     def merge(self, other: "Rows") -> "Rows":
-        """Adds the other's rows after these; returns self."""
+        """Append the rows of another accumulator; return self."""
         self.rows.extend(other.rows)
         return self
 
     def compute(self) -> Any:
-        """The metric of all rows so far. ValueError before the first."""
+        """The metric of all rows so far; ValueError if there are none."""
         return self.metric(*self._columns())
 
     def interval(self, level: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> Interval:
-        """The bootstrap interval of the metric over all rows so far: see bootstrap."""
+        """The bootstrap interval of the metric over all rows so far; see `bootstrap`."""
         return bootstrap(self.metric, *self._columns(), n_resamples=n_resamples, level=level, seed=seed)
 
     def _columns(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Is this row like what the model was trained on? Scores, thresholds that hold, and a drift monitor."""
+"""Detect rows unlike the training data: scores, thresholds with guaranteed rates, and a drift monitor."""
 
 from vbdl.ood.drift import DriftMonitor as DriftMonitor
 from vbdl.ood.features import features as features

@@ -1,4 +1,4 @@
-"""Drift of a stream of scores, with a bound on the probability of a false alarm, ever.
+"""Detect drift in a stream of scores, with a bound on the probability of ever raising a false alarm.
 
 Ville, Étude critique de la notion de collectif, 1939
 Waudby-Smith, Ramdas, Estimating means of bounded random variables by betting, 2024,
@@ -14,50 +14,48 @@ from vbdl.ood.threshold import threshold_at_fpr
 
 
 class DriftMonitor:
-    """Watches how often scores exceed a level that familiar rows exceed at most with rate `rate`.
+    """A monitor of how often scores exceed a level that familiar rows exceed with a rate of at most `rate`.
 
-    A bettor starts with 1 and bets, row by row, on the rate being higher than that; while it is not, the
-    expected fortune does not grow, so that it ever reaches 1/a with probability at most a (Ville). Part of
-    the money waits: row t is joined by 1/((t + 1)(t + 2)) of it, so that a change after a long quiet time
-    is met by money that the quiet time has not eaten. The bettor is a mixture over constant bets.
+    It is a sequential test by betting. A bettor starts with wealth 1 and bets at each row that the rate is higher than
+    `rate`. Unless it is, the expected wealth does not grow, so the probability that it ever reaches 1/a is at most a
+    (Ville). The wealth 1/((t + 1)(t + 2)) enters play only at row t, so that a long time without drift does not use up
+    the wealth needed to detect a later one. The bettor mixes several constant bet sizes.
 
-    Alarm once the fortune reaches 1/a: no matter how long the stream runs or how often one looks, a stream
-    like the reference raises an alarm with probability at most `false_alarm` (half of it is spent on the
-    level being an estimate). Memory is O(1). After an alarm `alarm` stays True until `reset`.
+    The alarm is raised when the wealth reaches 2/false_alarm: however long the stream runs and however often it is
+    checked, a stream like the reference raises an alarm with probability at most `false_alarm` (half of which covers
+    the estimation of the level). After an alarm `alarm` stays True until `reset`. Memory is O(1).
     """
 
-    _BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # as shares of the largest bet that cannot lose everything
+    _BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # bet sizes, as fractions of the largest that cannot go bankrupt
 
     def __init__(self, reference: Tensor, rate: float = 0.1, false_alarm: float = 0.01):
-        """reference: (n,) scores of familiar rows, high for unfamiliar. ValueError when they are
-        too few."""
+        """reference: (n,) scores of familiar rows; unfamiliar rows score higher. ValueError if they are too few."""
         check_rate(rate, "rate")
         self.rate, self.false_alarm = rate, check_rate(false_alarm, "false_alarm")
         level = threshold_at_fpr(check_scores(reference, "reference"), rate, 1 - false_alarm / 2)
         if math.isinf(level.value):
             needed = math.ceil(math.log(false_alarm / 2) / math.log1p(-rate))
             raise ValueError(
-                f"{reference.numel()} reference scores cannot bound a rate of {rate} at this false_alarm; "
+                f"{reference.numel()} reference scores are too few for rate={rate} at false_alarm={false_alarm}; "
                 f"give at least {needed}, or a higher rate"
             )
         self.level = level.value
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the stream, keeps the level."""
+        """Forget the stream but keep the level."""
         self.n, self.exceeded, self.alarm = 0, 0, False
-        self._log_fortunes = [-math.inf] * len(self._BETS)  # of the money at play
+        self._log_fortunes = [-math.inf] * len(self._BETS)  # log wealth in play for each bet size
 
     def update(self, scores: Tensor) -> bool:
-        """(batch,) scores in order -> whether the alarm is on. A NaN counts as exceeding the
-        level."""
+        """Add scores, (batch,) in order, and return whether the alarm is on. A NaN counts as exceeding the level."""
         for score in scores.tolist():
             hit = not score <= self.level
             joins = -math.log((self.n + 1) * (self.n + 2))
             self.n += 1
             self.exceeded += hit
             for i, share in enumerate(self._BETS):
-                # fortune times 1 + bet (hit - rate), bet up to 1 / rate: mean 1 at the rate, less below
+                # wealth is multiplied by 1 + bet (hit - rate), bet <= 1 / rate: mean 1 at this rate, less below it
                 factor = math.log1p(share / self.rate * ((1.0 if hit else 0.0) - self.rate))
                 self._log_fortunes[i] = _log_add(self._log_fortunes[i], joins) + factor
             if self.log_fortune >= math.log(2 / self.false_alarm):
@@ -66,14 +64,14 @@ class DriftMonitor:
 
     @property
     def log_fortune(self) -> float:
-        """Log of the mixture's fortune: the evidence against no drift, in nats."""
-        fortune = -math.log(self.n + 1)  # what still waits
+        """The log of the bettor's wealth: the evidence for drift, in nats."""
+        fortune = -math.log(self.n + 1)  # log wealth not yet in play
         for log_fortune in self._log_fortunes:
             fortune = _log_add(fortune, log_fortune - math.log(len(self._BETS)))
         return fortune
 
     def state(self) -> dict:
-        """Everything `load` needs, as numbers and a list."""
+        """The monitor's state as a dict of numbers and a list, for `load`."""
         return {
             "n": self.n,
             "exceeded": self.exceeded,

@@ -1,4 +1,4 @@
-"""What a network makes of its inputs on the way to its outputs: what Mahalanobis and KNN measure distances in."""
+"""The inputs of an inner layer of a network (its features), in which Mahalanobis and KNN measure distances."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +11,7 @@ from vbdl.types import Inputs
 
 
 def check_features(features: Tensor, width: int) -> Tensor:
-    """Rows to score, as float64; ValueError where they are not (batch, features), as many features as were fitted."""
+    """Return features to score as float64; ValueError unless they are (batch, width), as many features as fitted."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor, not {type(features).__name__}")
     if features.ndim != 2 or features.shape[1] != width:
@@ -20,18 +20,19 @@ def check_features(features: Tensor, width: int) -> Tensor:
 
 
 def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor:
-    """Input of the layer of that name, (rows, features) float32, over batches: of the last layer, the penultimate
-    features.
+    """The inputs of a layer over batches, (rows, features) float32; all axes but the rows are flattened.
 
-    The module is run as it is, in evaluation mode and without gradients, and left in the mode it was in. Everything
-    but the rows is flattened. batches: a list of them, [x] for one, or what yields them. ValueError for a layer that
-    is not there, or was not called exactly once.
+    layer: its name in `module.named_modules()`; the last layer gives the penultimate features.
+    batches: an iterable of the module's inputs, [x] for one batch.
+
+    The module runs in evaluation mode without gradients; its mode is restored afterwards. Raises ValueError if there is
+    no such layer or a forward pass did not call it exactly once.
     """
     if isinstance(batches, Tensor | np.ndarray | Mapping):
-        raise TypeError("features takes batches, one after the other: [x] for one")
+        raise TypeError("batches must be an iterable of batches; write [x] for one batch")
     submodule = dict(module.named_modules()).get(layer)
     if submodule is None or layer == "":
-        raise ValueError(f"there is no layer {layer!r}; named layers: {[n for n, _ in module.named_modules() if n]}")
+        raise ValueError(f"the module has no layer {layer!r}; it has {[n for n, _ in module.named_modules() if n]}")
     seen: list[Tensor] = []
     handle = submodule.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     modes = {m: m.training for m in module.modules()}
@@ -44,12 +45,14 @@ def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor
             with torch.no_grad():
                 module(*args, **kwargs)
             if len(seen) != 1:
-                raise ValueError(f"layer {layer!r} was called {len(seen)} times in one forward, and once is needed")
+                raise ValueError(
+                    f"layer {layer!r} was called {len(seen)} times in one forward pass; choose one that is called once"
+                )
             rows.append(seen[0].flatten(1).to(torch.float32))
     finally:
         handle.remove()
         for m, training in modes.items():
             m.training = training
     if not rows:
-        raise ValueError("there are no batches to take features of")
+        raise ValueError("batches is empty; give at least one batch")
     return torch.cat(rows)

@@ -1,4 +1,4 @@
-"""Distance to the k-th nearest training row, in the space of features.
+"""The distance to the k-th nearest training row in feature space.
 
 Sun, Ming, Zhu, Li, Out-of-Distribution Detection with Deep Nearest Neighbors, 2022, https://arxiv.org/abs/2204.06507
 """
@@ -10,13 +10,13 @@ from vbdl import former
 from vbdl.metrics._checks import check_finite
 from vbdl.ood.features import check_features
 
-_PAIRS = 4_000_000  # distances held at a time: 32 MiB
+_PAIRS = 4_000_000  # distances held in memory at a time, 32 MB
 
 
 class KNN(nn.Module):
-    """Euclidean distance to the k-th nearest of the fitted rows.
+    """An out-of-distribution score: the Euclidean distance to the k-th nearest of the fitted rows.
 
-    normalize: features are first scaled to length one, as in the paper.
+    normalize: scale features to length one first, as in the paper.
     """
 
     rows: Tensor | None
@@ -37,22 +37,24 @@ class KNN(nn.Module):
         return f / torch.where(length > 0, length, 1.0)
 
     def fit(self, features: Tensor) -> "KNN":
-        """features: (n, features) of training rows, at least k of them"""
+        """Store the features of training rows, (n, features) with n >= k; return self."""
         features = check_finite(features, "features")
         if features.ndim != 2 or features.shape[0] < self.k:
-            raise ValueError(f"features must be (rows, features), at least k = {self.k} rows: {tuple(features.shape)}")
+            raise ValueError(
+                f"features must be (rows, features) with at least k = {self.k} rows, not {tuple(features.shape)}"
+            )
         self.rows = self._features(features)
         return self
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, features) -> (batch,) float64"""
+        """The distances of rows: (batch, features) -> (batch,) float64."""
         if self.rows is None:
             raise RuntimeError("KNN has not been fitted: call fit first")
         queries = self._features(check_features(features, self.rows.shape[1]))
         if queries.shape[0] == 0:
             return queries.new_zeros(0)
         block = max(1, _PAIRS // self.rows.shape[0])
-        # the direct formula: cdist's matmul shortcut is wrong by 1e-4 where rows coincide
+        # without cdist's matmul shortcut, which is wrong by 1e-4 for coinciding rows
         parts = [
             torch.cdist(chunk, self.rows, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(self.k).values
             for chunk in queries.split(block)

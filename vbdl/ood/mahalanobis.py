@@ -1,4 +1,4 @@
-"""Mahalanobis distance of features to the nearest class.
+"""The Mahalanobis distance of features to the nearest class.
 
 Lee, Lee, Lee, Shin, A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks, 2018,
 https://arxiv.org/abs/1807.03888
@@ -14,12 +14,11 @@ from vbdl.ood.features import check_features
 
 
 class Mahalanobis(nn.Module):
-    """min over classes of (f - mean_k)ᵀ Σ⁻¹ (f - mean_k), Σ shared by the classes.
+    """An out-of-distribution score: min over classes k of (f - mean_k)ᵀ Σ⁻¹ (f - mean_k), with one Σ for all classes.
 
-    y left out (regression): one class. relative: minus the same with one class and its own Σ, which takes off what is
-    unusual about all inputs alike.
-    shrinkage: share of the covariance that is replaced by its mean variance times the identity; features that are
-    constant, or more numerous than rows, have no inverse without it.
+    relative: subtract the distance to the mean of all rows under their covariance (Ren et al.).
+    shrinkage: share of the covariance that is replaced by its mean variance times the identity; without it the
+        covariance of constant features, or of more features than rows, has no inverse.
     """
 
     means: Tensor | None
@@ -35,17 +34,23 @@ class Mahalanobis(nn.Module):
         self.register_buffer("whiten_all", None)
 
     def fit(self, features: Tensor, y: Tensor | None = None) -> "Mahalanobis":
-        """features: (batch, features) of training rows;  y: (batch,) classes. A class without rows is refused."""
+        """Estimate means and covariances from training rows; return self.
+
+        features: (batch, features). y: (batch,) classes, each with at least one row; without y (regression) all rows
+        are one class.
+        """
         features = check_finite(features, "features")
         if features.ndim != 2 or features.shape[0] < 2:
-            raise ValueError(f"features must be (batch, features), two rows or more: {tuple(features.shape)}")
+            raise ValueError(f"features must be (batch, features) with at least two rows, not {tuple(features.shape)}")
         if y is None:
             y = torch.zeros(features.shape[0], dtype=torch.int64, device=features.device)
         n_classes = int(y.max()) + 1
         y = check_labels(y, features.shape[0], n_classes).to(features.device)
         counts = torch.bincount(y, minlength=n_classes)
         if bool((counts == 0).any()):
-            raise ValueError(f"class {int((counts == 0).nonzero()[0])} has no row; number classes 0, 1, ...")
+            raise ValueError(
+                f"class {int((counts == 0).nonzero()[0])} has no rows; number the classes 0, 1, ... without gaps"
+            )
         sums = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=features.device)
         self.means = sums.index_add(0, y, features) / counts[:, None]
         self.whiten = self._whiten(features - self.means[y])
@@ -59,7 +64,7 @@ class Mahalanobis(nn.Module):
         eye = torch.eye(d, dtype=residual.dtype, device=residual.device)
         level = covariance.diagonal().mean()
         if level == 0:
-            raise ValueError("all features are constant: there is no distance to measure")
+            raise ValueError("all features are constant, so distances are undefined; choose another layer")
         covariance = (1 - self.shrinkage) * covariance + self.shrinkage * level * eye
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed:
@@ -67,7 +72,7 @@ class Mahalanobis(nn.Module):
         return torch.linalg.solve_triangular(factor, eye, upper=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, features) -> (batch,) squared distances, float64"""
+        """The squared distances of rows: (batch, features) -> (batch,) float64."""
         if self.means is None:
             raise RuntimeError("Mahalanobis has not been fitted: call fit first")
         f = check_features(features, self.means.shape[1])
@@ -78,5 +83,5 @@ class Mahalanobis(nn.Module):
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    # differences, not |a|² + |b|² - 2ab, which loses all digits for features far from zero
+    # from differences, because |a|² + |b|² - 2ab loses all digits for features far from zero
     return torch.stack([(a - row).square().sum(dim=1) for row in b], dim=1)

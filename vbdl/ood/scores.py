@@ -1,4 +1,4 @@
-"""Out-of-distribution scores of a predictive: one number a row, high for unfamiliar.
+"""Out-of-distribution scores from predictive distributions: one number per row, high for unfamiliar rows.
 
 Hendrycks, Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples, 2017,
 https://arxiv.org/abs/1610.02136 (maximum softmax probability)
@@ -9,8 +9,8 @@ Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018, ht
 information, expected entropy)
 Freeman, Elementary Applied Statistics, 1965 (variation ratio)
 
-Each takes what it needs and no more: probs (batch, classes) of the mean, logits or probs of the samples (samples,
-batch, classes), or the variances of a regression. Single logits (batch, classes) count as one sample. Entropies in
+A score takes the mean probabilities (batch, classes), the samples' logits or probabilities (samples, batch, classes),
+or the samples' means of a regression. Logits or probabilities (batch, classes) count as one sample. Entropies are in
 nats.
 """
 
@@ -37,17 +37,17 @@ def _sample_probs(probs: Tensor) -> Tensor:
 
 
 def msp(probs: Tensor) -> Tensor:
-    """1 - the largest mean probability: (batch, classes), or (batch,) of class 1 -> (batch,)"""
+    """1 minus the largest mean probability: (batch, classes), or (batch,) of class 1 -> (batch,)"""
     return 1 - check_probs(probs, empty=True).amax(dim=1)
 
 
 def max_logit(logits: Tensor) -> Tensor:
-    """Minus the largest logit, averaged over samples: (samples, batch, classes) -> (batch,)"""
+    """The negative largest logit, averaged over samples: (samples, batch, classes) -> (batch,)"""
     return -_samples(logits, "logits").amax(dim=2).mean(dim=0)
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """-T log Σ exp(z / T), averaged over samples: (samples, batch, classes) -> (batch,)"""
+    """The energy -T log Σ exp(z / T), averaged over samples: (samples, batch, classes) -> (batch,)"""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     logits = _samples(logits, "logits")
@@ -55,40 +55,40 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """Entropy of the mean probability, nats: (batch, classes), or (batch,) -> (batch,)"""
+    """The entropy of the mean probabilities, nats: (batch, classes), or (batch,) of class 1 -> (batch,)"""
     p = check_probs(probs, empty=True)
     return 0.0 - xlogy(p, p).sum(dim=1)
 
 
 def expected_entropy(probs: Tensor) -> Tensor:
-    """Mean entropy of the samples, nats (aleatoric): (samples, batch, classes) -> (batch,)"""
+    """The samples' mean entropy (aleatoric), nats: (samples, batch, classes) -> (batch,)"""
     p = _sample_probs(probs)
     return (0.0 - xlogy(p, p).sum(dim=2)).mean(dim=0)
 
 
 def mutual_information(probs: Tensor) -> Tensor:
-    """Entropy of the mean minus mean entropy, nats (epistemic): (samples, batch, classes) -> (batch,)"""
+    """The entropy of the mean minus the mean entropy (epistemic), nats: (samples, batch, classes) -> (batch,)"""
     p = _sample_probs(probs)
     mean = p.mean(dim=0)
-    # as a mean divergence to the mean: no cancellation, and never negative but for rounding
+    # computed as the mean KL divergence to the mean, which has no cancellation and is negative only by rounding
     divergence = (xlogy(p, p) - xlogy(p, mean)).sum(dim=2)
     return divergence.mean(dim=0).clamp(min=0)
 
 
 def variance(probs: Tensor) -> Tensor:
-    """Variance of the probabilities over samples, summed over classes: (samples, batch, classes) -> (batch,)"""
+    """The variance of the probabilities over samples, summed over classes: (samples, batch, classes) -> (batch,)"""
     return _sample_probs(probs).var(dim=0, correction=0).sum(dim=1)
 
 
 def variation_ratio(probs: Tensor) -> Tensor:
-    """Share of samples that do not vote for the most voted class: (samples, batch, classes) -> (batch,)"""
+    """The share of samples that do not vote for the class with most votes: (samples, batch, classes) -> (batch,)"""
     p = _sample_probs(probs)
     votes = torch.nn.functional.one_hot(p.argmax(dim=2), p.shape[2]).sum(dim=0)
     return 1 - votes.amax(dim=1).to(torch.float64) / p.shape[0]
 
 
 def epistemic_variance(means: Tensor) -> Tensor:
-    """Variance over samples of the predicted means, summed over a row's elements, which should be on a common scale.
+    """The variance of the predicted means over samples, summed over outputs, which should have a common scale.
 
     (samples, batch) or (samples, batch, ...) -> (batch,)
     """

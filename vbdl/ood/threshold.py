@@ -1,4 +1,4 @@
-"""A threshold on a score at a target rate, with a bound on the rate that holds on new rows.
+"""Thresholds on a score for a target rate, with a bound on that rate for new rows.
 
 Wilks, Determination of Sample Sizes for Setting Tolerance Limits, 1941, https://doi.org/10.1214/aoms/1177731788 (order
 statistics as tolerance limits)
@@ -16,30 +16,30 @@ from vbdl.metrics._checks import check_rate, check_scores
 
 @dataclass(frozen=True)
 class Threshold:
-    """Scores above `value` are flagged. Of rows like those it came from:"""
+    """A threshold on a score: rows that score above `value` are flagged."""
 
     value: float
-    flagged: float  # the share of these rows that is flagged
-    bound: float  # the bound on that share for new rows, true with probability `confidence`
+    flagged: float  # share of the rows it was chosen on that are flagged
+    bound: float  # bound on that share for new rows of the same distribution, holds with probability `confidence`
     confidence: float
 
     def flag(self, scores: Tensor) -> Tensor:
-        """(batch,) bool; NaN is flagged"""
+        """Whether each row is flagged: (batch,) -> (batch,) bool. NaN is flagged."""
         return ~(scores.to(torch.float64) <= self.value)
 
 
 def threshold_at_fpr(scores: Tensor, fpr: float, confidence: float = 0.95) -> Threshold:
-    """The lowest threshold that flags at most `fpr` of familiar rows, except with probability 1 - confidence.
+    """The lowest threshold that, with probability `confidence`, flags at most the share `fpr` of new familiar rows.
 
-    scores: (n,) of familiar (in-distribution) rows. An order statistic: no assumption but that new rows are like these.
-    +inf, which flags nothing, when n is too small: log(1 - confidence) / log(1 - fpr) are needed.
+    scores: (n,) of familiar (in-distribution) rows. The threshold is an order statistic and assumes only that new rows
+    have the same distribution. It is +inf, which flags nothing, if n < log(1 - confidence) / log(1 - fpr).
     """
     check_rate(fpr, "fpr")
     check_rate(confidence, "confidence")
     ordered = check_scores(scores).sort().values
     n = ordered.numel()
-    # with k rows at or below the k-th value, the share above it is at most Beta(n - k + 1, k) distributed; it exceeds
-    # fpr with probability P(Binomial(n, fpr) <= n - k)
+    # the share of new rows above the k-th smallest value is Beta(n - k + 1, k) distributed, or smaller if there are
+    # ties; it exceeds fpr with probability P(Binomial(n, fpr) <= n - k)
     above = int(stats.binom.ppf(1 - confidence, n, fpr)) - 1
     while above + 1 <= n and stats.binom.cdf(above + 1, n, fpr) <= 1 - confidence:
         above += 1
@@ -54,16 +54,15 @@ def threshold_at_fpr(scores: Tensor, fpr: float, confidence: float = 0.95) -> Th
 
 
 def threshold_at_tpr(scores: Tensor, tpr: float, confidence: float = 0.95) -> Threshold:
-    """The highest threshold that flags at least `tpr` of unfamiliar rows, except with probability 1
-    - confidence.
+    """The highest threshold that, with probability `confidence`, flags at least the share `tpr` of unfamiliar rows.
 
-    scores: (n,) of unfamiliar (out-of-distribution) rows. -inf, which flags everything, when n is too small. bound is
-    the lower bound on the share flagged.
+    scores: (n,) of unfamiliar (out-of-distribution) rows. The threshold is -inf, which flags everything, if n is too
+    small. Its `bound` is a lower bound on the flagged share.
     """
     mirrored = threshold_at_fpr(-check_scores(scores), 1 - tpr, confidence)
     if mirrored.value == math.inf:
         return Threshold(-math.inf, 1.0, 1.0, confidence)
-    # flagged must include the value itself: step to the float just below it
+    # flag scores equal to the order statistic, too: take the next float below it
     value = math.nextafter(-mirrored.value, -math.inf)
     flagged = float((check_scores(scores) > value).double().mean())
     return Threshold(value, flagged, 1 - mirrored.bound, confidence)

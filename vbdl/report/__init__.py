@@ -1,1 +1,1 @@
-"""A benchmark run as one HTML page, and two runs compared. Reads the files of `vbdl bench`, trains nothing."""
+"""Reports of benchmark runs: a run as an HTML page, and two runs compared. Reads the files of `vbdl bench`."""

@@ -1,4 +1,4 @@
-"""Single rows for the report: the test rows that a method was least sure of, and the strange rows it was surest of."""
+"""Single rows for the report: the most uncertain test rows and the least uncertain out-of-distribution rows."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from torch import Tensor
 from vbdl.report.png import data_url
 from vbdl.report.run import RowsRecord
 
-_COLUMNS = 6  # features shown of a row of a table: those furthest from the training mean
+_COLUMNS = 6  # features shown of a row of a table, those furthest from the training mean
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of a data set, as an image or by its most unusual features, with its prediction."""
+    """A row of a data set, shown as an image or by its most unusual features, with its prediction."""
 
-    row: int  # of the test part of the first split
+    row: int  # index in the test part of the first split
     picture: str | None
     features: list[tuple[str, float]]  # (name, standard deviations from the training mean)
     truth: str
@@ -25,7 +25,7 @@ class Case:
 
 
 def cases(tensors: dict[str, Tensor], about: RowsRecord) -> dict[str, list[Case]]:
-    """{heading: rows}: the test rows of the largest uncertainty, and the out-of-distribution rows of the smallest."""
+    """The cases by heading: the test rows of largest, and the out-of-distribution rows of smallest uncertainty."""
     by_heading = {"Most uncertain test rows": _of_test(tensors, about)}
     for index, name in enumerate(about["ood"]):
         total, epistemic = tensors[f"ood.{index}.total"][0], tensors[f"ood.{index}.epistemic"][0]
@@ -46,23 +46,23 @@ def _of_test(tensors: dict[str, Tensor], about: RowsRecord) -> list[Case]:
         picture, features = _shown(x, about)
         if "label" in tensors:
             label, predicted = int(tensors["label"][0, row]), int(tensors["predicted"][0, row])
-            truth, said = about["classes"][label], about["classes"][predicted]
-            said = f"{said} ({float(tensors['confidence'][0, row]):.0%})"
+            truth, predicted_text = about["classes"][label], about["classes"][predicted]
+            predicted_text = f"{predicted_text} ({float(tensors['confidence'][0, row]):.0%})"
             right = label == predicted
         else:
             target, mean = float(tensors["target"][0, row]), float(tensors["mean"][0, row])
             std = float(tensors["total"][0, row]) ** 0.5
-            truth, said = f"{target:.4g}", f"{mean:.4g} ± {std:.2g}"
+            truth, predicted_text = f"{target:.4g}", f"{mean:.4g} ± {std:.2g}"
             right = abs(target - mean) <= 2 * std
         total, epistemic = float(tensors["total"][0, row]), float(tensors["epistemic"][0, row])
-        uncertain.append(Case(row, picture, features, truth, said, right, total, epistemic))
+        uncertain.append(Case(row, picture, features, truth, predicted_text, right, total, epistemic))
     return uncertain
 
 
-def _shown(given: Tensor, about: RowsRecord) -> tuple[str | None, list[tuple[str, float]]]:
+def _shown(x: Tensor, about: RowsRecord) -> tuple[str | None, list[tuple[str, float]]]:
     if about["image"]:
-        return data_url(given), []
-    flat = given.flatten()
+        return data_url(x), []
+    flat = x.flatten()
     furthest = flat.abs().argsort(descending=True)[:_COLUMNS].tolist()
     names = about["columns"] or [f"feature {j + 1}" for j in range(len(flat))]
     return None, [(names[j], float(flat[j])) for j in furthest]

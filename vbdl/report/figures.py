@@ -1,4 +1,4 @@
-"""The figures of a data set, one curve or panel a method, from the rows behind the results."""
+"""The figures of a data set, drawn from the stored rows of its results, with a curve or panel for each method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from vbdl.report.run import RowsRecord
 from vbdl.report.svg import Chart
 
 BINS = 10
-_CURVE = 60  # points kept of a curve
+_CURVE = 60  # points of a curve
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A method's rows of one data set."""
+    """The stored test rows of one method on one data set."""
 
     method: str
-    style: str  # its color, c0, c1, ...
+    style: str  # CSS class of its color, c0, c1, ...
     tensors: dict[str, Tensor]
     about: RowsRecord
 
 
 def reliability(rows: Sequence[Rows]) -> Markup:
-    """Observed frequency against stated confidence of the top label, all splits together."""
+    """Plot the accuracy of the top label against its confidence, all splits together."""
     chart = Chart((0, 1), (0, 1), "stated confidence", "observed accuracy", "reliability diagram")
     chart.line([0, 1], [0, 1], "ideal", "ideal")
     for one in rows:
@@ -38,7 +38,7 @@ def reliability(rows: Sequence[Rows]) -> Markup:
 
 
 def _binned(p: Tensor, hit: Tensor) -> tuple[list[float], list[float]]:
-    """Mean confidence and accuracy of equal-width bins that hold at least five rows."""
+    """(mean confidence, accuracy) of the equal-width bins with at least five rows."""
     number = (p * BINS).long().clamp_max(BINS - 1)
     xs, ys = [], []
     for b in range(BINS):
@@ -50,7 +50,7 @@ def _binned(p: Tensor, hit: Tensor) -> tuple[list[float], list[float]]:
 
 
 def quantiles(rows: Sequence[Rows]) -> Markup:
-    """Share of targets below each predicted quantile against its level, all splits together."""
+    """Plot the share of targets below each predicted quantile against its level, all splits together."""
     chart = Chart((0, 1), (0, 1), "level of the quantile", "share of targets below", "calibration of quantiles")
     chart.line([0, 1], [0, 1], "ideal", "ideal")
     levels = torch.linspace(0, 1, 21, dtype=torch.float64)
@@ -62,14 +62,14 @@ def quantiles(rows: Sequence[Rows]) -> Markup:
 
 
 def risk_coverage(rows: Sequence[Rows], regression: bool) -> Markup:
-    """Mean loss of the rows kept when the most uncertain are refused, averaged over splits."""
+    """Plot the mean loss of the kept rows against their share, if the most uncertain are rejected; mean of splits."""
     curves = []
     for one in rows:
         each = [metrics.risk_coverage(u, w) for u, w in zip(one.tensors["total"], one.tensors["loss"], strict=True)]
         risk = torch.stack([c.risk for c in each]).mean(0)
         coverage = each[0].coverage
         at = torch.linspace(0, len(risk) - 1, min(_CURVE, len(risk))).round().long()
-        at = at[coverage[at] >= 0.05]  # the mean of a handful of rows is noise
+        at = at[coverage[at] >= 0.05]  # the mean of a few rows is too noisy
         value = risk.sqrt() if regression else risk
         curves.append((one, coverage[at].tolist(), value[at].tolist()))
     top = max((max(y) for _, _, y in curves if y), default=1.0) or 1.0
@@ -81,7 +81,7 @@ def risk_coverage(rows: Sequence[Rows], regression: bool) -> Markup:
 
 
 def histograms(one: Rows, ood: int, part: str = "total") -> Markup:
-    """Uncertainty of test rows and of rows out of distribution, as shares of each."""
+    """Plot histograms of the uncertainty of test rows and of out-of-distribution rows, as shares of each."""
     inside = one.tensors[part].flatten().double()
     outside = one.tensors[f"ood.{ood}.{part}"].flatten().double()
     top = max(float(torch.cat([inside, outside]).quantile(0.995)), 1e-9) if len(inside) < 1e6 else float(inside.max())

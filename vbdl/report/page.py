@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs no other file and no network."""
+"""Write a run as one self-contained HTML page, which needs no other file and no network."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Compared:
-    """A result beside one published column."""
+    """A result compared with one published column."""
 
     dataset: str
     method: str
@@ -47,7 +47,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Cell:
-    """A score in the table of a data set."""
+    """A cell in the table of a data set."""
 
     score: ScoreRecord
     best: bool
@@ -55,9 +55,10 @@ class Cell:
 
 
 def write(folder: Path, out: Path | None = None, speed_file: Path | None = None) -> Path:
-    """Write the page of a run; returns its path, FOLDER/report.html unless given.
+    """Write the page of a run and return its path.
 
-    speed_file: JSON lines of benchmarks/speed.py. ValueError where the folder holds no result.
+    out: path of the page, FOLDER/report.html by default. speed_file: JSON lines of benchmarks/speed.py.
+    Raises ValueError if the folder holds no result.
     """
     run = StoredRun.read(folder)
     out = run.folder / "report.html" if out is None else Path(out)
@@ -97,9 +98,9 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
     )
 
 
-def _total(found: list[float | None]) -> float | None:
-    """The sum, or None if a value is missing, as in older results."""
-    return None if None in found else sum(f for f in found if f is not None)
+def _total(values: list[float | None]) -> float | None:
+    """The sum of the values, or None if one is missing, as in older results."""
+    return None if None in values else sum(f for f in values if f is not None)
 
 
 def _commit(result: ResultRecord) -> str:
@@ -107,10 +108,10 @@ def _commit(result: ResultRecord) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Digits that mean something, without exponents where a person would write none."""
+    """The value as text with `digits` significant digits, with an exponent only if very small or large."""
     if value is None:
         return "-"
-    if abs(value) < 1e-12:  # rounding of what is zero
+    if abs(value) < 1e-12:  # zero up to rounding
         return "0"
     if 1e-4 <= abs(value) < 1e6:
         places = max(0, digits - 1 - _exponent(value))
@@ -123,7 +124,7 @@ def _exponent(value: float) -> int:
 
 
 def minutes(seconds: float) -> str:
-    """A time in seconds, minutes or hours, with the digits that matter."""
+    """A time, given in seconds, as text in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -138,7 +139,7 @@ def _distinct(records: Sequence[T]) -> list[T]:
 
 
 def _published(result: ResultRecord) -> list[Compared]:
-    """The result beside each published column, RMSE and likelihood together."""
+    """The result compared with each published column, with all metrics of a column together."""
     compared = []
     for name in dict.fromkeys(p["column"] for p in result["published"]):
         metrics = []
@@ -157,7 +158,7 @@ def _published(result: ResultRecord) -> list[Compared]:
 
 
 def _counts(published: list[Compared]) -> dict[str, dict[str, int]]:
-    """How often each verdict was reached, by metric."""
+    """The number of results with each verdict: {metric: {verdict: count}}."""
     by_metric: dict[str, dict[str, int]] = {}
     for row in published:
         for name, _, _, verdict in row.metrics:
@@ -194,7 +195,7 @@ def _section(run: StoredRun, dataset: str, styles: dict[str, str]) -> dict[str, 
 
 
 def _table(results: Sequence[ResultRecord]) -> list[tuple[str, str, list[tuple[str, Cell | None]]]]:
-    """(metric, unit, a cell a method): the best, and which are worse than it by more than chance."""
+    """The rows (metric, unit, [(method, cell)]) of a table, with the best cell and those significantly worse."""
     metrics = dict.fromkeys(name for r in results for name in r["scores"])
     lines = []
     for name in metrics:

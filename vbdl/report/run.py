@@ -1,4 +1,4 @@
-"""A run of `vbdl bench` on disk: a JSON line a result, and the rows behind each in safetensors."""
+"""Read a run of `vbdl bench`: a file with a JSON line for each result, and safetensors files of their test rows."""
 
 import json
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class ScoreRecord(TypedDict):
     """A score of a method on a data set."""
 
     unit: str
-    better: str  # "higher", "lower", or the number that is best
-    value: float | None  # the mean over the splits; None where it is not finite
+    better: str  # "higher", "lower", or the best value as a number
+    value: float | None  # mean over the splits; None if not finite
     standard_error: float | None
     per_split: list[float]
 
 
 class PublishedRecord(TypedDict):
-    """A number of a published table, see `vbdl.bench.Published`."""
+    """A value of a published table; see `vbdl.bench.Published`."""
 
     column: str
     metric: str
@@ -34,7 +34,7 @@ class PublishedRecord(TypedDict):
 
 
 class ResultRecord(TypedDict):
-    """A line of a run: one method on one data set."""
+    """The result of one method on one data set, a line of the file."""
 
     dataset: str
     method: str
@@ -62,7 +62,7 @@ class ResultRecord(TypedDict):
 
 
 class RowsRecord(TypedDict):
-    """The names of the classes, the columns and the out-of-distribution sets of the rows behind a result."""
+    """The metadata of a result's stored rows: names of classes, columns and out-of-distribution sets."""
 
     ood: list[str]
     classes: list[str]
@@ -71,7 +71,7 @@ class RowsRecord(TypedDict):
 
 
 def read_results(folder: Path) -> list[ResultRecord]:
-    """The lines of a run, the last of each data set and method; a line cut short by a crash is left out."""
+    """Read the results of a run, the last of each data set and method; lines truncated by a crash are skipped."""
     path = Path(folder) / RESULTS
     last: dict[tuple[str, str], ResultRecord] = {}
     if not path.exists():
@@ -87,7 +87,7 @@ def read_results(folder: Path) -> list[ResultRecord]:
 
 @dataclass
 class StoredRun:
-    """The results of a run in the order of its file, and the failures apart from them."""
+    """A run on disk: its results in the order of the file, and its failures."""
 
     folder: Path
     results: list[ResultRecord]
@@ -95,14 +95,14 @@ class StoredRun:
 
     @classmethod
     def read(cls, folder: Path) -> "StoredRun":
-        """Read the run in a folder. Raises ValueError if the folder holds no result."""
+        """Read the run in a folder; ValueError if the folder holds no result."""
         folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}")
+            raise FileNotFoundError(f"the folder {folder} does not exist")
         every = read_results(folder)
         results = [r for r in every if "error" not in r]
         if not results:
-            raise ValueError(f"{folder} holds no result: `vbdl bench --out {folder}` writes {RESULTS} there")
+            raise ValueError(f"{folder} holds no result; `vbdl bench --out {folder}` writes {RESULTS} there")
         return cls(folder, results, [r for r in every if "error" in r])
 
     @property
@@ -114,12 +114,12 @@ class StoredRun:
         return list(dict.fromkeys(r["method"] for r in self.results))
 
     def of(self, dataset: str) -> list[ResultRecord]:
-        """The results of a data set, methods in the order of the run."""
+        """The results of a data set, with methods in the order of the run."""
         by_method = {r["method"]: r for r in self.results if r["dataset"] == dataset}
         return [by_method[m] for m in self.methods if m in by_method]
 
     def rows(self, result: ResultRecord) -> tuple[dict[str, Tensor], RowsRecord] | None:
-        """Tensors by name, as vbdl/bench/rows.py names them, and what is said of them; None where the file is gone."""
+        """(tensors by name as in vbdl/bench/rows.py, their metadata) of a result, or None if the file is missing."""
         file = self.folder / result["file"]
         if not file.is_file():
             return None

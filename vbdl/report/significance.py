@@ -1,4 +1,4 @@
-"""Whether a difference is more than chance: against a published column, and between two results."""
+"""Tests whether a score differs significantly from a published column or from another result."""
 
 import math
 from dataclasses import dataclass
@@ -9,36 +9,39 @@ from scipy import stats
 from vbdl.metrics import compare
 from vbdl.report.run import PublishedRecord, ScoreRecord
 
-ALPHA = 0.01  # of a paired test over the splits, as the acceptance of the published columns asks
-ERRORS = 2.0  # combined standard errors, where only means and errors are published
+ALPHA = 0.01  # significance level of paired tests over the splits
+ERRORS = 2.0  # threshold in combined standard errors if only means and standard errors are published
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """ours - theirs, in the metric's units."""
+    """The verdict of a comparison of one score with another (ours with theirs)."""
 
     word: str  # "better", "worse" or "no difference found"
-    difference: float
-    errors: float  # the same in standard errors of the difference; positive is better
+    difference: float  # ours - theirs, in the metric's units
+    errors: float  # the difference in its standard errors; positive is better
     p_value: float
     paired: bool
     n: int
 
 
 def sign(better: str) -> float:
-    """+1 where more is better, -1 where less is."""
+    """+1 if higher values are better, -1 if lower ones are."""
     return 1.0 if better == "higher" else -1.0
 
 
 def goodness(values: list[float], better: str) -> list[float]:
-    """The values turned so that more is better: minus the distance if a nominal value is best."""
+    """The values transformed so that higher is better: minus the distance if a nominal value is best."""
     if better in ("higher", "lower"):
         return [sign(better) * v for v in values]
     return [-abs(v - float(better)) for v in values]
 
 
 def against_published(score: ScoreRecord, column: PublishedRecord) -> Verdict | None:
-    """A paired t test where the authors gave each split's value, else the distance in combined standard errors."""
+    """Compare a score with a published column; None if the score is not finite or has no standard error.
+
+    Uses a paired t test if the authors published each split's value, else the distance in combined standard errors.
+    """
     if score["standard_error"] is None or score["value"] is None:
         return None
     direction = sign(score["better"])
@@ -64,13 +67,13 @@ def against_published(score: ScoreRecord, column: PublishedRecord) -> Verdict | 
 
 
 def between(ours: list[float], theirs: list[float], better: str, alpha: float = ALPHA) -> Verdict | None:
-    """A paired t test of two results on the same splits or rows; None where they cannot be paired."""
+    """Compare two results on the same splits or rows by a paired t test; None if they cannot be paired."""
     if len(ours) != len(theirs) or len(ours) < 2 or None in ours or None in theirs:
         return None
     a, b = (torch.tensor(goodness(v, better), dtype=torch.float64) for v in (ours, theirs))
     test = compare(a, b)
     error = float((a - b).std()) / math.sqrt(len(a))
-    # every pair moved by the same amount: no spread to measure by, and no doubt either
+    # if all pairs differ by the same amount, the standard error is 0 and the difference certain
     errors = math.copysign(math.inf, test.difference) if error == 0 and test.difference else 0.0
     errors = test.difference / error if error else errors
     plain = sum(ours) / len(ours) - sum(theirs) / len(theirs)

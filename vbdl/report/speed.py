@@ -1,4 +1,4 @@
-"""Speed and scaling, from JSON lines that the speed benchmarks write."""
+"""The report's sections on speed and scaling, from JSON lines of the speed benchmarks."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ def _lines(file: Path | None) -> list[dict[str, Any]]:
 
 
 def table(file: Path | None) -> dict[str, Any] | None:
-    """Cells of benchmarks/speed.py: seconds a call and the ratio to the loop, the last line of each cell.
+    """The results of benchmarks/speed.py: {"machine": ..., "cells": [(workload, batch, [line, ...]), ...]}.
 
-    {"machine": ..., "cells": [(workload, batch, [line, ...]), ...]}, or None where there is no file. A file that is
-    named and not there raises FileNotFoundError.
+    A line has the seconds per call and the ratio to the loop of one contender; the last line of each is taken. Returns
+    None if no file is given or it has no results; raises FileNotFoundError if the file does not exist.
     """
     if file is not None and not Path(file).is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+        raise FileNotFoundError(f"the file {file} does not exist")
     lines = [r for r in _lines(file) if "wall_s" in r]
     if not lines:
         return None
@@ -46,7 +46,7 @@ _SHOWN = {"seconds": ("seconds a call", "Cost", 1.0), "bytes": ("MiB", "Memory",
 
 
 def scaling(file: Path) -> list[tuple[str, list[str], Markup]]:
-    """(title, methods, chart) of cost or memory against each size that was varied, from `vbdl bench --scaling`."""
+    """(title, methods, chart) of cost or memory against each varied size, from `vbdl bench --scaling`."""
     lines = [r for r in _lines(file) if r.get("quantity") in _SHOWN]
     methods = list(dict.fromkeys(r["method"] for r in lines))
     charts = []

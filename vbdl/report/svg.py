@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, colored by the page's style sheet, so that they follow light and dark."""
+"""Small charts as inline SVG, colored by the page's style sheet, so that they follow its light or dark mode."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 320, 230
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 38  # left: the label beside ticks of five characters
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 38  # the left margin fits the label and ticks of five characters
 
 
 @dataclass
 class Chart:
-    """Axes from `x` and `y` = (low, high), marks added to it, then `svg()`. Classes name colors: c0, c1, ..."""
+    """A chart with axes over x and y = (low, high); add marks, then call svg(). CSS classes c0, c1, ... are colors."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -35,36 +35,36 @@ class Chart:
         return LEFT + width * across, TOP + height * (1 - min(1.05, max(-0.02, up)))
 
     def line(self, xs: Sequence[float], ys: Sequence[float], style: str, name: str = "", dots: bool = False) -> None:
-        """A polyline; points that are not finite break it."""
+        """Add a polyline; it is interrupted at points that are not finite."""
         parts, part = [], []
         for x, y in zip(xs, ys, strict=True):
             if math.isfinite(x) and math.isfinite(y):
                 part.append("{:.1f},{:.1f}".format(*self._at(x, y)))
             elif part:
                 parts, part = [*parts, part], []
-        said = f"<title>{escape(name)}</title>" if name else ""
+        title = f"<title>{escape(name)}</title>" if name else ""
         for p in [*parts, part]:
             if p:
-                self.marks.append(f'<polyline class="line {style}" points="{" ".join(p)}">{said}</polyline>')
+                self.marks.append(f'<polyline class="line {style}" points="{" ".join(p)}">{title}</polyline>')
         if dots:
             for p in (p for q in [*parts, part] for p in q):
                 a, b = p.split(",")
                 self.marks.append(f'<circle class="dot {style}" cx="{a}" cy="{b}" r="2.6"/>')
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], style: str, name: str = "") -> None:
-        """Bars between consecutive edges, from the bottom."""
-        said = f"<title>{escape(name)}</title>" if name else ""
+        """Add bars between consecutive edges, from the bottom."""
+        title = f"<title>{escape(name)}</title>" if name else ""
         for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
             if not height > 0:
                 continue
             (left, top), (right, bottom) = self._at(low, height), self._at(high, self.y[0])
             self.marks.append(
                 f'<rect class="bar {style}" x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 0.6, 0.6):.1f}" '
-                f'height="{max(bottom - top, 0):.1f}">{said}</rect>'
+                f'height="{max(bottom - top, 0):.1f}">{title}</rect>'
             )
 
     def svg(self) -> Markup:
-        """The chart, to be put into a page."""
+        """The chart as markup for a page."""
         out = [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">',
         ]
@@ -88,7 +88,7 @@ class Chart:
 
 
 def ticks(ends: tuple[float, float], log: bool = False) -> list[float]:
-    """About five round numbers between the ends; powers of ten on a logarithmic axis."""
+    """The positions of ticks: about five round numbers between the ends, or powers of ten if log."""
     low, high = ends
     if log:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
@@ -106,7 +106,7 @@ def ticks(ends: tuple[float, float], log: bool = False) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A tick's number in few characters."""
+    """The number of a tick as short text."""
     if value == 0:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-3:

@@ -1,1 +1,1 @@
-"""Data sets: one function each, registered by name."""
+"""The data sets of the suite, each a function registered by name."""

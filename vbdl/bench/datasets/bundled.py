@@ -1,4 +1,4 @@
-"""Sets that come with scikit-learn: no download."""
+"""Data sets that come with scikit-learn and need no download."""
 
 from functools import partial
 from typing import Any
@@ -19,18 +19,18 @@ def _sklearn() -> Any:
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the bundled sets need scikit-learn: pip install 'vbdl[demo]'") from error
+        raise ModuleNotFoundError("the bundled data sets need scikit-learn: pip install 'vbdl[demo]'") from error
     return datasets
 
 
 def table(name: str, x: np.ndarray, y: np.ndarray, classes: tuple[str, ...], **options: Any) -> Task:
-    """A task of classes from a table on stratified splits."""
+    """A classification task from a table, on stratified splits. x: (rows, features);  y: (rows,) class indices"""
     order, n_train = stratified_splits(y, SPLITS)
     options.setdefault("recipe", {"epochs": 60, "lr": 3e-3})
     return classification(name, x, y, order, n_train, classes=classes, network=partial(mlp, x.shape[1], 64), **options)
 
 
-# name -> what loads it, what it is, its classes, its columns where scikit-learn's names are not good ones
+# name -> scikit-learn's loader, description, classes, columns if scikit-learn's names need replacement
 _TABLES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "breast-cancer": (
         "load_breast_cancer",
@@ -55,8 +55,8 @@ _TABLES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
 
 def _table(name: str, source: Source, protocol: str = "") -> Task:
     loader, _, classes, columns = _TABLES[name]
-    found = getattr(_sklearn(), loader)()
-    return table(name, found.data, found.target, classes, columns=columns or tuple(found.feature_names))
+    bunch = getattr(_sklearn(), loader)()
+    return table(name, bunch.data, bunch.target, classes, columns=columns or tuple(bunch.feature_names))
 
 
 for _name, (_, _about, _, _) in _TABLES.items():
@@ -69,16 +69,16 @@ for _name, (_, _about, _, _) in _TABLES.items():
 @dataset("diabetes", suite="bundled")
 def diabetes(source: Source, protocol: str = "") -> Task:
     """patients, 442 rows, 10 measurements: progression of the disease a year later, 25 to 346"""
-    found = _sklearn().load_diabetes(scaled=False)
-    orders = np.stack([np.random.RandomState(k).permutation(len(found.target)) for k in range(SPLITS)])
+    bunch = _sklearn().load_diabetes(scaled=False)
+    orders = np.stack([np.random.RandomState(k).permutation(len(bunch.target)) for k in range(SPLITS)])
     return regression(
         "diabetes",
-        found.data,
-        found.target.astype(np.float64),
+        bunch.data,
+        bunch.target.astype(np.float64),
         orders,
-        round(0.8 * len(found.target)),
+        round(0.8 * len(bunch.target)),
         network=partial(mlp, 10, 50),
-        columns=tuple(found.feature_names),
+        columns=tuple(bunch.feature_names),
         recipe={"epochs": 60, "lr": 3e-3},
         shuffle=True,
     )
@@ -87,10 +87,10 @@ def diabetes(source: Source, protocol: str = "") -> Task:
 @dataset("digits", suite="bundled")
 def digits(source: Source, protocol: str = "") -> Task:
     """handwritten digits, 1797 images of 8 x 8 pixels"""
-    found = _sklearn().load_digits()
-    y = found.target.astype(np.int64)
+    bunch = _sklearn().load_digits()
+    y = bunch.target.astype(np.int64)
     order, n_train = stratified_splits(y, 1)
-    x = torch.from_numpy(found.images.astype(np.float32))[order[0]].unsqueeze(1).unsqueeze(0) / 16
+    x = torch.from_numpy(bunch.images.astype(np.float32))[order[0]].unsqueeze(1).unsqueeze(0) / 16
     test = x[:, n_train:]
     return Task(
         name="digits",
@@ -106,5 +106,5 @@ def digits(source: Source, protocol: str = "") -> Task:
 
 
 def noise(like: torch.Tensor) -> torch.Tensor:
-    """Uniform pixels of the same shape and range."""
+    """Images of uniform noise in [0, 1] with the same shape."""
     return torch.rand(like.shape, generator=torch.Generator().manual_seed(0))

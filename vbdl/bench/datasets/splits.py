@@ -1,4 +1,4 @@
-"""Arrays into a Task: splits drawn, each standardized by its own training part."""
+"""Make a Task from arrays: draw splits, and standardize each by its own training part."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from vbdl.bench.task import Task
 
 
 def standard_splits(rows: int, count: int) -> np.ndarray:
-    """(count, rows) permutations: the first round(0.9 rows) of each are its training part.
+    """The standard UCI splits as permutations (count, rows), whose first round(0.9 rows) entries are training rows.
 
-    Hernandez-Lobato and Adams, Probabilistic Backpropagation, ICML 2015: numpy's generator at seed 1.
+    Hernandez-Lobato and Adams, Probabilistic Backpropagation, ICML 2015: numpy's generator with seed 1.
     """
     generator = np.random.RandomState(1)
     return np.stack([generator.choice(range(rows), rows, replace=False) for _ in range(count)])
@@ -22,16 +22,16 @@ def standard_splits(rows: int, count: int) -> np.ndarray:
 def regression(
     name: str, x: np.ndarray, y: np.ndarray, order: np.ndarray, n_train: int, shuffle: bool = False, **options: Any
 ) -> Task:
-    """A task of real targets. x: (rows, features), y: (rows,), order: (splits, rows) with the training part first.
+    """A regression task. x: (rows, features), y: (rows,), order: (splits, rows) row indices, the training part first.
 
-    shuffle: give it rows out of distribution as `classification` does.
+    shuffle: add out-of-distribution rows as `classification` does.
     """
     inputs, targets, centres, scales = [], [], [], []
-    for own in order:
-        train = own[:n_train]
+    for rows in order:
+        train = rows[:n_train]
         centre, scale = y[train].mean(), y[train].std()
-        inputs.append(_standardized(x, own, train))
-        targets.append((y[own] - centre) / scale)
+        inputs.append(_standardized(x, rows, train))
+        targets.append((y[rows] - centre) / scale)
         centres.append(float(centre))
         scales.append(float(scale))
     stacked = torch.from_numpy(np.stack(inputs)).float()
@@ -50,12 +50,12 @@ def regression(
 def classification(
     name: str, x: np.ndarray, y: np.ndarray, order: np.ndarray, n_train: int, classes: Sequence[str], **options: Any
 ) -> Task:
-    """A task of classes from a table. x: (rows, features), y: (rows,) class numbers, order as for `regression`.
+    """A classification task from a table. x: (rows, features), y: (rows,) class indices, order as in `regression`.
 
-    Out of distribution: the test rows with every feature shuffled on its own, each value likely, their combination not.
+    Its out-of-distribution rows are the test rows with each feature shuffled separately, which breaks their dependence.
     """
-    inputs = torch.from_numpy(np.stack([_standardized(x, own, own[:n_train]) for own in order])).float()
-    targets = torch.from_numpy(np.stack([y[own] for own in order])).to(torch.int64)
+    inputs = torch.from_numpy(np.stack([_standardized(x, rows, rows[:n_train]) for rows in order])).float()
+    targets = torch.from_numpy(np.stack([y[rows] for rows in order])).to(torch.int64)
     test = inputs[:, n_train:]
     return Task(
         name=name,
@@ -69,7 +69,7 @@ def classification(
 
 
 def stratified_splits(y: np.ndarray, count: int, share: float = 0.8) -> tuple[np.ndarray, int]:
-    """(count, rows) orders whose first n_train rows hold each class in its share; and n_train."""
+    """(orders (count, rows), n_train): the first n_train rows of an order have each class in its overall share."""
     from vbdl.data.splitting import split
 
     orders, sizes = [], set()
@@ -83,7 +83,7 @@ def stratified_splits(y: np.ndarray, count: int, share: float = 0.8) -> tuple[np
 
 
 def shuffled(test: Tensor) -> Tensor:
-    """(splits, rows, features) with each feature's values permuted over the rows."""
+    """The rows, (splits, rows, features), with each feature's values permuted over the rows of a split."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.empty_like(test)
     for k in range(test.shape[0]):
@@ -93,6 +93,6 @@ def shuffled(test: Tensor) -> Tensor:
 
 
 def _standardized(x: np.ndarray, order: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Rows in this order. A column constant in the training part (naval has two) is divided by 1."""
+    """The rows in this order, standardized by the training rows; constant columns (naval has two) get scale 1."""
     mean, std = x[train].mean(0), x[train].std(0)
     return (x[order] - mean) / np.where(std < 1e-12, 1.0, std)

@@ -1,4 +1,4 @@
-"""Tables of medicine and credit, from csv.gz files."""
+"""Data sets of medicine and credit, read from csv.gz files."""
 
 import csv
 import gzip
@@ -14,7 +14,7 @@ from vbdl.bench.task import Task
 
 
 def read(file: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names of the columns, inputs (rows, columns) with words as one column a level, and targets (rows,), 0 or 1."""
+    """Read (column names, inputs (rows, columns), targets (rows,) 0 or 1); text columns are one-hot encoded."""
     with gzip.open(file, "rt") as stream:
         header, *rows = csv.reader(stream)
     *columns, target = zip(*rows, strict=True)
@@ -41,7 +41,7 @@ def _load(source: Source, path: str, name: str) -> tuple[list[str], np.ndarray, 
 def pima(source: Source, protocol: str = "") -> Task:
     """diabetes among women of the Pima, 768 rows, 8 measurements"""
     names, x, y = _load(source, "medical_tabular/pima_diabetes.csv.gz", "pima")
-    # 0 stands for missing in these; the median of what is known takes its place, and a column says where
+    # in these columns 0 means missing: replace it by the median, and add an indicator column if there are many
     for column in ("glucose", "blood_pressure", "skin_thickness", "insulin", "bmi"):
         j = names.index(column)
         gone = x[:, j] == 0

@@ -1,4 +1,4 @@
-"""UCI regression on the standard splits."""
+"""The UCI regression data sets on the standard splits."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from vbdl.bench.registry import dataset
 from vbdl.bench.source import Source
 from vbdl.bench.task import Task
 
-# names on OpenML of the sets that are there in the published shape
+# names on OpenML of the data sets that it has in the published shape
 _OPENML = {"boston": "boston", "kin8nm": "kin8nm", "wine": "wine-quality-red", "concrete": "Concrete_Data"}
 
 _ABOUT = {
@@ -29,17 +29,17 @@ _ABOUT = {
 
 def _load(name: str, source: Source, year: str = "2016") -> Task:
     of, path, notes = SETS[name], f"uci_regression/{name}.npz", ()
-    found = source.arrays(path)
-    if found is None:
+    arrays = source.arrays(path)
+    if arrays is None:
         x, y = source.openml(name, _OPENML.get(name), (of.rows, of.features), path)
         x, y, per_split = np.asarray(x, np.float64), np.asarray(y, np.float64), {}
         order, n_train = standard_splits(of.rows, of.splits), round(0.9 * of.rows)
         notes = ("rows in OpenML's order, which may not be the published one: the splits may be others",)
     else:
-        x, y, order, n_train = found["X"], found["y"], found["perm"].astype(np.int64), int(found["n_train"])
+        x, y, order, n_train = arrays["X"], arrays["y"], arrays["perm"].astype(np.int64), int(arrays["n_train"])
         per_split = {
-            "rmse": tuple(found["gal2018_test_rmse_mc"].tolist()),
-            "ll": tuple(found["gal2018_test_ll"].tolist()),
+            "rmse": tuple(arrays["gal2018_test_rmse_mc"].tolist()),
+            "ll": tuple(arrays["gal2018_test_ll"].tolist()),
         }
     if len(np.unique(x, axis=0)) < len(x):
         notes += ("some rows occur twice, so that test rows may be training rows: part of the benchmark",)

@@ -1,4 +1,4 @@
-"""Deep ensembles, by Lakshminarayanan et al.'s protocol where the set has one."""
+"""Deep ensembles, by the protocol of Lakshminarayanan et al. for data sets that have one."""
 
 import torch
 
@@ -19,15 +19,16 @@ def deep_ensemble(task: Task, run: Run) -> Stacked | Each:
 
 
 def ensemble(task: Task, run: Run, members: int) -> Stacked | Each:
-    """An ensemble of so many members a split, all of them trained in one stacked run."""
+    """An ensemble of `members` networks for each split, all trained in one stacked run."""
     if task.protocol is not None:
         run.notes.append(
             "learning rate 0.02 annealed to zero by a cosine, chosen by the scores of yacht, boston and naval (the "
             "printed 0.1, held, diverges on some splits), a log-variance head, no adversarial examples"
         )
         network, likelihood = task.network(0.0, 2), HeteroscedasticGaussian()
-        # Held at 0.01, Adam's last steps are a noise that naval's likelihood sees (4.9 nats for 6.2), and now and then
-        # a member ends with an infinite variance, on naval and protein. Gradients clipped at norm 30 stop that alone.
+        # With a constant rate of 0.01, Adam's last steps add noise that lowers naval's log-likelihood (4.9 instead of
+        # 6.2 nats), and occasionally a member of naval or protein ends with an infinite variance; clipping gradients at
+        # norm 30 prevents only the latter.
         options = {"epochs": 40, "batch_size": 100, "lr": 0.02, "schedule": "cosine"}
     else:
         network, likelihood = task.network(0.0, outputs(task)), likelihood_of(task)

@@ -1,4 +1,4 @@
-"""Linear models: the bar that a network has to pass."""
+"""Linear models, the baseline that a network should beat."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,10 @@ def linear(task: Task, run: Run) -> Stacked:
 
 
 class _Linear(Stacked):
-    """N(x w, noise (1 + x A^-1 x)) with w and A by least squares with a ridge, noise by its residuals; float64."""
+    """Bayesian linear regression N(x w, noise (1 + x A^-1 x)) in float64.
+
+    w is the ridge least-squares solution, A the regularized Gram matrix, noise the variance of the residuals.
+    """
 
     def __init__(self, task: Task):
         x, y = _with_one(task.x[:, : task.n_train]), task.y[:, : task.n_train, 0].double()
@@ -37,7 +40,7 @@ class _Linear(Stacked):
 
 
 class _Logistic(Stacked):
-    """Softmax regression with a ridge of 1, fitted by L-BFGS; images by their pixels."""
+    """Softmax regression with a ridge of 1, fitted by L-BFGS; images are flattened to their pixels."""
 
     def __init__(self, task: Task):
         x, y = _with_one(task.x[:, : task.n_train].flatten(2)), task.y[:, : task.n_train]

@@ -1,4 +1,4 @@
-"""MC dropout, by Gal and Ghahramani's protocols where the set has one."""
+"""MC dropout, by the protocols of Gal and Ghahramani for data sets that have one."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from vbdl.posteriors.mc_dropout import MCDropout
 
 _LENGTH_SCALE = 1e-2
 _SAMPLES = 10_000  # as published
-_SEARCH_SAMPLES = 200  # that a rate and a precision are judged by
+_SEARCH_SAMPLES = 200  # draws used to select rate and precision
 
 
 @method("mc-dropout")
@@ -28,19 +28,20 @@ def mc_dropout(task: Task, run: Run) -> Stacked | Each:
 
 
 def decay(p: float, rows: int, tau: float) -> float:
-    """Weight decay of Adam on half the squared error: the protocol's l^2 (1 - p) / (2 N tau) on the squared error.
+    """The weight decay for Adam on half the squared error: the protocol's l^2 (1 - p) / (2 N tau).
 
-    The penalty lambda |w|^2 beside the mean squared error has the gradient 2 lambda w; half of both is trained on.
+    In the protocol lambda |w|^2 is added to the mean squared error and has the gradient 2 lambda w; here half of both
+    is minimized.
     """
     return _LENGTH_SCALE**2 * (1 - p) / (2 * rows * tau)
 
 
 def _searched(task: Task, run: Run) -> Stacked:
-    """Rate and precision of each split by the likelihood of its last fifth, then trained again on all of it.
+    """Select rate and precision of each split by the likelihood of its last fifth, then train again on all of it.
 
-    In the search one network is trained for a rate, with the middle precision in its weight decay (below 2e-6 on every
-    set), and judged under each precision; the last training has the decay of the pair that was chosen. Either is one
-    stacked training: of all splits at all rates, of all splits at their own.
+    The search trains one network for each split and rate, with the middle precision in its weight decay (below 2e-6 on
+    every data set), and evaluates it with each precision. The final training uses the decay of the selected pair. Both
+    are single stacked trainings of all splits.
     """
     how, splits = task.protocol, range(task.n_splits)
     run.notes.append("the search trains one network a rate, with the middle tau in its weight decay (below 2e-6)")
@@ -72,10 +73,10 @@ def _searched(task: Task, run: Run) -> Stacked:
 
 
 class _StackedRate(nn.Module):
-    """Dropout whose rate is an entry of the state, so that networks of several rates are one stack. Training only.
+    """A dropout layer for training whose rate is in the state, so that networks with different rates can be stacked.
 
-    Its masks come from torch's generator, which `fit` seeds for every epoch: a mask for every row of every network is
-    ten times the words of all else, and the counters that predictions draw from cost twice the rest of the step.
+    Its masks come from torch's generator, which `fit` seeds for every epoch: the counter-based noise of predictions
+    would cost twice the rest of a step, because the masks of all rows and networks need most of the random numbers.
     """
 
     rate: Tensor
@@ -89,7 +90,7 @@ class _StackedRate(nn.Module):
 
 
 def _with_stacked_rates(network: nn.Module) -> nn.Module:
-    """The network with each of its dropouts replaced."""
+    """Replace each nn.Dropout of the network by _StackedRate, in place, and return the network."""
     for parent in network.modules():
         for name, child in parent._modules.items():
             if isinstance(child, nn.Dropout):
@@ -98,7 +99,7 @@ def _with_stacked_rates(network: nn.Module) -> nn.Module:
 
 
 def _fit(task: Task, run: Run, networks: list[tuple[int, float, float]], stop: int, name: str) -> DeepEnsemble:
-    """A network for each (split, rate, precision), trained on the first `stop` rows of its split, in one stack."""
+    """Train a network for each (split, rate, precision) on the first `stop` rows of its split, in one stack."""
     how = task.protocol
     splits, rates, taus = zip(*networks, strict=True)
     q = DeepEnsemble(_with_stacked_rates(task.network(0.5, 1)), len(networks), seed=run.seed)
@@ -106,9 +107,9 @@ def _fit(task: Task, run: Run, networks: list[tuple[int, float, float]], stop: i
         if entry.rpartition(".")[2] == "rate":
             tensor.copy_(torch.tensor(rates))
     weights = torch.tensor([decay(p, stop, tau) for p, tau in zip(rates, taus, strict=True)])
-    from torch._inductor import config  # takes a second
+    from torch._inductor import config  # here, because the import takes a second
 
-    # compiled or not, masks are those that torch's own generator gives
+    # compiled steps draw masks from torch's generator, too
     with config.patch(fallback_random=True):
         train(
             task,
@@ -127,17 +128,17 @@ def _fit(task: Task, run: Run, networks: list[tuple[int, float, float]], stop: i
 
 @torch.no_grad()
 def _dropping(task: Task, run: Run, trained: DeepEnsemble, p: float, which: list[int]) -> DeepEnsemble:
-    """These of the trained networks, all of one rate, as MC dropout."""
+    """The trained networks `which`, all of rate p, as an ensemble of MC dropout posteriors."""
     q = DeepEnsemble(MCDropout(task.network(p, 1)), len(which), seed=run.seed)
-    found = trained.stacked()
+    state = trained.stacked()
     for name, tensor in q.stacked().items():
         if name.startswith("inner."):
-            tensor.copy_(found[name.removeprefix("inner.")][which])
+            tensor.copy_(state[name.removeprefix("inner.")][which])
     return q
 
 
 class _ByRate(Stacked):
-    """Splits trained with different rates, which are different architectures, put together again."""
+    """Trained splits with different rates, which are different architectures, as one stacked posterior."""
 
     def __init__(
         self, trained: dict[float, tuple[list[int], DeepEnsemble]], noise: list[float], samples: int, seed: int
@@ -151,26 +152,26 @@ class _ByRate(Stacked):
             replicate(likelihood, len(chosen))
             with torch.no_grad():
                 likelihood.log_std.copy_(torch.tensor([self.noise[k] for k in chosen]).log().unsqueeze(1))
-            own = Stacked(q, likelihood, samples=self.samples, seed=self.seed)
-            parts.append((chosen, own.parameters(x[chosen])))
+            stacked = Stacked(q, likelihood, samples=self.samples, seed=self.seed)
+            parts.append((chosen, stacked.parameters(x[chosen])))
         yield from _together(parts, x.shape[0], self.samples)
 
 
 def _together(
     parts: list[tuple[list[int], Iterator[Tensor]]], n_splits: int, samples: int, size: int = 50
 ) -> Iterator[Tensor]:
-    """(draws, splits, rows, ...) chunks of `size` draws from each part's chunks, whose lengths differ."""
+    """Yield chunks (size, splits, rows, ...) joined from the parts' chunks, whose lengths differ."""
     waiting: dict[int, list[Tensor]] = {i: [] for i in range(len(parts))}
     for start in range(0, samples, size):
         count = min(size, samples - start)
-        found = None
+        joined_draws = None
         for i, (chosen, chunks) in enumerate(parts):
             while sum(len(c) for c in waiting[i]) < count:
                 waiting[i].append(next(chunks))
             joined = torch.cat(waiting[i])
             waiting[i] = [joined[count:]]
-            if found is None:
-                found = joined.new_empty((count, n_splits, *joined.shape[2:]))
-            found[:, chosen] = joined[:count]
-        assert found is not None
-        yield found
+            if joined_draws is None:
+                joined_draws = joined.new_empty((count, n_splits, *joined.shape[2:]))
+            joined_draws[:, chosen] = joined[:count]
+        assert joined_draws is not None
+        yield joined_draws

@@ -1,4 +1,4 @@
-"""Mean-field variational inference, with settings of this project's own: no protocol could be followed."""
+"""Mean-field variational inference, with this project's own settings instead of a published protocol."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the built-in methods share: a network for each split and member, trained in one stacked step."""
+"""The training shared by the built-in methods: networks for all splits and members, trained in stacked steps."""
 
 import math
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from vbdl.methods import Method
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.training.fit import History, fit
 
-_SAMPLES = 100  # draws in evaluation where no protocol names a number
-_COMPILE_STEPS = 1000  # a small stacked step saves about 5 ms when it is compiled, which takes about 5 s
+_SAMPLES = 100  # draws in evaluation if no protocol gives a number
+_COMPILE_STEPS = 1000  # compiling takes about 5 s and saves about 5 ms per small stacked step
 
 
 class DecayedAdam(torch.optim.Adam):
-    """Adam whose weight decay may differ by member: added to the gradient, as `weight_decay` is.
+    """Adam with a weight decay for each member, added to the gradient like `weight_decay`.
 
-    decay: (members,) for parameters with a leading members axis.
+    decay: (members,); parameters must have a leading members axis.
     """
 
     def __init__(self, params: Any, lr: float, decay: Tensor):
@@ -60,7 +60,11 @@ def train(
     splits: list[int] | None = None,
     **options: Any,
 ) -> History:
-    """`fit` of a stacked posterior, members on the rows of their own split; `stop`: the first so many rows only."""
+    """Train a stacked posterior with `fit`, each member on the rows of its split.
+
+    stop: number of rows of each split to train on; default: its whole training part.
+    splits: split of each member; default: all splits in order, with per_split members each.
+    """
     stop = task.n_train if stop is None else stop
     rows = task.numbers(0, stop)
     rows = rows if splits is None else rows[splits]
@@ -87,12 +91,12 @@ def train(
 
 
 def recipe(task: Task, **own: Any) -> dict[str, Any]:
-    """Options of `train` for a set without a published protocol."""
+    """The options of `train` for a data set without a published protocol."""
     return {"epochs": 60, "batch_size": 64, "lr": 3e-3, "schedule": "cosine", **task.recipe, **own}
 
 
 def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
-    """A function that trains this method on a set with the set's own recipe, and no published protocol."""
+    """A function train(task, run) that trains this method with the data set's recipe, without a published protocol."""
 
     def trained(task: Task, run: Run) -> Stacked | Each:
         wrap = lambda network: method.make(network, n_data=task.n_train, seed=run.seed)
@@ -103,7 +107,7 @@ def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
 
 
 def plain(task: Task, run: Run, wrap: Callable[[nn.Module], Any], p: float, name: str, **own: Any) -> Stacked | Each:
-    """Train `wrap(network)` on every split, without a protocol: stacked, or on its own where there is one split."""
+    """Train `wrap(network)` on every split without a published protocol: stacked, or alone if there is one split."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = task.network(p, outputs(task))
