@@ -99,12 +99,27 @@ def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) ->
     """A ValueError that names the rows' shapes and dtypes and wraps the module's own error."""
     if module is not None and (range_error := outside_range(x, error, [module])) is not None:
         return range_error
+    if (kept_error := kept_tensor(error)) is not None:
+        return kept_error
     leaves = tensors(x)
     shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in leaves)
     hint = ""
     if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
         hint = "; convert integers that are not indices with x.to(torch.float32)"
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
+
+
+def kept_tensor(error: Exception) -> ValueError | None:
+    """A ValueError for a network that keeps a tensor in an attribute between calls, or None for any other error.
+
+    error: raised by torch, which finds a tensor of an earlier `vmap` in the attribute.
+    """
+    if "escaped from inside a function being vmapped" not in str(error):
+        return None
+    return ValueError(
+        "the network keeps a tensor in an attribute from one call to the next, which members would share: make it a "
+        "buffer with register_buffer(name, tensor), so that each has its own"
+    )
 
 
 def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:

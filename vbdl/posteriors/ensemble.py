@@ -23,6 +23,7 @@ from vbdl.calling.stacking import (
     state_of,
     why_not_mapped,
 )
+from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, difference, stack
@@ -269,12 +270,9 @@ class DeepEnsemble(Posterior):
         try:
             reason = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows)
         except RuntimeError as error:
-            if "escaped from inside a function being vmapped" not in str(error):
+            if (kept_error := kept_tensor(error)) is None:
                 raise
-            raise ValueError(
-                "the network keeps a tensor in an attribute from one call to the next, which members would share: make "
-                "it a buffer with register_buffer(name, tensor), so that each member has its own"
-            ) from error
+            raise kept_error from error
         self.one_by_one = reason or ""
 
 
