@@ -467,7 +467,7 @@ def main() -> None:
             for result in PARTS[part](folder, asked, options.seconds):
                 results.append(result)
                 print(json.dumps(result), flush=True)
-    print("\n| tried | figures | answered | nothing lost |\n| --- | --- | --- | --- |")
+    print("\n| attack | measurements | answered | lost or wrong |\n| --- | --- | --- | --- |")
     for result in results:
         print(row(result))
 

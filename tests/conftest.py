@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter, config):
         test = report.nodeid.partition("[")[0]
         seconds[test] += report.duration
         cases[test].add(report.nodeid)
-    rows = ["| seconds | cases | test | what it buys |", "| --- | --- | --- | --- |"]
+    rows = ["| seconds | cases | test | what it tests |", "| --- | --- | --- | --- |"]
     for test, total in seconds.most_common(20):
         rows.append(f"| {total:.0f} | {len(cases[test])} | `{test}` | {_purpose(test)} |")
     kept = Path(file).read_text().partition("| seconds |")[0]
