@@ -1,6 +1,6 @@
 """Whether the plan chooses well: each workload with the plan's own choice, and with every other way forced.
 
-    python benchmarks/plans.py [--workloads W1,W3] [--batches 1,32,256] [--draws 32,100] [--seconds 2]
+    python benchmarks/plans.py [--workloads W1,W3] [--batches 1,32,256] [--samples 32,100] [--seconds 2]
                                [--out benchmarks/results/plans-cpu.jsonl]
 
 Ways, where they apply and make another plan: one draw a call, all draws in one call; dropped units masked, folded into
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default=",".join(w.name for w in WORKLOADS))
     parser.add_argument("--batches", default="1,32,256")
-    parser.add_argument("--draws", default="32,100")
+    parser.add_argument("--samples", "--draws", dest="samples", default="32,100")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing a cell")
     parser.add_argument("--out", type=Path, help="append a JSON line a result")
     options = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
     for workload in WORKLOADS:
         if not any(workload.name.startswith(p) for p in options.workloads.split(",")):
             continue
-        members = [workload.n_samples] if workload.method is DeepEnsemble else map(int, options.draws.split(","))
+        members = [workload.n_samples] if workload.method is DeepEnsemble else map(int, options.samples.split(","))
         for draws in members:
             for rows in map(int, options.batches.split(",")):
                 rows_of = run_cell(workload, rows, draws, options.seconds)

@@ -3,16 +3,23 @@
 import importlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from torch import nn
 
 import vbdl
 from vbdl import former
+from vbdl.bench.runner import SuiteSettings
+from vbdl.bench.task import Run, Stacked
+from vbdl.cli import COMMANDS
+from vbdl.cli.config import configured
+from vbdl.tabular import TableOptions
 
 NAMES = [
     ("vbdl.artifact", "ArtefactError", "ArtifactError"),
     ("vbdl.batch.report", "Report", "JobReport"),
+    ("vbdl.bench.runner", "Settings", "SuiteSettings"),
     ("vbdl.calibration", "NormalisedIntervals", "NormalizedIntervals"),
     ("vbdl.decision", "realised_cost", "realized_cost"),
     ("vbdl.tabular", "Settings", "TableOptions"),
@@ -89,3 +96,34 @@ def test_a_prior_is_taken_by_its_former_name(name):
     assert float(old.prior_0) == float(make(prior=0.25).prior_0) == 0.25
     with pytest.raises(TypeError, match="which are one argument"):
         make(prior_std=0.25, prior=0.5)
+
+
+COUNTS = [
+    (TableOptions, "members", "n_members"),
+    (TableOptions, "draws", "n_samples"),
+    (SuiteSettings, "samples", "n_samples"),
+    (Run, "samples", "n_samples"),
+    (partial(Stacked, None, None), "samples", "n_samples"),
+]
+
+
+@pytest.mark.parametrize(("make", "old", "new"), COUNTS)
+def test_a_count_is_taken_and_read_by_its_former_name(make, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old}= .*{new}= now"):
+        counted = make(**{old: 3})
+    assert getattr(counted, new) == 3
+    with pytest.warns(DeprecationWarning, match=f"{old} is called {new} now"):
+        assert getattr(counted, old) == 3
+
+
+def test_an_option_is_taken_by_its_former_name_on_the_command_line_and_in_a_file(tmp_path, capsys):
+    for given in (["--draws", "3"], ["--draws=3"]):
+        arguments, defaults = configured(["fit", "t.csv", *given], COMMANDS)
+        assert arguments == ["fit", "t.csv", *[g.replace("draws", "samples") for g in given]] and not defaults
+        assert capsys.readouterr().err == "vbdl: --draws is called --samples now\n"
+    (tmp_path / "fit.toml").write_text("draws = 3")
+    _, defaults = configured(["fit", "t.csv", "--config", str(tmp_path / "fit.toml")], COMMANDS)
+    assert defaults["default"].samples == 3
+    assert capsys.readouterr().err == "vbdl: draws is called samples now\n"
+    arguments, _ = configured(["bench", "--draws", "3"], COMMANDS)  # which never had it
+    assert arguments == ["bench", "--draws", "3"]

@@ -93,7 +93,7 @@ def test_a_new_method_is_in_the_suite_and_the_scaling(half, monkeypatch):
     registry.load_builtin()
     assert registry.METHODS["half-dropout"].about == "dropout of every second unit, without a published protocol"
     task = registry.DATASETS["iris"].make(Source(None, False), "2016")
-    run = Run(effort=0.02, samples=4, compile=False)
+    run = Run(effort=0.02, n_samples=4, compile=False)
     trained = registry.METHODS["half-dropout"].make(task, run)
     posterior = trained.posterior.base if isinstance(trained, Stacked) else trained.predictors[0].posterior
     assert type(posterior) is HalfDropout

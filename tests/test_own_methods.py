@@ -20,7 +20,7 @@ from vbdl_kernels import make_key, normal
 
 import vbdl
 from vbdl.bench import registry
-from vbdl.bench.runner import Settings, Suite
+from vbdl.bench.runner import Suite, SuiteSettings
 from vbdl.bench.source import Source
 from vbdl.bench.stacked import stacked_parameters
 from vbdl.cli import main
@@ -510,7 +510,7 @@ def test_the_suite_compares_it(posterior, tmp_path, monkeypatch):
             predictors.append(predicted(q, likelihood))
         return predictors
 
-    (result,) = Suite(tmp_path, ("iris",), ("own",), Source(), Settings(), print, False, compile=False).run()
+    (result,) = Suite(tmp_path, ("iris",), ("own",), Source(), SuiteSettings(), print, False, compile=False).run()
     assert "error" not in result and result["method"] == "own" and result["scores"]
 
 
@@ -594,7 +594,7 @@ def test_the_command_line_trains_and_predicts_with_it(posterior, in_the_table, t
     lines = [f"{a:.4f},{b:.4f},{a + b:.4f}" for a, b in x.tolist()]
     (tmp_path / "table.csv").write_text("\n".join(["a,b,y", *lines]))
     monkeypatch.chdir(tmp_path)
-    options = ["--epochs", "2", "--width", "8", "--draws", "3", "--members", "3"]
+    options = ["--epochs", "2", "--width", "8", "--samples", "3", "--members", "3"]
     assert main(["fit", "table.csv", "--target", "y", "--method", "own", *options]) == 0, capsys.readouterr()
     assert main(["predict", "model.vbdl", "table.csv", "out.csv"]) == 0, capsys.readouterr()
     assert len(Path("out.csv").read_text().splitlines()) == 121

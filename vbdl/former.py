@@ -54,10 +54,25 @@ def names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
     return look_up
 
 
+def attribute(old: str, new: str) -> property:
+    """An attribute by its former name, read only: in a class, old = attribute("old", "new")."""
+
+    def look_up(owner: Any) -> Any:
+        warnings.warn(f"{type(owner).__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=2)
+        return getattr(owner, new)
+
+    return property(look_up)
+
+
 def arguments(**renamed: str) -> Callable[[_Taker], _Taker]:
     """A decorator of what takes arguments by keyword: each is also taken by its former name, former="today"."""
 
     def decorate(taker: _Taker) -> _Taker:
+        if isinstance(taker, type):
+            owner: Any = taker
+            owner.__init__ = decorate(owner.__init__)
+            return cast(_Taker, owner)
+
         @functools.wraps(taker)
         def take(*args: Any, **given: Any) -> Any:
             for old in renamed.keys() & given.keys():

@@ -27,7 +27,7 @@ def make_table(n, seed):
 
 @pytest.fixture(scope="session")
 def fitted():
-    settings = TableOptions(width=16, depth=1, members=3, epochs=8, lr=1e-2, batch_size=64)
+    settings = TableOptions(width=16, depth=1, n_members=3, epochs=8, lr=1e-2, batch_size=64)
     return fit_table(make_table(500, 0), "y", settings, ignore=("id",), progress=False)
 
 

@@ -199,7 +199,7 @@ def test_dates_and_truths_that_change_their_looks_late(tmp_path):
     random_ = np.random.default_rng(0)
     a = random_.normal(size=300)
     table = pa.table({"a": a, "yes": a > 0.3, "y": np.where(a > 0, "u", "v")})
-    settings = TableOptions(width=8, depth=1, members=2, epochs=2, batch_size=64)
+    settings = TableOptions(width=8, depth=1, n_members=2, epochs=2, batch_size=64)
     fit_table(table, "y", settings, progress=False).save(tmp_path / "m")
     yes = ["true", "false"] * 40_000 + ["yes", "no"]
     padding = ["some words that fill the block"] * len(yes)

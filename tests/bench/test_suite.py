@@ -10,7 +10,7 @@ import torch
 
 import vbdl
 from vbdl.bench import registry
-from vbdl.bench.runner import Settings, Suite
+from vbdl.bench.runner import Suite, SuiteSettings
 from vbdl.bench.source import DataMissingError, Source
 from vbdl.bench.task import Each, Run
 from vbdl.cli import main
@@ -21,9 +21,9 @@ TIMES = ("seconds", "processor_seconds", "resumed", "rows_a_second", "finished",
 
 
 def suite(out, sets=("iris", "diabetes"), methods=("mc-dropout", "deep-ensemble"), source=None, **settings) -> Suite:
-    settings = {"effort": 0.02, "samples": 8} | settings
+    settings = {"effort": 0.02, "n_samples": 8} | settings
     said: list[str] = []
-    made = Suite(out, sets, methods, source or Source(), Settings(**settings), said.append, False, compile=False)
+    made = Suite(out, sets, methods, source or Source(), SuiteSettings(**settings), said.append, False, compile=False)
     made.said = said  # type: ignore[attr-defined]
     return made
 
@@ -269,7 +269,7 @@ def test_dropout_searches_rates_and_precisions_on_training_rows(uci):
         assert (task.protocol.epochs, task.protocol.batch_size) == (400, 32)
         if poison:
             task.x[:, task.n_train :], task.y[:, task.n_train :] = 50.0, -50.0
-        runs.append(Run(effort=0.005, samples=4, compile=False))
+        runs.append(Run(effort=0.005, n_samples=4, compile=False))
         trained.append(registry.METHODS["mc-dropout"].make(task, runs[-1]))
     x = task.x[:, :10]
     found, poisoned = (torch.cat(list(t.parameters(x))) for t in trained)
@@ -303,7 +303,7 @@ def test_dropout_trains_to_the_same_numbers_compiled(uci):
     task = registry.DATASETS["yacht"].make(uci, "2016")
     found = []
     for compile in (False, True):
-        trained = registry.METHODS["mc-dropout"].make(task, Run(effort=0.005, samples=4, compile=compile))
+        trained = registry.METHODS["mc-dropout"].make(task, Run(effort=0.005, n_samples=4, compile=compile))
         found.append(torch.cat(list(trained.parameters(task.x[:, :10]))))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 

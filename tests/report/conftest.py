@@ -8,7 +8,7 @@ from vbdl.bench import registry
 from vbdl.bench.datasets.splits import classification, standard_splits
 from vbdl.bench.networks import one_hidden
 from vbdl.bench.protocols import published
-from vbdl.bench.runner import Settings, Suite
+from vbdl.bench.runner import Suite, SuiteSettings
 from vbdl.bench.source import Source
 
 HOSTILE = "<script>alert(1)</script>"
@@ -49,7 +49,7 @@ def run(out, seed=0, effort=0.05, methods=("mc-dropout", "deep-ensemble", "linea
     try:
         torch.set_num_threads(1)
         sets = ("measured", "hostile", "digits")
-        settings = Settings(seed, effort, 8)
+        settings = SuiteSettings(seed, effort, 8)
         Suite(out, sets, methods, Source(), settings, lambda text: None, False, compile=False).run()
     finally:
         registry.DATASETS.clear()

@@ -82,7 +82,7 @@ def table_model(tmp_path_factory):
     )
     from vbdl.tabular import TableOptions, fit_table
 
-    fitted = fit_table(table, "outcome", TableOptions(members=3, epochs=5), kinds={"day": "date"}, progress=False)
+    fitted = fit_table(table, "outcome", TableOptions(n_members=3, epochs=5), kinds={"day": "date"}, progress=False)
     folder = tmp_path_factory.mktemp("table") / "loans"
     fitted.save(folder)
     return folder

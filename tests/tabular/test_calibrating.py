@@ -12,7 +12,7 @@ from vbdl.tabular import TableOptions, fit_table
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default
 
 _SHARES = {"train": 0.3, "validation": 0.1, "calibration": 0.5, "test": 0.1}
-_FAST = {"epochs": 8, "members": 2, "width": 16, "batch_size": 128, "shares": _SHARES}
+_FAST = {"epochs": 8, "n_members": 2, "width": 16, "batch_size": 128, "shares": _SHARES}
 
 
 def _table(order, n, seed):

@@ -124,7 +124,7 @@ def test_dates_split_alike_in_every_type(kind):
         "period": days.reset_index(drop=True).dt.to_period("D"),
     }[kind]
     data = {"x": np.random.default_rng(0).normal(size=100), "when": column, "y": np.arange(100) + 0.5}
-    found = fit_table(data, "y", TableOptions(epochs=1, members=2, width=8), time="when", progress=False)
+    found = fit_table(data, "y", TableOptions(epochs=1, n_members=2, width=8), time="when", progress=False)
     assert found.rows["test"].tolist() == np.sort(np.argsort(days.to_numpy())[-10:]).tolist()
 
 

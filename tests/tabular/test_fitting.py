@@ -10,7 +10,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.tabular import TableOptions, fit_table
 from vbdl.tabular.evaluation import evaluate
 
-SMALL = {"width": 16, "depth": 1, "members": 2, "draws": 8, "epochs": 15, "lr": 1e-2, "batch_size": 64}
+SMALL = {"width": 16, "depth": 1, "n_members": 2, "n_samples": 8, "epochs": 15, "lr": 1e-2, "batch_size": 64}
 
 
 def classes_table(n=500, seed=0):
@@ -132,7 +132,7 @@ def test_a_split_by_time_and_by_group():
     [
         ({"method": "magic"}, "method 'magic'"),
         ({"coverage": 1.0}, "coverage"),
-        ({"members": 0}, "at least 1"),
+        ({"n_members": 0}, "at least 1"),
         ({"shares": {"train": 1.0}}, "shares"),
         ({"method": "mc-dropout", "dropout": 0.0}, "above 0"),
         ({"dropout": 1.0}, "dropout lies in"),

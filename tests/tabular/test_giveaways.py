@@ -33,7 +33,7 @@ ONES_THAT_DO_NOT = {
 
 def _hints(y, column):
     data = {"column": pa.array(column, from_pandas=True), "b": B, "y": y}
-    found = fit_table(data, "y", TableOptions(epochs=1, members=1, width=4), progress=False)
+    found = fit_table(data, "y", TableOptions(epochs=1, n_members=1, width=4), progress=False)
     return [note for note in found.notes if "almost perfectly" in note]
 
 
@@ -50,5 +50,5 @@ def test_other_columns_are_not(name):
 
 def test_none_of_many_columns_of_noise_is_named():
     data = {f"x{i}": RANDOM.normal(size=80) for i in range(300)} | {"y": np.where(RANDOM.random(80) < 0.5, "u", "v")}
-    found = fit_table(data, "y", TableOptions(epochs=1, members=1, width=4), progress=False)
+    found = fit_table(data, "y", TableOptions(epochs=1, n_members=1, width=4), progress=False)
     assert not [note for note in found.notes if "almost perfectly" in note]

@@ -90,7 +90,7 @@ def _table(n=300):
     }
 
 
-QUICK = TableOptions(epochs=1, members=2, width=8, depth=1)
+QUICK = TableOptions(epochs=1, n_members=2, width=8, depth=1)
 
 
 def test_a_table_of_them_is_numbers_and_says_so():

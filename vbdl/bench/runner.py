@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vbdl import former
 from vbdl.bench import registry, rows, scores
 from vbdl.bench.provenance import provenance
 from vbdl.bench.source import Source
@@ -23,14 +24,21 @@ from vbdl.report.run import ABOUT, RESULTS, read_results
 FORMAT = 1
 
 
+@former.arguments(samples="n_samples")
 @dataclass(frozen=True)
-class Settings:
+class SuiteSettings:
     """The settings common to all results of a run, which can be resumed only with the same settings."""
 
     seed: int = 0
     effort: float = 1.0
-    samples: int | None = None
+    n_samples: int | None = None
     protocol: str = "2016"
+
+    samples = former.attribute("samples", "n_samples")
+
+    def stored(self) -> dict[str, Any]:
+        """As the files of a run hold them: `n_samples` by its name in version 0.1."""
+        return {"seed": self.seed, "effort": self.effort, "samples": self.n_samples, "protocol": self.protocol}
 
 
 class Suite:
@@ -42,7 +50,7 @@ class Suite:
         datasets: Sequence[str],
         methods: Sequence[str],
         source: Source,
-        settings: Settings,
+        settings: SuiteSettings,
         say: Callable[[str], None] = print,
         progress: bool | None = None,
         compile: bool | None = None,
@@ -99,8 +107,8 @@ class Suite:
         key = f"{name}.{method}"
         folder = self.out / "checkpoints" / key
         settings = self.settings
-        run = Run(settings.seed, settings.effort, settings.samples, self.compile, folder, self.progress)
-        result: dict[str, Any] = {"format": FORMAT, "dataset": name, "method": method, **asdict(settings)}
+        run = Run(settings.seed, settings.effort, settings.n_samples, self.compile, folder, self.progress)
+        result: dict[str, Any] = {"format": FORMAT, "dataset": name, "method": method, **settings.stored()}
         result |= {
             "suite": registry.DATASETS[name].suite,
             "kind": "regression" if task.regression else "classification",
@@ -148,7 +156,7 @@ class Suite:
     def _open(self) -> dict[tuple[str, str], dict[str, Any]]:
         """The results that the folder holds, by (data set, method); creates the folder if needed."""
         self.out.mkdir(parents=True, exist_ok=True)
-        about, settings = self.out / ABOUT, asdict(self.settings)
+        about, settings = self.out / ABOUT, self.settings.stored()
         if about.exists():
             before = json.loads(about.read_text())
             other = [n for n, v in settings.items() if before["settings"].get(n) != v]
@@ -210,3 +218,6 @@ def _processor_seconds() -> float:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+__getattr__ = former.names(__name__, {"Settings": "SuiteSettings"})

@@ -14,13 +14,13 @@ _ROWS = 32_768  # rows times draws times members in one call, so that activation
 
 @torch.no_grad()
 def stacked_parameters(
-    posterior: Posterior, likelihood: Likelihood, x: Tensor, samples: int, per_split: int = 1, seed: int = 0
+    posterior: Posterior, likelihood: Likelihood, x: Tensor, n_samples: int, per_split: int = 1, seed: int = 0
 ) -> Iterator[Tensor]:
     """Yield the parameters of p(y | x) of each draw, in chunks (draws, splits, rows, ...).
 
     posterior: an ensemble of splits * per_split members; member m belongs to split m // per_split.
     x: (splits, rows, ...), the rows of each split.
-    samples: number of draws for posteriors with unlimited draws; others give one draw of each member.
+    n_samples: number of draws for posteriors with unlimited draws; others give one draw of each member.
     Draw s of member m is sample s * members + m of `vbdl.Predictor`.
     """
     splits, rows = x.shape[:2]
@@ -28,7 +28,7 @@ def stacked_parameters(
     if members != splits * per_split:
         raise ValueError(f"{splits} splits of {per_split} members need {splits * per_split} members, not {members}")
     endless = posterior.n_draws is None
-    rounds = -(-samples // per_split) if endless else 1
+    rounds = -(-n_samples // per_split) if endless else 1
     posterior.eval()
     posterior.prepare(x[0])
     model = Model(posterior, likelihood)

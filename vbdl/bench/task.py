@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl import former
 from vbdl.bench.stacked import stacked_parameters
 from vbdl.types import Likelihood, Posterior
 
@@ -87,49 +88,55 @@ class Task:
         return self.x[:, self.n_train :], self.y[:, self.n_train :]
 
 
+@former.arguments(samples="n_samples")
 @dataclass
 class Run:
     """The options with which a method is run, and what it reports."""
 
     seed: int = 0
     effort: float = 1.0  # share of the epochs, less than 1 for a quick look
-    samples: int | None = None  # draws in evaluation, for posteriors with unlimited draws; None: the method's choice
+    n_samples: int | None = None  # draws in evaluation, for posteriors with unlimited draws; None: the method's choice
     compile: bool | None = None  # whether to compile training steps; None: if there are enough of them
     folder: Path | None = None  # for checkpoints of long trainings
     progress: bool | None = None
     details: dict[str, Any] = field(default_factory=dict)  # reported by the method: chosen rates, times
     notes: list[str] = field(default_factory=list)  # reported by the method: differences from the protocol
 
+    samples = former.attribute("samples", "n_samples")
+
     def epochs(self, whole: float) -> int:
         """The number of epochs at this effort, at least one. whole: the number at effort 1."""
         return max(1, round(whole * self.effort))
 
     def draws(self, usual: int) -> int:
-        """The number of draws in evaluation: `samples`, or `usual` if that is None."""
-        return usual if self.samples is None else self.samples
+        """The number of draws in evaluation: `n_samples`, or `usual` if that is None."""
+        return usual if self.n_samples is None else self.n_samples
 
     def checkpoint(self, name: str) -> Path | None:
         """The path of the checkpoint of a training of this name, or None if there is no folder."""
         return None if self.folder is None else self.folder / f"{name}.safetensors"
 
 
+@former.arguments(samples="n_samples")
 @dataclass
 class Stacked:
     """A trained posterior for all splits: the members of split 0, then those of split 1, and so on.
 
-    samples: draws in evaluation, divided among the members of a split; posteriors with a fixed number of draws use
+    n_samples: draws in evaluation, divided among the members of a split; posteriors with a fixed number of draws use
         each member once.
     """
 
     posterior: Posterior
     likelihood: Likelihood
     per_split: int = 1
-    samples: int = 1000
+    n_samples: int = 1000
     seed: int = 0
+
+    samples = former.attribute("samples", "n_samples")
 
     def parameters(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the parameters of p(y | x) in chunks (draws, splits, rows, ...). x: (splits, rows, ...)."""
-        return stacked_parameters(self.posterior, self.likelihood, x, self.samples, self.per_split, self.seed)
+        return stacked_parameters(self.posterior, self.likelihood, x, self.n_samples, self.per_split, self.seed)
 
 
 @dataclass

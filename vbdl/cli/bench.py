@@ -49,7 +49,7 @@ class Bench:
 
         from vbdl.bench import registry
         from vbdl.bench.protocols import PROTOCOLS
-        from vbdl.bench.runner import Settings, Suite
+        from vbdl.bench.runner import Suite, SuiteSettings
         from vbdl.bench.source import Source
 
         registry.load_builtin()
@@ -75,7 +75,7 @@ class Bench:
             self.sets or suites[self.suite],
             self.methods,
             Source(self.data, self.network),
-            Settings(self.seed, self.effort, self.samples, self.protocol),
+            SuiteSettings(self.seed, self.effort, self.samples, self.protocol),
             say=lambda text: print(text, flush=True),
         )
         results = suite.run()

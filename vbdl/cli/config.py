@@ -8,10 +8,14 @@ option.
 """
 
 import dataclasses
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+FORMER = {"fit": {"draws": "samples"}}
+"""Options that have another name now: {command: {former name: name}}."""
 
 
 def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[list[str], dict[str, Any]]:
@@ -30,13 +34,26 @@ def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[
         elif argument.startswith("--config="):
             path = argument.removeprefix("--config=")
         else:
-            rest.append(argument)
+            rest.append(_option_of_today(argument, rest[0] if rest else ""))
     if path is None:
         return rest, {}
     if not rest or rest[0] not in commands:
         raise ValueError(f"--config belongs to a command: vbdl {'|'.join(commands)} --config {path}")
     name = rest[0]
-    return rest, {"default": _defaults(commands[name], _section(Path(path), name, commands), path)}
+    return rest, {"default": _defaults(commands[name], name, _section(Path(path), name, commands), path)}
+
+
+def _option_of_today(argument: str, command: str) -> str:
+    """An argument as it is, or with the name of today in place of an option's former name, which is said."""
+    option, equals, value = argument.partition("=")
+    new = FORMER.get(command, {}).get(option.removeprefix("--")) if option.startswith("--") else None
+    return argument if new is None else f"{_renamed(option, f'--{new}')}{equals}{value}"
+
+
+def _renamed(old: str, new: str) -> str:
+    """The new name, after a line for the person who gave the old one."""
+    print(f"vbdl: {old} is called {new} now", file=sys.stderr)
+    return new
 
 
 def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, Any]:
@@ -56,7 +73,7 @@ def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, A
     return found.get(name, {}) if tables else top
 
 
-def _defaults(kind: type, values: Mapping[str, Any], path: str) -> Any:
+def _defaults(kind: type, name: str, values: Mapping[str, Any], path: str) -> Any:
     import difflib
 
     import msgspec
@@ -66,6 +83,8 @@ def _defaults(kind: type, values: Mapping[str, Any], path: str) -> Any:
     given: dict[str, Any] = {}
     for key, value in values.items():
         option = key.replace("-", "_")
+        if new := FORMER.get(name, {}).get(option):
+            option = _renamed(option, new)
         if option not in types:
             near = difflib.get_close_matches(option, types, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(types))}"

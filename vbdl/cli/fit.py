@@ -53,7 +53,7 @@ class Fit:
     """Column of times: split by time, so that each part of the split is later than the one before."""
     members: int = 5
     """Networks of an ensemble."""
-    draws: int = 64
+    samples: int = 64
     """Draws in a prediction of the other methods."""
     width: int = 128
     """Number of units in each hidden layer."""
@@ -102,7 +102,7 @@ class Fit:
         check_place(self.out, locate if self.overwrite else None)
         shares = {"train": 1 - 3 * self.test, "validation": self.test, "calibration": self.test, "test": self.test}
         settings = TableOptions(
-            self.method, self.members, self.draws, self.width, self.depth, self.dropout, self.noise, self.epochs,
+            self.method, self.members, self.samples, self.width, self.depth, self.dropout, self.noise, self.epochs,
             self.batch_size, self.lr, self.weight_decay, self.patience, self.coverage, self.seed, shares,
         )  # fmt: skip
         found = fit_table(

@@ -156,7 +156,9 @@ def fit_table(
         progress=progress,
         **settings.training(n_train),
     )
-    predictor = Predictor(posterior, likelihood, settings.n_samples, settings.seed, batch_invariant=True, compile=False)
+    predictor = Predictor(
+        posterior, likelihood, settings.predictor_samples, settings.seed, batch_invariant=True, compile=False
+    )
     for_calibration = _calibration_rows(parts, rows["calibration"], x["calibration"], targets["calibration"])
     for_calibration = unseen_rows(for_calibration, x["train"])
     calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)

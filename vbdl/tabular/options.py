@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vbdl import former
 from vbdl.data.splitting import DEFAULT_SHARES
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.centered import Centered
@@ -18,13 +19,14 @@ Noise = Literal["constant", "per-row"]
 _ROWS_WORTH_COMPILING = 50_000
 
 
+@former.arguments(members="n_members", draws="n_samples")
 @dataclass(frozen=True)
 class TableOptions:
     """Options of the construction, training and calibration in `fit_table`; None is chosen by method and table size."""
 
     method: str = "deep-ensemble"  # a name in `vbdl.methods`
-    members: int = 5  # of the ensemble
-    draws: int = 64  # of the others
+    n_members: int = 5  # of the ensemble
+    n_samples: int = 64  # of the others
     width: int = 128
     depth: int = 2
     dropout: float | None = None
@@ -38,14 +40,17 @@ class TableOptions:
     seed: int = 0
     shares: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
 
+    members = former.attribute("members", "n_members")
+    draws = former.attribute("draws", "n_samples")
+
     def __post_init__(self):
         object.__setattr__(self, "method", method_of(self.method).name)
         if not 0.0 <= self.coverage < 1.0:
             raise ValueError(f"coverage lies in [0, 1), got {self.coverage}")
         if set(self.shares) != set(DEFAULT_SHARES):
             raise ValueError(f"shares are of {', '.join(DEFAULT_SHARES)}, got {sorted(self.shares)}")
-        if min(self.members, self.draws, self.epochs) < 1:
-            raise ValueError("members, draws and epochs are at least 1")
+        if min(self.n_members, self.n_samples, self.epochs) < 1:
+            raise ValueError("n_members, n_samples and epochs are at least 1")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is at least 1, got {self.batch_size}")
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
@@ -85,7 +90,7 @@ class TableOptions:
     def posterior(self, network: TabularNetwork, n_train: int) -> Posterior:
         return self._method.make(
             network,
-            n_members=self.members,
+            n_members=self.n_members,
             n_data=n_train,
             prior=network.prior(),
             initial_std=INITIAL_STD,
@@ -93,8 +98,9 @@ class TableOptions:
         )
 
     @property
-    def n_samples(self) -> int | None:
-        return None if self._method.has_members else self.draws
+    def predictor_samples(self) -> int | None:
+        """The `n_samples` of the predictor: None for an ensemble, which predicts with every member."""
+        return None if self._method.has_members else self.n_samples
 
     def training(self, n_train: int) -> dict[str, Any]:
         """Return the arguments of `vbdl.fit`."""

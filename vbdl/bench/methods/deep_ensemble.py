@@ -18,8 +18,8 @@ def deep_ensemble(task: Task, run: Run) -> Stacked | Each:
     return ensemble(task, run, MEMBERS)
 
 
-def ensemble(task: Task, run: Run, members: int) -> Stacked | Each:
-    """An ensemble of `members` networks for each split, all trained in one stacked run."""
+def ensemble(task: Task, run: Run, n_members: int) -> Stacked | Each:
+    """An ensemble of `n_members` networks for each split, all trained in one stacked run."""
     if task.protocol is not None:
         run.notes.append(
             "learning rate 0.02 annealed to zero by a cosine, chosen by the scores of yacht, boston and naval (the "
@@ -34,8 +34,8 @@ def ensemble(task: Task, run: Run, members: int) -> Stacked | Each:
         network, likelihood = task.network(0.0, outputs(task)), likelihood_of(task)
         options = recipe(task)
     with torch.random.fork_rng(devices=[]):
-        q = DeepEnsemble(network, task.n_splits * members, seed=run.seed)
-    train(task, run, q, likelihood, name="fit", per_split=members, **options)
+        q = DeepEnsemble(network, task.n_splits * n_members, seed=run.seed)
+    train(task, run, q, likelihood, name="fit", per_split=n_members, **options)
     if task.n_splits == 1:
         return Each([Predictor(q, likelihood, seed=run.seed, compile=False, tiles=(256,))])
-    return Stacked(q, likelihood, per_split=members)
+    return Stacked(q, likelihood, per_split=n_members)

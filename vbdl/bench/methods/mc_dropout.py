@@ -54,7 +54,7 @@ def _searched(task: Task, run: Run) -> Stacked:
     best: list[tuple[float, float, float]] = [(-math.inf, 0.0, 0.0)] * task.n_splits
     for p in how.rates:
         q = _dropping(task, run, searched, p, [i for i, network in enumerate(tried) if network[1] == p])
-        judged = Stacked(q, Gaussian(std=1.0, learned=False), samples=_SEARCH_SAMPLES, seed=run.seed)
+        judged = Stacked(q, Gaussian(std=1.0, learned=False), n_samples=_SEARCH_SAMPLES, seed=run.seed)
         means = torch.cat([chunk[..., 0, 0] for chunk in judged.parameters(held[0])])
         error = (means - held[1]) * scale[:, None]  # (draws, splits, rows) target units
         for tau in how.of.taus:
@@ -141,9 +141,9 @@ class _ByRate(Stacked):
     """Trained splits with different rates, which are different architectures, as one stacked posterior."""
 
     def __init__(
-        self, trained: dict[float, tuple[list[int], DeepEnsemble]], noise: list[float], samples: int, seed: int
+        self, trained: dict[float, tuple[list[int], DeepEnsemble]], noise: list[float], n_samples: int, seed: int
     ):
-        self.trained, self.noise, self.samples, self.seed = trained, noise, samples, seed
+        self.trained, self.noise, self.n_samples, self.seed = trained, noise, n_samples, seed
 
     def parameters(self, x: Tensor) -> Iterator[Tensor]:
         parts = []
@@ -152,18 +152,18 @@ class _ByRate(Stacked):
             replicate(likelihood, len(chosen))
             with torch.no_grad():
                 likelihood.log_std.copy_(torch.tensor([self.noise[k] for k in chosen]).log().unsqueeze(1))
-            stacked = Stacked(q, likelihood, samples=self.samples, seed=self.seed)
+            stacked = Stacked(q, likelihood, n_samples=self.n_samples, seed=self.seed)
             parts.append((chosen, stacked.parameters(x[chosen])))
-        yield from _together(parts, x.shape[0], self.samples)
+        yield from _together(parts, x.shape[0], self.n_samples)
 
 
 def _together(
-    parts: list[tuple[list[int], Iterator[Tensor]]], n_splits: int, samples: int, size: int = 50
+    parts: list[tuple[list[int], Iterator[Tensor]]], n_splits: int, n_samples: int, size: int = 50
 ) -> Iterator[Tensor]:
     """Yield chunks (size, splits, rows, ...) joined from the parts' chunks, whose lengths differ."""
     waiting: dict[int, list[Tensor]] = {i: [] for i in range(len(parts))}
-    for start in range(0, samples, size):
-        count = min(size, samples - start)
+    for start in range(0, n_samples, size):
+        count = min(size, n_samples - start)
         joined_draws = None
         for i, (chosen, chunks) in enumerate(parts):
             while sum(len(c) for c in waiting[i]) < count:

@@ -43,4 +43,4 @@ def mean_field(task: Task, run: Run) -> Stacked | Each:
         kl_warmup=run.epochs(epochs / 4),
     )
     run.details["noise_std"] = (likelihood.noise_std.flatten() * torch.tensor(task.scale)).tolist()
-    return Stacked(q, likelihood, samples=run.draws(_SAMPLES), seed=run.seed)
+    return Stacked(q, likelihood, n_samples=run.draws(_SAMPLES), seed=run.seed)

@@ -111,11 +111,11 @@ def plain(task: Task, run: Run, wrap: Callable[[nn.Module], Any], p: float, name
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = task.network(p, outputs(task))
-    likelihood, samples = likelihood_of(task), run.draws(_SAMPLES)
+    likelihood, n_samples = likelihood_of(task), run.draws(_SAMPLES)
     if task.n_splits == 1:
         posterior = wrap(network)
         train(task, run, posterior, likelihood, name=name, **recipe(task, **own))
-        return Each([Predictor(posterior, likelihood, samples, run.seed, compile=False, tiles=(256,))])
+        return Each([Predictor(posterior, likelihood, n_samples, run.seed, compile=False, tiles=(256,))])
     posterior = DeepEnsemble(wrap(network), task.n_splits, seed=run.seed)
     train(task, run, posterior, likelihood, name=name, **recipe(task, **own))
-    return Stacked(posterior, likelihood, samples=samples, seed=run.seed)
+    return Stacked(posterior, likelihood, n_samples=n_samples, seed=run.seed)
