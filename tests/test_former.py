@@ -18,10 +18,18 @@ from vbdl.tabular import TableOptions
 
 NAMES = [
     ("vbdl.artifact", "ArtefactError", "ArtifactError"),
+    ("vbdl.artifact.manifest", "Settings", "StoredSettings"),
+    ("vbdl.batch.options", "Options", "JobOptions"),
     ("vbdl.batch.report", "Report", "JobReport"),
+    ("vbdl.batch.worker", "Result", "ChunkResult"),
     ("vbdl.bench.runner", "Settings", "SuiteSettings"),
+    ("vbdl.bench.summary", "Rows", "EvaluatedRows"),
     ("vbdl.calibration", "NormalisedIntervals", "NormalizedIntervals"),
+    ("vbdl.data.rows", "Rows", "MemberRows"),
     ("vbdl.decision", "realised_cost", "realized_cost"),
+    ("vbdl.demo.compare", "Result", "Evaluated"),
+    ("vbdl.inspection", "Report", "ModuleReport"),
+    ("vbdl.report.figures", "Rows", "MethodRows"),
     ("vbdl.tabular", "Settings", "TableOptions"),
     ("vbdl_kernels", "local_reparameterised_linear", "local_reparameterized_linear"),
 ]

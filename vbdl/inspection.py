@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vbdl import former
 from vbdl.calling.inputs import arguments, flatten, tensors
 from vbdl.calling.stacking import check_network, copied
 from vbdl.engine.predictor import Predictor
@@ -20,7 +21,7 @@ _NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Inst
 
 
 @dataclass
-class Report:
+class ModuleReport:
     """The result of `vbdl.inspect`, readable with `print`."""
 
     type: str
@@ -67,7 +68,7 @@ class Report:
     __repr__ = __str__
 
 
-def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
+def inspect(module: nn.Module, example: Inputs | None = None) -> ModuleReport:
     """Report the dropout of a module, what stays deterministic and why, normalization, size and plan.
 
     example: one batch, (batch, ...), on which a copy of the module runs without gradients. Only this finds dropout
@@ -75,7 +76,7 @@ def inspect(module: nn.Module, example: Inputs | None = None) -> Report:
     The module is not changed.
     """
     check_network(module)
-    report = Report(
+    report = ModuleReport(
         type=type(module).__name__,
         parameters=sum(p.numel() for p in module.parameters()),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
@@ -99,7 +100,7 @@ def _layers(module: nn.Module) -> dict[str, int]:
     return counts
 
 
-def _normalization(module: nn.Module, report: Report) -> None:
+def _normalization(module: nn.Module, report: ModuleReport) -> None:
     for name, m in module.named_modules():
         if isinstance(m, _NORMALIZATION):
             if m.running_mean is None:
@@ -111,14 +112,14 @@ def _normalization(module: nn.Module, report: Report) -> None:
             report.normalization.append(f"{name or 'the module'} ({type(m).__name__}): {state}")
 
 
-def _tied(module: nn.Module, report: Report) -> None:
+def _tied(module: nn.Module, report: ModuleReport) -> None:
     names: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     report.tied += [" = ".join(shared) for shared in names.values() if len(shared) > 1]
 
 
-def _without_running(module: nn.Module, report: Report) -> None:
+def _without_running(module: nn.Module, report: ModuleReport) -> None:
     for name, m in module.named_modules():
         label = f"{name or 'the module'} ({type(m).__name__})"
         if isinstance(m, DROPOUT_LAYERS):
@@ -137,7 +138,7 @@ def _without_running(module: nn.Module, report: Report) -> None:
     report.notes.append("to find dropout called inside a forward, run the module: inspect(module, example)")
 
 
-def _by_running(module: nn.Module, example: Inputs, report: Report) -> None:
+def _by_running(module: nn.Module, example: Inputs, report: ModuleReport) -> None:
     network = DropoutNetwork(copied(module)).eval()
     try:
         sites = network.locate(example)
@@ -181,3 +182,6 @@ def _describe(site: Site) -> str:
     batch = "not on the batch" if site.axis is None else f"batch on axis {site.axis}"
     call = f"{site.path or 'the module'} ({site.kind}): p={site.p}"
     return f"{call}, a mask of {units} per draw, {batch}" if site.p > 0 else f"{call}, so it drops nothing"
+
+
+__getattr__ = former.names(__name__, {"Report": "ModuleReport"})

@@ -12,6 +12,8 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 from msgspec import Meta, Struct
 
+from vbdl import former
+
 FORMAT = 1
 MANIFEST, TENSORS, CARD = "manifest.json", "model.safetensors", "README.md"
 
@@ -125,7 +127,7 @@ class Ensemble(Struct, frozen=True, forbid_unknown_fields=True, tag="DeepEnsembl
     seed: Seed
 
 
-class Settings(Struct, frozen=True, forbid_unknown_fields=True):
+class StoredSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The settings of a predictor that are stored: draws, seed, tiles, compilation, memory and precision."""
 
     n_samples: Annotated[int, Meta(ge=1, le=2**31)]
@@ -168,7 +170,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     versions: Versions
     posterior: Single | Ensemble
     likelihood: dict[str, Any]  # with its calibration and decision, see vbdl.artifact.modules
-    settings: Settings
+    settings: StoredSettings
     inputs: Inputs | None
     tensors: dict[Name, TensorEntry]
     file_bytes: Count
@@ -258,3 +260,6 @@ def read(folder: str | Path) -> Manifest:
     from vbdl.artifact.files import locate, read_whole
 
     return decode(read_whole(locate(Path(folder))[MANIFEST], MAX_MANIFEST_BYTES))
+
+
+__getattr__ = former.names(__name__, {"Settings": "StoredSettings"})

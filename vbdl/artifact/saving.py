@@ -25,7 +25,7 @@ from vbdl.artifact.manifest import (
     Inputs,
     Manifest,
     Reference,
-    Settings,
+    StoredSettings,
     Versions,
     check_json,
     encode,
@@ -177,11 +177,11 @@ def training_rows(posterior: Any) -> Tensor | None:
     return torch.cat(known).unique() if known else None
 
 
-def _settings(predictor: Predictor) -> Settings:
+def _settings(predictor: Predictor) -> StoredSettings:
     s = predictor.settings
     autocast = None if s.autocast is None else CODES[s.autocast]
     tiles = list(predictor.tiles)
-    return Settings(
+    return StoredSettings(
         predictor.n_samples, predictor.seed, tiles, s.compile, s.memory_budget, s.chunk_size, autocast, s.joint
     )
 

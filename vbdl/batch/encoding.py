@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.batch.options import Options
+from vbdl.batch.options import JobOptions
 from vbdl.calling.stacking import tensors
 from vbdl.tabular import Schema
 from vbdl.tabular.cells import combined, floats
@@ -42,7 +42,7 @@ class Encoder:
     row_shape: the shape of a row of the network's one input, or None if the model does not record it.
     """
 
-    def __init__(self, schema: Schema | None, options: Options, row_shape: tuple[int, ...] | None):
+    def __init__(self, schema: Schema | None, options: JobOptions, row_shape: tuple[int, ...] | None):
         self._schema, self._options, self._row_shape = schema, options, row_shape
 
     def encode(self, data: "pyarrow.Table | Inputs") -> EncodedRows:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from vbdl.batch.naming import part_name
-from vbdl.batch.options import Options
+from vbdl.batch.options import JobOptions
 from vbdl.batch.sources import (
     IMAGES,
     ArrayFile,
@@ -26,7 +26,9 @@ from vbdl.tabular.columns import Numeric
 from vbdl.tabular.reading import SUFFIXES, files_of, format_of
 
 
-def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageRow | None = None) -> Sequence[Source]:
+def sources_of(
+    data: Any, schema: Schema | None, options: JobOptions, image: ImageRow | None = None
+) -> Sequence[Source]:
     """Return the sources of `data` in order, after which parts are named. image: the form of the model's images."""
     if isinstance(data, str | Path):
         return _files(Path(data), schema, options, image)
@@ -40,7 +42,7 @@ def sources_of(data: Any, schema: Schema | None, options: Options, image: ImageR
     return [MemoryTable(as_table(data))]
 
 
-def _files(path: Path, schema: Schema | None, options: Options, image: ImageRow | None) -> list[Source]:
+def _files(path: Path, schema: Schema | None, options: JobOptions, image: ImageRow | None) -> list[Source]:
     if path.is_dir():
         _check_readable(path)
         tables = [f for f in _maybe(path, (*SUFFIXES, ".npy"))]
@@ -86,7 +88,7 @@ def _maybe(path: Path, suffixes: Sequence[str]) -> list[Path]:
         return []
 
 
-def _columns(schema: Schema | None, options: Options) -> tuple[list[str] | None, list[str], list[str], list[str]]:
+def _columns(schema: Schema | None, options: JobOptions) -> tuple[list[str] | None, list[str], list[str], list[str]]:
     """Return four lists of columns for files that do not store types: to read, of text, of numbers, and those whose
     cells are copied verbatim to the output."""
     if schema is None:

@@ -34,7 +34,7 @@ from vbdl.batch.parts import PartWriter
 from vbdl.batch.quarantine import Quarantine, gather
 from vbdl.batch.records import DraftEntry, JobRecord, Manifest, PartEntry, Records, job_of, read_records, signed
 from vbdl.batch.sources import printable
-from vbdl.batch.worker import Result
+from vbdl.batch.worker import ChunkResult
 from vbdl.batch.writing import is_as_recorded, sync, write_atomic
 
 logger = logging.getLogger("vbdl")
@@ -229,7 +229,7 @@ class Folder:
     def is_done(self, source: str, chunk: int) -> bool:
         return (source, chunk) in self.done
 
-    def write(self, source: str, chunk: int, result: Result) -> None:
+    def write(self, source: str, chunk: int, result: ChunkResult) -> None:
         self.record(self.parts.write(source, chunk, result))
 
     def fail(self, source: str, error: Exception) -> None:

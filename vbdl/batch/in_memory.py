@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from vbdl.batch.worker import Result
+from vbdl.batch.worker import ChunkResult
 from vbdl.batch.writing import with_source
 from vbdl.tabular.reading import arrow
 
@@ -26,7 +26,7 @@ class TableSink:
     def is_done(self, source: str, chunk: int) -> bool:
         return False
 
-    def write(self, source: str, chunk: int, result: Result) -> None:
+    def write(self, source: str, chunk: int, result: ChunkResult) -> None:
         self._tables.append((source, result.table))
         self._rejected.extend(result.rejected)
 

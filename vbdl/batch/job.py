@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vbdl.batch.model import Model, digest
-from vbdl.batch.options import Options
+from vbdl.batch.options import JobOptions
 from vbdl.batch.sources import Source
 from vbdl.tabular import Schema
 
@@ -24,7 +24,7 @@ class Job:
 
     model: Model
     sources: tuple[Source, ...]
-    options: Options
+    options: JobOptions
     schema: Schema | None
     kept: "Mapping[str, pyarrow.DataType]" = field(default_factory=dict)
 

@@ -12,7 +12,7 @@ import torch
 
 from vbdl.batch.run import Run, Sink
 from vbdl.batch.sources import Chunk, Source
-from vbdl.batch.worker import Misfit, Result, Worker
+from vbdl.batch.worker import ChunkResult, Misfit, Worker
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class _Pipeline:
         self._run, self._worker = run, worker
         self._stop = threading.Event()
         self._read: _Handover[tuple[Source, Chunk | Exception]] = _Handover(self._stop)
-        self._computed: _Handover[tuple[Source, Chunk, Result]] = _Handover(self._stop)
+        self._computed: _Handover[tuple[Source, Chunk, ChunkResult]] = _Handover(self._stop)
         self._errors: list[BaseException] = []
         self._misfits: set[str] = set()
 

@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from vbdl import former
 from vbdl.batch.output import COLUMNS
 
 
 @dataclass(frozen=True)
-class Options:
+class JobOptions:
     """Options that determine the results of a job or how it is computed.
 
     columns: output columns, see `vbdl.batch.output`. keep: input columns to copy to the output. interval: level of
@@ -39,3 +40,6 @@ class Options:
     def recorded(self) -> dict[str, Any]:
         """Return the options that the output depends on, for JSON."""
         return json.loads(json.dumps({name: value for name, value in vars(self).items() if name != "trust"}))
+
+
+__getattr__ = former.names(__name__, {"Options": "JobOptions"})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vbdl.batch.naming import check_place, part_name, quarantine_name
 from vbdl.batch.records import DraftEntry
-from vbdl.batch.worker import Result
+from vbdl.batch.worker import ChunkResult
 from vbdl.batch.writing import identity, sync, temporary, with_source, write_atomic, write_table
 
 
@@ -25,7 +25,7 @@ class PartWriter:
     kind: str
     named: bool
 
-    def write(self, source: str, chunk: int, result: Result) -> DraftEntry:
+    def write(self, source: str, chunk: int, result: ChunkResult) -> DraftEntry:
         """Write a part under a hidden name, and its quarantined rows, to the disk.
 
         Returns the journal entry, with the hidden name as `partial`.

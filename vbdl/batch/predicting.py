@@ -17,7 +17,7 @@ from vbdl.batch.local import run_local
 from vbdl.batch.merging import Merged
 from vbdl.batch.model import Model, image_row, schema_at
 from vbdl.batch.naming import FORMATS, QUARANTINE
-from vbdl.batch.options import Options
+from vbdl.batch.options import JobOptions
 from vbdl.batch.records import JobRecord, read_records
 from vbdl.batch.report import JobReport, report_of
 from vbdl.batch.run import QuarantineError as QuarantineError
@@ -84,7 +84,7 @@ def predict_table(
         raise ValueError(f"on_error is 'quarantine' or 'stop', got {on_error!r}")
     if engine not in ("local", "ray"):
         raise ValueError(f"engine is 'local' or 'ray', got {engine!r}")
-    options = Options(
+    options = JobOptions(
         columns=None if columns is None else tuple(columns),
         keep=tuple(keep),
         interval=interval,

@@ -6,7 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from vbdl.batch.job import Job
 from vbdl.batch.sources import Source
-from vbdl.batch.worker import Result
+from vbdl.batch.worker import ChunkResult
 from vbdl.progress import Progress
 
 
@@ -26,7 +26,7 @@ class Sink(Protocol):
         """Whether an earlier run finished this chunk."""
         ...
 
-    def write(self, source: str, chunk: int, result: Result) -> None:
+    def write(self, source: str, chunk: int, result: ChunkResult) -> None:
         """Keep the result of a chunk."""
         ...
 
@@ -59,7 +59,7 @@ class Run(Generic[S_co]):
     ) -> None:
         self._bar.__exit__(kind, error, trace)
 
-    def write(self, source: Source, chunk: int, result: Result) -> None:
+    def write(self, source: Source, chunk: int, result: ChunkResult) -> None:
         """Pass the result of a chunk on to the sink."""
         self.check_rejected(source.name, result.rejected)
         self.sink.write(source.name, chunk, result)

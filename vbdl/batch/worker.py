@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vbdl import former
 from vbdl.artifact.loading import load
 from vbdl.batch.encoding import CellCounts, Encoder
 from vbdl.batch.job import Job
@@ -35,7 +36,7 @@ class Misfit(ValueError):
 
 
 @dataclass
-class Result:
+class ChunkResult:
     """The output of a chunk, in the order of its rows, and the rows that are not in it."""
 
     table: "pyarrow.Table"
@@ -73,7 +74,7 @@ class Worker:
         if options.compile and schema is not None:
             self.predictor.warm_up((options.tile,), example=schema.example(), samples=options.interval > 0)
 
-    def compute(self, chunk: Chunk) -> Result:
+    def compute(self, chunk: Chunk) -> ChunkResult:
         """Compute the output columns of a chunk.
 
         Raises Misfit if its source does not fit the model, and ValueError for an error that any source would cause.
@@ -95,7 +96,7 @@ class Worker:
             rejected += [(int(chunk.rows[numbers[r]]), reason) for r, reason in without.items()]
             keep[numbers[list(without)]] = False
         carried = {"row_id": pa.array(chunk.rows[keep]), **self._kept(chunk, keep, columns)}
-        return Result(pa.table({**carried, **columns}), sorted(rejected), encoded.cells)
+        return ChunkResult(pa.table({**carried, **columns}), sorted(rejected), encoded.cells)
 
     def _kept(self, chunk: Chunk, keep: np.ndarray, columns: Columns) -> Columns:
         """Return the kept input columns, for the rows in the mask `keep`."""
@@ -213,3 +214,6 @@ def _concatenated(tables: list[Columns]) -> Columns:
     if len(tables) == 1:
         return tables[0]
     return {name: arrow().concat_arrays([t[name] for t in tables]) for name in tables[0]}
+
+
+__getattr__ = former.names(__name__, {"Result": "ChunkResult"})

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vbdl.bench.summary import Rows
+from vbdl.bench.summary import EvaluatedRows
 from vbdl.bench.task import Task
 
 CASES = 12  # number of most uncertain test rows saved with their inputs
 
 
-def save(path: Path, task: Task, rows: Rows, ood: dict[str, Rows]) -> None:
+def save(path: Path, task: Task, rows: EvaluatedRows, ood: dict[str, EvaluatedRows]) -> None:
     """Save the rows of a result atomically: write a temporary file, then rename it.
 
     Tensors: total, aleatoric, epistemic, nll and loss of each test row, (splits, rows); pit, mean, crps and target of

@@ -17,7 +17,7 @@ from vbdl import former
 from vbdl.bench import registry, rows, scores
 from vbdl.bench.provenance import provenance
 from vbdl.bench.source import Source
-from vbdl.bench.summary import Rows, classified, regressed
+from vbdl.bench.summary import EvaluatedRows, classified, regressed
 from vbdl.bench.task import Each, Run, Task
 from vbdl.report.run import ABOUT, RESULTS, read_results
 
@@ -184,7 +184,7 @@ class Suite:
             os.fsync(file.fileno())
 
 
-def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> Rows:
+def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> EvaluatedRows:
     """Predict and summarize rows, (splits, rows, ...), with scores if their targets are given."""
     with torch.no_grad():
         if not task.regression:
@@ -207,7 +207,7 @@ def line(result: dict[str, Any]) -> str:
     return f"{name} {', '.join(parts)}; trained in {result['seconds']['train']:.0f} s"
 
 
-def _means(rows: Rows) -> dict[str, float]:
+def _means(rows: EvaluatedRows) -> dict[str, float]:
     return {part: float(getattr(rows, part).mean()) for part in ("total", "aleatoric", "epistemic")}
 
 

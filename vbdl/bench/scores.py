@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vbdl import metrics
-from vbdl.bench.summary import Rows
+from vbdl.bench.summary import EvaluatedRows
 from vbdl.bench.task import Task
 
 LEVEL = 0.95
@@ -29,7 +29,7 @@ class Score:
     per_split: list[float] = field(default_factory=list)
 
 
-def regression(task: Task, rows: Rows) -> dict[str, Score]:
+def regression(task: Task, rows: EvaluatedRows) -> dict[str, Score]:
     """The scores of a regression: RMSE, log-likelihood, CRPS, coverage, quantile error and AURC."""
     nll, loss, crps, pit, total = _all(rows.nll, rows.loss, rows.crps, rows.pit, rows.total)
     inside = ((pit >= 0.05) & (pit <= 0.95)).double()
@@ -44,7 +44,7 @@ def regression(task: Task, rows: Rows) -> dict[str, Score]:
     return scores
 
 
-def classification(task: Task, rows: Rows) -> dict[str, Score]:
+def classification(task: Task, rows: EvaluatedRows) -> dict[str, Score]:
     """The scores of a classification: accuracy, NLL, Brier, ECE, AURC; AUROC for two classes, cost if defined."""
     (_, y), probs = task.test, rows.probs
     assert probs is not None
@@ -70,7 +70,7 @@ def classification(task: Task, rows: Rows) -> dict[str, Score]:
     return scores
 
 
-def out_of_distribution(inside: Rows, outside: Rows) -> dict[str, Score]:
+def out_of_distribution(inside: EvaluatedRows, outside: EvaluatedRows) -> dict[str, Score]:
     """The AUROC of each part of the uncertainty for telling out-of-distribution rows from test rows."""
     scores = {}
     for part in ("total", "epistemic"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vbdl import former
 from vbdl.likelihoods.moments import merge_deviation, merge_mean, moments
 from vbdl.metrics.crps import crps_mixture
 
@@ -14,7 +15,7 @@ _CRPS_DRAWS = 64  # draws used for the CRPS, whose cost grows with their square
 
 
 @dataclass
-class Rows:
+class EvaluatedRows:
     """The quantities of each row that scores and figures need, (splits, rows) each.
 
     total, aleatoric and epistemic are in nats for classes, in squared units of the target for regressions.
@@ -33,7 +34,7 @@ class Rows:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-def classified(chunks: Iterable[Tensor], y: Tensor | None) -> Rows:
+def classified(chunks: Iterable[Tensor], y: Tensor | None) -> EvaluatedRows:
     """Summarize the draws of a classifier.
 
     chunks: (draws, splits, rows, classes) logits. y: (splits, rows) class indices, or None.
@@ -47,7 +48,7 @@ def classified(chunks: Iterable[Tensor], y: Tensor | None) -> Rows:
         n += len(chunk)
     probs, aleatoric = probs / n, entropy / n
     total = -torch.xlogy(probs, probs).sum(-1)
-    rows = Rows(total, aleatoric, (total - aleatoric).clamp_min(0), probs, draws=n)
+    rows = EvaluatedRows(total, aleatoric, (total - aleatoric).clamp_min(0), probs, draws=n)
     if y is not None:
         picked = probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         rows.nll = -picked.clamp_min(torch.finfo(torch.float64).tiny).log()
@@ -55,7 +56,7 @@ def classified(chunks: Iterable[Tensor], y: Tensor | None) -> Rows:
     return rows
 
 
-def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre: Tensor) -> Rows:
+def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre: Tensor) -> EvaluatedRows:
     """Summarize the draws of a regression in units of the target.
 
     chunks: (draws, splits, rows, 1, 2) mean and log-variance, standardized. y: (splits, rows), standardized, or None.
@@ -84,7 +85,7 @@ def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre:
     units = scale.double().unsqueeze(1)
     epistemic = deviation / count
     squared = units.square()
-    rows = Rows((noise + epistemic) * squared, noise * squared, epistemic * squared, draws=int(count))
+    rows = EvaluatedRows((noise + epistemic) * squared, noise * squared, epistemic * squared, draws=int(count))
     rows.mean = mean * units + centre.double().unsqueeze(1)
     if y is not None:
         rows.nll = -(log_density - math.log(float(count)) - 0.5 * math.log(2 * math.pi)) + units.log()
@@ -93,3 +94,6 @@ def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre:
         means, stds = torch.cat(kept, dim=1)
         rows.crps = crps_mixture(means, stds, y.double()) * units
     return rows
+
+
+__getattr__ = former.names(__name__, {"Rows": "EvaluatedRows"})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from vbdl import former
 from vbdl.calling.stacking import map_inputs, tensors
 from vbdl.types import Inputs
 
@@ -163,7 +164,7 @@ def take(x: Inputs, rows: Tensor) -> Inputs:
     return map_inputs(lambda t: t[rows], x)
 
 
-class Rows:
+class MemberRows:
     """Batches of a data set in memory: each member sees its own rows in its own order, or all see one order.
 
     rows: (members, n) row numbers, or (1, n) for all members. own: whether each member has its own batches, so that a
@@ -213,3 +214,6 @@ class Batches:
 def bootstrap(n: int, seed: int) -> Tensor:
     """Draw n of n row numbers with replacement. Efron, Bootstrap Methods: Another Look at the Jackknife, 1979."""
     return torch.randint(n, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+__getattr__ = former.names(__name__, {"Rows": "MemberRows"})

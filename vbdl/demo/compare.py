@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbdl import metrics
+from vbdl import former, metrics
 from vbdl.demo.training import SINGLE, Trained
 from vbdl.demo.tutorial import loop
 from vbdl.engine.predictor import Predictor
@@ -28,7 +28,7 @@ class Speed:
 
 
 @dataclass
-class Result:
+class Evaluated:
     """The evaluation of a method on a task; variances in squared target units, entropies in nats."""
 
     trained: Trained
@@ -44,10 +44,10 @@ def predictor(trained: Trained, compile: bool, seed: int = 0) -> Predictor:
     return Predictor(trained.posterior, trained.likelihood, trained.n_samples, seed, tiles=tiles, compile=compile)
 
 
-def evaluate(trained: Trained, timed: bool = True) -> Result:
+def evaluate(trained: Trained, timed: bool = True) -> Evaluated:
     """Compute every score of the table. The timed predictor is compiled; the one for scores makes the same draws."""
     task, predict = trained.task, predictor(trained, compile=False)
-    result = Result(trained, predict(task.x["test"], samples=True), predict(task.x["ood"], samples=True))
+    result = Evaluated(trained, predict(task.x["test"], samples=True), predict(task.x["ood"], samples=True))
     y = task.y["test"]
     if task.regression:
         result.scores = _regression_scores(result, y.flatten(), task.y_std)
@@ -73,7 +73,7 @@ def evaluate(trained: Trained, timed: bool = True) -> Result:
     return result
 
 
-def _regression_scores(result: Result, y: Tensor, y_std: float) -> dict[str, float]:
+def _regression_scores(result: Evaluated, y: Tensor, y_std: float) -> dict[str, float]:
     p = result.test
     return {
         "rmse": metrics.rmse(p.mean.flatten(), y) * y_std,
@@ -137,3 +137,6 @@ def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
             f"{trained.task.name}, {trained.method}: the tutorial loop and vbdl do not say the same ({distance:.3g})"
         )
     return distance
+
+
+__getattr__ = former.names(__name__, {"Result": "Evaluated"})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbdl import metrics
-from vbdl.demo.compare import BINS, Result, predictor
+from vbdl.demo.compare import BINS, Evaluated, predictor
 from vbdl.demo.data import INSTALL, curve_mean
 from vbdl.demo.training import DROPOUT, ENSEMBLE, MEAN_FIELD, SINGLE, Trained
 
@@ -77,7 +77,7 @@ def bands(trained: Sequence[Trained], out: Path) -> Path:
     return _save(figure, out, "bands")
 
 
-def reliability(results: Sequence[Result], out: Path, n_bins: int = BINS) -> Path:
+def reliability(results: Sequence[Evaluated], out: Path, n_bins: int = BINS) -> Path:
     """Draw accuracy against confidence, with 95 % intervals, in bins of at least three rows."""
     pyplot = pyplot_or_error()
     task = results[0].trained.task
@@ -115,7 +115,7 @@ def reliability(results: Sequence[Result], out: Path, n_bins: int = BINS) -> Pat
     return _save(figure, out, f"reliability-{_slug(task.name)}")
 
 
-def histograms(results: Sequence[Result], out: Path) -> Path:
+def histograms(results: Sequence[Evaluated], out: Path) -> Path:
     """Draw histograms of the total and epistemic uncertainty of test rows and of out-of-distribution rows."""
     pyplot = pyplot_or_error()
     task = results[0].trained.task
@@ -155,7 +155,7 @@ def histograms(results: Sequence[Result], out: Path) -> Path:
     return _save(figure, out, f"uncertainty-{_slug(task.name)}")
 
 
-def rotation(results: Sequence[Result], out: Path, index: int = 5, n_angles: int = 19) -> Path:
+def rotation(results: Sequence[Evaluated], out: Path, index: int = 5, n_angles: int = 19) -> Path:
     """Draw the uncertainty of the digits while they are rotated step by step by 180 degrees, and show one of them."""
     from scipy.ndimage import rotate
 

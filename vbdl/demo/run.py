@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from vbdl.demo import figures, table
-from vbdl.demo.compare import Result, evaluate, predictor
+from vbdl.demo.compare import Evaluated, evaluate, predictor
 from vbdl.demo.data import TASKS, curve
 from vbdl.demo.training import ENSEMBLE, METHODS, Trained, single, train
 from vbdl.progress import Progress
@@ -21,7 +21,7 @@ def run(
     effort: float = 1.0,
     timed: bool = True,
     console: Console | None = None,
-) -> list[Result]:
+) -> list[Evaluated]:
     """Run the demo, write figures and models to `out`, and return the results of all tasks.
 
     tasks: names of data sets. effort: fraction of the epochs, for a quick look. timed: also measure speed, which
@@ -38,7 +38,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     begun = time.perf_counter()
-    all_results: list[Result] = []
+    all_results: list[Evaluated] = []
     lines: list[Trained] = []
     steps = (len(loaded) + 1) * len(METHODS) + (len(loaded) * len(METHODS)) + 1
     with Progress("vbdl demo", steps) as bar:
@@ -73,7 +73,7 @@ def run(
     return all_results
 
 
-def _draw(found: list[Result], lines: list[Trained], out: Path) -> None:
+def _draw(found: list[Evaluated], lines: list[Trained], out: Path) -> None:
     figures.bands(lines, out)
     for name in dict.fromkeys(r.trained.task.name for r in found):
         results = [r for r in found if r.trained.task.name == name]

@@ -4,11 +4,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vbdl.demo.compare import ROWS, Result
+from vbdl.demo.compare import ROWS, Evaluated
 from vbdl.demo.training import SINGLE
 
 
-def show(results: list[Result], console: Console) -> None:
+def show(results: list[Evaluated], console: Console) -> None:
     """Print two tables for each task: scores with out-of-distribution detection, and speed."""
     task = results[0].trained.task
     console.print()
@@ -22,7 +22,7 @@ def show(results: list[Result], console: Console) -> None:
         console.print(_speeds([r for r in results if r.speed]))
 
 
-def note(results: list[Result], console: Console) -> None:
+def note(results: list[Evaluated], console: Console) -> None:
     """Print explanations of the tables' columns."""
     said = [
         "NLL in nats a row; ECE: expected calibration error; quant. error: distance of the predicted quantiles' "
@@ -50,7 +50,7 @@ def _table(columns: tuple[str, ...]) -> Table:
     return table
 
 
-def _scores(results: list[Result]) -> Table:
+def _scores(results: list[Evaluated]) -> Table:
     task = results[0].trained.task
     first = "rmse" if task.regression else "accuracy"
     names = ("\nRMSE", "\nNLL", "quant.\nerror") if task.regression else ("accu-\nracy", "\nNLL", "\nECE")
@@ -81,7 +81,7 @@ def _scores(results: list[Result]) -> Table:
     return table
 
 
-def _speeds(results: list[Result]) -> Table:
+def _speeds(results: list[Evaluated]) -> Table:
     names = (
         "\n  draws",
         "  loop\n   rows/s",

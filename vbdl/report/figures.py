@@ -7,7 +7,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from vbdl import metrics
+from vbdl import former, metrics
 from vbdl.report.run import RowsRecord
 from vbdl.report.svg import Chart
 
@@ -16,7 +16,7 @@ _CURVE = 60  # points of a curve
 
 
 @dataclass(frozen=True)
-class Rows:
+class MethodRows:
     """The stored test rows of one method on one data set."""
 
     method: str
@@ -25,7 +25,7 @@ class Rows:
     about: RowsRecord
 
 
-def reliability(rows: Sequence[Rows]) -> Markup:
+def reliability(rows: Sequence[MethodRows]) -> Markup:
     """Plot the accuracy of the top label against its confidence, all splits together."""
     chart = Chart((0, 1), (0, 1), "stated confidence", "observed accuracy", "reliability diagram")
     chart.line([0, 1], [0, 1], "ideal", "ideal")
@@ -49,7 +49,7 @@ def _binned(p: Tensor, hit: Tensor) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def quantiles(rows: Sequence[Rows]) -> Markup:
+def quantiles(rows: Sequence[MethodRows]) -> Markup:
     """Plot the share of targets below each predicted quantile against its level, all splits together."""
     chart = Chart((0, 1), (0, 1), "level of the quantile", "share of targets below", "calibration of quantiles")
     chart.line([0, 1], [0, 1], "ideal", "ideal")
@@ -61,7 +61,7 @@ def quantiles(rows: Sequence[Rows]) -> Markup:
     return chart.svg()
 
 
-def risk_coverage(rows: Sequence[Rows], regression: bool) -> Markup:
+def risk_coverage(rows: Sequence[MethodRows], regression: bool) -> Markup:
     """Plot the mean loss of the kept rows against their share, if the most uncertain are rejected; mean of splits."""
     curves = []
     for one in rows:
@@ -80,7 +80,7 @@ def risk_coverage(rows: Sequence[Rows], regression: bool) -> Markup:
     return chart.svg()
 
 
-def histograms(one: Rows, ood: int, part: str = "total") -> Markup:
+def histograms(one: MethodRows, ood: int, part: str = "total") -> Markup:
     """Plot histograms of the uncertainty of test rows and of out-of-distribution rows, as shares of each."""
     inside = one.tensors[part].flatten().double()
     outside = one.tensors[f"ood.{ood}.{part}"].flatten().double()
@@ -96,3 +96,6 @@ def histograms(one: Rows, ood: int, part: str = "total") -> Markup:
     chart.bars(edges.tolist(), heights[0], "inside", "test rows")
     chart.bars(edges.tolist(), heights[1], "outside", one.about["ood"][ood])
     return chart.svg()
+
+
+__getattr__ = former.names(__name__, {"Rows": "MethodRows"})

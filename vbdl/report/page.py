@@ -171,7 +171,7 @@ def _section(run: StoredRun, dataset: str, styles: dict[str, str]) -> dict[str, 
     results = run.of(dataset)
     regression = results[0]["kind"] == "regression"
     loaded = [(r, run.rows(r)) for r in results]
-    rows = [figures.Rows(r["method"], styles[r["method"]], *stored) for r, stored in loaded if stored is not None]
+    rows = [figures.MethodRows(r["method"], styles[r["method"]], *stored) for r, stored in loaded if stored is not None]
     drawn = []
     if rows:
         first = ("Calibration", figures.quantiles(rows)) if regression else ("Reliability", figures.reliability(rows))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vbdl.data.fingerprint import fingerprints
-from vbdl.data.rows import Batches, Rows, bootstrap, check_rows, holdout, take, whole
+from vbdl.data.rows import Batches, MemberRows, bootstrap, check_rows, holdout, take, whole
 from vbdl.training.options import TrainingOptions
 from vbdl.types import Inputs
 
@@ -37,12 +37,12 @@ class TrainingData:
                     "bootstrap, member_rows and a share for validation select rows, which a DataLoader does not allow: "
                     "give fit the tensors or the Dataset"
                 )
-            self._batches: Rows | Batches = Batches(data)
+            self._batches: MemberRows | Batches = Batches(data)
         else:
             self._batches = self._rows(data, options, n_members, stacked)
         self.own_rows = self._batches.own
 
-    def _rows(self, data: Any, options: TrainingOptions, n_members: int, stacked: bool) -> Rows:
+    def _rows(self, data: Any, options: TrainingOptions, n_members: int, stacked: bool) -> MemberRows:
         """The batches of a data set in memory, with the rows of each member."""
         x, y = whole(data)
         check_rows(x, y)
@@ -65,7 +65,7 @@ class TrainingData:
         else:
             chosen = rows.unsqueeze(0)
         self.fingerprints.append(fingerprints(take(x, chosen.unique())))
-        return Rows(x, y, chosen, options.batch_size, seeds if stacked else seeds[:1], stacked)
+        return MemberRows(x, y, chosen, options.batch_size, seeds if stacked else seeds[:1], stacked)
 
     def __len__(self) -> int:
         """The number of batches in an epoch; 1 for a stream of unknown length."""
@@ -73,7 +73,7 @@ class TrainingData:
 
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the checked batches of this epoch, (inputs, targets); a DataLoader's are fingerprinted once."""
-        if isinstance(self._batches, Rows):
+        if isinstance(self._batches, MemberRows):
             yield from self._batches.epoch(number)
             return
         unseen, self._unseen = self._unseen, False
