@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vbdl.batch.options import JobOptions
-from vbdl.calling.stacking import tensors
+from vbdl.calling.inputs import tensors
 from vbdl.tabular import Schema
 from vbdl.tabular.cells import combined, floats
 from vbdl.tabular.reading import arrow

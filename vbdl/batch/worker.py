@@ -18,7 +18,7 @@ from vbdl.batch.keeping import as_settled
 from vbdl.batch.model import row_shape
 from vbdl.batch.output import fields
 from vbdl.batch.sources import Chunk, one_line
-from vbdl.calling.stacking import map_inputs, tensors
+from vbdl.calling.inputs import map_inputs, tensors
 from vbdl.engine.predictor import Predictor
 from vbdl.tabular.reading import arrow
 from vbdl.types import Inputs

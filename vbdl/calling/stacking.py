@@ -23,12 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.autograd import activations_kept
-from vbdl.calling.inputs import arguments as arguments
-from vbdl.calling.inputs import flatten, rebuilt
-from vbdl.calling.inputs import map_inputs as map_inputs
-from vbdl.calling.inputs import rebuild as rebuild
-from vbdl.calling.inputs import tensors as tensors
-from vbdl.types import Inputs as Inputs
+from vbdl.calling.inputs import arguments, flatten, rebuilt
 from vbdl.types import Likelihood, State
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from vbdl import former
-from vbdl.calling.stacking import map_inputs, tensors
+from vbdl.calling.inputs import map_inputs, tensors
 from vbdl.types import Inputs
 
 

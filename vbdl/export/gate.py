@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vbdl.calling.stacking import Inputs, State
 from vbdl.engine.predictor import Predictor
+from vbdl.types import Inputs, State
 
 TOLERANCE = 1e-5
 _SEEDS = 16  # number of seeds tried to find one that changes the draws

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import State, is_computed, state_of
+from vbdl.calling.stacking import is_computed, state_of
+from vbdl.types import State
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

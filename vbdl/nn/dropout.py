@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from vbdl_kernels import keep_mask
 
-from vbdl.calling.stacking import arguments, call, map_inputs
+from vbdl.calling.inputs import arguments, map_inputs
+from vbdl.calling.stacking import call
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
 from vbdl.nn.embedding import embedding
 from vbdl.nn.frozen import hold_frozen

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.stacking import call, map_inputs
+from vbdl.calling.inputs import map_inputs
+from vbdl.calling.stacking import call
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.dropout import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork

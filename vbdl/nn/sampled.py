@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import State, call
+from vbdl.calling.stacking import call
 from vbdl.nn.drawn import drawn, noise, once
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
+from vbdl.types import State
 
 LOG_STD_BOUND = 30.0  # exp(2 * 30) is finite in float32
 

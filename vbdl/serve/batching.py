@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbdl.calling.stacking import rebuild, tensors
+from vbdl.calling.inputs import rebuild, tensors
 from vbdl.engine.predictor import Predictor
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbdl.calling.stacking import call, map_inputs, select, tensors
+from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.stacking import call, select
 from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take
 from vbdl.engine.predictor import Predictor
 from vbdl.model import Model

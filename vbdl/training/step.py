@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vbdl.calling.stacking import Inputs, call, rebuild, state_of, tensors
+from vbdl.calling.inputs import rebuild, tensors
+from vbdl.calling.stacking import call, state_of
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
-from vbdl.types import Likelihood, Posterior
+from vbdl.types import Inputs, Likelihood, Posterior
 
 logger = logging.getLogger("vbdl")
 
