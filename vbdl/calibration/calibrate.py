@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations, is_recalibrated
+from vbdl.calling.inputs import flatten
 from vbdl.data.fingerprint import fingerprints
-from vbdl.data.rows import as_tensor
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.around import Around
 from vbdl.types import Calibrator, Inputs, Likelihood, Prediction
@@ -76,7 +76,7 @@ def calibrate(
         raise TypeError(f"calibrate needs the calibration rows as a pair (x, y), got {type(data).__name__}")
     x, y = data
     _check_order(predictor.likelihood, method)
-    x, y = as_tensor(x), torch.as_tensor(y, device=predictor.device)
+    x, y = flatten(x).nested, torch.as_tensor(y, device=predictor.device)
     n_rows = y.shape[0] if y.ndim else 0
     if n_rows == 0:
         raise ValueError("there are no rows to calibrate on")

@@ -103,13 +103,13 @@ def _filled(structure: Structure, tensors: Any) -> Any:
     kind = structure.kind
     if structure.names is not None:
         entries = dict(zip(structure.names, parts, strict=True))
-        return entries if kind is dict else _mapping(kind, entries)
+        return entries if kind is dict else mapping(kind, entries)
     if kind is list:
         return parts
     return tuple(parts) if kind is tuple else kind(*parts)  # a named tuple
 
 
-def _mapping(kind: type, entries: dict[Any, Any]) -> Any:
+def mapping(kind: type, entries: dict[Any, Any]) -> Any:
     """A Mapping of this class, or the dict if its constructor takes no dict (`collections.defaultdict`)."""
     try:
         return kind(entries)

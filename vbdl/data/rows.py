@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from vbdl import former
-from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.inputs import flatten, map_inputs, mapping, tensors
 from vbdl.types import Inputs
 
 
@@ -35,16 +35,35 @@ def whole(data: Any) -> tuple[Inputs, Tensor]:
         raise TypeError("an IterableDataset is a stream: give fit a DataLoader of it, or its rows as tensors")
     if isinstance(data, Dataset):
         rows = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
-        return _pair(torch.utils.data.default_collate(rows), "a Dataset must have")
+        if not rows:
+            raise ValueError("there are no rows to train on")
+        return _pair(_collated(rows), "a Dataset must have")
     if isinstance(data, DataLoader):
         raise TypeError("all rows are needed at once here, as for validation: give tensors or a Dataset, no DataLoader")
     if isinstance(data, Sequence) and len(data) == 2:
-        x, y = as_tensor(data[0]), torch.as_tensor(as_tensor(data[1]))
+        x, y = flatten(data[0]).nested, torch.as_tensor(as_tensor(data[1]))
         check_rows(x, y)
         return x, y
     raise TypeError(
         f"data must be (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
     )
+
+
+def _collated(rows: list[Any]) -> Any:
+    """Join the rows of a Dataset along a new first axis, in the structure of a row; None and texts stay as they are."""
+    first = rows[0]
+    if first is None or isinstance(first, str):
+        if any(row is not first and row != first for row in rows):
+            raise ValueError(
+                f"where one row of the Dataset has {first!r}, another has something else: all need the same"
+            )
+        return first
+    if isinstance(first, Mapping):
+        return mapping(type(first), {name: _collated([row[name] for row in rows]) for name in first})
+    if isinstance(first, list | tuple):
+        parts = [_collated(list(part)) for part in zip(*rows, strict=True)]
+        return tuple(parts) if type(first) in (list, tuple) else type(first)(*parts)  # a named tuple
+    return default_collate(rows)
 
 
 def _pair(item: Any, source: str) -> tuple[Any, Any]:
@@ -65,16 +84,19 @@ def _pair(item: Any, source: str) -> tuple[Any, Any]:
 def check_rows(x: Inputs, y: Tensor) -> None:
     """Raise ValueError if inputs and targets differ in their number of rows or have none, or inputs are not finite.
 
-    Raises TypeError if inputs are not tensors.
+    Raises TypeError if there is no tensor in the inputs, or anything that cannot be passed on.
     """
-    if not all(isinstance(t, Tensor) for t in tensors(x)):
-        raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name")
-    sizes = {t.shape[0] for t in [*tensors(x), y]}
+    inputs = tensors(x)
+    if not inputs:
+        raise TypeError(
+            "inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; there is none"
+        )
+    sizes = {t.shape[0] for t in [*inputs, y]}
     if len(sizes) != 1:
         raise ValueError(f"inputs and targets disagree on the number of rows: {sorted(sizes)}")
     if sizes == {0}:
         raise ValueError("there are no rows to train on")
-    for t in tensors(x):
+    for t in inputs:
         if t.is_floating_point() and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
             bad = (~ok).nonzero().flatten()
             raise ValueError(

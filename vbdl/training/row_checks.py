@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.inputs import flatten, map_inputs, tensors
 from vbdl.calling.stacking import call, select
 from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take
 from vbdl.engine.predictor import Predictor
@@ -38,15 +38,15 @@ class RowChecks:
     def __init__(self, model: Model, seed: int):
         self.model, self.seed, self.device = model, seed, model.device
         self._floating = floating_dtype(model.posterior)
-        self._output_shapes: dict[Any, tuple[int, ...]] = {}  # by argument names, shapes and dtypes of a row
+        self._output_shapes: dict[Any, tuple[int, ...]] = {}  # by structure, shapes and dtypes of a row
 
     def __call__(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
         """The inputs and targets to train on. Raises ValueError or TypeError for rows that cannot be trained on."""
         # detached from the graph that computed them, e.g. of a network whose features they are
         x, y = map_inputs(lambda t: t.detach().to(self.device), x), y.detach().to(self.device)
         check_dtype(x, self._floating)
-        names = tuple(x) if isinstance(x, dict) else None
-        row = (names, tuple((t.shape[1:], t.dtype) for t in tensors(x)))
+        flat = flatten(x)
+        row = (flat.structure, tuple((t.shape[1:], t.dtype) for t in flat.tensors))
         if row not in self._output_shapes:
             if not self._output_shapes:
                 check_predictable(self.model.posterior, self.model.likelihood, x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vbdl.calling.inputs import rebuild, tensors
+from vbdl.calling.inputs import flatten, rebuild
 from vbdl.calling.stacking import call, state_of
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
@@ -49,8 +49,9 @@ class Step:
         if not self.compiled:
             return self._plain(x, y)
         fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
-        flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *tensors(x), y]
-        key = tuple((tuple(t.shape), t.dtype) for t in flat[len(self.trained) + len(fixed) :])
+        inputs = flatten(x)
+        flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *inputs.tensors, y]
+        key = (inputs.structure, tuple((tuple(t.shape), t.dtype) for t in [*inputs.tensors, y]))
         if key not in self._calls:
             begun = time.perf_counter()
             traced = self._traced(self._whole(list(fixed), x), flat)
