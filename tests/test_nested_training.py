@@ -156,7 +156,7 @@ def test_nested_rows_that_cannot_be_trained_on_are_named(data):
     q, likelihood = vbdl.MCDropout(Nested()), vbdl.Gaussian(OUTPUTS)
     for given, error, said in (
         ((nested(x), y[:-1]), ValueError, "disagree on the number of rows"),
-        (({"features": None}, y), TypeError, "inputs are tensors or arrays.*there is none"),
+        (({"features": None}, y), TypeError, "inputs must be tensors or arrays.*got none"),
         (({"features": {"x": 3.0}}, y), TypeError, "inputs are tensors or arrays.*got float"),
         ((nested(torch.where(x > 2, torch.inf, x)), y), ValueError, "input rows are not finite"),
         ((nested(x.double()), y), ValueError, "inputs are torch.float64"),

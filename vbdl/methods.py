@@ -79,6 +79,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+def words(class_name: str) -> str:
+    """What the method of this class is called in a sentence."""
+    return next(method.words for method in METHODS.values() if method.class_name == class_name)
+
+
 def method_of(name: str) -> Method:
     """The method of this name. Raises ValueError for an unknown name, warns (DeprecationWarning) for a former one."""
     if name in METHODS:

@@ -15,6 +15,7 @@ from vbdl.artifact.manifest import (
     Single,
     Supplied,
 )
+from vbdl.methods import words
 
 
 def card(manifest: Manifest) -> str:
@@ -145,14 +146,18 @@ def method(manifest: Manifest) -> str:
         inner = next(iter(kinds.values()))
         of = "" if isinstance(inner, Plain) else f" of {_single(inner)}"
         several = f", {len(q.members)} architectures" if len(q.members) > 1 else ""
-        return f"Deep ensemble of {count} members{of}{several}"
-    return _single(q)
+        return _as_title(f"{words('DeepEnsemble')} of {count} members{of}{several}")
+    return _as_title(_single(q)) if not isinstance(q, Registered) else _single(q)
 
 
 def _single(q: Single) -> str:
     if isinstance(q, Registered):
         return _class_name(q.name)
-    return "MC dropout" if isinstance(q, Dropout) else "Mean-field variational inference"
+    return words("MCDropout" if isinstance(q, Dropout) else "MeanField")
+
+
+def _as_title(said: str) -> str:
+    return said[0].upper() + said[1:]
 
 
 def network(manifest: Manifest) -> str:

@@ -1,6 +1,6 @@
 """Posteriors as descriptions in the manifest, and back."""
 
-import math
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +21,6 @@ from vbdl.artifact.manifest import (
     check_json,
 )
 from vbdl.calling.stacking import state_of
-from vbdl.nn.sampled import SampledNetwork
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
@@ -38,8 +37,12 @@ def describe(posterior: Any, network: Describe) -> Single | Ensemble:
     network: describes a network, given its tensors by name.
     """
     if isinstance(posterior, DeepEnsemble):
-        members = [Members(part.n_members, _member(part, network), list(part.shared())) for part in posterior.parts]
-        return Ensemble(members, posterior.parts[0].seed if len(members) == 1 else 0)
+        configs = [part.config() for part in posterior.parts]
+        members = [
+            Members(config["n_members"], _member(part, network), config["shared"])
+            for config, part in zip(configs, posterior.parts, strict=True)
+        ]
+        return Ensemble(members, configs[0]["seed"] if len(members) == 1 else 0)
     return _single(posterior, state_of(posterior.module), network)
 
 
@@ -55,19 +58,22 @@ def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> 
     """
     inner = {n.removeprefix("inner."): t for n, t in values.items() if n.startswith("inner.")}
     if type(posterior) is MCDropout:
-        module = posterior.module
-        p = dict(module.rate) if isinstance(module.rate, Mapping) else module.rate
-        chosen = [d for d in module.deterministic if _names(module, d)]
+        module, arguments = posterior.module, posterior.config()
+        chosen = [d for d in arguments["deterministic"] if _names(module, d)]
         stays = [d if isinstance(d, str) else f"{_TYPE}{_type_name(d)}" for d in chosen]
-        return Dropout(network(module.inner, inner), p, stays, posterior.seed)
+        return Dropout(network(module.inner, inner), arguments["p"], stays, arguments["seed"])
     if type(posterior) is MeanFieldPosterior:
-        module = posterior.module
-        priors, initial = None, 1.0
-        if isinstance(module, SampledNetwork):
-            priors = {n: values[f"prior_{i}"].tolist() for i, n in enumerate(module.chosen)}
-            initial = math.exp(module.log_std.initial)
-        architecture = network(module.inner, inner)
-        return MeanField(architecture, module.n_data, priors, initial, posterior.n_samples, posterior.seed)
+        arguments, priors = posterior.config(), None
+        if "prior" in arguments:  # their constants as the tensors have them, which may have been loaded since
+            priors = {name: values[f"prior_{i}"].tolist() for i, name in enumerate(arguments["prior"])}
+        return MeanField(
+            network(posterior.user_network, inner),
+            arguments["n_data"],
+            priors,
+            arguments.get("initial_std", 1.0),
+            arguments["n_samples"],
+            arguments["seed"],
+        )
     return _registered(posterior, values, network)
 
 
@@ -83,6 +89,11 @@ def _registered(posterior: Any, values: Mapping[str, Tensor], network: Describe)
         arguments = dict(posterior.config())
     except NotImplementedError as error:
         raise ValueError(str(error)) from None
+    if unknown := arguments.keys() - inspect.signature(type(posterior)).parameters:
+        raise ValueError(
+            f"config() of {name} returns {min(unknown)!r}, which its constructor does not take: define config() in the "
+            f"class itself, to save it"
+        )
     if tensors := [n for n, v in arguments.items() if isinstance(v, Tensor)]:
         raise ValueError(f"config() of {name} has the tensor {tensors[0]!r}: return numbers or lists of numbers")
     encoded = {n: modules.encode(v, n) for n, v in arguments.items()}

@@ -88,9 +88,7 @@ def check_rows(x: Inputs, y: Tensor) -> None:
     """
     inputs = tensors(x)
     if not inputs:
-        raise TypeError(
-            "inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; there is none"
-        )
+        raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; got none")
     sizes = {t.shape[0] for t in [*inputs, y]}
     if len(sizes) != 1:
         raise ValueError(f"inputs and targets disagree on the number of rows: {sorted(sizes)}")

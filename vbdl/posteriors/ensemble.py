@@ -141,6 +141,14 @@ class DeepEnsemble(Posterior):
     def user_network(self) -> nn.Module:
         return self.module if self.base is None else self._hidden[0].inner
 
+    def config(self) -> dict[str, Any]:
+        """The arguments that make it again, given one member: a network or a posterior. Each of several `parts` has its
+        own.
+        """
+        if len(self._parts):
+            raise ValueError("an ensemble of several architectures has a config() for each: ask its parts")
+        return {"n_members": self.n_members, "seed": self.seed, "shared": list(self._shared_names)}
+
     @property
     def base(self) -> KeyedPosterior | None:
         """The members' own posterior, with placeholder tensors, or None if the members are plain networks."""

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1506.02142
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,15 @@ class MCDropout(KeyedPosterior):
         self.seed = seed
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make it again, given its network."""
+        p = self.module.rate
+        return {
+            "p": dict(p) if isinstance(p, Mapping) else p,
+            "deterministic": list(self.module.deterministic),
+            "seed": self.seed,
+        }
 
     def prepare(self, inputs: Inputs) -> None:
         """Run the module to find every dropout call and its batch axis. Raises ValueError if none drops units."""

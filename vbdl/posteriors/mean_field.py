@@ -57,6 +57,7 @@ class MeanField(KeyedPosterior):
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
         self.lost_hooks = parameter_hooks(module)
+        self._priors: dict[str, Prior] | None = None  # of the parameters sampled; None where the layers have them
         if has_bayesian_layers(module):
             if parameters is not None or prior != 1.0 or initial_std != 0.05:
                 raise ValueError(
@@ -65,9 +66,20 @@ class MeanField(KeyedPosterior):
             self.module = LayeredNetwork(copied(module), n_data)
         else:
             chosen = choose(module, None if parameters is None else tuple(parameters), prior)
+            self._priors = dict(chosen)
             self.module = SampledNetwork(copied(module), chosen, initial_std, n_data)
         self.n_samples, self.seed = n_samples, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make it again, given its network."""
+        arguments = {"n_data": self.module.n_data, "n_samples": self.n_samples, "seed": self.seed}
+        if self._priors is None:
+            return arguments
+        initial_std = math.exp(self.module.log_std.initial)
+        return arguments | {
+            "prior": dict(self._priors), "parameters": list(self._priors), "initial_std": initial_std,
+        }  # fmt: skip
 
     @property
     def kl_weight(self) -> float:
