@@ -122,7 +122,7 @@ def masked_linear(
         raise ValueError(f"key must be int64 of shape (2,) or (samples, 2), got {key.dtype} {tuple(key.shape)}")
     check_linear(x, weight, bias, None, key)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"the dropout rate p must be from 0 to 1, got {p}")
+        raise ValueError(f"the dropout rate is a probability from 0 to 1, got {p}")
     if side not in ("input", "output"):
         raise ValueError(f'side must be "input" or "output", got {side!r}')
     if precision not in ("", "ieee", "tf32"):

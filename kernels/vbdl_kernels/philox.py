@@ -239,7 +239,7 @@ def keep_mask(key: Tensor, layer: int, rows: int, columns: int, p: float, stream
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) bool
     """
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"the dropout rate p must be from 0 to 1, got {p}")
+        raise ValueError(f"the dropout rate is a probability from 0 to 1, got {p}")
     return words(key, layer, stream, rows, columns) >= round(p * 2**32)
 
 
