@@ -116,7 +116,7 @@ def test_what_is_refused():
         split(0)
     with pytest.raises(ValueError, match="contradict"):
         split(4, time=torch.arange(4), groups=torch.arange(4))
-    with pytest.raises(ValueError, match="one value a row"):
+    with pytest.raises(ValueError, match="one value per row"):
         split(4, groups=torch.arange(3))
     with pytest.raises(ValueError, match="NaN in row 1"):
         split(3, {"a": 0.5, "b": 0.5}, time=torch.tensor([0.0, float("nan"), 1.0]))

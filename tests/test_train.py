@@ -349,7 +349,7 @@ def test_bad_data_is_named(data):
         ("data.csv", "inputs, targets"),
         (DataLoader(TensorDataset(holed, y), batch_size=16), "1 input rows are not finite"),
         (DataLoader(TensorDataset(x, late), batch_size=4), "target of row 3 is not finite"),  # of the second batch
-        (DataLoader(TensorDataset(x, x, y)), "yields .inputs, targets., got 3 of them: several inputs are"),
+        (DataLoader(TensorDataset(x, x, y)), "must yield .inputs, targets., got a sequence of 3: put several inputs"),
         ([{"x": x, "y": y}, 1, 2], "inputs, targets"),
         (DataLoader([{"x": a, "y": b} for a, b in zip(x, y, strict=True)]), "got a dict of .'x', 'y'"),
         (Subset([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], [0, 1]), "a Dataset must have .*got a dict of"),
@@ -371,7 +371,7 @@ def test_bad_data_is_named(data):
         ({"schedule": 3}, "cosine"),
         ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau needs.*StepLR"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates.*AdamW or SGD"),
-        ({"optimizer": lambda ps: None}, "returns a torch.optim.Optimizer, got NoneType"),
+        ({"optimizer": lambda ps: None}, "must return a torch.optim.Optimizer, got NoneType"),
         ({"validation": (x.double(), y)}, "float64 and the module's parameters torch.float32: convert"),
         ({"validation": DataLoader(TensorDataset(x, y))}, "as for validation"),
         ({"member_rows": torch.zeros(3, 2, dtype=torch.int64)}, "member_rows"),

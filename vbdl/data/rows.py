@@ -75,7 +75,7 @@ def _pair(item: Any, source: str) -> tuple[Any, Any]:
         return item[0], item[1]
     kind = f"a dict of {list(item)}" if isinstance(item, Mapping) else type(item).__name__
     if isinstance(item, Sequence):
-        kind = f"{len(item)} elements"
+        kind = f"a sequence of {len(item)}"
     raise TypeError(
         f"{source} (inputs, targets), got {kind}: put several inputs first, as one tuple or one dict by argument name"
     )
