@@ -140,7 +140,7 @@ def test_what_is_not_registered_is_not_saved(tmp_path):
     class Inherited(Halved):
         pass
 
-    with pytest.raises(ValueError, match="Inherited is not among"):
+    with pytest.raises(ValueError, match="Inherited cannot be stored because it is not registered"):
         modules.describe(Inherited())
     with pytest.raises(ValueError, match="inside a function"):
         vbdl.register(Inherited)

@@ -197,7 +197,7 @@ def test_what_is_refused(make):
         make().fit(nan, y)
     with pytest.raises(ValueError, match="no rows"):
         make().fit(x[:0], y[:0])
-    with pytest.raises(ValueError, match="one label a row"):
+    with pytest.raises(ValueError, match="one label per row"):
         make().fit(x, y[:-1])
     with pytest.raises(ValueError, match="outside the 4 classes"):
         make().fit(x, y + 3)

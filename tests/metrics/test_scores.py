@@ -179,7 +179,7 @@ def test_bad_probabilities_are_named(score):
         score(probs, torch.tensor([0, 1, 3]))
     with pytest.raises(TypeError, match="integer dtype"):
         score(probs, y.double())
-    with pytest.raises(ValueError, match="one label a row"):
+    with pytest.raises(ValueError, match="one label per row"):
         score(probs, y[:2])
     with pytest.raises(ValueError, match=r"\(batch, 1\)"):
         score(probs[:, :1], y)

@@ -69,8 +69,8 @@ def fields(described: dict[str, Any]) -> list[str]:
         outer = [arguments.get(key, {}).get("module", {}).get("class") for key in ("method", "decision")]
         return [*fields(inner), *(name for cls in outer for name in _ADDED.get(str(cls), ()))]
     name = str(described.get("class"))
-    own = ["probs", "label"] if name in ("Categorical", "Bernoulli") else [] if ":" in name else ["mean", "std"]
-    return [*own, "total", "aleatoric", "epistemic"]
+    leading = ["probs", "label"] if name in ("Categorical", "Bernoulli") else [] if ":" in name else ["mean", "std"]
+    return [*leading, "total", "aleatoric", "epistemic"]
 
 
 _ADDED = {
@@ -172,8 +172,8 @@ def _architecture(a: Any) -> str:
         name = _class_name(a.root.name)
         return f"{name}({', '.join(inside)})" if inside else name
     if isinstance(a, Reference):
-        made = f"made by `{_plain(a.target)}`"
-        return made if a.target.startswith("vbdl.") else f"{made}; load imports it only with trust="
+        origin = f"made by `{_plain(a.target)}`"
+        return origin if a.target.startswith("vbdl.") else f"{origin}; load imports it only with trust="
     return f"`{_plain(a.name)}`; pass it to load(module=...)"
 
 

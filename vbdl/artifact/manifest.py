@@ -76,7 +76,7 @@ Architecture = Layers | Reference | Supplied
 
 
 class Dropout(Struct, frozen=True, forbid_unknown_fields=True, tag="MCDropout"):
-    """MC dropout: `vbdl.MCDropout` of the network with these arguments."""
+    """An MC dropout posterior: `vbdl.MCDropout` with this network and these arguments."""
 
     network: Architecture
     p: Rate | dict[str, Rate] | None
@@ -85,7 +85,7 @@ class Dropout(Struct, frozen=True, forbid_unknown_fields=True, tag="MCDropout"):
 
 
 class MeanField(Struct, frozen=True, forbid_unknown_fields=True, tag="MeanField"):
-    """Mean-field variational inference: `vbdl.MeanField` of the network with these arguments."""
+    """A mean-field posterior: `vbdl.MeanField` with this network and these arguments."""
 
     network: Architecture
     n_data: Count

@@ -200,9 +200,9 @@ def decode(
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Replace the module's own parameters and buffers by these tensors, whose shapes may differ."""
-    own = {*module._parameters, *module._buffers}
+    names = {*module._parameters, *module._buffers}
     for name, t in state.items():
-        if name not in own:
+        if name not in names:
             raise ValueError(f"{type(module).__name__} has no tensor {name!r}")
         if name in module._parameters:
             setattr(module, name, nn.Parameter(t.clone(), requires_grad=t.is_floating_point()))

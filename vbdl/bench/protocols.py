@@ -179,10 +179,10 @@ def _differs(column: str, of: str, year: str) -> str:
     other = column.removeprefix("MC dropout ")
     if other in (column, year):
         return ""
-    ours, theirs = protocol(year, of), protocol(other, of)
+    this_run, published_run = protocol(year, of), protocol(other, of)
     return (
-        f"this run trained {ours.epochs} epochs over the rates {_listed(ours.rates)}, the column of {other} "
-        f"{theirs.epochs} epochs over {_listed(theirs.rates)}"
+        f"this run trained {this_run.epochs} epochs over the rates {_listed(this_run.rates)}, the column of {other} "
+        f"{published_run.epochs} epochs over {_listed(published_run.rates)}"
     )
 
 

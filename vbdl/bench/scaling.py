@@ -77,15 +77,15 @@ def measure(
         line: dict[str, Any] = {"quantity": quantity, "axis": axis, "size": size, "method": method, "at": at}
         if quantity == "bytes":
             line |= {"value": _peak_in_a_process(method, size), "compiled": False}
-            said = f"{line['value'] / 2**20:.1f} MiB at the peak"
+            summary = f"{line['value'] / 2**20:.1f} MiB at the peak"
         else:
             line |= _timed(method, at, compile, seconds)
-            said = f"{1000 * line['value']:.3f} ms a call, first call {line['first_call']:.1f} s"
+            summary = f"{1000 * line['value']:.3f} ms a call, first call {line['first_call']:.1f} s"
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write(json.dumps(line | about) + "\n")
         lines.append(line | about)
-        say(f"{axis} {size:5} {method:14} {said}")
+        say(f"{axis} {size:5} {method:14} {summary}")
     return lines
 
 

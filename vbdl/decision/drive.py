@@ -46,8 +46,8 @@ class Drive:
             return self.machine.fail("late")
         except Exception as error:  # any error hands over at once; its reason is logged
             log = logging.getLogger(__name__)
-            said = " ".join(str(error).split())[:300]  # a single line, because there may be many frames per second
-            log.error("a frame could not be predicted: %s: %s", type(error).__name__, said)
+            reason = " ".join(str(error).split())[:300]  # a single line, because there may be many frames per second
+            log.error("a frame could not be predicted: %s: %s", type(error).__name__, reason)
             log.debug("traceback of the failed frame", exc_info=error)
             return self.machine.fail("failed")
         self.prediction = prediction

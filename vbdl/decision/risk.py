@@ -58,7 +58,7 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
 
 
 def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
-    """VaR and ES of N(mean, std²); mean, std: (batch,) or (batch, ...)"""
+    """VaR and ES of N(mean, std²). mean, std: (batch,) or (batch, ...)"""
     return mixture_tail(mean.unsqueeze(0), std.unsqueeze(0), level)
 
 

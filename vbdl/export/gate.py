@@ -103,15 +103,15 @@ def _expected(reference: Predictor, probe: Inputs) -> list[tuple[int, State]]:
         predicted = vars(reference.replace(seed=seed)(probe))
         return {n: t for n, t in predicted.items() if isinstance(t, Tensor)}
 
-    own = fields(reference.seed)
+    usual = fields(reference.seed)
     if reference.posterior.n_draws is not None:
-        return [(reference.seed, own)]
+        return [(reference.seed, usual)]
     step = 1 if reference.seed < 2**62 else -1
     for distance in range(1, _SEEDS + 1):
-        other = fields(reference.seed + step * distance)
-        if any(_apart(own[n], other[n]) for n in ("epistemic", "probs", "mean") if n in own):
-            return [(reference.seed, own), (reference.seed + step * distance, other)]
-    return [(reference.seed, own)]
+        changed = fields(reference.seed + step * distance)
+        if any(_apart(usual[n], changed[n]) for n in ("epistemic", "probs", "mean") if n in usual):
+            return [(reference.seed, usual), (reference.seed + step * distance, changed)]
+    return [(reference.seed, usual)]
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:

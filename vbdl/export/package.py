@@ -112,7 +112,8 @@ class Package:
                 raise ValueError(f"{who} is {tuple(t.shape)}, this package takes (rows, {str(e.shape)[1:-1]})")
             if t.device.type != self.description.device or t.layout != torch.strided:
                 raise ValueError(
-                    f"{who} is {t.layout} on {t.device}, this package takes dense tensors on {self.description.device}"
+                    f"{who} is on {t.device} with layout {t.layout}, this package takes dense tensors on "
+                    f"{self.description.device}"
                 )
             if t.is_floating_point() and not math.isfinite(float(t.detach().sum())):
                 ok = t.isfinite().flatten(1).all(1) if t.ndim > 1 else t.isfinite()

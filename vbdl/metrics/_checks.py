@@ -69,7 +69,7 @@ def check_labels(y: Tensor, n: int, n_classes: int, name: str = "y") -> Tensor:
     if y.is_floating_point() or y.is_complex():
         raise TypeError(f"{name} must hold class numbers of an integer dtype, not {y.dtype}")
     if tuple(y.shape) != (n,):
-        raise ValueError(f"{name} must have shape ({n},), one label a row, not {tuple(y.shape)}")
+        raise ValueError(f"{name} must have shape ({n},), one label per row, not {tuple(y.shape)}")
     y = y.detach().to(torch.int64)
     outside = (y < 0) | (y >= n_classes)
     if bool(outside.any()):

@@ -44,7 +44,7 @@ class CalibrationError:
         self._bins: Bins | None = None
 
     def update(self, probs: Tensor, y: Tensor) -> None:
-        """probs: (batch, classes), or (batch,) of class 1;  y: (batch,)"""
+        """Add a batch. probs: (batch, classes), or (batch,) of class 1;  y: (batch,)"""
         confidence, hit = _top_label(*check_probs_and_labels(probs, y, empty=True))
         bins = Bins.of(bin_numbers(confidence, self.n_bins), confidence, hit, self.n_bins)
         self._bins = bins if self._bins is None else self._bins + bins

@@ -29,7 +29,7 @@ class DriftMonitor:
     _BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # bet sizes, as fractions of the largest that cannot go bankrupt
 
     def __init__(self, reference: Tensor, rate: float = 0.1, false_alarm: float = 0.01):
-        """reference: (n,) scores of familiar rows; unfamiliar rows score higher. ValueError if they are too few."""
+        """Set the level. reference: (n,) scores of familiar rows, low if familiar; ValueError if they are too few."""
         check_rate(rate, "rate")
         self.rate, self.false_alarm = rate, check_rate(false_alarm, "false_alarm")
         level = threshold_at_fpr(check_scores(reference, "reference"), rate, 1 - false_alarm / 2)
@@ -87,6 +87,6 @@ class DriftMonitor:
 
 
 def _log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))"""
+    """The logarithm log(exp(a) + exp(b))."""
     high, low = max(a, b), min(a, b)
     return high + math.log1p(math.exp(low - high))

@@ -58,7 +58,7 @@ def fashion_mnist(source: Source, protocol: str = "") -> Task:
 
 @dataset("pneumonia", suite="medical")
 def pneumonia(source: Source, protocol: str = "") -> Task:
-    """chest X-rays of 28 x 28, 5,232 + 624 images; the test set is from elsewhere (62 % pneumonia against 74 %)"""
+    """chest X-rays of 28 x 28, 5,232 + 624 images; the test set is from another source (62 % pneumonia against 74 %)"""
     path = "pneumoniamnist/pneumoniamnist.npz"
     arrays = source.arrays(path)
     if arrays is None:
@@ -84,7 +84,7 @@ def pneumonia(source: Source, protocol: str = "") -> Task:
 
 @dataset("gtsrb", suite="images")
 def gtsrb(source: Source, protocol: str = "") -> Task:
-    """traffic signs of 32 x 32 in 35 classes, test images of other tracks; 8 classes that training never shows"""
+    """traffic signs of 32 x 32 in 35 classes, test images of other tracks; 8 classes held out from training"""
     path = "gtsrb_small/gtsrb_small.npz"
     arrays = source.arrays(path)
     if arrays is None:

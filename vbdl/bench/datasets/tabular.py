@@ -62,7 +62,7 @@ def retinopathy(source: Source, protocol: str = "") -> Task:
 
 @dataset("german-credit", suite="credit")
 def german_credit(source: Source, protocol: str = "") -> Task:
-    """loans, 1,000 rows; taking a bad one for good costs 5, a good one for bad 1"""
+    """loans, 1,000 rows; accepting a bad one costs 5, rejecting a good one 1"""
     names, x, y = _load(source, "finance/german_credit.csv.gz", "german-credit")
     cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])
     return table(

@@ -1,1 +1,1 @@
-"""Methods: one file each, registered by name."""
+"""The methods of the suite, one file each, registered by name."""

@@ -14,7 +14,7 @@ _SAMPLES = 1000
 
 @method("mean-field")
 def mean_field(task: Task, run: Run) -> Stacked | Each:
-    """a normal for every weight; one learned noise level on regression sets"""
+    """a normal distribution for every weight; one learned noise level on regression sets"""
     if task.protocol is None:
         wrap = lambda net: MeanField(net, task.n_train, prior=0.3, initial_std=0.03, seed=run.seed)
         epochs = 1.5 * task.recipe.get("epochs", 60)

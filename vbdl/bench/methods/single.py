@@ -7,5 +7,5 @@ from vbdl.bench.task import Each, Run, Stacked, Task
 
 @method("single")
 def single(task: Task, run: Run) -> Stacked | Each:
-    """one network and its noise: an ensemble of one, by the ensemble's settings"""
+    """a single network with its noise, trained like a member of the deep ensemble"""
     return ensemble(task, run, 1)
