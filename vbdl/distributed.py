@@ -27,7 +27,7 @@ from vbdl.artifact.manifest import Manifest
 from vbdl.calling.inputs import Flat
 from vbdl.engine.predictor import Predictor
 from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.types import Inputs, Likelihood, Posterior, State
+from vbdl.types import Inputs, Keywords, Likelihood, Posterior, Prediction, State
 
 
 class ShardedPredictor(Predictor):
@@ -39,6 +39,8 @@ class ShardedPredictor(Predictor):
 
     Raises ValueError if there are fewer draws than processes, or if a call asks for draws (samples=True).
     """
+
+    posterior: "_Share"
 
     def __init__(
         self,
@@ -59,7 +61,14 @@ class ShardedPredictor(Predictor):
         self._begin(mesh, share, sharded, likelihood, local, total, {"seed": seed, **options})
 
     def _begin(
-        self, mesh: DeviceMesh, share: "_Share", sharded: bool, likelihood: Any, local: range, total: int, options: dict
+        self,
+        mesh: DeviceMesh,
+        share: "_Share",
+        sharded: bool,
+        likelihood: Likelihood,
+        local: range,
+        total: int,
+        options: Keywords,
     ) -> None:
         """Initialize from this process's share. local: the draws of this process. total: the draws of all processes."""
         local_likelihood = _of_members(likelihood, local) if sharded else likelihood
@@ -109,7 +118,7 @@ class ShardedPredictor(Predictor):
             return {}
         return {n: DTensor.from_local(t, self.mesh, [Shard(0)]) for n, t in self.posterior.inner.stacked().items()}
 
-    def __call__(self, x: Inputs, samples: bool = False, **options: Any) -> Any:
+    def __call__(self, x: Inputs, samples: bool = False, **options: object) -> Prediction:
         if samples or options:
             raise ValueError(
                 "a sharded predictor sums over all its draws and does not return them: call it with the rows alone, or "
@@ -121,7 +130,7 @@ class ShardedPredictor(Predictor):
         return self.likelihood.prediction(fields, self.n_draws)
 
     def _merged(self, tile: Flat) -> State:
-        executions = self.executions.of(tile)
+        executions = self.executions.drawing(tile)
         with self.executions.compiling(executions, "sums"):
             sums = executions[0].empty_sums()
             for execution in executions:
@@ -136,7 +145,9 @@ class ShardedPredictor(Predictor):
 class _Share(Posterior):
     """The draws `start, start + 1, ...` of a posterior, numbered from 0."""
 
-    def __init__(self, inner: Any, start: int, n_draws: int):
+    inner: Posterior
+
+    def __init__(self, inner: Posterior, start: int, n_draws: int):
         super().__init__()
         self.inner, self.start, self.n_draws = inner, start, n_draws
         self.n_members = inner.n_members
@@ -158,7 +169,7 @@ class _Share(Posterior):
         raise NotImplementedError("a sharded posterior cannot be trained: train the whole posterior before sharding it")
 
 
-def _mesh(mesh: DeviceMesh | None, device: Any, posterior: Any) -> DeviceMesh:
+def _mesh(mesh: DeviceMesh | None, device: torch.device | str | None, posterior: Posterior | None) -> DeviceMesh:
     if mesh is None:
         mesh = DeviceMesh(_device_type(device, posterior), torch.arange(dist.get_world_size()))
     if mesh.ndim != 1:
@@ -175,7 +186,7 @@ def _local_draws(mesh: DeviceMesh, total: int) -> range:
     return range(bounds[rank], bounds[rank + 1])
 
 
-def _share(posterior: Any, local: range) -> tuple[_Share, bool]:
+def _share(posterior: Posterior, local: range) -> tuple[_Share, bool]:
     """The posterior of one process's draws, and whether it holds only a part of the members."""
     if len(posterior.parts) > 1:
         raise ValueError(
@@ -199,7 +210,7 @@ def _network(posterior: DeepEnsemble, number: int) -> nn.Module:
     return network
 
 
-def _of_members(likelihood: Any, members: range) -> Any:
+def _of_members(likelihood: Likelihood, members: range) -> Likelihood:
     """A copy of the likelihood with the parameters of these members only; itself if members share its parameters."""
     if likelihood.n_members is None:
         return likelihood
@@ -218,7 +229,7 @@ def _of_members(likelihood: Any, members: range) -> Any:
     return part
 
 
-def _gathered(sums: State, size: int, group: Any) -> list[State]:
+def _gathered(sums: State, size: int, group: dist.ProcessGroup) -> list[State]:
     """Gather the sums of every process, in the order of the processes, in one message."""
     flat = torch.cat([t.reshape(-1) for t in sums.values()])
     received = [torch.empty_like(flat) for _ in range(size)]
@@ -230,7 +241,8 @@ def _gathered(sums: State, size: int, group: Any) -> list[State]:
     return by_process
 
 
-def _device_type(device: Any, posterior: Any) -> str:
+def _device_type(device: torch.device | str | None, posterior: Posterior | None) -> str:
     if device is not None:
         return torch.device(device).type
+    assert posterior is not None  # or a device
     return next(iter([*posterior.parameters(), *posterior.buffers()])).device.type

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 """Parameters and buffers by name; stacked when every entry has a leading samples axis."""
 
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+Json = dict[str, Any]
+"""An object as JSON holds it: texts, numbers, None, lists and objects, by name."""
+
+Keywords = dict[str, Any]
+"""Keyword arguments of a call, which checks them."""
+
+Nested = Tensor | Sequence["Nested"] | Mapping[str, "Nested"] | str | bool | None
+"""A value that a module is called with: tensors, and what they are nested in and with."""
+
+Inputs = Tensor | Sequence["Nested"] | Mapping[str, "Nested"]
 """The inputs of a module: one tensor, or positional or keyword arguments. Arguments are tensors or nested structures of
 tensors (`vbdl.calling.inputs`), each with the batch axis first."""
 
@@ -77,7 +86,7 @@ class Posterior(nn.Module):
         """
         return frozenset()
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """The constructor arguments besides the network, as JSON values: `type(self)(network, **config)` builds a copy.
 
         Loading an artifact fills in the tensors afterwards.
@@ -270,7 +279,7 @@ class Likelihood(nn.Module):
         """The fields of the prediction from the statistics of all samples, in plain torch."""
         raise NotImplementedError(f"{type(self).__name__} does not define finish(summary)")
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> Prediction:
         """The prediction with these fields; samples: (samples, batch, ...) parameters of p(y | x), if requested."""
         raise NotImplementedError(f"{type(self).__name__} does not define prediction(fields, n_samples)")
 
@@ -289,7 +298,7 @@ def check_likelihood(found: object) -> None:
 
 
 class Recalibration(Protocol):
-    """An increasing map of a distribution function F, as a map of normal scores Φ⁻¹(F), in float64."""
+    """An increasing map of a distribution function F, as a map of normal scores ⁻(F), in float64."""
 
     def score(self, score: Tensor) -> Tensor:
         """The calibrated normal score from that of the predictive distribution, any shape."""

@@ -4,12 +4,11 @@ import functools
 import inspect
 import typing
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 
 
-def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
+def check_arguments(kind: type, arguments: Mapping[str, object]) -> None:
     """Raise TypeError if an argument does not match its annotation in the constructor of `kind`.
 
     Arguments without an annotation, or with one that JSON cannot express (a tensor, a module), are not checked.
@@ -25,7 +24,7 @@ def check_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, object]:
     """The constructor's annotations by argument name, as far as msgspec can check them."""
     try:
         annotations = typing.get_type_hints(kind.__init__)

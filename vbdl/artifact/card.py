@@ -1,9 +1,9 @@
 """The model card (README.md) of an artifact, written from its manifest alone."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from vbdl.artifact.manifest import (
+    Architecture,
     Dropout,
     Ensemble,
     Layer,
@@ -16,6 +16,7 @@ from vbdl.artifact.manifest import (
     Supplied,
 )
 from vbdl.methods import words
+from vbdl.types import Json
 
 
 def card(manifest: Manifest) -> str:
@@ -61,7 +62,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
     return rows
 
 
-def fields(described: dict[str, Any]) -> list[str]:
+def fields(described: Json) -> list[str]:
     """The names of the fields of a prediction with this likelihood, the prediction itself first."""
     arguments = described.get("arguments", {})
     inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
@@ -114,7 +115,7 @@ def _classes_of_layers(layer: Layer) -> Iterator[str]:
         yield from _classes_of_layers(child)
 
 
-def _classes(described: dict[str, Any]) -> Iterator[str]:
+def _classes(described: Json) -> Iterator[str]:
     """Yield the "module:name" of every registered class among a stored module and the modules in its arguments."""
     if ":" in str(described.get("class")):
         yield str(described["class"])
@@ -123,7 +124,7 @@ def _classes(described: dict[str, Any]) -> Iterator[str]:
             yield from _classes(value["module"])
 
 
-def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(metrics: Json) -> list[tuple[str, str]]:
     """The metrics as rows (name, text): "group name" for one in a group, "value [lower, upper]" for an interval."""
     rows: list[tuple[str, str]] = []
     for name, value in metrics.items():
@@ -166,7 +167,7 @@ def network(manifest: Manifest) -> str:
     return "; ".join(_architecture(a) for a in each)
 
 
-def _architecture(a: Any) -> str:
+def _architecture(a: Architecture) -> str:
     if isinstance(a, Layers):
         inside = [_class_name(child.name) for child in a.root.children.values()]
         name = _class_name(a.root.name)
@@ -183,7 +184,7 @@ def inputs(manifest: Manifest) -> str:
     return ", ".join(f"{_plain(e.name) + ': ' if e.name else ''}{e.dtype} {e.shape}" for e in manifest.inputs.tensors)
 
 
-def likelihood(described: dict[str, Any]) -> str:
+def likelihood(described: Json) -> str:
     """The likelihood in words, innermost first: "Categorical, calibrated by Temperature, deciding by Referral"."""
     arguments = described.get("arguments", {})
     inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
@@ -208,7 +209,7 @@ def _count(shape: list[int]) -> int:
     return product
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else _plain(str(value))
 
 

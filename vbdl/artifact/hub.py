@@ -6,6 +6,8 @@ Needs the extra `hub`. No other module of vbdl.artifact accesses the network.
 from pathlib import Path
 from typing import Any
 
+from vbdl.types import Inputs, Prediction
+
 try:
     from huggingface_hub import ModelHubMixin, hf_hub_download
 except ModuleNotFoundError as error:
@@ -32,7 +34,7 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
     def __init__(self, predictor: Predictor, **save_options: Any):
         self.predictor, self._options = predictor, save_options
 
-    def __call__(self, x: Any, **options: Any) -> Any:
+    def __call__(self, x: Inputs, **options: Any) -> Prediction:
         return self.predictor(x, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:

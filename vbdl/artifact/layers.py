@@ -16,6 +16,7 @@ from vbdl.artifact.arguments import check_arguments
 from vbdl.artifact.manifest import ArtifactError, Layer
 from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
 from vbdl.nn.priors import Normal, Prior, ScaleMixture
+from vbdl.types import Json
 
 _PLAIN = """
 Identity Flatten Unflatten
@@ -114,7 +115,7 @@ def _registered(cls: type[nn.Module], layer: Layer) -> nn.Module:
         raise ArtifactError(f"{layer.name} cannot be built from these arguments: {error}") from error
 
 
-def prior_of(constants: Any) -> Prior:
+def prior_of(constants: object) -> Prior:
     """The prior with the constants that `Prior.constants` returned: 1 for Normal, 3 for ScaleMixture."""
     if not isinstance(constants, list) or not all(isinstance(c, int | float) for c in constants):
         raise ArtifactError(f"a prior is a list of numbers, not {str(constants)[:80]}")
@@ -126,7 +127,7 @@ def prior_of(constants: Any) -> Prior:
         raise ArtifactError(str(error)) from None
 
 
-def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
+def _arguments(module: nn.Module, kind: type[nn.Module]) -> Json:
     arguments = {}
     for name in inspect.signature(kind).parameters:
         if name in _MADE_BY_TORCH or name.startswith("_") or not hasattr(module, name):
@@ -138,7 +139,7 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     return arguments
 
 
-def _bayesian_arguments(module: Any, prefix: str, values: Mapping[str, Tensor]) -> dict[str, Any]:
+def _bayesian_arguments(module: Any, prefix: str, values: Mapping[str, Tensor]) -> Json:
     plain = PLAIN[type(module).__name__.removeprefix("Bayesian")]
     if type(module.inner) is not plain or module.n_data != 1:
         raise Undescribed(f"{prefix} was changed after its construction")
@@ -155,8 +156,8 @@ def _exp(logarithm: float) -> float:
 _ACTIVATIONS = {torch.nn.functional.relu: "relu", torch.nn.functional.gelu: "gelu"}
 
 
-def _transformer_arguments(module: nn.TransformerEncoderLayer) -> dict[str, Any]:
-    attention: Any = module.self_attn
+def _transformer_arguments(module: nn.TransformerEncoderLayer) -> Json:
+    attention = module.self_attn
     activation = _ACTIVATIONS.get(module.activation)  # type: ignore[arg-type]
     if activation is None:
         raise Undescribed("the activation of a TransformerEncoderLayer is neither relu nor gelu")
@@ -173,7 +174,7 @@ def _transformer_arguments(module: nn.TransformerEncoderLayer) -> dict[str, Any]
     }
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     if isinstance(value, tuple | list):
         return [_to_json(v) for v in value]
     if value is None or type(value) in (bool, int, float, str):
@@ -181,7 +182,7 @@ def _to_json(value: Any) -> Any:
     raise Undescribed(f"an argument is a {type(value).__name__}, which JSON cannot hold")
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: object) -> object:
     """The argument with lists turned back into tuples, which the constructors keep."""
     if isinstance(value, list):
         return tuple(_from_json(v) for v in value)

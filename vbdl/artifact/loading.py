@@ -23,13 +23,14 @@ from vbdl.artifact.manifest import (
     Plain,
     Reference,
     Registered,
+    Single,
     decode,
 )
 from vbdl.artifact.saving import TRAINING_ROWS
 from vbdl.artifact.tensors import DTYPES, read_share, read_tensors
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
-from vbdl.types import Likelihood
+from vbdl.types import Keywords, Likelihood, Posterior
 
 
 def load(
@@ -106,9 +107,9 @@ def load_files(
 class Parts:
     """The parts of a stored predictor. own: the members held by the posterior, or None if it holds all."""
 
-    posterior: Any
-    likelihood: Any
-    settings: dict[str, Any]
+    posterior: Posterior
+    likelihood: Likelihood
+    settings: Keywords
     manifest: Manifest
     own: range | None
 
@@ -170,7 +171,7 @@ def read_parts(
 _STACKED = "posterior.stacked_"  # prefix of the tensors whose first axis is the members
 
 
-def _is_plain_ensemble(description: Any) -> bool:
+def _is_plain_ensemble(description: Single | Ensemble) -> bool:
     return (
         isinstance(description, Ensemble)
         and len(description.members) == 1
@@ -194,7 +195,7 @@ def _of_members(manifest: Manifest, own: range) -> Manifest:
     return replace(manifest, posterior=replace(manifest.posterior, members=members), tensors=tensors)
 
 
-def _is_ours(description: Any) -> bool:
+def _is_ours(description: Single | Ensemble) -> bool:
     """Whether the posterior is a class of vbdl and its networks are described by layers or made by vbdl."""
     singles = [group.member for group in description.members] if isinstance(description, Ensemble) else [description]
     return not any(isinstance(single, Registered) for single in singles) and all(
@@ -203,7 +204,7 @@ def _is_ours(description: Any) -> bool:
     )
 
 
-def _posterior(manifest: Manifest, module: Any, trust: Sequence[str]) -> Any:
+def _posterior(manifest: Manifest, module: nn.Module | Sequence[nn.Module] | None, trust: Sequence[str]) -> Posterior:
     maker = networks.Maker(module, trust)
     try:
         return posteriors.build(manifest.posterior, maker.make, trust)
@@ -249,7 +250,7 @@ def _fill(posterior: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         target.data = t.clone()  # in memory that torch allocates and aligns
 
 
-def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor], trust: Sequence[str]) -> Any:
+def _likelihood(manifest: Manifest, tensors: Mapping[str, Tensor], trust: Sequence[str]) -> Likelihood:
     state = {n.removeprefix("likelihood."): t for n, t in tensors.items() if n.startswith("likelihood.")}
     if len(state) + sum(n.startswith("posterior.") for n in tensors) + (TRAINING_ROWS in tensors) != len(tensors):
         raise ArtifactError("the file holds tensors that belong neither to the posterior nor to the likelihood")

@@ -7,12 +7,13 @@ registry (`vbdl.artifact.modules`) and in the list of layers (`vbdl.artifact.lay
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vbdl import former
+from vbdl.types import Json
 
 FORMAT = 1
 MANIFEST, TENSORS, CARD = "manifest.json", "model.safetensors", "README.md"
@@ -46,7 +47,7 @@ class Layer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """A layer of torch.nn or vbdl.nn as the name of its class and the arguments of its constructor."""
 
     name: Name
-    arguments: dict[str, Any] = {}
+    arguments: Json = {}
     children: dict[str, "Layer"] = {}
 
 
@@ -61,7 +62,7 @@ class Reference(Struct, frozen=True, forbid_unknown_fields=True, tag="reference"
     """A network built by a function or class "module:name", imported only if the caller of `vbdl.load` trusts it."""
 
     target: Target
-    arguments: dict[str, Any]
+    arguments: Json
     settings: dict[str, str]  # classes, settings and constants that the built network must have
 
 
@@ -100,7 +101,7 @@ class Registered(Struct, frozen=True, forbid_unknown_fields=True, tag="registere
 
     name: Target
     network: Architecture
-    arguments: dict[str, Any]
+    arguments: Json
 
 
 class Plain(Struct, frozen=True, forbid_unknown_fields=True, tag="network"):
@@ -169,15 +170,15 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     versions: Versions
     posterior: Single | Ensemble
-    likelihood: dict[str, Any]  # with its calibration and decision, see vbdl.artifact.modules
+    likelihood: Json  # with its calibration and decision, see vbdl.artifact.modules
     settings: StoredSettings
     inputs: Inputs | None
     tensors: dict[Name, TensorEntry]
     file_bytes: Count
     file_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
     training_rows: Size  # number of fingerprints in the file; 0 if training recorded none
-    metrics: dict[str, Any]
-    extras: dict[str, Any]  # the caller's own data, e.g. a schema of columns or preprocessing
+    metrics: Json
+    extras: Json  # the caller's own data, e.g. a schema of columns or preprocessing
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -206,7 +207,7 @@ def decode(data: bytes) -> Manifest:
     return manifest
 
 
-def check_json(value: Any, what: str) -> dict[str, Any]:
+def check_json(value: object, what: str) -> Json:
     """Return `value` if it is a dict that survives a round trip through JSON; else raise ValueError, already on saving.
 
     what: name of the value in the error.
@@ -224,9 +225,9 @@ def check_json(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def strict_object(pairs: list[tuple[str, object]]) -> Json:
     """A JSON object from its pairs; ArtifactError for a repeated key, which JSON readers resolve differently."""
-    unique: dict[str, Any] = {}
+    unique: Json = {}
     for key, value in pairs:
         if key in unique:
             raise ArtifactError(f"the key {key[:80]!r} occurs twice")
@@ -234,7 +235,7 @@ def strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _plain_json(data: bytes) -> dict[str, Any]:
+def _plain_json(data: bytes) -> Json:
     def refuse(text: str) -> NoReturn:
         raise ArtifactError(f"{text} is not a valid number in JSON")
 

@@ -30,6 +30,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from vbdl.types import Json
 
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
@@ -105,7 +106,7 @@ def with_names_of_today(description: Any) -> Any:
     return description
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
+def describe(module: nn.Module) -> Json:
     """Describe a module as a dict that JSON can hold; `rebuild` needs it and `module.state_dict()`.
 
     Raises ValueError for a class that is not registered. A predictor with a decision of such a class can be saved
@@ -113,7 +114,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """
     name = _stored_name(type(module))
     encoded = {argument: encode(value, argument) for argument, value in arguments_of(module).items()}
-    description: dict[str, Any] = {"class": name, "arguments": {a: v for a, v in encoded.items() if v is not None}}
+    description: Json = {"class": name, "arguments": {a: v for a, v in encoded.items() if v is not None}}
     if isinstance(module, Referral) and module.certificate is not None:
         # fields that vbdl 0.1 did not record are None and left out, so that its certificates keep their description
         description["certificate"] = {n: v for n, v in dataclasses.asdict(module.certificate).items() if v is not None}
@@ -123,7 +124,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     return description
 
 
-def arguments_of(module: nn.Module) -> dict[str, Any]:
+def arguments_of(module: nn.Module) -> Json:
     """The constructor's arguments for this module by name: `config()`, or else the attributes of the parameters' names.
 
     Raises ValueError for a registered class without config() that does not keep one of its arguments.
@@ -132,7 +133,7 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
     if callable(config):
         arguments: Any = config(module)
         return dict(arguments)
-    values: dict[str, Any] = {}
+    values: Json = {}
     for argument in inspect.signature(type(module)).parameters:
         try:
             values[argument] = getattr(module, argument)
@@ -146,7 +147,7 @@ def arguments_of(module: nn.Module) -> dict[str, Any]:
     return values
 
 
-def encode(value: Any, name: str) -> Any:
+def encode(value: object, name: str) -> object:
     """One constructor argument as JSON: a module as its description, a tensor as its name in the state dict."""
     if isinstance(value, nn.Module):
         return {"module": describe(value)}
@@ -155,11 +156,11 @@ def encode(value: Any, name: str) -> Any:
     return _lists(value)
 
 
-def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:
+def rebuild(description: Json, state: Mapping[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:
     """Rebuild a module from its description and state dict; ValueError for an unknown class, argument or tensor."""
     cls = _class_named(description.get("class"), trust)
     arguments = decode(cls, description.get("arguments", {}), state, trust)
-    module: Any = cls(**arguments)
+    module: Any = cls(**arguments)  # of a class that the file names
     if "n_members" in description:
         members = description["n_members"]
         if type(members) is not int or members < 1:
@@ -171,15 +172,13 @@ def rebuild(description: Mapping[str, Any], state: Mapping[str, Tensor], trust: 
     return module
 
 
-def decode(
-    cls: type[nn.Module], stored: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str]
-) -> dict[str, Any]:
+def decode(cls: type[nn.Module], stored: Json, state: Mapping[str, Tensor], trust: Sequence[str]) -> Json:
     """The constructor arguments of `cls` from their JSON (`encode`), checked against its type annotations.
 
     state: the tensors of the module to be built, by name.
     """
     allowed = inspect.signature(cls).parameters
-    arguments: dict[str, Any] = {}
+    arguments: Json = {}
     for argument, value in stored.items():
         if argument not in allowed:
             raise ValueError(f"{cls.__name__} has no argument {argument!r}")
@@ -214,14 +213,14 @@ def _stored_name(cls: type) -> str:
     return cls.__name__ if _BUILT_IN.get(cls.__name__) is cls else registered_name(cls)
 
 
-def _class_named(name: Any, trust: Sequence[str]) -> type[nn.Module]:
-    if name in _BUILT_IN:
+def _class_named(name: object, trust: Sequence[str]) -> type[nn.Module]:
+    if isinstance(name, str) and name in _BUILT_IN:
         return _BUILT_IN[name]
     if isinstance(name, str) and ":" in name:
         return registered_class(name, trust)
     raise ValueError(f"{name!r} is not a class that can be stored: {sorted(_BUILT_IN)}, and registered classes")
 
 
-def _lists(value: Any) -> Any:
+def _lists(value: object) -> object:
     """The value with tuples turned into lists, as JSON returns them."""
     return [_lists(v) for v in value] if isinstance(value, tuple) else value

@@ -5,8 +5,7 @@ Importing a name runs code, so it needs the caller's trust; layers are built fro
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.calling.stacking import state_of
 from vbdl.nn.architecture import architecture as described_lines
 from vbdl.nn.architecture import constants
+from vbdl.types import Json
 
 _NUMBERED = "first_layer"  # attribute of Bayesian layers, set by the posterior that contains them
 
@@ -25,7 +25,7 @@ def describe(
     network: nn.Module,
     values: Mapping[str, Tensor],
     target: str | None,
-    arguments: Mapping[str, Any],
+    arguments: Json,
 ) -> Architecture:
     """Describe how to rebuild a network: by `target` ("module:name") if given, else by its layers, else as Supplied.
 
@@ -128,7 +128,7 @@ def _ties(network: nn.Module) -> dict[str, str]:
     return {name: first[id(p)] for name, p in every if first[id(p)] != name}
 
 
-def _import(target: str) -> Any:
+def _import(target: str) -> Callable[..., object]:
     maker = import_named(target)
     if not callable(maker):
         raise ArtifactError(f"{target[:120]!r} is not a function or class that builds a network")
@@ -150,7 +150,7 @@ def settings(network: nn.Module) -> dict[str, str]:
     return properties | {f":{path}": value for path, value in constants(network, code=False).items()}
 
 
-def check_same(network: nn.Module, expected: Mapping[str, str], who: str, error: type[ValueError]) -> None:
+def check_same(network: object, expected: Mapping[str, str], who: str, error: type[ValueError]) -> None:
     """Raise `error` if a class or setting of the network differs from `expected`, made by `settings`.
 
     A setting that only one of the two has is ignored: versions of torch add and remove them.
@@ -168,7 +168,7 @@ def check_same(network: nn.Module, expected: Mapping[str, str], who: str, error:
             )
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(v) for v in value)
     return isinstance(value, bool | int | float | str | type)

@@ -24,6 +24,7 @@ from vbdl.calling.stacking import state_of
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
+from vbdl.types import Posterior
 
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
@@ -31,7 +32,7 @@ Make = Callable[[Architecture], nn.Module]
 _TYPE = "type:"  # prefix that marks the name of a class among the names of submodules
 
 
-def describe(posterior: Any, network: Describe) -> Single | Ensemble:
+def describe(posterior: Posterior, network: Describe) -> Single | Ensemble:
     """Describe a posterior without its tensors; ValueError for a method that is not registered.
 
     network: describes a network, given its tensors by name.
@@ -51,7 +52,7 @@ def _member(part: DeepEnsemble, network: Describe) -> Plain | Single:
     return Plain(network(part.module, values)) if part.base is None else _single(part.base, values, network)
 
 
-def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Single:
+def _single(posterior: Posterior, values: Mapping[str, Tensor], network: Describe) -> Single:
     """Describe a posterior that is no ensemble.
 
     values: tensors of posterior.module by name, used instead of its own, which may be on the meta device.
@@ -77,7 +78,7 @@ def _single(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> 
     return _registered(posterior, values, network)
 
 
-def _registered(posterior: Any, values: Mapping[str, Tensor], network: Describe) -> Registered:
+def _registered(posterior: Posterior, values: Mapping[str, Tensor], network: Describe) -> Registered:
     """Describe a registered method, which is rebuilt as class(network, **config())."""
     name = modules.registered_name(type(posterior))
     paths = [n for n, m in posterior.module.named_modules() if m is posterior.user_network]
@@ -100,7 +101,7 @@ def _registered(posterior: Any, values: Mapping[str, Tensor], network: Describe)
     return Registered(name, network(posterior.user_network, inner), check_json(encoded, f"config() of {name}"))
 
 
-def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ()) -> Any:
+def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ()) -> Posterior:
     """Build a posterior from its description; its tensors are arbitrary until they are filled in.
 
     make: builds a network from its architecture.
@@ -117,7 +118,7 @@ def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ())
     return parts[0] if len(parts) == 1 else DeepEnsemble.joined(parts)
 
 
-def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Any:
+def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Posterior:
     if isinstance(description, Registered):  # the class first, so that nothing is built if it is not trusted
         cls: Any = modules.registered_class(description.name, trust)
         arguments = modules.decode(cls, description.arguments, {}, trust)

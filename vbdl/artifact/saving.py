@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,12 @@ from vbdl.artifact.manifest import (
     MAX_MANIFEST_BYTES,
     TENSORS,
     Architecture,
+    Ensemble,
     InputEntry,
     Inputs,
     Manifest,
     Reference,
+    Single,
     StoredSettings,
     Versions,
     check_json,
@@ -33,6 +34,8 @@ from vbdl.artifact.manifest import (
 from vbdl.artifact.tensors import CODES, entries, to_bytes
 from vbdl.calling.inputs import TENSOR, Container
 from vbdl.engine.predictor import Predictor
+from vbdl.types import Inputs as Batch
+from vbdl.types import Json, Posterior
 
 TRAINING_ROWS = "training_rows"
 
@@ -41,11 +44,11 @@ def save(
     predictor: Predictor,
     folder: str | Path,
     *,
-    extras: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    example: Any = None,
+    extras: Json | None = None,
+    metrics: Json | None = None,
+    example: Batch | None = None,
     architecture: str | Sequence[str | None] | None = None,
-    arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    arguments: Json | Sequence[Json] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Save the predictor as a folder of safetensors, a JSON manifest and a model card; return the folder.
@@ -74,11 +77,11 @@ def save(
 def contents(
     predictor: Predictor,
     *,
-    extras: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    example: Any = None,
+    extras: Json | None = None,
+    metrics: Json | None = None,
+    example: Batch | None = None,
     architecture: str | Sequence[str | None] | None = None,
-    arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    arguments: Json | Sequence[Json] | None = None,
 ) -> dict[str, bytes]:
     """The bytes of the artifact's files by file name; arguments as for `save`."""
     if predictor.estimator != "sampling":
@@ -125,7 +128,12 @@ def contents(
     return {MANIFEST: encoded, TENSORS: data, CARD: card(manifest).encode()}
 
 
-def _describe(posterior: Any, architecture: Any, arguments: Any, known: Sequence[Architecture | None]) -> Any:
+def _describe(
+    posterior: Posterior,
+    architecture: str | Sequence[str | None] | None,
+    arguments: Json | Sequence[Json] | None,
+    known: Sequence[Architecture | None],
+) -> Single | Ensemble:
     """Describe a posterior for the manifest.
 
     known: the architecture of each part in the artifact that the posterior was loaded from, or None.
@@ -147,7 +155,7 @@ def _describe(posterior: Any, architecture: Any, arguments: Any, known: Sequence
         )
     remaining = iter(zip(targets, each_arguments, known, strict=True))
 
-    def network(module: nn.Module, values: Mapping[str, Tensor]) -> Any:
+    def network(module: nn.Module, values: Mapping[str, Tensor]) -> Architecture:
         target, called_with, before = next(remaining)
         if isinstance(before, Reference):
             # not imported again: a caller of load who does not trust the name may have passed the network as module=
@@ -170,7 +178,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def training_rows(posterior: Any) -> Tensor | None:
+def training_rows(posterior: Posterior) -> Tensor | None:
     """The fingerprints of the rows the posterior was trained on, (rows,) int64 sorted, or None if not recorded."""
     recorded = [p.training_rows for p in (posterior, *posterior.parts)]
     known = [t.cpu() for t in recorded if t is not None]
@@ -186,7 +194,7 @@ def _settings(predictor: Predictor) -> StoredSettings:
     )
 
 
-def inputs_of(predictor: Predictor, example: Any) -> Inputs | None:
+def inputs_of(predictor: Predictor, example: Batch | None) -> Inputs | None:
     """The inputs of the network: from the example, an earlier prediction, or the artifact the predictor came from."""
     if example is not None:
         flat = predictor.check(example)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vbdl.artifact.files import open_regular
 from vbdl.artifact.manifest import MAX_AXES, MAX_TENSORS, TENSORS, ArtifactError, Manifest, TensorEntry, strict_object
+from vbdl.types import Json
 
 MAX_HEADER_BYTES = 4 * 2**20
 
@@ -101,7 +102,7 @@ _BLOCK = 2**20  # bytes read at a time
 
 
 @contextlib.contextmanager
-def _opened(path: Path, manifest: Manifest) -> Iterator[tuple[BinaryIO, bytes, dict[str, Any]]]:
+def _opened(path: Path, manifest: Manifest) -> Iterator[tuple[BinaryIO, bytes, Json]]:
     """Open the file and check its header: (file positioned at the data, bytes read so far, parsed header)."""
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
@@ -125,12 +126,12 @@ def _check_end(file: BinaryIO, read: int, manifest: Manifest) -> None:
         raise ArtifactError(f"{TENSORS} changed while it was read")
 
 
-def _check_digest(digest: Any, manifest: Manifest) -> None:
+def _check_digest(digest: "hashlib._Hash", manifest: Manifest) -> None:
     if digest.hexdigest() != manifest.file_sha256:
         raise ArtifactError(f"{TENSORS} does not have the SHA-256 in the manifest: it was damaged or replaced")
 
 
-def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> dict[str, Any]:
+def _check_header(header: bytes, expected: Mapping[str, TensorEntry], data_bytes: int) -> Json:
     """Parse the header; ArtifactError unless names, dtypes and shapes are the manifest's and the tensors cover the data
     exactly, without gaps or overlaps."""
     try:

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 from vbdl.artifact.manifest import ArtifactError
 
@@ -21,11 +20,11 @@ def untrusted(target: str, otherwise: str = "") -> ArtifactError:
     )
 
 
-def import_named(target: str) -> Any:
+def import_named(target: str) -> object:
     """Import the object that "module:name" names; ArtifactError if that fails."""
     path, _, name = target.partition(":")
     try:
-        value: Any = importlib.import_module(path)
+        value: object = importlib.import_module(path)
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:

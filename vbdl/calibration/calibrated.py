@@ -19,7 +19,7 @@ class CalibratedLikelihood(Around):
       the same meaning as before.
     * acts_on "probs": total is the entropy of the calibrated mean probability. The samples are not calibrated, so
       epistemic keeps its share of total; it is 0 if the samples agree, and orders rows of equal total as before.
-    * std scaling: all three variances times scale².
+    * std scaling: all three variances times scale.
     * CDF recalibration: unchanged, like the mean; quantiles, intervals and densities are recalibrated.
     * conformal sets and intervals: unchanged; they add fields.
 
@@ -75,7 +75,7 @@ class CalibratedLikelihood(Around):
             return _with_probs(fields, self.method)
         return self.method.fields(fields) if self.method.acts_on == "prediction" else fields
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> Prediction:
         """The inner likelihood's prediction, with the fields that the method adds.
 
         The samples are calibrated, too, except by methods that act on "probs".

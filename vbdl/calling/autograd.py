@@ -14,7 +14,6 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.utils.checkpoint as torchs
@@ -78,13 +77,13 @@ def _replace_checkpointing() -> None:
     """Replace the functions that `checkpoint` calls; networks may have imported `checkpoint` itself already."""
     generator, checkpointed = torchs._checkpoint_without_reentrant_generator, torchs.CheckpointFunction.apply
 
-    def around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    def around(*args, **kwargs) -> Iterator[None]:
         if _this_thread.keeps_activations:
             yield
         else:
             yield from generator(*args, **kwargs)
 
-    def apply(function: Callable, preserve: bool, *args: Any) -> Any:
+    def apply(function: Callable, preserve: bool, *args: object) -> object:
         # without gradients there are no activations to keep, and a plain call can be traced
         plainly = _this_thread.keeps_activations or not torch.is_grad_enabled()
         return function(*args) if plainly else checkpointed(function, preserve, *args)
@@ -97,7 +96,7 @@ def _replace_apply() -> None:
     """Replace `Function.apply` by one that runs just the forward inside `only_forwards`."""
     original = inspect.getattr_static(Function, "apply")  # a Python function up to torch 2.13, in C from 2.14 on
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(cls: type[Function], *args, **kwargs) -> object:
         names = _this_thread.forwards
         if names is None or torch.is_grad_enabled():
             return original.__get__(None, cls)(*args, **kwargs)
@@ -114,7 +113,7 @@ class _Context:
 
     needs_input_grad = ()
 
-    def save_for_backward(self, *tensors: Any) -> None:
+    def save_for_backward(self, *tensors: object) -> None:
         pass
 
     save_for_forward = mark_dirty = mark_non_differentiable = save_for_backward

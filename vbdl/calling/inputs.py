@@ -8,7 +8,7 @@ Arguments may be nested: dicts, tuples, lists, None, True, False and strings are
 every tensor is the batch. NumPy arrays become tensors.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Nested
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Container:
     """A Mapping, list or tuple in a structure."""
 
     kind: type  # the class of the container
-    names: tuple[Any, ...] | None  # the keys of a Mapping, None for a list or a tuple
+    names: tuple[str, ...] | None  # the keys of a Mapping, None for a list or a tuple
     parts: tuple["Structure", ...]
 
 
@@ -53,7 +53,7 @@ class Flat:
         return self.tensors[0].shape[0]
 
     @property
-    def nested(self) -> Any:
+    def nested(self) -> Inputs:
         """The tensors in their structure, as a module takes them."""
         return rebuilt(self.structure, self.tensors)
 
@@ -62,14 +62,14 @@ class Flat:
         return Flat(tuple(function(t) for t in self.tensors), self.structure)
 
 
-def flatten(inputs: Any) -> Flat:
+def flatten(inputs: object) -> Flat:
     """Flatten the inputs of a call. Raises TypeError for a value that no structure can hold, such as a number."""
     flat: list[Tensor] = []
     structure = _structure(inputs, flat)
     return Flat(tuple(flat), structure)
 
 
-def _structure(value: Any, flat: list[Tensor]) -> Structure:
+def _structure(value: object, flat: list[Tensor]) -> Structure:
     """The structure of a value; its tensors are appended to `flat`."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
@@ -89,12 +89,12 @@ def _structure(value: Any, flat: list[Tensor]) -> Structure:
     )
 
 
-def rebuilt(structure: Structure, tensors: Sequence[Tensor]) -> Any:
+def rebuilt(structure: Structure, tensors: Sequence[Tensor]) -> Any:  # of the kind that the structure says
     """Put these tensors into a structure."""
     return _filled(structure, iter(tensors))
 
 
-def _filled(structure: Structure, tensors: Any) -> Any:
+def _filled(structure: Structure, tensors: Iterator[Tensor]) -> Nested:
     if isinstance(structure, _TensorPlace):
         return next(tensors)
     if not isinstance(structure, Container):
@@ -109,7 +109,7 @@ def _filled(structure: Structure, tensors: Any) -> Any:
     return tuple(parts) if kind is tuple else kind(*parts)  # a named tuple
 
 
-def mapping(kind: type, entries: dict[Any, Any]) -> Any:
+def mapping(kind: type, entries: dict[str, Nested]) -> Mapping[str, Nested]:
     """A Mapping of this class, or the dict if its constructor takes no dict (`collections.defaultdict`)."""
     try:
         return kind(entries)
@@ -117,7 +117,7 @@ def mapping(kind: type, entries: dict[Any, Any]) -> Any:
         return entries
 
 
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Inputs) -> tuple[tuple[Nested, ...], dict[str, Nested]]:
     """The positional and the keyword arguments that a module is called with."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
@@ -131,11 +131,11 @@ def tensors(inputs: Inputs) -> list[Tensor]:
     return list(flatten(inputs).tensors)
 
 
-def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Any:
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """Apply a function to every tensor of the inputs, and keep the structure."""
     return flatten(inputs).map(function).nested
 
 
-def rebuild(like: Inputs, tensors: Sequence[Tensor]) -> Any:
+def rebuild(like: Inputs, tensors: Sequence[Tensor]) -> Inputs:
     """Put these tensors into the structure of `like`."""
     return rebuilt(flatten(like).structure, tensors)

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,10 @@ from vbdl.calling.autograd import activations_kept
 from vbdl.calling.inputs import arguments, flatten, rebuilt
 from vbdl.types import Likelihood, State
 
+M = TypeVar("M", bound=nn.Module)
 
-def check_network(module: Any, scripted: bool = False) -> None:
+
+def check_network(module: object, scripted: bool = False) -> None:
     """Raise TypeError or ValueError if a network cannot be called with replaced weights.
 
     That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm or, unless `scripted`,
@@ -59,7 +61,7 @@ def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
     return tuple(n for n, p in module.named_parameters() if p._backward_hooks)
 
 
-def check_chosen(argument: str, chosen: Any) -> None:
+def check_chosen(argument: str, chosen: object) -> None:
     """Raise TypeError for a single module name or type in place of a list: a name would be read letter by letter."""
     if isinstance(chosen, str | type):
         one = repr(chosen) if isinstance(chosen, str) else chosen.__name__
@@ -71,7 +73,7 @@ def state_of(module: nn.Module) -> State:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def call(module: nn.Module, state: State, inputs: Any) -> Any:
+def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the forward returns
     """Call a module with these parameters and buffers in place of its own, which stay unchanged.
 
     With gradients enabled, an entry that the forward pass assigns (`self.mean = 0.9 * self.mean + ...`) is updated in
@@ -111,10 +113,10 @@ def call_stacked(
     module: nn.Module,
     stacked: State,  # (samples, ...) each
     shared: State,
-    inputs: Any,
+    inputs: Inputs,
     randomness: str = "error",
     inputs_stacked: bool = False,
-) -> Any:
+) -> Tensor:
     """Call a module once with every sample's state, mapped together by vmap; returns (samples, batch, ...).
 
     stacked: the entries in which samples differ. shared: all others. inputs: (batch, ...), the same for every sample,
@@ -134,7 +136,7 @@ def call_each(
     module: nn.Module,
     stacked: State,  # (samples, ...) each
     shared: State,
-    inputs: Any,
+    inputs: Inputs,
     inputs_stacked: bool = False,
 ) -> Tensor:
     """`call_stacked` without vmap, one sample after the other, for modules that vmap cannot map."""
@@ -153,7 +155,7 @@ def can_map(module: nn.Module) -> bool:
 
 
 def why_not_mapped(
-    module: nn.Module, stacked: State, shared: State, inputs: Any, inputs_stacked: bool = False
+    module: nn.Module, stacked: State, shared: State, inputs: Inputs, inputs_stacked: bool = False
 ) -> str | None:
     """The reason why `call_stacked` must not replace `call_each`, or None if both agree in values and gradients.
 
@@ -202,7 +204,7 @@ def select(stacked: State, index: int) -> State:
     return {name: t[index] for name, t in stacked.items()}
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: M) -> M:
     """A deep copy of a module. Tensors that a forward pass stored in attributes are detached, to be copied at all."""
     return holding(module, {})
 
@@ -218,7 +220,7 @@ def forget(module: nn.Module) -> None:
                 vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
 
 
-def is_computed(value: Any) -> bool:
+def is_computed(value: object) -> bool:
     """True if a value is a tensor that a forward pass computed, with gradients or in a trace."""
     return isinstance(value, Tensor) and (not value.is_leaf or _of_a_trace(value))
 
@@ -231,10 +233,10 @@ def _detached(t: Tensor) -> Tensor | None:
     return None if _of_a_trace(t) else t.detach()
 
 
-def holding(module: nn.Module, state: State) -> nn.Module:
+def holding(module: M, state: State) -> M:
     """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied."""
     stored = [t for m in module.modules() for t in tree_leaves(vars(m)) if is_computed(t)]
-    memo: dict[int, Any] = {id(t): _detached(t) for t in stored}
+    memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored}
     for name, tensor in state_of(module).items():
         if name in state:
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -242,7 +244,7 @@ def holding(module: nn.Module, state: State) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def blueprint(module: nn.Module) -> nn.Module:
+def blueprint(module: M) -> M:
     """A copy of a module's structure, without numbers: its parameters and buffers are on the meta device."""
     return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
 

@@ -35,6 +35,7 @@ class Evaluate:
         predictor = vbdl.load(self.model, trust=self.trust, compile=False)
         allowed = self.allow_training_rows
         rows = labeled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
+        assert predictor.manifest is not None  # load sets it
         base = predictor.manifest.extras.get("training", {}).get("base")
         found = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
         if self.json:

@@ -9,12 +9,15 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from vbdl.compiling.replay import Replayed, is_worth_replaying
+
+if TYPE_CHECKING:
+    from torch._inductor.output_code import OutputCode
 
 logger = logging.getLogger("vbdl")
 _warned = threading.Event()
@@ -25,13 +28,13 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
 
     Returns the graph itself, with a warning, if there is no C++ compiler or compiled code cannot be written.
     """
-    compiled: list[Any] = []
+    compiled: list[OutputCode] = []
 
     try:
         import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        def inner(*args: Any, **kwargs: Any) -> Any:
+        def inner(*args, **kwargs) -> "OutputCode":
             compiled.append(compile_fx_inner(*args, **kwargs))
             return compiled[-1]
 
@@ -86,7 +89,7 @@ def on_cpu(inputs: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in inputs)
 
 
-def _without_wrappers(wrapped: Callable, compiled: list[Any], inputs: list[Tensor]) -> Callable | None:
+def _without_wrappers(wrapped: Callable, compiled: "list[OutputCode]", inputs: list[Tensor]) -> Callable | None:
     """Inductor's generated code without the wrappers for gradients and mutation, which cost as much as a small network.
 
     Returns None if the wrappers are needed: on a GPU, or if the two return different outputs for `inputs`.

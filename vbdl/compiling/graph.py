@@ -10,11 +10,11 @@ The regions follow from the data flow alone, whatever the method and the layers 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -24,7 +24,7 @@ ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on th
 
 
 def trace(
-    function: Callable, *args: Any, aligned: bool = True, decompositions: Mapping[Any, Callable] | None = None
+    function: Callable, *args: object, aligned: bool = True, decompositions: Mapping[OpOverload, Callable] | None = None
 ) -> fx.GraphModule:
     """Trace the tensor operations of function(*args), with fake tensors: shapes are fixed, mutations are removed.
 

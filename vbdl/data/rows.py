@@ -14,8 +14,11 @@ from vbdl import former
 from vbdl.calling.inputs import flatten, map_inputs, mapping, tensors
 from vbdl.types import Inputs
 
+Data = Dataset | DataLoader | Sequence[object]
+"""Training data: (inputs, targets) as tensors or arrays, a Dataset of such pairs, or a DataLoader."""
 
-def as_tensor(value: Any) -> Any:
+
+def as_tensor(value: Any) -> Any:  # what it nests, unchanged
     """The value with every NumPy array in it replaced by a tensor; lists become tuples."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
@@ -26,7 +29,7 @@ def as_tensor(value: Any) -> Any:
     return value
 
 
-def whole(data: Any) -> tuple[Inputs, Tensor]:
+def whole(data: object) -> tuple[Inputs, Tensor]:
     """All rows as (inputs, targets), from arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs."""
     if isinstance(data, TensorDataset):
         *x, y = data.tensors
@@ -66,7 +69,7 @@ def _collated(rows: list[Any]) -> Any:
     return default_collate(rows)
 
 
-def _pair(item: Any, source: str) -> tuple[Any, Any]:
+def _pair(item: Any, source: str) -> tuple[Inputs, Tensor]:
     """The inputs and the targets of an item. Raises TypeError for an item that is not a pair.
 
     source: subject and verb of that error, e.g. "a Dataset must have".
@@ -143,7 +146,7 @@ def kept_tensor(error: Exception) -> ValueError | None:
     )
 
 
-def outside_range(x: Any, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:
+def outside_range(x: object, error: Exception, modules: Iterable[nn.Module]) -> ValueError | None:
     """A ValueError that names the ids in the inputs and the embeddings that are too small for them.
 
     error: raised by torch or compiled code. Returns None unless `error` is about an index out of range.

@@ -1,7 +1,6 @@
 """Inputs of a predictor: their checks, and cutting them into tiles of a fixed number of rows."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from vbdl.calling.inputs import Flat, flatten
 from vbdl.data.rows import check_dtype
 
 
-def check_inputs(x: Any, device: torch.device, floating: torch.dtype | None) -> Flat:
+def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) -> Flat:
     """Check the inputs, flatten them, and move their tensors to the device.
 
     floating: dtype of the parameters. Raises TypeError or ValueError unless the inputs are tensors or arrays of finite

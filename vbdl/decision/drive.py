@@ -55,6 +55,7 @@ class Drive:
 
     def _predict(self, x: Inputs) -> tuple[Prediction, float]:
         prediction = self.predictor(x)
+        assert prediction.risk is not None  # of the decision that the constructor asks for
         (risk,) = prediction.risk.tolist()
         return prediction, risk
 

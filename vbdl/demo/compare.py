@@ -3,7 +3,6 @@
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from vbdl import former, metrics
 from vbdl.demo.training import SINGLE, Trained
 from vbdl.demo.tutorial import loop
 from vbdl.engine.predictor import Predictor
+from vbdl.types import Prediction
 
 ROWS = 64  # rows of a timed batch, and of a tile
 BINS = 10  # bins of the calibration error
@@ -32,8 +32,8 @@ class Evaluated:
     """The evaluation of a method on a task; variances in squared target units, entropies in nats."""
 
     trained: Trained
-    test: Any  # the prediction, with its samples
-    ood: Any
+    test: Prediction  # the prediction, with its samples
+    ood: Prediction
     scores: dict[str, float] = field(default_factory=dict)
     speed: Speed | None = None
 
@@ -53,6 +53,7 @@ def evaluate(trained: Trained, timed: bool = True) -> Evaluated:
         result.scores = _regression_scores(result, y.flatten(), task.y_std)
     else:
         p = result.test.probs
+        assert p is not None  # of classes
         result.scores = {
             "accuracy": metrics.accuracy(p, y),
             "nll": float(metrics.categorical_nll(p, y).mean()),
@@ -93,7 +94,7 @@ def speed(trained: Trained, eager: Predictor, seconds: float = 1.0) -> Speed:
     agreement = disagreement(trained, x)
     draws = compiled.n_samples
     # both contenders also compute the mean and the split of the uncertainty
-    end: Any = trained.task.likelihood()
+    end = trained.task.likelihood()
     contenders = {"loop": lambda: end.finish(end.summarize(tutorial(x, draws))), "vbdl": lambda: compiled(x)}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end_at = time.perf_counter() + seconds
@@ -115,9 +116,10 @@ def disagreement(trained: Trained, x: Tensor, n_samples: int = 500) -> float:
     cannot be compared.
     """
     endless = trained.posterior.n_draws is None
-    n_samples = n_samples if endless else trained.posterior.n_draws
+    n_samples = trained.posterior.n_draws or n_samples
     settings = {"n_samples": n_samples, "compile": False}
     ours = predictor(trained, compile=False).replace(**settings)(x, samples=True).samples
+    assert ours is not None  # samples=True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = loop(trained)(x, n_samples)

@@ -5,7 +5,7 @@ Three come with scikit-learn (breast cancer, digits, diabetes); the 1-d curve is
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from vbdl.demo import networks
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.nn.priors import Prior
+from vbdl.types import Keywords, Likelihood
 
 INSTALL = "the demo needs scikit-learn and matplotlib: pip install 'vbdl[demo]'"
 
@@ -29,12 +31,12 @@ class Task:
     y: dict[str, Tensor]  # "train", "validation", "test": class numbers, 0 | 1, or standardized targets
     ood: str  # what the out-of-distribution inputs are
     network: Callable[[float], nn.Module]  # dropout rate -> a fresh network
-    likelihood: Callable[[], nn.Module]
+    likelihood: Callable[[], Likelihood]
     unit: str = "nats"  # unit of the uncertainties
     y_std: float = 1.0  # standard deviation of the targets before standardization
     epochs: int = 100  # largest number of epochs
-    training: dict[str, dict[str, Any]] = field(default_factory=dict)  # overriding options of `fit` by method
-    prior: Any = 0.3  # of mean-field
+    training: dict[str, Keywords] = field(default_factory=dict)  # overriding options of `fit` by method
+    prior: float | Prior | dict[str, float] = 0.3  # of mean-field
     rates: dict[str, float] = field(default_factory=dict)  # dropout rates by method that override RATES
 
     @property
@@ -43,7 +45,7 @@ class Task:
         return self.y["train"].is_floating_point()
 
 
-def _sklearn() -> Any:
+def _sklearn() -> ModuleType:
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
@@ -119,7 +121,7 @@ def diabetes(seed: int = 0) -> Task:
         ood="test rows, three times as far from the training mean",
         network=lambda p: networks.mlp(10, 1, width=50, dropout=p),
         likelihood=Gaussian,
-        unit="score²",
+        unit="score",
         y_std=float(std),
     )
 
@@ -143,7 +145,7 @@ def curve(seed: int = 0) -> Task:
         ood="left of, between and right of the training points",
         network=lambda p: networks.curve(50, dropout=p),
         likelihood=lambda: Gaussian(std=0.3),
-        unit="target²",
+        unit="target",
         epochs=1000,
         training={
             "MC dropout": whole | {"lr": 1e-2},

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from vbdl.demo.compare import BINS, Evaluated, predictor
 from vbdl.demo.data import INSTALL, curve_mean
 from vbdl.demo.training import DROPOUT, ENSEMBLE, MEAN_FIELD, SINGLE, Trained
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BLUE, ORANGE, GREEN, VERMILION, GRAY, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555", "#56B4E9"
 COLOR = {SINGLE: GRAY, DROPOUT: BLUE, MEAN_FIELD: GREEN, ENSEMBLE: VERMILION}
 
 
-def pyplot_or_error() -> Any:
+def pyplot_or_error() -> ModuleType:
     """Import matplotlib.pyplot for drawing to files. Raises ModuleNotFoundError that says what to install."""
     try:
         import matplotlib
@@ -42,7 +46,7 @@ def pyplot_or_error() -> Any:
     return pyplot
 
 
-def _save(figure: Any, out: Path, name: str) -> Path:
+def _save(figure: "Figure", out: Path, name: str) -> Path:
     path = out / f"{name}.png"
     figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Software": None})
     figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", facecolor="white", metadata={"Date": None})
@@ -61,6 +65,7 @@ def bands(trained: Sequence[Trained], out: Path) -> Path:
     )
     for panel, one in zip(axes[0], trained, strict=True):
         p = predictor(one, compile=False)(x)
+        assert p.std is not None  # of a regression
         mean, noise, std = (t.flatten().numpy() for t in (p.mean, p.aleatoric.sqrt(), p.std))
         panel.fill_between(at, mean - 2 * std, mean + 2 * std, color=SKY, alpha=0.45, lw=0, label="± 2 std, total")
         panel.fill_between(
@@ -88,6 +93,7 @@ def reliability(results: Sequence[Evaluated], out: Path, n_bins: int = BINS) -> 
     for column, result in enumerate(results):
         method = result.trained.method
         error = metrics.CalibrationError(n_bins)
+        assert result.test.probs is not None  # of classes
         error.update(result.test.probs, task.y["test"])
         diagram = error.reliability()
         filled = diagram.counts >= 3
@@ -181,6 +187,7 @@ def rotation(results: Sequence[Evaluated], out: Path, index: int = 5, n_angles: 
         method = result.trained.method
         predict = predictor(result.trained, compile=False)
         p = predict(turned.flatten(0, 1))
+        assert p.label is not None  # of classes
         right = (p.label.view(n_angles, -1) == task.y["test"]).double().mean(1)
         lines = (1 - right, p.total.view(n_angles, -1).mean(1), p.epistemic.view(n_angles, -1).mean(1))
         for panel, line in zip(below, lines, strict=True):

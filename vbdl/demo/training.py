@@ -12,6 +12,7 @@ from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.training.fit import fit
+from vbdl.types import Keywords, Likelihood, Posterior
 
 SINGLE, DROPOUT, MEAN_FIELD, ENSEMBLE = "single network", "MC dropout", "mean-field", "deep ensemble"
 
@@ -24,9 +25,9 @@ RATES = {DROPOUT: 0.2, MEAN_FIELD: 0.0, ENSEMBLE: 0.1}  # dropout rates of the n
 class Method:
     """The construction and the training options of a method; n_samples None means every member."""
 
-    build: Callable[[Task, nn.Module, int], nn.Module]  # (task, network, seed) -> posterior
+    build: Callable[[Task, nn.Module, int], Posterior]  # (task, network, seed) -> posterior
     n_samples: int | None
-    training: dict[str, Any]
+    training: Keywords
 
 
 METHODS: dict[str, Method] = {
@@ -50,8 +51,8 @@ class Trained:
 
     task: Task
     method: str
-    posterior: Any
-    likelihood: Any
+    posterior: Any  # of the class of its method
+    likelihood: Likelihood
     n_samples: int | None
     seconds: float = 0.0
     epochs: int = 0

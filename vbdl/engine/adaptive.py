@@ -18,7 +18,7 @@ Statistics 2021, https://arxiv.org/abs/1810.08240
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ class ThresholdDecided:
         return sure.flatten(1).all(1) if sure.ndim > 1 else sure
 
 
-def as_rule(tolerance: Any) -> Rule:
+def as_rule(tolerance: object) -> Rule:
     """The rule that a tolerance stands for: a number becomes a `StandardError`, a rule stays as it is.
 
     Raises TypeError for anything else.

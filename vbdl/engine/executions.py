@@ -2,8 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +14,11 @@ from vbdl.engine.execution import Execution
 from vbdl.engine.moments import MomentExecution
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
+from vbdl.types import Likelihood, Posterior
 
 Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
+
+Made = Sequence[Execution] | Sequence[MomentExecution]
 
 
 class Executions:
@@ -26,13 +28,13 @@ class Executions:
     need it raises RuntimeError. Threads may use one table; one thread at a time traces and compiles.
     """
 
-    def __init__(self, posterior: Any, likelihood: Any, settings: PredictorSettings, device: torch.device):
+    def __init__(self, posterior: Posterior, likelihood: Likelihood, settings: PredictorSettings, device: torch.device):
         self.posterior, self.likelihood, self.settings, self.device = posterior, likelihood, settings, device
-        self.by_shape: dict[Key, list[Any]] = {}  # lists of Execution or of MomentExecution
+        self.by_shape: dict[Key, Made] = {}
         self.sealed = False
         self._lock = threading.RLock()
 
-    def of(self, tile: Flat) -> list[Any]:
+    def of(self, tile: Flat) -> Made:
         """The executions, one for each part, for tiles of this tile's shapes and dtypes; made if there are none yet."""
         key = (tile.structure, tuple((tuple(t.shape), t.dtype) for t in tile.tensors))
         executions = self.by_shape.get(key)
@@ -49,9 +51,13 @@ class Executions:
                 self.by_shape[key] = self.make(tile)
             return self.by_shape[key]
 
-    def make(self, tile: Flat) -> list[Any]:
+    def drawing(self, tile: Flat) -> list[Execution]:
+        """Those of `of` that draw: all of them, unless moments stand in for draws."""
+        return [e for e in self.of(tile) if isinstance(e, Execution)]
+
+    def make(self, tile: Flat) -> Made:
         """Make new executions for tiles like this one by tracing with it; they are not kept in the table."""
-        executions: list[Any] = []
+        executions = []
         start = 0
         kind = MomentExecution if self.settings.estimator == "moments" else Execution
         tile = tile.map(Tensor.detach)
@@ -75,7 +81,7 @@ class Executions:
         return executions
 
     @contextlib.contextmanager
-    def compiling(self, executions: list[Any], *calls: str) -> Iterator[None]:
+    def compiling(self, executions: Made, *calls: str) -> Iterator[None]:
         """A context to run these calls in: under a lock as long as they are not compiled, and without one afterwards.
 
         calls: names such as "sums" or "parameters". Compiled calls share no data that they write to.
@@ -95,11 +101,11 @@ class Executions:
             yield
         compiled.update(calls)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """The state to copy or pickle, without the lock and the executions: a copy traces and compiles again."""
         return {**vars(self), "by_shape": {}, "sealed": False, "_lock": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update({**state, "_lock": threading.RLock()})
 
 

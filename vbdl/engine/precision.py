@@ -40,6 +40,7 @@ def against_float32(predictor: "Predictor", example: "Inputs") -> PrecisionError
         raise ValueError("this predictor already runs in float32: pass one that was made with autocast=torch.bfloat16")
     low = predictor(example)
     full = predictor.replace(autocast=None, compile=False)(example)
+    assert full.standard_error is not None  # of draws
     return PrecisionError(
         dtype=dtype,
         largest=float((low.mean.double() - full.mean.double()).abs().max()),

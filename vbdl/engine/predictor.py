@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,30 @@ from vbdl.data.rows import floating_dtype, outside_range
 from vbdl.data.tiles import check_inputs, pad
 from vbdl.engine import stepwise
 from vbdl.engine.adaptive import Rule, as_rule
+from vbdl.engine.execution import Execution
 from vbdl.engine.executions import Executions
 from vbdl.engine.precision import PrecisionError, against_float32
 from vbdl.engine.predictive_module import PredictiveModule
 from vbdl.engine.program import Ready
 from vbdl.engine.settings import PredictorSettings
-from vbdl.types import Inputs, Likelihood, Posterior, State, check_likelihood, is_posterior
+from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State, check_likelihood, is_posterior
+
+if TYPE_CHECKING:
+    from vbdl.artifact.manifest import Manifest
+    from vbdl.export.package import Package
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
 
 
-def _ids_in_words(method: Callable[..., Any]) -> Callable[..., Any]:
+def _ids_in_words(
+    method: "Callable[Concatenate[Predictor, Inputs, P], R]",
+) -> "Callable[Concatenate[Predictor, Inputs, P], R]":
     """Wrap a method that takes inputs, so that an index error names the ids that are out of an embedding's range."""
 
     @functools.wraps(method)
-    def call(self: "Predictor", x: Inputs, *args: Any, **options: Any) -> Any:
+    def call(self: "Predictor", x: Inputs, *args: P.args, **options: P.kwargs) -> R:
         try:
             return method(self, x, *args, **options)
         except (IndexError, RuntimeError) as error:
@@ -119,18 +130,20 @@ class Predictor:
             )
         first = next(iter([*posterior.parameters(), *posterior.buffers()]))
         self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" gets its index
-        self.posterior: Any = _frozen(posterior, self.device)
-        self.likelihood: Any = _frozen(likelihood, self.device)
+        self.posterior = _frozen(posterior, self.device)
+        self.likelihood = _frozen(likelihood, self.device)
         self.likelihood.for_draws(self.settings.n_samples)
         self.n_samples, self.seed, self.tiles = self.settings.n_samples, self.settings.seed, self.settings.tiles
         self.estimator = estimator
         self._counted = self.n_samples if estimator == "sampling" else 0
         self._floating = floating_dtype(self.posterior)
         self.executions = Executions(self.posterior, self.likelihood, self.settings, self.device)
-        self._ready: dict[Any, Ready] = {}  # (shape, dtype, device) of a full tile -> its compiled call
+        self._ready: dict[
+            tuple[torch.Size, torch.dtype, torch.device], Ready
+        ] = {}  # (shape, dtype, device) of a full tile -> its compiled call
         self.clock = time.perf_counter  # seconds; deadlines are measured with it
         self.precision: PrecisionError | None = None  # the error of autocast, once measured
-        self.manifest: Any = None  # the manifest of the artifact that vbdl.load read this predictor from
+        self.manifest: Manifest | None = None  # the manifest of the artifact that vbdl.load read this predictor from
 
     @property
     def sealed(self) -> bool:
@@ -147,7 +160,7 @@ class Predictor:
         *,
         tolerance: "float | Rule | None" = None,
         deadline: float | None = None,
-    ) -> Any:
+    ) -> Prediction:
         """Predict each row: (batch, ...) inputs -> the likelihood's kind of prediction.
 
         samples: also keep the parameters of p(y | x) of each draw, (samples, batch, ...), which mixture quantiles and
@@ -182,7 +195,7 @@ class Predictor:
         kept = torch.cat([p[1] for p in parts if p[1] is not None], dim=1)[:, :rows] if samples else None
         return self.likelihood.prediction(fields, self._counted, kept)
 
-    def stream(self, batches: Iterable[Inputs]) -> Iterator[Any]:
+    def stream(self, batches: Iterable[Inputs]) -> Iterator[Prediction]:
         """Yield a prediction for each batch; only one batch is in memory at a time."""
         for x in batches:
             yield self(x)
@@ -274,11 +287,11 @@ class Predictor:
         replaced.manifest = self.manifest  # the manifest describes the posterior, which both predictors share
         return replaced
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """The state to copy or pickle, without compiled calls: a copy compiles again, even after `warm_up`."""
         return {**vars(self), "_ready": {}}
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple:
         """Pickle with cloudpickle, if installed, if a module's class was defined in a function: pickle cannot."""
         networks = [part.module for part in self.posterior.parts]
         modules = [m for one in (self.posterior, self.likelihood, *networks) for m in one.modules()]
@@ -295,7 +308,7 @@ class Predictor:
 
         return save(self, folder, **options)
 
-    def export(self, folder: str | Path, **options: Any) -> Any:
+    def export(self, folder: str | Path, **options: Any) -> "Package":
         """Compile the whole prediction ahead of time, for Python without a compiler, C++ or ONNX.
 
         options: backend, example, rebuild; see `vbdl.export.package.export`. Returns the package, loaded.
@@ -306,7 +319,7 @@ class Predictor:
 
     # -- step by step
 
-    def _until(self, x: Any, samples: bool, tolerance: "float | Rule | None", deadline: float | None) -> Any:
+    def _until(self, x: Inputs, samples: bool, tolerance: "float | Rule | None", deadline: float | None) -> Prediction:
         """Predict with a tolerance or a deadline."""
         if samples or self.estimator != "sampling":
             raise ValueError(
@@ -317,7 +330,7 @@ class Predictor:
         rule = None if tolerance is None else as_rule(tolerance)
         fields, counts = stepwise.predict(self.executions, self.check(x), rule, deadline, self.clock)
         same = len(counts) == 0 or bool((counts == counts[0]).all())
-        n_samples: Any = (int(counts[0]) if len(counts) else 0) if same else counts.to(self.device)
+        n_samples = (int(counts[0]) if len(counts) else 0) if same else counts.to(self.device)
         return self.likelihood.prediction(fields, n_samples)
 
     # -- inputs and tiles
@@ -343,8 +356,9 @@ class Predictor:
             kept = torch.cat([e.parameters(tile) for e in executions], dim=0) if samples else None
             if len(executions) == 1 and executions[0].one_call:
                 return executions[0].fields(tile), kept
-            sums = executions[0].empty_sums()
-            for execution in executions:
+            drawing = [e for e in executions if isinstance(e, Execution)]
+            sums = drawing[0].empty_sums()
+            for execution in drawing:
                 sums = execution.sums(tile, sums)
             return self.likelihood.finish(sums), kept
 
@@ -364,13 +378,13 @@ class Predictor:
             return torch.cat([e.parameters(tile) for e in executions], dim=0)
 
 
-def _unpickled(kind: type, state: bytes) -> Any:
+def _unpickled(kind: type, state: bytes) -> object:
     """Restore an object of this class from the state that cloudpickle wrote."""
     restored = object.__new__(kind)
     vars(restored).update(pickle.loads(state))
     return restored
 
 
-def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
+def _frozen(module: M, device: torch.device) -> M:
     """A copy of the module on the device, in evaluation mode, whose parameters require no gradient."""
     return copied(module).to(device).eval().requires_grad_(False)

@@ -5,7 +5,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -35,9 +34,9 @@ class Program:
         self.inputs = list(dict.fromkeys(n for r in self._regions for n in r.inputs if n not in computed))
         self.outputs = [name for region in self._regions for name in region.outputs]
         self._output, self._compile, self._aligned = cut.outputs[0], compile, aligned
-        self._call: Any = None
-        self._graph: Any = None
-        self._end: Any = None
+        self._call: Callable[..., Sequence[Tensor]] | None = None
+        self._graph: fx.GraphModule | None = None
+        self._end: Callable[[Tensor, State], State] | None = None
         self._dtypes: list[torch.dtype] = []
         self.checked: list[str] = []
 
@@ -74,7 +73,7 @@ class Program:
 
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
         arguments = [*(values[n] for n in self.inputs), *carried.values()]
-        if self._call is None:
+        if self._call is None or self._graph is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
                 self._graph = trace(self._whole, *examples, aligned=self._aligned)
@@ -107,7 +106,7 @@ class Program:
 class _Differentiable(fx.Interpreter):
     """An interpreter that runs a graph operation by operation, with each kernel's derivative."""
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Callable, args: tuple, kwargs: dict) -> object:
         return super().call_function(with_derivative(target), args, kwargs)
 
 
@@ -117,7 +116,9 @@ class Ready:
     call: the compiled call. arguments: its arguments; the tile goes to index `place`. names: the outputs' names.
     """
 
-    def __init__(self, call: Callable, arguments: list[Any], place: int, names: list[str]):
+    def __init__(
+        self, call: Callable[..., Sequence[Tensor]], arguments: list[Tensor | None], place: int, names: list[str]
+    ):
         self._call, self._arguments, self._place, self._names = call, arguments, place, names
 
     def __call__(self, tile: Tensor) -> State | None:
@@ -131,7 +132,7 @@ class Ready:
         """The prediction's fields for a tile that is known to be finite."""
         return dict(zip(self._names, self._run(tile), strict=False))
 
-    def _run(self, tile: Tensor) -> Any:
+    def _run(self, tile: Tensor) -> Sequence[Tensor]:
         arguments = self._arguments.copy()
         arguments[self._place] = aligned(tile)
         return self._call(*arguments)

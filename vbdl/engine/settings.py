@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsIndex
 
 import torch
 
@@ -95,10 +95,10 @@ def is_invariant(tiles: Sequence[int]) -> bool:
     return len(set(tiles)) == 1 and (tiles[0] == 1 or tiles[0] % 64 == 0)
 
 
-def whole_number(name: str, value: Any, least: int | None = None) -> int:
+def whole_number(name: str, value: object, least: int | None = None) -> int:
     """The value as an int. Raises TypeError if it is not a whole number, and ValueError if it is below `least`."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = operator.index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else None
     except TypeError:
         number = None
     if number is None:

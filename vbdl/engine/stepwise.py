@@ -6,9 +6,8 @@ with as many samples, up to rounding: sums are merged step by step here, and ove
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from vbdl.calling.inputs import Flat
 from vbdl.data.tiles import pad, padded
 from vbdl.engine.adaptive import Rule, step_size
 from vbdl.engine.chunking import Chunking
+from vbdl.engine.execution import Execution
 from vbdl.engine.executions import Executions
 from vbdl.types import Likelihood, State
 
@@ -27,7 +27,7 @@ class _Group:
 
     rows: Tensor  # (rows,) int64, their indices in the batch; the tile may be padded with more
     tile: Flat
-    executions: list[Any]
+    executions: Sequence[Execution]
     steps: list[Chunking]  # the steps of each execution
     sums: State  # running sums of the draws so far
     rule_state: State
@@ -170,7 +170,7 @@ def _packed(executions: Executions, x: Flat, rows: Tensor, before: list[_Group] 
     groups = []
     for start in range(0, max(len(rows), 1), size):
         tile, numbers = pad(selected, start, size), rows[start : start + size]
-        each = executions.of(tile)
+        each = executions.drawing(tile)
         groups.append(
             _Group(
                 rows=numbers,

@@ -5,9 +5,8 @@ The graph holds draws, network, statistics, calibration and decision. A predicto
 back end supports. The draws are the same, and the predictions equal up to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,14 +43,16 @@ def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
         raise ValueError("a package predicts by sampling: export predictor.replace(estimator='sampling')")
     executions = predictor.executions.make(tile)
     likelihood = predictor.likelihood
-    parts = [_Part(e, predictor) for e in executions]
+    parts = [_Part(e, predictor) for e in executions if isinstance(e, Execution)]
     fields: list[str] = []
 
     def whole(constants: list[Tensor], seed: Tensor, given: list[Tensor]) -> list[Tensor]:
-        remaining, sums = iter(constants), None
+        remaining = iter(constants)
+        sums: State | None = None
         for part in parts:
             added = likelihood.summarize(part.parameters(remaining, seed, given))
             sums = added if sums is None else likelihood.merge(sums, added)
+        assert sums is not None  # a posterior has a part
         finished = likelihood.finish(sums)
         fields[:] = finished
         return list(finished.values())
@@ -138,7 +139,7 @@ class _Part:
         self._graph = graph
         self.constants = [t for n, t in state.items() if n not in self._keys] + shared
 
-    def parameters(self, constants: Any, seed: Tensor, x: list[Tensor]) -> Tensor:
+    def parameters(self, constants: Iterator[Tensor], seed: Tensor, x: list[Tensor]) -> Tensor:
         """The parameters of p(y | x), (samples, rows, ...). constants: an iterator that starts with this part's."""
         entries = []
         for name in self._names:

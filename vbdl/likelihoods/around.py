@@ -43,7 +43,7 @@ class Around(Likelihood):
     def finish(self, summary: State) -> State:
         return self.likelihood.finish(summary)
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> Prediction:
         """The wrapped likelihood's prediction, with the fields that calibrators and decisions have added."""
         added = {name: value for name, value in fields.items() if name in OUTCOMES}
         inner = {name: value for name, value in fields.items() if name not in added}

@@ -99,7 +99,7 @@ class Bernoulli(Likelihood):
             "standard_error": standard_error(summary["n"], summary["deviation"]),
         }
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> BernoulliPrediction:
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> BernoulliPrediction:
         return BernoulliPrediction(**fields, n_samples=n_samples, samples=samples)
 
 

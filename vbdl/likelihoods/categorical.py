@@ -143,5 +143,7 @@ class Categorical(Likelihood):
             "standard_error": standard_error(summary["n"], summary["deviation"]),
         }
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> CategoricalPrediction:
+    def prediction(
+        self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None
+    ) -> CategoricalPrediction:
         return CategoricalPrediction(**fields, n_samples=n_samples, samples=samples)

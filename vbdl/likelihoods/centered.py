@@ -70,7 +70,7 @@ class Centered(Around):
         fields = self.likelihood.finish(summary)
         return {**fields, "mean": fields["mean"].double() + self.center}
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> Prediction:
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> Prediction:
         prediction = self.likelihood.prediction(fields, n_samples)
         if samples is None:
             return prediction

@@ -268,7 +268,7 @@ class NormalLikelihood(Likelihood):
             fields["covariance"] = summary["products"] / n + noise
         return fields
 
-    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> RegressionPrediction:
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> RegressionPrediction:
         axis = self._axis(fields["mean"].ndim)
         return RegressionPrediction(**fields, n_samples=n_samples, samples=samples, output_axis=axis)
 

@@ -25,7 +25,7 @@ from vbdl.calling.inputs import rebuild, tensors
 from vbdl.engine.predictor import Predictor
 from vbdl.serve.limits import Gone, Limits, Refused
 from vbdl.serve.metrics import Metrics
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Keywords, Prediction
 
 QUICK = 0.002  # seconds that a tile may block the event loop
 PATIENCE = 0.005  # seconds until a request starts to watch for its client leaving: most are answered by then
@@ -70,7 +70,7 @@ class Batcher:
         deadline: float,
         anytime: bool,
         receive: Callable[[], Awaitable[object]] | None = None,
-    ) -> Any:
+    ) -> Prediction:
         """Return the prediction of these rows.
 
         deadline: on the clock of time.monotonic. anytime: whether the deadline may be met with fewer draws.
@@ -174,7 +174,7 @@ class Batcher:
             rows += batch[-1].rows
         return batch
 
-    def _compute(self, batch: list[_Job]) -> list[tuple[_Job, Any]]:
+    def _compute(self, batch: list[_Job]) -> list[tuple[_Job, Prediction | Exception]]:
         """Compute the jobs whose clients still wait; returns each with its prediction or an exception."""
         now = time.monotonic()
         live = [job for job in batch if not job.dropped and job.deadline > now]
@@ -185,7 +185,7 @@ class Batcher:
             if len(live) > 1:
                 columns = zip(*(tensors(job.inputs) for job in live), strict=True)
                 joined = rebuild(joined, [torch.cat(column) for column in columns])
-            options = {"deadline": _SHARE * (live[0].deadline - now)} if live[0].anytime else {}
+            options: Keywords = {"deadline": _SHARE * (live[0].deadline - now)} if live[0].anytime else {}
             prediction = self._predict(joined, **options)
         except Exception as error:
             if len(live) > 1:  # one job is the cause: compute each alone, so that the others succeed

@@ -30,6 +30,7 @@ class Model:
         self.name = Path(folder).resolve().name
         # requests share batches, and an answer must not depend on the other rows of its batch
         self.predictor = load(folder, **{"batch_invariant": True, **settings})
+        assert self.predictor.manifest is not None  # load sets it
         self.manifest = self.predictor.manifest
         self.schema = tabular.schema_of(self.manifest.extras)
         if self.schema is None and self.manifest.inputs is None:
@@ -117,7 +118,7 @@ class Model:
             "inputs": None
             if self.schema
             else [json_schema.array(e, name=json_schema.key_of(i, e)) for i, e in enumerate(self.bodies.entries)],
-            "layout": "rows" if self.schema else m.inputs.layout,
+            "layout": "rows" if self.schema or m.inputs is None else m.inputs.layout,
             "training_rows": m.training_rows,
             "metrics": m.metrics,
             "card": self.card,

@@ -9,7 +9,7 @@ import torch
 
 from vbdl import calibration
 from vbdl.artifact.loading import load
-from vbdl.artifact.manifest import Architecture, Dropout, Ensemble, MeanField, Reference
+from vbdl.artifact.manifest import Architecture, Ensemble, Reference, Single
 from vbdl.calibration.calibrate import calibrate
 from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations
 from vbdl.data.fingerprint import fingerprints
@@ -18,7 +18,7 @@ from vbdl.tabular.calibrating import CalibrationRows
 from vbdl.tabular.evaluation import evaluate
 from vbdl.tabular.fitting import ARCHITECTURE
 from vbdl.tabular.labeled import Labeled, labeled
-from vbdl.types import Calibrator, Likelihood
+from vbdl.types import Calibrator, Keywords, Likelihood
 
 METHODS: dict[str, Callable[[float], Calibrator]] = {
     "temperature": lambda alpha: calibration.Temperature(),
@@ -62,8 +62,9 @@ def recalibrate(
     after = evaluate(made, rows.x, rows.y, rows.schema.target)
     held_out = [] if method in ("sets", "intervals") else _held_out(predictor, start, rows, METHODS[method])
     manifest = predictor.manifest
+    assert manifest is not None  # load sets it
     network = _network(manifest.posterior)
-    options: dict[str, Any] = {}
+    options: Keywords = {}
     if isinstance(network, Reference) and network.target == ARCHITECTURE:
         options = {"architecture": network.target, "arguments": network.arguments}
     extras = dict(manifest.extras)
@@ -125,6 +126,6 @@ def _methods(likelihood: Likelihood) -> list[str]:
     return [names.get(method, method.__name__) for method in methods]
 
 
-def _network(posterior: Dropout | MeanField | Ensemble) -> Architecture:
+def _network(posterior: Single | Ensemble) -> Architecture:
     """Return the architecture in a manifest's posterior, that of the first members if there are several."""
     return (posterior.members[0].member if isinstance(posterior, Ensemble) else posterior).network

@@ -1,14 +1,13 @@
 """The data of one training: the batches of each epoch, the validation rows, and fingerprints of the training rows."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vbdl.data.fingerprint import fingerprints
-from vbdl.data.rows import Batches, MemberRows, bootstrap, check_rows, holdout, take, whole
+from vbdl.data.rows import Batches, Data, MemberRows, bootstrap, check_rows, holdout, take, whole
 from vbdl.training.options import TrainingOptions
 from vbdl.types import Inputs
 
@@ -24,7 +23,7 @@ class TrainingData:
     fingerprints: hashes of the training rows, one tensor for all rows or one per batch of a DataLoader.
     """
 
-    def __init__(self, data: Any, options: TrainingOptions, n_members: int, stacked: bool, check: Check):
+    def __init__(self, data: Data, options: TrainingOptions, n_members: int, stacked: bool, check: Check):
         self._check = check
         self._unseen = True  # until the first epoch of a DataLoader begins
         self.fingerprints: list[Tensor] = []
@@ -42,7 +41,7 @@ class TrainingData:
             self._batches = self._rows(data, options, n_members, stacked)
         self.own_rows = self._batches.own
 
-    def _rows(self, data: Any, options: TrainingOptions, n_members: int, stacked: bool) -> MemberRows:
+    def _rows(self, data: Data, options: TrainingOptions, n_members: int, stacked: bool) -> MemberRows:
         """The batches of a data set in memory, with the rows of each member."""
         x, y = whole(data)
         check_rows(x, y)

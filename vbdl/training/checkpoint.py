@@ -4,21 +4,22 @@ import json
 import os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vbdl.types import Json
+
 FORMAT = 1
 
 
-def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, history: Any, epoch: int) -> None:
+def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, history: object, epoch: int) -> None:
     """Write a checkpoint to a temporary file and rename it to `path`, so that `path` is always a complete file."""
     path = Path(path)
     flat = dict(tensors)
     state = optimizer.state_dict()
-    plain: dict[str, dict[str, Any]] = {}
+    plain: dict[str, Json] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
@@ -39,7 +40,7 @@ def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, histo
     os.replace(partial, path)
 
 
-def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, Json]:
     """Restore optimizer and schedule from a checkpoint and return its other tensors, the next epoch and the history."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -55,7 +56,7 @@ def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, 
             f"{path} has checkpoint format {about['format']}, but this version of vbdl reads format {FORMAT}: remove "
             f"it, or give another path"
         )
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, Json] = {}
     for name in [n for n in tensors if n.startswith("optimizer.")]:
         _, index, entry = name.split(".", 2)
         state.setdefault(int(index), {})[entry] = tensors.pop(name)
@@ -73,7 +74,7 @@ def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, 
     return tensors, about["epoch"], about["history"]
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
+def _plain(state: Json) -> Json:
     """The entries of a schedule's state that JSON can hold; the schedule's constructor restores the others."""
     kept = {}
     for name, value in state.items():

@@ -8,14 +8,14 @@ that the result is that of training them one by one, up to float rounding.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from vbdl.calling.stacking import replicate
-from vbdl.data.rows import check_rows, outside_range, whole
+from vbdl.data.rows import Data, check_rows, outside_range, whole
 from vbdl.training.options import TrainingOptions
 from vbdl.training.row_checks import check_predictable
 from vbdl.training.run import History, TrainingRun
@@ -24,7 +24,7 @@ from vbdl.types import Likelihood, Posterior, check_likelihood, is_posterior
 
 def fit(
     posterior: Posterior,
-    data: Any,
+    data: Data,
     likelihood: Likelihood,
     *,
     epochs: int = 100,
@@ -32,8 +32,8 @@ def fit(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    schedule: Callable[[torch.optim.Optimizer], Any] | str | None = None,
-    validation: float | tuple[Any, Any] | None = None,
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | str | None = None,
+    validation: float | Data | None = None,
     patience: int | None = None,
     clip_norm: float | None = None,
     kl_warmup: int = 0,
@@ -125,7 +125,7 @@ def _check_gradients(posterior: Posterior) -> None:
                 )
 
 
-def _fit_parts(posterior: Posterior, data: Any, likelihood: Likelihood, options: TrainingOptions) -> History:
+def _fit_parts(posterior: Posterior, data: Data, likelihood: Likelihood, options: TrainingOptions) -> History:
     """Train members of different architectures, one architecture after the other."""
     import copy
 

@@ -1,10 +1,11 @@
 """The optimizer, its learning-rate schedule, and the clipping of gradients."""
 
+import functools
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from vbdl.training.options import TrainingOptions
 
@@ -16,7 +17,7 @@ def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> 
     """
     if options.optimizer is None:
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
-    optimizer: Any = options.optimizer(parameters)
+    optimizer = options.optimizer(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__} from it")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -27,7 +28,7 @@ def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> 
     return optimizer
 
 
-def make_schedule(options: TrainingOptions, optimizer: torch.optim.Optimizer) -> Any:
+def make_schedule(options: TrainingOptions, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
     """The learning-rate schedule of this optimizer, stepped once per epoch; None for a constant rate."""
     if options.schedule is None:
         return None
@@ -54,7 +55,9 @@ def clip_gradients(trained: Mapping[str, Tensor], largest: float, by_member: Col
     gradients = [p.grad for name, p in trained.items() if name in by_member and p.grad is not None]
     if not gradients:
         return
-    square: Any = sum(g.flatten(1).square().sum(1) if g.ndim > 1 else g.square() for g in gradients)
+    square = functools.reduce(
+        torch.add, [g.flatten(1).square().sum(1) if g.ndim > 1 else g.square() for g in gradients]
+    )
     scale = (largest / (square.sqrt() + 1e-6)).clamp_max(1.0)
     for g in gradients:
         g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))

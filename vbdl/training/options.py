@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from vbdl.data.rows import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,8 @@ class TrainingOptions:
     lr: float = 1e-3
     weight_decay: float = 0.0
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
-    schedule: Callable[[torch.optim.Optimizer], Any] | str | None = None
-    validation: float | tuple[Any, Any] | None = None
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | str | None = None
+    validation: float | Data | None = None
     patience: int | None = None
     clip_norm: float | None = None
     kl_warmup: int = 0

@@ -1,7 +1,5 @@
 """Checks of rows before training: the network, the likelihood and a predictor must take them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ class RowChecks:
     def __init__(self, model: Model, seed: int):
         self.model, self.seed, self.device = model, seed, model.device
         self._floating = floating_dtype(model.posterior)
-        self._output_shapes: dict[Any, tuple[int, ...]] = {}  # by structure, shapes and dtypes of a row
+        self._output_shapes: dict[tuple, tuple[int, ...]] = {}  # by structure, shapes and dtypes of a row
 
     def __call__(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
         """The inputs and targets to train on. Raises ValueError or TypeError for rows that cannot be trained on."""

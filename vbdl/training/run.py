@@ -4,12 +4,12 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vbdl.calling.stacking import forget, replicate, state_of
 from vbdl.compiling.compiler import can_compile
+from vbdl.data.rows import Data
 from vbdl.model import Model
 from vbdl.progress import Progress
 from vbdl.training.batches import TrainingData
@@ -20,6 +20,7 @@ from vbdl.training.options import TrainingOptions
 from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
 from vbdl.training.validation import Validation
+from vbdl.types import Likelihood, Posterior
 
 # below this many steps, compiling (some seconds per batch shape) costs more than it saves
 _STEPS_WORTH_COMPILING = 4000
@@ -40,7 +41,7 @@ class History:
 class TrainingRun:
     """One training run of a posterior whose members have one architecture."""
 
-    def __init__(self, posterior: Any, data: Any, likelihood: Any, options: TrainingOptions):
+    def __init__(self, posterior: Posterior, data: Data, likelihood: Likelihood, options: TrainingOptions):
         self.posterior, self.likelihood, self.options = posterior, likelihood, options
         self.members: int = posterior.n_members
         separate = bool(posterior.by_member)  # whether members have their own rows, gradient norms and early stopping

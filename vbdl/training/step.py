@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,7 +41,7 @@ class Step:
         if not self.trained:
             raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
         self.compile_seconds = 0.0
-        self._calls: dict[Any, Callable] = {}
+        self._calls: dict[tuple, Callable] = {}
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
         """The loss of each member before the optimizer's step, (members,), nats per row."""

@@ -7,7 +7,6 @@ input and the layer has few outputs, its mask is instead multiplied into the wei
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -76,8 +75,8 @@ class _Site:
     producer: fx.Node  # a linear layer whose outputs can be left out, or any other value
     consumers: list[fx.Node]  # the linear layers
     width: int = 0  # the largest number of kept units of any draw, rounded up
-    units: Any = field(default=None, repr=False)  # node: (samples, width) indices of the kept units
-    scale: Any = field(default=None, repr=False)  # node: (samples, width), the mask at these units
+    units: fx.Node | None = field(default=None, repr=False)  # node: (samples, width) indices of the kept units
+    scale: fx.Node | None = field(default=None, repr=False)  # node: (samples, width), the mask at these units
 
     @property
     def size(self) -> int:
@@ -243,7 +242,7 @@ def _thin(traced: fx.GraphModule, sites: list[_Site], region: dict[fx.Node, int]
             flat = graph.call_function(torch.flatten, (site.mask, 1))
         with graph.inserting_after(flat):
             site.scale = graph.call_function(torch.gather, (flat, 1, site.units))
-    _sort(traced, [n for s in sites for n in (s.units, s.scale)])
+    _sort(traced, [n for s in sites for n in (s.units, s.scale) if n is not None])
     inputs = {c: s for s in sites for c in s.consumers}
     outputs = {s.producer: s for s in sites if is_linear(s.producer)}
     replaced: dict[fx.Node, fx.Node] = {}

@@ -9,7 +9,7 @@
 `vbdl_kernels.regime` decides which kernel a layer gets, by its constants or by measurements on the device.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -180,11 +180,11 @@ def _sampled(graph: fx.Graph, node: fx.Node) -> bool:
     return True
 
 
-def _on_accelerator(node: Any) -> bool:
+def _on_accelerator(node: object) -> bool:
     return _is_tensor(node) and _value(node).device.type in DEVICES
 
 
-def _is_tensor(node: Any) -> bool:
+def _is_tensor(node: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
 

@@ -26,9 +26,9 @@ _aten = torch.ops.aten
 class Normal:
     """A parameter drawn as mean + std * normal(key, layer, stream, ...); the tensors are nodes of the graph."""
 
-    mean: Any
-    std: Any
-    key: Any
+    mean: fx.Node
+    std: fx.Node
+    key: fx.Node
     layer: int
     stream: int
 
@@ -103,9 +103,9 @@ def drawn_by(node: Any) -> Normal | None:
     return Normal(mean, std, key, layer, stream)
 
 
-def _calls(node: Any, target: Any) -> bool:
+def _calls(node: object, target: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
-def _through(node: Any, target: Any) -> Any:
+def _through(node: Any, target: object) -> Any:
     return node.args[0] if _calls(node, target) and len(node.users) == 1 else node

@@ -6,7 +6,6 @@ Run layer by layer, each kernel would do less work than its launch costs.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import fx
@@ -69,7 +68,7 @@ def whole_network(graph: fx.Graph, first: fx.Node, n_samples: int, budget: int) 
 def _chain(first: fx.Node) -> tuple[list[fx.Node], str]:
     """The linear layers from `first` on that have the same activation between them, and the activation's name."""
     chain: list[fx.Node] = []
-    activation: Any = None
+    activation: str | None = None
     node = first
     while _fits(node, first):
         chain.append(node)

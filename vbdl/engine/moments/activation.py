@@ -8,7 +8,6 @@ the Logistic-Normal Integral, in Handbook of the Logistic Distribution, 1992.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.special import ndtr
 
 from vbdl.engine.moments.arithmetic import add, mul
-from vbdl.engine.moments.value import Moments, mean_of, rule, var_of
+from vbdl.engine.moments.value import Moments, Value, mean_of, rule, var_of
 
 _STEEPEST = 12.0  # standard deviations; farther from the kink a normal lies on one side, to float32 precision
 _SMALL = 1e-3  # below this variance a first-order variance has a smaller error than a difference of two means
@@ -40,7 +39,7 @@ def density(x: Tensor) -> Tensor:
     return (-0.5 * x**2).exp() / math.sqrt(2 * math.pi)
 
 
-def maximum(a: Any, b: Any) -> Moments:
+def maximum(a: Value, b: Value) -> Moments:
     """The moments of the larger of two independent normals, either of which may be a constant.
 
     The formula avoids differences of large numbers: with d = E a - E b, s^2 = Var a + Var b, and P and p the standard

@@ -1,20 +1,20 @@
 """Rules for sums, products and powers; exact for independent arguments, which they are assumed to be."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vbdl.engine.moments.value import Moments, mean_of, rule, var_of
+from vbdl.engine.moments.value import Moments, Value, mean_of, rule, var_of
+
+Axes = int | list[int] | None
 
 
-def _filled(mean: Tensor, var: Any) -> Moments:
+def _filled(mean: Tensor, var: Tensor | float) -> Moments:
     var = torch.as_tensor(var, dtype=mean.dtype, device=mean.device)
     return Moments(mean, var.expand_as(mean))
 
 
 @rule("add")
-def add(a: Any, b: Any, alpha: float = 1.0) -> Moments:
+def add(a: Value, b: Value, alpha: float = 1.0) -> Moments:
     """The moments of a + alpha b."""
     if a is b:
         return mul(a, 1.0 + alpha)
@@ -22,12 +22,12 @@ def add(a: Any, b: Any, alpha: float = 1.0) -> Moments:
 
 
 @rule("sub")
-def sub(a: Any, b: Any, alpha: float = 1.0) -> Moments:
+def sub(a: Value, b: Value, alpha: float = 1.0) -> Moments:
     return add(a, b, -alpha)
 
 
 @rule("rsub")
-def rsub(a: Any, b: Any, alpha: float = 1.0) -> Moments:
+def rsub(a: Value, b: Value, alpha: float = 1.0) -> Moments:
     """The moments of b - alpha a."""
     return add(b, a, -alpha)
 
@@ -38,16 +38,16 @@ def neg(a: Moments) -> Moments:
 
 
 @rule("mul")
-def mul(a: Any, b: Any) -> Moments:
+def mul(a: Value, b: Value) -> Moments:
     """The moments of a b: Var ab = Var a (E b)^2 + Var b (E a)^2 + Var a Var b."""
-    if a is b:
+    if a is b and isinstance(a, Moments):
         return power(a, 2)
     m, n, v, w = mean_of(a), mean_of(b), var_of(a), var_of(b)
     return _filled(m * n, v * n**2 + w * m**2 + v * w)
 
 
 @rule("div")
-def div(a: Any, b: Any) -> Moments:
+def div(a: Moments, b: Value) -> Moments:
     if isinstance(b, Moments):
         raise ValueError("moment propagation has no rule for a division by a random value: use estimator='sampling'")
     return Moments(a.mean / b, a.var / b**2)
@@ -75,7 +75,7 @@ def exp(a: Moments) -> Moments:
     return Moments(mean, torch.expm1(a.var) * mean**2)
 
 
-def _count(shape: torch.Size, dims: Any) -> int:
+def _count(shape: torch.Size, dims: Axes) -> int:
     axes = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     count = 1
     for axis in axes:
@@ -84,12 +84,12 @@ def _count(shape: torch.Size, dims: Any) -> int:
 
 
 @rule("mean")
-def mean(a: Moments, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Moments:
+def mean(a: Moments, dim: Axes = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Moments:
     dims = list(range(a.ndim)) if dim is None else dim
     return Moments(a.mean.mean(dims, keepdim), a.var.mean(dims, keepdim) / _count(a.shape, dims))
 
 
 @rule("sum")
-def total(a: Moments, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Moments:
+def total(a: Moments, dim: Axes = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Moments:
     dims = list(range(a.ndim)) if dim is None else dim
     return Moments(a.mean.sum(dims, keepdim), a.var.sum(dims, keepdim))

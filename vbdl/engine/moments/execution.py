@@ -1,8 +1,8 @@
 """The moment execution: takes the place of an `Execution` and propagates moments instead of drawing."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,7 @@ from vbdl.calling.stacking import call, select
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.engine.execution import Execution
-from vbdl.engine.moments.interpret import dependent, run
+from vbdl.engine.moments.interpret import Values, dependent, run
 from vbdl.engine.moments.value import Moments
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
@@ -68,8 +68,8 @@ class MomentExecution:
         self.n_samples, self._tile = n_samples, tile
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
         self.plan = MomentPlan(self)
-        self._call: Any = None
-        self._graph: Any = None
+        self._call: Callable[..., Sequence[Tensor]] | None = None
+        self._graph: fx.GraphModule | None = None
         with torch.no_grad(), tracing():
             self._prepare()
 
@@ -127,7 +127,7 @@ class MomentExecution:
     def fields(self, tile: Flat) -> State:
         """The prediction's fields for a tile."""
         arguments = [*tile.tensors, *_tensors_of(self._kept), self._points]
-        if self._call is None:
+        if self._call is None or self._graph is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
                 self._graph = trace(self._whole, *examples)
@@ -167,7 +167,7 @@ class MomentExecution:
         )
 
 
-def _tensors_of(kept: dict[fx.Node, Any]) -> list[Tensor]:
+def _tensors_of(kept: Values) -> list[Tensor]:
     """The tensors among these values in a flat list; moments give their mean and their variance."""
     tensors: list[Tensor] = []
     for value in kept.values():
@@ -178,9 +178,9 @@ def _tensors_of(kept: dict[fx.Node, Any]) -> list[Tensor]:
     return tensors
 
 
-def _filled(kept: dict[fx.Node, Any], tensors: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
+def _filled(kept: Values, tensors: tuple[Tensor, ...]) -> Values:
     """A copy of `kept` whose tensors are replaced by these, in the order of `_tensors_of`."""
-    each, filled = iter(tensors), {}
+    each, filled = iter(tensors), Values()
     for node, value in kept.items():
         if isinstance(value, Moments):
             value = Moments(next(each), next(each))

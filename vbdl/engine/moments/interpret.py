@@ -15,6 +15,9 @@ from vbdl.engine.moments.value import RULES, is_random
 _SOURCES = {"words": sources.words, "normal": sources.normal}
 
 
+Values = dict[fx.Node, Any]  # of a graph: tensors, Moments, Uniform, and lists and numbers of torch's
+
+
 def dependent(graph: fx.Graph, names: Iterable[str]) -> set[fx.Node]:
     """The placeholders with these names and all nodes that depend on them."""
     names, nodes = set(names), set()
@@ -24,12 +27,12 @@ def dependent(graph: fx.Graph, names: Iterable[str]) -> set[fx.Node]:
     return nodes
 
 
-def run(module: fx.GraphModule, nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+def run(module: fx.GraphModule, nodes: Iterable[fx.Node], values: Mapping[fx.Node, object]) -> Values:
     """Run these nodes in order, and return their values and the given ones.
 
     values: the values of the nodes that they need, tensors or Moments.
     """
-    results = dict(values)
+    results: Values = dict(values)
     for node in nodes:
         if node.op == "placeholder":
             continue
@@ -41,7 +44,7 @@ def run(module: fx.GraphModule, nodes: Iterable[fx.Node], values: Mapping[fx.Nod
     return results
 
 
-def _call(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
     """Run one operation: by its rule if an argument is random, as it is otherwise."""
     target: Any = node.target
     if getattr(target, "namespace", "") == "vbdl" and target._opname in _SOURCES:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from vbdl.engine.moments.arithmetic import add, mul
-from vbdl.engine.moments.value import Moments, mean_of, rule
+from vbdl.engine.moments.value import Moments, Value, mean_of, rule
 
 
-def _bilinear(apply: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Moments:
+def _bilinear(apply: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value) -> Moments:
     """The moments of a sum of products a b, such as a matrix product.
 
     apply: the operation. Var = apply(Var a, (E b)^2) + apply(E[a^2], Var b).
     """
-    var: Any = 0.0
+    var: Any = 0.0  # until one of them is random, which the rule is called for
     if isinstance(a, Moments):
         var = apply(a.var, mean_of(b) ** 2)
     if isinstance(b, Moments):
@@ -25,23 +25,23 @@ def _bilinear(apply: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Mome
 
 
 @rule("mm", "bmm", "matmul", "mv")
-def product(a: Any, b: Any) -> Moments:
+def product(a: Value, b: Value) -> Moments:
     return _bilinear(torch.matmul, a, b)
 
 
 @rule("addmm", "baddbmm", "addmv")
-def product_and_sum(bias: Any, a: Any, b: Any, beta: float = 1.0, alpha: float = 1.0) -> Moments:
+def product_and_sum(bias: Value, a: Value, b: Value, beta: float = 1.0, alpha: float = 1.0) -> Moments:
     return add(mul(bias, beta), mul(product(a, b), alpha))
 
 
 @rule("linear")
-def linear(x: Any, weight: Any, bias: Any = None) -> Moments:
+def linear(x: Value, weight: Value, bias: Value | None = None) -> Moments:
     y = _bilinear(torch.nn.functional.linear, x, weight)
     return y if bias is None else add(y, bias)
 
 
 @rule("convolution")
-def convolution(x: Any, weight: Any, bias: Any, *settings: Any) -> Moments:
+def convolution(x: Value, weight: Value, bias: Moments | Tensor | None, *settings: object) -> Moments:
     """The moments of a convolution. settings: stride, padding, dilation, transposed, output_padding, groups."""
     y = _bilinear(lambda a, b: torch.ops.aten.convolution(a, b, None, *settings), x, weight)
     if bias is None:

@@ -5,22 +5,31 @@ itself; the rule takes the root of the expected variance in its place.
 """
 
 import math
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from vbdl.engine.moments.arithmetic import add, div, mul, sub
 from vbdl.engine.moments.value import Moments, each, mean_of, rule
 
 
-def _affine(x: Any, weight: Any, bias: Any, shape: tuple[int, ...]) -> Any:
+def _affine(
+    x: Moments | Tensor, weight: Moments | Tensor | None, bias: Moments | Tensor | None, shape: tuple[int, ...]
+) -> Moments | Tensor:
     spread = lambda t: each(lambda v: v.view(shape), t)
     x = x if weight is None else mul(x, spread(weight))
     return x if bias is None else add(x, spread(bias))
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
-def batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *settings: Any) -> tuple:
+def batch_norm(
+    x: Moments | Tensor,
+    weight: Moments | Tensor | None,
+    bias: Moments | Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *settings: float,
+) -> tuple:
     """The moments of a batch norm in evaluation mode. settings: (training,) momentum, eps."""
     *training, _, eps = settings
     if any(training):
@@ -35,7 +44,13 @@ def batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: A
 
 
 @rule("native_layer_norm")
-def layer_norm(x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> tuple:
+def layer_norm(
+    x: Moments | Tensor,
+    shape: list[int],
+    weight: Moments | Tensor | None,
+    bias: Moments | Tensor | None,
+    eps: float,
+) -> tuple:
     """The moments of a layer norm that divides by the root of the expected variance, an approximation."""
     axes = list(range(x.ndim - len(shape), x.ndim))
     n = math.prod(shape)
@@ -45,7 +60,7 @@ def layer_norm(x: Any, shape: list[int], weight: Any, bias: Any, eps: float) -> 
         # the variance of an element minus the mean of all n elements, which contains the element itself
         var = x.var * (1 - 2 / n) + noise / n
         expected = (x.mean - center).square().mean(axes, keepdim=True) + noise * (1 - 1 / n)
-        normal: Any = div(Moments(x.mean - center, var), (expected + eps).sqrt())
+        normal: Moments | Tensor = div(Moments(x.mean - center, var), (expected + eps).sqrt())
     else:
         normal = torch.nn.functional.layer_norm(mean_of(x), shape, eps=eps)
     return _affine(normal, weight, bias, (1,) * (x.ndim - len(shape)) + tuple(shape)), None, None

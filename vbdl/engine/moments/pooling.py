@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,9 @@ def _average(n: int):
 
     def run(
         x: Moments,
-        kernel: Any,
-        stride: Any = (),
-        padding: Any = 0,
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] = (),
+        padding: int | Sequence[int] = 0,
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
@@ -49,7 +48,7 @@ for _n in (1, 2, 3):
 
 
 @rule("_adaptive_avg_pool2d", "adaptive_avg_pool2d")
-def adaptive_average(x: Moments, output: Any) -> Moments:
+def adaptive_average(x: Moments, output: int | Sequence[int]) -> Moments:
     sizes, wanted = list(x.shape[-2:]), _pair(output, 2)
     if any(size % out for size, out in zip(sizes, wanted, strict=True)):
         raise ValueError(
@@ -62,7 +61,12 @@ def adaptive_average(x: Moments, output: Any) -> Moments:
 
 def _maximum(n: int):
     def run(
-        x: Moments, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+        x: Moments,
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] = (),
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        ceil_mode: bool = False,
     ) -> tuple[Moments, None]:
         if ceil_mode:
             raise ValueError("moment propagation has no rule for max pooling with ceil_mode: use estimator='sampling'")

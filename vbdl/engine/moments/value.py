@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-Rule = Callable[..., Any]
+Rule = Callable[..., object]
+R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}  # name of an aten operation -> function from moments to moments
 
 
@@ -35,13 +36,17 @@ class Uniform:
     device: torch.device
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+Value = Moments | Tensor | float
+"""An argument of an operation: random, or certain."""
+
+
+def rule(*names: str) -> Callable[[R], R]:
     """A decorator that enters a function into RULES for the aten operations with these names.
 
     The function takes the operation's own arguments, some of them Moments in place of tensors.
     """
 
-    def enter(function: Rule) -> Rule:
+    def enter(function: R) -> R:
         for name in names:
             RULES[name] = function
         return function
@@ -49,12 +54,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return enter
 
 
-def mean_of(x: Any) -> Any:
+def mean_of(x: Value) -> Any:  # a tensor, or a float: what meets it is a tensor
     """The mean of x; x itself if it is not random."""
     return x.mean if isinstance(x, Moments) else x
 
 
-def var_of(x: Any) -> Any:
+def var_of(x: Value) -> Any:
     """The variance of x; 0.0 if it is not random."""
     return x.var if isinstance(x, Moments) else 0.0
 
@@ -69,6 +74,6 @@ def each(function: Callable[[Tensor], Tensor], x: Moments | Tensor) -> Moments |
     return Moments(function(x.mean), function(x.var)) if isinstance(x, Moments) else function(x)
 
 
-def is_random(values: Sequence[Any]) -> bool:
+def is_random(values: Sequence[object]) -> bool:
     """True if any of these values is random, or any in the lists and tuples among them."""
     return any(isinstance(v, Moments | Uniform) or (isinstance(v, list | tuple) and is_random(v)) for v in values)
