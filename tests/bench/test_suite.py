@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     found = went_on.run()
     assert calls == ["iris", "diabetes", "diabetes"], "only what was missing was trained again"
     assert [numbers(r) for r in found] == [numbers(r) for r in whole]
-    assert "3 results are in" in went_on.said[0]  # type: ignore[attr-defined]
+    assert "already has 3 results; 1 to go" in went_on.said[0]  # type: ignore[attr-defined]
     assert len(read_results(tmp_path / "cut")) == 4
     assert suite(tmp_path / "cut").run() == found and len(calls) == 3
 
