@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.autograd import activations_kept
 from vbdl.calling.inputs import arguments, flatten, rebuilt
-from vbdl.types import Likelihood, State
+from vbdl.types import Inputs, Likelihood, State
 
 M = TypeVar("M", bound=nn.Module)
 
