@@ -305,7 +305,7 @@ def test_the_command_line_goes_before_the_file(place, tmp_path, capsys):
         ('taget = "y"', "did you mean 'target'"),
         ("zzz = 1", "there are batch_size"),
         ('epochs = "3"', "Expected `int`"),
-        ('method = "magic"', "Invalid enum"),
+        ('method = "magic"', "no method 'magic': choose one of mc-dropout"),
         ("epochs = ", "is not TOML"),
         ("batch-size = 1\nbatch_size = 2", "twice"),
         ("seed = 1\n[fit]\nseed = 2", "at its top"),

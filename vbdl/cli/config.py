@@ -99,7 +99,10 @@ def _defaults(kind: type, name: str, values: Mapping[str, Any], path: str) -> An
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.name not in given and required:
             given[field.name] = tyro.MISSING
-    return kind(**given)
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _path(kind: type, value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vbdl.methods import METHODS
+from vbdl.methods import METHODS, method_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ class Fit:
     """Draw figures of calibration and of risk against coverage."""
     overwrite: bool = False
     """Replace an existing model."""
+
+    def __post_init__(self) -> None:
+        method_of(self.method)  # ValueError for an unknown name, before anything is read
 
     def __call__(self) -> None:
         import torch
