@@ -60,9 +60,9 @@ def test_bad_scores_inputs():
 def _blobs(n, seed, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 3, (n,), generator=generator)
-    centres = torch.tensor([[0.0, 0, 0, 0], [8, 0, 0, 0], [0, 8, 0, 0]], dtype=torch.float64)
+    centers = torch.tensor([[0.0, 0, 0, 0], [8, 0, 0, 0], [0, 8, 0, 0]], dtype=torch.float64)
     spread = torch.tensor([1.0, 2.0, 0.5, 1.0])
-    return centres[y] + torch.randn(n, 4, generator=generator, dtype=torch.float64) * spread + shift, y
+    return centers[y] + torch.randn(n, 4, generator=generator, dtype=torch.float64) * spread + shift, y
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])

@@ -66,11 +66,11 @@ def test_regression_sums_are_those_of_the_whole_mixture(sizes):
     draws, splits, rows = 10, 2, 6
     mean, log_variance = torch.randn(draws, splits, rows), torch.randn(draws, splits, rows)
     parameters = torch.stack((mean, log_variance), dim=-1).unsqueeze(-2)
-    y, scale, centre = torch.randn(splits, rows), torch.tensor([2.0, 0.1]), torch.tensor([5.0, -1.0])
-    found = regressed(parameters.split(sizes), y, scale, centre)
+    y, scale, center = torch.randn(splits, rows), torch.tensor([2.0, 0.1]), torch.tensor([5.0, -1.0])
+    found = regressed(parameters.split(sizes), y, scale, center)
     for k in range(splits):
         means, stds = mean[:, k].double(), (0.5 * log_variance[:, k].double()).exp()
-        s, c = float(scale[k]), float(centre[k])
+        s, c = float(scale[k]), float(center[k])
         target = y[k].double() * s + c
         args = (means * s + c, stds * s, target)
         torch.testing.assert_close(found.nll[k], metrics.mixture_nll(*args), rtol=1e-9, atol=1e-9)

@@ -57,8 +57,8 @@ def test_mixture_scale_is_the_minimum_of_the_likelihood(per_output):
     scaling = StdScaling(per_output).fit(means, stds, y)
 
     def loss(scale):
-        centre = means.mean(0)
-        m, s = (centre + scale * (means - centre)).numpy(), (scale * stds).numpy()
+        center = means.mean(0)
+        m, s = (center + scale * (means - center)).numpy(), (scale * stds).numpy()
         density = stats.norm.pdf(y.numpy(), m, s).mean(0)
         return -np.log(density).mean(0).sum()
 
@@ -212,7 +212,7 @@ def test_cdf_map_inverse_and_slope_are_of_one_curve(name, n):
     assert bool(recalibration.log_slope(scores).isfinite().all())
 
 
-def test_cdf_with_one_value_centres_it():
+def test_cdf_with_one_value_centers_it():
     for n in (1, 50, 500):
         assert float(CDFRecalibration().fit(torch.full((n,), 0.2))(torch.tensor(0.2))) == pytest.approx(0.5, abs=1e-6)
 

@@ -62,9 +62,9 @@ def test_cdfs_are_scipys():
 def test_quantile_calibration():
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     assert metrics.quantile_calibration_error(uniform) < 1e-3
-    # all mass at the centre: the frequency is 0 below and 1 above; mean |step - p| = 1/4
-    centre = torch.full((10,), 0.5, dtype=torch.float64)
-    assert metrics.quantile_calibration_error(centre, 999) == pytest.approx(0.25, abs=1e-3)
+    # all mass at the center: the frequency is 0 below and 1 above; mean |step - p| = 1/4
+    center = torch.full((10,), 0.5, dtype=torch.float64)
+    assert metrics.quantile_calibration_error(center, 999) == pytest.approx(0.25, abs=1e-3)
     # the very level counts as reached
     exact = metrics.QuantileCalibration(1)
     exact.update(torch.tensor([0.5, 0.50001]))

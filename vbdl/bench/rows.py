@@ -25,21 +25,21 @@ def save(path: Path, task: Task, rows: EvaluatedRows, ood: dict[str, EvaluatedRo
     y = task.test[1]
     tensors: dict[str, Tensor] = {}
     for name in ("total", "aleatoric", "epistemic", "nll", "loss", "pit", "mean", "crps"):
-        value = getattr(rows, name)
+        value = vars(rows)[name]
         if value is not None:
             tensors[name] = value.float()
     if rows.probs is not None:
         tensors["confidence"], predicted = (t for t in rows.probs.float().max(-1))
         tensors["predicted"], tensors["label"] = predicted.to(torch.int16), y.to(torch.int16)
     else:
-        scale, centre = torch.tensor(task.scale), torch.tensor(task.centre)
-        tensors["target"] = y[..., 0] * scale[:, None] + centre[:, None]
+        scale, center = torch.tensor(task.scale), torch.tensor(task.center)
+        tensors["target"] = y[..., 0] * scale[:, None] + center[:, None]
     worst = rows.total[0].argsort(descending=True)[:CASES]
     tensors["case.row"] = worst.to(torch.int32)
     tensors["case.input"] = _pictures(task, task.test[0][0, worst])
     for index, (name, outside) in enumerate(ood.items()):
         for part in ("total", "aleatoric", "epistemic"):
-            tensors[f"ood.{index}.{part}"] = getattr(outside, part).float()
+            tensors[f"ood.{index}.{part}"] = vars(outside)[part].float()
         # the least uncertain rows, which a threshold on the uncertainty would not detect
         passed = outside.total[0].argsort()[:6]
         tensors[f"ood.{index}.input"] = _pictures(task, task.ood[name][0, passed])

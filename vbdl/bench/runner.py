@@ -121,7 +121,7 @@ class Suite:
         begun, processor = time.perf_counter(), _processor_seconds()
         try:
             trained = registry.METHODS[method].make(task, run)
-            trained = trained if hasattr(trained, "parameters") else Each(trained)
+            trained = Each(trained) if isinstance(trained, Sequence) else trained
             middle = time.perf_counter()
             test_rows = evaluate(task, trained, task.x[:, task.n_train :], task.test[1])
             ended = time.perf_counter()
@@ -190,7 +190,7 @@ def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None =
         if not task.regression:
             return classified(trained.parameters(x), y)
         target = None if y is None else y[..., 0]
-        return regressed(trained.parameters(x), target, torch.tensor(task.scale), torch.tensor(task.centre))
+        return regressed(trained.parameters(x), target, torch.tensor(task.scale), torch.tensor(task.center))
 
 
 def line(result: dict[str, Any]) -> str:
@@ -208,7 +208,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def _means(rows: EvaluatedRows) -> dict[str, float]:
-    return {part: float(getattr(rows, part).mean()) for part in ("total", "aleatoric", "epistemic")}
+    return {part: float(vars(rows)[part].mean()) for part in ("total", "aleatoric", "epistemic")}
 
 
 def _processor_seconds() -> float:

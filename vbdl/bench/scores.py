@@ -74,7 +74,7 @@ def out_of_distribution(inside: EvaluatedRows, outside: EvaluatedRows) -> dict[s
     """The AUROC of each part of the uncertainty for telling out-of-distribution rows from test rows."""
     scores = {}
     for part in ("total", "epistemic"):
-        a, b = getattr(inside, part), getattr(outside, part)
+        a, b = vars(inside)[part], vars(outside)[part]
         if float(a.abs().max()) + float(b.abs().max()) < 1e-12:  # a single network has no epistemic part
             continue
         strange = torch.cat([torch.zeros_like(a), torch.ones_like(b)], dim=1).bool()

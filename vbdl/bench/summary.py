@@ -56,11 +56,11 @@ def classified(chunks: Iterable[Tensor], y: Tensor | None) -> EvaluatedRows:
     return rows
 
 
-def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre: Tensor) -> EvaluatedRows:
+def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, center: Tensor) -> EvaluatedRows:
     """Summarize the draws of a regression in units of the target.
 
     chunks: (draws, splits, rows, 1, 2) mean and log-variance, standardized. y: (splits, rows), standardized, or None.
-    scale, centre: (splits,) standard deviation and mean that the targets were standardized with.
+    scale, center: (splits,) standard deviation and mean that the targets were standardized with.
     """
     count = torch.zeros((), dtype=torch.float64)
     mean = deviation = noise = log_density = pit = torch.zeros(())
@@ -86,7 +86,7 @@ def regressed(chunks: Iterable[Tensor], y: Tensor | None, scale: Tensor, centre:
     epistemic = deviation / count
     squared = units.square()
     rows = EvaluatedRows((noise + epistemic) * squared, noise * squared, epistemic * squared, draws=int(count))
-    rows.mean = mean * units + centre.double().unsqueeze(1)
+    rows.mean = mean * units + center.double().unsqueeze(1)
     if y is not None:
         rows.nll = -(log_density - math.log(float(count)) - 0.5 * math.log(2 * math.pi)) + units.log()
         rows.loss = ((y - mean) * units).square()

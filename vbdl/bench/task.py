@@ -27,6 +27,7 @@ class Published:
     per_split: tuple[float, ...] = ()  # values on the same splits, if published; they allow a paired test
 
 
+@former.arguments(centre="center")
 @dataclass(frozen=True)
 class Task:
     """A data set with all its splits stacked, each standardized by its own training part.
@@ -41,7 +42,7 @@ class Task:
     network: Callable[[float, int], nn.Module]  # (dropout rate, outputs) -> a fresh network
     classes: tuple[str, ...] = ()  # names of the classes; empty for regression
     scale: tuple[float, ...] = ()  # regression: standard deviation of each split's training targets
-    centre: tuple[float, ...] = ()  # regression: mean of each split's training targets
+    center: tuple[float, ...] = ()  # regression: mean of each split's training targets
     columns: tuple[str, ...] = ()  # names of the features of a table
     recipe: Mapping[str, Any] = field(default_factory=dict)  # options of `fit` for this data set
     protocol: Any = None  # a published protocol that the methods follow, vbdl.bench.protocols.Protocol
@@ -51,6 +52,8 @@ class Task:
     image: tuple[float, float] | None = None  # images: pixel = value * image[0] + image[1], in 0..255
     about: str = ""
     notes: tuple[str, ...] = ()  # differences from the standard data set
+
+    centre = former.attribute("centre", "center")
 
     def __post_init__(self):
         if self.x.shape[:2] != self.y.shape[:2]:

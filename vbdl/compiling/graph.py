@@ -142,7 +142,7 @@ class Cut:
     def random(self) -> str | None:
         """The name of an operation that draws from torch's generator, or None if there is none."""
         for node in self.values.values():
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if draws_from_generator(node):
                 return str(node.target)
         return None
 
@@ -235,6 +235,23 @@ def _extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node]
 _VIEWS = {"view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze", "unsqueeze", "detach", "alias"}
 
 
+def operator_of(node: fx.Node) -> OpOverload | None:
+    """The torch operator that a node calls; None for any other node, like a placeholder or `operator.getitem`."""
+    return node.target if isinstance(node.target, OpOverload) else None
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the operator that a node calls, "add" for aten.add.Tensor; "" if it calls none."""
+    operator = operator_of(node)
+    return "" if operator is None else operator._opname
+
+
+def draws_from_generator(node: fx.Node) -> bool:
+    """Whether a node calls an operator that draws from torch's generator."""
+    operator = operator_of(node)
+    return operator is not None and torch.Tag.nondeterministic_seeded in operator.tags
+
+
 def own_bytes(node: fx.Node) -> int:
     """The bytes that a node's value takes; 0 for a view of another value."""
     value = node.meta.get("val")
@@ -244,12 +261,12 @@ def own_bytes(node: fx.Node) -> int:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "_opname", "") in _VIEWS
+    return name_of(node) in _VIEWS
 
 
 def _flops(node: fx.Node) -> int:
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet not in flop_registry:
+    operator = operator_of(node)
+    if operator is None or operator.overloadpacket not in flop_registry:
         return 0
     values = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
-    return flop_registry[packet](*values[0], **values[1], out_val=node.meta["val"])
+    return flop_registry[operator.overloadpacket](*values[0], **values[1], out_val=node.meta["val"])

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from vbdl_kernels import flops as flops  # importing it registers flop counts for the operators
 from vbdl_kernels import regime
 
-from vbdl.compiling.graph import Region, own_bytes
+from vbdl.compiling.graph import Region, operator_of, own_bytes
 
 logger = logging.getLogger("vbdl")
 _COPIED = 2**24  # the most bytes of arguments to copy in every call; with more, replaying does not pay
@@ -39,7 +39,8 @@ def is_bound_by_launches(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> boo
     work = Region(graph, [], [], nodes).flops()
     moved = sum(t.numel() * t.element_size() for t in inputs) + 2 * sum(own_bytes(n) for n in nodes)
     # one kernel for each product and vbdl operator, and about one for the pointwise operations between two of them
-    unfused = sum(getattr(n.target, "namespace", "") == "vbdl" or n.target in _PRODUCTS for n in nodes)
+    operators = [operator for n in nodes if (operator := operator_of(n)) is not None]
+    unfused = sum(operator.namespace == "vbdl" or operator in _PRODUCTS for operator in operators)
     return regime.is_launch_bound(work, moved, 2 * unfused + 1)
 
 

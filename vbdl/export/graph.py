@@ -15,7 +15,7 @@ from vbdl_kernels import make_key
 from vbdl_kernels.philox import reference_normal, reference_words
 
 from vbdl.calling.inputs import Flat
-from vbdl.compiling.graph import trace
+from vbdl.compiling.graph import draws_from_generator, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS
 from vbdl.engine.execution import Execution
@@ -171,7 +171,7 @@ def _check_plain(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if draws_from_generator(node):
             raise ValueError(f"{node.target} draws from torch's generator, so a package could not repeat its draws")
         if str(node.target).startswith("vbdl."):
             raise ValueError(f"{node.target} is an operator of vbdl, which a package cannot hold")

@@ -116,11 +116,11 @@ def _regression(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] |
     nll = -p.log_prob(y).double()
     simplest: dict[str, float] = {}
     if base is not None:
-        centre, spread = torch.full_like(truth, base["mean"]), torch.full_like(truth, base["std"])
+        center, spread = torch.full_like(truth, base["mean"]), torch.full_like(truth, base["std"])
         simplest = {
-            "RMSE": metrics.rmse(centre, truth),
-            "NLL": float(metrics.gaussian_nll(centre, spread, truth).mean()),
-            "CRPS": float(metrics.crps_gaussian(centre, spread, truth).mean()),
+            "RMSE": metrics.rmse(center, truth),
+            "NLL": float(metrics.gaussian_nll(center, spread, truth).mean()),
+            "CRPS": float(metrics.crps_gaussian(center, spread, truth).mean()),
         }
     unit = f"of {target.name}"
     low, high = p.interval(0.9)

@@ -26,13 +26,13 @@ def regression(
 
     shuffle: add out-of-distribution rows as `classification` does.
     """
-    inputs, targets, centres, scales = [], [], [], []
+    inputs, targets, centers, scales = [], [], [], []
     for rows in order:
         train = rows[:n_train]
-        centre, scale = y[train].mean(), y[train].std()
+        center, scale = y[train].mean(), y[train].std()
         inputs.append(_standardized(x, rows, train))
-        targets.append((y[rows] - centre) / scale)
-        centres.append(float(centre))
+        targets.append((y[rows] - center) / scale)
+        centers.append(float(center))
         scales.append(float(scale))
     stacked = torch.from_numpy(np.stack(inputs)).float()
     return Task(
@@ -41,7 +41,7 @@ def regression(
         y=torch.from_numpy(np.stack(targets)).float().unsqueeze(-1),
         n_train=n_train,
         ood={"features shuffled": shuffled(stacked[:, n_train:])} if shuffle else {},
-        centre=tuple(centres),
+        center=tuple(centers),
         scale=tuple(scales),
         **options,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from vbdl.compiling.graph import BODY, DRAWN, PREFIX, dependence
+from vbdl.compiling.graph import BODY, DRAWN, PREFIX, dependence, name_of
 from vbdl.compiling.rewrite import cost
 from vbdl.compiling.rewrite.linear import LINEAR, arguments, is_linear
 
@@ -174,7 +174,7 @@ def _step(node: fx.Node, region: dict[fx.Node, int]) -> fx.Node | None:
 
     All other inputs must be scalars or have one value for each unit.
     """
-    if node.op != "call_function" or getattr(node.target, "_opname", "") not in _POINTWISE:
+    if name_of(node) not in _POINTWISE:
         return None
     inner = None
     shape = node.meta["val"].shape

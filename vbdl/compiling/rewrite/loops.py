@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from vbdl.compiling.graph import name_of, operator_of
+
 _aten = torch.ops.aten
 _TRANSPOSE = _aten.transpose.int
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default)
@@ -27,7 +29,7 @@ def transpose_last(traced: fx.GraphModule) -> None:
     Nodes need `meta["val"]`, as make_fx sets it. Outputs keep their memory layout; values inside the graph may not.
     """
     graph = traced.graph
-    if any(getattr(n.target, "_opname", "") in _OF_LAYOUT or n.target is _aten.view.dtype for n in graph.nodes):
+    if any(name_of(n) in _OF_LAYOUT or n.target is _aten.view.dtype for n in graph.nodes):
         return
     for node in list(graph.nodes):
         if node.op == "output":
@@ -50,7 +52,8 @@ def _sink(graph: fx.Graph, node: fx.Node) -> None:
     value, target = node.meta["val"], node.target
     args: Any = node.args
     kwargs: Any = node.kwargs
-    if torch.Tag.pointwise in getattr(target, "tags", ()) and target is not _aten.clone.default:
+    operator = operator_of(node)
+    if operator is not None and torch.Tag.pointwise in operator.tags and operator is not _aten.clone.default:
         whole = [n for n in node.all_input_nodes if n.meta["val"].shape == value.shape]
         if not whole or not all(map(_is_transposed, whole)):
             return

@@ -14,6 +14,7 @@ from vbdl_kernels.dispatch import KERNEL_DTYPES
 from vbdl_kernels.mlp import WIDEST
 from vbdl_kernels.philox import BIAS, WEIGHT
 
+from vbdl.compiling.graph import name_of
 from vbdl.compiling.rewrite.linear import arguments, is_linear
 from vbdl.compiling.rewrite.local import Normal, drawn_by
 
@@ -119,7 +120,7 @@ def _drawn(chain: list[fx.Node]) -> list[tuple[Normal, Normal]] | None:
 def source_of(key: fx.Node) -> fx.Node:
     """The original key behind the views and copies of it that each layer's noise uses."""
     while key.op == "call_function" and len(key.all_input_nodes) == 1:
-        inner, name = key.all_input_nodes[0], getattr(key.target, "_opname", "")
+        inner, name = key.all_input_nodes[0], name_of(key)
         same = inner.meta["val"].shape == key.meta["val"].shape
         if name == "permute":
             same = list(key.args[1]) == sorted(key.args[1])  # type: ignore[arg-type]

@@ -4,9 +4,10 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.node import map_arg
+
+from vbdl.compiling.graph import draws_from_generator, name_of, operator_of
 
 # importing these modules enters their rules into RULES
 from vbdl.engine.moments import activation, arithmetic, linear, normalization, pooling, shape, sources  # noqa: F401
@@ -47,16 +48,17 @@ def run(module: fx.GraphModule, nodes: Iterable[fx.Node], values: Mapping[fx.Nod
 def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
     """Run one operation: by its rule if an argument is random, as it is otherwise."""
     target: Any = node.target
-    if getattr(target, "namespace", "") == "vbdl" and target._opname in _SOURCES:
-        return _SOURCES[target._opname](*args, **kwargs)
-    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+    operation = operator_of(node)
+    if operation is not None and operation.namespace == "vbdl" and name_of(node) in _SOURCES:
+        return _SOURCES[name_of(node)](*args, **kwargs)
+    if draws_from_generator(node):
         raise ValueError(
             f"the module calls {target} in prediction, which draws from torch's generator and ignores the predictor's "
             f"seed: remove the call"
         )
     if target is operator.getitem or not is_random([*args, *kwargs.values()]):
         return target(*args, **kwargs)
-    name = target._opname
+    name = name_of(node)
     if name == "ge":
         _used_once(node)
     if name not in RULES:
@@ -69,7 +71,7 @@ def _used_once(mask: fx.Node) -> None:
     node = mask
     while len(node.users) == 1:
         node = next(iter(node.users))
-        if getattr(node.target, "_opname", "") not in ("view", "_to_copy", "unsqueeze", "expand", "reshape"):
+        if name_of(node) not in ("view", "_to_copy", "unsqueeze", "expand", "reshape"):
             return
     raise ValueError(
         "one dropout mask enters the result in two places, as in alpha dropout, but moment propagation assumes "
