@@ -21,5 +21,5 @@ from vbdl_kernels.sampled_linear import sampled_linear as sampled_linear
 def __getattr__(name: str) -> Any:
     if name != "local_reparameterised_linear":  # its name in version 0.1
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} is now called local_reparameterized_linear", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{name} is called local_reparameterized_linear now", DeprecationWarning, stacklevel=2)
     return local_reparameterized_linear

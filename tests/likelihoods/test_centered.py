@@ -10,7 +10,7 @@ from vbdl.calibration import CQR, AbsoluteIntervals, CDFRecalibration, Normalize
 from vbdl.likelihoods.centered import Centered
 from vbdl.tabular import TableOptions, fit_table
 
-FAST = {"members": 2, "width": 16, "epochs": 8, "lr": 1e-2, "draws": 8}
+FAST = {"n_members": 2, "width": 16, "epochs": 8, "lr": 1e-2, "n_samples": 8}
 X = np.random.default_rng(0).normal(size=500)
 # in steps of 1/64, which float64 holds exactly beside any of the offsets
 Y = np.round(64 * (5 * X + np.random.default_rng(1).normal(size=500))) / 64

@@ -441,9 +441,9 @@ def test_a_name_that_fits_nothing_is_refused(settings):
 def test_one_name_or_type_in_place_of_a_list_is_refused(chosen, words):
     """A name that was read by its letters could fit other modules."""
     net = nn.Sequential(nn.Dropout(P), nn.Linear(3, 3))
-    with pytest.raises(TypeError, match=f"deterministic is a list.*{words}"):
+    with pytest.raises(TypeError, match=f"deterministic must be a list.*{words}"):
         MCDropout(net, deterministic=chosen)
-    with pytest.raises(TypeError, match=f"parameters is a list.*{words}"):
+    with pytest.raises(TypeError, match=f"parameters must be a list.*{words}"):
         MeanField(net, 10, parameters=chosen)
 
 

@@ -208,7 +208,7 @@ def test_large_bodies_are_read_one_at_a_time_beside_the_loop_without_the_collect
         return read(media, body, rows)
 
     model.bodies.read = noting
-    service = app(model, Limits())
+    service = app(model, Limits(queue_rows=4 * 3000 + 1))  # all may be read before any is computed
 
     async def crowd():
         async with service.router.lifespan_context(service):

@@ -358,7 +358,7 @@ def test_tls_and_a_token(arrays_model, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["missing"], "is not there"),
+        (["missing"], "does not exist"),
         (["MODEL", "--tls-key", "x"], "both a certificate and its key"),
         (["MODEL", "--workers", "0"], "at least 1"),
         (["MODEL", "--queue-rows", "1"], "raise queue_rows"),

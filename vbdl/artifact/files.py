@@ -25,22 +25,30 @@ def locate(folder: Path) -> dict[str, Path]:
         reason = "is a file" if folder.exists() else "does not exist"
         raise ArtifactError(f"{folder} {reason}; an artifact is a folder with {MANIFEST} and {TENSORS}")
     paths = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name in _HIDDEN:
-                continue
-            if entry.name not in (MANIFEST, TENSORS, CARD):
-                raise ArtifactError(
-                    f"{folder} holds {ascii(entry.name[:80])}, so nothing was read: an artifact holds only "
-                    f"{MANIFEST}, {TENSORS} and {CARD}; keep other files in another folder"
-                )
-            if entry.is_symlink():
-                raise ArtifactError(f"{entry.name} is a symbolic link; put the file itself into the artifact's folder")
-            paths[entry.name] = Path(entry.path)
+    try:
+        with os.scandir(folder) as entries:  # one by one: nothing after the first wrong one is read
+            for entry in entries:
+                if entry.name in _HIDDEN:
+                    continue
+                _check_entry(folder, entry)
+                paths[entry.name] = Path(entry.path)
+    except FileNotFoundError as error:  # it was there a moment ago
+        raise ArtifactError(f"{folder} was removed or replaced while it was read") from error
     for name in (MANIFEST, TENSORS):
         if name not in paths:
             raise ArtifactError(f"{folder} has no {name}: it is no vbdl artifact, or an incomplete one")
     return paths
+
+
+def _check_entry(folder: Path, entry: os.DirEntry[str]) -> None:
+    """Raise ArtifactError for anything that an artifact's folder does not hold."""
+    if entry.name not in (MANIFEST, TENSORS, CARD):
+        raise ArtifactError(
+            f"{folder} holds {ascii(entry.name[:80])}, so nothing was read: an artifact holds only "
+            f"{MANIFEST}, {TENSORS} and {CARD}; keep other files in another folder"
+        )
+    if entry.is_symlink():
+        raise ArtifactError(f"{entry.name} is a symbolic link; put the file itself into the artifact's folder")
 
 
 def open_regular(path: Path) -> tuple[int, int]:

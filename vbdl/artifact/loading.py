@@ -54,16 +54,18 @@ def load(
     format; nothing of the artifact has been executed then.
     """
     folder = Path(folder)
-    for _ in range(_READINGS):
+    for attempt in range(_READINGS):
         identity = _identity(folder)
         try:
             return load_files(locate(folder), module=module, trust=trust, **settings)
         except ArtifactError:
-            if _identity(folder) == identity:
+            # between the two renames of a replacement there is no folder: what is missing is looked for a few times
+            if _identity(folder) == identity and (identity is not None or attempt == _LOOKS):
                 raise
     raise ArtifactError(f"{folder} was replaced {_READINGS} times while it was read")
 
 
+_LOOKS = 5
 _READINGS = 50  # attempts: another process may replace the artifact faster than a busy machine reads it
 
 
