@@ -86,6 +86,8 @@ class _StackedRate(nn.Module):
         self.register_buffer("rate", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # it is predicted with as MC dropout, by `_dropping`
+            return x
         return x * ((torch.rand_like(x) >= self.rate) / (1 - self.rate))
 
 
