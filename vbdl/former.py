@@ -18,11 +18,13 @@ MODULES = {
     "artefact": "artifact",
     "checkpoint": "training.checkpoint",
     "compiler": "compiling.compiler",
+    "decision.stored": "artifact.modules",
     "early_stopping": "training.early_stopping",
     "execution": "engine.execution",
     "fingerprint": "data.fingerprint",
     "graph": "compiling.graph",
     "moments": "engine.moments",
+    "moments.normalisation": "engine.moments.normalization",
     "plan": "engine.plan",
     "precision": "engine.precision",
     "program": "engine.program",
@@ -31,6 +33,8 @@ MODULES = {
     "splitting": "data.splitting",
     "stacking": "calling.stacking",
     "step": "training.step",
+    "tabular.labelled": "tabular.labeled",
+    "tabular.settings": "tabular.options",
     "tiles": "data.tiles",
     "train": "training.fit",
     "training_run": "training.run",
@@ -100,7 +104,7 @@ class _ModulesFinder(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         today = _today(spec.name)
         assert today is not None
-        if spec.name.count(".") == 1:  # once for a package, not for each module inside
+        if spec.name.removeprefix("vbdl.") in MODULES:  # once for a package, not for each module inside
             warnings.warn(f"the module {spec.name} is called {today} now", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(today)
         self._specs = {**vars(self).get("_specs", {}), spec.name: module.__spec__}
@@ -115,11 +119,13 @@ class _ModulesFinder(MetaPathFinder, Loader):
 
 def _today(fullname: str) -> str | None:
     """What a module of this former name is called today; None for any other name."""
-    root, _, rest = fullname.partition(".")
-    head, _, inside = rest.partition(".")
-    if root != "vbdl" or head not in MODULES:
+    if not fullname.startswith("vbdl."):
         return None
-    return ".".join(filter(None, ("vbdl", MODULES[head], inside)))
+    head, inside = fullname.removeprefix("vbdl."), ""
+    while head and head not in MODULES:  # the longest name that has changed, and what is inside it
+        head, _, leaf = head.rpartition(".")
+        inside = f".{leaf}{inside}"
+    return f"vbdl.{MODULES[head]}{inside}" if head else None
 
 
 def find_modules() -> None:

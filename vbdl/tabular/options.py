@@ -119,3 +119,6 @@ class TableOptions:
             **self._method.training,
             **chosen,
         }
+
+
+__getattr__ = former.names(__name__, {"Settings": "TableOptions"})
