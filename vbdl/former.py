@@ -107,14 +107,14 @@ class _ModulesFinder(MetaPathFinder, Loader):
         if spec.name.removeprefix("vbdl.") in MODULES:  # once for a package, not for each module inside
             warnings.warn(f"the module {spec.name} is called {today} now", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(today)
-        self._specs = {**vars(self).get("_specs", {}), spec.name: module.__spec__}
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Give the module its own spec back, which importing it by another name has replaced."""
         former = module.__spec__
         assert former is not None
-        module.__spec__ = self._specs.pop(former.name)
+        module.__spec__ = former.loader_state
 
 
 def _today(fullname: str) -> str | None:
