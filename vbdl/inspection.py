@@ -13,11 +13,12 @@ from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
-from vbdl.nn.dropout import DROPOUT_LAYERS, DropoutNetwork, Site
+from vbdl.nn.dropout import DropoutNetwork
+from vbdl.nn.masks import Site
+from vbdl.nn.may_drop import DROPOUT_LAYERS
+from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.types import Inputs
-
-_NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 @dataclass
@@ -102,7 +103,7 @@ def _layers(module: nn.Module) -> dict[str, int]:
 
 def _normalization(module: nn.Module, report: ModuleReport) -> None:
     for name, m in module.named_modules():
-        if isinstance(m, _NORMALIZATION):
+        if isinstance(m, NORMALIZATION_LAYERS):
             if m.running_mean is None:
                 state = "keeps no running statistics: a row would depend on its batch, so MCDropout refuses it"
             elif m.num_batches_tracked is not None and int(m.num_batches_tracked) == 0:

@@ -17,6 +17,9 @@ State = dict[str, Tensor]
 Json = dict[str, Any]
 """An object as JSON holds it: texts, numbers, None, lists and objects, by name."""
 
+Arguments = Sequence[Any]
+"""Positional arguments of a call, which checks them."""
+
 Keywords = dict[str, Any]
 """Keyword arguments of a call, which checks them."""
 

@@ -10,7 +10,7 @@ from torch import nn
 from vbdl.calling.stacking import call, call_stacked, select
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.gaussian import Gaussian
-from vbdl.nn.dropout import may_drop
+from vbdl.nn.may_drop import may_drop
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 

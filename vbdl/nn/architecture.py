@@ -15,7 +15,6 @@ import hashlib
 import sys
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ def architecture(module: nn.Module) -> list[str]:
     return [*lines, *(f"{name} = {value}" for name, value in sorted(constants(module).items()))]
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a value is a number, a string, a type, or lists, tuples and dicts of only those."""
     if isinstance(value, tuple | list | dict):
         return all(is_plain(v) for v in (value.values() if isinstance(value, dict) else value))
@@ -102,7 +101,7 @@ def _is_named(kind: type) -> bool:
     False for a class defined in a function (its methods may use the function's variables), made by `type(...)`, or
     shadowed by a later class of that name.
     """
-    named: Any = sys.modules.get(kind.__module__)
+    named: object = sys.modules.get(kind.__module__)
     for part in kind.__qualname__.split("."):
         named = getattr(named, part, None)
     return named is kind
@@ -115,9 +114,9 @@ class _Reader:
         self.described: dict[str, str] = {}
         self._code = code
         self._known = {id(t) for t in state_of(module).values()} | {id(m) for m in module.modules()}
-        self._alive: list[Any] = []  # objects that were read, kept alive so that no id is reused
+        self._alive: list[object] = []  # objects that were read, kept alive so that no id is reused
 
-    def read(self, path: str, value: Any, depth: int = 0) -> None:
+    def read(self, path: str, value: object, depth: int = 0) -> None:
         if value is None or isinstance(value, _SCALARS):
             self._scalar(path, value)
             return
@@ -141,11 +140,11 @@ class _Reader:
             for part, inner in self._parts(path, value):
                 self.read(f"{path}{part}", inner, depth + 1)
 
-    def _scalar(self, path: str, value: Any) -> None:
+    def _scalar(self, path: str, value: object) -> None:
         if value is not None and path.rpartition(".")[2] not in _OF_NO_EFFECT:
             self.described[path] = getattr(value, "__qualname__", None) or repr(value)
 
-    def _parts(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def _parts(self, path: str, value: object) -> Iterator[tuple[str, object]]:
         if isinstance(value, Mapping):
             # other keys may differ between runs, like the ids of hooks: such entries are known by their order
             for key, inner in value.items():
@@ -174,7 +173,7 @@ class _Reader:
             if _may_hold_numbers(value):
                 yield from ((f".{key}", inner) for key, inner in _attributes(value))
 
-    def _closed_over(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    def _closed_over(self, path: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:
         name = function.__qualname__
         self.described[path] = f"{name} {_digest(_code(function.__code__))}" if self._code else name
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -186,7 +185,7 @@ class _Reader:
         yield from ((f".{key}", inner) for key, inner in (function.__kwdefaults__ or {}).items())
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value: object) -> object:
     """The values of a data frame or a series as an array, or None for other objects."""
     convert = getattr(value, "to_numpy", None)
     try:
@@ -195,13 +194,13 @@ def _numbers(value: Any) -> Any:
         return None
 
 
-def _may_hold_numbers(value: Any) -> bool:
+def _may_hold_numbers(value: object) -> bool:
     """Whether to read an object's attributes; False for loggers, locks and graphs, which do not affect outputs."""
     home = type(value).__module__
     return home.partition(".")[0] not in sys.stdlib_module_names - {"types"} and not home.startswith("torch.fx")
 
 
-def _attributes(value: Any) -> list[tuple[str, Any]]:
+def _attributes(value: object) -> list[tuple[str, object]]:
     named = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())

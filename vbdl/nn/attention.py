@@ -5,19 +5,18 @@ same formulas (Vaswani et al., Attention Is All You Need, 2017, https://arxiv.or
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vbdl.nn.dropout import CounterDropout
+from vbdl.nn.masks import Masks
 
 
 def scaled_dot_product_attention(
-    mode: "CounterDropout",
-    func,
+    masks: Masks,
+    func: Callable[..., Tensor],
     query: Tensor,  # (batch, ..., length, head)
     key: Tensor,
     value: Tensor,
@@ -42,13 +41,13 @@ def scaled_dot_product_attention(
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
             scores = scores + attn_mask
-    weights = mode.drop(_softmax(scores), dropout_p, "scaled_dot_product_attention")
+    weights = masks.drop(_softmax(scores), dropout_p, "scaled_dot_product_attention")
     return weights @ value
 
 
 def multi_head_attention_forward(
-    mode: "CounterDropout",
-    func,
+    masks: Masks,
+    func: Callable[..., tuple[Tensor, Tensor | None]],
     query: Tensor,  # (length, batch, embedding)
     key: Tensor,
     value: Tensor,
@@ -78,20 +77,20 @@ def multi_head_attention_forward(
     """`F.multi_head_attention_forward` with one dropout mask per draw, (heads, length, source)."""
     if query.ndim != 3:
         raise ValueError(
-            f"attention in module '{mode.place()}' got an unbatched query {tuple(query.shape)}: add a batch axis"
+            f"attention in module '{masks.place()}' got an unbatched query {tuple(query.shape)}: add a batch axis"
         )
     if static_k is not None or static_v is not None:
         raise NotImplementedError(
-            f"attention in module '{mode.place()}' uses static_k or static_v, which vbdl does not support: pass key "
+            f"attention in module '{masks.place()}' uses static_k or static_v, which vbdl does not support: pass key "
             f"and value"
         )
     if is_causal and attn_mask is None:
         raise ValueError(
-            f"attention in module '{mode.place()}' got is_causal=True without attn_mask: pass the causal mask too"
+            f"attention in module '{masks.place()}' got is_causal=True without attn_mask: pass the causal mask too"
         )
     length, batch, width = query.shape
-    weights_in: Any
     if use_separate_proj_weight:
+        assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
         weights_in = (q_proj_weight, k_proj_weight, v_proj_weight)
     else:
         assert in_proj_weight is not None
@@ -115,7 +114,7 @@ def multi_head_attention_forward(
         scores = _mask(scores, mask[:, None, None, :])
     attention = _softmax(scores)
     if training:
-        attention = mode.drop(attention, dropout_p, "multi_head_attention_forward", axis=0)
+        attention = masks.drop(attention, dropout_p, "multi_head_attention_forward", axis=0)
     out = (attention @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
     out = F.linear(out, out_proj_weight, out_proj_bias)
     if not need_weights:

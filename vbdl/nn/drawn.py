@@ -8,9 +8,9 @@ those of plain operations, from the same counters.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from vbdl_kernels import dispatch, normal, sample_weights, sampled_linear
 from vbdl_kernels.philox import BIAS, WEIGHT
+
+from vbdl.types import Arguments, Keywords
 
 DEVICES = ("cuda", "xpu")  # device types with kernels for these operators
 
@@ -87,19 +89,27 @@ class Drawn(Tensor):
         return source.weights
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., object], types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is F.linear and (output := _fused(*args, **kwargs)) is not None:
             return output
         if func in _ABOUT and isinstance(args[0], Drawn):
             return func(args[0].source.mean, *args[1:], **kwargs)
-        args, kwargs = tree_map_only(Drawn, Drawn.weights, (args, kwargs))
-        return func(*args, **kwargs)
+        return _with_weights(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Drawn, Drawn.weights, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    def __torch_dispatch__(
+        cls, func: Callable[..., object], types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        return _with_weights(func, args, kwargs or {})
+
+
+def _with_weights(func: Callable[..., object], args: Arguments, kwargs: Keywords) -> object:
+    """Call a function with the weights in place of the `Drawn` tensors among its arguments."""
+    weights = functools.partial(tree_map_only, Drawn, Drawn.weights)
+    return func(*weights(args), **weights(kwargs))
 
 
 # properties and methods that are answered from the mean, without drawing the weights
@@ -129,7 +139,9 @@ def _fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
 # ---- values shared by the draws of one step
 
 
-_shared: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("shared", default=None)
+_shared: contextvars.ContextVar[dict[tuple[str, int], tuple[Tensor, Tensor]] | None] = contextvars.ContextVar(
+    "shared", default=None
+)
 
 
 @contextlib.contextmanager

@@ -4,18 +4,17 @@ Under `vmap` the tables of all members become one, in which `padding_idx` is a r
 other members would get gradients. `max_norm` writes to the table, for which `vmap` has no rule.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from vbdl.nn.dropout import CounterDropout
+from vbdl.nn.masks import Masks
 
 
 def embedding(
-    mode: "CounterDropout",
-    func,
+    masks: Masks,
+    func: Callable[..., Tensor],
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,

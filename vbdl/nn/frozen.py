@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-_NORMALIZATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+from vbdl.nn.normalization import NORMALIZATION_LAYERS
 
 
 def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -24,5 +24,5 @@ def hold_frozen(module: nn.Module) -> None:
     Dropout inside a frozen backbone stays on in training.
     """
     for _, m in frozen_modules(module):
-        if isinstance(m, _NORMALIZATION) or any(b is not None for b in m._buffers.values()):
+        if isinstance(m, NORMALIZATION_LAYERS) or any(b is not None for b in m._buffers.values()):
             m.training = False

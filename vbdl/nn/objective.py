@@ -1,7 +1,5 @@
 """The training objective as a module, so that it can be stacked, mapped and compiled like a network."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
@@ -9,8 +7,9 @@ from vbdl_kernels import make_key
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.stacking import call
 from vbdl.nn.drawn import draws_of_one_step
-from vbdl.nn.dropout import CounterDropout
+from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.masks import Masks
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
 _TRAINING = 1 << 62  # flips a bit of the seed, so that training and prediction never share draws
@@ -35,7 +34,7 @@ class Objective(nn.Module):
     def __init__(self, network: nn.Module, likelihood: Likelihood, n_samples: int = 1):
         super().__init__()
         self.network, self.n_samples = network, n_samples
-        self.likelihood: Any = likelihood
+        self.likelihood = likelihood
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64))
 
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:
@@ -47,11 +46,11 @@ class Objective(nn.Module):
     def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:
         network = self.network
         if not isinstance(network, KeyedNetwork):
-            with CounterDropout(key, network, per_row=True):
+            with CounterDropout(Masks(key, network, per_row=True)):
                 outputs = call(network, {}, inputs)
             return self._nll(outputs, y)
         # `inner`, because `rate` is by the user's module names
-        with CounterDropout(key, network.inner, network.rate, per_row=True):
+        with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)):
             outputs = call(network, {"key": key}, inputs)
         loss = self._nll(outputs, y)
         # with the same key, since the KL of some priors is estimated at the drawn weights

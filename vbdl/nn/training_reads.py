@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 Place = tuple[str, str, int]
 """A place in the code that reads `self.training`: (file, function, instruction)."""
@@ -81,8 +80,8 @@ def _watching(kind: type) -> type:
 class Run:
     """The results of one run with every dropout at a rate of 0."""
 
-    outputs: list[Any]
-    structure: Any
+    outputs: list[object]
+    structure: TreeSpec | None
     written: list[Tensor]  # buffers after the run
     drops: int  # number of calls that would drop units
     error: str | None = None
@@ -95,7 +94,7 @@ class Run:
         return all(_same(a, b) for a, b in pairs)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -107,7 +106,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def places_of_dropout(
-    run: Callable[[Reads], tuple[Any, list[Tensor], int]], fixed: Collection[int]
+    run: Callable[[Reads], tuple[object, list[Tensor], int]], fixed: Collection[int]
 ) -> tuple[frozenset[Place] | None, list[str]]:
     """The places that read `training` for dropout, or EVERY, and descriptions of the places that are switched off.
 

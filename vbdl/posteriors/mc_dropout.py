@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
-from vbdl.nn.dropout import DropoutNetwork, may_drop
+from vbdl.nn.dropout import DropoutNetwork
+from vbdl.nn.may_drop import may_drop
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.types import Inputs
 

@@ -1,0 +1,77 @@
+"""Torch functions replaced while a network runs: each that drops units gets the masks of a draw.
+
+They are replaced wherever they are called: `nn.Dropout*`, `F.dropout` in a forward, attention, recurrent layers. Any
+other random operation raises an error that names the module, so that nothing random is missed or shared by accident.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch.overrides import TorchFunctionMode
+
+from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
+from vbdl.nn.dropout_functions import alpha_dropout, channel_dropout, dropout
+from vbdl.nn.embedding import embedding
+from vbdl.nn.masks import Masks, described
+from vbdl.nn.normalization import batch_norm, rrelu
+from vbdl.nn.recurrent import recurrent
+
+_RANDOM = frozenset(
+    """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_
+    exponential_ cauchy_ geometric_ log_normal_ random_ multinomial poisson binomial gumbel_softmax
+    fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d
+    fractional_max_pool3d_with_indices native_dropout _fused_dropout""".split()
+)
+
+# functions of torch by name; each replacement takes the masks, the function and its arguments
+_REPLACEMENTS: dict[str, Callable[..., object]] = {
+    "dropout": dropout,
+    "dropout_": dropout,
+    "dropout1d": channel_dropout,
+    "dropout2d": channel_dropout,
+    "dropout3d": channel_dropout,
+    "feature_dropout": channel_dropout,
+    "feature_dropout_": channel_dropout,
+    "alpha_dropout": alpha_dropout,
+    "alpha_dropout_": alpha_dropout,
+    "feature_alpha_dropout": alpha_dropout,
+    "feature_alpha_dropout_": alpha_dropout,
+    "batch_norm": batch_norm,
+    "embedding": embedding,
+    "rrelu": rrelu,
+    "rrelu_": rrelu,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "multi_head_attention_forward": multi_head_attention_forward,
+    "lstm": recurrent,
+    "gru": recurrent,
+    "rnn_tanh": recurrent,
+    "rnn_relu": recurrent,
+}
+
+
+class CounterDropout(TorchFunctionMode):
+    """A context in which every dropout uses these masks.
+
+    With masks of the kind `per_row`, for training, normalization and other random operations stay unchanged.
+    """
+
+    def __init__(self, masks: Masks):
+        super().__init__()
+        self._masks = masks
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if (replacement := _REPLACEMENTS.get(name)) is not None:
+            return replacement(self._masks, func, *args, **kwargs)
+        if name in _RANDOM and not self._masks.per_row:
+            raise NotImplementedError(
+                f"{name} is called in {described(self._masks.place())}: only dropout can be drawn from counters. "
+                f"Name that module in deterministic= to keep it in evaluation mode, or replace the call."
+            )
+        return func(*args, **kwargs)

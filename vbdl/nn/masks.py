@@ -1,0 +1,122 @@
+"""The dropout masks of one draw, a pure function of its key: call i of a forward draws from the counters of layer i.
+
+In prediction a draw has one mask, shared by all rows of a batch; in training every row has its own.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vbdl_kernels import keep_mask
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a dropout function in a forward."""
+
+    path: str  # name of the innermost module that makes the call; "" is the root
+    kind: str  # name of the function
+    p: float  # dropout rate, after any override
+    shape: tuple[int, ...]  # shape of the masked tensor
+    axis: int | None = 0  # the batch axis of that shape, or None if it has none
+    multiple: int = 1  # entries of that axis per row of the batch
+
+
+class Masks:
+    """The masks of the dropout calls in one forward of `root`, in their order.
+
+    key: (2,) int64, (seed, draw).
+    rate: overrides dropout rates, all of them or by module name.
+    sites: the dropout calls in their order, from `DropoutNetwork.locate`; if None, axis 0 is taken for the batch in all
+        of them.
+    per_row: one mask per row, as in training.
+    silent: record the dropout calls in `calls`, but drop nothing.
+    """
+
+    def __init__(
+        self,
+        key: Tensor,
+        root: nn.Module,
+        rate: float | Mapping[str, float] | None = None,
+        sites: tuple[Site, ...] | None = None,
+        per_row: bool = False,
+        silent: bool = False,
+    ):
+        self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
+        self._root = root
+        self._names: dict[int, str] | None = None
+        self.calls: list[Site] = []
+
+    def place(self) -> str:
+        """The name of the innermost module of `root` whose method is running."""
+        if self._names is None:
+            self._names = {id(module): name for name, module in self._root.named_modules()}
+        frame = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self._names:
+                return self._names[id(owner)]
+            frame = frame.f_back
+        return ""
+
+    def p(self, p: float, path: str) -> float:
+        """The dropout rate in a module: an override for all, for this module or one around it, or else p."""
+        if isinstance(self.rate, Mapping):
+            names = [n for n in self.rate if path == n or path.startswith(f"{n}.") or n == ""]
+            return float(self.rate[max(names, key=len)]) if names else float(p)
+        return float(p) if self.rate is None else float(self.rate)
+
+    def keep(
+        self, kind: str, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None = 0
+    ) -> Tensor | None:
+        """The mask of the next dropout call, broadcastable to `shape`, or None if nothing is dropped.
+
+        axis: the batch axis of `shape`, None if it has none, or -1 to look it up in `sites` (axis 0 without them).
+        """
+        if self.per_row:
+            axis = None
+        index, path = len(self.calls), self.place()
+        p, multiple = self.p(p, path), 1
+        if axis == -1:
+            axis = 0
+            if self.sites is not None:
+                if index >= len(self.sites) or self.sites[index].kind != kind:
+                    raise RuntimeError(
+                        f"{kind} in {described(path)} was not called when the module first ran: a forward whose "
+                        f"dropout calls depend on the data cannot be drawn reproducibly; call the same ones each time"
+                    )
+                axis, multiple = self.sites[index].axis, self.sites[index].multiple
+        self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple))
+        if p == 0.0 or self.silent:
+            return None
+        sizes = list(shape)
+        if axis is not None:
+            sizes[axis] = multiple
+        # the counters of a draw index rows and columns, so that the mask of a longer sequence begins with that of a
+        # shorter one; training does not need this and uses one long row, which wastes no random words
+        columns = sizes[-1] if len(sizes) > 1 and not self.per_row else math.prod(sizes)
+        rows = math.prod(sizes) // max(columns, 1)
+        keep = keep_mask(self.key.to(device), index, rows, columns, p).view(sizes)
+        if axis is not None and multiple > 1:  # the axis runs over (batch, multiple)
+            repeats = [1] * len(sizes)
+            repeats[axis] = shape[axis] // multiple
+            keep = keep.repeat(repeats)
+        return keep
+
+    def drop(self, x: Tensor, p: float, kind: str, axis: int | None = -1) -> Tensor:
+        """x with units dropped and the rest scaled by 1 / (1 - p)."""
+        keep = self.keep(kind, tuple(x.shape), p, x.device, axis)
+        return x if keep is None else self.scale(x, keep)
+
+    def scale(self, x: Tensor, keep: Tensor) -> Tensor:
+        """x times the mask of the latest dropout call, times 1 / (1 - p) of that call."""
+        p = self.calls[-1].p
+        return x * (keep.to(x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
+
+
+def described(path: str) -> str:
+    """The module of this name in the words of an error message."""
+    return f"module '{path}'" if path else "the module itself"
