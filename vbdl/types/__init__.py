@@ -1,0 +1,31 @@
+"""The base classes of vbdl: posterior, likelihood, prediction, calibrator and decision. Imports nothing of vbdl.
+
+Axes are always in this order: (samples, batch, classes | outputs). Samples are draws of the parameters, members are
+the networks of an ensemble. Classification uncertainty is in nats, regression uncertainty is a variance in squared
+target units.
+"""
+
+from vbdl.types.calibrator import Calibrator
+from vbdl.types.decision import Decision
+from vbdl.types.likelihood import Likelihood, check_likelihood
+from vbdl.types.posterior import Posterior, is_posterior
+from vbdl.types.prediction import OUTCOMES, Prediction, Recalibration
+from vbdl.types.values import Arguments, Inputs, Json, Keywords, Nested, State
+
+__all__ = [
+    "Arguments",
+    "Calibrator",
+    "Decision",
+    "Inputs",
+    "Json",
+    "Keywords",
+    "Likelihood",
+    "Nested",
+    "OUTCOMES",
+    "Posterior",
+    "Prediction",
+    "Recalibration",
+    "State",
+    "check_likelihood",
+    "is_posterior",
+]

@@ -1,0 +1,130 @@
+"""The base class of every method: a posterior over the parameters of one network."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
+
+from torch import Tensor, nn
+
+from vbdl.types.likelihood import Likelihood
+from vbdl.types.values import Inputs, Json, State
+
+
+class Posterior(nn.Module):
+    """A trainable distribution over the parameters (or masks) of one module: the base class of every method.
+
+    A method sets `module` and defines `draws` and `losses`; everything else has defaults. The parameters and buffers of
+    a posterior are trained, saved in checkpoints and artifacts, and moved to devices like those of any `nn.Module`.
+
+        class Perturbed(Posterior):  # q(w) = N(trained weights, scale^2)
+            def __init__(self, network, scale=0.1):
+                super().__init__()
+                self.module, self.scale = copy.deepcopy(network), scale
+
+            def draws(self, numbers, seed):
+                key = make_key(seed, numbers)  # from vbdl_kernels, like `normal`
+                noise = lambda i, w: normal(key.to(w.device), i, 0, 1, w.numel()).view(-1, *w.shape)
+                return {n: w + self.scale * noise(i, w) for i, (n, w) in enumerate(self.module.named_parameters())}
+
+            def losses(self, x, y, likelihood, own_rows=False):
+                return likelihood.training_loss(likelihood(self.module(x)), y).mean().reshape(1)
+    """
+
+    module: nn.Module
+    """The module to call; a State names its parameters and buffers."""
+
+    n_members: int = 1
+    """The number of networks: 1, or the size of the ensemble."""
+
+    n_draws: int | None = None
+    """The number of different samples, or None if it is unlimited."""
+
+    kl_weight: float | None = None
+    """The weight of the KL term in the loss, which `fit(kl_warmup=...)` raises from 0; None without a KL term."""
+
+    lost_hooks: Sequence[str] = ()
+    """The parameters whose gradient hooks the copy of the user's network lacks, by name; `fit` refuses them."""
+
+    training_rows: Tensor | None = None
+    """Fingerprints of the training rows, (rows,) int64, sorted; set by `fit`. Not a buffer, so that state dicts do not
+    change."""
+
+    @property
+    def user_network(self) -> nn.Module:
+        """The user's network; `module` may be a wrapper around it."""
+        return self.module
+
+    @property
+    def parts(self) -> Sequence["Posterior"]:
+        """Posteriors of one architecture each; (self,) unless members differ in architecture."""
+        return (self,)
+
+    @property
+    def by_member(self) -> frozenset[str]:
+        """The names of the posterior's parameters and buffers with a leading members axis.
+
+        If there are any, training gives each member its own rows, gradient norm, early stopping and likelihood
+        parameters. Entries not named here are shared by all members.
+        """
+        return frozenset()
+
+    def config(self) -> Json:
+        """The constructor arguments besides the network, as JSON values: `type(self)(network, **config)` builds a copy.
+
+        Loading an artifact fills in the tensors afterwards.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be saved without config(): define this method")
+
+    # -- prediction
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """The entries of these samples, (samples, ...) each: a pure function of numbers, (samples,) int64, and seed."""
+        raise NotImplementedError(f"{type(self).__name__} does not define draws(numbers, seed)")
+
+    def member_of(self, numbers: Tensor) -> Tensor:
+        """The member of each sample, (samples,) int64; numbers: (samples,) int64."""
+        return numbers % self.n_members
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Hook called with one batch before prediction, to learn from running the module or to raise an error."""
+
+    # -- training
+
+    def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
+        """The training loss of each member, (members,): the mean over its batch, in nats per row.
+
+        own_rows: whether x and y have a leading members axis, one batch per member; only if `by_member` is not empty.
+        Then `likelihood.n_members` is set, and each parameter of the likelihood has a leading members axis too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define losses(x, y, likelihood)")
+
+    def loss(self, x: Inputs, y: Tensor, likelihood: Likelihood) -> Tensor:
+        """The sum of the members' losses, (), in nats per row; each member gets the gradient of its own loss."""
+        return self.losses(x, y, likelihood).sum()
+
+    def stacked(self) -> State:
+        """The entries of `module` that differ between members, (members, ...) each: the tensors, not copies."""
+        return {}
+
+    def shared(self) -> State:
+        """The entries of `module` that all members share, without a members axis: the tensors, not copies."""
+        stacked = self.stacked()
+        entries = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return {name: t for name, t in entries if name not in stacked}
+
+    def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
+        """Hook called with the first training batch, to learn from running the module or to raise an error."""
+
+    def after_epoch(self, epoch: int) -> None:
+        """Hook called after each epoch's last step, before validation, e.g. to collect the weights."""
+
+    def after_training(self, model: nn.Module, data: Iterable[tuple[Inputs, Tensor]]) -> None:
+        """Hook called once after training, with the final weights, in evaluation mode.
+
+        model: posterior and likelihood as one module, inputs -> parameters of p(y | x) (`vbdl.model.Model`).
+        data: the batches of the training rows, as `losses` takes them.
+        """
+
+
+def is_posterior(found: object) -> TypeGuard[Posterior]:
+    """Whether an object is a `Posterior`."""
+    return isinstance(found, Posterior)
