@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vbdl.batch.sources import Chunk
+from vbdl.batch.sources.source import Chunk
 from vbdl.tabular.reading import CsvOptions, Reading, arrow, compute, csv_options, read_options
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CsvFile:
-    """The cells of a CSV file. The fields are those of `vbdl.batch.table_file.TableFile`.
+    """The cells of a CSV file. The fields are those of `vbdl.batch.sources.TableFile`.
 
     check_columns: a function of the file's columns that raises ValueError if they are not the wanted ones.
     """
