@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import logging
 import os
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+# pytest listens to every logger that does not propagate, and for a listener torch writes down the stack of every step of
+# its tracing: a tenth of the time of a test that traces
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)
