@@ -33,6 +33,9 @@ _ALPHA = ("ConformalSets", "AbsoluteIntervals", "NormalizedIntervals", "CQR")
 _REGRESSION = ("StdScaling", "CDFRecalibration", "AbsoluteIntervals", "NormalizedIntervals", "CQR")
 
 
+_BESIDE = ("AbsoluteIntervals", "NormalizedIntervals")  # put around the distribution by the lines of CQR
+
+
 def _made(name):
     """A calibration with what it needs; both ways of a temperature."""
     if name == "Temperature":
@@ -71,7 +74,8 @@ def _of_classes():
 
 def _of_outputs(*pairs):
     """None, each calibration alone, and two after each other: those of `pairs` by default, the others slow."""
-    single = [(n,) for n in CALIBRATIONS if n in _REGRESSION]
+    single = [(n,) for n in CALIBRATIONS if n in _REGRESSION and n not in _BESIDE]
+    single += [pytest.param((n,), marks=pytest.mark.slow) for n in _BESIDE]
     ordered = itertools.permutations(("StdScaling", "CDFRecalibration", "CQR"), 2)
     both = [names if names in pairs else pytest.param(names, marks=pytest.mark.slow) for names in ordered]
     return [(), *single, *both]

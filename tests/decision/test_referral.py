@@ -85,6 +85,9 @@ _KINDS = {
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.slow_where(
+    cell=lambda p: p["kind"] == "at the risk itself" and p["n"] > 60
+)  # few rows are the harder ones
 def test_coverage_is_found_and_the_promise_kept(kind, n):
     target, delta, repeats, broken, found = 0.06, 0.1, 300, 0, {"sgr": [], "ltt": []}
     grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)

@@ -239,7 +239,9 @@ def test_a_score_of_the_distribution_before_is_not_given_for_the_one_after(place
 
 
 def test_recommend_says_why(place, capsys):
-    assert main(["recommend", str(place / "train.parquet"), "--target", "kind", "--budget", "0.5", "--width", "16"]) == 0
+    assert (
+        main(["recommend", str(place / "train.parquet"), "--target", "kind", "--budget", "0.5", "--width", "16"]) == 0
+    )
     said = capsys.readouterr().out
     assert "recommend: " in said and all(m in said for m in ("MCDropout", "MeanField", "DeepEnsemble"))
 
