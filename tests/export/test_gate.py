@@ -234,7 +234,7 @@ def test_whatever_an_exporter_raises_is_an_export_error(raised, dropout, rows, t
     def fails(*_):
         raise raised
 
-    monkeypatch.setattr("vbdl.export.package._compile", fails)
+    monkeypatch.setattr("vbdl.export.building._compile", fails)
     for backend, name in (("aoti", "AOTInductor"), ("onnx", "ONNX")):
         with pytest.raises(ExportError, match=f"{name} cannot export this predictor") as caught:
             dropout.export(tmp_path / "package", backend=backend, example=rows)

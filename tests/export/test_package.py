@@ -15,7 +15,7 @@ from torch import nn
 import vbdl
 from vbdl import calibration
 from vbdl.export import ExportError, export, load_package, machine
-from vbdl.export.package import Description, _digest
+from vbdl.export.package import Description, digest_of
 from vbdl.likelihoods.centered import Centered
 
 KINDS = ["dropout", "mean-field", "ensemble"]
@@ -147,7 +147,7 @@ def test_a_package_is_a_cache(onnx_packages, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == ["package.json", "tile_2.onnx"]
     assert export(predict, folder, backend="onnx", example=rows("ensemble"), rebuild=True).tiles == (4,)
     (folder / "notes.txt").write_text("mine")
-    monkeypatch.setattr("vbdl.export.package._compile", lambda *arguments: pytest.fail("compiled for nothing"))
+    monkeypatch.setattr("vbdl.export.building._compile", lambda *arguments: pytest.fail("compiled for nothing"))
     with pytest.raises(FileExistsError, match="notes.txt"):
         export(other, folder, backend="onnx", example=rows("ensemble"))
     (folder / "notes.txt").unlink()
@@ -177,7 +177,7 @@ def edit(folder, signed=True, **changes):
     about = {**json.loads((folder / "package.json").read_text()), **changes}
     if signed:
         with contextlib.suppress(msgspec.ValidationError):
-            about["digest"] = _digest(msgspec.convert(about, Description))
+            about["digest"] = digest_of(msgspec.convert(about, Description))
     (folder / "package.json").write_text(json.dumps(about))
 
 

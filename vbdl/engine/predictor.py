@@ -311,9 +311,9 @@ class Predictor:
     def export(self, folder: str | Path, **options: Any) -> "Package":
         """Compile the whole prediction ahead of time, for Python without a compiler, C++ or ONNX.
 
-        options: backend, example, rebuild; see `vbdl.export.package.export`. Returns the package, loaded.
+        options: backend, example, rebuild; see `vbdl.export.building.export`. Returns the package, loaded.
         """
-        from vbdl.export.package import export
+        from vbdl.export.building import export
 
         return export(self, folder, **options)
 

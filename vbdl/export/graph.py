@@ -46,11 +46,11 @@ def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
     parts = [_Part(e, predictor) for e in executions if isinstance(e, Execution)]
     fields: list[str] = []
 
-    def whole(constants: list[Tensor], seed: Tensor, given: list[Tensor]) -> list[Tensor]:
+    def whole(constants: list[Tensor], seed: Tensor, x: list[Tensor]) -> list[Tensor]:
         remaining = iter(constants)
         sums: State | None = None
         for part in parts:
-            added = likelihood.summarize(part.parameters(remaining, seed, given))
+            added = likelihood.summarize(part.parameters(remaining, seed, x))
             sums = added if sums is None else likelihood.merge(sums, added)
         assert sums is not None  # a posterior has a part
         finished = likelihood.finish(sums)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
+Machine = dict[str, str | list[str]]
+"""The properties of a machine by name: torch, system, machine, and cpu, its instruction sets."""
 
-def describe() -> dict[str, object]:
+
+def describe() -> Machine:
     """The properties that compiled code depends on: torch version, operating system, architecture, CPU features."""
     return {
         "torch": str(torch.__version__),
@@ -19,13 +22,13 @@ def describe() -> dict[str, object]:
     }
 
 
-def misfit(made_for: dict[str, object]) -> str | None:
+def misfit(made_for: Machine) -> str | None:
     """The reason why a package made for a machine (`describe`) cannot run on this one, or None."""
     here = describe()
     for key in ("torch", "system", "machine"):
         if made_for.get(key) != here[key]:
             return f"it was made for {key} {made_for.get(key)}, but this is {here[key]}"
-    missing = sorted(set(made_for.get("cpu", ())) - _cpu_flags())  # type: ignore[call-overload]
+    missing = sorted(set(made_for.get("cpu", ())) - _cpu_flags())
     return f"it was made for a processor with {', '.join(missing[:5])}, which this one lacks" if missing else None
 
 

@@ -2,9 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ def _name_outputs(path: Path, fields: Sequence[str]) -> None:
     model = onnx.load(path)
     named = {name: f"{name}_inside" for name in fields} | {f"{_OUTPUT}{name}": name for name in fields}
 
-    def rename(graph: Any) -> None:
+    def rename(graph: onnx.GraphProto) -> None:
         for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
             value.name = named.get(value.name, value.name)
         for node in graph.node:
@@ -61,7 +60,7 @@ def _name_outputs(path: Path, fields: Sequence[str]) -> None:
     onnx.save(model, path)
 
 
-def runner(path: Path, rows: int, shapes: Sequence[Sequence[int]]) -> Any:
+def runner(path: Path, rows: int, shapes: Sequence[Sequence[int]]) -> Callable[..., list[Tensor]]:
     """Load a function (seed, *tensors) -> fields that predicts one tile in ONNX Runtime, on as many threads as torch.
 
     rows: the tile's size. shapes: the shape of a row of each tensor. Raises ValueError if the graph expects others.

@@ -1,4 +1,4 @@
-"""A package: a predictor compiled ahead of time into a folder that Python or C++ loads without a compiler.
+"""A package: the folder of a predictor that was compiled ahead of time, which Python or C++ loads without a compiler.
 
 Compiled code does not check its inputs: a wrong size reads out of bounds, wrong strides give wrong results. So every
 call is checked (dtype, shape, device, finite) and padded to whole tiles, here and in `cpp/vbdl_package.h`.
@@ -9,34 +9,29 @@ only on a machine that it fits.
 
 import hashlib
 import math
-import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import msgspec
 import torch
 from torch import Tensor
 
-from vbdl.artifact.files import check_place, write_folder
 from vbdl.artifact.manifest import Inputs
-from vbdl.artifact.saving import inputs_of
-from vbdl.artifact.tensors import CODES, DTYPES
-from vbdl.calling.inputs import Flat, arguments, flatten, map_inputs, tensors
+from vbdl.artifact.tensors import DTYPES
+from vbdl.calling.inputs import arguments, map_inputs, tensors
 from vbdl.data.rows import as_tensor
-from vbdl.data.tiles import pad, padded
-from vbdl.engine.predictor import Predictor
-from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
+from vbdl.data.tiles import padded
 from vbdl.export import machine
-from vbdl.export.gate import ExportError, check, exporting
-from vbdl.export.graph import TileCall, tile_call
+from vbdl.export.gate import ExportError
 from vbdl.types import Inputs as Rows
-from vbdl.types import State
+from vbdl.types import Nested, State
 
 FORMAT = 2
 DESCRIPTION = "package.json"
 _MAX_BYTES = 2**20
+
+Runner = Callable[..., Sequence[Tensor]]
+"""The compiled code of one tile size: runner(seed, *tensors of a tile) -> the fields, in the order of `Description`."""
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,13 +46,13 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int  # default of a call
     n_samples: int
     device: str
-    made_for: dict[str, Any]
+    made_for: machine.Machine
     model: str  # digest of the predictor it was made from
     measured: dict[str, float]  # largest difference from the predictor, by field
     digest: str = ""  # SHA-256 of all fields above, which through `sha256` covers the files
 
 
-def _digest(description: Description) -> str:
+def digest_of(description: Description) -> str:
     """The SHA-256 of a description without its digest; it covers the input shapes, which bound what the code reads."""
     return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(description, digest=""))).hexdigest()
 
@@ -69,7 +64,7 @@ class Package:
     rows that are not finite.
     """
 
-    def __init__(self, description: Description, runners: Mapping[int, Any]):
+    def __init__(self, description: Description, runners: Mapping[int, Runner]):
         self.description = description
         self.tiles = tuple(sorted(runners))
         self._runners = dict(runners)
@@ -90,19 +85,20 @@ class Package:
         columns = zip(*parts, strict=True)
         return {n: torch.cat(column)[:rows] for n, column in zip(self.description.fields, columns, strict=True)}
 
-    def _check(self, x: Any) -> tuple[Rows, int]:
+    def _check(self, x: Rows) -> tuple[Rows, int]:
         x = as_tensor(x)
-        parts = _parts(x) if isinstance(x, Tensor | tuple | dict) else []
+        values = _parts(x) if isinstance(x, Tensor | tuple | dict) else []
         expected = self._inputs.tensors
         if self._inputs.layout == "keyword":
             names = [e.name for e in expected]
             if not isinstance(x, dict) or sorted(x) != sorted(map(str, names)):
                 raise ValueError(f"this package takes a dict with the keys {names}")
             x = {str(n): x[str(n)] for n in names}
-            parts = _parts(x)
-        sound = bool(parts) and all(isinstance(t, Tensor) for t in parts)
-        if len(parts) != len(expected) or not sound:
-            got = len(parts) if sound else type(x).__name__
+            values = _parts(x)
+        parts = [value for value in values if isinstance(value, Tensor)]
+        sound = bool(values) and len(parts) == len(values)
+        if len(values) != len(expected) or not sound:
+            got = len(values) if sound else type(x).__name__
             raise ValueError(f"this package takes {len(expected)} tensor(s) or array(s), got {got}")
         for t, e in zip(parts, expected, strict=True):
             who = e.name or "the input"
@@ -126,82 +122,10 @@ class Package:
         return map_inputs(lambda t: t.detach(), x), rows.pop()
 
 
-def _parts(x: Any) -> list[Any]:
+def _parts(x: Rows) -> list[Nested]:
     """The positional and keyword arguments of a call as one list, not necessarily tensors."""
     args, kwargs = arguments(x)
     return [*args, *kwargs.values()]
-
-
-def export(
-    predictor: Predictor,
-    folder: str | Path,
-    *,
-    backend: str = "aoti",
-    example: Rows | None = None,
-    rebuild: bool = False,
-) -> Package:
-    """Compile the predictor ahead of time into a folder, for each of its tile sizes, and return the loaded package.
-
-    A predictor with the default tiles is compiled for one size, 64.
-
-    backend: "aoti", native code for this machine, or "onnx", for ONNX Runtime on any machine.
-    example: rows like the real ones, on which package and predictor are compared; default: standard normal numbers in
-        the shape of an earlier prediction's inputs.
-    rebuild: compile again even if the folder holds a valid package of this predictor.
-
-    The folder appears only after the package's predictions have been compared with the predictor's. Raises ExportError
-    if they differ by more than 1e-5, have no epistemic spread or do not depend on the seed.
-    """
-    if backend not in ("aoti", "onnx"):
-        raise ValueError(f'backend must be "aoti" or "onnx", not {backend!r}')
-    probe, inputs = _probe(predictor, example)
-    if predictor.tiles == DEFAULT_TILES:  # the user chose none, and each size takes minutes to compile
-        predictor = predictor.replace(tiles=INVARIANT_TILES)
-    folder, model = Path(folder), identity(predictor)
-    check_place(folder, _locate)
-    if folder.exists() and not rebuild:
-        try:
-            existing = load_package(folder)
-            if existing.description.model == model and existing.description.backend == backend:
-                return existing
-        except ExportError:
-            pass  # damaged, or made on or for another machine: export again
-    with tempfile.TemporaryDirectory() as scratch:
-        files, fields = {}, []
-        for size in predictor.tiles:
-            with exporting(backend):
-                tile = pad(flatten(probe), 0, size)
-                call = tile_call(predictor, tile)
-            fields = list(call.fields)
-            path = Path(scratch) / (f"tile_{size}.pt2" if backend == "aoti" else f"tile_{size}.onnx")
-            with exporting(backend):
-                _compile(call, tile, path, backend, predictor.seed)
-            files[str(size)] = path.name
-        description = Description(
-            format=FORMAT,
-            backend=backend,
-            inputs=inputs,
-            fields=fields,
-            tiles=files,
-            sha256={name: machine.sha256(Path(scratch) / name) for name in files.values()},
-            seed=predictor.seed,
-            n_samples=predictor.n_samples,
-            device=predictor.device.type,
-            made_for=machine.describe() if backend == "aoti" else {},
-            model=model,
-            measured={},
-        )
-        with exporting(backend):
-            package = Package(description, _runners(description, Path(scratch)))
-            measured = check(predictor, package, probe)
-        description = msgspec.structs.replace(description, measured=measured)
-        description = msgspec.structs.replace(description, digest=_digest(description))
-        if backend == "aoti":
-            machine.remember(description.digest)
-        data = {name: (Path(scratch) / name).read_bytes() for name in files.values()}
-        data[DESCRIPTION] = msgspec.json.format(msgspec.json.encode(description), indent=1)
-        write_folder(folder, data, _locate)
-    return load_package(folder)
 
 
 def load_package(folder: str | Path, *, trust: bool = False) -> Package:
@@ -222,7 +146,7 @@ def load_package(folder: str | Path, *, trust: bool = False) -> Package:
         raise ExportError(f"{DESCRIPTION} does not match its schema: {error}") from None
     if description.format != FORMAT:
         raise ExportError(f"the package has format {description.format}, this vbdl reads {FORMAT}: export again")
-    if description.digest != _digest(description):
+    if description.digest != digest_of(description):
         raise ExportError(f"{DESCRIPTION} was damaged or edited after the export: export again")
     if odd := [e.dtype for e in description.inputs.tensors if e.dtype not in DTYPES]:
         raise ExportError(f"{DESCRIPTION} names the unknown dtype {odd[0][:40]!r}; known are {sorted(DTYPES)}")
@@ -249,7 +173,7 @@ def load_package(folder: str | Path, *, trust: bool = False) -> Package:
             "know who made it"
         )
     try:
-        runners = _runners(description, folder)
+        runners = runners_of(description, folder)
     except ImportError:
         raise
     except Exception as error:  # runtimes raise errors of any type
@@ -258,49 +182,8 @@ def load_package(folder: str | Path, *, trust: bool = False) -> Package:
     return Package(description, runners)
 
 
-def _locate(folder: Path) -> None:
-    """Raise FileExistsError if the folder holds anything but a package, because it would be deleted."""
-    for entry in folder.iterdir():
-        if entry.name != DESCRIPTION and not re.fullmatch(r"tile_\d+\.(pt2|onnx)", entry.name):
-            raise FileExistsError(f"{folder} holds {entry.name}, which is no part of a package: choose another folder")
-
-
-def identity(predictor: Predictor) -> str:
-    """The SHA-256 of everything a prediction depends on: tensors, modules, settings, torch version and device."""
-    digest = hashlib.sha256()
-    for owner in (predictor.posterior, predictor.likelihood):
-        for name, t in sorted(owner.state_dict().items()):
-            digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        digest.update(str(owner).encode())
-    settings = (predictor.seed, predictor.n_samples, predictor.tiles, predictor.settings.autocast)
-    digest.update(repr((*settings, predictor.settings.joint, str(torch.__version__), str(predictor.device))).encode())
-    return digest.hexdigest()
-
-
-def _compile(call: TileCall, tile: Flat, path: Path, backend: str, seed: int) -> None:
-    """Compile the call of one tile size into one file."""
-    arguments = (torch.tensor(seed), *tile.tensors)
-    if backend == "onnx":
-        from vbdl.export.onnx import write
-
-        write(call, arguments, path)
-        return
-    from torch._inductor import aoti_compile_and_package  # here, so that loading a package does not import the compiler
-
-    from vbdl.export.native import written
-
-    with torch.no_grad():
-        exported = torch.export.export(call.module, arguments, strict=False)
-        about = {
-            "vbdl_fields": ",".join(call.fields),
-            "vbdl_rows": str(tile.rows),
-            "vbdl_inputs": written((CODES[t.dtype], t.shape[1:]) for t in tile.tensors),
-        }
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": about})
-
-
-def _runners(description: Description, folder: Path) -> dict[int, Any]:
+def runners_of(description: Description, folder: Path) -> dict[int, Runner]:
+    """Load the compiled code of each tile size from a folder, by number of rows."""
     files = {int(rows): folder / name for rows, name in description.tiles.items()}
     if description.backend == "onnx":
         from vbdl.export.onnx import runner as of_onnx
@@ -311,25 +194,3 @@ def _runners(description: Description, folder: Path) -> dict[int, Any]:
 
     inputs = written((e.dtype, e.shape) for e in description.inputs.tensors)
     return {rows: runner(path, rows, inputs) for rows, path in files.items()}
-
-
-def _probe(predictor: Predictor, example: Rows | None) -> tuple[Rows, Inputs]:
-    """(the rows to compare package and predictor on, the description of the inputs)."""
-    if example is not None:
-        checked = predictor.check(example)
-        if checked.rows < 1:
-            raise ValueError("example needs at least one row")
-        return checked.nested, cast(Inputs, inputs_of(predictor, example))
-    inputs = inputs_of(predictor, None)
-    if inputs is None:
-        raise ValueError("the shape of a row is unknown before the first prediction: use export(..., example=rows)")
-    if any(not DTYPES[e.dtype].is_floating_point for e in inputs.tensors):
-        raise ValueError("integer inputs cannot be replaced by random numbers: use export(..., example=rows)")
-    generator = torch.Generator().manual_seed(0)
-    columns = [
-        torch.randn((64, *e.shape), generator=generator, dtype=torch.float32).to(predictor.device, DTYPES[e.dtype])
-        for e in inputs.tensors
-    ]
-    if inputs.layout == "keyword":
-        return {str(e.name): t for e, t in zip(inputs.tensors, columns, strict=True)}, inputs
-    return (columns[0] if inputs.layout == "tensor" else tuple(columns)), inputs
