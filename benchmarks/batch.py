@@ -1,4 +1,4 @@
-"""Batch inference: rows a second of `vbdl.predict_table` and of the script that one would write, and their memory.
+"""Measure the speed and memory of `vbdl.predict_table` beside a hand-written script.
 
     python benchmarks/batch.py [--rows 1000000] [--width 64] [--layers 2] [--classes 10] [--repeats 3]
         [--memory] [--out benchmarks/results]
@@ -43,7 +43,7 @@ def network(width: int, layers: int, classes: int):
 
 
 def make(folder: Path, rows: int, width: int, layers: int, classes: int) -> None:
-    """The tables, and the ensemble: as an artifact and as the members' weights."""
+    """Write the tables, and the ensemble as an artifact and as its members' weights."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet
@@ -69,7 +69,7 @@ def make(folder: Path, rows: int, width: int, layers: int, classes: int) -> None
 
 
 def script(folder: Path, data: Path, out: Path, width: int, layers: int, classes: int) -> dict[str, float]:
-    """The baseline."""
+    """Predict a table in the way a user would write without vbdl: the baseline."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -131,7 +131,7 @@ def run(name: str, folder: Path, data: Path, out: Path, width: int, layers: int,
 
 
 def compare(a: Path, b: Path) -> float:
-    """The largest difference of any number, row by row, of files with the same columns."""
+    """The largest difference between two files with the same columns, over all rows and numbers."""
     import numpy as np
     import pyarrow.parquet as pq
 

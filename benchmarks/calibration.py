@@ -1,4 +1,4 @@
-"""Calibration on real networks: published figures reproduced, and the order and size of Guo's effects.
+"""Reproduce published calibration errors of real networks, and the effects of Guo et al.
 
     python benchmarks/calibration.py --data ../shared/data
 
@@ -34,7 +34,7 @@ METHODS = {
 
 
 def widmann(arrays, y: torch.Tensor, published: dict) -> dict:
-    """Largest distance to the published ECE of 14 networks and the SKCE of three."""
+    """The largest distance to the published ECE of 14 networks and SKCE of three."""
     print("Widmann et al. 2019, table of the 14 networks (ECE, all probabilities)")
     print(f"{'network':14s} {'published':>20s} {'here':>20s} {'difference':>11s}")
     worst = 0.0
@@ -59,7 +59,7 @@ def widmann(arrays, y: torch.Tensor, published: dict) -> dict:
 
 
 def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
-    """ECE of every network before and after every calibrator, and of the mean of 14 networks."""
+    """The ECE of every network before and after every calibrator, and of the mean of 14 networks."""
     named = {n: torch.from_numpy(arrays[n]) for n in arrays.files if n != "y"}
     fourteen = [p.double() for n, p in named.items() if not n.endswith(("_netcal", "_kumar"))]
     assert len(named) == 17 and len(fourteen) == 14
@@ -136,7 +136,7 @@ GUO = {  # the columns of the paper's table 1, and what they are here
 
 
 def effects(median: dict[str, float], guo_table: dict) -> None:
-    """Order and size of the effects beside those of the paper: medians over networks."""
+    """The order and size of the effects beside those of the paper, medians over networks."""
     rows = [row for name, row in guo_table["ece_percent"].items() if name.startswith("CIFAR-10/")]
     there = {m: float(np.median([row[column] for row in rows])) for m, column in GUO.items()}
     print(f"\nGuo et al. 2017, table 1: medians of their {len(rows)} CIFAR-10 networks and of the 17 here")
@@ -152,7 +152,7 @@ def effects(median: dict[str, float], guo_table: dict) -> None:
 
 
 def conformal(arrays, y: torch.Tensor) -> dict:
-    """Coverage of 90 % sets over 200 random splits, against the exact law of the coverage."""
+    """The coverage of 90 % sets over 200 random splits, compared with its exact distribution."""
     from scipy import stats
 
     print("\n90 % conformal sets of resnet18, 200 splits, 1,000 rows scored in each")
@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def _finite(value):
-    """Infinite figures (a likelihood of exactly 0) as null: JSON has no infinity."""
+    """Replace infinite numbers (from a likelihood of exactly 0) by None, because JSON has no infinity."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

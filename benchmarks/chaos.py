@@ -1,4 +1,4 @@
-"""What the service and the jobs hold against a hostile world: load, hostile bodies, slow clients, kills, reloads.
+"""Test the service and batch jobs under load, hostile bodies, slow clients, kills and reloads.
 
     python benchmarks/chaos.py [--seconds 40] [--only load hostile slow kill tests]
 
@@ -51,13 +51,13 @@ TESTS = {
 
 
 class Service:
-    """A `vbdl serve` process, its port and what it has said."""
+    """A `vbdl serve` process, its port and its output."""
 
     def __init__(self, process: subprocess.Popen, port: int, said: list[str]):
         self.process, self.port, self.said = process, port, said
 
     def ready(self) -> int:
-        """How often a worker has become ready."""
+        """The number of times that a worker became ready."""
         return sum("ready to predict" in line for line in self.said)
 
     def workers(self) -> list[int]:
@@ -65,7 +65,7 @@ class Service:
         return [int(pid) for pid in mine if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def memory(self) -> float:
-        """Resident MiB of the largest of its processes."""
+        """The resident memory of the service's largest process, MiB."""
         found = [0]
         for pid in (self.process.pid, *self.workers()):
             with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ class Service:
 
 @contextlib.contextmanager
 def served(folder: Path, *options: str, files: int | None = None) -> Iterator[Service]:
-    """files: how many the service may have open."""
+    """files: the limit of open files of the service."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,7 +107,7 @@ def until(true: Callable[[], bool], alive: Callable[[], bool] = lambda: True, se
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end or not alive():
-            raise TimeoutError("the service did not come to that")
+            raise TimeoutError("the service did not reach the expected state in time: read its output")
         time.sleep(0.05)
 
 
@@ -118,7 +118,7 @@ def request(body: bytes, path: str = "/v1/predict", method: str = "POST", **head
 
 
 class Good:
-    """Clients that ask for rows one after the other, with a pause, and compare what they get."""
+    """Clients that request rows one after the other, with a pause, and compare the answers."""
 
     def __init__(self, port: int, asked: list[tuple[bytes, bytes]], clients: int, pause: float = 0.02):
         self.port, self.asked, self.pause = port, asked, pause
@@ -157,7 +157,7 @@ class Good:
             self.wrong += status == 200 and body != expected
 
     def p99(self, apart: list[tuple[float, float]] = ()) -> float:  # type: ignore[assignment]
-        """Milliseconds, outside of these spans of time."""
+        """The 99th percentile of the latency in milliseconds, without requests in these spans of time."""
         kept = [took for begun, took in self.times if not any(a <= begun <= b for a, b in apart)]
         return float(np.percentile(kept, 99)) * 1000 if kept else float("nan")
 
@@ -173,7 +173,7 @@ class Good:
 
 
 def hostile_small(random: random.Random) -> bytes:
-    """A request that should not be."""
+    """Malformed requests by name."""
     good = bytearray(json.dumps({"inputs": [[0.5] * FEATURES]}).encode())
     kind = random.randrange(7)
     if kind == 0:
@@ -196,7 +196,7 @@ def hostile_small(random: random.Random) -> bytes:
 
 
 def filled(pattern: bytes) -> bytes:
-    """A body of 8 MiB of this, again and again."""
+    """A body of 8 MiB that repeats this text."""
     return b'{"inputs":[' + b",".join([pattern] * ((8 * MIB - 20) // (len(pattern) + 1))) + b"]}"
 
 
@@ -221,7 +221,7 @@ SLOW = [
 
 
 def send(port: int, data: bytes, whole: bool = False) -> int | None:
-    """The status of what comes back, None where nothing does. whole: it is a request of which nothing is missing."""
+    """The status of the answer, or None if there is none. whole: whether the request is complete."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(data)
@@ -236,7 +236,7 @@ def send(port: int, data: bytes, whole: bool = False) -> int | None:
 
 
 def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """Good, bad, slow, impatient clients and reloads, all at once."""
+    """Measure the service under good, bad, slow and impatient clients and reloads, all at once."""
     with served(folder, "--workers", "2", "--patience", "2") as service:
 
         def alone() -> float:
@@ -336,7 +336,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 
 
 def hostile(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """Bodies of 8 MiB, one and eight at once, while others ask."""
+    """Send hostile bodies of 8 MiB, one and eight at once, while other clients request rows."""
     with served(folder) as service:
         send(service.port, request(LARGE["good rows"], Connection="close"), whole=True)
         for (name, body), at_once in itertools.product(LARGE.items(), (1, 8)):
@@ -366,7 +366,7 @@ def hostile(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 
 
 def slow(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """200 clients that trickle, in every phase and on any route, of a service that may open 100 files."""
+    """Run 200 clients that send slowly, in every phase and on any route, with a limit of 100 open files."""
     for files, patience in ((None, 3), (100, 3)):
         with served(folder, "--patience", str(patience), files=files) as service, contextlib.ExitStack() as stack:
             held = []
@@ -406,7 +406,7 @@ def slow(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 
 
 def kill(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """kill -9 of a worker, again and again, under load."""
+    """Kill workers with SIGKILL under load, again and again."""
     with served(folder, "--workers", "2") as service:
         kills = 3
         with Good(service.port, asked, 6, 0.005) as good:
@@ -420,7 +420,7 @@ def kill(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 
 
 def tests(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """Files of the test suite, counted."""
+    """Run test files on interrupted jobs and artifacts, and count their tests."""
     for what, files in TESTS.items():
         there = [file for file in files if (ROOT / file).exists()]
         if there:
@@ -435,7 +435,7 @@ PARTS = {"load": load, "hostile": hostile, "slow": slow, "kill": kill, "tests": 
 
 
 def row(result: dict) -> str:
-    """A line of the table."""
+    """One line of the printed table."""
     skipped = ("what", "lost", "wrong", "other", "answered")
     figures = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in result.items() if k not in skipped}
     said = "; ".join(f"{name.replace('_', ' ')} {figure}" for name, figure in figures.items())

@@ -1,4 +1,4 @@
-"""Decisions on real data: referral under shift, hand-over on unknown signs, credit with costs, value at risk.
+"""Evaluate decisions on real data: referral under shift, hand-over, credit with costs, value at risk.
 
     python benchmarks/decisions.py [referral handover credit var] --data ../shared/data
 
@@ -44,7 +44,7 @@ def _convolutional(channels: int, classes: int, side: int, dropout: float = 0.0)
 
 
 def referral(data: Path) -> dict:
-    """PneumoniaMNIST: the test set comes from elsewhere (62 % pneumonia against 74 %)."""
+    """Evaluate referral on PneumoniaMNIST, whose test set is shifted (62 % pneumonia instead of 74 %)."""
     arrays = np.load(data / "pneumoniamnist" / "pneumoniamnist.npz")
     x, y = {}, {}
     for part in ("train", "val", "test"):
@@ -119,7 +119,7 @@ def referral(data: Path) -> dict:
 
 
 def handover(data: Path) -> dict:
-    """GTSRB subset, split by track; eight sign classes are never shown in training."""
+    """Evaluate hand-over on a GTSRB subset split by track, with eight sign classes absent from training."""
     arrays = np.load(data / "gtsrb_small" / "gtsrb_small.npz")
     to_tensor = lambda a: torch.from_numpy(a).float().permute(0, 3, 1, 2).contiguous() / 127.5 - 1
     unknown = torch.tensor([0, 6, 14, 17, 22, 27, 33, 40])
@@ -200,7 +200,7 @@ def _german(data: Path) -> tuple[Tensor, Tensor]:
 
 
 def credit(data: Path) -> dict:
-    """German credit: accepting a bad applicant costs 5, declining a good one 1, a person's look 0.4."""
+    """Evaluate German credit: accepting a bad applicant costs 5, declining a good one 1, a review 0.4."""
     raw, bad = _german(data)
     cost, refer_cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]]), 0.4  # rows good, bad; actions accept, decline
     plain, referred, base, shares = [], [], [], []
@@ -255,7 +255,7 @@ WINDOW, EVERY, MEMBERS = 125, 21, 20  # days trained on, days between trainings,
 
 
 def _returns(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Dates and daily log returns in per cent."""
+    """The dates and the daily log returns in per cent."""
     with gzip.open(path, "rt") as file:
         header, *rows = list(csv.reader(file))
     kept = [(r[0], float(r[header.index(column)])) for r in rows if r[header.index(column)].strip()]
@@ -263,7 +263,7 @@ def _returns(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def value_at_risk(data: Path) -> dict:
-    """One-day VaR through 2008 and through 2020, from networks retrained every month on half a year.
+    """Evaluate one-day VaR through 2008 and 2020, from networks retrained monthly on half a year.
 
     So few rows leave the parameters uncertain, which is where it could matter whether a VaR knows of it.
     """
@@ -287,7 +287,7 @@ def value_at_risk(data: Path) -> dict:
 
 
 def _month(x: np.ndarray, y: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and stds of each network, (members, days), and the std of the window, (days,), for days [start, stop)."""
+    """The means and stds of each network, (members, days), and of the window, (days,), for [start, stop)."""
     train = slice(start - WINDOW, start)
     scaled = (x[start - WINDOW : stop] - x[train].mean(0)) / x[train].std(0)
     inputs, unit = torch.from_numpy(scaled).float().clamp(-4, 4), float(y[train].std())

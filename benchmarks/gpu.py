@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command and under ten minutes.
+"""Run all tests and benchmarks that need a GPU, in one command and under ten minutes.
 
     make gpu            or: python benchmarks/gpu.py [--out DIR] [--seconds 570]
 
@@ -39,7 +39,7 @@ _GRACE = 5  # seconds from asking a child to end to ending it
 
 
 def run(command: list[str], seconds: float, record: Path | None = None) -> int:
-    """The exit status, 124 where time ran out; the output goes on to the terminal and into the record as it comes."""
+    """Run a command and return its exit status, 124 after a timeout; print and record its output."""
     print("$", " ".join(command), f"({seconds:.0f} s)", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)
@@ -119,7 +119,7 @@ def commands(out: Path, check: bool) -> dict[str, list[str]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Timed rows for people, in the order they were measured."""
+    """Format the timed rows as a text table, in the order in which they were measured."""
     lines = [f"{'goal':10s} {'case':52s} {'provider':32s} {'ms':>10s} {'speed':>7s}"]
     hidden = {"goal", "provider", "ms", "compile_s", "times_the_first"}
     for row in rows:
@@ -134,7 +134,7 @@ def table(rows: list[dict]) -> str:
 
 
 def rows_of(out: Path) -> list[dict]:
-    """Every whole line of every result: the last may have been cut."""
+    """The complete lines of all results; the last line of a file may be truncated."""
     found = []
     for part in ("kernels", "predictors", "grid"):
         for path in sorted(out.glob(f"{part}-*.jsonl")):

@@ -1,4 +1,4 @@
-"""Every kernel against what one would write without it, on one GPU.
+"""Compare every kernel with code written without it, on one GPU.
 
     python benchmarks/kernels.py [--out DIR]                P1 to P9: one JSON line a row, and a table
     python benchmarks/kernels.py [--out DIR] --grid         the regime map on all shapes
@@ -43,7 +43,7 @@ Providers = dict[str, Callable[[], object]]
 
 
 class Bench:
-    """Times providers of one result side by side and writes the rows."""
+    """A benchmark that times providers of one result side by side and writes the rows."""
 
     def __init__(self, device: str, out: Path | None, repeat_ms: int, part: str = "kernels"):
         self.device, self.repeat_ms = device, repeat_ms
@@ -157,7 +157,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def peaks(bench: Bench) -> None:
-    """What this card does: the denominators of every share."""
+    """Measure the peak rates of this card, the denominators of every share."""
     a = torch.randn(2**28, device="cuda")
     b = torch.empty_like(a)
     found = {"bytes": 8 * a.numel() / bench.median_ms(lambda: b.copy_(a)) * 1e3}
@@ -169,7 +169,7 @@ def peaks(bench: Bench) -> None:
 
 
 def noise(bench: Bench, size: int) -> None:
-    """P1. Normals alone: in registers (summed, never stored), and written."""
+    """Measure P1: normals alone, in registers (summed, never stored) and written to memory."""
     key = make_key(0, range(16)).to(bench.device)
     case = {"normals": 16 * size * size}
     amount = {"normals": case["normals"], "bytes": 4 * case["normals"]}
@@ -183,7 +183,7 @@ def noise(bench: Bench, size: int) -> None:
 
 
 def stretch(bench: Bench, size: int) -> None:
-    """P9. Normals of 16 bits a radius and polynomial trigonometry, against ours: what the experiment is worth.
+    """Measure P9: normals from 16-bit radii and polynomial trigonometry, compared with vbdl's.
 
     That it makes normals is checked first, on its reference, and on a GPU against it.
     """
@@ -220,7 +220,7 @@ def _register_noise(count: int) -> Providers:
 
 
 def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int, compiled: bool) -> None:
-    """P2, P3, P4. One layer under every draw: fused, sampler and product, pre-drawn, as written today, compiled."""
+    """Measure P2, P3, P4: one layer under every draw, fused, as sampler and product, pre-drawn, eager, compiled."""
     x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
     weights = sample_weights(mean, std, key, LAYER)
 
@@ -256,7 +256,7 @@ def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int,
 
 
 def sampler(bench: Bench, samples: int, size: int) -> None:
-    """P5. Weights written to memory."""
+    """Measure P5: weights drawn and written to memory."""
     _, mean, std, key = problem(bench.device, torch.bfloat16, samples, 1, size, size)
     eager = lambda: mean + std * torch.randn(samples, size, size, device=mean.device, dtype=mean.dtype)
     count = samples * size * size
@@ -266,7 +266,7 @@ def sampler(bench: Bench, samples: int, size: int) -> None:
 
 
 def training(bench: Bench, samples: int, batch: int, size: int, materialize: bool) -> None:
-    """P6. Forward and backward, time and peak memory over what was held before."""
+    """Measure P6: forward and backward, the time and the peak memory above that before."""
     dtype = torch.bfloat16
     x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
     leaves = [t.requires_grad_() for t in (x, mean, std)]
@@ -295,7 +295,7 @@ def training(bench: Bench, samples: int, batch: int, size: int, materialize: boo
 
 
 def local(bench: Bench, samples: int, batch: int, size: int) -> None:
-    """P7. The local reparameterization against its two products alone, and against the fused draw."""
+    """Measure P7: the local reparameterization, its two products alone, and the fused draw."""
     x, mean, std, key = problem(bench.device, torch.bfloat16, samples, batch, size, size)
     providers: Providers = {
         "local": lambda: local_reparameterized_linear(x, mean, std, key, LAYER),
@@ -307,7 +307,7 @@ def local(bench: Bench, samples: int, batch: int, size: int) -> None:
 
 
 def dropout(bench: Bench, samples: int, batch: int, size: int) -> None:
-    """The masked product against a mask and a product."""
+    """Measure the masked product, compared with a mask and a product."""
     x, weight, _, key = problem(bench.device, torch.bfloat16, samples, batch, size, size, shared=False)
 
     def eager():
@@ -320,7 +320,7 @@ def dropout(bench: Bench, samples: int, batch: int, size: int) -> None:
 
 
 def statistics(bench: Bench, samples: int, batch: int, classes: int) -> None:
-    """P8. One pass over the logits against the same in torch."""
+    """Measure P8: one pass over the logits, compared with the same in torch."""
     logits = torch.randn(samples, batch, classes, device=bench.device).to(torch.bfloat16)
     probs = lambda: logits.float().softmax(-1)
 
@@ -338,7 +338,7 @@ def statistics(bench: Bench, samples: int, batch: int, classes: int) -> None:
 
 
 def networks(bench: Bench, members: int, batch: int, width: int) -> None:
-    """Whole small networks: one launch against batched products, in CUDA graphs as the predictor has them."""
+    """Measure whole small networks: one launch, compared with batched products, both in CUDA graphs."""
     dtype = torch.bfloat16
     make = lambda *shape: torch.randn(shape, device=bench.device).to(dtype)
     widths = [width, width, width, 16]
@@ -379,7 +379,7 @@ def networks(bench: Bench, members: int, batch: int, width: int) -> None:
 
 
 def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
-    """Drawn weights and the library's convolution: how little of it the drawing is."""
+    """Measure a convolution with drawn weights, and the share of its time that drawing takes."""
     mean = torch.randn(channels, channels, 3, 3, device=bench.device)
     std, key = mean.abs() / 4, make_key(0, range(samples)).to(bench.device)
     x = torch.randn(batch, channels, 16, 16, device=bench.device)
@@ -393,7 +393,7 @@ def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
 
 
 def core(bench: Bench) -> Iterator[str]:
-    """P1 to P9, the most telling shapes first; yields the name of each part when it is done."""
+    """Measure P1 to P9, the most important shapes first; yield the name of each part when it is done."""
     half, single = torch.bfloat16, torch.float32
     peaks(bench)
     yield "peaks"
@@ -429,7 +429,7 @@ def core(bench: Bench) -> Iterator[str]:
 
 
 def grid(bench: Bench, tiny: bool = False) -> Iterator[str]:
-    """The regime map: layers from 512 to 4096 wide, 8 to 256 draws, batches of 1 to 4096; coarse before fine."""
+    """Measure the regime map: widths 512 to 4096, 8 to 256 draws, batches of 1 to 4096; coarse before fine."""
     sizes, draws, batches = (512, 1024, 2048, 4096), (8, 32, 128, 256), (1, 16, 64, 128, 256, 1024, 4096)
     if tiny:
         sizes, draws, batches = (33,), (3,), (1, 5)
@@ -453,7 +453,7 @@ def grid(bench: Bench, tiny: bool = False) -> Iterator[str]:
 
 
 def check(bench: Bench) -> None:
-    """Every provider that runs here, at sizes with odd tails."""
+    """Run every provider that is available, at sizes that are no multiples of the tiles."""
     noise(bench, 9)
     if dispatch.has_triton():
         stretch(bench, 256)
@@ -469,7 +469,7 @@ def check(bench: Bench) -> None:
 
 
 def stamp() -> dict:
-    """What the figures were measured on."""
+    """The machine and versions on which the numbers were measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
     try:

@@ -1,4 +1,4 @@
-"""Latency of single rows: the predictor in process, its package, torch.compile and eager torch, in one table.
+"""Measure the latency of single rows: predictor, exported package, torch.compile and eager torch.
 
     python benchmarks/latency.py [--methods dropout mean-field ensemble] [--rounds 200]
 
@@ -45,7 +45,7 @@ print(time.perf_counter() - begun)
 
 
 def network(dropout: bool) -> nn.Module:
-    """32-256-256-10, with dropout before each of the last two layers or without."""
+    """A network 32-256-256-10, with or without dropout before each of the last two layers."""
     drop = [nn.Dropout(0.1)] if dropout else []
     widths = (FEATURES, 256, 256)
     body = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU(), *drop)]
@@ -62,7 +62,7 @@ def summary(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def baseline(method: str, posterior):
-    """The prediction as one writes it in torch."""
+    """A function that predicts in plain torch, without vbdl."""
     if method == "dropout":
         net = posterior.module.inner.train()
         return lambda x: summary(torch.stack([net(x) for _ in range(DRAWS)]))
@@ -92,7 +92,7 @@ def seconds(call, x) -> float:
 
 
 def run(method: str, rounds: int) -> dict:
-    """p50 and p99 of every contender, what compiling costs and what a fresh process pays."""
+    """Measure p50 and p99 of every contender, the compile time, and the start of a fresh process."""
     torch.manual_seed(0)
     posterior = {
         "dropout": lambda: vbdl.MCDropout(network(True)),

@@ -1,4 +1,4 @@
-"""Whether the plan chooses well: each workload with the plan's own choice, and with every other way forced.
+"""Compare the plan's choice of execution with every other way, forced, on each workload.
 
     python benchmarks/plans.py [--workloads W1,W3] [--batches 1,32,256] [--samples 32,100] [--seconds 2]
                                [--out benchmarks/results/plans-cpu.jsonl]
@@ -72,7 +72,7 @@ def ways(workload: Workload, draws: int) -> dict[str, tuple[dict[str, Any], Forc
 
 
 def agree(prediction: Any, plan: Any, same_draws: bool) -> bool:
-    """Whether two predictions are the same, or of the same distribution."""
+    """Whether two predictions agree: the same draws, or draws of the same distribution."""
     difference = prediction.mean - plan.mean
     if same_draws:
         return float(difference.abs().max()) <= SAME["float32"]
@@ -81,7 +81,7 @@ def agree(prediction: Any, plan: Any, same_draws: bool) -> bool:
 
 
 def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[dict[str, Any]]:
-    """A result for each way that makes a plan of its own."""
+    """Yield a result for each way that gives a different plan."""
     torch.manual_seed(0)
     posterior, likelihood = workload.posterior().eval(), workload.likelihood().eval()
     x = torch.randn(rows, *workload.row)
@@ -122,7 +122,7 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
 
 
 def _ways_of(explained: str) -> str:
-    """What a plan does, without the words on why."""
+    """The steps of a plan without their reasons."""
     return "\n".join(line for line in explained.splitlines() if not line.startswith(("because", "precision")))
 
 

@@ -1,4 +1,4 @@
-"""Predictors on a GPU: the workloads of `benchmarks/speed.py`, Predictor against the tutorial loop.
+"""Compare the Predictor with the tutorial loop on a GPU, on the workloads of `benchmarks/speed.py`.
 
     python benchmarks/predictors.py [--out DIR] [--workloads W1,W3] [--batches 1,32,256]     one JSON line a row
     python benchmarks/predictors.py --prepare        compile and compare all of them, several at once, nothing timed
@@ -80,7 +80,7 @@ def contenders(workload: Workload, device: str, rows: int, compile: bool) -> dic
 
 
 def timed(runs: dict[str, Callable[[], object]], device: str, rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds, contenders in turn."""
+    """Time the contenders in turn, and return the median milliseconds of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -120,7 +120,7 @@ def cell(workload: Workload, rows: int, device: str, compile: bool, rounds: int,
 
 
 def prepare(names: list[str], batches: list[int]) -> bool:
-    """Every cell in a process of its own, as many at once as there are cores to compile on."""
+    """Compile every cell in its own process, as many at once as there are cores."""
     cells = [(name, rows) for rows in batches for name in names]
     at_once = max(1, min(12, (os.cpu_count() or 1) - 2))
     running: list[subprocess.Popen] = []

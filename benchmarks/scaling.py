@@ -1,4 +1,4 @@
-"""How the cost of a prediction grows with draws, batch and width, and that its memory does not grow with draws.
+"""Measure the cost of a prediction against draws, batch and width, and its memory against draws.
 
     python benchmarks/scaling.py [--what draws,batch,width,memory] [--quick]
                                  [--out benchmarks/results/scaling-cpu.jsonl]
@@ -45,7 +45,7 @@ MEMORY_BUDGETS = (2**30, 2**22)
 
 
 def microseconds(method: str, draws: int, rows: int, width: int, seconds: float) -> float:
-    """Median of warmed-up calls."""
+    """The median microseconds of a warmed-up call."""
     torch.manual_seed(0)
     predict = Predictor(METHODS[method](width).eval(), Categorical().eval(), draws, tiles=(rows,))
     x = torch.randn(rows, 784)
@@ -60,7 +60,7 @@ def microseconds(method: str, draws: int, rows: int, width: int, seconds: float)
 
 
 def peak_above_start(method: str, draws: int, budget: int) -> int:
-    """Bytes of resident memory that predicting 256 rows adds at most, in this process."""
+    """The peak resident memory that predicting 256 rows adds in this process, bytes."""
     torch.manual_seed(0)
     q = METHODS[method](512).eval()
     x = torch.randn(256, 784)
@@ -81,7 +81,7 @@ def _peak() -> int:
 
 
 def memory(method: str, budget: int) -> dict:
-    """Peaks for 100 and 1,000 draws, each in a process of its own."""
+    """The peak memory for 100 and 1,000 draws, each measured in its own process."""
     found = {}
     for draws in (100, 1000):
         command = [sys.executable, __file__, "--child", method, str(draws), str(budget)]

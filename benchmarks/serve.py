@@ -1,4 +1,4 @@
-"""What the service adds to a prediction: one row alone, and eight clients at once.
+"""Measure the latency that the service adds to a prediction, with one client and with eight.
 
     python benchmarks/serve.py [--seconds 10]
 
@@ -31,7 +31,7 @@ FEATURES = 32
 
 
 class Client:
-    """One keep-alive connection: a request is one send, an answer is read to its stated length."""
+    """A keep-alive connection that sends a request at once and reads an answer by its Content-Length."""
 
     def __init__(self, port: int):
         self.connection = socket.create_connection(("127.0.0.1", port))
@@ -90,7 +90,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def alone(predictor, port: int, rows: int, seconds: float) -> dict:
-    """Calls in process and over HTTP in turns, one client."""
+    """Time calls in process and over HTTP in turns, with one client."""
     x = torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(rows))
     client, sent = Client(port), request(x.numpy())
     status, body = client.ask(sent)
@@ -117,7 +117,7 @@ def alone(predictor, port: int, rows: int, seconds: float) -> dict:
 
 
 def together(port: int, clients: int, seconds: float) -> dict:
-    """Clients that ask for one row after the other, all at once."""
+    """Time clients that request one row after the other, all at once."""
     sent = request(np.random.default_rng(0).standard_normal((1, FEATURES)).astype(np.float32))
     times: list[list[float]] = [[] for _ in range(clients)]
     end = time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""Predictions on the CPU, one thread: vbdl against what one would have written, and against the peers that install.
+"""Compare vbdl's predictions on one CPU thread with hand-written code and with other libraries.
 
     python benchmarks/speed.py [--workloads W1,W3] [--batches 1,32,256] [--contenders loop,vbdl] [--quick]
                                [--seconds 8] [--out benchmarks/results/speed-cpu.jsonl] [--check]
@@ -57,7 +57,7 @@ ROUND_SECONDS = 2e-2  # of each contender whose calls are shorter
 
 
 class NotAvailable(Exception):
-    """This contender does not exist here, and why."""
+    """Raised with a reason if a contender is not available."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Contender:
 
 @dataclass
 class Timing:
-    """Medians over rounds; ratios are formed inside a round."""
+    """The median times over rounds; ratios are formed inside a round."""
 
     wall: float
     cpu: float
@@ -164,7 +164,7 @@ class Cell:
     # -- agreement
 
     def same_draws(self) -> tuple[Tensor, Tensor]:
-        """Mean and std over the draws of the seed, one after the other, in plain torch."""
+        """The mean and std over the draws of the seed, computed one after the other in plain torch."""
         q, n = self.posterior, self.workload.n_samples
         q.prepare(self.x)
         found = []
@@ -177,13 +177,13 @@ class Cell:
         return each.mean(0), each.std(0)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and std over many draws of the loop."""
+        """The mean and std over many draws of the loop."""
         outputs = workloads.tutorial(self.posterior, self.x[:CHECKED_ROWS], REFERENCE_DRAWS)()
         each = self.each(outputs)
         return each.mean(0), each.std(0)
 
     def agreement(self, contender: Contender, found: tuple[Tensor, Tensor | None]) -> str:
-        """How it was compared, and how near it came. Raises RuntimeError where it says something else."""
+        """How the contender was compared, and how near it came. Raises RuntimeError if it does not agree."""
         mean, spread = found
         if not bool(mean.isfinite().all()):
             raise RuntimeError("its output is not finite")
