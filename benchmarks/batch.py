@@ -91,10 +91,14 @@ def script(folder: Path, data: Path, out: Path, width: int, layers: int, classes
             mean = probs.mean(0)
             total = -(mean * mean.log()).sum(-1)
             aleatoric = -(probs * probs.log()).sum(-1).mean(0)
-        found = {"row_id": np.arange(first, first + len(x)), "prediction": mean.argmax(-1).numpy()}
-        found |= {f"probability_{k}": mean[:, k].contiguous().numpy() for k in range(classes)}
-        found |= {"total": total.numpy(), "aleatoric": aleatoric.numpy(), "epistemic": (total - aleatoric).numpy()}
-        table = pa.table(found)
+        predictions = {"row_id": np.arange(first, first + len(x)), "prediction": mean.argmax(-1).numpy()}
+        predictions |= {f"probability_{k}": mean[:, k].contiguous().numpy() for k in range(classes)}
+        predictions |= {
+            "total": total.numpy(),
+            "aleatoric": aleatoric.numpy(),
+            "epistemic": (total - aleatoric).numpy(),
+        }
+        table = pa.table(predictions)
         writer = writer or pq.ParquetWriter(out, table.schema)
         writer.write_table(table)
         first += len(x)

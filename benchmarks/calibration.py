@@ -66,14 +66,14 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
     named["mean of 14"] = torch.stack(fourteen).mean(0)
     print("\nECE % of the top label (15 bins), last 5,000 rows; calibrators fitted on the first 5,000")
     print(f"{'network':20s} {'none':>10s}" + "".join(f"{m:>12s}" for m in METHODS) + f"{'published':>10s}")
-    found: dict[str, list[float]] = {m: [] for m in ("none", *METHODS)}
+    eces: dict[str, list[float]] = {m: [] for m in ("none", *METHODS)}
     nll: dict[str, list[float]] = {m: [] for m in ("none", *METHODS)}
     worst = seconds = 0.0
     kept = True
     for name, probs in named.items():
         new, labels = probs[5000:], y[5000:]
         row = [metrics.ece(new, labels)]
-        found["none"].append(row[0])
+        eces["none"].append(row[0])
         nll["none"].append(float(metrics.categorical_nll(new, labels).mean()))
         for method, make in METHODS.items():
             calibrator = make()
@@ -85,7 +85,7 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
             seconds += time.perf_counter() - begun
             after = after.double().softmax(1) if logits else after
             row.append(metrics.ece(after, labels))
-            found[method].append(row[-1])
+            eces[method].append(row[-1])
             nll[method].append(float(metrics.categorical_nll(after, labels).mean()))
             if method == "temperature":
                 kept &= metrics.accuracy(after, labels) == metrics.accuracy(new, labels)
@@ -98,7 +98,7 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
             + "".join(f"{100 * v:12.2f}" for v in row[1:])
             + f"{100 * column:10.2f}"
         )
-    median = {m: float(np.median(v[:17])) for m, v in found.items()}
+    median = {m: float(np.median(v[:17])) for m, v in eces.items()}
     print(
         f"{'median of the 17':20s}"
         + f"{100 * median['none']:11.2f}"
@@ -106,13 +106,13 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
     )
     mean_nll = {m: float(np.mean(v[:17])) for m, v in nll.items()}
     print(f"{'mean NLL, nats':20s}" + f"{mean_nll['none']:11.4f}" + "".join(f"{mean_nll[m]:12.4f}" for m in METHODS))
-    lower = {m: sum(a < b for a, b in zip(found[m][:17], found["none"][:17], strict=True)) for m in METHODS}
+    lower = {m: sum(a < b for a, b in zip(eces[m][:17], eces["none"][:17], strict=True)) for m in METHODS}
     print(f"{'lower than none, of 17':20s}" + " " * 9 + "".join(f"{lower[m]:12d}" for m in METHODS))
     print(
         f"\ntemperature: at most {100 * worst:.4f} percentage points from the published column; accuracy kept: {kept}"
     )
     effects(median, guo_table)
-    ensemble = {m: v[17] for m, v in found.items()}
+    ensemble = {m: v[17] for m, v in eces.items()}
     return {
         "ece_median": median,
         "nll_mean": mean_nll,

@@ -58,7 +58,7 @@ def referral(data: Path) -> dict:
         f"{'accuracy':>9s} {'NLL':>7s} {'ECE %':>6s} {'AUROC':>6s} {'err all':>8s} {'err 80 %':>9s} {'err 50 %':>9s}"
     )
     print(f"{'method':12s} {'set':5s} {columns} {'AURC':>7s}")
-    found = {}
+    results = {}
     torch.manual_seed(0)
     for name, posterior, epochs in (
         ("ensemble 5", DeepEnsemble(_convolutional(1, 2, 28), n_members=5), 6),
@@ -114,8 +114,8 @@ def referral(data: Path) -> dict:
                 "coverage_test": kept,
                 "risk_test": [observed.value, observed.lower, observed.upper],
             }
-        found[name] = rows
-    return {"referral": found}
+        results[name] = rows
+    return {"referral": results}
 
 
 def handover(data: Path) -> dict:
@@ -267,7 +267,7 @@ def value_at_risk(data: Path) -> dict:
 
     So few rows leave the parameters uncertain, which is where it could matter whether a VaR knows of it.
     """
-    found: dict = {}
+    results: dict = {}
     print(f"\nOne-day VaR; {MEMBERS} networks on bootstraps of the last {WINDOW} days, again every {EVERY} days")
     print(
         f"{'series':8s} {'level':5s} {'predictive':30s} {'days':>5s} {'beyond':>7s} {'expected':>9s} {'Kupiec':>8s} "
@@ -282,8 +282,8 @@ def value_at_risk(data: Path) -> dict:
         parts = [_month(x, y, start, min(start + EVERY, rows[-1] + 1)) for start in range(rows[0], rows[-1] + 1, EVERY)]
         mean, std, constant = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
         actual = torch.from_numpy(y[rows])
-        found[name] = {level: _backtests(name, level, mean, std, constant, actual) for level in (0.975, 0.99)}
-    return {"var": found}
+        results[name] = {level: _backtests(name, level, mean, std, constant, actual) for level in (0.975, 0.99)}
+    return {"var": results}
 
 
 def _month(x: np.ndarray, y: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:

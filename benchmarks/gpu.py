@@ -135,36 +135,38 @@ def table(rows: list[dict]) -> str:
 
 def rows_of(out: Path) -> list[dict]:
     """The complete lines of all results; the last line of a file may be truncated."""
-    found = []
+    rows = []
     for part in ("kernels", "predictors", "grid"):
         for path in sorted(out.glob(f"{part}-*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
-                    found.append(json.loads(line))
+                    rows.append(json.loads(line))
                 except ValueError:
                     continue
-    return found
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
-    parser.add_argument("--check", action="store_true", help="without a GPU: collect the tests, run all else tiny")
-    parser.add_argument("--seconds", type=float, default=LIMIT, help="for all of it")
-    given = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="without a GPU, collect the tests and run the rest tiny")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="time limit of the whole run in seconds")
+    options = parser.parse_args()
     started = time.perf_counter()
-    given.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     statuses: dict[str, int] = {}
 
     def section(name: str, command: list[str]) -> None:
-        left = given.seconds - (time.perf_counter() - started) - 2 * _GRACE
+        left = options.seconds - (time.perf_counter() - started) - 2 * _GRACE
         if left < 10:
             print(f"no time left for {name}", flush=True)
             statuses[name] = 124
             return
-        statuses[name] = run(command, min(left, LIMITS[name]), given.out / f"{name}.txt" if name in RECORDED else None)
+        statuses[name] = run(
+            command, min(left, LIMITS[name]), options.out / f"{name}.txt" if name in RECORDED else None
+        )
 
-    all_of_them = commands(given.out, given.check)
+    all_of_them = commands(options.out, options.check)
     first = [threading.Thread(target=section, args=(n, c)) for n, c in all_of_them.items() if n in TOGETHER]
     for thread in first:
         thread.start()
@@ -174,9 +176,9 @@ def main() -> None:
         if name not in TOGETHER:
             section(name, command)
             # after each, so that whatever ends this process later finds the table of what there is
-            (given.out / "table.txt").write_text(table(rows_of(given.out)))
-    said = ", ".join(f"{n} {'ok' if s == 0 else f'status {s}'}" for n, s in statuses.items())
-    print(f"{time.perf_counter() - started:.0f} s: {said}; results in {given.out}")
+            (options.out / "table.txt").write_text(table(rows_of(options.out)))
+    statuses_text = ", ".join(f"{n} {'ok' if s == 0 else f'status {s}'}" for n, s in statuses.items())
+    print(f"{time.perf_counter() - started:.0f} s: {statuses_text}; results in {options.out}")
     raise SystemExit(any(s != 0 for n, s in statuses.items() if not (n == "grid" and s == 124)))
 
 

@@ -160,12 +160,12 @@ def peaks(bench: Bench) -> None:
     """Measure the peak rates of this card, the denominators of every share."""
     a = torch.randn(2**28, device="cuda")
     b = torch.empty_like(a)
-    found = {"bytes": 8 * a.numel() / bench.median_ms(lambda: b.copy_(a)) * 1e3}
+    rates = {"bytes": 8 * a.numel() / bench.median_ms(lambda: b.copy_(a)) * 1e3}
     for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32)):
         m = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-        found[name] = 2 * 8192**3 / bench.median_ms(lambda m=m: m @ m) * 1e3
-    bench.peaks = found
-    bench.emit({"goal": "peaks", **found})
+        rates[name] = 2 * 8192**3 / bench.median_ms(lambda m=m: m @ m) * 1e3
+    bench.peaks = rates
+    bench.emit({"goal": "peaks", **rates})
 
 
 def noise(bench: Bench, size: int) -> None:
@@ -471,44 +471,44 @@ def check(bench: Bench) -> None:
 def stamp() -> dict:
     """The machine and versions on which the numbers were measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    versions = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        versions["triton"] = triton.__version__
     except ImportError:
-        found["triton"] = None
+        versions["triton"] = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-        found |= {"cuda": torch.version.cuda, "memory_gib": round(properties.total_memory / 2**30)}
-    return found
+        versions |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        versions |= {"cuda": torch.version.cuda, "memory_gib": round(properties.total_memory / 2**30)}
+    return versions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="every provider once, tiny, on this machine's CPU")
-    parser.add_argument("--grid", action="store_true", help="the regime map on all shapes")
-    parser.add_argument("--once", action="store_true", help="everything compared and nothing timed")
+    parser.add_argument("--check", action="store_true", help="run every provider once, at tiny sizes, on the CPU")
+    parser.add_argument("--grid", action="store_true", help="measure the regime map on all shapes")
+    parser.add_argument("--once", action="store_true", help="compare all outputs without timing")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    if given.check:
+    if options.check:
         bench = Bench("cpu", None, 0)
-        for _ in grid(bench, tiny=True) if given.grid else [check(bench)]:
+        for _ in grid(bench, tiny=True) if options.grid else [check(bench)]:
             pass
         print(f"{len(bench.rows) - bench.failed} providers agree with their references")
         raise SystemExit(bool(bench.failed))
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --check runs the providers without one")
     torch.set_float32_matmul_precision("high")  # tf32 for every provider alike
-    out, repeat_ms = (None, 0) if given.once else (given.out, 10 if given.grid else 20)
-    bench = Bench("cuda", out, repeat_ms, "grid" if given.grid else "kernels")
+    out, repeat_ms = (None, 0) if options.once else (options.out, 10 if options.grid else 20)
+    bench = Bench("cuda", out, repeat_ms, "grid" if options.grid else "kernels")
     bench.emit({"goal": "machine", **stamp()})
     started = time.perf_counter()
-    for part in grid(bench) if given.grid else core(bench):
+    for part in grid(bench) if options.grid else core(bench):
         print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
-    if not given.once:
+    if not options.once:
         print(table(bench.rows))
     raise SystemExit(bool(bench.failed))
 

@@ -166,15 +166,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
-    found = []
+    results = []
     for method in options.methods:
-        found.append(run(method, options.rounds))
-        print(json.dumps(found[-1]), flush=True)
+        results.append(run(method, options.rounds))
+        print(json.dumps(results[-1]), flush=True)
         with open(RESULTS / "latency-cpu.jsonl", "a") as file:
-            file.write(json.dumps(found[-1]) + "\n")
+            file.write(json.dumps(results[-1]) + "\n")
     print("\n| method | contender | p50, us | p99, us | compile, s | load + first, s |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for one in found:
+    for one in results:
         for name in one["p50_us"]:
             compile_s, first = one["compile_s"].get(name, ""), one["load_and_first_s"].get(name, "")
             print(

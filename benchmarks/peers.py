@@ -50,11 +50,11 @@ def absent() -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that are installed, by name."""
-    found = {}
+    installed = {}
     for name in PEERS:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def contenders(q: Any, x: Tensor, n_samples: int) -> dict[str, Callable[[], Samples]]:

@@ -142,14 +142,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--workloads", default=",".join(NAMES))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--rounds", type=int, default=15, help="of timing; 0 compiles and compares only")
-    parser.add_argument("--prepare", action="store_true", help="the same as --rounds 0, several cells at once")
-    parser.add_argument("--check", action="store_true", help="the smallest once, on the CPU, uncompiled")
-    given = parser.parse_args()
-    names, batches = given.workloads.split(","), [int(b) for b in given.batches.split(",")]
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of timing; 0 only compiles and compares")
+    parser.add_argument("--prepare", action="store_true", help="like --rounds 0, with several cells at once")
+    parser.add_argument("--check", action="store_true", help="run the smallest cell once, on the CPU, uncompiled")
+    options = parser.parse_args()
+    names, batches = options.workloads.split(","), [int(b) for b in options.batches.split(",")]
     by_name = {w.name: w for w in WORKLOADS}
     with torch.no_grad():
-        if given.check:
+        if options.check:
             for name in ("W1", "W4-tiny"):
                 for make in contenders(by_name[name], "cpu", 2, compile=False).values():
                     make()()
@@ -157,14 +157,14 @@ def main() -> None:
             return
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device: --check runs what can be run without one")
-        if given.prepare:
+        if options.prepare:
             raise SystemExit(not prepare(names, batches))
         torch.set_float32_matmul_precision("high")  # tf32 for the loop and vbdl alike
         file = None
-        if given.rounds:
-            given.out.mkdir(parents=True, exist_ok=True)
+        if options.rounds:
+            options.out.mkdir(parents=True, exist_ok=True)
             card = torch.cuda.get_device_name().replace(" ", "-").lower()
-            file = (given.out / f"predictors-{card}.jsonl").open("w")
+            file = (options.out / f"predictors-{card}.jsonl").open("w")
         failed = []
 
         def emit(row: dict) -> None:
@@ -178,7 +178,7 @@ def main() -> None:
 
         for rows in batches:
             for name in names:
-                cell(by_name[name], rows, "cuda", True, given.rounds, emit)
+                cell(by_name[name], rows, "cuda", True, options.rounds, emit)
         raise SystemExit(bool(failed))
 
 

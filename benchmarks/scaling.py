@@ -75,24 +75,24 @@ def peak_above_start(method: str, draws: int, budget: int) -> int:
 
 def _peak() -> int:
     """Bytes resident at most so far, on Linux. (What `resource` says begins with the peak of the parent process.)"""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def memory(method: str, budget: int) -> dict:
     """The peak memory for 100 and 1,000 draws, each measured in its own process."""
-    found = {}
+    peaks = {}
     for draws in (100, 1000):
         command = [sys.executable, __file__, "--child", method, str(draws), str(budget)]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        found[draws] = int(ran.stdout.split()[-1])
+        peaks[draws] = int(ran.stdout.split()[-1])
     return {
         "memory_budget": budget,
-        "bytes_100": found[100],
-        "bytes_1000": found[1000],
-        "ratio": found[1000] / found[100],
+        "bytes_100": peaks[100],
+        "bytes_1000": peaks[1000],
+        "ratio": peaks[1000] / peaks[100],
     }
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="draws,batch,width,memory")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--quick", action="store_true", help="every other value, 0.3 seconds each")
+    parser.add_argument("--quick", action="store_true", help="measure every other size, 0.3 seconds each")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

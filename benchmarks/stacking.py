@@ -1,10 +1,10 @@
-"""Training every split and member in one stacked step, against one network after the other.
+"""Compare stacked training of all splits and members with training one network after the other.
 
     python benchmarks/stacking.py [--data FOLDER] [--set boston] [--members 5] [--epochs 40] [--out FILE]
 
 The deep ensemble of the UCI suite: splits x members networks of one hidden layer, batches of 100. Contenders:
 
-    torch loop       plain torch, what one would have written: a network, an Adam and a loop over batches for each
+    torch loop       plain torch by hand: a network, an Adam and a loop over batches for each
     stacked          vbdl.fit of all of them as one ensemble, uncompiled, and compiled (compiling is a column)
 
 Before anything is timed the networks of two splits, each trained by vbdl.fit alone, are compared with those of
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="append a JSON line a contender")
+    parser.add_argument("--out", type=Path, help="append one JSON line per contender to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = load(options.data, options.set)
