@@ -2,8 +2,8 @@
 
     python benchmarks/calibration.py --data ../shared/data
 
-17 networks' probabilities on the CIFAR-10 test set. Every calibrator is fitted on the first 5,000 rows and scored
-on the last 5,000. Needs no engine: this measures metrics and calibrators alone. Four minutes of one core.
+The inputs are the probabilities of 17 networks on the CIFAR-10 test set. Every calibrator is fitted on the first 5,000
+rows and scored on the last 5,000. Only metrics and calibrators are used. It takes four minutes on one core.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
     }
 
 
-GUO = {  # the columns of the paper's table 1, and what they are here
+GUO = {  # column of the paper's table 1: name here
     "none": "Uncalibrated",
     "temperature": "Temp. Scaling",
     "vector": "Vector Scaling",

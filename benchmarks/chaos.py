@@ -2,10 +2,10 @@
 
     python benchmarks/chaos.py [--seconds 40] [--only load hostile slow kill tests]
 
-Prints one JSON line a result as it is known, and then the table of docs/reliability.md. `load` alone is the soak:
-`--only load --seconds 1800`. Answers are compared byte for byte with those that the service gave alone, which are
-compared with the predictor's. Clients are raw sockets in this process, so a machine of two cores holds both sides.
-`tests` runs what a job's folder and an artifact have to survive as the test suite has it, and counts.
+Prints one JSON line per result, and then the table of docs/reliability.md. `--only load --seconds 1800` is the soak
+test. Answers are compared byte for byte with those of the service without load, which are compared with the
+predictor's. Clients are raw sockets in this process, so that two cores suffice for both sides. `tests` runs the test
+suite's files on damaged or interrupted jobs and artifacts, and counts them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import vbdl
 
 FEATURES, MIB = 32, 2**20
 ROOT = Path(__file__).resolve().parent.parent
-# what the suite tries on jobs and artifacts: run where it is there
+# test files on jobs and artifacts, which are run if they exist
 TESTS = {
     "bodies of a seed, three parsers": ["tests/serve/test_fuzz.py"],
     "a client slow in every phase": ["tests/serve/test_connections.py"],
@@ -123,7 +123,7 @@ class Good:
     def __init__(self, port: int, asked: list[tuple[bytes, bytes]], clients: int, pause: float = 0.02):
         self.port, self.asked, self.pause = port, asked, pause
         self.statuses: Counter[int] = Counter()
-        self.times: list[tuple[float, float]] = []  # when it was asked, seconds to the answer
+        self.times: list[tuple[float, float]] = []  # (time of the request, seconds to the answer)
         self.lost = self.wrong = 0
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(k,)) for k in range(clients)]
@@ -162,7 +162,7 @@ class Good:
         return float(np.percentile(kept, 99)) * 1000 if kept else float("nan")
 
     def counts(self) -> dict:
-        # a 503 is a promise kept; anything else that is no answer is none
+        # the service documents 503; any other missing answer is a failure
         return {
             "answered": self.statuses[200],
             "refused_503": self.statuses[503],
@@ -232,7 +232,7 @@ def send(port: int, data: bytes, whole: bool = False) -> int | None:
     return None
 
 
-# -- what is tried
+# -- the parts
 
 
 def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
@@ -256,7 +256,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
             for turn in itertools.count():
                 if stop.wait(0.1):
                     return
-                # a large one now and then
+                # sometimes a large request
                 large = turn % 100 == 99
                 bad[send(service.port, request(LARGE["[]"]) if large else hostile_small(generator))] += 1
 
@@ -316,7 +316,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
         for thread in threads:
             thread.join(60)
         after = alone()
-        # in the first third after a reload buffers grow to what they need
+        # buffers grow in the first third after a reload
         settled = memory[len(memory) // 3 :]
         yield {
             "what": "mixed load",

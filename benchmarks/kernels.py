@@ -5,11 +5,11 @@
     python benchmarks/kernels.py --once                     P1 to P9 compared and not timed, to fill compilers' caches
     python benchmarks/kernels.py --check                    every provider once, tiny, on the CPU
 
-Providers that make the same draws are compared before any of them is timed (kernels against their references:
-tests/kernels/test_gpu.py; and TRITON_INTERPRET=1 makes --check run the kernels). Times are medians in milliseconds with
-the L2 cache flushed in between, on random data (zeros draw less power and run faster); of whole small networks, of the
-replay of a CUDA graph. `share_of_...` is bytes or operations a second over this card's own measured peak; `compile_s`
-is apart. Goals: kernels/README.md.
+Providers with the same draws are compared before timing (tests/kernels/test_gpu.py compares kernels with their
+references; with TRITON_INTERPRET=1, --check runs the kernels). Times are median milliseconds with the L2 cache flushed
+between calls, on random data (zeros draw less power and run faster); whole small networks are timed as the replay of a
+CUDA graph. `share_of_...` is bytes or operations per second divided by the measured peak of this card; `compile_s` is
+the compile time, which no other time includes. Goals: kernels/README.md.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Bench:
                     error = max(_relative(a, b) for a, b in zip(_double(result), expected, strict=True))
                     if not error <= tolerance:
                         raise AssertionError(f"relative error {error:.1e}, allowed {tolerance:.1e}")
-            except Exception as error:  # one that fails is a row, is not timed, and the others are
+            except Exception as error:  # a failure becomes a row, and the other providers are still timed
                 self.failed += 1
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 self.emit({**row, "failed": said[:600]})
@@ -107,7 +107,7 @@ class Bench:
                 counted = same is None or name in same or name == first
                 for unit, count in amount.items():
                     if not counted and unit in ("bytes", "flops"):
-                        continue  # another way moves and multiplies other amounts
+                        continue  # other ways move and multiply other amounts
                     row[f"{unit}_per_s"] = count / row["ms"] * 1e3
                     peak = self.peaks.get("tf32" if case.get("dtype") == "float32" else "bf16")
                     peak = self.peaks.get("bytes") if unit == "bytes" else peak if unit == "flops" else None
@@ -229,7 +229,7 @@ def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int,
         return x @ (mean + std * eps).mT
 
     def fused():
-        with regime.always("fused"):  # the kernel, whatever the operator would choose
+        with regime.always("fused"):  # force the kernel
             return sampled_linear(x, mean, std, key, LAYER)
 
     providers: Providers = {
@@ -440,7 +440,7 @@ def grid(bench: Bench, tiny: bool = False) -> Iterator[str]:
         for size in sizes
         for samples in draws
         for batch in batches
-        if samples * size * (size + batch) <= 2**32  # what the eager baseline holds
+        if samples * size * (size + batch) <= 2**32  # the limit of the eager baseline's memory
     ]
     coarse = lambda size, samples, batch: size in (1024, 4096) and samples in (8, 128) and batch in (1, 64, 256, 1024)
     for dtype in (torch.bfloat16, torch.float32):
@@ -501,7 +501,7 @@ def main() -> None:
         raise SystemExit(bool(bench.failed))
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --check runs the providers without one")
-    torch.set_float32_matmul_precision("high")  # tf32 for every provider alike
+    torch.set_float32_matmul_precision("high")  # tf32 for all providers
     out, repeat_ms = (None, 0) if options.once else (options.out, 10 if options.grid else 20)
     bench = Bench("cuda", out, repeat_ms, "grid" if options.grid else "kernels")
     bench.emit({"goal": "machine", **stamp()})

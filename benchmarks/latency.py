@@ -2,14 +2,14 @@
 
     python benchmarks/latency.py [--methods dropout mean-field ensemble] [--rounds 200]
 
-Network 32-256-256-10, 16 draws or members, one thread, batch 1, p50 and p99 over calls of all contenders in turn.
-eager is what one writes without vbdl: a pass a draw with torch's dropout or weights drawn by torch.randn, vmap over
-stacked members; torch.compile is the same function compiled. Both return probabilities and their entropies, as the
-others do. Outputs are compared before anything is timed: the package and ONNX to 1e-5, the members to 1e-5, the draws
-of torch's own generator to six Monte Carlo standard errors.
+The network is 32-256-256-10 with 16 draws or members, on one thread, with batch 1; p50 and p99 are over calls of all
+contenders in turn. "eager" is hand-written torch: one forward pass per draw with torch's dropout or with weights from
+torch.randn, or vmap over stacked members. "torch.compile" is the same function compiled. Like the others, both return
+probabilities and their entropies. Outputs are compared before timing: the package, ONNX and the members to 1e-5, draws
+of torch's generator to six Monte Carlo standard errors.
 
-"compile" is what the first call costs where it is compiled (predictor, torch.compile) or how long the export took;
-"load + first" is what a fresh process pays after its imports: loading the package and one call.
+"compile" is the time of the first call (predictor, torch.compile) or of the export; "load + first" is the time of
+loading the package and of one call in a fresh process, after its imports.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Kernels that draw and sum normals in registers, to measure drawing without memory traffic.
 
-`sixteen_bits` is the stretch of P9, an experiment that no operator uses: 16 bits of a word make a radius, 10 an angle,
-and sine and cosine are polynomials of two halves at once, so that a normal takes one special-function operation, not
-two. Two halves instead of float32, 65536 radii (none beyond 4.9) and 1024 angles.
+`sixteen_bits` is the experiment of P9, which no operator uses: a radius from 16 bits of a word, an angle from 10 bits,
+and polynomials for the sine and cosine of two half-precision numbers at once, so that a normal takes one
+special-function operation instead of two. It has half precision, 65536 radii (none beyond 4.9) and 1024 angles.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
 """The other libraries in `benchmarks/speed.py`, called as their documentation says; skipped if not installed.
 
-They need no place in vbdl's environment: a second one that sees its packages is enough, and keeps its versions.
+They can be installed in a second environment that uses the packages of vbdl's, whose versions then stay unchanged.
 
     python -m venv .venv-peers
     echo "import site; site.addsitedir('$PWD/.venv/lib/python3.11/site-packages')" \
         > .venv-peers/lib/python3.11/site-packages/vbdl.pth
     .venv-peers/bin/pip install --no-deps torch-uncertainty bayesian-torch laplace-torch posteriors \
-        blitz-bayesian-pytorch baal lightning-uq-box    # and, also with --no-deps, what their imports ask for
+        blitz-bayesian-pytorch baal lightning-uq-box    # and, also with --no-deps, their dependencies
     .venv-peers/bin/python benchmarks/speed.py
 
 Every function takes vbdl's posterior and gives the peer the same networks, rates, means and stds.
@@ -32,7 +32,7 @@ from vbdl import DeepEnsemble, MCDropout, MeanField
 Samples = Callable[[], Tensor]
 Build = Callable[[Any, Tensor, int], Samples]
 
-PEERS = {  # distribution -> what to import
+PEERS = {  # distribution: module to import
     "torch-uncertainty": "torch_uncertainty",
     "bayesian-torch": "bayesian_torch",
     "laplace-torch": "laplace",

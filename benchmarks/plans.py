@@ -3,11 +3,11 @@
     python benchmarks/plans.py [--workloads W1,W3] [--batches 1,32,256] [--samples 32,100] [--seconds 2]
                                [--out benchmarks/results/plans-cpu.jsonl]
 
-Ways, where they apply and make another plan: one draw a call, all draws in one call; dropped units masked, folded into
-the weights after them, or left out; mean-field layers that draw their outputs, all of them or the first, or draw their
-weights. Memory sets the number of draws of a call otherwise. Outputs are compared before anything is timed: the same
-draws to 2e-5 of a mean, other draws by the standard errors. All ways run in turn in every round, one thread, medians;
-the plan is to be at most 15 % slower than the best of them (wall time, or processor time where that is less).
+The forced ways, if they apply and change the plan: one draw per call or all draws in one call; dropped units masked,
+folded into the next weights, or left out; mean-field layers that draw outputs (all layers or the first) or weights.
+Otherwise memory sets the number of draws per call. Outputs are compared before timing: equal draws to 2e-5 of a mean,
+different draws by their standard errors. All ways run in turn in every round, on one thread; times are medians. The
+plan may be at most 15 % slower than the best way, by the lower of wall time and processor time.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from workloads import WORKLOADS, Workload
 from vbdl import DeepEnsemble, MCDropout, MeanField, Predictor
 from vbdl.compiling import rewrite as rewrites
 
-compact = importlib.import_module("vbdl.compiling.rewrite.compact")  # the package's own name of it is the function
-ALLOWED = 1.15  # the plan's time to that of the best way
+compact = importlib.import_module("vbdl.compiling.rewrite.compact")  # the package's attribute `compact` is the function
+ALLOWED = 1.15  # largest ratio of the plan's time to that of the best way
 Forced = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -91,12 +91,12 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
     for name, (settings, forced) in ways(workload, draws).items():
         predict = Predictor(posterior, likelihood, draws, tiles=(rows,), **settings)
         with forced():
-            explained = _ways_of(predict.explain(x))  # plans, compiles nothing
+            explained = _ways_of(predict.explain(x))  # plans without compiling
         if explained in said.values():
             continue
         plan = next(iter(predict.executions.by_shape.values()))[0].plan
         if plan.chunk * plan.activation_bytes > predict.settings.memory_budget // 2:
-            continue  # the budget forbids it
+            continue  # not within the memory budget
         predict.warm_up((rows,), example=x)
         prediction = predict(x)
         planned = prediction if planned is None else planned

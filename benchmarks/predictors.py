@@ -4,11 +4,11 @@
     python benchmarks/predictors.py --prepare        compile and compare all of them, several at once, nothing timed
     python benchmarks/predictors.py --check          the smallest of them once, on the CPU, nothing timed
 
-Contenders: the loop one would have written (one eager forward pass a draw), the Predictor warmed up with its tile the
-batch, the same drawing weights (`joint`), and in bfloat16. Every call is given another of two batches. Before anything
-is timed each Predictor on the GPU is compared with the same on the CPU, whose draws are the same. Contenders in turn,
-the second of two calls of each; medians of wall-clock time with the device waited for. Compile time is its own column,
-and after `--prepare` the time with the compiler's caches filled.
+Contenders: the tutorial loop (one eager forward pass per draw), and the warmed-up Predictor with the batch as its tile,
+also with drawn weights (`joint`) and in bfloat16. Calls alternate between two batches. Before timing, each Predictor on
+the GPU is compared with one on the CPU, which has the same draws. Contenders run in turn, and the second of two calls
+is timed; times are medians of wall-clock time with the device synchronized. Compile time is a separate column; after
+`--prepare` it is the time with filled compiler caches.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from workloads import WORKLOADS, Workload, networks
 
 from vbdl import Gaussian, MeanField, Predictor
 
-BATCHES = (32, 1, 256)  # the usual one first
-NAMES = ("W3", "W1", "W4-tiny", "W2", "W5-head", "W5-blocks", "W4-32", "W4-5")  # the methods first
+BATCHES = (32, 1, 256)  # the most usual first
+NAMES = ("W3", "W1", "W4-tiny", "W2", "W5-head", "W5-blocks", "W4-32", "W4-5")  # one of each method first
 # of a probability or mean: products of tf32 or bfloat16 differ from a CPU's float32 by roundings of every layer
 ALLOWED = {"float32": 5e-3, "bfloat16": 3e-2}
 _CHECKED = 4  # rows compared
@@ -84,7 +84,7 @@ def timed(runs: dict[str, Callable[[], object]], device: str, rounds: int = 15) 
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            run()  # after another contender caches are cold; what is timed is the second of two calls
+            run()  # another contender has cooled the caches, so only the second of two calls is timed
             if device == "cuda":
                 torch.cuda.synchronize()
             begun = time.perf_counter()
@@ -104,7 +104,7 @@ def cell(workload: Workload, rows: int, device: str, compile: bool, rounds: int,
         try:
             runs[name] = make()
             runs[name]()
-        except Exception as error:  # one that fails is a row, and the others are measured all the same
+        except Exception as error:  # a failure becomes a row, and the other contenders are still measured
             runs.pop(name, None)
             said = f"{type(error).__name__}: {error}".strip().splitlines()
             emit({**case, "provider": name, "failed": " ".join(said)[:600]})
@@ -159,7 +159,7 @@ def main() -> None:
             raise SystemExit("no CUDA device: --check runs what can be run without one")
         if options.prepare:
             raise SystemExit(not prepare(names, batches))
-        torch.set_float32_matmul_precision("high")  # tf32 for the loop and vbdl alike
+        torch.set_float32_matmul_precision("high")  # tf32 for both the loop and vbdl
         file = None
         if options.rounds:
             options.out.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,12 @@
     python benchmarks/scaling.py [--what draws,batch,width,memory] [--quick]
                                  [--out benchmarks/results/scaling-cpu.jsonl]
 
-Cost: microseconds of a warmed-up call, median, one thread, and what one more draw, row or unit costs.
-Memory: peak resident bytes above those before the first prediction, statistics only, each count of draws in a process
-of its own; for 1,000 draws it is to be within 1.1 times of that for 100. Without a compiler, so that no trace of
-compiling is in it. What is kept of the draws, so that no call makes them again, grows with them up to half the memory
-budget: with the default of 1 GiB that is what grows; with one of 4 MiB nothing is kept of 1,000 draws, and it is flat.
-MALLOC_MMAP_THRESHOLD_ is set, because glibc before 2.38 does not use aligned blocks a second time that it has freed.
+Cost: median microseconds of a warmed-up call on one thread, and the cost of one more draw, row or unit.
+Memory: peak resident bytes above those before the first prediction, for statistics only, with each number of draws in
+its own process; for 1,000 draws it may be at most 1.1 times that for 100. It is measured uncompiled, to exclude the
+compiler's memory. Draws are kept for the next call up to half the memory budget: with the default of 1 GiB these kept
+draws grow; with 4 MiB none of 1,000 draws are kept, and memory does not grow.
+MALLOC_MMAP_THRESHOLD_ is set because glibc before 2.38 does not reuse freed aligned blocks.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def peak_above_start(method: str, draws: int, budget: int) -> int:
     torch.manual_seed(0)
     q = METHODS[method](512).eval()
     x = torch.randn(256, 784)
-    # what torch loads and allocates at first use is there before
+    # first a prediction, so that what torch loads and allocates at first use is not counted
     Predictor(METHODS[method](32).eval(), Categorical().eval(), 2, compile=False)(x)
     before = _peak()
     predict = Predictor(q, Categorical().eval(), draws, tiles=(64,), compile=False, memory_budget=budget)
@@ -115,7 +115,7 @@ def main() -> None:
         for method in options.methods.split(","):
             if what == "memory":
                 if method == "ensemble":
-                    continue  # its draws are its members: there are no more of them
+                    continue  # its draws are its members, whose number is fixed
                 for budget in MEMORY_BUDGETS:
                     found = memory(method, budget)
                     verdict = "ok" if found["ratio"] <= 1.1 else "MISSED"

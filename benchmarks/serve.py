@@ -2,10 +2,9 @@
 
     python benchmarks/serve.py [--seconds 10]
 
-An ensemble of 5 networks 32-64-64-3, compiled, served by `vbdl serve` in a process of its own on the loopback; clients
-are raw sockets with keep-alive in this process, so that a client library's own milliseconds are not counted as the
-service's. The in-process call is the same predictor, loaded from the same artifact, in the same run; calls in process
-and over HTTP take turns. Answers are compared before anything is timed. Needs two cores.
+`vbdl serve` serves a compiled ensemble of 5 networks 32-64-64-3 in its own process on the loopback. Clients are raw
+keep-alive sockets in this process, to exclude the overhead of a client library. In-process calls use the same artifact
+and take turns with calls over HTTP. Answers are compared before timing. It needs two cores.
 """
 
 import argparse

@@ -50,10 +50,10 @@ from vbdl.calling.stacking import call, select
 
 BATCHES = (1, 32, 256)
 CHECKED_ROWS = 32
-REFERENCE_DRAWS = 300  # of the loop, where only statistics can be compared
+REFERENCE_DRAWS = 300  # draws of the loop, if only statistics can be compared
 SAME = {"float32": 2e-5, "bfloat16": 1e-2}  # largest difference of a mean probability (or mean) of the same draws
 Z_BOUND = 2.5
-ROUND_SECONDS = 2e-2  # of each contender whose calls are shorter
+ROUND_SECONDS = 2e-2  # seconds per round of contenders with shorter calls
 
 
 class NotAvailable(Exception):

@@ -82,7 +82,7 @@ class Workload:
         return type(self.posterior())
 
 
-# -- what one would have written: the tutorial loop, and vmap
+# -- hand-written predictions: the tutorial loop, and vmap
 
 
 class TutorialLinear(nn.Module):
@@ -157,7 +157,7 @@ def tutorial_kept_std(q: MeanField, x: Tensor, n_samples: int) -> Samples:
 def tutorial_compiled(q: Any, x: Tensor, n_samples: int) -> Samples:
     """Predict by the tutorial loop with a compiled forward pass."""
     if isinstance(q, DeepEnsemble):
-        # one graph for all members, which differ in their tensors only
+        # one graph for all members, which differ only in their tensors
         network, states = q_network(q).eval(), [q.member(m) for m in range(q.n_members)]
         one = torch.compile(lambda state, x: functional_call(network, state, (x,)), fullgraph=True, dynamic=False)
         return lambda: torch.stack([one(states[s], x) for s in range(n_samples)])
@@ -190,7 +190,7 @@ def mapped(q: Any, x: Tensor, n_samples: int, activations: int) -> Samples:
     return run
 
 
-# -- the table of the issue
+# -- the table of workloads
 
 
 def _ensemble(n_members: int, *sizes: int) -> Callable[[], DeepEnsemble]:
