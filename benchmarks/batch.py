@@ -159,9 +159,9 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.contender:
         name, folder, data, out, *size = chosen.contender
-        found = CONTENDERS[name](Path(folder), Path(data), Path(out), *map(int, size))
-        found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(found))
+        result = CONTENDERS[name](Path(folder), Path(data), Path(out), *map(int, size))
+        result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(result))
         return
     size = (chosen.width, chosen.layers, chosen.classes)
     with tempfile.TemporaryDirectory() as place:
@@ -179,7 +179,7 @@ def main() -> None:
                 runs[name].append(run(name, folder, folder / "rows.parquet", out, *size))
                 print(name, json.dumps(runs[name][-1]), flush=True)
                 shutil.rmtree(out.with_suffix("")) if out.with_suffix("").is_dir() else out.unlink()
-        medians = {name: statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
+        medians = {name: statistics.median(r["seconds"] for r in results) for name, results in runs.items()}
         result = {
             "benchmark": "batch", "rows": chosen.rows, "features": FEATURES, "members": MEMBERS,
             "width": chosen.width, "layers": chosen.layers, "classes": chosen.classes,

@@ -53,12 +53,12 @@ TESTS = {
 class Service:
     """A `vbdl serve` process, its port and its output."""
 
-    def __init__(self, process: subprocess.Popen, port: int, said: list[str]):
-        self.process, self.port, self.said = process, port, said
+    def __init__(self, process: subprocess.Popen, port: int, log: list[str]):
+        self.process, self.port, self.log = process, port, log
 
     def ready(self) -> int:
         """The number of times that a worker became ready."""
-        return sum("ready to predict" in line for line in self.said)
+        return sum("ready to predict" in line for line in self.log)
 
     def workers(self) -> list[int]:
         mine = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
@@ -66,11 +66,11 @@ class Service:
 
     def memory(self) -> float:
         """The resident memory of the service's largest process, MiB."""
-        found = [0]
+        pages = [0]
         for pid in (self.process.pid, *self.workers()):
             with contextlib.suppress(OSError):
-                found.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
-        return max(found) * resource.getpagesize() / MIB
+                pages.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+        return max(pages) * resource.getpagesize() / MIB
 
 
 @contextlib.contextmanager
@@ -85,11 +85,11 @@ def served(folder: Path, *options: str, files: int | None = None) -> Iterator[Se
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, bufsize=1
     )
-    said: list[str] = []
+    log: list[str] = []
     stream = process.stderr
     assert stream is not None
-    threading.Thread(target=lambda: said.extend(iter(stream.readline, "")), daemon=True).start()
-    service = Service(process, port, said)
+    threading.Thread(target=lambda: log.extend(iter(stream.readline, "")), daemon=True).start()
+    service = Service(process, port, log)
     try:
         wanted = int(options[options.index("--workers") + 1]) if "--workers" in options else 1
         until(lambda: service.ready() >= wanted, lambda: process.poll() is None)
@@ -227,8 +227,8 @@ def send(port: int, data: bytes, whole: bool = False) -> int | None:
             connection.sendall(data)
             if not whole:
                 connection.shutdown(socket.SHUT_WR)
-        found = connection.recv(4096)
-        return int(found.split()[1]) if found.startswith(b"HTTP/1.1 ") else None
+        answer = connection.recv(4096)
+        return int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else None
     return None
 
 
@@ -291,7 +291,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
                     status, answer = client.ask(head + b"\r\nX-Deadline-Ms: 500\r\n\r\n" + body)
                     impatient[status] += 1
                     if status == 200 and json.loads(answer)["n_samples"] == 64:
-                        probs = lambda found: [row["probs"] for row in json.loads(found)["predictions"]]
+                        probs = lambda body: [row["probs"] for row in json.loads(body)["predictions"]]
                         np.testing.assert_allclose(probs(answer), probs(asked[0][1]), atol=1e-6)
                     continue
                 client = None
@@ -331,7 +331,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
             "p99_ms": good.p99(apart),
             "p99_with_reloads_ms": good.p99(),
             "memory_growth_mib": settled[-1] - settled[0] if settled else 0.0,
-            "tracebacks": sum("Traceback" in line for line in service.said),
+            "tracebacks": sum("Traceback" in line for line in service.log),
         }
 
 
@@ -401,7 +401,7 @@ def slow(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
                 "patience": patience,
                 "probes": {str(k): n for k, n in probed.items()},
                 **good.counts(),
-                "said": sum("others are refused" in line for line in service.said),
+                "said": sum("others are refused" in line for line in service.log),
             }
 
 
@@ -426,8 +426,8 @@ def tests(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
         if there:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *there]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-            counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", found.stdout)}
+            completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", completed.stdout)}
             yield {"what": what, "files": there, **counts}
 
 
@@ -438,9 +438,9 @@ def row(result: dict) -> str:
     """One line of the printed table."""
     skipped = ("what", "lost", "wrong", "other", "answered")
     figures = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in result.items() if k not in skipped}
-    said = "; ".join(f"{name.replace('_', ' ')} {figure}" for name, figure in figures.items())
+    text = "; ".join(f"{name.replace('_', ' ')} {figure}" for name, figure in figures.items())
     lost = f"{result['lost']} lost, {result['wrong']} wrong, {result['other']} other" if "lost" in result else ""
-    return f"| {result['what']} | {said.replace('|', '/')} | {result.get('answered', '')} | {lost} |"
+    return f"| {result['what']} | {text.replace('|', '/')} | {result.get('answered', '')} | {lost} |"
 
 
 def main() -> None:
@@ -461,8 +461,8 @@ def main() -> None:
             client = Client(service.port)
             asked = [(body, client.ask(body)[1]) for body in bodies]
         probs = vbdl.load(folder, batch_invariant=True)(x).probs
-        found = [row["probs"] for _, answer in asked for row in json.loads(answer)["predictions"]]
-        assert torch.equal(torch.tensor(found), probs), "the service answers other numbers"
+        answered = [row["probs"] for _, answer in asked for row in json.loads(answer)["predictions"]]
+        assert torch.equal(torch.tensor(answered), probs), "the service answers other numbers"
         for part in options.only:
             for result in PARTS[part](folder, asked, options.seconds):
                 results.append(result)

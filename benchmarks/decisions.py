@@ -318,12 +318,12 @@ def _backtests(name: str, level: float, mean: Tensor, std: Tensor, constant: Ten
         "without parameter uncertainty": decision.gaussian_tail(mean.mean(0), (std**2).mean(0).sqrt(), level).var,
         "with parameter uncertainty": decision.mixture_tail(mean, std, level).var,
     }
-    found, scores = {}, {}
+    results, scores = {}, {}
     for label, var in tails.items():
         result = decision.backtest(actual < -var, level)
         # the quantile score: proper, in per cent of return, lower is better
         scores[label] = torch.where(actual < -var, level, level - 1).abs() * (actual + var).abs()
-        found[label] = {
+        results[label] = {
             "beyond": result.violations,
             "expected": result.expected,
             "kupiec": result.kupiec,
@@ -341,8 +341,8 @@ def _backtests(name: str, level: float, mean: Tensor, std: Tensor, constant: Ten
         print(
             f"{'':14s} with, minus {other}: {c.difference:+.5f} [{c.lower:+.5f}, {c.upper:+.5f}], p = {c.p_value:.2g}"
         )
-        found[f"with minus {other}"] = [c.difference, c.lower, c.upper, c.p_value]
-    return found
+        results[f"with minus {other}"] = [c.difference, c.lower, c.upper, c.p_value]
+    return results
 
 
 PARTS = {"referral": referral, "handover": handover, "credit": credit, "var": value_at_risk}

@@ -98,8 +98,8 @@ class Bench:
                         raise AssertionError(f"relative error {error:.1e}, allowed {tolerance:.1e}")
             except Exception as error:  # a failure becomes a row, and the other providers are still timed
                 self.failed += 1
-                said = " ".join(f"{type(error).__name__}: {error}".split())
-                self.emit({**row, "failed": said[:600]})
+                message = " ".join(f"{type(error).__name__}: {error}".split())
+                self.emit({**row, "failed": message[:600]})
                 continue
             del result
             if self.device == "cuda":
@@ -132,8 +132,8 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _double(result: object) -> list[Tensor]:
@@ -190,20 +190,20 @@ def stretch(bench: Bench, size: int) -> None:
     import noise_kernels
 
     words = vbdl_words(make_key(0, range(4)), LAYER, 0, size, size).flatten()
-    found = noise_kernels.reference_halves(words).double().flatten()
-    n = len(found)
+    normals = noise_kernels.reference_halves(words).double().flatten()
+    n = len(normals)
     # standard errors of mean, variance and fourth moment of n normals; and what 16 bits cut off
-    far = (found.mean() * n**0.5, (found.var() - 1) / (2 / n) ** 0.5, ((found**4).mean() - 3) / (96 / n) ** 0.5)
+    far = (normals.mean() * n**0.5, (normals.var() - 1) / (2 / n) ** 0.5, ((normals**4).mean() - 3) / (96 / n) ** 0.5)
     if not max(abs(float(z)) for z in far) < 5:
         raise AssertionError(f"P9: mean, variance and fourth moment are off by {[f'{float(z):.1f}' for z in far]}")
     if bench.device == "cuda":
         import triton
 
-        given = words.to(torch.int32).cuda()  # the same bits
+        bits = words.to(torch.int32).cuda()  # the same bits
         out = torch.empty(2, n // 4, dtype=torch.int32, device="cuda")
-        noise_kernels.halves_of[(triton.cdiv(n // 4, 1024),)](given, out, n // 4, TILE=1024)
+        noise_kernels.halves_of[(triton.cdiv(n // 4, 1024),)](bits, out, n // 4, TILE=1024)
         kernel = out.view(torch.float16).view(2, -1).double().cpu()
-        if not float((kernel - found.view(2, -1)).abs().max()) < 2e-2:  # halves: 2**-11 of up to 4.9, a few times
+        if not float((kernel - normals.view(2, -1)).abs().max()) < 2e-2:  # halves: 2**-11 of up to 4.9, a few times
             raise AssertionError("P9: the kernel's normals are not its reference's")
     count = 16 * size * size
     providers: Providers = {"reference": lambda: noise_kernels.reference_halves(words)}

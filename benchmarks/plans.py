@@ -56,19 +56,19 @@ def dropped_units(way: str) -> Iterator[None]:
 def ways(workload: Workload, draws: int) -> dict[str, tuple[dict[str, Any], Forced]]:
     """name -> settings of the predictor, and what is forced while it plans."""
     free = contextlib.nullcontext
-    found: dict[str, tuple[dict[str, Any], Forced]] = {
+    forced: dict[str, tuple[dict[str, Any], Forced]] = {
         "plan": ({}, free),
         "one draw a call": ({"chunk_size": 1}, free),
         "all draws in a call": ({"chunk_size": draws}, free),
     }
     if workload.method is MCDropout:
         for way in ("masked", "folded", "left out"):
-            found[f"dropped units {way}"] = ({}, lambda way=way: dropped_units(way))
+            forced[f"dropped units {way}"] = ({}, lambda way=way: dropped_units(way))
     if workload.method is MeanField:
         for name, rows in (("of every layer", sys.maxsize), ("of the first layer", 0)):
-            found[f"outputs {name} drawn"] = ({}, lambda rows=rows: patch.object(rewrites, "_MANY_ROWS", rows))
-        found["weights drawn"] = ({"joint": True}, free)
-    return found
+            forced[f"outputs {name} drawn"] = ({}, lambda rows=rows: patch.object(rewrites, "_MANY_ROWS", rows))
+        forced["weights drawn"] = ({"joint": True}, free)
+    return forced
 
 
 def agree(prediction: Any, plan: Any, same_draws: bool) -> bool:
@@ -86,13 +86,13 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
     posterior, likelihood = workload.posterior().eval(), workload.likelihood().eval()
     x = torch.randn(rows, *workload.row)
     runs: dict[str, Callable[[], Any]] = {}
-    said: dict[str, str] = {}
+    explanations: dict[str, str] = {}
     planned = None
     for name, (settings, forced) in ways(workload, draws).items():
         predict = Predictor(posterior, likelihood, draws, tiles=(rows,), **settings)
         with forced():
             explained = _ways_of(predict.explain(x))  # plans without compiling
-        if explained in said.values():
+        if explained in explanations.values():
             continue
         plan = next(iter(predict.executions.by_shape.values()))[0].plan
         if plan.chunk * plan.activation_bytes > predict.settings.memory_budget // 2:
@@ -102,7 +102,7 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
         planned = prediction if planned is None else planned
         if not agree(prediction, planned, same_draws=workload.method is not MeanField):
             raise SystemExit(f"{workload.name}, batch {rows}, {draws} draws: '{name}' predicts something else")
-        said[name] = explained
+        explanations[name] = explained
         runs[name] = lambda predict=predict: predict(x)
     timings = interleave(runs, seconds, rounds=3)
     best = {clock: min(timings, key=lambda n, clock=clock: getattr(timings[n], clock)) for clock in ("wall", "cpu")}

@@ -49,21 +49,21 @@ def contenders(workload: Workload, device: str, rows: int, compile: bool) -> dic
         count = workload.n_samples
 
         def run() -> torch.Tensor:
-            given = next(batches)
-            return end(torch.stack([called[s % len(called)](given) for s in range(count)])).mean(0)
+            x = next(batches)
+            return end(torch.stack([called[s % len(called)](x) for s in range(count)])).mean(0)
 
         return run
 
     def vbdl(**settings) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
-            given = {"compile": compile, **settings}
-            predict = Predictor(q, likelihood, workload.n_samples, tiles=(rows,), device=device, **given)
+            chosen = {"compile": compile, **settings}
+            predict = Predictor(q, likelihood, workload.n_samples, tiles=(rows,), device=device, **chosen)
             predict.warm_up((rows,), example=on_device)
             settings_here = {k: v for k, v in settings.items() if k == "joint"}
             plain = Predictor(q, likelihood, workload.n_samples, tiles=(rows,), compile=False, **settings_here)
             expected = plain(x[:_CHECKED]).mean if rows > _CHECKED else plain(x).mean
-            found = predict(on_device).mean[: len(expected)].float().cpu()
-            far = float((found - expected).abs().max())
+            mean = predict(on_device).mean[: len(expected)].float().cpu()
+            far = float((mean - expected).abs().max())
             allowed = ALLOWED["bfloat16" if "autocast" in settings else "float32"]
             if not far <= allowed:
                 raise AssertionError(f"{workload.name} {rows} {settings}: differs by {far:.1e}, allowed {allowed:.0e}")
@@ -71,12 +71,12 @@ def contenders(workload: Workload, device: str, rows: int, compile: bool) -> dic
 
         return make
 
-    found = {"loop": loop, "vbdl": vbdl()}
-    found["vbdl bfloat16"] = vbdl(autocast=torch.bfloat16)
+    calls = {"loop": loop, "vbdl": vbdl()}
+    calls["vbdl bfloat16"] = vbdl(autocast=torch.bfloat16)
     if isinstance(q, MeanField):
-        found["vbdl joint"] = vbdl(joint=True)
-        found["vbdl joint bfloat16"] = vbdl(joint=True, autocast=torch.bfloat16)
-    return found
+        calls["vbdl joint"] = vbdl(joint=True)
+        calls["vbdl joint bfloat16"] = vbdl(joint=True, autocast=torch.bfloat16)
+    return calls
 
 
 def timed(runs: dict[str, Callable[[], object]], device: str, rounds: int = 15) -> dict[str, float]:
@@ -106,8 +106,8 @@ def cell(workload: Workload, rows: int, device: str, compile: bool, rounds: int,
             runs[name]()
         except Exception as error:  # a failure becomes a row, and the other contenders are still measured
             runs.pop(name, None)
-            said = f"{type(error).__name__}: {error}".strip().splitlines()
-            emit({**case, "provider": name, "failed": " ".join(said)[:600]})
+            message = f"{type(error).__name__}: {error}".strip().splitlines()
+            emit({**case, "provider": name, "failed": " ".join(message)[:600]})
             continue
         seconds[name] = round(time.perf_counter() - begun, 2)
     if rounds == 0:

@@ -117,15 +117,15 @@ def main() -> None:
                 if method == "ensemble":
                     continue  # its draws are its members, whose number is fixed
                 for budget in MEMORY_BUDGETS:
-                    found = memory(method, budget)
-                    verdict = "ok" if found["ratio"] <= 1.1 else "MISSED"
+                    peaks = memory(method, budget)
+                    verdict = "ok" if peaks["ratio"] <= 1.1 else "MISSED"
                     print(
-                        f"memory  {method:12s} budget {budget / 2**20:5.0f} MiB: {found['bytes_100'] / 2**20:8.1f} MiB "
-                        f"for 100 draws, {found['bytes_1000'] / 2**20:8.1f} for 1,000: {found['ratio']:.2f} "
+                        f"memory  {method:12s} budget {budget / 2**20:5.0f} MiB: {peaks['bytes_100'] / 2**20:8.1f} MiB "
+                        f"for 100 draws, {peaks['bytes_1000'] / 2**20:8.1f} for 1,000: {peaks['ratio']:.2f} "
                         f"(at most 1.1) {verdict}",
                         flush=True,
                     )
-                    rows.append({"what": what, "method": method, **found})
+                    rows.append({"what": what, "method": method, **peaks})
                 continue
             if what == "draws" and method == "ensemble":
                 continue

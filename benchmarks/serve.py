@@ -52,10 +52,10 @@ class Client:
         return int(head.split()[1]), body[:length]
 
     def _more(self) -> bytes:
-        found = self.connection.recv(2**18)
-        if not found:
+        received = self.connection.recv(2**18)
+        if not received:
             raise ConnectionError("the service closed the connection")
-        return found
+        return received
 
 
 def request(rows: np.ndarray) -> bytes:
@@ -93,8 +93,8 @@ def alone(predictor, port: int, rows: int, seconds: float) -> dict:
     x = torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(rows))
     client, sent = Client(port), request(x.numpy())
     status, body = client.ask(sent)
-    found = torch.tensor([row["probs"] for row in json.loads(body)["predictions"]])
-    assert status == 200 and torch.equal(found, predictor(x).probs), "the service answers other numbers"
+    served = torch.tensor([row["probs"] for row in json.loads(body)["predictions"]])
+    assert status == 200 and torch.equal(served, predictor(x).probs), "the service answers other numbers"
     inside: list[float] = []
     over: list[float] = []
     end = time.perf_counter() + seconds

@@ -108,19 +108,19 @@ class Cell:
 
     def contenders(self) -> list[Contender]:
         q, x, n, w = self.posterior, self.x, self.workload.n_samples, self.workload
-        found = [self._loop("loop", lambda: workloads.tutorial(q, x, n))]
+        contenders = [self._loop("loop", lambda: workloads.tutorial(q, x, n))]
         if isinstance(q, MeanField):
-            found.append(self._loop("loop-kept-std", lambda: workloads.tutorial_kept_std(q, x, n)))
-        found.append(self._loop("loop-compiled", lambda: workloads.tutorial_compiled(q, x, n)))
+            contenders.append(self._loop("loop-kept-std", lambda: workloads.tutorial_kept_std(q, x, n)))
+        contenders.append(self._loop("loop-compiled", lambda: workloads.tutorial_compiled(q, x, n)))
         vmapped = lambda: workloads.mapped(q, x, n, w.activations)
-        found.append(self._loop("vmap", vmapped))
-        found.append(self._loop("vmap-compiled", vmapped, compiled=True))
+        contenders.append(self._loop("vmap", vmapped))
+        contenders.append(self._loop("vmap-compiled", vmapped, compiled=True))
         joints = ("", " joint") if isinstance(q, MeanField) else ("",)
         for dtype in ("float32", "bfloat16"):
-            found += [self._vbdl(dtype + joint) for joint in joints]
+            contenders += [self._vbdl(dtype + joint) for joint in joints]
         for name, samples in peers.contenders(q, x, n).items():
-            found.append(self._loop(name, samples))
-        return found
+            contenders.append(self._loop(name, samples))
+        return contenders
 
     def _loop(self, name: str, make: Callable[[], workloads.Samples], compiled: bool = False) -> Contender:
         def build() -> Callable[[], Any]:
@@ -182,9 +182,9 @@ class Cell:
         each = self.each(outputs)
         return each.mean(0), each.std(0)
 
-    def agreement(self, contender: Contender, found: tuple[Tensor, Tensor | None]) -> str:
+    def agreement(self, contender: Contender, answer: tuple[Tensor, Tensor | None]) -> str:
         """How the contender was compared, and how near it came. Raises RuntimeError if it does not agree."""
-        mean, spread = found
+        mean, spread = answer
         if not bool(mean.isfinite().all()):
             raise RuntimeError("its output is not finite")
         if contender.name == "loop" and not self.is_ensemble:
@@ -251,12 +251,12 @@ class Bounds:
     """The peak rates of this machine on one thread, measured on first use."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, float] = {}
+        self._measured: dict[Any, float] = {}
 
     def _once(self, key: Any, measure: Callable[[], float]) -> float:
-        if key not in self._found:
-            self._found[key] = measure()
-        return self._found[key]
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
 
     def operations(self, dtype: torch.dtype) -> float:
         """The multiplications and additions per second of a large matrix product."""
@@ -362,8 +362,8 @@ def run_cell(cell: Cell, wanted: Callable[[str], bool], seconds: float, rounds: 
         except Exception as error:
             if contender.name == "loop":
                 raise
-            said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            row["failed"] = f"wrong or broken: {said}"
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            row["failed"] = f"wrong or broken: {reason}"
         else:
             runs[contender.name] = run
             row["variant"] = contender.variant
