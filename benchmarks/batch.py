@@ -1,20 +1,19 @@
-"""Batch inference: rows a second of `vbdl.predict_table` and of the script that one would write, and their memory.
+"""Measure the speed and memory of `vbdl.predict_table` beside a hand-written script.
 
     python benchmarks/batch.py [--rows 1000000] [--width 64] [--layers 2] [--classes 10] [--repeats 3]
         [--memory] [--out benchmarks/results]
 
-A table of random numbers, 32 columns, Parquet; a deep ensemble of 16 multilayer perceptrons (width, layers). The
-script (`script` below) is what a competent user has: pyarrow's batches of 65,536 rows, every member called in turn
-without gradients, the mean probabilities, their entropy and its two parts, a Parquet file out; predict_table
-writes a folder of parts, with the same columns. Torch's threads and
-predict_table's are as many as the cores, or OMP_NUM_THREADS.
+The table has 32 columns of random numbers, in Parquet; the model is a deep ensemble of 16 multilayer perceptrons
+(width, layers). The function `script` is what a competent user would write: it reads batches of 65,536 rows with
+pyarrow, calls every member in turn without gradients, computes the mean probabilities, their entropy and its two parts,
+and writes a Parquet file. predict_table writes a folder of parts with the same columns. Both use as many threads as
+there are cores, or OMP_NUM_THREADS.
 
-Contenders run in turn, each in a process of its own. `seconds` are from the first row read to the last byte written
-(and, of predict_table, synced to the disk): they hold, of predict_table, loading the model and compiling it, with
-torch's cache of earlier runs. A small table first says how long that is, `start`. The script's loading is not counted.
-`cpu` is what the process used meanwhile on all cores, which says more where other programs run. Outputs are compared
-before anything is timed. Memory is the peak of the process.
-`--memory` runs ten times the rows as well, for predict_table's peak only.
+Contenders run in turn, each in its own process. `seconds` runs from the first row read to the last byte written. For
+predict_table it includes syncing to the disk, and loading and compiling the model with torch's cache of earlier runs;
+`start` is the time of these two, measured on a small table. For the script it excludes loading. `cpu` is the processor
+time on all cores, which depends less on other programs. Outputs are compared before timing. Memory is the peak of the
+process. `--memory` also runs ten times the rows, for the peak of predict_table only.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def network(width: int, layers: int, classes: int):
 
 
 def make(folder: Path, rows: int, width: int, layers: int, classes: int) -> None:
-    """The tables, and the ensemble: as an artifact and as the members' weights."""
+    """Write the tables, and the ensemble as an artifact and as its members' weights."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet
@@ -69,7 +68,7 @@ def make(folder: Path, rows: int, width: int, layers: int, classes: int) -> None
 
 
 def script(folder: Path, data: Path, out: Path, width: int, layers: int, classes: int) -> dict[str, float]:
-    """The baseline."""
+    """Predict a table in the way a user would write without vbdl: the baseline."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -91,10 +90,14 @@ def script(folder: Path, data: Path, out: Path, width: int, layers: int, classes
             mean = probs.mean(0)
             total = -(mean * mean.log()).sum(-1)
             aleatoric = -(probs * probs.log()).sum(-1).mean(0)
-        found = {"row_id": np.arange(first, first + len(x)), "prediction": mean.argmax(-1).numpy()}
-        found |= {f"probability_{k}": mean[:, k].contiguous().numpy() for k in range(classes)}
-        found |= {"total": total.numpy(), "aleatoric": aleatoric.numpy(), "epistemic": (total - aleatoric).numpy()}
-        table = pa.table(found)
+        predictions = {"row_id": np.arange(first, first + len(x)), "prediction": mean.argmax(-1).numpy()}
+        predictions |= {f"probability_{k}": mean[:, k].contiguous().numpy() for k in range(classes)}
+        predictions |= {
+            "total": total.numpy(),
+            "aleatoric": aleatoric.numpy(),
+            "epistemic": (total - aleatoric).numpy(),
+        }
+        table = pa.table(predictions)
         writer = writer or pq.ParquetWriter(out, table.schema)
         writer.write_table(table)
         first += len(x)
@@ -108,7 +111,7 @@ def ours(folder: Path, data: Path, out: Path, width: int, layers: int, classes: 
 
     import vbdl
 
-    torch.set_num_threads(1)  # of what is not predict_table
+    torch.set_num_threads(1)  # for everything but predict_table
     begun = time.perf_counter()
     options: dict[str, Any] = {"compile": True, "progress": False, "restart": True}
     first = vbdl.predict_table(folder / "model", folder / "small.parquet", folder / "first", **options)
@@ -131,7 +134,7 @@ def run(name: str, folder: Path, data: Path, out: Path, width: int, layers: int,
 
 
 def compare(a: Path, b: Path) -> float:
-    """The largest difference of any number, row by row, of files with the same columns."""
+    """The largest difference between two files with the same columns, over all rows and numbers."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -156,15 +159,15 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.contender:
         name, folder, data, out, *size = chosen.contender
-        found = CONTENDERS[name](Path(folder), Path(data), Path(out), *map(int, size))
-        found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(found))
+        result = CONTENDERS[name](Path(folder), Path(data), Path(out), *map(int, size))
+        result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(result))
         return
     size = (chosen.width, chosen.layers, chosen.classes)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make(folder, chosen.rows, *size)
-        for name in CONTENDERS:  # also fills torch's cache of what it has compiled
+        for name in CONTENDERS:  # also fills torch's compilation cache
             run(name, folder, folder / "small.parquet", folder / f"{name}-small.parquet", *size)
         difference = compare(folder / "script-small.parquet", folder / "vbdl-small")
         assert difference < 1e-5, f"the contenders differ by {difference}"
@@ -176,7 +179,7 @@ def main() -> None:
                 runs[name].append(run(name, folder, folder / "rows.parquet", out, *size))
                 print(name, json.dumps(runs[name][-1]), flush=True)
                 shutil.rmtree(out.with_suffix("")) if out.with_suffix("").is_dir() else out.unlink()
-        medians = {name: statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
+        medians = {name: statistics.median(r["seconds"] for r in results) for name, results in runs.items()}
         result = {
             "benchmark": "batch", "rows": chosen.rows, "features": FEATURES, "members": MEMBERS,
             "width": chosen.width, "layers": chosen.layers, "classes": chosen.classes,

@@ -1,9 +1,9 @@
-"""Calibration on real networks: published figures reproduced, and the order and size of Guo's effects.
+"""Reproduce published calibration errors of real networks, and the effects of Guo et al.
 
     python benchmarks/calibration.py --data ../shared/data
 
-17 networks' probabilities on the CIFAR-10 test set. Every calibrator is fitted on the first 5,000 rows and scored
-on the last 5,000. Needs no engine: this measures metrics and calibrators alone. Four minutes of one core.
+The inputs are the probabilities of 17 networks on the CIFAR-10 test set. Every calibrator is fitted on the first 5,000
+rows and scored on the last 5,000. Only metrics and calibrators are used. It takes four minutes on one core.
 """
 
 import argparse
@@ -34,7 +34,7 @@ METHODS = {
 
 
 def widmann(arrays, y: torch.Tensor, published: dict) -> dict:
-    """Largest distance to the published ECE of 14 networks and the SKCE of three."""
+    """The largest distance to the published ECE of 14 networks and SKCE of three."""
     print("Widmann et al. 2019, table of the 14 networks (ECE, all probabilities)")
     print(f"{'network':14s} {'published':>20s} {'here':>20s} {'difference':>11s}")
     worst = 0.0
@@ -59,21 +59,21 @@ def widmann(arrays, y: torch.Tensor, published: dict) -> dict:
 
 
 def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
-    """ECE of every network before and after every calibrator, and of the mean of 14 networks."""
+    """The ECE of every network before and after every calibrator, and of the mean of 14 networks."""
     named = {n: torch.from_numpy(arrays[n]) for n in arrays.files if n != "y"}
     fourteen = [p.double() for n, p in named.items() if not n.endswith(("_netcal", "_kumar"))]
     assert len(named) == 17 and len(fourteen) == 14
     named["mean of 14"] = torch.stack(fourteen).mean(0)
     print("\nECE % of the top label (15 bins), last 5,000 rows; calibrators fitted on the first 5,000")
     print(f"{'network':20s} {'none':>10s}" + "".join(f"{m:>12s}" for m in METHODS) + f"{'published':>10s}")
-    found: dict[str, list[float]] = {m: [] for m in ("none", *METHODS)}
+    eces: dict[str, list[float]] = {m: [] for m in ("none", *METHODS)}
     nll: dict[str, list[float]] = {m: [] for m in ("none", *METHODS)}
     worst = seconds = 0.0
     kept = True
     for name, probs in named.items():
         new, labels = probs[5000:], y[5000:]
         row = [metrics.ece(new, labels)]
-        found["none"].append(row[0])
+        eces["none"].append(row[0])
         nll["none"].append(float(metrics.categorical_nll(new, labels).mean()))
         for method, make in METHODS.items():
             calibrator = make()
@@ -85,7 +85,7 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
             seconds += time.perf_counter() - begun
             after = after.double().softmax(1) if logits else after
             row.append(metrics.ece(after, labels))
-            found[method].append(row[-1])
+            eces[method].append(row[-1])
             nll[method].append(float(metrics.categorical_nll(after, labels).mean()))
             if method == "temperature":
                 kept &= metrics.accuracy(after, labels) == metrics.accuracy(new, labels)
@@ -98,7 +98,7 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
             + "".join(f"{100 * v:12.2f}" for v in row[1:])
             + f"{100 * column:10.2f}"
         )
-    median = {m: float(np.median(v[:17])) for m, v in found.items()}
+    median = {m: float(np.median(v[:17])) for m, v in eces.items()}
     print(
         f"{'median of the 17':20s}"
         + f"{100 * median['none']:11.2f}"
@@ -106,13 +106,13 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
     )
     mean_nll = {m: float(np.mean(v[:17])) for m, v in nll.items()}
     print(f"{'mean NLL, nats':20s}" + f"{mean_nll['none']:11.4f}" + "".join(f"{mean_nll[m]:12.4f}" for m in METHODS))
-    lower = {m: sum(a < b for a, b in zip(found[m][:17], found["none"][:17], strict=True)) for m in METHODS}
+    lower = {m: sum(a < b for a, b in zip(eces[m][:17], eces["none"][:17], strict=True)) for m in METHODS}
     print(f"{'lower than none, of 17':20s}" + " " * 9 + "".join(f"{lower[m]:12d}" for m in METHODS))
     print(
         f"\ntemperature: at most {100 * worst:.4f} percentage points from the published column; accuracy kept: {kept}"
     )
     effects(median, guo_table)
-    ensemble = {m: v[17] for m, v in found.items()}
+    ensemble = {m: v[17] for m, v in eces.items()}
     return {
         "ece_median": median,
         "nll_mean": mean_nll,
@@ -124,7 +124,7 @@ def guo(arrays, y: torch.Tensor, reference: dict, guo_table: dict) -> dict:
     }
 
 
-GUO = {  # the columns of the paper's table 1, and what they are here
+GUO = {  # column of the paper's table 1: name here
     "none": "Uncalibrated",
     "temperature": "Temp. Scaling",
     "vector": "Vector Scaling",
@@ -136,7 +136,7 @@ GUO = {  # the columns of the paper's table 1, and what they are here
 
 
 def effects(median: dict[str, float], guo_table: dict) -> None:
-    """Order and size of the effects beside those of the paper: medians over networks."""
+    """The order and size of the effects beside those of the paper, medians over networks."""
     rows = [row for name, row in guo_table["ece_percent"].items() if name.startswith("CIFAR-10/")]
     there = {m: float(np.median([row[column] for row in rows])) for m, column in GUO.items()}
     print(f"\nGuo et al. 2017, table 1: medians of their {len(rows)} CIFAR-10 networks and of the 17 here")
@@ -152,7 +152,7 @@ def effects(median: dict[str, float], guo_table: dict) -> None:
 
 
 def conformal(arrays, y: torch.Tensor) -> dict:
-    """Coverage of 90 % sets over 200 random splits, against the exact law of the coverage."""
+    """The coverage of 90 % sets over 200 random splits, compared with its exact distribution."""
     from scipy import stats
 
     print("\n90 % conformal sets of resnet18, 200 splits, 1,000 rows scored in each")
@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def _finite(value):
-    """Infinite figures (a likelihood of exactly 0) as null: JSON has no infinity."""
+    """Replace infinite numbers (from a likelihood of exactly 0) by None, because JSON has no infinity."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

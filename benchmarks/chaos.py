@@ -1,11 +1,11 @@
-"""What the service and the jobs hold against a hostile world: load, hostile bodies, slow clients, kills, reloads.
+"""Test the service and batch jobs under load, hostile bodies, slow clients, kills and reloads.
 
     python benchmarks/chaos.py [--seconds 40] [--only load hostile slow kill tests]
 
-Prints one JSON line a result as it is known, and then the table of docs/reliability.md. `load` alone is the soak:
-`--only load --seconds 1800`. Answers are compared byte for byte with those that the service gave alone, which are
-compared with the predictor's. Clients are raw sockets in this process, so a machine of two cores holds both sides.
-`tests` runs what a job's folder and an artifact have to survive as the test suite has it, and counts.
+Prints one JSON line per result, and then the table of docs/reliability.md. `--only load --seconds 1800` is the soak
+test. Answers are compared byte for byte with those of the service without load, which are compared with the
+predictor's. Clients are raw sockets in this process, so that two cores suffice for both sides. `tests` runs the test
+suite's files on damaged or interrupted jobs and artifacts, and counts them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import vbdl
 
 FEATURES, MIB = 32, 2**20
 ROOT = Path(__file__).resolve().parent.parent
-# what the suite tries on jobs and artifacts: run where it is there
+# test files on jobs and artifacts, which are run if they exist
 TESTS = {
     "bodies of a seed, three parsers": ["tests/serve/test_fuzz.py"],
     "a client slow in every phase": ["tests/serve/test_connections.py"],
@@ -51,31 +51,31 @@ TESTS = {
 
 
 class Service:
-    """A `vbdl serve` process, its port and what it has said."""
+    """A `vbdl serve` process, its port and its output."""
 
-    def __init__(self, process: subprocess.Popen, port: int, said: list[str]):
-        self.process, self.port, self.said = process, port, said
+    def __init__(self, process: subprocess.Popen, port: int, log: list[str]):
+        self.process, self.port, self.log = process, port, log
 
     def ready(self) -> int:
-        """How often a worker has become ready."""
-        return sum("ready to predict" in line for line in self.said)
+        """The number of times that a worker became ready."""
+        return sum("ready to predict" in line for line in self.log)
 
     def workers(self) -> list[int]:
         mine = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in mine if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def memory(self) -> float:
-        """Resident MiB of the largest of its processes."""
-        found = [0]
+        """The resident memory of the service's largest process, MiB."""
+        pages = [0]
         for pid in (self.process.pid, *self.workers()):
             with contextlib.suppress(OSError):
-                found.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
-        return max(found) * resource.getpagesize() / MIB
+                pages.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+        return max(pages) * resource.getpagesize() / MIB
 
 
 @contextlib.contextmanager
 def served(folder: Path, *options: str, files: int | None = None) -> Iterator[Service]:
-    """files: how many the service may have open."""
+    """files: the limit of open files of the service."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,11 +85,11 @@ def served(folder: Path, *options: str, files: int | None = None) -> Iterator[Se
     process = subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, bufsize=1
     )
-    said: list[str] = []
+    log: list[str] = []
     stream = process.stderr
     assert stream is not None
-    threading.Thread(target=lambda: said.extend(iter(stream.readline, "")), daemon=True).start()
-    service = Service(process, port, said)
+    threading.Thread(target=lambda: log.extend(iter(stream.readline, "")), daemon=True).start()
+    service = Service(process, port, log)
     try:
         wanted = int(options[options.index("--workers") + 1]) if "--workers" in options else 1
         until(lambda: service.ready() >= wanted, lambda: process.poll() is None)
@@ -107,7 +107,7 @@ def until(true: Callable[[], bool], alive: Callable[[], bool] = lambda: True, se
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end or not alive():
-            raise TimeoutError("the service did not come to that")
+            raise TimeoutError("the service did not reach the expected state in time: read its output")
         time.sleep(0.05)
 
 
@@ -118,12 +118,12 @@ def request(body: bytes, path: str = "/v1/predict", method: str = "POST", **head
 
 
 class Good:
-    """Clients that ask for rows one after the other, with a pause, and compare what they get."""
+    """Clients that request rows one after the other, with a pause, and compare the answers."""
 
     def __init__(self, port: int, asked: list[tuple[bytes, bytes]], clients: int, pause: float = 0.02):
         self.port, self.asked, self.pause = port, asked, pause
         self.statuses: Counter[int] = Counter()
-        self.times: list[tuple[float, float]] = []  # when it was asked, seconds to the answer
+        self.times: list[tuple[float, float]] = []  # (time of the request, seconds to the answer)
         self.lost = self.wrong = 0
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(k,)) for k in range(clients)]
@@ -157,12 +157,12 @@ class Good:
             self.wrong += status == 200 and body != expected
 
     def p99(self, apart: list[tuple[float, float]] = ()) -> float:  # type: ignore[assignment]
-        """Milliseconds, outside of these spans of time."""
+        """The 99th percentile of the latency in milliseconds, without requests in these spans of time."""
         kept = [took for begun, took in self.times if not any(a <= begun <= b for a, b in apart)]
         return float(np.percentile(kept, 99)) * 1000 if kept else float("nan")
 
     def counts(self) -> dict:
-        # a 503 is a promise kept; anything else that is no answer is none
+        # the service documents 503; any other missing answer is a failure
         return {
             "answered": self.statuses[200],
             "refused_503": self.statuses[503],
@@ -173,7 +173,7 @@ class Good:
 
 
 def hostile_small(random: random.Random) -> bytes:
-    """A request that should not be."""
+    """Malformed requests by name."""
     good = bytearray(json.dumps({"inputs": [[0.5] * FEATURES]}).encode())
     kind = random.randrange(7)
     if kind == 0:
@@ -196,7 +196,7 @@ def hostile_small(random: random.Random) -> bytes:
 
 
 def filled(pattern: bytes) -> bytes:
-    """A body of 8 MiB of this, again and again."""
+    """A body of 8 MiB that repeats this text."""
     return b'{"inputs":[' + b",".join([pattern] * ((8 * MIB - 20) // (len(pattern) + 1))) + b"]}"
 
 
@@ -221,22 +221,22 @@ SLOW = [
 
 
 def send(port: int, data: bytes, whole: bool = False) -> int | None:
-    """The status of what comes back, None where nothing does. whole: it is a request of which nothing is missing."""
+    """The status of the answer, or None if there is none. whole: whether the request is complete."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(data)
             if not whole:
                 connection.shutdown(socket.SHUT_WR)
-        found = connection.recv(4096)
-        return int(found.split()[1]) if found.startswith(b"HTTP/1.1 ") else None
+        answer = connection.recv(4096)
+        return int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else None
     return None
 
 
-# -- what is tried
+# -- the parts
 
 
 def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """Good, bad, slow, impatient clients and reloads, all at once."""
+    """Measure the service under good, bad, slow and impatient clients and reloads, all at once."""
     with served(folder, "--workers", "2", "--patience", "2") as service:
 
         def alone() -> float:
@@ -256,7 +256,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
             for turn in itertools.count():
                 if stop.wait(0.1):
                     return
-                # a large one now and then
+                # sometimes a large request
                 large = turn % 100 == 99
                 bad[send(service.port, request(LARGE["[]"]) if large else hostile_small(generator))] += 1
 
@@ -291,7 +291,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
                     status, answer = client.ask(head + b"\r\nX-Deadline-Ms: 500\r\n\r\n" + body)
                     impatient[status] += 1
                     if status == 200 and json.loads(answer)["n_samples"] == 64:
-                        probs = lambda found: [row["probs"] for row in json.loads(found)["predictions"]]
+                        probs = lambda body: [row["probs"] for row in json.loads(body)["predictions"]]
                         np.testing.assert_allclose(probs(answer), probs(asked[0][1]), atol=1e-6)
                     continue
                 client = None
@@ -316,7 +316,7 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
         for thread in threads:
             thread.join(60)
         after = alone()
-        # in the first third after a reload buffers grow to what they need
+        # buffers grow in the first third after a reload
         settled = memory[len(memory) // 3 :]
         yield {
             "what": "mixed load",
@@ -331,12 +331,12 @@ def load(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
             "p99_ms": good.p99(apart),
             "p99_with_reloads_ms": good.p99(),
             "memory_growth_mib": settled[-1] - settled[0] if settled else 0.0,
-            "tracebacks": sum("Traceback" in line for line in service.said),
+            "tracebacks": sum("Traceback" in line for line in service.log),
         }
 
 
 def hostile(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """Bodies of 8 MiB, one and eight at once, while others ask."""
+    """Send hostile bodies of 8 MiB, one and eight at once, while other clients request rows."""
     with served(folder) as service:
         send(service.port, request(LARGE["good rows"], Connection="close"), whole=True)
         for (name, body), at_once in itertools.product(LARGE.items(), (1, 8)):
@@ -366,7 +366,7 @@ def hostile(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 
 
 def slow(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """200 clients that trickle, in every phase and on any route, of a service that may open 100 files."""
+    """Run 200 clients that send slowly, in every phase and on any route, with a limit of 100 open files."""
     for files, patience in ((None, 3), (100, 3)):
         with served(folder, "--patience", str(patience), files=files) as service, contextlib.ExitStack() as stack:
             held = []
@@ -401,12 +401,12 @@ def slow(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
                 "patience": patience,
                 "probes": {str(k): n for k, n in probed.items()},
                 **good.counts(),
-                "said": sum("others are refused" in line for line in service.said),
+                "said": sum("others are refused" in line for line in service.log),
             }
 
 
 def kill(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """kill -9 of a worker, again and again, under load."""
+    """Kill workers with SIGKILL under load, again and again."""
     with served(folder, "--workers", "2") as service:
         kills = 3
         with Good(service.port, asked, 6, 0.005) as good:
@@ -420,14 +420,14 @@ def kill(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
 
 
 def tests(folder: Path, asked: list, seconds: float) -> Iterator[dict]:
-    """Files of the test suite, counted."""
+    """Run test files on interrupted jobs and artifacts, and count their tests."""
     for what, files in TESTS.items():
         there = [file for file in files if (ROOT / file).exists()]
         if there:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *there]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-            counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", found.stdout)}
+            completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", completed.stdout)}
             yield {"what": what, "files": there, **counts}
 
 
@@ -435,17 +435,17 @@ PARTS = {"load": load, "hostile": hostile, "slow": slow, "kill": kill, "tests": 
 
 
 def row(result: dict) -> str:
-    """A line of the table."""
+    """One line of the printed table."""
     skipped = ("what", "lost", "wrong", "other", "answered")
     figures = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in result.items() if k not in skipped}
-    said = "; ".join(f"{name.replace('_', ' ')} {figure}" for name, figure in figures.items())
+    text = "; ".join(f"{name.replace('_', ' ')} {figure}" for name, figure in figures.items())
     lost = f"{result['lost']} lost, {result['wrong']} wrong, {result['other']} other" if "lost" in result else ""
-    return f"| {result['what']} | {said.replace('|', '/')} | {result.get('answered', '')} | {lost} |"
+    return f"| {result['what']} | {text.replace('|', '/')} | {result.get('answered', '')} | {lost} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of mixed load")
+    parser.add_argument("--seconds", type=float, default=40.0, help="seconds of mixed load")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -461,8 +461,8 @@ def main() -> None:
             client = Client(service.port)
             asked = [(body, client.ask(body)[1]) for body in bodies]
         probs = vbdl.load(folder, batch_invariant=True)(x).probs
-        found = [row["probs"] for _, answer in asked for row in json.loads(answer)["predictions"]]
-        assert torch.equal(torch.tensor(found), probs), "the service answers other numbers"
+        answered = [row["probs"] for _, answer in asked for row in json.loads(answer)["predictions"]]
+        assert torch.equal(torch.tensor(answered), probs), "the service answers other numbers"
         for part in options.only:
             for result in PARTS[part](folder, asked, options.seconds):
                 results.append(result)

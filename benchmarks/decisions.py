@@ -1,4 +1,4 @@
-"""Decisions on real data: referral under shift, hand-over on unknown signs, credit with costs, value at risk.
+"""Evaluate decisions on real data: referral under shift, hand-over, credit with costs, value at risk.
 
     python benchmarks/decisions.py [referral handover credit var] --data ../shared/data
 
@@ -44,7 +44,7 @@ def _convolutional(channels: int, classes: int, side: int, dropout: float = 0.0)
 
 
 def referral(data: Path) -> dict:
-    """PneumoniaMNIST: the test set comes from elsewhere (62 % pneumonia against 74 %)."""
+    """Evaluate referral on PneumoniaMNIST, whose test set is shifted (62 % pneumonia instead of 74 %)."""
     arrays = np.load(data / "pneumoniamnist" / "pneumoniamnist.npz")
     x, y = {}, {}
     for part in ("train", "val", "test"):
@@ -58,7 +58,7 @@ def referral(data: Path) -> dict:
         f"{'accuracy':>9s} {'NLL':>7s} {'ECE %':>6s} {'AUROC':>6s} {'err all':>8s} {'err 80 %':>9s} {'err 50 %':>9s}"
     )
     print(f"{'method':12s} {'set':5s} {columns} {'AURC':>7s}")
-    found = {}
+    results = {}
     torch.manual_seed(0)
     for name, posterior, epochs in (
         ("ensemble 5", DeepEnsemble(_convolutional(1, 2, 28), n_members=5), 6),
@@ -114,12 +114,12 @@ def referral(data: Path) -> dict:
                 "coverage_test": kept,
                 "risk_test": [observed.value, observed.lower, observed.upper],
             }
-        found[name] = rows
-    return {"referral": found}
+        results[name] = rows
+    return {"referral": results}
 
 
 def handover(data: Path) -> dict:
-    """GTSRB subset, split by track; eight sign classes are never shown in training."""
+    """Evaluate hand-over on a GTSRB subset split by track, with eight sign classes absent from training."""
     arrays = np.load(data / "gtsrb_small" / "gtsrb_small.npz")
     to_tensor = lambda a: torch.from_numpy(a).float().permute(0, 3, 1, 2).contiguous() / 127.5 - 1
     unknown = torch.tensor([0, 6, 14, 17, 22, 27, 33, 40])
@@ -200,7 +200,7 @@ def _german(data: Path) -> tuple[Tensor, Tensor]:
 
 
 def credit(data: Path) -> dict:
-    """German credit: accepting a bad applicant costs 5, declining a good one 1, a person's look 0.4."""
+    """Evaluate German credit: accepting a bad applicant costs 5, declining a good one 1, a review 0.4."""
     raw, bad = _german(data)
     cost, refer_cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]]), 0.4  # rows good, bad; actions accept, decline
     plain, referred, base, shares = [], [], [], []
@@ -255,7 +255,7 @@ WINDOW, EVERY, MEMBERS = 125, 21, 20  # days trained on, days between trainings,
 
 
 def _returns(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Dates and daily log returns in per cent."""
+    """The dates and the daily log returns in per cent."""
     with gzip.open(path, "rt") as file:
         header, *rows = list(csv.reader(file))
     kept = [(r[0], float(r[header.index(column)])) for r in rows if r[header.index(column)].strip()]
@@ -263,11 +263,11 @@ def _returns(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def value_at_risk(data: Path) -> dict:
-    """One-day VaR through 2008 and through 2020, from networks retrained every month on half a year.
+    """Evaluate one-day VaR through 2008 and 2020, from networks retrained monthly on half a year.
 
     So few rows leave the parameters uncertain, which is where it could matter whether a VaR knows of it.
     """
-    found: dict = {}
+    results: dict = {}
     print(f"\nOne-day VaR; {MEMBERS} networks on bootstraps of the last {WINDOW} days, again every {EVERY} days")
     print(
         f"{'series':8s} {'level':5s} {'predictive':30s} {'days':>5s} {'beyond':>7s} {'expected':>9s} {'Kupiec':>8s} "
@@ -282,12 +282,12 @@ def value_at_risk(data: Path) -> dict:
         parts = [_month(x, y, start, min(start + EVERY, rows[-1] + 1)) for start in range(rows[0], rows[-1] + 1, EVERY)]
         mean, std, constant = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
         actual = torch.from_numpy(y[rows])
-        found[name] = {level: _backtests(name, level, mean, std, constant, actual) for level in (0.975, 0.99)}
-    return {"var": found}
+        results[name] = {level: _backtests(name, level, mean, std, constant, actual) for level in (0.975, 0.99)}
+    return {"var": results}
 
 
 def _month(x: np.ndarray, y: np.ndarray, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and stds of each network, (members, days), and the std of the window, (days,), for days [start, stop)."""
+    """The means and stds of each network, (members, days), and of the window, (days,), for [start, stop)."""
     train = slice(start - WINDOW, start)
     scaled = (x[start - WINDOW : stop] - x[train].mean(0)) / x[train].std(0)
     inputs, unit = torch.from_numpy(scaled).float().clamp(-4, 4), float(y[train].std())
@@ -318,12 +318,12 @@ def _backtests(name: str, level: float, mean: Tensor, std: Tensor, constant: Ten
         "without parameter uncertainty": decision.gaussian_tail(mean.mean(0), (std**2).mean(0).sqrt(), level).var,
         "with parameter uncertainty": decision.mixture_tail(mean, std, level).var,
     }
-    found, scores = {}, {}
+    results, scores = {}, {}
     for label, var in tails.items():
         result = decision.backtest(actual < -var, level)
         # the quantile score: proper, in per cent of return, lower is better
         scores[label] = torch.where(actual < -var, level, level - 1).abs() * (actual + var).abs()
-        found[label] = {
+        results[label] = {
             "beyond": result.violations,
             "expected": result.expected,
             "kupiec": result.kupiec,
@@ -341,8 +341,8 @@ def _backtests(name: str, level: float, mean: Tensor, std: Tensor, constant: Ten
         print(
             f"{'':14s} with, minus {other}: {c.difference:+.5f} [{c.lower:+.5f}, {c.upper:+.5f}], p = {c.p_value:.2g}"
         )
-        found[f"with minus {other}"] = [c.difference, c.lower, c.upper, c.p_value]
-    return found
+        results[f"with minus {other}"] = [c.difference, c.lower, c.upper, c.p_value]
+    return results
 
 
 PARTS = {"referral": referral, "handover": handover, "credit": credit, "var": value_at_risk}

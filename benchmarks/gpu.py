@@ -1,11 +1,11 @@
-"""Everything that needs a GPU, in one command and under ten minutes.
+"""Run all tests and benchmarks that need a GPU, in one command and under ten minutes.
 
     make gpu            or: python benchmarks/gpu.py [--out DIR] [--seconds 570]
 
-In order of importance, each in a process of its own with a limit of its own, so that a run cut short holds what
-matters most:
+The sections run in order of importance, each in its own process with its own time limit, so that an interrupted run
+has the most important results:
 
-    tests         what tests/ marks gpu                                          tests.txt
+    tests         tests marked gpu                                               tests.txt
     prepare       every predictor compiled and compared                          prepare.txt
     once          every kernel of the benchmark compiled and compared
     constants     the device's own for vbdl_kernels.regime                       constants.txt
@@ -13,10 +13,9 @@ matters most:
     predictors    the workloads of benchmarks/speed.py, Predictor against loop   predictors-<card>.jsonl
     grid          the regime map on all shapes                                   grid-<card>.jsonl
 
-The first three rows are compiled and checked side by side; what is timed runs alone. DIR is $OUT, or gpu-results; a
-line of JSON a row, written when it is measured, and all rows in table.txt. The limit holds whatever a child does or
-does not print. Exits with 1 if a section failed. With --check it runs without a GPU what can be run there, to know
-beforehand that nothing in it is broken.
+The first three sections run side by side; timed sections run alone. DIR is $OUT, or gpu-results. Each row is a JSON
+line, written when it is measured, and table.txt has all rows. The time limit holds even if a child process hangs. Exits
+with 1 if a section failed. --check runs without a GPU whatever can run there, to find errors beforehand.
 """
 
 import argparse
@@ -33,13 +32,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 570  # seconds, for all of it
 LIMITS = {"tests": 150, "prepare": 150, "once": 150, "constants": 60, "kernels": 150, "predictors": 130, "grid": 300}
-TOGETHER = ("tests", "prepare", "once")  # nothing in them is timed
-RECORDED = ("tests", "prepare", "constants")  # the others write their rows themselves
-_GRACE = 5  # seconds from asking a child to end to ending it
+TOGETHER = ("tests", "prepare", "once")  # sections without timing
+RECORDED = ("tests", "prepare", "constants")  # sections whose output is recorded; the others write their rows
+_GRACE = 5  # seconds between SIGTERM and SIGKILL of a child
 
 
 def run(command: list[str], seconds: float, record: Path | None = None) -> int:
-    """The exit status, 124 where time ran out; the output goes on to the terminal and into the record as it comes."""
+    """Run a command and return its exit status, 124 after a timeout; print and record its output."""
     print("$", " ".join(command), f"({seconds:.0f} s)", flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment.pop("TRITON_INTERPRET", None)
@@ -51,7 +50,7 @@ def run(command: list[str], seconds: float, record: Path | None = None) -> int:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that what a child has started ends with it
+        start_new_session=True,  # so that the child's own processes end with it
     )
     kept = record.open("w") if record is not None else None
 
@@ -91,12 +90,12 @@ def _end(process: subprocess.Popen) -> None:
 
 def commands(out: Path, check: bool) -> dict[str, list[str]]:
     script = lambda name: [sys.executable, str(ROOT / "benchmarks" / name)]
-    # the options of pyproject.toml name plugins that a machine set up for this alone may not have
+    # pyproject.toml names plugins that this machine may not have
     options = ["-o", "addopts=--import-mode=importlib", "-W", "ignore::pytest.PytestConfigWarning"]
-    # the folders of GPU tests alone: others import what such a machine may not have
+    # only the folders with GPU tests: others import packages that this machine may not have
     tests = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", "--durations=10", *options]
     if not check and importlib.util.find_spec("xdist"):  # most of it is compiling
-        tests += ["-p", "no:benchmark"]  # whose warning about xdist would be an error
+        tests += ["-p", "no:benchmark"]  # its warning about xdist would be an error
         tests += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     if check:
         return {
@@ -119,7 +118,7 @@ def commands(out: Path, check: bool) -> dict[str, list[str]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Timed rows for people, in the order they were measured."""
+    """Format the timed rows as a text table, in the order in which they were measured."""
     lines = [f"{'goal':10s} {'case':52s} {'provider':32s} {'ms':>10s} {'speed':>7s}"]
     hidden = {"goal", "provider", "ms", "compile_s", "times_the_first"}
     for row in rows:
@@ -134,37 +133,39 @@ def table(rows: list[dict]) -> str:
 
 
 def rows_of(out: Path) -> list[dict]:
-    """Every whole line of every result: the last may have been cut."""
-    found = []
+    """The complete lines of all results; the last line of a file may be truncated."""
+    rows = []
     for part in ("kernels", "predictors", "grid"):
         for path in sorted(out.glob(f"{part}-*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
-                    found.append(json.loads(line))
+                    rows.append(json.loads(line))
                 except ValueError:
                     continue
-    return found
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
-    parser.add_argument("--check", action="store_true", help="without a GPU: collect the tests, run all else tiny")
-    parser.add_argument("--seconds", type=float, default=LIMIT, help="for all of it")
-    given = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="without a GPU, collect the tests and run the rest tiny")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="time limit of the whole run in seconds")
+    options = parser.parse_args()
     started = time.perf_counter()
-    given.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     statuses: dict[str, int] = {}
 
     def section(name: str, command: list[str]) -> None:
-        left = given.seconds - (time.perf_counter() - started) - 2 * _GRACE
+        left = options.seconds - (time.perf_counter() - started) - 2 * _GRACE
         if left < 10:
             print(f"no time left for {name}", flush=True)
             statuses[name] = 124
             return
-        statuses[name] = run(command, min(left, LIMITS[name]), given.out / f"{name}.txt" if name in RECORDED else None)
+        statuses[name] = run(
+            command, min(left, LIMITS[name]), options.out / f"{name}.txt" if name in RECORDED else None
+        )
 
-    all_of_them = commands(given.out, given.check)
+    all_of_them = commands(options.out, options.check)
     first = [threading.Thread(target=section, args=(n, c)) for n, c in all_of_them.items() if n in TOGETHER]
     for thread in first:
         thread.start()
@@ -173,10 +174,10 @@ def main() -> None:
     for name, command in all_of_them.items():
         if name not in TOGETHER:
             section(name, command)
-            # after each, so that whatever ends this process later finds the table of what there is
-            (given.out / "table.txt").write_text(table(rows_of(given.out)))
-    said = ", ".join(f"{n} {'ok' if s == 0 else f'status {s}'}" for n, s in statuses.items())
-    print(f"{time.perf_counter() - started:.0f} s: {said}; results in {given.out}")
+            # after each section, so that an interrupted run has a table
+            (options.out / "table.txt").write_text(table(rows_of(options.out)))
+    statuses_text = ", ".join(f"{n} {'ok' if s == 0 else f'status {s}'}" for n, s in statuses.items())
+    print(f"{time.perf_counter() - started:.0f} s: {statuses_text}; results in {options.out}")
     raise SystemExit(any(s != 0 for n, s in statuses.items() if not (n == "grid" and s == 124)))
 
 

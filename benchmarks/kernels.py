@@ -1,15 +1,15 @@
-"""Every kernel against what one would write without it, on one GPU.
+"""Compare every kernel with code written without it, on one GPU.
 
     python benchmarks/kernels.py [--out DIR]                P1 to P9: one JSON line a row, and a table
     python benchmarks/kernels.py [--out DIR] --grid         the regime map on all shapes
     python benchmarks/kernels.py --once                     P1 to P9 compared and not timed, to fill compilers' caches
     python benchmarks/kernels.py --check                    every provider once, tiny, on the CPU
 
-Providers that make the same draws are compared before any of them is timed (kernels against their references:
-tests/kernels/test_gpu.py; and TRITON_INTERPRET=1 makes --check run the kernels). Times are medians in milliseconds with
-the L2 cache flushed in between, on random data (zeros draw less power and run faster); of whole small networks, of the
-replay of a CUDA graph. `share_of_...` is bytes or operations a second over this card's own measured peak; `compile_s`
-is apart. Goals: kernels/README.md.
+Providers with the same draws are compared before timing (tests/kernels/test_gpu.py compares kernels with their
+references; with TRITON_INTERPRET=1, --check runs the kernels). Times are median milliseconds with the L2 cache flushed
+between calls, on random data (zeros draw less power and run faster); whole small networks are timed as the replay of a
+CUDA graph. `share_of_...` is bytes or operations per second divided by the measured peak of this card; `compile_s` is
+the compile time, which no other time includes. Goals: kernels/README.md.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Providers = dict[str, Callable[[], object]]
 
 
 class Bench:
-    """Times providers of one result side by side and writes the rows."""
+    """A benchmark that times providers of one result side by side and writes the rows."""
 
     def __init__(self, device: str, out: Path | None, repeat_ms: int, part: str = "kernels"):
         self.device, self.repeat_ms = device, repeat_ms
@@ -96,10 +96,10 @@ class Bench:
                     error = max(_relative(a, b) for a, b in zip(_double(result), expected, strict=True))
                     if not error <= tolerance:
                         raise AssertionError(f"relative error {error:.1e}, allowed {tolerance:.1e}")
-            except Exception as error:  # one that fails is a row, is not timed, and the others are
+            except Exception as error:  # a failure becomes a row, and the other providers are still timed
                 self.failed += 1
-                said = " ".join(f"{type(error).__name__}: {error}".split())
-                self.emit({**row, "failed": said[:600]})
+                message = " ".join(f"{type(error).__name__}: {error}".split())
+                self.emit({**row, "failed": message[:600]})
                 continue
             del result
             if self.device == "cuda":
@@ -107,7 +107,7 @@ class Bench:
                 counted = same is None or name in same or name == first
                 for unit, count in amount.items():
                     if not counted and unit in ("bytes", "flops"):
-                        continue  # another way moves and multiplies other amounts
+                        continue  # other ways move and multiply other amounts
                     row[f"{unit}_per_s"] = count / row["ms"] * 1e3
                     peak = self.peaks.get("tf32" if case.get("dtype") == "float32" else "bf16")
                     peak = self.peaks.get("bytes") if unit == "bytes" else peak if unit == "flops" else None
@@ -132,8 +132,8 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _double(result: object) -> list[Tensor]:
@@ -157,19 +157,19 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def peaks(bench: Bench) -> None:
-    """What this card does: the denominators of every share."""
+    """Measure the peak rates of this card, the denominators of every share."""
     a = torch.randn(2**28, device="cuda")
     b = torch.empty_like(a)
-    found = {"bytes": 8 * a.numel() / bench.median_ms(lambda: b.copy_(a)) * 1e3}
+    rates = {"bytes": 8 * a.numel() / bench.median_ms(lambda: b.copy_(a)) * 1e3}
     for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32)):
         m = torch.randn(8192, 8192, device="cuda", dtype=dtype)
-        found[name] = 2 * 8192**3 / bench.median_ms(lambda m=m: m @ m) * 1e3
-    bench.peaks = found
-    bench.emit({"goal": "peaks", **found})
+        rates[name] = 2 * 8192**3 / bench.median_ms(lambda m=m: m @ m) * 1e3
+    bench.peaks = rates
+    bench.emit({"goal": "peaks", **rates})
 
 
 def noise(bench: Bench, size: int) -> None:
-    """P1. Normals alone: in registers (summed, never stored), and written."""
+    """Measure P1: normals alone, in registers (summed, never stored) and written to memory."""
     key = make_key(0, range(16)).to(bench.device)
     case = {"normals": 16 * size * size}
     amount = {"normals": case["normals"], "bytes": 4 * case["normals"]}
@@ -183,27 +183,27 @@ def noise(bench: Bench, size: int) -> None:
 
 
 def stretch(bench: Bench, size: int) -> None:
-    """P9. Normals of 16 bits a radius and polynomial trigonometry, against ours: what the experiment is worth.
+    """Measure P9: normals from 16-bit radii and polynomial trigonometry, compared with vbdl's.
 
     That it makes normals is checked first, on its reference, and on a GPU against it.
     """
     import noise_kernels
 
     words = vbdl_words(make_key(0, range(4)), LAYER, 0, size, size).flatten()
-    found = noise_kernels.reference_halves(words).double().flatten()
-    n = len(found)
+    normals = noise_kernels.reference_halves(words).double().flatten()
+    n = len(normals)
     # standard errors of mean, variance and fourth moment of n normals; and what 16 bits cut off
-    far = (found.mean() * n**0.5, (found.var() - 1) / (2 / n) ** 0.5, ((found**4).mean() - 3) / (96 / n) ** 0.5)
+    far = (normals.mean() * n**0.5, (normals.var() - 1) / (2 / n) ** 0.5, ((normals**4).mean() - 3) / (96 / n) ** 0.5)
     if not max(abs(float(z)) for z in far) < 5:
         raise AssertionError(f"P9: mean, variance and fourth moment are off by {[f'{float(z):.1f}' for z in far]}")
     if bench.device == "cuda":
         import triton
 
-        given = words.to(torch.int32).cuda()  # the same bits
+        bits = words.to(torch.int32).cuda()  # the same bits
         out = torch.empty(2, n // 4, dtype=torch.int32, device="cuda")
-        noise_kernels.halves_of[(triton.cdiv(n // 4, 1024),)](given, out, n // 4, TILE=1024)
+        noise_kernels.halves_of[(triton.cdiv(n // 4, 1024),)](bits, out, n // 4, TILE=1024)
         kernel = out.view(torch.float16).view(2, -1).double().cpu()
-        if not float((kernel - found.view(2, -1)).abs().max()) < 2e-2:  # halves: 2**-11 of up to 4.9, a few times
+        if not float((kernel - normals.view(2, -1)).abs().max()) < 2e-2:  # halves: 2**-11 of up to 4.9, a few times
             raise AssertionError("P9: the kernel's normals are not its reference's")
     count = 16 * size * size
     providers: Providers = {"reference": lambda: noise_kernels.reference_halves(words)}
@@ -220,7 +220,7 @@ def _register_noise(count: int) -> Providers:
 
 
 def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int, compiled: bool) -> None:
-    """P2, P3, P4. One layer under every draw: fused, sampler and product, pre-drawn, as written today, compiled."""
+    """Measure P2, P3, P4: one layer under every draw, fused, as sampler and product, pre-drawn, eager, compiled."""
     x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
     weights = sample_weights(mean, std, key, LAYER)
 
@@ -229,7 +229,7 @@ def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int,
         return x @ (mean + std * eps).mT
 
     def fused():
-        with regime.always("fused"):  # the kernel, whatever the operator would choose
+        with regime.always("fused"):  # force the kernel
             return sampled_linear(x, mean, std, key, LAYER)
 
     providers: Providers = {
@@ -256,7 +256,7 @@ def layer(bench: Bench, dtype: torch.dtype, samples: int, batch: int, size: int,
 
 
 def sampler(bench: Bench, samples: int, size: int) -> None:
-    """P5. Weights written to memory."""
+    """Measure P5: weights drawn and written to memory."""
     _, mean, std, key = problem(bench.device, torch.bfloat16, samples, 1, size, size)
     eager = lambda: mean + std * torch.randn(samples, size, size, device=mean.device, dtype=mean.dtype)
     count = samples * size * size
@@ -266,7 +266,7 @@ def sampler(bench: Bench, samples: int, size: int) -> None:
 
 
 def training(bench: Bench, samples: int, batch: int, size: int, materialize: bool) -> None:
-    """P6. Forward and backward, time and peak memory over what was held before."""
+    """Measure P6: forward and backward, the time and the peak memory above that before."""
     dtype = torch.bfloat16
     x, mean, std, key = problem(bench.device, dtype, samples, batch, size, size)
     leaves = [t.requires_grad_() for t in (x, mean, std)]
@@ -295,7 +295,7 @@ def training(bench: Bench, samples: int, batch: int, size: int, materialize: boo
 
 
 def local(bench: Bench, samples: int, batch: int, size: int) -> None:
-    """P7. The local reparameterization against its two products alone, and against the fused draw."""
+    """Measure P7: the local reparameterization, its two products alone, and the fused draw."""
     x, mean, std, key = problem(bench.device, torch.bfloat16, samples, batch, size, size)
     providers: Providers = {
         "local": lambda: local_reparameterized_linear(x, mean, std, key, LAYER),
@@ -307,7 +307,7 @@ def local(bench: Bench, samples: int, batch: int, size: int) -> None:
 
 
 def dropout(bench: Bench, samples: int, batch: int, size: int) -> None:
-    """The masked product against a mask and a product."""
+    """Measure the masked product, compared with a mask and a product."""
     x, weight, _, key = problem(bench.device, torch.bfloat16, samples, batch, size, size, shared=False)
 
     def eager():
@@ -320,7 +320,7 @@ def dropout(bench: Bench, samples: int, batch: int, size: int) -> None:
 
 
 def statistics(bench: Bench, samples: int, batch: int, classes: int) -> None:
-    """P8. One pass over the logits against the same in torch."""
+    """Measure P8: one pass over the logits, compared with the same in torch."""
     logits = torch.randn(samples, batch, classes, device=bench.device).to(torch.bfloat16)
     probs = lambda: logits.float().softmax(-1)
 
@@ -338,7 +338,7 @@ def statistics(bench: Bench, samples: int, batch: int, classes: int) -> None:
 
 
 def networks(bench: Bench, members: int, batch: int, width: int) -> None:
-    """Whole small networks: one launch against batched products, in CUDA graphs as the predictor has them."""
+    """Measure whole small networks: one launch, compared with batched products, both in CUDA graphs."""
     dtype = torch.bfloat16
     make = lambda *shape: torch.randn(shape, device=bench.device).to(dtype)
     widths = [width, width, width, 16]
@@ -379,7 +379,7 @@ def networks(bench: Bench, members: int, batch: int, width: int) -> None:
 
 
 def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
-    """Drawn weights and the library's convolution: how little of it the drawing is."""
+    """Measure a convolution with drawn weights, and the share of its time that drawing takes."""
     mean = torch.randn(channels, channels, 3, 3, device=bench.device)
     std, key = mean.abs() / 4, make_key(0, range(samples)).to(bench.device)
     x = torch.randn(batch, channels, 16, 16, device=bench.device)
@@ -393,7 +393,7 @@ def convolution(bench: Bench, samples: int, batch: int, channels: int) -> None:
 
 
 def core(bench: Bench) -> Iterator[str]:
-    """P1 to P9, the most telling shapes first; yields the name of each part when it is done."""
+    """Measure P1 to P9, the most important shapes first; yield the name of each part when it is done."""
     half, single = torch.bfloat16, torch.float32
     peaks(bench)
     yield "peaks"
@@ -429,7 +429,7 @@ def core(bench: Bench) -> Iterator[str]:
 
 
 def grid(bench: Bench, tiny: bool = False) -> Iterator[str]:
-    """The regime map: layers from 512 to 4096 wide, 8 to 256 draws, batches of 1 to 4096; coarse before fine."""
+    """Measure the regime map: widths 512 to 4096, 8 to 256 draws, batches of 1 to 4096; coarse before fine."""
     sizes, draws, batches = (512, 1024, 2048, 4096), (8, 32, 128, 256), (1, 16, 64, 128, 256, 1024, 4096)
     if tiny:
         sizes, draws, batches = (33,), (3,), (1, 5)
@@ -440,7 +440,7 @@ def grid(bench: Bench, tiny: bool = False) -> Iterator[str]:
         for size in sizes
         for samples in draws
         for batch in batches
-        if samples * size * (size + batch) <= 2**32  # what the eager baseline holds
+        if samples * size * (size + batch) <= 2**32  # the limit of the eager baseline's memory
     ]
     coarse = lambda size, samples, batch: size in (1024, 4096) and samples in (8, 128) and batch in (1, 64, 256, 1024)
     for dtype in (torch.bfloat16, torch.float32):
@@ -453,7 +453,7 @@ def grid(bench: Bench, tiny: bool = False) -> Iterator[str]:
 
 
 def check(bench: Bench) -> None:
-    """Every provider that runs here, at sizes with odd tails."""
+    """Run every provider that is available, at sizes that are no multiples of the tiles."""
     noise(bench, 9)
     if dispatch.has_triton():
         stretch(bench, 256)
@@ -469,46 +469,46 @@ def check(bench: Bench) -> None:
 
 
 def stamp() -> dict:
-    """What the figures were measured on."""
+    """The machine and versions on which the numbers were measured."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    versions = {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        versions["triton"] = triton.__version__
     except ImportError:
-        found["triton"] = None
+        versions["triton"] = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
-        found |= {"cuda": torch.version.cuda, "memory_gib": round(properties.total_memory / 2**30)}
-    return found
+        versions |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        versions |= {"cuda": torch.version.cuda, "memory_gib": round(properties.total_memory / 2**30)}
+    return versions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="every provider once, tiny, on this machine's CPU")
-    parser.add_argument("--grid", action="store_true", help="the regime map on all shapes")
-    parser.add_argument("--once", action="store_true", help="everything compared and nothing timed")
+    parser.add_argument("--check", action="store_true", help="run every provider once, at tiny sizes, on the CPU")
+    parser.add_argument("--grid", action="store_true", help="measure the regime map on all shapes")
+    parser.add_argument("--once", action="store_true", help="compare all outputs without timing")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    if given.check:
+    if options.check:
         bench = Bench("cpu", None, 0)
-        for _ in grid(bench, tiny=True) if given.grid else [check(bench)]:
+        for _ in grid(bench, tiny=True) if options.grid else [check(bench)]:
             pass
         print(f"{len(bench.rows) - bench.failed} providers agree with their references")
         raise SystemExit(bool(bench.failed))
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: --check runs the providers without one")
-    torch.set_float32_matmul_precision("high")  # tf32 for every provider alike
-    out, repeat_ms = (None, 0) if given.once else (given.out, 10 if given.grid else 20)
-    bench = Bench("cuda", out, repeat_ms, "grid" if given.grid else "kernels")
+    torch.set_float32_matmul_precision("high")  # tf32 for all providers
+    out, repeat_ms = (None, 0) if options.once else (options.out, 10 if options.grid else 20)
+    bench = Bench("cuda", out, repeat_ms, "grid" if options.grid else "kernels")
     bench.emit({"goal": "machine", **stamp()})
     started = time.perf_counter()
-    for part in grid(bench) if given.grid else core(bench):
+    for part in grid(bench) if options.grid else core(bench):
         print(f"# {part}: {time.perf_counter() - started:.0f} s", flush=True)
-    if not given.once:
+    if not options.once:
         print(table(bench.rows))
     raise SystemExit(bool(bench.failed))
 

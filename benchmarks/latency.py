@@ -1,15 +1,15 @@
-"""Latency of single rows: the predictor in process, its package, torch.compile and eager torch, in one table.
+"""Measure the latency of single rows: predictor, exported package, torch.compile and eager torch.
 
     python benchmarks/latency.py [--methods dropout mean-field ensemble] [--rounds 200]
 
-Network 32-256-256-10, 16 draws or members, one thread, batch 1, p50 and p99 over calls of all contenders in turn.
-eager is what one writes without vbdl: a pass a draw with torch's dropout or weights drawn by torch.randn, vmap over
-stacked members; torch.compile is the same function compiled. Both return probabilities and their entropies, as the
-others do. Outputs are compared before anything is timed: the package and ONNX to 1e-5, the members to 1e-5, the draws
-of torch's own generator to six Monte Carlo standard errors.
+The network is 32-256-256-10 with 16 draws or members, on one thread, with batch 1; p50 and p99 are over calls of all
+contenders in turn. "eager" is hand-written torch: one forward pass per draw with torch's dropout or with weights from
+torch.randn, or vmap over stacked members. "torch.compile" is the same function compiled. Like the others, both return
+probabilities and their entropies. Outputs are compared before timing: the package, ONNX and the members to 1e-5, draws
+of torch's generator to six Monte Carlo standard errors.
 
-"compile" is what the first call costs where it is compiled (predictor, torch.compile) or how long the export took;
-"load + first" is what a fresh process pays after its imports: loading the package and one call.
+"compile" is the time of the first call (predictor, torch.compile) or of the export; "load + first" is the time of
+loading the package and of one call in a fresh process, after its imports.
 """
 
 import argparse
@@ -45,7 +45,7 @@ print(time.perf_counter() - begun)
 
 
 def network(dropout: bool) -> nn.Module:
-    """32-256-256-10, with dropout before each of the last two layers or without."""
+    """A network 32-256-256-10, with or without dropout before each of the last two layers."""
     drop = [nn.Dropout(0.1)] if dropout else []
     widths = (FEATURES, 256, 256)
     body = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU(), *drop)]
@@ -62,7 +62,7 @@ def summary(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def baseline(method: str, posterior):
-    """The prediction as one writes it in torch."""
+    """A function that predicts in plain torch, without vbdl."""
     if method == "dropout":
         net = posterior.module.inner.train()
         return lambda x: summary(torch.stack([net(x) for _ in range(DRAWS)]))
@@ -92,7 +92,7 @@ def seconds(call, x) -> float:
 
 
 def run(method: str, rounds: int) -> dict:
-    """p50 and p99 of every contender, what compiling costs and what a fresh process pays."""
+    """Measure p50 and p99 of every contender, the compile time, and the start of a fresh process."""
     torch.manual_seed(0)
     posterior = {
         "dropout": lambda: vbdl.MCDropout(network(True)),
@@ -166,15 +166,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
-    found = []
+    results = []
     for method in options.methods:
-        found.append(run(method, options.rounds))
-        print(json.dumps(found[-1]), flush=True)
+        results.append(run(method, options.rounds))
+        print(json.dumps(results[-1]), flush=True)
         with open(RESULTS / "latency-cpu.jsonl", "a") as file:
-            file.write(json.dumps(found[-1]) + "\n")
+            file.write(json.dumps(results[-1]) + "\n")
     print("\n| method | contender | p50, us | p99, us | compile, s | load + first, s |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for one in found:
+    for one in results:
         for name in one["p50_us"]:
             compile_s, first = one["compile_s"].get(name, ""), one["load_and_first_s"].get(name, "")
             print(

@@ -1,8 +1,8 @@
-"""Normals made and summed in registers: what drawing costs with no memory in the way.
+"""Kernels that draw and sum normals in registers, to measure drawing without memory traffic.
 
-`sixteen_bits` is the stretch of P9, an experiment that no operator uses: 16 bits of a word make a radius, 10 an angle,
-and sine and cosine are polynomials of two halves at once, so that a normal takes one special-function operation, not
-two. Two halves instead of float32, 65536 radii (none beyond 4.9) and 1024 angles.
+`sixteen_bits` is the experiment of P9, which no operator uses: a radius from 16 bits of a word, an angle from 10 bits,
+and polynomials for the sine and cosine of two half-precision numbers at once, so that a normal takes one
+special-function operation instead of two. It has half precision, 65536 radii (none beyond 4.9) and 1024 angles.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ _BOX_MULLER = tl.constexpr(_ASM.replace("@HALF@", _HALF))
 
 @triton.jit
 def halves(a, b):
-    """Four normals of two words, as two pairs of halves."""
+    """Draw four normals from two random words, as two pairs of halves."""
     return tl.inline_asm_elementwise(
         _BOX_MULLER, "=r,=r,r,r", [a, b], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
     )
@@ -116,7 +116,7 @@ def add_halves(a, b):
 
 @triton.jit
 def sixteen_bits(out, TILE: tl.constexpr, TURNS: tl.constexpr, FAST: tl.constexpr):
-    """Eight normals of each counter, of half as many counters."""
+    """Draw eight normals from each counter, with half as many counters."""
     pid = tl.program_id(0)
     lane = tl.arange(0, TILE).to(tl.uint32)
     total = tl.zeros((TILE,), tl.uint32)

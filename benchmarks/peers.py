@@ -1,12 +1,12 @@
-"""The peers of `benchmarks/speed.py`, each called as its own documentation says. One not installed is skipped.
+"""The other libraries in `benchmarks/speed.py`, called as their documentation says; skipped if not installed.
 
-They need no place in vbdl's environment: a second one that sees its packages is enough, and keeps its versions.
+They can be installed in a second environment that uses the packages of vbdl's, whose versions then stay unchanged.
 
     python -m venv .venv-peers
     echo "import site; site.addsitedir('$PWD/.venv/lib/python3.11/site-packages')" \
         > .venv-peers/lib/python3.11/site-packages/vbdl.pth
     .venv-peers/bin/pip install --no-deps torch-uncertainty bayesian-torch laplace-torch posteriors \
-        blitz-bayesian-pytorch baal lightning-uq-box    # and, also with --no-deps, what their imports ask for
+        blitz-bayesian-pytorch baal lightning-uq-box    # and, also with --no-deps, their dependencies
     .venv-peers/bin/python benchmarks/speed.py
 
 Every function takes vbdl's posterior and gives the peer the same networks, rates, means and stds.
@@ -32,7 +32,7 @@ from vbdl import DeepEnsemble, MCDropout, MeanField
 Samples = Callable[[], Tensor]
 Build = Callable[[Any, Tensor, int], Samples]
 
-PEERS = {  # distribution -> what to import
+PEERS = {  # distribution: module to import
     "torch-uncertainty": "torch_uncertainty",
     "bayesian-torch": "bayesian_torch",
     "laplace-torch": "laplace",
@@ -44,17 +44,17 @@ PEERS = {  # distribution -> what to import
 
 
 def absent() -> dict[str, str]:
-    """Peers that are not installed here."""
+    """The libraries that are not installed."""
     return {name: "not installed" for name, module in PEERS.items() if importlib.util.find_spec(module) is None}
 
 
 def versions() -> dict[str, str]:
-    """Of those that are."""
-    found = {}
+    """The versions of the libraries that are installed, by name."""
+    installed = {}
     for name in PEERS:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def contenders(q: Any, x: Tensor, n_samples: int) -> dict[str, Callable[[], Samples]]:
@@ -94,19 +94,19 @@ def _importable() -> Iterator[None]:
 
 
 def _network(q: Any) -> nn.Module:
-    """The network a dropout posterior was made of, with dropout layers of its own."""
+    """The network of a dropout posterior, with separate dropout layers."""
     return workloads.networks(q)[0].eval()
 
 
 def _normals(q: MeanField) -> tuple[nn.Sequential, dict[str, tuple[Tensor, Tensor]]]:
-    """The network of the means, and name -> (mean, std)."""
+    """The network of the means, and the (mean, std) of each parameter by name."""
     network = workloads.plain(q)
     assert isinstance(network, nn.Sequential)
     return network, {n: (mean.detach(), log_std.detach().exp()) for n, mean, log_std in q.module.normals()}
 
 
 def _rho(std: Tensor) -> Tensor:
-    """What softplus makes this std of."""
+    """The number whose softplus is this std."""
     return torch.log(torch.expm1(std))
 
 

@@ -1,13 +1,13 @@
-"""Whether the plan chooses well: each workload with the plan's own choice, and with every other way forced.
+"""Compare the plan's choice of execution with every other way, forced, on each workload.
 
     python benchmarks/plans.py [--workloads W1,W3] [--batches 1,32,256] [--samples 32,100] [--seconds 2]
                                [--out benchmarks/results/plans-cpu.jsonl]
 
-Ways, where they apply and make another plan: one draw a call, all draws in one call; dropped units masked, folded into
-the weights after them, or left out; mean-field layers that draw their outputs, all of them or the first, or draw their
-weights. Memory sets the number of draws of a call otherwise. Outputs are compared before anything is timed: the same
-draws to 2e-5 of a mean, other draws by the standard errors. All ways run in turn in every round, one thread, medians;
-the plan is to be at most 15 % slower than the best of them (wall time, or processor time where that is less).
+The forced ways, if they apply and change the plan: one draw per call or all draws in one call; dropped units masked,
+folded into the next weights, or left out; mean-field layers that draw outputs (all layers or the first) or weights.
+Otherwise memory sets the number of draws per call. Outputs are compared before timing: equal draws to 2e-5 of a mean,
+different draws by their standard errors. All ways run in turn in every round, on one thread; times are medians. The
+plan may be at most 15 % slower than the best way, by the lower of wall time and processor time.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from workloads import WORKLOADS, Workload
 from vbdl import DeepEnsemble, MCDropout, MeanField, Predictor
 from vbdl.compiling import rewrite as rewrites
 
-compact = importlib.import_module("vbdl.compiling.rewrite.compact")  # the package's own name of it is the function
-ALLOWED = 1.15  # the plan's time to that of the best way
+compact = importlib.import_module("vbdl.compiling.rewrite.compact")  # the package's attribute `compact` is the function
+ALLOWED = 1.15  # largest ratio of the plan's time to that of the best way
 Forced = Callable[[], contextlib.AbstractContextManager]
 
 
@@ -56,23 +56,23 @@ def dropped_units(way: str) -> Iterator[None]:
 def ways(workload: Workload, draws: int) -> dict[str, tuple[dict[str, Any], Forced]]:
     """name -> settings of the predictor, and what is forced while it plans."""
     free = contextlib.nullcontext
-    found: dict[str, tuple[dict[str, Any], Forced]] = {
+    forced: dict[str, tuple[dict[str, Any], Forced]] = {
         "plan": ({}, free),
         "one draw a call": ({"chunk_size": 1}, free),
         "all draws in a call": ({"chunk_size": draws}, free),
     }
     if workload.method is MCDropout:
         for way in ("masked", "folded", "left out"):
-            found[f"dropped units {way}"] = ({}, lambda way=way: dropped_units(way))
+            forced[f"dropped units {way}"] = ({}, lambda way=way: dropped_units(way))
     if workload.method is MeanField:
         for name, rows in (("of every layer", sys.maxsize), ("of the first layer", 0)):
-            found[f"outputs {name} drawn"] = ({}, lambda rows=rows: patch.object(rewrites, "_MANY_ROWS", rows))
-        found["weights drawn"] = ({"joint": True}, free)
-    return found
+            forced[f"outputs {name} drawn"] = ({}, lambda rows=rows: patch.object(rewrites, "_MANY_ROWS", rows))
+        forced["weights drawn"] = ({"joint": True}, free)
+    return forced
 
 
 def agree(prediction: Any, plan: Any, same_draws: bool) -> bool:
-    """Whether two predictions are the same, or of the same distribution."""
+    """Whether two predictions agree: the same draws, or draws of the same distribution."""
     difference = prediction.mean - plan.mean
     if same_draws:
         return float(difference.abs().max()) <= SAME["float32"]
@@ -81,28 +81,28 @@ def agree(prediction: Any, plan: Any, same_draws: bool) -> bool:
 
 
 def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[dict[str, Any]]:
-    """A result for each way that makes a plan of its own."""
+    """Yield a result for each way that gives a different plan."""
     torch.manual_seed(0)
     posterior, likelihood = workload.posterior().eval(), workload.likelihood().eval()
     x = torch.randn(rows, *workload.row)
     runs: dict[str, Callable[[], Any]] = {}
-    said: dict[str, str] = {}
+    explanations: dict[str, str] = {}
     planned = None
     for name, (settings, forced) in ways(workload, draws).items():
         predict = Predictor(posterior, likelihood, draws, tiles=(rows,), **settings)
         with forced():
-            explained = _ways_of(predict.explain(x))  # plans, compiles nothing
-        if explained in said.values():
+            explained = _ways_of(predict.explain(x))  # plans without compiling
+        if explained in explanations.values():
             continue
         plan = next(iter(predict.executions.by_shape.values()))[0].plan
         if plan.chunk * plan.activation_bytes > predict.settings.memory_budget // 2:
-            continue  # the budget forbids it
+            continue  # not within the memory budget
         predict.warm_up((rows,), example=x)
         prediction = predict(x)
         planned = prediction if planned is None else planned
         if not agree(prediction, planned, same_draws=workload.method is not MeanField):
             raise SystemExit(f"{workload.name}, batch {rows}, {draws} draws: '{name}' predicts something else")
-        said[name] = explained
+        explanations[name] = explained
         runs[name] = lambda predict=predict: predict(x)
     timings = interleave(runs, seconds, rounds=3)
     best = {clock: min(timings, key=lambda n, clock=clock: getattr(timings[n], clock)) for clock in ("wall", "cpu")}
@@ -122,7 +122,7 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
 
 
 def _ways_of(explained: str) -> str:
-    """What a plan does, without the words on why."""
+    """The steps of a plan without their reasons."""
     return "\n".join(line for line in explained.splitlines() if not line.startswith(("because", "precision")))
 
 
@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(w.name for w in WORKLOADS))
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--samples", "--draws", dest="samples", default="32,100")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a cell")
-    parser.add_argument("--out", type=Path, help="append a JSON line a result")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of timing per cell")
+    parser.add_argument("--out", type=Path, help="append one JSON line per result to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -1,14 +1,14 @@
-"""Predictors on a GPU: the workloads of `benchmarks/speed.py`, Predictor against the tutorial loop.
+"""Compare the Predictor with the tutorial loop on a GPU, on the workloads of `benchmarks/speed.py`.
 
     python benchmarks/predictors.py [--out DIR] [--workloads W1,W3] [--batches 1,32,256]     one JSON line a row
     python benchmarks/predictors.py --prepare        compile and compare all of them, several at once, nothing timed
     python benchmarks/predictors.py --check          the smallest of them once, on the CPU, nothing timed
 
-Contenders: the loop one would have written (one eager forward pass a draw), the Predictor warmed up with its tile the
-batch, the same drawing weights (`joint`), and in bfloat16. Every call is given another of two batches. Before anything
-is timed each Predictor on the GPU is compared with the same on the CPU, whose draws are the same. Contenders in turn,
-the second of two calls of each; medians of wall-clock time with the device waited for. Compile time is its own column,
-and after `--prepare` the time with the compiler's caches filled.
+Contenders: the tutorial loop (one eager forward pass per draw), and the warmed-up Predictor with the batch as its tile,
+also with drawn weights (`joint`) and in bfloat16. Calls alternate between two batches. Before timing, each Predictor on
+the GPU is compared with one on the CPU, which has the same draws. Contenders run in turn, and the second of two calls
+is timed; times are medians of wall-clock time with the device synchronized. Compile time is a separate column; after
+`--prepare` it is the time with filled compiler caches.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from workloads import WORKLOADS, Workload, networks
 
 from vbdl import Gaussian, MeanField, Predictor
 
-BATCHES = (32, 1, 256)  # the usual one first
-NAMES = ("W3", "W1", "W4-tiny", "W2", "W5-head", "W5-blocks", "W4-32", "W4-5")  # the methods first
+BATCHES = (32, 1, 256)  # the most usual first
+NAMES = ("W3", "W1", "W4-tiny", "W2", "W5-head", "W5-blocks", "W4-32", "W4-5")  # one of each method first
 # of a probability or mean: products of tf32 or bfloat16 differ from a CPU's float32 by roundings of every layer
 ALLOWED = {"float32": 5e-3, "bfloat16": 3e-2}
 _CHECKED = 4  # rows compared
@@ -49,21 +49,21 @@ def contenders(workload: Workload, device: str, rows: int, compile: bool) -> dic
         count = workload.n_samples
 
         def run() -> torch.Tensor:
-            given = next(batches)
-            return end(torch.stack([called[s % len(called)](given) for s in range(count)])).mean(0)
+            x = next(batches)
+            return end(torch.stack([called[s % len(called)](x) for s in range(count)])).mean(0)
 
         return run
 
     def vbdl(**settings) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
-            given = {"compile": compile, **settings}
-            predict = Predictor(q, likelihood, workload.n_samples, tiles=(rows,), device=device, **given)
+            chosen = {"compile": compile, **settings}
+            predict = Predictor(q, likelihood, workload.n_samples, tiles=(rows,), device=device, **chosen)
             predict.warm_up((rows,), example=on_device)
             settings_here = {k: v for k, v in settings.items() if k == "joint"}
             plain = Predictor(q, likelihood, workload.n_samples, tiles=(rows,), compile=False, **settings_here)
             expected = plain(x[:_CHECKED]).mean if rows > _CHECKED else plain(x).mean
-            found = predict(on_device).mean[: len(expected)].float().cpu()
-            far = float((found - expected).abs().max())
+            mean = predict(on_device).mean[: len(expected)].float().cpu()
+            far = float((mean - expected).abs().max())
             allowed = ALLOWED["bfloat16" if "autocast" in settings else "float32"]
             if not far <= allowed:
                 raise AssertionError(f"{workload.name} {rows} {settings}: differs by {far:.1e}, allowed {allowed:.0e}")
@@ -71,20 +71,20 @@ def contenders(workload: Workload, device: str, rows: int, compile: bool) -> dic
 
         return make
 
-    found = {"loop": loop, "vbdl": vbdl()}
-    found["vbdl bfloat16"] = vbdl(autocast=torch.bfloat16)
+    calls = {"loop": loop, "vbdl": vbdl()}
+    calls["vbdl bfloat16"] = vbdl(autocast=torch.bfloat16)
     if isinstance(q, MeanField):
-        found["vbdl joint"] = vbdl(joint=True)
-        found["vbdl joint bfloat16"] = vbdl(joint=True, autocast=torch.bfloat16)
-    return found
+        calls["vbdl joint"] = vbdl(joint=True)
+        calls["vbdl joint bfloat16"] = vbdl(joint=True, autocast=torch.bfloat16)
+    return calls
 
 
 def timed(runs: dict[str, Callable[[], object]], device: str, rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds, contenders in turn."""
+    """Time the contenders in turn, and return the median milliseconds of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            run()  # after another contender caches are cold; what is timed is the second of two calls
+            run()  # another contender has cooled the caches, so only the second of two calls is timed
             if device == "cuda":
                 torch.cuda.synchronize()
             begun = time.perf_counter()
@@ -104,10 +104,10 @@ def cell(workload: Workload, rows: int, device: str, compile: bool, rounds: int,
         try:
             runs[name] = make()
             runs[name]()
-        except Exception as error:  # one that fails is a row, and the others are measured all the same
+        except Exception as error:  # a failure becomes a row, and the other contenders are still measured
             runs.pop(name, None)
-            said = f"{type(error).__name__}: {error}".strip().splitlines()
-            emit({**case, "provider": name, "failed": " ".join(said)[:600]})
+            message = f"{type(error).__name__}: {error}".strip().splitlines()
+            emit({**case, "provider": name, "failed": " ".join(message)[:600]})
             continue
         seconds[name] = round(time.perf_counter() - begun, 2)
     if rounds == 0:
@@ -120,7 +120,7 @@ def cell(workload: Workload, rows: int, device: str, compile: bool, rounds: int,
 
 
 def prepare(names: list[str], batches: list[int]) -> bool:
-    """Every cell in a process of its own, as many at once as there are cores to compile on."""
+    """Compile every cell in its own process, as many at once as there are cores."""
     cells = [(name, rows) for rows in batches for name in names]
     at_once = max(1, min(12, (os.cpu_count() or 1) - 2))
     running: list[subprocess.Popen] = []
@@ -142,14 +142,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--workloads", default=",".join(NAMES))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--rounds", type=int, default=15, help="of timing; 0 compiles and compares only")
-    parser.add_argument("--prepare", action="store_true", help="the same as --rounds 0, several cells at once")
-    parser.add_argument("--check", action="store_true", help="the smallest once, on the CPU, uncompiled")
-    given = parser.parse_args()
-    names, batches = given.workloads.split(","), [int(b) for b in given.batches.split(",")]
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of timing; 0 only compiles and compares")
+    parser.add_argument("--prepare", action="store_true", help="like --rounds 0, with several cells at once")
+    parser.add_argument("--check", action="store_true", help="run the smallest cell once, on the CPU, uncompiled")
+    options = parser.parse_args()
+    names, batches = options.workloads.split(","), [int(b) for b in options.batches.split(",")]
     by_name = {w.name: w for w in WORKLOADS}
     with torch.no_grad():
-        if given.check:
+        if options.check:
             for name in ("W1", "W4-tiny"):
                 for make in contenders(by_name[name], "cpu", 2, compile=False).values():
                     make()()
@@ -157,14 +157,14 @@ def main() -> None:
             return
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device: --check runs what can be run without one")
-        if given.prepare:
+        if options.prepare:
             raise SystemExit(not prepare(names, batches))
-        torch.set_float32_matmul_precision("high")  # tf32 for the loop and vbdl alike
+        torch.set_float32_matmul_precision("high")  # tf32 for both the loop and vbdl
         file = None
-        if given.rounds:
-            given.out.mkdir(parents=True, exist_ok=True)
+        if options.rounds:
+            options.out.mkdir(parents=True, exist_ok=True)
             card = torch.cuda.get_device_name().replace(" ", "-").lower()
-            file = (given.out / f"predictors-{card}.jsonl").open("w")
+            file = (options.out / f"predictors-{card}.jsonl").open("w")
         failed = []
 
         def emit(row: dict) -> None:
@@ -178,7 +178,7 @@ def main() -> None:
 
         for rows in batches:
             for name in names:
-                cell(by_name[name], rows, "cuda", True, given.rounds, emit)
+                cell(by_name[name], rows, "cuda", True, options.rounds, emit)
         raise SystemExit(bool(failed))
 
 

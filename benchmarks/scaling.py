@@ -1,14 +1,14 @@
-"""How the cost of a prediction grows with draws, batch and width, and that its memory does not grow with draws.
+"""Measure the cost of a prediction against draws, batch and width, and its memory against draws.
 
     python benchmarks/scaling.py [--what draws,batch,width,memory] [--quick]
                                  [--out benchmarks/results/scaling-cpu.jsonl]
 
-Cost: microseconds of a warmed-up call, median, one thread, and what one more draw, row or unit costs.
-Memory: peak resident bytes above those before the first prediction, statistics only, each count of draws in a process
-of its own; for 1,000 draws it is to be within 1.1 times of that for 100. Without a compiler, so that no trace of
-compiling is in it. What is kept of the draws, so that no call makes them again, grows with them up to half the memory
-budget: with the default of 1 GiB that is what grows; with one of 4 MiB nothing is kept of 1,000 draws, and it is flat.
-MALLOC_MMAP_THRESHOLD_ is set, because glibc before 2.38 does not use aligned blocks a second time that it has freed.
+Cost: median microseconds of a warmed-up call on one thread, and the cost of one more draw, row or unit.
+Memory: peak resident bytes above those before the first prediction, for statistics only, with each number of draws in
+its own process; for 1,000 draws it may be at most 1.1 times that for 100. It is measured uncompiled, to exclude the
+compiler's memory. Draws are kept for the next call up to half the memory budget: with the default of 1 GiB these kept
+draws grow; with 4 MiB none of 1,000 draws are kept, and memory does not grow.
+MALLOC_MMAP_THRESHOLD_ is set because glibc before 2.38 does not reuse freed aligned blocks.
 """
 
 import argparse
@@ -45,7 +45,7 @@ MEMORY_BUDGETS = (2**30, 2**22)
 
 
 def microseconds(method: str, draws: int, rows: int, width: int, seconds: float) -> float:
-    """Median of warmed-up calls."""
+    """The median microseconds of a warmed-up call."""
     torch.manual_seed(0)
     predict = Predictor(METHODS[method](width).eval(), Categorical().eval(), draws, tiles=(rows,))
     x = torch.randn(rows, 784)
@@ -60,11 +60,11 @@ def microseconds(method: str, draws: int, rows: int, width: int, seconds: float)
 
 
 def peak_above_start(method: str, draws: int, budget: int) -> int:
-    """Bytes of resident memory that predicting 256 rows adds at most, in this process."""
+    """The peak resident memory that predicting 256 rows adds in this process, bytes."""
     torch.manual_seed(0)
     q = METHODS[method](512).eval()
     x = torch.randn(256, 784)
-    # what torch loads and allocates at first use is there before
+    # first a prediction, so that what torch loads and allocates at first use is not counted
     Predictor(METHODS[method](32).eval(), Categorical().eval(), 2, compile=False)(x)
     before = _peak()
     predict = Predictor(q, Categorical().eval(), draws, tiles=(64,), compile=False, memory_budget=budget)
@@ -75,24 +75,24 @@ def peak_above_start(method: str, draws: int, budget: int) -> int:
 
 def _peak() -> int:
     """Bytes resident at most so far, on Linux. (What `resource` says begins with the peak of the parent process.)"""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def memory(method: str, budget: int) -> dict:
-    """Peaks for 100 and 1,000 draws, each in a process of its own."""
-    found = {}
+    """The peak memory for 100 and 1,000 draws, each measured in its own process."""
+    peaks = {}
     for draws in (100, 1000):
         command = [sys.executable, __file__, "--child", method, str(draws), str(budget)]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        found[draws] = int(ran.stdout.split()[-1])
+        peaks[draws] = int(ran.stdout.split()[-1])
     return {
         "memory_budget": budget,
-        "bytes_100": found[100],
-        "bytes_1000": found[1000],
-        "ratio": found[1000] / found[100],
+        "bytes_100": peaks[100],
+        "bytes_1000": peaks[1000],
+        "ratio": peaks[1000] / peaks[100],
     }
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="draws,batch,width,memory")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--quick", action="store_true", help="every other value, 0.3 seconds each")
+    parser.add_argument("--quick", action="store_true", help="measure every other size, 0.3 seconds each")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -115,17 +115,17 @@ def main() -> None:
         for method in options.methods.split(","):
             if what == "memory":
                 if method == "ensemble":
-                    continue  # its draws are its members: there are no more of them
+                    continue  # its draws are its members, whose number is fixed
                 for budget in MEMORY_BUDGETS:
-                    found = memory(method, budget)
-                    verdict = "ok" if found["ratio"] <= 1.1 else "MISSED"
+                    peaks = memory(method, budget)
+                    verdict = "ok" if peaks["ratio"] <= 1.1 else "MISSED"
                     print(
-                        f"memory  {method:12s} budget {budget / 2**20:5.0f} MiB: {found['bytes_100'] / 2**20:8.1f} MiB "
-                        f"for 100 draws, {found['bytes_1000'] / 2**20:8.1f} for 1,000: {found['ratio']:.2f} "
+                        f"memory  {method:12s} budget {budget / 2**20:5.0f} MiB: {peaks['bytes_100'] / 2**20:8.1f} MiB "
+                        f"for 100 draws, {peaks['bytes_1000'] / 2**20:8.1f} for 1,000: {peaks['ratio']:.2f} "
                         f"(at most 1.1) {verdict}",
                         flush=True,
                     )
-                    rows.append({"what": what, "method": method, **found})
+                    rows.append({"what": what, "method": method, **peaks})
                 continue
             if what == "draws" and method == "ensemble":
                 continue

@@ -1,11 +1,10 @@
-"""What the service adds to a prediction: one row alone, and eight clients at once.
+"""Measure the latency that the service adds to a prediction, with one client and with eight.
 
     python benchmarks/serve.py [--seconds 10]
 
-An ensemble of 5 networks 32-64-64-3, compiled, served by `vbdl serve` in a process of its own on the loopback; clients
-are raw sockets with keep-alive in this process, so that a client library's own milliseconds are not counted as the
-service's. The in-process call is the same predictor, loaded from the same artifact, in the same run; calls in process
-and over HTTP take turns. Answers are compared before anything is timed. Needs two cores.
+`vbdl serve` serves a compiled ensemble of 5 networks 32-64-64-3 in its own process on the loopback. Clients are raw
+keep-alive sockets in this process, to exclude the overhead of a client library. In-process calls use the same artifact
+and take turns with calls over HTTP. Answers are compared before timing. It needs two cores.
 """
 
 import argparse
@@ -31,7 +30,7 @@ FEATURES = 32
 
 
 class Client:
-    """One keep-alive connection: a request is one send, an answer is read to its stated length."""
+    """A keep-alive connection that sends a request at once and reads an answer by its Content-Length."""
 
     def __init__(self, port: int):
         self.connection = socket.create_connection(("127.0.0.1", port))
@@ -53,10 +52,10 @@ class Client:
         return int(head.split()[1]), body[:length]
 
     def _more(self) -> bytes:
-        found = self.connection.recv(2**18)
-        if not found:
+        received = self.connection.recv(2**18)
+        if not received:
             raise ConnectionError("the service closed the connection")
-        return found
+        return received
 
 
 def request(rows: np.ndarray) -> bytes:
@@ -90,12 +89,12 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def alone(predictor, port: int, rows: int, seconds: float) -> dict:
-    """Calls in process and over HTTP in turns, one client."""
+    """Time calls in process and over HTTP in turns, with one client."""
     x = torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(rows))
     client, sent = Client(port), request(x.numpy())
     status, body = client.ask(sent)
-    found = torch.tensor([row["probs"] for row in json.loads(body)["predictions"]])
-    assert status == 200 and torch.equal(found, predictor(x).probs), "the service answers other numbers"
+    served = torch.tensor([row["probs"] for row in json.loads(body)["predictions"]])
+    assert status == 200 and torch.equal(served, predictor(x).probs), "the service answers other numbers"
     inside: list[float] = []
     over: list[float] = []
     end = time.perf_counter() + seconds
@@ -117,7 +116,7 @@ def alone(predictor, port: int, rows: int, seconds: float) -> dict:
 
 
 def together(port: int, clients: int, seconds: float) -> dict:
-    """Clients that ask for one row after the other, all at once."""
+    """Time clients that request one row after the other, all at once."""
     sent = request(np.random.default_rng(0).standard_normal((1, FEATURES)).astype(np.float32))
     times: list[list[float]] = [[] for _ in range(clients)]
     end = time.perf_counter() + seconds

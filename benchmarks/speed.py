@@ -1,4 +1,4 @@
-"""Predictions on the CPU, one thread: vbdl against what one would have written, and against the peers that install.
+"""Compare vbdl's predictions on one CPU thread with hand-written code and with other libraries.
 
     python benchmarks/speed.py [--workloads W1,W3] [--batches 1,32,256] [--contenders loop,vbdl] [--quick]
                                [--seconds 8] [--out benchmarks/results/speed-cpu.jsonl] [--check]
@@ -50,14 +50,14 @@ from vbdl.calling.stacking import call, select
 
 BATCHES = (1, 32, 256)
 CHECKED_ROWS = 32
-REFERENCE_DRAWS = 300  # of the loop, where only statistics can be compared
+REFERENCE_DRAWS = 300  # draws of the loop, if only statistics can be compared
 SAME = {"float32": 2e-5, "bfloat16": 1e-2}  # largest difference of a mean probability (or mean) of the same draws
 Z_BOUND = 2.5
-ROUND_SECONDS = 2e-2  # of each contender whose calls are shorter
+ROUND_SECONDS = 2e-2  # seconds per round of contenders with shorter calls
 
 
 class NotAvailable(Exception):
-    """This contender does not exist here, and why."""
+    """Raised with a reason if a contender is not available."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Contender:
 
 @dataclass
 class Timing:
-    """Medians over rounds; ratios are formed inside a round."""
+    """The median times over rounds; ratios are formed inside a round."""
 
     wall: float
     cpu: float
@@ -108,19 +108,19 @@ class Cell:
 
     def contenders(self) -> list[Contender]:
         q, x, n, w = self.posterior, self.x, self.workload.n_samples, self.workload
-        found = [self._loop("loop", lambda: workloads.tutorial(q, x, n))]
+        contenders = [self._loop("loop", lambda: workloads.tutorial(q, x, n))]
         if isinstance(q, MeanField):
-            found.append(self._loop("loop-kept-std", lambda: workloads.tutorial_kept_std(q, x, n)))
-        found.append(self._loop("loop-compiled", lambda: workloads.tutorial_compiled(q, x, n)))
+            contenders.append(self._loop("loop-kept-std", lambda: workloads.tutorial_kept_std(q, x, n)))
+        contenders.append(self._loop("loop-compiled", lambda: workloads.tutorial_compiled(q, x, n)))
         vmapped = lambda: workloads.mapped(q, x, n, w.activations)
-        found.append(self._loop("vmap", vmapped))
-        found.append(self._loop("vmap-compiled", vmapped, compiled=True))
+        contenders.append(self._loop("vmap", vmapped))
+        contenders.append(self._loop("vmap-compiled", vmapped, compiled=True))
         joints = ("", " joint") if isinstance(q, MeanField) else ("",)
         for dtype in ("float32", "bfloat16"):
-            found += [self._vbdl(dtype + joint) for joint in joints]
+            contenders += [self._vbdl(dtype + joint) for joint in joints]
         for name, samples in peers.contenders(q, x, n).items():
-            found.append(self._loop(name, samples))
-        return found
+            contenders.append(self._loop(name, samples))
+        return contenders
 
     def _loop(self, name: str, make: Callable[[], workloads.Samples], compiled: bool = False) -> Contender:
         def build() -> Callable[[], Any]:
@@ -164,27 +164,27 @@ class Cell:
     # -- agreement
 
     def same_draws(self) -> tuple[Tensor, Tensor]:
-        """Mean and std over the draws of the seed, one after the other, in plain torch."""
+        """The mean and std over the draws of the seed, computed one after the other in plain torch."""
         q, n = self.posterior, self.workload.n_samples
         q.prepare(self.x)
-        found = []
+        outputs = []
         for start in range(0, n, 10):
             state = q.draws(torch.arange(start, min(start + 10, n)), 0) if not self.is_ensemble else None
             for s in range(start, min(start + 10, n)):
                 one = q.member(s) if state is None else select(state, s - start)
-                found.append(call(q.module, one, self.x[:CHECKED_ROWS]))
-        each = self.each(torch.stack(found))
+                outputs.append(call(q.module, one, self.x[:CHECKED_ROWS]))
+        each = self.each(torch.stack(outputs))
         return each.mean(0), each.std(0)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and std over many draws of the loop."""
+        """The mean and std over many draws of the loop."""
         outputs = workloads.tutorial(self.posterior, self.x[:CHECKED_ROWS], REFERENCE_DRAWS)()
         each = self.each(outputs)
         return each.mean(0), each.std(0)
 
-    def agreement(self, contender: Contender, found: tuple[Tensor, Tensor | None]) -> str:
-        """How it was compared, and how near it came. Raises RuntimeError where it says something else."""
-        mean, spread = found
+    def agreement(self, contender: Contender, answer: tuple[Tensor, Tensor | None]) -> str:
+        """How the contender was compared, and how near it came. Raises RuntimeError if it does not agree."""
+        mean, spread = answer
         if not bool(mean.isfinite().all()):
             raise RuntimeError("its output is not finite")
         if contender.name == "loop" and not self.is_ensemble:
@@ -223,7 +223,7 @@ class Cell:
 
 
 def interleave(runs: dict[str, Callable[[], Any]], seconds: float, rounds: int) -> dict[str, Timing]:
-    """Every contender once a round; the first is what the others' ratios are to."""
+    """Time every contender once a round; ratios are relative to the first."""
     repeats = {}
     for name, run in runs.items():
         run()
@@ -248,18 +248,18 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float, rounds: int) 
 
 
 class Bounds:
-    """What this machine can do on one thread, measured when first asked for."""
+    """The peak rates of this machine on one thread, measured on first use."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, float] = {}
+        self._measured: dict[Any, float] = {}
 
     def _once(self, key: Any, measure: Callable[[], float]) -> float:
-        if key not in self._found:
-            self._found[key] = measure()
-        return self._found[key]
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
 
     def operations(self, dtype: torch.dtype) -> float:
-        """Multiplications and additions a second of a large matrix product."""
+        """The multiplications and additions per second of a large matrix product."""
 
         def measure() -> float:
             a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
@@ -268,7 +268,7 @@ class Bounds:
         return self._once(dtype, measure)
 
     def bytes(self, size: float) -> float:
-        """Bytes a second that a sum over as much memory reads, caches included."""
+        """The bytes per second that a sum over this much memory reads, caches included."""
         size = int(min(max(size, 2**16), 2**28))
 
         def measure() -> float:
@@ -278,7 +278,7 @@ class Bounds:
         return self._once(size.bit_length(), measure)
 
     def overhead(self) -> float:
-        """Seconds of a call of the smallest predictor there is."""
+        """The seconds of a call of the smallest possible predictor."""
 
         def measure() -> float:
             predict = Predictor(DeepEnsemble(nn.Linear(1, 1), n_members=2), Gaussian(), tiles=(1,))
@@ -289,7 +289,7 @@ class Bounds:
         return self._once("overhead", measure)
 
     def of(self, workload: Workload, rows: int, variant: str) -> tuple[str, float]:
-        """What bounds a call, and the seconds it cannot go below: of the ways to compute it, the one bounded lowest."""
+        """The bound of a call and its least seconds, for the way to compute it with the lowest bound."""
         dtype = torch.bfloat16 if "bfloat16" in variant else torch.float32
         ways = []
         for operations, moved in workload.least(rows, variant):
@@ -303,7 +303,7 @@ class Bounds:
 
 
 def _best(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds of a call, the least of eleven measurements: what else the machine does is no bound."""
+    """The least seconds of eleven calls, so that other load on the machine does not raise the bound."""
     run()
     taken = []
     for _ in range(11):
@@ -318,7 +318,7 @@ def _best(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, whether it computes in bfloat16, versions, date."""
+    """The processor, whether it computes in bfloat16, versions and date."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -338,7 +338,7 @@ def machine() -> dict[str, Any]:
 
 
 def run_cell(cell: Cell, wanted: Callable[[str], bool], seconds: float, rounds: int, bounds: Bounds) -> list[dict]:
-    """A result for each contender of a cell: timed, not available, or wrong."""
+    """Yield a result for each contender of a cell: timed, not available, or wrong."""
     results, runs = [], {}
     torch._dynamo.reset()
     for contender in cell.contenders():
@@ -362,8 +362,8 @@ def run_cell(cell: Cell, wanted: Callable[[str], bool], seconds: float, rounds: 
         except Exception as error:
             if contender.name == "loop":
                 raise
-            said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            row["failed"] = f"wrong or broken: {said}"
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            row["failed"] = f"wrong or broken: {reason}"
         else:
             runs[contender.name] = run
             row["variant"] = contender.variant
@@ -385,7 +385,7 @@ def run_cell(cell: Cell, wanted: Callable[[str], bool], seconds: float, rounds: 
 
 
 def ahead(results: list[dict]) -> None:
-    """Says of the plain vbdl line how much faster it is than the best of all others, those of vbdl left out."""
+    """Add to the plain vbdl line its speed relative to the best contender that is not vbdl."""
     others = {r["contender"]: r["wall_s"] for r in results if "wall_s" in r and not r["contender"].startswith("vbdl")}
     for row in results:
         if row["contender"] == "vbdl" and "wall_s" in row:
@@ -400,7 +400,7 @@ HEAD = (
 
 
 def line(row: dict) -> str:
-    """One result for people."""
+    """One result as a line of text."""
     if "failed" in row:
         return f"{row['contender']:24s} {row['failed']}"
     if "wall_s" not in row:
@@ -428,15 +428,15 @@ def _time(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [w.name for w in WORKLOADS]
-    parser.add_argument("--workloads", default=",".join(names), help="names or their beginnings: W1,W4-tiny")
+    parser.add_argument("--workloads", default=",".join(names), help="names or their beginnings, e.g. W1,W4-tiny")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--contenders", default="", help="beginnings of names; all unless given; the loop always runs")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing a cell")
-    parser.add_argument("--rounds", type=int, default=5, help="at least so many")
-    parser.add_argument("--quick", action="store_true", help="loop and vbdl, 2 seconds and 3 rounds a cell")
-    parser.add_argument("--check", action="store_true", help="compare outputs, time nothing")
-    parser.add_argument("--emulated", action="store_true", help="bfloat16 even where the processor emulates it")
-    parser.add_argument("--out", type=Path, help="append a JSON line a result")
+    parser.add_argument("--contenders", default="", help="beginnings of names (default: all); the loop always runs")
+    parser.add_argument("--seconds", type=float, default=8.0, help="seconds of timing per cell")
+    parser.add_argument("--rounds", type=int, default=5, help="least number of rounds")
+    parser.add_argument("--quick", action="store_true", help="run only loop and vbdl, 2 seconds and 3 rounds per cell")
+    parser.add_argument("--check", action="store_true", help="compare outputs without timing")
+    parser.add_argument("--emulated", action="store_true", help="run bfloat16 even if the processor emulates it")
+    parser.add_argument("--out", type=Path, help="append one JSON line per result to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -1,10 +1,10 @@
-"""Training every split and member in one stacked step, against one network after the other.
+"""Compare stacked training of all splits and members with training one network after the other.
 
     python benchmarks/stacking.py [--data FOLDER] [--set boston] [--members 5] [--epochs 40] [--out FILE]
 
 The deep ensemble of the UCI suite: splits x members networks of one hidden layer, batches of 100. Contenders:
 
-    torch loop       plain torch, what one would have written: a network, an Adam and a loop over batches for each
+    torch loop       plain torch by hand: a network, an Adam and a loop over batches for each
     stacked          vbdl.fit of all of them as one ensemble, uncompiled, and compiled (compiling is a column)
 
 Before anything is timed the networks of two splits, each trained by vbdl.fit alone, are compared with those of
@@ -101,13 +101,13 @@ def fit(q, x, y, rows, epochs, seed, compile):
 
 def rmse(task: Task, networks: list[nn.Module], members: int) -> float:
     x, y = task.test
-    found = []
+    errors = []
     for split in range(task.n_splits):
         own = networks[split * members : (split + 1) * members]
         with torch.no_grad():
             mean = torch.stack([n(x[split])[:, 0] for n in own]).mean(0)
-        found.append(task.scale[split] * math.sqrt(float((mean - y[split, :, 0]).square().mean())))
-    return sum(found) / len(found)
+        errors.append(task.scale[split] * math.sqrt(float((mean - y[split, :, 0]).square().mean())))
+    return sum(errors) / len(errors)
 
 
 def members_of(q: vbdl.DeepEnsemble, task: Task) -> list[nn.Module]:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="append a JSON line a contender")
+    parser.add_argument("--out", type=Path, help="append one JSON line per contender to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = load(options.data, options.set)
@@ -146,18 +146,18 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, run in contenders.items():
             begun = time.perf_counter()
-            found, compiling = run()
+            trained, compiling = run()
             times[name].append((time.perf_counter() - begun - compiling, compiling))
             if name in ("torch loop", "stacked, compiled"):
-                networks = found if isinstance(found, list) else members_of(found, task)
+                networks = trained if isinstance(trained, list) else members_of(trained, task)
                 quality[name] = rmse(task, networks, members)
     loop = sorted(t for t, _ in times["torch loop"])[options.rounds // 2]
     about = provenance()
     print(f"{'contender':20} {'seconds':>8} {'against the loop':>17} {'compiling':>10} {'test RMSE':>10}")
     for name, taken in times.items():
         seconds, compiling = (sorted(column)[options.rounds // 2] for column in zip(*taken, strict=True))
-        said = f"{quality[name]:10.4g}" if name in quality else ""
-        print(f"{name:20} {seconds:8.2f} {loop / seconds:16.1f}x {compiling:10.1f} {said}")
+        error = f"{quality[name]:10.4g}" if name in quality else ""
+        print(f"{name:20} {seconds:8.2f} {loop / seconds:16.1f}x {compiling:10.1f} {error}")
         if options.out is not None:
             line = {"set": task.name, "contender": name, "networks": count, "epochs": epochs, "seconds": seconds}
             line |= {"compile_seconds": compiling, "ratio": loop / seconds, "rmse": quality.get(name), **about}

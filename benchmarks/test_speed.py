@@ -1,4 +1,4 @@
-"""The workloads of `benchmarks/speed.py` under pytest-benchmark, compared before they are timed.
+"""Time the workloads of `benchmarks/speed.py` with pytest-benchmark, after comparing their outputs.
 
 pytest benchmarks/test_speed.py --benchmark-enable [-k "W1 and 32"] [--benchmark-group-by=group]
 pytest benchmarks/test_speed.py                    each once, compared and not timed
@@ -27,7 +27,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def cells():
-    """Cells of one workload and batch, kept while their contenders are timed: the reference is made once."""
+    """Cells by workload and batch, kept while their contenders are timed, so that the reference is computed once."""
     return {}
 
 

@@ -1,6 +1,6 @@
-"""The workloads of `benchmarks/speed.py`: networks, and what one would have written for each without vbdl.
+"""The workloads of `benchmarks/speed.py`: networks, and hand-written predictions of each without vbdl.
 
-Weights are as initialized: times do not depend on them, and what is compared is draws of the same distribution.
+Weights are untrained: times do not depend on them, and draws of the same distribution are compared.
 """
 
 import copy
@@ -19,7 +19,7 @@ STACK_BYTES = 2**29  # of activations that vmap makes at once: a competent user 
 
 
 def mlp(*sizes: int, p: float | None = None) -> nn.Sequential:
-    """Linear and ReLU in turn, dropout after each ReLU where p is given."""
+    """A network of Linear and ReLU in turn, with dropout after each ReLU if p is given."""
     layers: list[nn.Module] = []
     for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
         layers.append(nn.Linear(n_in, n_out))
@@ -31,7 +31,7 @@ def mlp(*sizes: int, p: float | None = None) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them; dropout, if any, between the two."""
+    """A residual block of two convolutions, with dropout, if any, between the two."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, p: float):
         super().__init__()
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """32x32x3 to 10 classes, 0.31 M parameters; dropout in every block, or before the head."""
+    """A residual network from 32x32x3 to 10 classes, 0.31 M parameters, with dropout in blocks or before the head."""
 
     def __init__(self, in_blocks: float = 0.0, at_head: float = 0.0):
         super().__init__()
@@ -64,7 +64,7 @@ class SmallResNet(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the table. `required`: variant of vbdl -> batch -> ratio to the tutorial loop."""
+    """A workload, one row of the table. required: ratio to the tutorial loop by variant of vbdl and batch."""
 
     name: str
     title: str
@@ -82,11 +82,11 @@ class Workload:
         return type(self.posterior())
 
 
-# -- what one would have written: the tutorial loop, and vmap
+# -- hand-written predictions: the tutorial loop, and vmap
 
 
 class TutorialLinear(nn.Module):
-    """The layer of most tutorials on mean-field inference: std and noise in every forward."""
+    """The mean-field layer of most tutorials, which computes std and noise in every forward."""
 
     def __init__(self, mean: nn.Linear, weight_log_std: Tensor, bias_log_std: Tensor):
         super().__init__()
@@ -100,14 +100,14 @@ class TutorialLinear(nn.Module):
 
 
 def networks(q: Any) -> list[nn.Module]:
-    """What is called in turn: the members of an ensemble, or one network that draws in every call."""
+    """The networks that are called in turn: the members of an ensemble, or one that draws in every call."""
     if isinstance(q, DeepEnsemble):
-        found = []
+        drawing = []
         for m in range(q.n_members):
             network = q_network(q)
             network.load_state_dict(q.member(m))
-            found.append(network.eval())
-        return found
+            drawing.append(network.eval())
+        return drawing
     network = copy.deepcopy(q.module.inner).eval()
     if isinstance(q, MCDropout):
         for m in network.modules():
@@ -122,42 +122,42 @@ def networks(q: Any) -> list[nn.Module]:
 
 
 def plain(q: Any) -> nn.Module:
-    """The network, its weights the means, as it was given to the posterior."""
+    """The user's network, with the means as its weights."""
     return copy.deepcopy(q.module.inner).eval()
 
 
 def q_network(q: DeepEnsemble) -> nn.Module:
-    """A network of the members' architecture that holds tensors of its own."""
+    """A network of the members' architecture with separate tensors."""
     return copy.deepcopy(q.module).to_empty(device="cpu")
 
 
 def tutorial(q: Any, x: Tensor, n_samples: int) -> Samples:
-    """One eager forward pass a draw."""
+    """Predict by the tutorial loop: one eager forward pass per draw."""
     called = networks(q)
     return lambda: torch.stack([called[s % len(called)](x) for s in range(n_samples)])
 
 
 def tutorial_kept_std(q: MeanField, x: Tensor, n_samples: int) -> Samples:
-    """The loop of someone who keeps the std and writes the draw in one operation."""
+    """Predict by a loop that keeps the std and writes each draw in one operation."""
     network = copy.deepcopy(q.module.inner).eval()
     weights = dict(network.named_parameters())
     normals = {n: (mean.detach(), log_std.detach().exp()) for n, mean, log_std in q.module.normals()}
 
     def run() -> Tensor:
-        found = []
+        outputs = []
         for _ in range(n_samples):
             for name, (mean, std) in normals.items():
                 weights[name].copy_(torch.addcmul(mean, std, torch.randn_like(mean)))
-            found.append(network(x))
-        return torch.stack(found)
+            outputs.append(network(x))
+        return torch.stack(outputs)
 
     return run
 
 
 def tutorial_compiled(q: Any, x: Tensor, n_samples: int) -> Samples:
-    """The same loop, the forward pass compiled."""
+    """Predict by the tutorial loop with a compiled forward pass."""
     if isinstance(q, DeepEnsemble):
-        # one graph for all members, which differ in their tensors only
+        # one graph for all members, which differ only in their tensors
         network, states = q_network(q).eval(), [q.member(m) for m in range(q.n_members)]
         one = torch.compile(lambda state, x: functional_call(network, state, (x,)), fullgraph=True, dynamic=False)
         return lambda: torch.stack([one(states[s], x) for s in range(n_samples)])
@@ -166,7 +166,7 @@ def tutorial_compiled(q: Any, x: Tensor, n_samples: int) -> Samples:
 
 
 def mapped(q: Any, x: Tensor, n_samples: int, activations: int) -> Samples:
-    """vmap of functional_call over draws."""
+    """Predict by vmap of functional_call over draws."""
     chunk = max(1, min(n_samples, STACK_BYTES // (4 * activations * len(x))))
     if isinstance(q, MCDropout):
         network = networks(q)[0]
@@ -190,7 +190,7 @@ def mapped(q: Any, x: Tensor, n_samples: int, activations: int) -> Samples:
     return run
 
 
-# -- the table of the issue
+# -- the table of workloads
 
 
 def _ensemble(n_members: int, *sizes: int) -> Callable[[], DeepEnsemble]:

@@ -105,7 +105,7 @@ def test_a_loop_that_says_something_else_is_not_timed(small, method, monkeypatch
     trained = next(r.trained for r in found if r.trained.method == method)
     honest = loop(trained)
     monkeypatch.setattr(compare, "loop", lambda _: lambda x, n: honest(x, n) + 0.2)
-    with pytest.raises(RuntimeError, match="do not say the same"):
+    with pytest.raises(RuntimeError, match="the draws of the tutorial loop and of vbdl differ"):
         compare.disagreement(trained, trained.task.x["test"][:16])
 
 

@@ -5,9 +5,13 @@ A method is one file in `vbdl/posteriors/` and one entry here. Its class is impo
 
 import importlib
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # so that the table does not import torch
+    from torch import nn
+
+    from vbdl.types import Keywords, Posterior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class Method:
     dropout: float = 0.1  # dropout rate of the networks that vbdl builds for it
     needs_dropout: bool = False  # whether it refuses a network without dropout
     takes_trained: bool = False  # whether a trained network can be used without training it again
-    training: Mapping[str, Any] = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
+    training: "Keywords" = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
     old_names: tuple[str, ...] = ()  # former names, which still work with a warning
 
     @property
@@ -31,11 +35,11 @@ class Method:
         """Whether its draws are the members of an ensemble, so that a prediction uses all of them."""
         return "n_members" in self.arguments
 
-    def load(self) -> type:
+    def load(self) -> "type[Posterior]":
         """Import and return the method's class."""
         return vars(importlib.import_module(self.module))[self.class_name]
 
-    def make(self, network: Any, **known: Any) -> Any:
+    def make(self, network: "nn.Module", **known: object) -> "Posterior":
         """Build the posterior over this network, from those of the `known` arguments that the class takes."""
         return self.load()(network, **{name: value for name, value in known.items() if name in self.arguments})
 

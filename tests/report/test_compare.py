@@ -17,7 +17,11 @@ from vbdl.report.run import StoredRun
 
 def test_a_run_is_not_different_from_itself(stored, capsys):
     found = compare_runs(StoredRun.read(stored), StoredRun.read(stored))
-    assert not found.said("better") and not found.said("worse") and found.said("no difference found")
+    assert (
+        not found.with_verdict("better")
+        and not found.with_verdict("worse")
+        and found.with_verdict("no difference found")
+    )
     assert not found.only_before and not found.only_after
     assert main(["compare", str(stored), str(stored)]) == 0
     assert "0 scores better, 0 worse" in capsys.readouterr().out
@@ -25,16 +29,16 @@ def test_a_run_is_not_different_from_itself(stored, capsys):
 
 def test_less_training_is_worse(stored, undertrained, capsys):
     found = compare_runs(StoredRun.read(stored), StoredRun.read(undertrained))
-    worse = {(c.dataset, c.method, c.metric) for c in found.said("worse")}
+    worse = {(c.dataset, c.method, c.metric) for c in found.with_verdict("worse")}
     assert ("digits", "deep-ensemble", "nll") in worse and ("digits", "deep-ensemble", "accuracy") in worse
-    assert not any(c.method == "linear" for c in found.said("worse")), "closed form: no epochs"
+    assert not any(c.method == "linear" for c in found.with_verdict("worse")), "closed form: no epochs"
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(stored), str(undertrained)])
     assert ended.value.code == WORSE
     said = capsys.readouterr().out
     assert "worse" in said and "359 rows" in said
     back = compare_runs(StoredRun.read(undertrained), StoredRun.read(stored))
-    assert {(c.dataset, c.method, c.metric) for c in back.said("better")} == worse
+    assert {(c.dataset, c.method, c.metric) for c in back.with_verdict("better")} == worse
 
 
 def test_p_values_are_paired_and_adjusted_for_their_number(stored, undertrained):

@@ -12,7 +12,19 @@
 import math
 from dataclasses import dataclass
 
-from vbdl.bench.task import Published
+
+@dataclass(frozen=True)
+class Published:
+    """A column of a published table for one data set."""
+
+    column: str  # "MC dropout 2018"
+    method: str  # the registered method it is compared with; "" for reference only
+    metric: str  # name of a score: "ll", "rmse", "accuracy"
+    mean: float
+    standard_error: float  # over the splits, of the published mean
+    source: str
+    differs: str = ""  # how the run's settings differ from those of the column
+    per_split: tuple[float, ...] = ()  # values on the same splits, if published; they allow a paired test
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import vbdl
+from vbdl.types import Json
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> Json:
     """The commit (None outside a checkout), versions and machine, as a dict that JSON can hold."""
     import torch
 

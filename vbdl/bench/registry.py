@@ -1,43 +1,52 @@
 """The registry of data sets and methods by name; a plugin file adds to it with the same decorators."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from vbdl.bench.source import Source
+    from vbdl.bench.task import Each, Run, Stacked, Task
+    from vbdl.engine.predictor import Predictor
+
+Make = TypeVar("Make", bound=Callable[..., object])
+MakeTask = Callable[["Source", str], "Task"]
+Train = Callable[["Task", "Run"], "Stacked | Each | Sequence[Predictor]"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[Make]):
     """A registered data set or method."""
 
     name: str
-    make: Callable[..., Any]
+    make: Make
     suite: str = ""
     about: str = ""
 
 
-DATASETS: dict[str, Entry] = {}
-METHODS: dict[str, Entry] = {}
+DATASETS: dict[str, Entry[MakeTask]] = {}
+METHODS: dict[str, Entry[Train]] = {}
 
 
-def dataset(name: str, suite: str = "own") -> Callable[[Callable], Callable]:
+def dataset(name: str, suite: str = "own") -> Callable[[MakeTask], MakeTask]:
     """Register `make(source, protocol) -> Task` as a data set of a suite; the first docstring line describes it."""
     return _register(DATASETS, "data set", name, suite)
 
 
-def method(name: str) -> Callable[[Callable], Callable]:
+def method(name: str) -> Callable[[Train], Train]:
     """Register `train(task, run)` as a method; it returns a `Stacked` posterior or a `vbdl.Predictor` per split."""
     return _register(METHODS, "method", name, "")
 
 
-def _register(where: dict[str, Entry], kind: str, name: str, suite: str) -> Callable[[Callable], Callable]:
+def _register(where: dict[str, Entry[Make]], kind: str, name: str, suite: str) -> Callable[[Make], Make]:
     if not name or any(c in name for c in "/\\ .\n"):
         raise ValueError(
             f"{name!r} cannot be the name of a {kind}, which becomes part of a file name: use letters, digits and '-'"
         )
 
-    def decorate(make: Callable) -> Callable:
+    def decorate(make: Make) -> Make:
         before = where.get(name)
         if before is not None and before.make.__module__ != make.__module__:
             raise ValueError(f"{before.make.__module__} already registered a {kind} {name!r}: use another name")

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vbdl.bench.summary import EvaluatedRows
 from vbdl.bench.task import Task
+from vbdl.report.run import RowsRecord
 
 CASES = 12  # number of most uncertain test rows saved with their inputs
 
@@ -44,9 +44,9 @@ def save(path: Path, task: Task, rows: EvaluatedRows, ood: dict[str, EvaluatedRo
         passed = outside.total[0].argsort()[:6]
         tensors[f"ood.{index}.input"] = _pictures(task, task.ood[name][0, passed])
         tensors[f"ood.{index}.row"] = passed.to(torch.int32)
-    about: dict[str, Any] = {
-        "classes": task.classes,
-        "columns": task.columns,
+    about: RowsRecord = {
+        "classes": list(task.classes),
+        "columns": list(task.columns),
         "ood": list(ood),
         "image": task.image is not None,
     }

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,8 +17,9 @@ from vbdl.bench import registry, rows, scores
 from vbdl.bench.provenance import provenance
 from vbdl.bench.source import Source
 from vbdl.bench.summary import EvaluatedRows, classified, regressed
-from vbdl.bench.task import Each, Run, Task
+from vbdl.bench.task import Each, Run, Stacked, Task
 from vbdl.report.run import ABOUT, RESULTS, read_results
+from vbdl.types import Json
 
 FORMAT = 1
 
@@ -36,7 +36,7 @@ class SuiteSettings:
 
     samples = former.attribute("samples", "n_samples")
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> Json:
         """As the files of a run hold them: `n_samples` by its name in version 0.1."""
         return {"seed": self.seed, "effort": self.effort, "samples": self.n_samples, "protocol": self.protocol}
 
@@ -69,7 +69,7 @@ class Suite:
         self.made_with = provenance()  # at the start, because the checkout may change during the run
         self.wanted = [(d, m) for d in datasets for m in methods]
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> list[Json]:
         """Compute the missing results and return all, with those of earlier starts.
 
         A failure has the key "error" and is tried again next time. Raises DataMissingError before any training if a
@@ -103,12 +103,12 @@ class Suite:
             self._kept = name, self._task(name)
         return self._kept[1]
 
-    def _one(self, task: Task, name: str, method: str) -> dict[str, Any]:
+    def _one(self, task: Task, name: str, method: str) -> Json:
         key = f"{name}.{method}"
         folder = self.out / "checkpoints" / key
         settings = self.settings
         run = Run(settings.seed, settings.effort, settings.n_samples, self.compile, folder, self.progress)
-        result: dict[str, Any] = {"format": FORMAT, "dataset": name, "method": method, **settings.stored()}
+        result: Json = {"format": FORMAT, "dataset": name, "method": method, **settings.stored()}
         result |= {
             "suite": registry.DATASETS[name].suite,
             "kind": "regression" if task.regression else "classification",
@@ -153,7 +153,7 @@ class Suite:
 
     # -- the folder
 
-    def _open(self) -> dict[tuple[str, str], dict[str, Any]]:
+    def _open(self) -> dict[tuple[str, str], Json]:
         """The results that the folder holds, by (data set, method); creates the folder if needed."""
         self.out.mkdir(parents=True, exist_ok=True)
         about, settings = self.out / ABOUT, self.settings.stored()
@@ -167,14 +167,14 @@ class Suite:
             if (self.out / RESULTS).exists():
                 raise ValueError(f"{self.out} has results but no {ABOUT}: give another --out")
             about.write_text(json.dumps({"format": FORMAT, "settings": settings, "started": _now()}) + "\n")
-        results: dict[tuple[str, str], dict[str, Any]] = {}
+        results: dict[tuple[str, str], Json] = {}
         for result in read_results(self.out):
             file = self.out / result.get("file", "")
             if "error" not in result and file.is_file():
                 results[result["dataset"], result["method"]] = {**result}
         return {pair: results[pair] for pair in self.wanted if pair in results}
 
-    def _append(self, result: dict[str, Any]) -> None:
+    def _append(self, result: Json) -> None:
         """Append a result as a line; a line truncated by a crash is ended first, and readers skip it."""
         path = self.out / RESULTS
         cut_short = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
@@ -184,7 +184,7 @@ class Suite:
             os.fsync(file.fileno())
 
 
-def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None = None) -> EvaluatedRows:
+def evaluate(task: Task, trained: Stacked | Each, x: torch.Tensor, y: torch.Tensor | None = None) -> EvaluatedRows:
     """Predict and summarize rows, (splits, rows, ...), with scores if their targets are given."""
     with torch.no_grad():
         if not task.regression:
@@ -193,7 +193,7 @@ def evaluate(task: Task, trained: Any, x: torch.Tensor, y: torch.Tensor | None =
         return regressed(trained.parameters(x), target, torch.tensor(task.scale), torch.tensor(task.center))
 
 
-def line(result: dict[str, Any]) -> str:
+def line(result: Json) -> str:
     """A result as one line of text for the terminal."""
     name = f"{result['dataset']:15} {result['method']:14}"
     if "error" in result:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from vbdl.bench.provenance import provenance
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.methods import METHODS
+from vbdl.types import Json
 
 FEATURES, CLASSES = 32, 10
 USUAL = {"draws": 32, "members": 5, "width": 128, "batch": 64}
@@ -57,9 +57,7 @@ def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
     return Predictor(posterior, Categorical(), draws, tiles=(at["batch"],), compile=compile)
 
 
-def measure(
-    out: Path, compile: bool = True, seconds: float = 0.5, say: Callable[[str], None] = print
-) -> list[dict[str, Any]]:
+def measure(out: Path, compile: bool = True, seconds: float = 0.5, say: Callable[[str], None] = print) -> list[Json]:
     """Measure every cell that `out` does not hold yet, and append a JSON line (quantity, axis, size, method, value).
 
     seconds: time spent on a cell. The quantity "seconds" is the median of a call; "bytes" is the peak of the resident
@@ -74,7 +72,7 @@ def measure(
         if cell in done or (quantity == "bytes" and not _STATUS.is_file()):
             continue
         at = USUAL | {axis: size}
-        line: dict[str, Any] = {"quantity": quantity, "axis": axis, "size": size, "method": method, "at": at}
+        line: Json = {"quantity": quantity, "axis": axis, "size": size, "method": method, "at": at}
         if quantity == "bytes":
             line |= {"value": _peak_in_a_process(method, size), "compiled": False}
             summary = f"{line['value'] / 2**20:.1f} MiB at the peak"
@@ -89,7 +87,7 @@ def measure(
     return lines
 
 
-def _timed(method: str, at: dict[str, int], compile: bool, seconds: float) -> dict[str, Any]:
+def _timed(method: str, at: dict[str, int], compile: bool, seconds: float) -> Json:
     x = torch.randn(at.get("rows", at["batch"]), FEATURES, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         predict = predictor(method, at, compile)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from vbdl import metrics
 from vbdl.bench.summary import EvaluatedRows
 from vbdl.bench.task import Task
+from vbdl.types import Json
 
 LEVEL = 0.95
 _RESAMPLES = 200
@@ -87,7 +88,7 @@ def _all(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tensors  # type: ignore[return-value]
 
 
-def _score(metric: Callable[..., Any], better: str, unit: str, *rows: Tensor) -> Score:
+def _score(metric: Callable[..., SupportsFloat], better: str, unit: str, *rows: Tensor) -> Score:
     """The score of a metric of (splits, rows, ...) tensors; its interval is from the splits, or by resampling rows."""
     each = [float(metric(*rows_of_split)) for rows_of_split in zip(*rows, strict=True)]
     if len(each) > 1:
@@ -111,12 +112,12 @@ def _over_splits(each: list[float], better: str, unit: str) -> Score:
     return Score(estimate.value, interval.lower, interval.upper, estimate.standard_error, better, unit, each)
 
 
-def plain(scores: dict[str, Score]) -> dict[str, Any]:
+def plain(scores: dict[str, Score]) -> dict[str, Json]:
     """The scores as dicts for JSON, in which numbers that are not finite are null."""
     return {name: {k: _finite(v) for k, v in asdict(s).items()} for name, s in scores.items()}
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):

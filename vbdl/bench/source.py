@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -74,17 +73,19 @@ class Source:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
 
-    def missing(self, name: str, path: str, said: str = "") -> "DataMissingError":
-        """The DataMissingError for a data set. path: of its file; said: text of a further reason."""
+    def missing(self, name: str, path: str, reason: str = "") -> "DataMissingError":
+        """The DataMissingError for a data set. path: of its file; reason: text that is added to the message."""
         where = (
             f"{path} is not in the folder {self.folder}" if self.folder else f"no folder was given to find {path} in"
         )
         return DataMissingError(
-            f"{name}: {where}{said}. Put it into a folder and give that with --data (or VBDL_DATA), or run "
+            f"{name}: {where}{reason}. Put it into a folder and give that with --data (or VBDL_DATA), or run "
             f"`vbdl bench --suite bundled`, which needs no download"
         )
 
-    def openml(self, name: str, openml_name: str | None, shape: tuple[int, int], path: str) -> tuple[Any, Any]:
+    def openml(
+        self, name: str, openml_name: str | None, shape: tuple[int, int], path: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Fetch (inputs, targets) from OpenML; DataMissingError, which says what to do, if that is impossible.
 
         name: the data set's name here. openml_name: its name on OpenML, or None. shape: the expected shape of inputs.
@@ -97,10 +98,11 @@ class Source:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("OpenML is read with scikit-learn: pip install 'vbdl[demo]'") from error
         try:
-            fetched: Any = fetch_openml(name=openml_name, version=1, as_frame=False, parser="liac-arff")
+            fetched = fetch_openml(name=openml_name, version=1, as_frame=False, parser="liac-arff")
         except Exception as error:  # sklearn raises errors of many types for network and server failures
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise self.missing(name, path, f", and OpenML did not answer ({reason})") from error
+        assert not isinstance(fetched, tuple)  # which is returned with return_X_y only
         if tuple(fetched.data.shape) != shape:
             reason = f", and OpenML's {openml_name!r} is {tuple(fetched.data.shape)} where the published set is {shape}"
             raise self.missing(name, path, reason)

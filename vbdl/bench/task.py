@@ -3,28 +3,45 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from vbdl import former
+from vbdl.bench.protocols import Protocol, Published
 from vbdl.bench.stacked import stacked_parameters
-from vbdl.types import Likelihood, Posterior
+from vbdl.engine.predictor import Predictor
+from vbdl.types import Json, Likelihood, Posterior
 
 
-@dataclass(frozen=True)
-class Published:
-    """A column of a published table for one data set."""
+class FitOptions(TypedDict, total=False):
+    """The arguments of `vbdl.fit` that methods and data sets choose."""
 
-    column: str  # "MC dropout 2018"
-    method: str  # the registered method it is compared with; "" for reference only
-    metric: str  # name of a score: "ll", "rmse", "accuracy"
-    mean: float
-    standard_error: float  # over the splits, of the published mean
-    source: str
-    differs: str = ""  # how the run's settings differ from those of the column
-    per_split: tuple[float, ...] = ()  # values on the same splits, if published; they allow a paired test
+    lr: float
+    weight_decay: float
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    schedule: str
+    kl_warmup: int
+
+
+class Recipe(FitOptions, total=False):
+    """The options of training on a data set without a published protocol."""
+
+    epochs: float
+    batch_size: int
+
+
+class TaskOptions(TypedDict, total=False):
+    """The fields of a `Task` beside its rows, network and classes."""
+
+    columns: tuple[str, ...]
+    recipe: Recipe
+    protocol: Protocol
+    published: tuple[Published, ...]
+    cost: Tensor
+    about: str
+    notes: tuple[str, ...]
 
 
 @former.arguments(centre="center")
@@ -44,8 +61,8 @@ class Task:
     scale: tuple[float, ...] = ()  # regression: standard deviation of each split's training targets
     center: tuple[float, ...] = ()  # regression: mean of each split's training targets
     columns: tuple[str, ...] = ()  # names of the features of a table
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # options of `fit` for this data set
-    protocol: Any = None  # a published protocol that the methods follow, vbdl.bench.protocols.Protocol
+    recipe: Recipe = field(default_factory=Recipe)  # options of training on this data set
+    protocol: Protocol | None = None  # a published protocol that the methods follow
     ood: Mapping[str, Tensor] = field(default_factory=dict)  # out-of-distribution inputs, (splits, rows, ...)
     published: tuple[Published, ...] = ()
     cost: Tensor | None = None  # (classes, classes): cost of deciding for the column's class if the row's is true
@@ -102,7 +119,7 @@ class Run:
     compile: bool | None = None  # whether to compile training steps; None: if there are enough of them
     folder: Path | None = None  # for checkpoints of long trainings
     progress: bool | None = None
-    details: dict[str, Any] = field(default_factory=dict)  # reported by the method: chosen rates, times
+    details: Json = field(default_factory=dict)  # reported by the method: chosen rates, times
     notes: list[str] = field(default_factory=list)  # reported by the method: differences from the protocol
 
     samples = former.attribute("samples", "n_samples")
@@ -146,7 +163,7 @@ class Stacked:
 class Each:
     """Trained predictors, one for each split."""
 
-    predictors: Sequence[Any]
+    predictors: Sequence[Predictor]
 
     def parameters(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the parameters of p(y | x) in one chunk, (draws, splits, rows, ...). x: (splits, rows, ...)."""
@@ -154,4 +171,9 @@ class Each:
             raise ValueError(
                 f"the method returned {len(self.predictors)} predictors for {x.shape[0]} splits; return one for each"
             )
-        yield torch.stack([p(own, samples=True).samples for p, own in zip(self.predictors, x, strict=True)], dim=1)
+        splits = []
+        for predictor, rows in zip(self.predictors, x, strict=True):
+            samples = predictor(rows, samples=True).samples
+            assert samples is not None
+            splits.append(samples)
+        yield torch.stack(splits, dim=1)

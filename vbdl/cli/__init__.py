@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, Any, Union
+from typing import Annotated, TextIO, Union
 
 import vbdl
 from vbdl.cli.config import configured
@@ -42,7 +42,7 @@ COMMANDS = _Commands()
 class _Stream:
     """A text stream that discards what is written after its reader has closed the pipe, as `head` does."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -63,7 +63,7 @@ class _Stream:
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 

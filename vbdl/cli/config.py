@@ -10,15 +10,20 @@ option.
 import dataclasses
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 FORMER = {"fit": {"draws": "samples"}}
 """Options that have another name now: {command: {former name: name}}."""
 
 
-def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[list[str], dict[str, Any]]:
+class Configured(typing.TypedDict, total=False):
+    """Keyword arguments of `tyro.cli`."""
+
+    default: Callable[[], int | None]  # a command, which returns an exit code or None
+
+
+def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[list[str], Configured]:
     """Return the arguments without `--config FILE`, and {"default": the command with the file's options} for tyro.
 
     Raises ValueError if the file is not TOML, or has an unknown option or a value of the wrong type; OSError if the
@@ -44,43 +49,44 @@ def configured(arguments: Sequence[str], commands: Mapping[str, type]) -> tuple[
 
 
 def _option_of_today(argument: str, command: str) -> str:
-    """An argument as it is, or with the name of today in place of an option's former name, which is said."""
+    """An argument as it is, or with the name of today in place of an option's former name."""
     option, equals, value = argument.partition("=")
     new = FORMER.get(command, {}).get(option.removeprefix("--")) if option.startswith("--") else None
     return argument if new is None else f"{_renamed(option, f'--{new}')}{equals}{value}"
 
 
 def _renamed(old: str, new: str) -> str:
-    """The new name, after a line for the person who gave the old one."""
+    """Print that an option has a new name, and return the new name."""
     print(f"vbdl: {old} is called {new} now", file=sys.stderr)
     return new
 
 
-def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, Any]:
+def _section(path: Path, name: str, commands: Mapping[str, type]) -> dict[str, object]:
     """Read the options of one command from a file."""
     import tomllib
 
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    tables = {k for k, v in found.items() if isinstance(v, dict) and k in commands}
-    top = {k: v for k, v in found.items() if k not in tables}
+    tables = {k for k, v in content.items() if isinstance(v, dict) and k in commands}
+    top = {k: v for k, v in content.items() if k not in tables}
     if tables and top:
         raise ValueError(
             f"{path} has options at its top ({', '.join(top)}) and in tables ({', '.join(sorted(tables))})"
         )
-    return found.get(name, {}) if tables else top
+    return content.get(name, {}) if tables else top
 
 
-def _defaults(kind: type, name: str, values: Mapping[str, Any], path: str) -> Any:
+def _defaults(kind: type, name: str, values: Mapping[str, object], path: str) -> Callable[[], int | None]:
+    """The command of this class with the values of a file's options; options without a value stay required."""
     import difflib
 
     import msgspec
     import tyro
 
     types = typing.get_type_hints(kind)
-    given: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for key, value in values.items():
         option = key.replace("-", "_")
         if new := FORMER.get(name, {}).get(option):
@@ -89,23 +95,23 @@ def _defaults(kind: type, name: str, values: Mapping[str, Any], path: str) -> An
             near = difflib.get_close_matches(option, types, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(types))}"
             raise ValueError(f"{path}: {key!r} is no option of vbdl {kind.__name__.lower()}{hint}")
-        if option in given:
+        if option in options:
             raise ValueError(f"{path}: {key!r} stands there twice, with - and with _")
         try:
-            given[option] = msgspec.convert(value, types[option], dec_hook=_path, strict=True)
+            options[option] = msgspec.convert(value, types[option], dec_hook=_path, strict=True)
         except msgspec.ValidationError as error:
             raise ValueError(f"{path}: {key!r}: {error}") from error
     for field in dataclasses.fields(kind):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.name not in given and required:
-            given[field.name] = tyro.MISSING
+        if field.name not in options and required:
+            options[field.name] = tyro.MISSING
     try:
-        return kind(**given)
+        return kind(**options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _path(kind: type, value: Any) -> Any:
+def _path(kind: type, value: object) -> Path:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise NotImplementedError

@@ -37,10 +37,10 @@ class Evaluate:
         rows = labeled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
         assert predictor.manifest is not None  # load sets it
         base = predictor.manifest.extras.get("training", {}).get("base")
-        found = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
+        evaluation = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
         if self.json:
-            print(json.dumps(found.to_dict(), indent=1))
+            print(json.dumps(evaluation.to_dict(), indent=1))
             return
         for note in rows.notes:
             print(f"note: {note}")
-        print(found)
+        print(evaluation)

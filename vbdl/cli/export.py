@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -36,8 +36,8 @@ class Export:
         from vbdl.artifact.loading import load
         from vbdl.export import export
 
-        settings: dict[str, Any] = {"tiles": self.tiles} if self.tiles else {}
-        predictor = load(self.model, trust=self.trust, **settings)
+        trust = self.trust
+        predictor = load(self.model, trust=trust, tiles=self.tiles) if self.tiles else load(self.model, trust=trust)
         example = None
         if self.example is not None:
             try:

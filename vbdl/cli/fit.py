@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from vbdl.methods import METHODS, method_of
+
+if TYPE_CHECKING:
+    from vbdl.tabular.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -108,33 +111,33 @@ class Fit:
             self.method, self.members, self.samples, self.width, self.depth, self.dropout, self.noise, self.epochs,
             self.batch_size, self.lr, self.weight_decay, self.patience, self.coverage, self.seed, shares,
         )  # fmt: skip
-        found = fit_table(
+        fitted = fit_table(
             self.data, self.target, settings,
             kinds=kinds_of(self.numeric, self.categorical, self.date), ignore=self.ignore,
             group=self.group, time=self.time, task=self.task, reading=self._reading(),
         )  # fmt: skip
-        print(found.schema)
-        for name, reason in found.left_out.items():
+        print(fitted.schema)
+        for name, reason in fitted.left_out.items():
             print(f"  {name:24s} {'left out':12s} {reason}")
-        parts = ", ".join(f"{len(rows)} {name}" for name, rows in found.rows.items())
-        print(f"rows:   {parts}; {found.split}")
-        for note in found.notes:
+        parts = ", ".join(f"{len(rows)} {name}" for name, rows in fitted.rows.items())
+        print(f"rows:   {parts}; {fitted.split}")
+        for note in fitted.notes:
             print(f"note:   {note}")
-        print(f"{self.method}: {found.history.epochs} epochs in {found.history.seconds:.1f} s\n")
-        print(found.evaluation)
-        found.save(self.out, overwrite=self.overwrite)
+        print(f"{self.method}: {fitted.history.epochs} epochs in {fitted.history.seconds:.1f} s\n")
+        print(fitted.evaluation)
+        fitted.save(self.out, overwrite=self.overwrite)
         print(f"\nsaved to {self.out}")
         if self.figures:
             folder = self.out.with_name(f"{self.out.name.removesuffix('.vbdl')}-figures")
             try:
                 from vbdl.tabular.figures import draw
 
-                for path in draw(found, folder):
+                for path in draw(fitted, folder):
                     print(path)
             except ModuleNotFoundError as error:
                 print(f"no figures: {error}")
 
-    def _reading(self) -> Any:
+    def _reading(self) -> "Reading":
         from vbdl.tabular.reading import NULLS, Reading
 
         missing = tuple(NULLS) if self.missing is None else self.missing

@@ -18,7 +18,7 @@ Data = Dataset | DataLoader | Sequence[object]
 """Training data: (inputs, targets) as tensors or arrays, a Dataset of such pairs, or a DataLoader."""
 
 
-def as_tensor(value: Any) -> Any:  # what it nests, unchanged
+def as_tensor(value: object) -> object:
     """The value with every NumPy array in it replaced by a tensor; lists become tuples."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
@@ -52,7 +52,7 @@ def whole(data: object) -> tuple[Inputs, Tensor]:
     )
 
 
-def _collated(rows: list[Any]) -> Any:
+def _collated(rows: list[Any]) -> Any:  # of the structure that all rows have
     """Join the rows of a Dataset along a new first axis, in the structure of a row; None and texts stay as they are."""
     first = rows[0]
     if first is None or isinstance(first, str):
@@ -69,7 +69,7 @@ def _collated(rows: list[Any]) -> Any:
     return default_collate(rows)
 
 
-def _pair(item: Any, source: str) -> tuple[Inputs, Tensor]:
+def _pair(item: object, source: str) -> tuple[Inputs, Tensor]:
     """The inputs and the targets of an item. Raises TypeError for an item that is not a pair.
 
     source: subject and verb of that error, e.g. "a Dataset must have".

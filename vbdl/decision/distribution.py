@@ -5,7 +5,6 @@ It uses only torch operations, so that decisions are part of the compiled predic
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +94,7 @@ class Evidence(SimpleNamespace):
     distribution: Distribution | None = None
     per_draw: Tensor | None = None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor:
         raise AttributeError(
             f"the decision reads {name!r}, but the prediction has only {', '.join(vars(self))}: use Referral and "
             "ExpectedCost for classes, Risk for a regression"

@@ -139,8 +139,8 @@ def histograms(results: Sequence[Evaluated], out: Path) -> Path:
                 panel.set_title(result.trained.method)
             panel.set_xlabel(f"{part} uncertainty ({unit})")
             if part == "epistemic" and result.trained.method == SINGLE:
-                said = "none: one network\nis one hypothesis"
-                panel.text(0.5, 0.5, said, transform=panel.transAxes, ha="center", color=GRAY)
+                text = "none: one network\nis one hypothesis"
+                panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color=GRAY)
                 continue
             for t, style in (
                 (test, {"fc": BLUE, "alpha": 0.65, "label": "test rows"}),

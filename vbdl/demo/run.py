@@ -73,10 +73,10 @@ def run(
     return all_results
 
 
-def _draw(found: list[Evaluated], lines: list[Trained], out: Path) -> None:
+def _draw(every: list[Evaluated], lines: list[Trained], out: Path) -> None:
     figures.bands(lines, out)
-    for name in dict.fromkeys(r.trained.task.name for r in found):
-        results = [r for r in found if r.trained.task.name == name]
+    for name in dict.fromkeys(r.trained.task.name for r in every):
+        results = [r for r in every if r.trained.task.name == name]
         figures.histograms(results, out)
         if not results[0].trained.task.regression:
             figures.reliability(results, out)

@@ -24,7 +24,7 @@ def show(results: list[Evaluated], console: Console) -> None:
 
 def note(results: list[Evaluated], console: Console) -> None:
     """Print explanations of the tables' columns."""
-    said = [
+    notes = [
         "NLL in nats a row; ECE: expected calibration error; quant. error: distance of the predicted quantiles' "
         "frequencies from their levels.",
         "Uncertainties are means over rows, in nats (classification) or squared target units (regression); "
@@ -32,12 +32,12 @@ def note(results: list[Evaluated], console: Console) -> None:
         "OOD AUROC: how well the epistemic uncertainty tells OOD from test rows; the total for the single network.",
     ]
     if any(r.speed for r in results):
-        said.append(
+        notes.append(
             f"Rows a second in batches of {ROWS}, medians of runs in turn; loop: one eager forward pass a draw. "
             "agree: the means of the loop's draws against vbdl's in standard errors, about 1 by chance; for the "
             "ensemble the largest relative difference."
         )
-    for line in said:
+    for line in notes:
         console.print(f"[dim]{line}[/dim]", highlight=False)
     console.print()
 
@@ -113,5 +113,5 @@ def _uncertainty(value: float, regression: bool) -> str:
 
 
 def _marked(name: str, value: float, best: float) -> str:
-    said = {"accuracy": f"{value:.1%}", "rmse": f"{value:.1f}", "auroc": f"{value:.2f}"}.get(name, f"{value:.3f}")
-    return f"[bold]{said}[/bold]" if value == best else said
+    text = {"accuracy": f"{value:.1%}", "rmse": f"{value:.1f}", "auroc": f"{value:.2f}"}.get(name, f"{value:.3f}")
+    return f"[bold]{text}[/bold]" if value == best else text

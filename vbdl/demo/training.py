@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +50,7 @@ class Trained:
 
     task: Task
     method: str
-    posterior: Any  # of the class of its method
+    posterior: Posterior  # of the class of its method
     likelihood: Likelihood
     n_samples: int | None
     seconds: float = 0.0
@@ -93,9 +92,10 @@ def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Traine
 
 def single(ensemble: Trained) -> Trained:
     """The first member of an ensemble as a single network; it is trained as if alone (tests/test_train.py)."""
-    task = ensemble.task
+    task, posterior = ensemble.task, ensemble.posterior
+    assert isinstance(posterior, DeepEnsemble)
     network = task.network(task.rates.get(ENSEMBLE, RATES[ENSEMBLE]))
-    network.load_state_dict(ensemble.posterior.member(0))
+    network.load_state_dict(posterior.member(0))
     likelihood = task.likelihood()
     with torch.no_grad():
         stacked = dict(ensemble.likelihood.named_parameters())

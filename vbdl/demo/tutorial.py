@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.demo.training import DROPOUT, ENSEMBLE, MEAN_FIELD, Trained
+from vbdl.nn.sampled import SampledNetwork
+from vbdl.posteriors.ensemble import DeepEnsemble
 
 Loop = Callable[[Tensor, int], Tensor]
 
@@ -17,7 +19,7 @@ def loop(trained: Trained) -> Loop:
 
 
 def _dropout(trained: Trained) -> Loop:
-    network = copy.deepcopy(trained.posterior.module.inner).eval()
+    network = copy.deepcopy(trained.posterior.user_network).eval()
     for m in network.modules():
         if isinstance(m, nn.Dropout):
             m.train()
@@ -30,9 +32,11 @@ def _dropout(trained: Trained) -> Loop:
 
 
 def _mean_field(trained: Trained) -> Loop:
-    network = copy.deepcopy(trained.posterior.module.inner).eval()
+    sampled = trained.posterior.module
+    assert isinstance(sampled, SampledNetwork)
+    network = copy.deepcopy(sampled.inner).eval()
     weights = dict(network.named_parameters())
-    normals = {n: (mean.detach(), log_std.detach().exp()) for n, mean, log_std in trained.posterior.module.normals()}
+    normals = {n: (mean.detach(), log_std.detach().exp()) for n, mean, log_std in sampled.normals()}
 
     @torch.no_grad()
     def run(x: Tensor, n_samples: int) -> Tensor:
@@ -47,10 +51,11 @@ def _mean_field(trained: Trained) -> Loop:
 
 
 def _ensemble(trained: Trained) -> Loop:
-    members = []
-    for m in range(trained.posterior.n_members):
+    posterior, members = trained.posterior, []
+    assert isinstance(posterior, DeepEnsemble)
+    for m in range(posterior.n_members):
         network, likelihood = trained.task.network(0.0).eval(), trained.task.likelihood()
-        network.load_state_dict(trained.posterior.member(m))
+        network.load_state_dict(posterior.member(m))
         stacked = dict(trained.likelihood.named_parameters())
         for name, p in likelihood.named_parameters():
             p.data.copy_(stacked[name][m])

@@ -1,9 +1,11 @@
 """The base class of the two estimators: parameters, training and the predictor, in scikit-learn's conventions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -11,7 +13,9 @@ from vbdl.engine.predictor import Predictor
 from vbdl.methods import method_of
 from vbdl.tabular.network import INITIAL_STD, TabularNetwork
 from vbdl.training.fit import fit
+from vbdl.types import Keywords, Likelihood, Prediction
 
+_validate: Callable[..., Any] = validate_data  # scikit-learn has no types
 _MIN_VALIDATION = 10  # validation rows; with fewer, early stopping would follow noise
 
 
@@ -34,7 +38,7 @@ class Estimator(BaseEstimator):
         patience: int = 20,
         standardize: bool = True,
         compile: bool = False,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
     ):
         self.method = method
         self.n_members = n_members
@@ -53,15 +57,15 @@ class Estimator(BaseEstimator):
 
     # -- for subclasses: targets and likelihood
 
-    def _likelihood(self, n_train: int) -> Any:
+    def _likelihood(self, n_train: int) -> Likelihood:
         raise NotImplementedError
 
-    def _checked(self, X: Any, y: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _checked(self, X: ArrayLike, y: ArrayLike, y_numeric: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The rows and targets as arrays, validated by scikit-learn's rules."""
-        checked: Any = validate_data(self, X, y, dtype=np.float64, **options)
-        return checked
+        x, targets = _validate(self, X, y, dtype=np.float64, y_numeric=y_numeric)
+        return x, targets
 
-    def _fit(self, x: np.ndarray, y: torch.Tensor, outputs: int, head: dict[str, Any]) -> None:
+    def _fit(self, x: np.ndarray, y: torch.Tensor, outputs: int, head: Keywords) -> None:
         """Train on checked rows. head: arguments of the network that concern the target."""
         method = method_of(self.method)
         seed = self._seed()
@@ -134,14 +138,13 @@ class Estimator(BaseEstimator):
             self._predictor = self._new_predictor()
         return self._predictor
 
-    def _predict(self, X: Any, samples: bool = False) -> Any:
+    def _predict(self, X: ArrayLike, samples: bool = False) -> Prediction:
         check_is_fitted(self, "posterior_")
-        x: Any = validate_data(self, X, reset=False, dtype=np.float64)
+        x = _validate(self, X, reset=False, dtype=np.float64)
         return self.predictor_(self._tensor(x), samples=samples)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """The state without the predictor, which holds locks and compiled code and is built again when needed."""
-        parent: Any = super()
-        state: dict[str, Any] = dict(parent.__getstate__())
-        state.pop("_predictor", None)
-        return state
+        state = super().__getstate__()
+        assert isinstance(state, dict)
+        return {name: value for name, value in state.items() if name != "_predictor"}

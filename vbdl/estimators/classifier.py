@@ -1,14 +1,16 @@
 """`VBDLClassifier`: a Bayesian neural network as a scikit-learn classifier."""
 
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 
 from vbdl.estimators._base import Estimator
 from vbdl.likelihoods.categorical import Categorical
+from vbdl.types import Likelihood
 
 
 class VBDLClassifier(ClassifierMixin, Estimator):
@@ -25,10 +27,10 @@ class VBDLClassifier(ClassifierMixin, Estimator):
     After fit: classes_, n_features_in_, n_iter_, predictor_ (a `vbdl.Predictor` of standardized rows).
     """
 
-    def _likelihood(self, n_train: int) -> Any:
+    def _likelihood(self, n_train: int) -> Likelihood:
         return Categorical()
 
-    def fit(self, X: Any, y: Any) -> "VBDLClassifier":
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Train the network. X: (rows, features) finite numbers; y: (rows,) labels of any type."""
         x, y = self._checked(X, y)
         check_classification_targets(y)
@@ -38,17 +40,19 @@ class VBDLClassifier(ClassifierMixin, Estimator):
         self._fit(x, torch.from_numpy(numbers.astype(np.int64)), max(len(self.classes_), 2), {})
         return self
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """The class probabilities, (rows, classes), in the order of classes_, averaged over the draws."""
-        p = self._predict(X).probs.double().numpy()[:, : len(self.classes_)]
+        probs = self._predict(X).probs
+        assert probs is not None
+        p = probs.double().numpy()[:, : len(self.classes_)]
         return p / p.sum(axis=1, keepdims=True)
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """The most probable label of each row, (rows,)."""
         probabilities = self.predict_proba(X)  # first, because it raises an error before fit
         return self.classes_[probabilities.argmax(axis=1)]
 
-    def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
+    def predict_uncertainty(self, X: ArrayLike) -> dict[str, np.ndarray]:
         """The total, aleatoric and epistemic uncertainty, (rows,) each, in nats; total = aleatoric + epistemic."""
         p = self._predict(X)
         parts = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}

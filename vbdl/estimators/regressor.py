@@ -1,9 +1,10 @@
 """`VBDLRegressor`: a Bayesian neural network as a scikit-learn regressor."""
 
-from typing import Any
+from typing import Literal, Self, overload
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import RegressorMixin
 
 from vbdl.estimators._base import Estimator
@@ -11,6 +12,7 @@ from vbdl.likelihoods.centered import Centered, is_far
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.likelihoods.normal_mixture import check_spread
+from vbdl.types import Likelihood
 
 
 class VBDLRegressor(RegressorMixin, Estimator):
@@ -36,7 +38,7 @@ class VBDLRegressor(RegressorMixin, Estimator):
         patience: int = 20,
         standardize: bool = True,
         compile: bool = False,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
         noise: str | None = None,
     ):
         super().__init__(
@@ -57,11 +59,11 @@ class VBDLRegressor(RegressorMixin, Estimator):
         )
         self.noise = noise
 
-    def _likelihood(self, n_train: int) -> Any:
+    def _likelihood(self, n_train: int) -> Likelihood:
         likelihood = HeteroscedasticGaussian(beta=0.5, unit=self._std) if self._per_row else Gaussian(std=self._std)
         return Centered(likelihood, self._center) if self._center else likelihood
 
-    def fit(self, X: Any, y: Any) -> "VBDLRegressor":
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Train the network. X: (rows, features) finite numbers; y: (rows,) finite numbers."""
         x, y = self._checked(X, y, y_numeric=True)
         y = y.astype(np.float64)
@@ -78,18 +80,27 @@ class VBDLRegressor(RegressorMixin, Estimator):
         self._fit(x, torch.from_numpy(y if self._center else y.astype(np.float32)).unsqueeze(1), 1, head)
         return self
 
-    def predict(self, X: Any, return_std: bool = False) -> Any:
+    @overload
+    def predict(self, X: ArrayLike, return_std: Literal[False] = False) -> np.ndarray: ...
+
+    @overload
+    def predict(self, X: ArrayLike, return_std: Literal[True]) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def predict(self, X: ArrayLike, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """The predictive mean, (rows,); with return_std also the total predictive std, (rows,)."""
         p = self._predict(X)
         mean = p.mean.flatten().double().numpy()
-        return (mean, p.std.flatten().double().numpy()) if return_std else mean
+        if not return_std:
+            return mean
+        assert p.std is not None
+        return mean, p.std.flatten().double().numpy()
 
-    def predict_interval(self, X: Any, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    def predict_interval(self, X: ArrayLike, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """The bounds, (rows,) each, of the mixture's central interval that holds y with probability `level`."""
         low, high = self._predict(X, samples=True).interval(level)
         return low.flatten().double().numpy(), high.flatten().double().numpy()
 
-    def predict_uncertainty(self, X: Any) -> dict[str, np.ndarray]:
+    def predict_uncertainty(self, X: ArrayLike) -> dict[str, np.ndarray]:
         """The total, aleatoric and epistemic variance, (rows,) each, in squared units of y."""
         p = self._predict(X)
         parts = {"total": p.total, "aleatoric": p.aleatoric, "epistemic": p.epistemic}

@@ -1,7 +1,7 @@
 """The class that as_torchmetric returns, in a module of its own because it needs torchmetrics."""
 
 import copy
-from typing import Any
+from typing import SupportsFloat
 
 import torch
 import torchmetrics
@@ -45,7 +45,7 @@ def _emptied(accumulator: Accumulator) -> Accumulator:
     return emptied
 
 
-def _scalar(value: Any) -> torch.Tensor:
+def _scalar(value: SupportsFloat) -> torch.Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
@@ -53,7 +53,7 @@ def _over_processes(accumulator: Accumulator) -> Accumulator:
     """The accumulators of all processes merged in the order of their ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return accumulator
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    parts = [accumulator] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, accumulator)
     merged = copy.deepcopy(parts[0])
     for part in parts[1:]:

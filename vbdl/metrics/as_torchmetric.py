@@ -1,11 +1,14 @@
 """Streaming metrics as torchmetrics.Metric objects; torchmetrics is needed only here."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vbdl.metrics.streaming import Accumulator
 
+if TYPE_CHECKING:  # torchmetrics need not be installed
+    from torchmetrics import Metric
 
-def as_torchmetric(accumulator: Accumulator) -> Any:  # a torchmetrics.Metric, which need not be installed
+
+def as_torchmetric(accumulator: Accumulator) -> "Metric":
     """Wrap an accumulator, like Mean(brier_score), CalibrationError() or Rows(auroc), as a torchmetrics.Metric.
 
     The metric has update, compute, reset, merge_state and forward (which adds a batch and returns its value); if

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from scipy import stats
@@ -68,7 +69,7 @@ def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval
 
 
 def bootstrap(
-    metric: Callable[..., float | Tensor],
+    metric: Callable[..., SupportsFloat],
     *rows: Tensor,
     n_resamples: int = 1000,
     level: float = 0.95,

@@ -6,13 +6,15 @@ bounded memory, because they sort all rows: it keeps the rows.
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Generic, Protocol, Self, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor
 
 from vbdl.metrics._checks import check_finite
 from vbdl.metrics.estimate import Estimate, Interval, bootstrap
+
+Value = TypeVar("Value", bound=SupportsFloat)
 
 
 class Mean:
@@ -31,7 +33,7 @@ class Mean:
         self.mean = 0.0
         self.m2 = 0.0  # sum of squared deviations from the mean
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
+    def update(self, *args: Tensor, **kwargs: object) -> None:
         """Add a batch, given as the arguments of the score, which returns (batch,). An empty batch changes nothing."""
         scores = check_finite(self.score(*args, **kwargs), "the score").reshape(-1)
         if scores.numel():
@@ -71,11 +73,11 @@ class Accumulator(Protocol):
         """Add a batch."""
         ...
 
-    def merge(self, other: Any) -> Any:
+    def merge(self, other: Self) -> Self:
         """Add the rows of another accumulator of the same kind; return self."""
         ...
 
-    def compute(self) -> Any:
+    def compute(self) -> SupportsFloat:
         """The metric of all rows so far."""
         ...
 
@@ -84,10 +86,10 @@ class Accumulator(Protocol):
         ...
 
 
-class Rows:
+class Rows(Generic[Value]):
     """Any metric over a stream, computed exactly on all rows, which are kept on the CPU."""
 
-    def __init__(self, metric: Callable[..., Any]):
+    def __init__(self, metric: Callable[..., Value]):
         self.metric = metric
         self.reset()
 
@@ -103,12 +105,12 @@ class Rows:
         # copied: a view would keep the caller's batch in memory and change with it
         self.rows.append(tuple(r.detach().to("cpu", copy=True) for r in rows))
 
-    def merge(self, other: "Rows") -> "Rows":
+    def merge(self, other: Self) -> Self:
         """Append the rows of another accumulator; return self."""
         self.rows.extend(other.rows)
         return self
 
-    def compute(self) -> Any:
+    def compute(self) -> Value:
         """The metric of all rows so far; ValueError if there are none."""
         return self.metric(*self._columns())
 

@@ -32,7 +32,7 @@ class Comparison:
     only_before: list[tuple[str, str]]
     only_after: list[tuple[str, str]]
 
-    def said(self, word: str) -> list[Change]:
+    def with_verdict(self, word: str) -> list[Change]:
         """The changes with this verdict: "better", "worse" or "no difference found"."""
         return [c for c in self.changes if c.verdict is not None and c.verdict.word == word]
 

@@ -41,7 +41,7 @@ class Compared:
     column: str
     source: str
     splits: int
-    metrics: list[tuple[str, ScoreRecord, PublishedRecord, Verdict]]  # (name, ours, theirs, verdict)
+    metrics: list[tuple[str, ScoreRecord, PublishedRecord, Verdict]]  # (name, score, published, verdict)
     notes: list[str]
 
 

@@ -15,10 +15,10 @@ ERRORS = 2.0  # threshold in combined standard errors if only means and standard
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of a comparison of one score with another (ours with theirs)."""
+    """The verdict of a comparison of a score with a reference: a published value or another run."""
 
     word: str  # "better", "worse" or "no difference found"
-    difference: float  # ours - theirs, in the metric's units
+    difference: float  # score - reference, in the metric's units
     errors: float  # the difference in its standard errors; positive is better
     p_value: float
     paired: bool
@@ -45,9 +45,9 @@ def against_published(score: ScoreRecord, column: PublishedRecord) -> Verdict | 
     if score["standard_error"] is None or score["value"] is None:
         return None
     direction = sign(score["better"])
-    theirs = column["per_split"]
-    if len(theirs) == len(score["per_split"]) > 1:
-        a, b = (torch.tensor(v, dtype=torch.float64) for v in (score["per_split"], theirs))
+    published = column["per_split"]
+    if len(published) == len(score["per_split"]) > 1:
+        a, b = (torch.tensor(v, dtype=torch.float64) for v in (score["per_split"], published))
         test = compare(direction * a, direction * b)
         error = float((a - b).std()) / math.sqrt(len(a))
         errors = 0.0 if error == 0 else test.difference / error
@@ -66,17 +66,17 @@ def against_published(score: ScoreRecord, column: PublishedRecord) -> Verdict | 
     return Verdict(_word(errors, abs(errors) > ERRORS), score["value"] - column["mean"], errors, p_value, False, n)
 
 
-def between(ours: list[float], theirs: list[float], better: str, alpha: float = ALPHA) -> Verdict | None:
+def between(scores: list[float], reference: list[float], better: str, alpha: float = ALPHA) -> Verdict | None:
     """Compare two results on the same splits or rows by a paired t test; None if they cannot be paired."""
-    if len(ours) != len(theirs) or len(ours) < 2 or None in ours or None in theirs:
+    if len(scores) != len(reference) or len(scores) < 2 or None in scores or None in reference:
         return None
-    a, b = (torch.tensor(goodness(v, better), dtype=torch.float64) for v in (ours, theirs))
+    a, b = (torch.tensor(goodness(v, better), dtype=torch.float64) for v in (scores, reference))
     test = compare(a, b)
     error = float((a - b).std()) / math.sqrt(len(a))
     # if all pairs differ by the same amount, the standard error is 0 and the difference certain
     errors = math.copysign(math.inf, test.difference) if error == 0 and test.difference else 0.0
     errors = test.difference / error if error else errors
-    plain = sum(ours) / len(ours) - sum(theirs) / len(theirs)
+    plain = sum(scores) / len(scores) - sum(reference) / len(reference)
     return Verdict(_word(test.difference, test.p_value < alpha), plain, errors, test.p_value, True, len(a))
 
 

@@ -2,14 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from markupsafe import Markup
 
 from vbdl.report.svg import Chart
+from vbdl.types import Json
 
 
-def _lines(file: Path | None) -> list[dict[str, Any]]:
+class SpeedTable(TypedDict):
+    """The results of benchmarks/speed.py on one machine."""
+
+    machine: Json
+    cells: list[tuple[str, int, list[Json]]]  # (workload, batch, lines of the contenders, the fastest first)
+
+
+def _lines(file: Path | None) -> list[Json]:
     if file is None or not Path(file).is_file():
         return []
     lines = []
@@ -21,8 +29,8 @@ def _lines(file: Path | None) -> list[dict[str, Any]]:
     return lines
 
 
-def table(file: Path | None) -> dict[str, Any] | None:
-    """The results of benchmarks/speed.py: {"machine": ..., "cells": [(workload, batch, [line, ...]), ...]}.
+def table(file: Path | None) -> SpeedTable | None:
+    """Read the results of benchmarks/speed.py.
 
     A line has the seconds per call and the ratio to the loop of one contender; the last line of each is taken. Returns
     None if no file is given or it has no results; raises FileNotFoundError if the file does not exist.
@@ -32,7 +40,7 @@ def table(file: Path | None) -> dict[str, Any] | None:
     lines = [r for r in _lines(file) if "wall_s" in r]
     if not lines:
         return None
-    cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    cells: dict[tuple[str, int], dict[str, Json]] = {}
     for r in lines:
         cells.setdefault((r["workload"], r["batch"]), {})[r["contender"]] = r
     shown = [

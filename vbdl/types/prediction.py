@@ -10,7 +10,7 @@ OUTCOMES = ("sets", "lower", "upper", "action", "risk", "var", "es")
 
 
 class Recalibration(Protocol):
-    """An increasing map of a distribution function F, as a map of normal scores Phi^-1(F), in float64."""
+    """An increasing map of a distribution function F, as a map of normal scores Φ⁻¹(F), in float64."""
 
     def score(self, score: Tensor) -> Tensor:
         """The calibrated normal score from that of the predictive distribution, any shape."""

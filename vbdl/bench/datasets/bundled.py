@@ -1,7 +1,8 @@
 """Data sets that come with scikit-learn and need no download."""
 
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -10,12 +11,12 @@ from vbdl.bench.datasets.splits import classification, regression, stratified_sp
 from vbdl.bench.networks import convolutional, mlp
 from vbdl.bench.registry import dataset
 from vbdl.bench.source import Source
-from vbdl.bench.task import Task
+from vbdl.bench.task import Task, TaskOptions
 
 SPLITS = 5
 
 
-def _sklearn() -> Any:
+def _sklearn() -> ModuleType:
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
@@ -23,7 +24,7 @@ def _sklearn() -> Any:
     return datasets
 
 
-def table(name: str, x: np.ndarray, y: np.ndarray, classes: tuple[str, ...], **options: Any) -> Task:
+def table(name: str, x: np.ndarray, y: np.ndarray, classes: tuple[str, ...], **options: Unpack[TaskOptions]) -> Task:
     """A classification task from a table, on stratified splits. x: (rows, features);  y: (rows,) class indices"""
     order, n_train = stratified_splits(y, SPLITS)
     options.setdefault("recipe", {"epochs": 60, "lr": 3e-3})

@@ -1,13 +1,13 @@
 """Make a Task from arrays: draw splits, and standardize each by its own training part."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vbdl.bench.task import Task
+from vbdl.bench.task import Task, TaskOptions
 
 
 def standard_splits(rows: int, count: int) -> np.ndarray:
@@ -20,7 +20,14 @@ def standard_splits(rows: int, count: int) -> np.ndarray:
 
 
 def regression(
-    name: str, x: np.ndarray, y: np.ndarray, order: np.ndarray, n_train: int, shuffle: bool = False, **options: Any
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    order: np.ndarray,
+    n_train: int,
+    network: Callable[[float, int], nn.Module],
+    shuffle: bool = False,
+    **options: Unpack[TaskOptions],
 ) -> Task:
     """A regression task. x: (rows, features), y: (rows,), order: (splits, rows) row indices, the training part first.
 
@@ -40,6 +47,7 @@ def regression(
         x=stacked,
         y=torch.from_numpy(np.stack(targets)).float().unsqueeze(-1),
         n_train=n_train,
+        network=network,
         ood={"features shuffled": shuffled(stacked[:, n_train:])} if shuffle else {},
         center=tuple(centers),
         scale=tuple(scales),
@@ -48,7 +56,14 @@ def regression(
 
 
 def classification(
-    name: str, x: np.ndarray, y: np.ndarray, order: np.ndarray, n_train: int, classes: Sequence[str], **options: Any
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    order: np.ndarray,
+    n_train: int,
+    network: Callable[[float, int], nn.Module],
+    classes: Sequence[str],
+    **options: Unpack[TaskOptions],
 ) -> Task:
     """A classification task from a table. x: (rows, features), y: (rows,) class indices, order as in `regression`.
 
@@ -62,6 +77,7 @@ def classification(
         x=inputs,
         y=targets,
         n_train=n_train,
+        network=network,
         classes=tuple(classes),
         ood={"features shuffled": shuffled(test)},
         **options,

@@ -4,7 +4,7 @@ import torch
 
 from vbdl.bench.methods.training import likelihood_of, outputs, recipe, train
 from vbdl.bench.registry import method
-from vbdl.bench.task import Each, Run, Stacked, Task
+from vbdl.bench.task import Each, Recipe, Run, Stacked, Task
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -29,7 +29,7 @@ def ensemble(task: Task, run: Run, n_members: int) -> Stacked | Each:
         # With a constant rate of 0.01, Adam's last steps add noise that lowers naval's log-likelihood (4.9 instead of
         # 6.2 nats), and occasionally a member of naval or protein ends with an infinite variance; clipping gradients at
         # norm 30 prevents only the latter.
-        options = {"epochs": 40, "batch_size": 100, "lr": 0.02, "schedule": "cosine"}
+        options: Recipe = {"epochs": 40, "batch_size": 100, "lr": 0.02, "schedule": "cosine"}
     else:
         network, likelihood = task.network(0.0, outputs(task)), likelihood_of(task)
         options = recipe(task)

@@ -44,6 +44,7 @@ def _searched(task: Task, run: Run) -> Stacked:
     are single stacked trainings of all splits.
     """
     how, splits = task.protocol, range(task.n_splits)
+    assert how is not None
     run.notes.append("the search trains one network a rate, with the middle tau in its weight decay (below 2e-6)")
     cut = int(task.n_train * 0.8)
     middle = sorted(how.of.taus)[1]
@@ -103,6 +104,7 @@ def _with_stacked_rates(network: nn.Module) -> nn.Module:
 def _fit(task: Task, run: Run, networks: list[tuple[int, float, float]], stop: int, name: str) -> DeepEnsemble:
     """Train a network for each (split, rate, precision) on the first `stop` rows of its split, in one stack."""
     how = task.protocol
+    assert how is not None
     splits, rates, taus = zip(*networks, strict=True)
     q = DeepEnsemble(_with_stacked_rates(task.network(0.5, 1)), len(networks), seed=run.seed)
     for entry, tensor in q.stacked().items():

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from vbdl.bench.task import Each, Run, Stacked, Task
+from vbdl.bench.task import Each, FitOptions, Recipe, Run, Stacked, Task
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import Method
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.training.fit import History, fit
+from vbdl.types import Likelihood, Posterior
 
 _SAMPLES = 100  # draws in evaluation if no protocol gives a number
 _COMPILE_STEPS = 1000  # compiling takes about 5 s and saves about 5 ms per small stacked step
@@ -25,12 +26,12 @@ class DecayedAdam(torch.optim.Adam):
     decay: (members,); parameters must have a leading members axis.
     """
 
-    def __init__(self, params: Any, lr: float, decay: Tensor):
+    def __init__(self, params: list[nn.Parameter], lr: float, decay: Tensor):
         super().__init__(params, lr=lr, fused=True)
         self.decay = decay
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -42,15 +43,15 @@ def outputs(task: Task) -> int:
     return len(task.classes) or 1
 
 
-def likelihood_of(task: Task) -> Any:
+def likelihood_of(task: Task) -> Likelihood:
     return Gaussian(std=0.5) if task.regression else Categorical()
 
 
 def train(
     task: Task,
     run: Run,
-    posterior: Any,
-    likelihood: Any,
+    posterior: Posterior,
+    likelihood: Likelihood,
     *,
     epochs: float,
     batch_size: int,
@@ -58,7 +59,7 @@ def train(
     per_split: int = 1,
     stop: int | None = None,
     splits: list[int] | None = None,
-    **options: Any,
+    **options: Unpack[FitOptions],
 ) -> History:
     """Train a stacked posterior with `fit`, each member on the rows of its split.
 
@@ -71,14 +72,16 @@ def train(
     total = run.epochs(epochs)
     steps = total * math.ceil(stop / batch_size)
     if posterior.n_members > 1:
-        options["member_rows"] = rows.repeat_interleave(per_split, dim=0)
+        member_rows = rows.repeat_interleave(per_split, dim=0)
         x, y = task.rows
     else:
+        member_rows = None
         x, y = (t[rows[0]] for t in task.rows)
     return fit(
         posterior,
         (x, y),
         likelihood,
+        member_rows=member_rows,
         epochs=total,
         batch_size=batch_size,
         seed=run.seed,
@@ -90,9 +93,9 @@ def train(
     )
 
 
-def recipe(task: Task, **own: Any) -> dict[str, Any]:
-    """The options of `train` for a data set without a published protocol."""
-    return {"epochs": 60, "batch_size": 64, "lr": 3e-3, "schedule": "cosine", **task.recipe, **own}
+def recipe(task: Task, **options: Unpack[Recipe]) -> Recipe:
+    """The options of `train` for a data set without a published protocol; `options` replace those of the data set."""
+    return {"epochs": 60, "batch_size": 64, "lr": 3e-3, "schedule": "cosine", **task.recipe, **options}
 
 
 def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
@@ -106,7 +109,9 @@ def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
     return trained
 
 
-def plain(task: Task, run: Run, wrap: Callable[[nn.Module], Any], p: float, name: str, **own: Any) -> Stacked | Each:
+def plain(
+    task: Task, run: Run, wrap: Callable[[nn.Module], Posterior], p: float, name: str, **options: Unpack[Recipe]
+) -> Stacked | Each:
     """Train `wrap(network)` on every split without a published protocol: stacked, or alone if there is one split."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -114,8 +119,8 @@ def plain(task: Task, run: Run, wrap: Callable[[nn.Module], Any], p: float, name
     likelihood, n_samples = likelihood_of(task), run.draws(_SAMPLES)
     if task.n_splits == 1:
         posterior = wrap(network)
-        train(task, run, posterior, likelihood, name=name, **recipe(task, **own))
+        train(task, run, posterior, likelihood, name=name, **recipe(task, **options))
         return Each([Predictor(posterior, likelihood, n_samples, run.seed, compile=False, tiles=(256,))])
     posterior = DeepEnsemble(wrap(network), task.n_splits, seed=run.seed)
-    train(task, run, posterior, likelihood, name=name, **recipe(task, **own))
+    train(task, run, posterior, likelihood, name=name, **recipe(task, **options))
     return Stacked(posterior, likelihood, n_samples=n_samples, seed=run.seed)
