@@ -47,11 +47,7 @@ class Program:
         """
 
         def end(parameters: Tensor, carried: State) -> State:
-            parameters = parameters[:count]
-            if finish == "parameters":
-                return {"parameters": parameters}
-            sums = likelihood.summarize(parameters)
-            return likelihood.finish(sums) if finish == "fields" else likelihood.merge(carried, sums)
+            return ended(likelihood, finish, parameters[:count], carried)
 
         self._end = end
         self._carried = list(carried)
@@ -101,6 +97,18 @@ class Program:
         if tile not in self.inputs or self._call is None or self._call is self._graph:
             return None
         return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
+
+
+def ended(likelihood: Likelihood, end: str, parameters: Tensor, carried: State) -> State:
+    """What a call returns from the parameters of p(y | x) of its draws, (samples, rows, ...).
+
+    end: "parameters", these parameters; "sums", the running sums `carried` with these draws added; "fields", the
+    prediction's fields.
+    """
+    if end == "parameters":
+        return {"parameters": parameters}
+    sums = likelihood.summarize(parameters)
+    return likelihood.finish(sums) if end == "fields" else likelihood.merge(carried, sums)
 
 
 class _Differentiable(fx.Interpreter):

@@ -18,6 +18,10 @@ from vbdl.model import Model
 from vbdl.types import State
 
 
+class CannotTrace(ValueError):
+    """The module runs, but its operations cannot be traced."""
+
+
 class Traced:
     """A model with the graphs of its forward pass on tiles of one shape, for any number of draws.
 
@@ -68,7 +72,7 @@ class Traced:
             try:
                 graph = self.graph(entries)
             except Exception as reason:  # the module has just run, so the tracing fails
-                raise ValueError(
+                raise CannotTrace(
                     f"the module runs, but cannot be traced: {_first_line(reason)}. Its operations may depend on the "
                     f"shapes of its inputs, but not on their values: remove any `if` on a tensor, .item() and packed "
                     f"sequence"

@@ -78,7 +78,11 @@ class DropoutNetwork(KeyedNetwork):
         return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
 
     def _masks(self) -> Masks:
-        return Masks(self.key, self.inner, self.rate, self.sites)
+        return Masks(self.key, self.inner, self.rate, self.sites, kept=self.kept)
+
+    @property
+    def takes_many_keys(self) -> bool:
+        return self.sites is not None and all(site.axis is not None for site in self.sites if site.p > 0)
 
     def forward(self, *args, **kwargs):
         if self.training:
