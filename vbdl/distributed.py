@@ -13,7 +13,7 @@ processes. All processes get identical predictions, equal to those of one proces
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,9 @@ from vbdl.artifact.loading import read_parts
 from vbdl.artifact.manifest import Manifest
 from vbdl.calling.inputs import Flat
 from vbdl.engine.predictor import Predictor
+from vbdl.engine.settings import PredictorOptions
 from vbdl.posteriors.ensemble import DeepEnsemble
-from vbdl.types import Inputs, Keywords, Likelihood, Posterior, Prediction, State
+from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State
 
 
 class ShardedPredictor(Predictor):
@@ -50,7 +51,7 @@ class ShardedPredictor(Predictor):
         seed: int = 0,
         *,
         mesh: DeviceMesh | None = None,
-        **options: Any,
+        **options: Unpack[PredictorOptions],
     ):
         mesh = _mesh(mesh, options.get("device"), posterior)
         whole = Predictor(posterior, likelihood, n_samples, seed, **options)
@@ -58,7 +59,7 @@ class ShardedPredictor(Predictor):
         share, sharded = _share(whole.posterior, local)
         likelihood, total = whole.likelihood, whole.n_samples
         del whole
-        self._begin(mesh, share, sharded, likelihood, local, total, {"seed": seed, **options})
+        self._begin(mesh, share, sharded, likelihood, local, total, seed, options)
 
     def _begin(
         self,
@@ -68,11 +69,12 @@ class ShardedPredictor(Predictor):
         likelihood: Likelihood,
         local: range,
         total: int,
-        options: Keywords,
+        seed: int,
+        options: PredictorOptions,
     ) -> None:
         """Initialize from this process's share. local: the draws of this process. total: the draws of all processes."""
         local_likelihood = _of_members(likelihood, local) if sharded else likelihood
-        super().__init__(share, local_likelihood, len(local), **options)
+        super().__init__(share, local_likelihood, len(local), seed, **options)
         self.likelihood.for_draws(total)  # all draws, because the sums of all processes are merged
         self.mesh, self._group = mesh, mesh.get_group()
         self.n_draws, self._sharded = total, sharded
@@ -85,26 +87,31 @@ class ShardedPredictor(Predictor):
         mesh: DeviceMesh | None = None,
         module: nn.Module | Sequence[nn.Module] | None = None,
         trust: Sequence[str] = (),
-        **settings: Any,
+        n_samples: int | None = None,
+        seed: int | None = None,
+        **settings: Unpack[PredictorOptions],
     ) -> "ShardedPredictor":
         """Load a predictor from an artifact, each process only its own members of a plain ensemble.
 
-        Other posteriors are loaded whole. Arguments as for `vbdl.load`.
+        Other posteriors are loaded whole. Arguments as for `vbdl.load`, where given settings
+        replace the saved ones.
         """
         mesh = _mesh(mesh, settings.get("device", "cpu"), None)
 
         def share(manifest: Manifest) -> range:
-            return _local_draws(mesh, settings.get("n_samples", manifest.settings.n_samples))
+            return _local_draws(mesh, manifest.settings.n_samples if n_samples is None else n_samples)
 
         parts = read_parts(locate(Path(folder)), module=module, trust=trust, share=share)
-        options = {**parts.settings, **settings}
-        total = options.pop("n_samples")
-        if parts.own is None:
-            self = cls(parts.posterior, parts.likelihood, total, mesh=mesh, **options)
+        options: PredictorOptions = {**parts.options, **settings}
+        total = parts.n_samples if n_samples is None else n_samples
+        seed = parts.seed if seed is None else seed
+        if parts.members is None:
+            self = cls(parts.posterior, parts.likelihood, total, seed, mesh=mesh, **options)
         else:
             self = cls.__new__(cls)
-            local = parts.own
-            self._begin(mesh, _Share(parts.posterior, 0, len(local)), True, parts.likelihood, local, total, options)
+            local = parts.members
+            share_of_members = _Share(parts.posterior, 0, len(local))
+            self._begin(mesh, share_of_members, True, parts.likelihood, local, total, seed, options)
         self.manifest = parts.manifest
         return self
 

@@ -5,13 +5,13 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-_Taker = TypeVar("_Taker", bound=Callable[..., Any])
+_Taker = TypeVar("_Taker", bound=Callable[..., object])  # a function, or a class
 
 MODULES = {
     "adaptive": "engine.adaptive",
@@ -42,13 +42,13 @@ MODULES = {
 }
 
 
-def names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for this module, which gives what is called by a former name: {former name: name today}.
+def names(module: str, renamed: Mapping[str, str]) -> Callable[[str], object]:
+    """Return a `__getattr__` for this module that finds its attributes by former names.
 
-    A name of today may be of a module inside, "predictor.Predictor".
+    renamed: {former name: name today}; a name of today may be inside a module of the package, "predictor.Predictor".
     """
 
-    def look_up(name: str) -> Any:
+    def look_up(name: str) -> object:
         if name not in renamed:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         home, _, leaf = f"{module}.{renamed[name]}".rpartition(".")
@@ -59,9 +59,9 @@ def names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def attribute(old: str, new: str) -> property:
-    """An attribute by its former name, read only: in a class, old = attribute("old", "new")."""
+    """Return a property that reads an attribute by its former name: in a class, old = attribute("old", "new")."""
 
-    def look_up(owner: Any) -> Any:
+    def look_up(owner: object) -> object:
         warnings.warn(f"{type(owner).__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=2)
         return getattr(owner, new)
 
@@ -69,33 +69,40 @@ def attribute(old: str, new: str) -> property:
 
 
 def arguments(**renamed: str) -> Callable[[_Taker], _Taker]:
-    """A decorator of what takes arguments by keyword: each is also taken by its former name, former="today"."""
+    """Return a decorator of a function or class that also takes arguments by former names, given as former="today"."""
 
     def decorate(taker: _Taker) -> _Taker:
-        if isinstance(taker, type):
-            owner: Any = taker
-            owner.__init__ = decorate(owner.__init__)
-            return cast(_Taker, owner)
-
-        @functools.wraps(taker)
-        def take(*args: Any, **given: Any) -> Any:
-            for old in renamed.keys() & given.keys():
-                new, name = renamed[old], taker.__qualname__.removesuffix(".__init__")
-                if new in given:
-                    raise TypeError(f"{name} got {old}= and {new}=, which are one argument: leave {old}= out")
-                warnings.warn(f"the argument {old}= of {name} is called {new}= now", DeprecationWarning, stacklevel=2)
-                given[new] = given.pop(old)
-            return taker(*args, **given)
-
-        return cast(_Taker, take)
+        cls: object = taker
+        if isinstance(cls, type):
+            type.__setattr__(cls, "__init__", _renaming(cls.__init__, renamed))
+            return taker
+        return cast(_Taker, _renaming(taker, renamed))
 
     return decorate
 
 
-class _ModulesFinder(MetaPathFinder, Loader):
-    """Imports a module by its former name: the one module there is, whatever it is called by."""
+def _renaming(function: Callable[..., object], renamed: Mapping[str, str]) -> Callable[..., object]:
+    """Return the function with its keyword arguments also taken by former names: {former name: name today}."""
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    @functools.wraps(function)
+    def take(*args: object, **keywords: object) -> object:
+        for old in renamed.keys() & keywords.keys():
+            new, name = renamed[old], function.__qualname__.removesuffix(".__init__")
+            if new in keywords:
+                raise TypeError(f"{name} got {old}= and {new}=, which are one argument: leave {old}= out")
+            warnings.warn(f"the argument {old}= of {name} is called {new}= now", DeprecationWarning, stacklevel=2)
+            keywords[new] = keywords.pop(old)
+        return function(*args, **keywords)
+
+    return take
+
+
+class _ModulesFinder(MetaPathFinder, Loader):
+    """Imports a module by its former name, as the same module object as by its name of today."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         today = _today(fullname)
         if today is None or importlib.util.find_spec(today) is None:
             return None
@@ -118,7 +125,7 @@ class _ModulesFinder(MetaPathFinder, Loader):
 
 
 def _today(fullname: str) -> str | None:
-    """What a module of this former name is called today; None for any other name."""
+    """The name today of the module with this former name, or None if no module had this name."""
     if not fullname.startswith("vbdl."):
         return None
     head, inside = fullname.removeprefix("vbdl."), ""

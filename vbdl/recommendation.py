@@ -3,8 +3,8 @@
 import copy
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
 from vbdl.training.fit import fit
+from vbdl.types import Inputs, Keywords, Likelihood, Posterior
 
 _MAX_EPOCHS = 300
 _LATENCY_CALLS = 20
@@ -71,8 +72,8 @@ class Recommendation:
 
 def recommend(
     module: nn.Module,
-    data: Any,
-    likelihood: Any = None,
+    data: object,
+    likelihood: Likelihood | None = None,
     *,
     budget: float = 60.0,
     trained: bool = False,
@@ -139,12 +140,20 @@ def _rule(n_train: int, n_weights: int, budget: float, trained: bool) -> str:
     return f"MCDropout, since {budget:.0f} s are little for more than one network"
 
 
-def _measure(name: str, posterior: Any, likelihood: Any, parts: Any, share: float, seed: int, compile: bool):
+def _measure(
+    name: str,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    parts: Mapping[str, tuple[Inputs, Tensor]],
+    share: float,
+    seed: int,
+    compile: bool,
+) -> tuple[Measured, Tensor]:
     """Train one method within its share of the budget in seconds; return its Measured and its NLL per test row."""
     likelihood = copy.deepcopy(likelihood)
     epochs, training = 0, 0.0
     if share > 0:
-        options: dict[str, Any] = {"validation": parts["stop"], "seed": seed, "progress": False, "compile": False}
+        options: Keywords = {"validation": parts["stop"], "seed": seed, "progress": False, "compile": False}
         options["batch_size"] = max(16, min(128, len(parts["train"][1]) // 10))
         begun = time.perf_counter()
         # time an epoch on a copy; the first call includes the set-up, so the second is timed
@@ -172,7 +181,9 @@ def _measure(name: str, posterior: Any, likelihood: Any, parts: Any, share: floa
     return Measured(name, interval, None, latency, training, epochs, ""), scores
 
 
-def _decide(measured: dict[str, Measured], scores: dict[str, Tensor], rule: str, n_train: int, n_test: int):
+def _decide(
+    measured: dict[str, Measured], scores: dict[str, Tensor], rule: str, n_train: int, n_test: int
+) -> Recommendation:
     """Recommend the fastest of the methods that are not significantly worse than the best. scores: NLL per test row."""
     best = min(scores, key=lambda name: float(scores[name].mean()))
     table, close = [], [best]

@@ -290,7 +290,7 @@ def test_a_worker_has_one_server_whoever_asks_for_it_first(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(listening, "Server", slowly)
-    monkeypatch.setattr("vbdl.serve.run.told", lambda: types.SimpleNamespace(limits=None))
+    monkeypatch.setattr("vbdl.serve.run.server_of_parent", lambda: types.SimpleNamespace(limits=None))
     monkeypatch.setattr(worker, "pong", lambda: (worker.server, threading.Event().wait()))
     worker.target(None)
     time.sleep(0.2)

@@ -4,7 +4,7 @@ Needs the extra `hub`. No other module of vbdl.artifact accesses the network.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from vbdl.types import Inputs, Prediction
 
@@ -14,10 +14,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the Hub needs the extra `hub`: pip install 'vbdl[hub]'") from error
 
 from vbdl.artifact.files import locate, write_files
-from vbdl.artifact.loading import load_files
+from vbdl.artifact.loading import LoadOptions, load_files
 from vbdl.artifact.manifest import MANIFEST, TENSORS
-from vbdl.artifact.saving import contents
+from vbdl.artifact.saving import SaveOptions, contents
 from vbdl.engine.predictor import Predictor
+
+if TYPE_CHECKING:
+    from vbdl.engine.adaptive import Rule
 
 
 class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bayesian-deep-learning"]):
@@ -31,11 +34,18 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
     like any other artifact; no code in them is executed.
     """
 
-    def __init__(self, predictor: Predictor, **save_options: Any):
+    def __init__(self, predictor: Predictor, **save_options: Unpack[SaveOptions]):
         self.predictor, self._options = predictor, save_options
 
-    def __call__(self, x: Inputs, **options: Any) -> Prediction:
-        return self.predictor(x, **options)
+    def __call__(
+        self,
+        x: Inputs,
+        samples: bool = False,
+        *,
+        tolerance: "float | Rule | None" = None,
+        deadline: float | None = None,
+    ) -> Prediction:
+        return self.predictor(x, samples, tolerance=tolerance, deadline=deadline)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self._hub_mixin_config = None  # keeps the mixin from writing a config.json beside the manifest
@@ -51,7 +61,7 @@ class HubPredictor(ModelHubMixin, library_name="vbdl", tags=["uncertainty", "bay
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> "HubPredictor":
         if Path(model_id).is_dir():
             return cls(load_files(locate(Path(model_id)), **options))

@@ -6,7 +6,6 @@ verifies this on saving: it rebuilds the network and compares.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from vbdl.artifact.arguments import check_arguments
 from vbdl.artifact.manifest import ArtifactError, Layer
 from vbdl.nn.layers import BayesianConv1d, BayesianConv2d, BayesianConv3d, BayesianLinear
 from vbdl.nn.priors import Normal, Prior, ScaleMixture
+from vbdl.nn.sampled import SampledNetwork
 from vbdl.types import Json
 
 _PLAIN = """
@@ -56,7 +56,7 @@ def describe(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> La
         return Layer("Sequential", children=inside)
     if PLAIN.get(name) is type(module):
         return Layer(name, _arguments(module, type(module)))
-    if BAYESIAN.get(name) is type(module):
+    if isinstance(module, SampledNetwork) and BAYESIAN.get(name) is type(module):
         return Layer(name, _bayesian_arguments(module, prefix, values))
     if type(module) is nn.TransformerEncoderLayer:
         return Layer(name, _transformer_arguments(module))
@@ -139,7 +139,7 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> Json:
     return arguments
 
 
-def _bayesian_arguments(module: Any, prefix: str, values: Mapping[str, Tensor]) -> Json:
+def _bayesian_arguments(module: SampledNetwork, prefix: str, values: Mapping[str, Tensor]) -> Json:
     plain = PLAIN[type(module).__name__.removeprefix("Bayesian")]
     if type(module.inner) is not plain or module.n_data != 1:
         raise Undescribed(f"{prefix} was changed after its construction")

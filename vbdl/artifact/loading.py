@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from msgspec.structs import replace
@@ -29,8 +29,15 @@ from vbdl.artifact.manifest import (
 from vbdl.artifact.saving import TRAINING_ROWS
 from vbdl.artifact.tensors import DTYPES, read_share, read_tensors
 from vbdl.engine.predictor import Predictor
-from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
-from vbdl.types import Keywords, Likelihood, Posterior
+from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES, PredictorArguments, PredictorOptions
+from vbdl.types import Likelihood, Posterior
+
+
+class LoadOptions(PredictorArguments, total=False):
+    """The keyword arguments of `vbdl.load`."""
+
+    module: nn.Module | Sequence[nn.Module] | None
+    trust: Sequence[str]
 
 
 def load(
@@ -38,7 +45,7 @@ def load(
     *,
     module: nn.Module | Sequence[nn.Module] | None = None,
     trust: Sequence[str] = (),
-    **settings: Any,
+    **settings: Unpack[PredictorArguments],
 ) -> Predictor:
     """Load the predictor that `Predictor.save` wrote; it makes the same draws and the same predictions.
 
@@ -83,7 +90,7 @@ def load_files(
     *,
     module: nn.Module | Sequence[nn.Module] | None = None,
     trust: Sequence[str] = (),
-    **settings: Any,
+    **settings: Unpack[PredictorArguments],
 ) -> Predictor:
     """Load a predictor like `load`, from the paths of its files by file name, which may lie in different folders."""
     networks.Maker(module, trust)  # raises for wrong arguments here, so that they are not blamed on the files
@@ -94,8 +101,8 @@ def load_files(
     except Exception as error:  # damaged files cause errors of any type
         message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ArtifactError(f"the artifact cannot be read: {message}") from error
-    options = {**parts.settings, **settings}
-    if options.pop("batch_invariant", False) and options["tiles"] == DEFAULT_TILES:
+    options: PredictorArguments = {"n_samples": parts.n_samples, "seed": parts.seed, **parts.options, **settings}
+    if options.pop("batch_invariant", False) and options.get("tiles") == DEFAULT_TILES:
         options["tiles"] = INVARIANT_TILES
     try:
         predictor = Predictor(parts.posterior, parts.likelihood, **options)
@@ -107,13 +114,15 @@ def load_files(
 
 @dataclass
 class Parts:
-    """The parts of a stored predictor. own: the members held by the posterior, or None if it holds all."""
+    """The parts of a stored predictor. members: those that the posterior holds, or None if it holds all."""
 
     posterior: Posterior
     likelihood: Likelihood
-    settings: Keywords
+    n_samples: int
+    seed: int
+    options: PredictorOptions
     manifest: Manifest
-    own: range | None
+    members: range | None
 
 
 def read_parts(
@@ -134,8 +143,8 @@ def read_parts(
             f"the artifact uses version {whole.versions.noise} of the noise generator, this vbdl version {CONTRACT}: "
             f"its predictions would differ. Load it with the vbdl that wrote it ({whole.versions.vbdl[:40]})"
         )
-    own = share(whole) if share is not None and _is_plain_ensemble(whole.posterior) else None
-    manifest = whole if own is None else _of_members(whole, own)
+    members = share(whole) if share is not None and _is_plain_ensemble(whole.posterior) else None
+    manifest = whole if members is None else _of_members(whole, members)
     posterior_entries = {n: e for n, e in manifest.tensors.items() if n.startswith("posterior.")}
     shapes = {n.removeprefix("posterior."): tuple(e.shape) for n, e in posterior_entries.items()}
     with networks.quiet_generator():
@@ -144,7 +153,7 @@ def read_parts(
             with torch.device("meta"):
                 _check_shapes(_posterior(manifest, None, trust), shapes)
         read = lambda: read_tensors(files[TENSORS], whole)
-        tensors = read() if own is None else read_share(files[TENSORS], whole, _STACKED, own)
+        tensors = read() if members is None else read_share(files[TENSORS], whole, _STACKED, members)
         posterior = _posterior(manifest, module, trust)
     _check_shapes(posterior, shapes)
     _fill(posterior, {n.removeprefix("posterior."): t for n, t in tensors.items() if n.startswith("posterior.")})
@@ -157,9 +166,7 @@ def read_parts(
         raise ArtifactError("the manifest counts training rows, but the file holds no fingerprints of them")
     likelihood = _likelihood(manifest, tensors, trust)
     settings = manifest.settings
-    saved = {
-        "n_samples": settings.n_samples,
-        "seed": settings.seed,
+    options: PredictorOptions = {
         "tiles": tuple(settings.tiles),
         "compile": settings.compile,
         "memory_budget": settings.memory_budget,
@@ -167,7 +174,15 @@ def read_parts(
         "autocast": _dtype(settings.autocast),
         "joint": settings.joint,
     }
-    return Parts(posterior, likelihood, saved, whole, own)
+    return Parts(
+        posterior=posterior,
+        likelihood=likelihood,
+        n_samples=settings.n_samples,
+        seed=settings.seed,
+        options=options,
+        manifest=whole,
+        members=members,
+    )
 
 
 _STACKED = "posterior.stacked_"  # prefix of the tensors whose first axis is the members
@@ -181,19 +196,19 @@ def _is_plain_ensemble(description: Single | Ensemble) -> bool:
     )
 
 
-def _of_members(manifest: Manifest, own: range) -> Manifest:
+def _of_members(manifest: Manifest, chosen: range) -> Manifest:
     """The manifest as if an ensemble of only these members had been saved."""
     assert isinstance(manifest.posterior, Ensemble)
     group = manifest.posterior.members[0]
-    if not 0 <= own.start < own.stop <= group.count:
-        raise ValueError(f"cannot load members {own.start} to {own.stop - 1} of an ensemble of {group.count}")
+    if not 0 <= chosen.start < chosen.stop <= group.count:
+        raise ValueError(f"cannot load members {chosen.start} to {chosen.stop - 1} of an ensemble of {group.count}")
     tensors = dict(manifest.tensors)
     for name, entry in tensors.items():
         if name.startswith(_STACKED):
             if entry.shape[:1] != [group.count]:
                 raise ArtifactError(f"{name[:120]!r} has shape {entry.shape}, but there are {group.count} members")
-            tensors[name] = replace(entry, shape=[len(own), *entry.shape[1:]])
-    members = [replace(group, count=len(own))]
+            tensors[name] = replace(entry, shape=[len(chosen), *entry.shape[1:]])
+    members = [replace(group, count=len(chosen))]
     return replace(manifest, posterior=replace(manifest.posterior, members=members), tensors=tensors)
 
 

@@ -8,8 +8,8 @@ has not registered is imported only from the packages in `trust`.
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 from torch import Tensor, nn
@@ -94,16 +94,18 @@ def registered_class(name: str, trust: Sequence[str]) -> type[nn.Module]:
     return _REGISTERED[name]
 
 
-def with_names_of_today(description: Any) -> Any:
+def with_names_of_today(description: Mapping[str, object]) -> Json:
     """A copy of a description in which names of classes from vbdl 0.1 are replaced by today's names."""
-    if isinstance(description, Mapping):
-        today = {key: with_names_of_today(value) for key, value in description.items()}
-        if isinstance(stored := today.get("class"), str):
-            today["class"] = _FORMER.get(stored, stored)
-        return today
-    if isinstance(description, list | tuple):
-        return [with_names_of_today(value) for value in description]
-    return description
+    today = {key: _with_names_of_today(value) for key, value in description.items()}
+    if isinstance(stored := today.get("class"), str):
+        today["class"] = _FORMER.get(stored, stored)
+    return today
+
+
+def _with_names_of_today(value: object) -> object:
+    if isinstance(value, Mapping):
+        return with_names_of_today(value)
+    return [_with_names_of_today(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def describe(module: nn.Module) -> Json:
@@ -129,10 +131,10 @@ def arguments_of(module: nn.Module) -> Json:
 
     Raises ValueError for a registered class without config() that does not keep one of its arguments.
     """
-    config = getattr(type(module), "config", None)  # a method, not an attribute or a submodule of that name
+    # of the class: a method, not an attribute or a submodule of that name
+    config: Callable[[nn.Module], Json] | None = getattr(type(module), "config", None)
     if callable(config):
-        arguments: Any = config(module)
-        return dict(arguments)
+        return dict(config(module))
     values: Json = {}
     for argument in inspect.signature(type(module)).parameters:
         try:
@@ -160,14 +162,16 @@ def rebuild(description: Json, state: Mapping[str, Tensor], trust: Sequence[str]
     """Rebuild a module from its description and state dict; ValueError for an unknown class, argument or tensor."""
     cls = _class_named(description.get("class"), trust)
     arguments = decode(cls, description.get("arguments", {}), state, trust)
-    module: Any = cls(**arguments)  # of a class that the file names
+    module = cls(**arguments)
     if "n_members" in description:
         members = description["n_members"]
         if type(members) is not int or members < 1:
             raise ValueError(f"n_members must be a positive int, got {str(members)[:40]!r}")
-        module.n_members = members
+        object.__setattr__(module, "n_members", members)  # an int, which nn.Module keeps as a plain attribute
     _fill(module, {n: t for n, t in state.items() if "." not in n})
     if "certificate" in description:
+        if not isinstance(module, Referral):
+            raise ValueError(f"a {cls.__name__} has no certificate: only a Referral does")
         module.certificate = msgspec.convert(description["certificate"], Certificate, strict=True)
     return module
 

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from vbdl.calling.stacking import state_of
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
-from vbdl.types import Posterior
+from vbdl.types import Posterior, is_posterior
 
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
@@ -120,9 +119,12 @@ def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ())
 
 def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Posterior:
     if isinstance(description, Registered):  # the class first, so that nothing is built if it is not trusted
-        cls: Any = modules.registered_class(description.name, trust)
+        cls = modules.registered_class(description.name, trust)
         arguments = modules.decode(cls, description.arguments, {}, trust)
-        return cls(make(description.network), **arguments)
+        posterior = cls(make(description.network), **arguments)
+        if not is_posterior(posterior):
+            raise ArtifactError(f"{description.name[:120]!r} is not a posterior: it must inherit vbdl.types.Posterior")
+        return posterior
     network = make(description.network)
     if isinstance(description, Dropout):
         stays = [_type(network, d) if d.startswith(_TYPE) else d for d in description.deterministic]

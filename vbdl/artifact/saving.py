@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,16 @@ from vbdl.types import Inputs as Batch
 from vbdl.types import Json, Posterior
 
 TRAINING_ROWS = "training_rows"
+
+
+class SaveOptions(TypedDict, total=False):
+    """The keyword arguments of `save` that say what an artifact holds besides the predictor."""
+
+    extras: Json | None
+    metrics: Json | None
+    example: Batch | None
+    architecture: str | Sequence[str | None] | None
+    arguments: Json | Sequence[Json] | None
 
 
 def save(

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from vbdl.batch.sources import Source
+from vbdl.batch.sources.source import Source
 
 CHANGED = "was changed or replaced while it was read: its predictions may be of two versions of it."
 

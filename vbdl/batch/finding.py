@@ -3,41 +3,36 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import numpy as np
 import torch
 
 from vbdl.batch.naming import part_name
 from vbdl.batch.options import JobOptions
-from vbdl.batch.sources import (
-    IMAGES,
-    ArrayFile,
-    DatasetSource,
-    ImageFolder,
-    ImageRow,
-    Items,
-    MemoryTable,
-    Source,
-    printable,
-)
-from vbdl.batch.table_file import TableFile
+from vbdl.batch.sources.array_file import ArrayFile
+from vbdl.batch.sources.image_folder import IMAGES, ImageFolder, ImageRow
+from vbdl.batch.sources.in_memory import DatasetSource, Items, MemoryTable
+from vbdl.batch.sources.source import Source, printable
+from vbdl.batch.sources.table_file import TableFile
 from vbdl.tabular import Schema, as_table
 from vbdl.tabular.columns import Numeric
 from vbdl.tabular.reading import SUFFIXES, files_of, format_of
 
 
 def sources_of(
-    data: Any, schema: Schema | None, options: JobOptions, image: ImageRow | None = None
+    data: object, schema: Schema | None, options: JobOptions, image: ImageRow | None = None
 ) -> Sequence[Source]:
     """Return the sources of `data` in order, after which parts are named. image: the form of the model's images."""
     if isinstance(data, str | Path):
         return _files(Path(data), schema, options, image)
     several = data if isinstance(data, list) else [data]
-    if several and all(isinstance(s, Source) for s in several):
-        return several
+    sources = [source for source in several if isinstance(source, Source)]
+    if sources and len(sources) == len(several):
+        return sources
     if isinstance(data, torch.utils.data.Dataset):
         return [DatasetSource(cast(Items, data))]
-    if type(data).__module__ == "numpy" or isinstance(data, torch.Tensor):
+    if isinstance(data, torch.Tensor) or (isinstance(data, np.ndarray) and type(data).__module__ == "numpy"):
         return [DatasetSource(torch.as_tensor(data), pairs=False)]
     return [MemoryTable(as_table(data))]
 
@@ -74,10 +69,10 @@ def _files(path: Path, schema: Schema | None, options: JobOptions, image: ImageR
 def _check_readable(path: Path) -> None:
     """Raise OSError if a subfolder cannot be read, because its files would be missed silently."""
 
-    def said(error: OSError) -> None:
+    def refuse(error: OSError) -> None:
         raise error
 
-    for _, below, _ in os.walk(path, onerror=said):
+    for _, below, _ in os.walk(path, onerror=refuse):
         below[:] = [d for d in below if not d.startswith((".", "_"))]
 
 

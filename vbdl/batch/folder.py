@@ -33,7 +33,7 @@ from vbdl.batch.naming import (
 from vbdl.batch.parts import PartWriter
 from vbdl.batch.quarantine import Quarantine, gather
 from vbdl.batch.records import DraftEntry, JobRecord, Manifest, PartEntry, Records, job_of, read_records, signed
-from vbdl.batch.sources import printable
+from vbdl.batch.sources.source import printable
 from vbdl.batch.worker import ChunkResult
 from vbdl.batch.writing import is_as_recorded, sync, write_atomic
 

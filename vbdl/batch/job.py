@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from vbdl.batch.model import Model, digest
 from vbdl.batch.options import JobOptions
-from vbdl.batch.sources import Source
+from vbdl.batch.sources.source import Source
 from vbdl.tabular import Schema
+from vbdl.types import Json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,7 +29,7 @@ class Job:
     schema: Schema | None
     kept: "Mapping[str, pyarrow.DataType]" = field(default_factory=dict)
 
-    def recorded(self, kind: str) -> dict[str, Any]:
+    def recorded(self, kind: str) -> Json:
         """Return everything that the output depends on, for JSON: jobs with equal records write equal bytes.
 
         kind: format of the output, one of `vbdl.batch.naming.FORMATS`.

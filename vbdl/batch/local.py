@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from vbdl.batch.run import Run, Sink
-from vbdl.batch.sources import Chunk, Source
+from vbdl.batch.sources.source import Chunk, Source
 from vbdl.batch.worker import ChunkResult, Misfit, Worker
 
 T = TypeVar("T")

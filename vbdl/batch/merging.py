@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
 from vbdl.batch.arrays import join_arrays
 from vbdl.batch.folder import Folder
@@ -132,11 +132,19 @@ def _merge(out: Path, parts: Sequence[Path], kind: str) -> None:
         _copy_tables(out, parts, lambda part: pa.ipc.open_file(part).read_all(), pa.ipc.new_file)
 
 
+class _TableWriter(Protocol):
+    """A writer of Arrow for a file of several tables."""
+
+    def write_table(self, table: "pyarrow.Table") -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _copy_tables(
     out: Path,
     parts: Sequence[Path],
     read: "Callable[[pyarrow.OSFile], pyarrow.Table]",
-    new: "Callable[[pyarrow.OSFile, pyarrow.Schema], Any]",
+    new: "Callable[[pyarrow.OSFile, pyarrow.Schema], _TableWriter]",
 ) -> None:
     """Copy the tables of all parts to one file. new: a function that opens a Parquet or Arrow writer."""
     with sink(out) as file:

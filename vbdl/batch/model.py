@@ -7,7 +7,7 @@ import torch
 
 from vbdl.artifact.manifest import Inputs, read
 from vbdl.artifact.tensors import DTYPES
-from vbdl.batch.sources import ImageRow
+from vbdl.batch.sources.image_folder import ImageRow
 from vbdl.engine.predictor import Predictor
 from vbdl.tabular import Schema, schema_of
 

@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from vbdl import former
 from vbdl.batch.output import COLUMNS
+from vbdl.types import Json
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class JobOptions:
         if not 0.0 <= self.interval < 1.0:
             raise ValueError(f"interval is a level in (0, 1), or 0 for none; got {self.interval}")
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Json:
         """Return the options that the output depends on, for JSON."""
         return json.loads(json.dumps({name: value for name, value in vars(self).items() if name != "trust"}))
 

@@ -13,7 +13,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,13 @@ from torch import Tensor
 
 from vbdl.tabular.reading import arrow
 from vbdl.types import Prediction
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Columns = dict[str, "pyarrow.Array"]
+Labels = Sequence[str | int | bool]
+"""The classes in the order of the network's outputs, with the type that they have in files."""
 
 EXTRA = ("confidence", "standard_error")
 COLUMNS = (
@@ -30,16 +37,14 @@ COLUMNS = (
 _WIDE = 20  # largest number of columns of one field; wider fields become list columns
 
 
-def fields(
-    prediction: Prediction, labels: Sequence[Any] | None, wanted: Sequence[str] | None, interval: float
-) -> dict[str, Any]:
+def fields(prediction: Prediction, labels: Labels | None, wanted: Sequence[str] | None, interval: float) -> Columns:
     """Return {name: Arrow array} of a prediction.
 
     labels: values of the classes in files. wanted: names in COLUMNS; all that exist except EXTRA unless given.
     interval: level of the central interval in `lower` and `upper`, from a prediction with samples; 0 for those of the
     calibration. Raises ValueError for a wanted column that this prediction lacks.
     """
-    columns: dict[str, Any] = {}
+    columns: Columns = {}
     for name in wanted if wanted is not None else [n for n in COLUMNS if n not in EXTRA]:
         column = _column(name, prediction, labels, interval)
         if not column and wanted is not None:
@@ -48,7 +53,7 @@ def fields(
     return columns
 
 
-def _column(name: str, p: Prediction, labels: Sequence[Any] | None, interval: float) -> dict[str, Any]:
+def _column(name: str, p: Prediction, labels: Labels | None, interval: float) -> Columns:
     probs = p.probs
     if name == "prediction":
         return {} if p.label is None else _labels(p.label, labels)
@@ -70,7 +75,7 @@ def _column(name: str, p: Prediction, labels: Sequence[Any] | None, interval: fl
     return _spread(name, value.to(torch.int64) if name == "action" and not value.is_floating_point() else value)
 
 
-def _spread(name: str, t: Tensor, labels: Sequence[Any] | None = None) -> dict[str, Any]:
+def _spread(name: str, t: Tensor, labels: Labels | None = None) -> Columns:
     """Return a field (batch, ...) as one column, one column per entry, or a list column."""
     pa = arrow()
     t = t.detach().cpu()
@@ -87,21 +92,21 @@ def _spread(name: str, t: Tensor, labels: Sequence[Any] | None = None) -> dict[s
     return {plural: pa.FixedSizeListArray.from_arrays(flat, t.shape[1:].numel())}
 
 
-def _word(label: Any) -> str:
+def _word(label: object) -> str:
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 
-def _labels(numbers: Tensor, labels: Sequence[Any] | None) -> dict[str, Any]:
+def _labels(numbers: Tensor, labels: Labels | None) -> Columns:
     pa = arrow()
     if numbers.dtype == torch.bool or labels is None:
         return _spread("prediction", numbers if numbers.dtype == torch.bool else numbers.to(torch.int64))
     return {"prediction": pa.array(list(labels)).take(pa.array(numbers.cpu().numpy()))}
 
 
-def _sets(sets: Tensor, labels: Sequence[Any] | None) -> Any:
+def _sets(sets: Tensor, labels: Labels | None) -> "pyarrow.Array":
     pa = arrow()
-    held = sets.cpu().numpy()
-    offsets = np.concatenate([[0], held.sum(1).cumsum()]).astype(np.int32)
-    members = pa.array(np.nonzero(held)[1].astype(np.int64))
+    is_member = sets.cpu().numpy()
+    offsets = np.concatenate([[0], is_member.sum(1).cumsum()]).astype(np.int32)
+    members = pa.array(np.nonzero(is_member)[1].astype(np.int64))
     values = members if labels is None else pa.array(list(labels)).take(members)
     return pa.ListArray.from_arrays(pa.array(offsets), values)

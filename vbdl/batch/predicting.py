@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vbdl.batch.changes import CHANGED, Versions
 from vbdl.batch.deleting import discard
@@ -23,7 +23,7 @@ from vbdl.batch.report import JobReport, report_of
 from vbdl.batch.run import QuarantineError as QuarantineError
 from vbdl.batch.run import Run
 from vbdl.batch.settling import settle
-from vbdl.batch.sources import Source
+from vbdl.batch.sources.source import Source
 from vbdl.compiling.compiler import can_compile
 from vbdl.tabular import Schema
 
@@ -38,7 +38,7 @@ _NOT_WRITTEN = (".gz", ".tsv", ".ipc", ".json", ".jsonl", ".txt", ".xlsx", ".zip
 
 def predict_table(
     model: Model,
-    data: Any,
+    data: object,
     out: str | Path | None = None,
     *,
     columns: Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def predict_table(
     restart: bool = False,
     verify: bool = False,
     progress: bool | None = None,
-    ray_options: Mapping[str, Any] | None = None,
+    ray_options: Mapping[str, object] | None = None,
     trust: Sequence[str] = (),
 ) -> "JobReport | pyarrow.Table":
     """Predict every row of files or tables of any size, with a few chunks in memory.
@@ -127,7 +127,7 @@ def predict_table(
                 if engine == "ray":
                     from vbdl.batch.ray import run_ray
 
-                    run_ray(run, workers, ray_options or {})
+                    run_ray(run, workers, dict(ray_options or {}))
                 else:
                     run_local(run, workers)
             for source in versions.changed():

@@ -14,22 +14,24 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypedDict
+from typing import TypedDict
+
+import numpy as np
 
 from vbdl.batch.folder import Folder
 from vbdl.batch.job import Job
 from vbdl.batch.parts import PartWriter
 from vbdl.batch.records import DraftEntry
 from vbdl.batch.run import Run
-from vbdl.batch.sources import Chunk
-from vbdl.batch.table_file import TableFile
+from vbdl.batch.sources.source import Chunk
+from vbdl.batch.sources.table_file import TableFile
 from vbdl.batch.worker import Misfit, Worker
 from vbdl.engine.predictor import Predictor
 from vbdl.tabular.reading import format_of
+from vbdl.types import Keywords
 
 INSTALL = "the engine 'ray' needs Ray 2.59 or later: pip install 'vbdl[ray]'"
 _SPARE = 0.5  # share of a CPU for tasks that are no actors: without it a job may wait for itself for ever
@@ -78,7 +80,7 @@ class Assignment:
     on_gpu: bool
 
 
-def run_ray(run: Run[Folder], actors: int | None, options: Mapping[str, Any]) -> None:
+def run_ray(run: Run[Folder], actors: int | None, options: Keywords) -> None:
     """Compute every chunk that is not done, on Ray.
 
     actors: their number; all CPUs but one unless given. options: arguments of `ray.init` if Ray is not running yet.
@@ -133,7 +135,7 @@ def _settle(run: Run[Folder], outcome: Outcome) -> None:
     run.count(entry["rows"] + entry["rejected"])
 
 
-def _start(options: Mapping[str, Any]) -> ModuleType:
+def _start(options: Keywords) -> ModuleType:
     """Return the module ray, connected to the cluster of RAY_ADDRESS or to a new local one, without usage reports."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -200,7 +202,7 @@ class _Actor:
         if assignment.on_gpu:
             self._worker.predictor = self._worker.predictor.replace(device="cuda")
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         outcomes = [outcome for unit in batch["unit"] for outcome in self._unit(json.loads(str(unit)))]
         return {"outcomes": [json.dumps(outcomes)]}
 

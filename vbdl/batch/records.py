@@ -12,17 +12,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
+from typing import NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 from vbdl.batch.naming import JOURNAL, MANIFEST, Names, check_place, inside
+from vbdl.types import Json
 
 _FORM = {"part": str, "source": str, "chunk": int, "rows": int, "rejected": int, "bytes": int, "sha256": str}
 _MANIFEST = {"rows", "rejected", "failed", "parts", "settings", "check", "output", "quarantine"}
 _MORE = {"unseen": dict, "filled": dict, "quarantine": str, "check": str}  # missing in records of vbdl 0.1
 
 
-JobRecord = dict[str, Any]
-"""What a job is, as `Job.recorded` says it in JSON; under "settings" in journal and manifest."""
+JobRecord = Json
+"""The description of a job that `Job.recorded` returns; "settings" in journal and manifest."""
 
 
 class FileIdentity(TypedDict):
@@ -100,7 +101,7 @@ def is_whole(record: Mapping[str, object], job: str) -> bool:
     return "check" not in record or record["check"] == _check(record, job)
 
 
-def is_manifest(record: dict[str, Any]) -> TypeGuard[Manifest]:
+def is_manifest(record: Mapping[str, object]) -> TypeGuard[Manifest]:
     """Whether this is the undamaged manifest of any finished job."""
     settings, parts, failed = record.get("settings"), record.get("parts"), record.get("failed")
     if not isinstance(settings, dict) or not isinstance(parts, list) or not isinstance(failed, dict):
@@ -112,7 +113,7 @@ def is_manifest(record: dict[str, Any]) -> TypeGuard[Manifest]:
     return is_whole(record, job_of(settings))
 
 
-def parsed(text: bytes) -> dict[str, Any] | None:
+def parsed(text: bytes) -> Json | None:
     """Return the JSON object in this text, or None if the text is no JSON object."""
     value = _json(text)
     return value if isinstance(value, dict) else None
@@ -142,8 +143,8 @@ def read_records(folder: Path, settings: JobRecord) -> Records:
     """
     journal, manifest = (_content(folder, name) for name in (JOURNAL, MANIFEST))
     records = Records()
-    objects: list[dict[str, Any]] = []
-    heads: list[dict[str, Any]] = []
+    objects: list[Json] = []
+    heads: list[Json] = []
     for name, text in ((JOURNAL, (journal or b"").partition(b"\n")[0]), (MANIFEST, manifest or b"")):
         if is_anothers(text):
             raise ValueError(f"{folder / name} was not written by vbdl: choose another folder")
@@ -193,7 +194,7 @@ def _content(folder: Path, name: str) -> bytes | None:
     return (folder / name).read_bytes() if check_place(folder, name) else None
 
 
-def _settings(head: dict[str, Any]) -> JobRecord | None:
+def _settings(head: Mapping[str, object]) -> JobRecord | None:
     """Return the settings in the first line of a journal, or None if the line is damaged."""
     settings = head.get("settings")
     if not isinstance(settings, dict) or not set(head) <= {"settings", "check"}:
@@ -201,7 +202,7 @@ def _settings(head: dict[str, Any]) -> JobRecord | None:
     return settings if is_whole(head, job_of(settings)) else None
 
 
-def _refuse_outsider(folder: Path, entry: dict[str, Any], names: Names, job: str, known: bool) -> None:
+def _refuse_outsider(folder: Path, entry: Mapping[str, object], names: Names, job: str, known: bool) -> None:
     """Raise ValueError if an entry names a file that its job would not have written.
 
     known: whether the settings of the records, and so the names of parts, are known.
@@ -221,7 +222,7 @@ def _refuse_outsider(folder: Path, entry: dict[str, Any], names: Names, job: str
     )
 
 
-def _usable(entry: dict[str, Any], names: Names, job: str) -> TypeGuard[PartEntry]:
+def _usable(entry: Json, names: Names, job: str) -> TypeGuard[PartEntry]:
     if any(type(entry.get(key)) is not kind for key, kind in _FORM.items()):
         return False
     if any(key not in _FORM and not (key in _MORE and type(value) is _MORE[key]) for key, value in entry.items()):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from vbdl import former
 from vbdl.batch.records import Manifest, PartEntry
-from vbdl.batch.sources import printable
+from vbdl.batch.sources.source import printable
 
 
 @dataclass

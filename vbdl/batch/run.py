@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
 from vbdl.batch.job import Job
-from vbdl.batch.sources import Source
+from vbdl.batch.sources.source import Source
 from vbdl.batch.worker import ChunkResult
 from vbdl.progress import Progress
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vbdl.batch.job import Job
-from vbdl.batch.table_file import TableFile
+from vbdl.batch.sources.table_file import TableFile
 from vbdl.tabular.reading import arrow
 
 if TYPE_CHECKING:

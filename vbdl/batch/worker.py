@@ -16,8 +16,8 @@ from vbdl.batch.encoding import CellCounts, Encoder
 from vbdl.batch.job import Job
 from vbdl.batch.keeping import as_settled
 from vbdl.batch.model import row_shape
-from vbdl.batch.output import fields
-from vbdl.batch.sources import Chunk, one_line
+from vbdl.batch.output import Columns, fields
+from vbdl.batch.sources.source import Chunk, one_line
 from vbdl.calling.inputs import map_inputs, tensors
 from vbdl.engine.predictor import Predictor
 from vbdl.tabular.reading import arrow
@@ -26,7 +26,6 @@ from vbdl.types import Inputs
 if TYPE_CHECKING:
     import pyarrow
 
-Columns = dict[str, "pyarrow.Array"]
 Reasons = dict[int, str]
 """{row: why it cannot be used}"""
 
@@ -95,26 +94,26 @@ class Worker:
             numbers = np.flatnonzero(keep)
             rejected += [(int(chunk.rows[numbers[r]]), reason) for r, reason in without.items()]
             keep[numbers[list(without)]] = False
-        carried = {"row_id": pa.array(chunk.rows[keep]), **self._kept(chunk, keep, columns)}
+        carried = {"row_id": pa.array(chunk.rows[keep]), **self._copied(chunk, keep, columns)}
         return ChunkResult(pa.table({**carried, **columns}), sorted(rejected), encoded.cells)
 
-    def _kept(self, chunk: Chunk, keep: np.ndarray, columns: Columns) -> Columns:
-        """Return the kept input columns, for the rows in the mask `keep`."""
+    def _copied(self, chunk: Chunk, keep: np.ndarray, columns: Columns) -> Columns:
+        """Return the input columns that are copied to the output, for the rows in the mask `keep`."""
         if not self.job.options.keep:
             return {}
         if isinstance(chunk.data, Tensor | Sequence | Mapping):
             raise ValueError("keep is for columns of tables, and the rows of this source have no columns: leave it out")
         pa = arrow()
         rows = chunk.data.filter(pa.array(keep))
-        kept: Columns = {}
+        copies: Columns = {}
         for name in self.job.options.keep:
-            if name == "row_id" or name in kept or name in columns:
+            if name == "row_id" or name in copies or name in columns:
                 raise ValueError(f"column {name!r} would stand in the output twice: rename it in the input")
             try:
-                kept[name] = as_settled(rows.column(name), name, self.job.kept)
+                copies[name] = as_settled(rows.column(name), name, self.job.kept)
             except (KeyError, pa.ArrowException) as error:
                 raise Misfit(f"column {name!r} cannot be kept: {one_line(error)}") from error
-        return kept
+        return copies
 
     def _predict(self, x: Inputs, n: int) -> tuple[Columns, Reasons]:
         """Return the output columns of n rows, and {row: reason} of the rows that have none.

@@ -6,11 +6,12 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vbdl.batch.arrays import write_array
 from vbdl.batch.records import FileIdentity
 from vbdl.tabular.reading import arrow
+from vbdl.types import Keywords
 
 if TYPE_CHECKING:
     import pyarrow
@@ -98,7 +99,7 @@ def write_table(table: "pyarrow.Table", path: Path, kind: str) -> None:
                 writer.write_table(table)
 
 
-def parquet_options(schema: "pyarrow.Schema") -> dict[str, Any]:
+def parquet_options(schema: "pyarrow.Schema") -> Keywords:
     """Return the options for writing Parquet: dictionaries for text only, because numbers are written faster without
     them and take no more space."""
     words = [f.name for f in schema if arrow().types.is_string(f.type)]

@@ -4,7 +4,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import SupportsIndex, TypedDict
 
 import torch
 
@@ -13,6 +13,27 @@ from vbdl.types import Posterior
 DEFAULT_SAMPLES = 32
 DEFAULT_TILES = (1, 8, 64)
 INVARIANT_TILES = (64,)
+
+
+class PredictorOptions(TypedDict, total=False):
+    """The keyword-only arguments of `vbdl.Predictor`; see there for what each means."""
+
+    tiles: int | Sequence[int] | None
+    batch_invariant: bool
+    compile: bool
+    memory_budget: int
+    chunk_size: int | None
+    autocast: torch.dtype | None
+    joint: bool
+    estimator: str
+    device: torch.device | str | None
+
+
+class PredictorArguments(PredictorOptions, total=False):
+    """The arguments of `vbdl.Predictor` besides the posterior and the likelihood."""
+
+    n_samples: int | None
+    seed: int
 
 
 @dataclass(frozen=True)

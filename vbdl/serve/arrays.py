@@ -45,7 +45,7 @@ def tensor(array: np.ndarray, entry: InputEntry, name: str) -> Tensor:
 def nested(raw: msgspec.Raw, entry: InputEntry, name: str, max_rows: int) -> np.ndarray:
     """Convert nested JSON arrays of numbers to an array. Raises Refused for booleans, text or a wrong depth."""
     dtype = DTYPES[entry.dtype]
-    kind: Any
+    kind: Any  # built at run time: list[list[float]] for rows of two axes
     kind, stored = (float, "f8") if dtype.is_floating_point else (bool, "?") if dtype == torch.bool else (int, "i8")
     if memoryview(raw).nbytes > LARGE:
 
@@ -55,8 +55,8 @@ def nested(raw: msgspec.Raw, entry: InputEntry, name: str, max_rows: int) -> np.
                 check_finite(values, name, dtype)
             return values
 
-        held = np.dtype(NUMPY.get(dtype, stored))
-        return counted.array(bytes(raw), tuple(entry.shape), held, max_rows, name, build)
+        of_result = np.dtype(NUMPY.get(dtype, stored))
+        return counted.array(bytes(raw), tuple(entry.shape), of_result, max_rows, name, build)
     for _ in range(len(entry.shape) + 1):
         kind = list[kind]
     values = decode(raw, kind, f"{name}: ")
@@ -64,9 +64,9 @@ def nested(raw: msgspec.Raw, entry: InputEntry, name: str, max_rows: int) -> np.
     return _stored(values, stored, entry, name)
 
 
-def _stored(found: list, stored: str, entry: InputEntry, name: str) -> np.ndarray:
+def _stored(values: list, stored: str, entry: InputEntry, name: str) -> np.ndarray:
     try:
-        return np.array(found, dtype=stored)
+        return np.array(values, dtype=stored)
     except (ValueError, OverflowError, TypeError):
         raise Refused(
             422, "bad_body", f"rows of {name!r} have shape {entry.shape}: these are ragged, or too large"

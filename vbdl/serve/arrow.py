@@ -37,14 +37,14 @@ def read(body: bytes, max_rows: int) -> "pyarrow.Table":
             table.validate()
             for name, column in zip(table.column_names, table.columns, strict=True):
                 if (longest := max(map(_longest, column.chunks), default=0)) * len(column) > UNPACKED:
-                    said = f"column {name[:60]!r} shares a value of {longest} bytes, which could unpack to gigabytes"
-                    raise Refused(413, "too_large", said)
+                    message = f"column {name[:60]!r} shares a value of {longest} bytes, which could unpack to gigabytes"
+                    raise Refused(413, "too_large", message)
             table.validate(full=True)
     except Refused:
         raise
     except Exception as error:  # damaged bytes make Arrow raise errors of many kinds
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refused(400, "bad_arrow", f"the body is no Arrow IPC stream: {said[:200]}") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refused(400, "bad_arrow", f"the body is no Arrow IPC stream: {reason[:200]}") from None
     if table.num_rows > max_rows:
         raise Refused(413, "too_many_rows", f"{table.num_rows} rows, at most {max_rows} are taken")
     return table

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ QUICK = 0.002  # seconds that a tile may block the event loop
 PATIENCE = 0.005  # seconds until a request starts to watch for its client leaving: most are answered by then
 _SHARE = 0.8  # share of a deadline for computing; the rest is for sending the answer
 _log = logging.getLogger(__name__)
+_Prediction = TypeVar("_Prediction", bound=Prediction)
 
 
 @dataclasses.dataclass(eq=False)
@@ -251,7 +252,7 @@ def _settle(future: asyncio.Future, answer: object) -> None:
         future.set_result(answer)
 
 
-def rows_of(prediction: Any, start: int, stop: int) -> Any:
+def rows_of(prediction: _Prediction, start: int, stop: int) -> _Prediction:
     """The rows [start, stop) of a prediction; the first axis of each of its tensors is the batch."""
     values = {field.name: vars(prediction)[field.name] for field in dataclasses.fields(prediction)}
     rows = {name: value[start:stop] for name, value in values.items() if isinstance(value, Tensor)}

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import msgspec
 import numpy as np
@@ -26,7 +26,6 @@ from vbdl.types import Inputs
 if TYPE_CHECKING:
     import pyarrow
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 Cell = float | int | bool | str | None
@@ -50,14 +49,16 @@ class _Arrays(msgspec.Struct, forbid_unknown_fields=True):
     inputs: msgspec.Raw
 
 
+_ROWS = msgspec.json.Decoder(_Rows)
+_RAW_ROWS = msgspec.json.Decoder(_RawRows)
+_ARRAYS = msgspec.json.Decoder(_Arrays)
+
+
 class Bodies:
     """Parses the bodies of requests for one model: rows of a table by `schema`, or arrays by `inputs`."""
 
     def __init__(self, schema: Schema | None, inputs: Signature | None):
         self.schema, self.inputs = schema, inputs
-        self._decoders: dict[type, msgspec.json.Decoder[Any]] = {
-            kind: msgspec.json.Decoder(kind) for kind in (_Rows, _RawRows, _Arrays)
-        }
 
     @property
     def entries(self) -> list[InputEntry]:
@@ -65,14 +66,14 @@ class Bodies:
         assert self.inputs is not None
         return self.inputs.tensors
 
-    def together(self, found: list[Tensor]) -> Inputs:
+    def together(self, tensors: list[Tensor]) -> Inputs:
         """Arrange the input tensors as the predictor takes them: one, a tuple, or a dict."""
         assert self.inputs is not None
         if self.inputs.layout == "tensor":
-            return found[0]
+            return tensors[0]
         if self.inputs.layout == "positional":
-            return tuple(found)
-        return {key_of(i, e): t for i, (e, t) in enumerate(zip(self.entries, found, strict=True))}
+            return tuple(tensors)
+        return {key_of(i, e): t for i, (e, t) in enumerate(zip(self.entries, tensors, strict=True))}
 
     def read(self, media: str, body: bytes, max_rows: int) -> Read:
         """Parse a body: (inputs, rows, notes). Raises Refused with the reason if the model cannot take it."""
@@ -90,9 +91,6 @@ class Bodies:
         except Exception as error:  # damaged bytes may make a parser raise any error, which is no error of the service
             _unforeseen(error)
 
-    def _decode(self, body: bytes, kind: type[T]) -> T:
-        return decode(body, kind, "", self._decoders[kind])
-
     def _json(self, body: bytes, max_rows: int) -> Read:
         if self.schema is not None:
             return self._json_rows(self.schema, body, max_rows)
@@ -100,7 +98,7 @@ class Bodies:
         keys = 1 + len(entries) * named
         if len(body) > LARGE and body.count(b":") > keys:  # counted before an object of a million keys is built
             raise Refused(422, "bad_body", f"a body has {keys} keys, this one has more")
-        request = self._decode(body, _Arrays)
+        request = decode(body, _ARRAYS)
         raws = {key_of(0, entries[0]): request.inputs}
         if named:
             raws = decode(request.inputs, dict[str, msgspec.Raw], "inputs: ")
@@ -113,7 +111,7 @@ class Bodies:
 
     def _json_rows(self, schema: Schema, body: bytes, max_rows: int) -> Read:
         if len(body) <= LARGE:
-            rows = self._decode(body, _Rows).rows
+            rows = decode(body, _ROWS).rows
             check_rows(len(rows), max_rows)
             refuse_twice(body, 1 + sum(map(len, rows)))
             return self._encoded(rows)
@@ -127,12 +125,12 @@ class Bodies:
             keys += len(cells)
             return cells
 
-        text = bytes(self._decode(body, _RawRows).rows)
+        text = bytes(decode(body, _RAW_ROWS).rows)
         for rows in counted.rows(text, len(schema.columns), max_rows, build):
             parts.append(self._encode(rows, sum(len(part.x) for part in parts)))
         check_rows(sum(len(part.x) for part in parts), max_rows)
         refuse_twice(body, keys)
-        return _told(_joined(parts))
+        return _accepted(_joined(parts))
 
     def _arrow(self, body: bytes, max_rows: int) -> Read:
         table = arrow.read(body, max_rows)
@@ -150,8 +148,8 @@ class Bodies:
             try:
                 numbers = column.cast("float64").to_numpy()
             except Exception as error:  # Arrow's errors are of many kinds
-                said = (str(error).splitlines() or [""])[0]
-                raise Refused(422, "bad_body", f"a column is not of numbers: {said[:200]}") from None
+                reason = (str(error).splitlines() or [""])[0]
+                raise Refused(422, "bad_body", f"a column is not of numbers: {reason[:200]}") from None
             if dtype.is_floating_point:
                 check_finite(numbers, self.entries[0].name or "0", dtype)
             values[:, k] = numbers
@@ -167,7 +165,7 @@ class Bodies:
         return self._checked([array], max_rows)
 
     def _encoded(self, rows: "list[Row] | pyarrow.Table") -> Read:
-        return _told(self._encode(rows))
+        return _accepted(self._encode(rows))
 
     def _encode(self, rows: "list[Row] | pyarrow.Table", first: int = 0) -> Encoded:
         """Encode the rows of a table as network inputs. first: the number of the first row."""
@@ -206,17 +204,17 @@ class Bodies:
 
 def _unforeseen(error: Exception) -> NoReturn:
     """Refuse a body on which a parser raised an unforeseen error, and log it."""
-    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-    _log.warning("a body was refused for a reason that was not foreseen: %s", said)
-    raise Refused(400, "bad_body", f"the body cannot be read ({said})") from None
+    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    _log.warning("a body was refused for a reason that was not foreseen: %s", reason)
+    raise Refused(400, "bad_body", f"the body cannot be read ({reason})") from None
 
 
-def _told(encoded: Encoded) -> Read:
+def _accepted(encoded: Encoded) -> Read:
     """Return (inputs, rows, notes) of an encoded table. Raises Refused if a row was rejected."""
     if encoded.rejected:
         row, reason = min(encoded.rejected.items())
-        said = f"{len(encoded.rejected)} of {len(encoded.x)} rows: row {row}: {reason[:300]}"
-        raise Refused(422, "bad_row", said)
+        message = f"{len(encoded.rejected)} of {len(encoded.x)} rows: row {row}: {reason[:300]}"
+        raise Refused(422, "bad_row", message)
     notes = {"imputed": encoded.imputed, "unseen": encoded.unseen}
     return encoded.x, len(encoded.x), {name: counts for name, counts in notes.items() if counts}
 

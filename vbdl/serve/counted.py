@@ -25,13 +25,13 @@ def outside_strings(text: bytes) -> bytes:
     """Return valid JSON without the content of its strings, so that brackets, colons and commas can be counted."""
     if b"\\" in text:
         text = text.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-    kept, inside = [], np.uint8(0)
+    outside, inside = [], np.uint8(0)
     for start in range(0, len(text), _BLOCK):
         block = np.frombuffer(text, np.uint8, min(_BLOCK, len(text) - start), start)
         parity = (np.cumsum(block == ord('"'), dtype=np.uint8) & 1) ^ inside
-        kept.append(block[parity == 0].tobytes())
+        outside.append(block[parity == 0].tobytes())
         inside = parity[-1]
-    return b"".join(kept)
+    return b"".join(outside)
 
 
 def refuse_twice(text: bytes, keys: int) -> None:
@@ -69,8 +69,8 @@ def array(
     row = _skeleton(shape)
     opened, commas = text.count(b"["), text.count(b",")
     if opened > 1 + max_rows * row.count(b"[") or commas > max_rows * (1 + row.count(b",")):
-        said = f"{name!r} holds more than {max_rows} rows of shape {list(shape)}: at most {max_rows} rows are taken"
-        raise Refused(413, "too_many_rows", said)
+        message = f"{name!r} holds more than {max_rows} rows of shape {list(shape)}: at most {max_rows} rows are taken"
+        raise Refused(413, "too_many_rows", message)
     rows = (opened - 1) // row.count(b"[") if shape else commas + 1
     # without its values a body consists of brackets and commas, which its shape determines
     values = b"truefalse" if dtype.kind == "b" else b"0123456789+-.eE"

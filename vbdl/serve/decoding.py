@@ -9,10 +9,13 @@ from vbdl.serve.limits import Refused
 T = TypeVar("T")
 
 
-def decode(raw: msgspec.Raw | bytes, kind: type[T], name: str, decoder: "msgspec.json.Decoder[T] | None" = None) -> T:
-    """Decode JSON to this type. Raises Refused, with `name` before the reason, for JSON of another type."""
+def decode(raw: msgspec.Raw | bytes, kind: "type[T] | msgspec.json.Decoder[T]", name: str = "") -> T:
+    """Decode JSON to this type. Raises Refused, with `name` before the reason, for JSON of another type.
+
+    kind: the type, or a decoder of it, which is faster.
+    """
     try:
-        return msgspec.json.decode(raw, type=kind) if decoder is None else decoder.decode(raw)
+        return kind.decode(raw) if isinstance(kind, msgspec.json.Decoder) else msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
         raise Refused(422, "bad_body", f"{name}{error}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -1,7 +1,6 @@
 """JSON Schemas for the requests of a model: a row of a table, an array, a whole body."""
 
 import datetime
-from typing import Any
 
 import torch
 
@@ -10,21 +9,23 @@ from vbdl.artifact.manifest import Inputs as Signature
 from vbdl.artifact.tensors import DTYPES
 from vbdl.tabular import Schema
 from vbdl.tabular.columns import Boolean, Categorical, Column, Date, Numeric
-
-JsonObject = dict[str, Any]
-"""An object of JSON, like a JSON Schema."""
+from vbdl.types import Json
 
 LARGEST = 1e30  # largest number in a request: far enough below the largest float32 for a network to compute with
 
 
-def cell(column: Column) -> JsonObject:
+def cell(column: Column) -> Json:
     """The JSON Schema of a cell."""
     if isinstance(column, Boolean):
         return {"type": ["boolean", "null"]}
     if isinstance(column, Categorical):
-        said = "the model knows: " + ", ".join(column.categories[:50])
-        span = {"minimum": -LARGEST, "maximum": LARGEST}
-        return {"type": ["string", "integer", "null"], **span, "examples": list(column.categories), "description": said}
+        return {
+            "type": ["string", "integer", "null"],
+            "minimum": -LARGEST,
+            "maximum": LARGEST,
+            "examples": list(column.categories),
+            "description": "the model knows: " + ", ".join(column.categories[:50]),
+        }
     if isinstance(column, Date):
         # the median of the training rows in ISO format, which every order of day and month reads
         day = datetime.date(1970, 1, 1) + datetime.timedelta(days=round(column.fill))
@@ -38,10 +39,10 @@ def written(column: Column) -> bool:
     return isinstance(column, Numeric) and column.written is not None
 
 
-def array(entry: InputEntry, name: str | None = None) -> JsonObject:
+def array(entry: InputEntry, name: str | None = None) -> Json:
     """The JSON Schema of a row of an input tensor."""
     dtype = DTYPES[entry.dtype]
-    schema: JsonObject
+    schema: Json
     if dtype.is_floating_point:
         schema = {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}
     elif dtype == torch.bool:
@@ -58,7 +59,7 @@ def key_of(index: int, entry: InputEntry) -> str:
     return str(index) if entry.name is None else entry.name
 
 
-def row(schema: Schema) -> JsonObject:
+def row(schema: Schema) -> Json:
     """The JSON Schema of a row of a table."""
     return {
         "type": "object",
@@ -68,7 +69,7 @@ def row(schema: Schema) -> JsonObject:
     }
 
 
-def body(schema: Schema | None, inputs: Signature | None, max_rows: int) -> JsonObject:
+def body(schema: Schema | None, inputs: Signature | None, max_rows: int) -> Json:
     """The JSON Schema of the body of a request."""
     if schema is not None:
         rows = {"type": "array", "items": row(schema), "minItems": 1, "maxItems": max_rows}

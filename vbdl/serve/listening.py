@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE, Config
@@ -41,7 +40,7 @@ class Server(uvicorn.Server):
         self.limits, self.patiently = limits, patiently
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.servers: list[Any] = []
+        self.servers: list[Accepting] = []
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
@@ -118,7 +117,7 @@ class Accepting:
     def __init__(self, server: Server, listening: socket.socket, most: int):
         self._server, self._listening, self._most = server, listening, most
         self._loop = asyncio.get_running_loop()
-        self.taken, self._said = 0, False
+        self.taken, self._has_warned = 0, False
         self._tasks: set[asyncio.Task] = set()
         self._reserve: dict[asyncio.Task, Patient | None] = {}  # oldest first; None during the TLS handshake
         self._again: asyncio.TimerHandle | None = None
@@ -149,10 +148,10 @@ class Accepting:
                 self._loop.remove_reader(self._listening)
                 self._again = self._loop.call_later(0.5, self._listen)
             return  # another worker has accepted it, or the client has left
-        if self.taken >= self._most and not self._said:
-            self._said = True
+        if self.taken >= self._most and not self._has_warned:
+            self._has_warned = True
             _log.warning(
-                "%d connections are open: others are refused, but for probes (said once; see --max-connections)",
+                "%d connections are open: others are refused, but for probes (logged once; see --max-connections)",
                 self.taken,
             )
         reserved = self.taken >= self._most
@@ -243,9 +242,9 @@ class Worker(Process):
     @property
     def server(self) -> uvicorn.Server:
         if self._server is None:
-            from vbdl.serve.run import told
+            from vbdl.serve.run import server_of_parent
 
-            self._server = Server(self.config, told().limits, patiently=True)
+            self._server = Server(self.config, server_of_parent().limits, patiently=True)
         return self._server
 
 

@@ -1,7 +1,7 @@
 """The model of a service: loads and warms up an artifact, turns predictions into answers, describes the model."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 import numpy as np
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from vbdl import tabular
 from vbdl.artifact.files import locate, read_whole
-from vbdl.artifact.loading import load
+from vbdl.artifact.loading import LoadOptions, load
 from vbdl.artifact.manifest import CARD
 from vbdl.artifact.tensors import DTYPES
 from vbdl.engine.adaptive import step_size
 from vbdl.serve import json_schema
-from vbdl.serve.bodies import Bodies
-from vbdl.types import Inputs, Prediction
+from vbdl.serve.bodies import Bodies, Notes
+from vbdl.types import Inputs, Json, Prediction
+
+if TYPE_CHECKING:
+    from vbdl.batch.output import Columns
 
 
 class Model:
@@ -26,7 +29,7 @@ class Model:
     describe its inputs.
     """
 
-    def __init__(self, folder: str | Path, **settings: Any):
+    def __init__(self, folder: str | Path, **settings: Unpack[LoadOptions]):
         self.name = Path(folder).resolve().name
         # requests share batches, and an answer must not depend on the other rows of its batch
         self.predictor = load(folder, **{"batch_invariant": True, **settings})
@@ -40,7 +43,7 @@ class Model:
         self.classes = self._classes()
         self.bodies = Bodies(self.schema, self.manifest.inputs)
 
-    def _classes(self) -> list[Any] | None:
+    def _classes(self) -> list[str | int | bool] | None:
         target = self.schema.target if self.schema else None
         if target is None or target.classes is None:
             return None
@@ -71,7 +74,7 @@ class Model:
 
     # -- predictions to answers
 
-    def answer(self, prediction: Prediction, notes: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, prediction: Prediction, notes: Notes) -> Json:
         """Return the JSON answer: one object per row; infinite and unknown numbers become null."""
         classes = self.classes
         columns: dict[str, list] = {name: _single(value).tolist() for name, value in prediction.values().items()}
@@ -85,12 +88,12 @@ class Model:
             ]
         names = list(columns)
         predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        answer: dict[str, Any] = {"predictions": predictions, "n_samples": _counts(prediction)}
+        answer: Json = {"predictions": predictions, "n_samples": _counts(prediction)}
         if self.classes is not None:
             answer["classes"] = self.classes
         return answer | ({"notes": notes} if notes else {})
 
-    def columns(self, prediction: Prediction) -> dict[str, Any]:
+    def columns(self, prediction: Prediction) -> "Columns":
         """Return {name: Arrow array} of the columns that `vbdl predict` writes, and of the number of draws."""
         import pyarrow as pa
 
@@ -101,7 +104,7 @@ class Model:
 
     # -- descriptions
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Json:
         """Return the description of the model that `GET /v1/model` answers with."""
         m = self.manifest
         return {

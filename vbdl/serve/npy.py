@@ -34,8 +34,8 @@ def read(body: bytes, axes: int) -> np.ndarray:
     fortran, shape, dtype = _header(body[begin:end])
     size = math.prod(shape) * dtype.itemsize
     if len(body) - end != size:
-        said = "x".join(map(str, shape[:8])) + ("..." if len(shape) > 8 else "")
-        raise _bad(f"an array of {said[:80]} {dtype} takes another number of bytes than {len(body) - end}")
+        axes_text = "x".join(map(str, shape[:8])) + ("..." if len(shape) > 8 else "")
+        raise _bad(f"an array of {axes_text[:80]} {dtype} takes another number of bytes than {len(body) - end}")
     if not shape:
         raise Refused(422, "bad_body", "an array has rows first, this is one number")
     if len(shape) != axes:
@@ -71,5 +71,5 @@ def _header(text: bytes) -> tuple[bool, tuple[int, ...], np.dtype]:
     return fields[b"fortran_order"] == "True", shape, np.dtype(order + kind)
 
 
-def _bad(said: str) -> Refused:
-    return Refused(400, "bad_npy", f"the body is no .npy array: {said}")
+def _bad(reason: str) -> Refused:
+    return Refused(400, "bad_npy", f"the body is no .npy array: {reason}")

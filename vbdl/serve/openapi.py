@@ -2,15 +2,15 @@
 
 import vbdl
 from vbdl.serve import json_schema
-from vbdl.serve.json_schema import JsonObject
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
+from vbdl.types import Json
 
 _NUMBER = {"type": ["number", "null"]}
 _ANY = {"description": "a number, or an array of numbers where outputs are several"}
 
 
-def document(model: Model, limits: Limits, token: bool) -> JsonObject:
+def document(model: Model, limits: Limits, token: bool) -> Json:
     """Return the OpenAPI 3.1 document, with the columns or shapes of this model's rows."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     refused = {
@@ -25,7 +25,7 @@ def document(model: Model, limits: Limits, token: bool) -> JsonObject:
     if token:
         refused["401"] = "no token, or a wrong one"
     refused["421"] = "a Host header that is not allowed"
-    responses: JsonObject = {status: {"description": said, "content": error} for status, said in refused.items()}
+    responses: Json = {status: {"description": reason, "content": error} for status, reason in refused.items()}
     responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}}
     responses["200"] = {
         "description": "a prediction for each row, in their order",
@@ -35,20 +35,18 @@ def document(model: Model, limits: Limits, token: bool) -> JsonObject:
         },
     }
     guarded = {"401": responses["401"]} if token else {}
-    plain = lambda said, media, extra=None: {
-        "200": {"description": said, "content": {media: {}}},
+    plain = lambda description, media, extra=None: {
+        "200": {"description": description, "content": {media: {}}},
         "421": responses["421"],
         **(extra or {}),
     }
     probe = {"503": {"description": "not now", "content": {"application/json": {}}}}
-    body: JsonObject = {
-        "application/json": {"schema": json_schema.body(model.schema, model.manifest.inputs, limits.rows)}
-    }
+    body: Json = {"application/json": {"schema": json_schema.body(model.schema, model.manifest.inputs, limits.rows)}}
     binary = {"schema": {"type": "string", "format": "binary"}}
     body["application/vnd.apache.arrow.stream"] = binary
     if model.schema is None and len(model.bodies.entries) == 1:
         body["application/x-npy"] = binary
-    openapi: JsonObject = {
+    openapi: Json = {
         "openapi": "3.1.0",
         "info": {
             "title": model.name,

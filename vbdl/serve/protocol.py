@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
+from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from vbdl.serve.limits import Limits
+from vbdl.types import Json
 
 PROBES = ("/health", "/ready", "/metrics")
 _GRACE = 0.5  # seconds beyond the limit, in which the application may itself refuse a slow body
@@ -21,13 +23,15 @@ class Patient(HttpToolsProtocol):
 
     def __init__(
         self,
-        *arguments: Any,
+        config: Config,
+        server_state: ServerState,
+        app_state: Json,
+        *,
         limits: Limits,
         reserved: bool = False,
         ended: Callable[[], None] = lambda: None,
-        **options: Any,
     ):
-        super().__init__(*arguments, **options)
+        super().__init__(config, server_state, app_state)
         self._limits, self._reserved, self._ended = limits, reserved, ended
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None  # runs while the client does not read an answer
@@ -70,7 +74,7 @@ class Patient(HttpToolsProtocol):
         if self._reserved and self.cycle is not None:
             self.cycle.keep_alive = False
             if self.scope.get("path") not in PROBES:
-                self._say(503, "all connections are taken; try again in 1 s", "retry-after: 1\r\n")
+                self._refuse(503, "all connections are taken; try again in 1 s", "retry-after: 1\r\n")
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -114,11 +118,11 @@ class Patient(HttpToolsProtocol):
         if self.transport.is_closing() or not self._receiving or self._headers or began:
             self.transport.abort()  # close() would wait until such a client has read everything
             return
-        self._say(408, f"the body took longer than {self._limits.body_seconds:g} s")
+        self._refuse(408, f"the body took longer than {self._limits.body_seconds:g} s")
 
-    def _say(self, status: int, said: str, more: str = "") -> None:
+    def _refuse(self, status: int, message: str, more: str = "") -> None:
         """Send an error without the application, and close the connection."""
-        body = f'{{"error":{{"code":"{"slow" if status == 408 else "busy"}","message":"{said}"}}}}'
+        body = f'{{"error":{{"code":"{"slow" if status == 408 else "busy"}","message":"{message}"}}}}'
         head = f"HTTP/1.1 {status} {'Request Timeout' if status == 408 else 'Service Unavailable'}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{more}connection: close\r\n\r\n"
         self.cycle.disconnected = True  # the application then takes the client for gone

@@ -7,13 +7,17 @@ between: use Ray for more load than one machine takes, and `vbdl serve` for low 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 
+from vbdl.artifact.loading import LoadOptions
 from vbdl.serve.app import app
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 
 def deployment(
@@ -22,9 +26,9 @@ def deployment(
     limits: Limits | None = None,
     token: str | None = None,
     threads: int = 1,
-    settings: dict[str, Any] | None = None,
+    settings: LoadOptions | None = None,
     **options: Any,
-) -> Any:
+) -> "Application":
     """Return a bound deployment of the artifact, for `serve.run`.
 
     folder: the artifact's folder, which must exist on every machine with a replica. threads: number of threads of torch

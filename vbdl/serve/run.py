@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,6 +15,7 @@ from vbdl.serve import listening
 from vbdl.serve.app import LOOPBACK, app
 from vbdl.serve.limits import Limits
 from vbdl.serve.model import Model
+from vbdl.types import Keywords
 
 _WORKER = "VBDL_SERVE"  # environment variable with the options of a worker as JSON; the token has another variable
 TOKEN = "VBDL_TOKEN"
@@ -32,7 +32,7 @@ class Server:
     port: int = 8000
     workers: int = 1
     threads: int = 1  # number of threads of torch in each worker
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of vbdl.load, as JSON holds them
+    settings: Keywords = dataclasses.field(default_factory=dict)  # arguments of vbdl.load, as JSON holds them
     limits: Limits = Limits()
     hosts: tuple[str, ...] = ()  # host names besides those of the loopback address
     tls_certificate: str | None = None
@@ -51,12 +51,12 @@ def run(server: Server) -> None:
         raise ValueError("TLS needs both a certificate and its key")
     for file in (server.tls_certificate, server.tls_key):
         if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"{file} is not there")
+            raise FileNotFoundError(f"there is no file {file}: give the path of the certificate or key")
     if not server.loopback and not os.environ.get(TOKEN):
         _log.warning("listening on %s without a token: whoever reaches it can use the model", server.host)
     if not server.loopback and server.tls_certificate is None:
         _log.warning("listening on %s without TLS: what is sent can be read on the way", server.host)
-    options: dict[str, Any] = {
+    options: Keywords = {
         "host": server.host,
         "port": server.port,
         "timeout_graceful_shutdown": DRAIN,
@@ -70,7 +70,7 @@ def run(server: Server) -> None:
         "lifespan": "on",
     }
     if server.workers == 1:
-        one = listening.Server(uvicorn.Config(_made(server), **options), server.limits)
+        one = listening.Server(uvicorn.Config(_application(server), **options), server.limits)
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 one.run()
@@ -89,16 +89,17 @@ def run(server: Server) -> None:
 def worker() -> Starlette:
     """Create the application in one of several worker processes."""
     logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
-    return _made(told())
+    return _application(server_of_parent())
 
 
-def told() -> Server:
+def server_of_parent() -> Server:
     """The options that the parent passed to this worker process."""
     options = json.loads(os.environ[_WORKER])
     return Server(**{**options, "limits": Limits(**options["limits"]), "hosts": tuple(options["hosts"])})
 
 
-def _made(server: Server) -> Starlette:
+def _application(server: Server) -> Starlette:
+    """Load the model of this process, and return its application."""
     import torch
 
     if server.threads:

@@ -149,8 +149,8 @@ def _refuse_not_finite(prediction: Prediction) -> None:
     finite = means.isfinite().flatten(1).all(1) if means.ndim > 1 else means.isfinite()
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
-        said = f"row {row}: the network's outputs are beyond what its floating-point type holds, or no numbers"
-        raise Refused(422, "not_predictable", f"{said}; {int((~finite).sum())} of {len(finite)} rows are so")
+        reason = f"row {row}: the network's outputs are beyond what its floating-point type holds, or no numbers"
+        raise Refused(422, "not_predictable", f"{reason}; {int((~finite).sum())} of {len(finite)} rows are so")
 
 
 async def respond(send: Send, status: int, media: str, body: bytes, extra: dict[str, str] | None = None) -> None:

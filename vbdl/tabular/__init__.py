@@ -6,7 +6,6 @@ the artifact of such a predictor.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from vbdl import former
 from vbdl.tabular.fitting import Fitted as Fitted
@@ -20,7 +19,7 @@ from vbdl.tabular.schema import Encoded as Encoded
 from vbdl.tabular.schema import Schema as Schema
 
 
-def schema_of(extras: Mapping[str, Any] | None) -> Schema | None:
+def schema_of(extras: Mapping[str, object] | None) -> Schema | None:
     """The schema in the extras of an artifact, or None if its model was not trained on a table."""
     description = (extras or {}).get(KEY)
     return None if description is None else Schema.from_dict(description)

@@ -5,7 +5,6 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,13 +111,13 @@ def calibrate_by_default(predictor: Predictor, rows: CalibrationRows, coverage: 
         _scale(calibrated, first, seed)
     if halves is not None:
         rest, alpha = rows.take(halves[1]), 1 - coverage
-        method: Any = NormalizedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
+        method = NormalizedIntervals(alpha) if rest.y.is_floating_point() else ConformalSets(alpha)
         calibrated.predictor = calibrate(calibrated.predictor, (rest.x, rest.y), method, allow_overlap=rows.meant)
     return calibrated
 
 
 def _scale(calibrated: Calibrated, rows: CalibrationRows, seed: int) -> None:
-    method: Any = StdScaling() if rows.y.is_floating_point() else Temperature()
+    method = StdScaling() if rows.y.is_floating_point() else Temperature()
     name = "std scaling" if rows.y.is_floating_point() else "temperature"
     try:
         scores = _cross_fitted(calibrated.predictor, rows, method, seed)
@@ -126,19 +125,21 @@ def _scale(calibrated: Calibrated, rows: CalibrationRows, seed: int) -> None:
             calibrated.notes.append(f"no {name}: the calibration rows are of too few groups or instants to compare it")
             return
         none, with_it = scores
-        said = f"NLL of {len(rows)} held-out calibration rows {with_it:.4g} with it, {none:.4g} without"
+        comparison = f"NLL of {len(rows)} held-out calibration rows {with_it:.4g} with it, {none:.4g} without"
         if not with_it < none:
-            calibrated.notes.append(f"no {name}, which would make predictions worse: {said}")
+            calibrated.notes.append(f"no {name}, which would make predictions worse: {comparison}")
             return
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "the temperature ended at its limit")
             calibrated.predictor = calibrate(calibrated.predictor, (rows.x, rows.y), method, allow_overlap=rows.meant)
-        calibrated.notes.append(f"{name} fitted: {said}")
+        calibrated.notes.append(f"{name} fitted: {comparison}")
     except UserWarning as error:
         calibrated.notes.append(f"no temperature was fitted: {error}")
 
 
-def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed: int) -> tuple[float, float] | None:
+def _cross_fitted(
+    predictor: Predictor, rows: CalibrationRows, method: StdScaling | Temperature, seed: int
+) -> tuple[float, float] | None:
     """Return the mean NLL of the rows without the method and with it, in nats per row.
 
     The method is cross-fitted: each fold is scored after a fit to the other folds. None if the rows cannot be divided.
@@ -146,8 +147,8 @@ def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed
     folds = rows.folds(seed)
     if folds is None:
         return None
-    prediction: Any = predictor(rows.x, samples=True)
-    samples, regress = prediction.samples, rows.y.is_floating_point()
+    samples = predictor(rows.x, samples=True).samples
+    assert samples is not None
     after = torch.empty(len(rows), dtype=torch.float64)
     for fold in folds:
         others = torch.ones(len(rows), dtype=torch.bool)
@@ -156,13 +157,14 @@ def _cross_fitted(predictor: Predictor, rows: CalibrationRows, method: Any, seed
         with warnings.catch_warnings():
             # a temperature at its limit is accepted here: the score of the held-out rows decides
             warnings.filterwarnings("ignore", "the temperature ended at its limit")
-            if regress:
+            if isinstance(fitted, StdScaling):
                 mean, log_variance = samples[:, others].unbind(-1)
                 fitted.fit(mean, (0.5 * log_variance).exp(), rows.y[others])
             else:
                 fitted.fit(samples[:, others], rows.y[others])
-        held = samples[:, fold]
-        after[fold] = _nll(fitted.samples(held) if regress else fitted(held), rows.y[fold])
+        held_out = samples[:, fold]
+        corrected = fitted.samples(held_out) if isinstance(fitted, StdScaling) else fitted(held_out)
+        after[fold] = _nll(corrected, rows.y[fold])
     return float(_nll(samples, rows.y).mean()), float(after.mean())
 
 

@@ -249,5 +249,5 @@ def day(value: object, name: str, order: str = "") -> float:
 
 
 def short(value: object) -> str:
-    said = repr(value)
-    return said if len(said) <= 40 else said[:37] + "..."
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

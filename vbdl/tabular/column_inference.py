@@ -1,6 +1,6 @@
 """Inference of the kind of one column, and of the statistics that its encoding needs, from the training rows."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
 MAX_CATEGORIES = 64  # largest number of categories: the most frequent ones; all others are `other`
 MIN_ROWS = 5  # smallest number of rows of a category with an indicator of its own
+
+
+class _Statistics(TypedDict):
+    """What the training rows say about a column of numbers: fields that `Numeric`, `Boolean` and `Date` share."""
+
+    name: str
+    missing: tuple[str, ...]
+    mean: float
+    std: float
+    fill: float
+    indicator: bool
 
 
 class ColumnCells:
@@ -49,17 +60,17 @@ class ColumnCells:
             return "it has no value in any row"
         mostly = None
         if kind in (None, "numeric") and is_text(self.whole.type if kind is None else decoded(self.whole).type):
-            found = self._numbers(kind)
-            mostly = found if isinstance(found, Mostly) else None
-            kind = "numeric" if isinstance(found, Recognized) else kind
+            recognized = self._numbers(kind)
+            mostly = recognized if isinstance(recognized, Mostly) else None
+            kind = "numeric" if isinstance(recognized, Recognized) else kind
         kind = kind or _kind(self.name, self.whole)
         if kind == "categorical":
-            found = self._categorical(mostly)
+            entry = self._categorical(mostly)
         else:
             self._read_text(kind)
-            found = self._number(kind, mostly)
-        self._say_missing()
-        return found
+            entry = self._number(kind, mostly)
+        self._note_missing()
+        return entry
 
     def _numbers(self, kind: str | None) -> Recognized | Mostly | None:
         """Return the notation of numbers in the cells, or None if they are no numbers. Adds a note about it."""
@@ -75,11 +86,11 @@ class ColumnCells:
             return None
         self.written, self.missing = recognized.written, (*self.missing, *recognized.missing)
         word, number = recognized.example
-        said = f"{word!r} is {number:.12g}" if recognized.written != PLAIN else "as every cell is one"
+        reading = f"{word!r} is {number:.12g}" if recognized.written != PLAIN else "as every cell is one"
         if recognized.missing:
             words = ", ".join(map(repr, recognized.missing))
-            said += f", {words} {'is' if len(recognized.missing) == 1 else 'are'} missing"
-        self.notes.append(f"column {self.name!r} is text read as numbers, {said} (--categorical {self.name}: words)")
+            reading += f", {words} {'is' if len(recognized.missing) == 1 else 'are'} missing"
+        self.notes.append(f"column {self.name!r} is text read as numbers, {reading} (--categorical {self.name}: words)")
         return recognized
 
     def _read_text(self, kind: str) -> None:
@@ -109,17 +120,14 @@ class ColumnCells:
 
     def _number(self, kind: str, mostly: Mostly | None) -> Column | str:
         name, rows = self.name, self.rows
-        options: dict[str, Any] = {"missing": self.missing}
         if kind == "numeric" and self.reading.decimal == "," and self.written is None:
             self.written = Written(decimal=",")  # for files that are read later
         if kind == "date":
             values, missing, rejected = days(self.training, name, self.missing, self.order)
-            options["order"] = self.order
         elif kind == "boolean":
             values, missing, rejected = booleans(self.training, name, self.missing)
         else:
             values, missing, rejected = floats(self.training, name, self.missing, self.written)
-            options["written"] = self.written
         if rejected:
             row, reason = min(rejected.items())
             hint = "" if mostly is None else f" ({_options(mostly)})"
@@ -136,15 +144,19 @@ class ColumnCells:
             )
         if not spread > 0 and not missing.any():
             return f"it is {known[0]:g} in every training row"
-        make: Any = {"numeric": Numeric, "boolean": Boolean, "date": Date}[kind]
-        return make(
-            name=name,
-            mean=float(known.mean()),
-            std=spread or 1.0,
-            fill=float(np.median(known)),
-            indicator=bool(missing.any()),
-            **options,
-        )
+        statistics: _Statistics = {
+            "name": name,
+            "missing": self.missing,
+            "mean": float(known.mean()),
+            "std": spread or 1.0,
+            "fill": float(np.median(known)),
+            "indicator": bool(missing.any()),
+        }
+        if kind == "date":
+            return Date(**statistics, order=self.order)
+        if kind == "boolean":
+            return Boolean(**statistics)
+        return Numeric(**statistics, written=self.written)
 
     def _categorical(self, mostly: Mostly | None) -> Categorical | str:
         words = without(texts(self.training), self.missing)
@@ -168,19 +180,20 @@ class ColumnCells:
         known = tuple(sorted(often[:MAX_CATEGORIES]))
         return Categorical(name=self.name, categories=known, indicator=words.null_count > 0, missing=self.missing)
 
-    def _say_missing(self) -> None:
+    def _note_missing(self) -> None:
         """Add a note about the words, in memory or in Parquet, that are read as missing cells."""
         column = decoded(self.whole)
         if not is_text(column.type):
             return
         counts = {w: n for w, n in counted(column).items() if w.strip() in self.reading.missing and w.strip()}
         if counts:
-            said = ", ".join(f"{n} times {w!r}" for w, n in counts.items())
-            self.notes.append(f"column {self.name!r}: {said} is read as missing (--missing says which words are)")
+            words = ", ".join(f"{n} times {w!r}" for w, n in counts.items())
+            self.notes.append(f"column {self.name!r}: {words} is read as missing (--missing says which words are)")
 
 
-def _options(found: Mostly) -> str:
-    shown = ", ".join(map(repr, found.others[:3])) + (", ..." if len(found.others) > 3 else "")
+def _options(mostly: Mostly) -> str:
+    """The cells that are no numbers, with the options that can make them numbers, as part of a sentence."""
+    shown = ", ".join(map(repr, mostly.others[:3])) + (", ..." if len(mostly.others) > 3 else "")
     return f"{shown} are not: --missing, --thousands and --decimal say what they are"
 
 

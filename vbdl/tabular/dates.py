@@ -120,8 +120,9 @@ def order_of(words: Iterable[str], column: str) -> str:
     return likely.pop()
 
 
-def _either(found: Mapping[str, datetime.datetime]) -> str:
-    return " or ".join(f"{when.day} {_SPOKEN[when.month - 1]} {when.year} ({order})" for order, when in found.items())
+def _either(by_order: Mapping[str, datetime.datetime]) -> str:
+    """The readings of a cell in words: 3 April 2024 (day-first) or 4 March 2024 (month-first)."""
+    return " or ".join(f"{day.day} {_SPOKEN[day.month - 1]} {day.year} ({order})" for order, day in by_order.items())
 
 
 @lru_cache(maxsize=65_536)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -12,16 +12,33 @@ from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics.estimate import Interval
 from vbdl.tabular.target import Target
-from vbdl.types import Prediction
+from vbdl.types import Json, Prediction
 
 _RESAMPLES = 500
+
+
+class ClassShares(TypedDict):
+    """The simplest predictor of classes: the share of each class in the training rows."""
+
+    shares: list[float]
+
+
+class MeanAndStd(TypedDict):
+    """The simplest predictor of numbers: the mean and the standard deviation of the training rows' targets."""
+
+    mean: float
+    std: float
+
+
+Baseline = ClassShares | MeanAndStd
+"""The simplest predictor, which gives every row the same prediction."""
 
 
 @dataclass(frozen=True)
 class Score:
     """A score with its 95 % interval, and the score of the simplest predictor.
 
-    The simplest predictor gives every row the training rows' class shares, or their mean and std.
+    The simplest predictor is a `Baseline`.
     """
 
     name: str
@@ -45,7 +62,7 @@ class Evaluation:
                 return score
         raise KeyError(f"there is no score {name!r}; there are {[s.name for s in self.scores]}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return the scores as a dict for JSON; numbers that are not finite become None."""
         return {
             "rows": self.rows,
@@ -68,10 +85,8 @@ class Evaluation:
         return "\n".join([*lines, f"on {self.rows} rows"])
 
 
-def evaluate(
-    predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: dict[str, Any] | None = None
-) -> Evaluation:
-    """Score a predictor on (x, y). base: {"shares": [...]} or {"mean": m, "std": s} of the training rows."""
+def evaluate(predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: Baseline | None = None) -> Evaluation:
+    """Score a predictor on (x, y), beside the simplest predictor `base` of the training rows if it is given."""
     if len(y) < 2:
         raise ValueError(f"an evaluation needs at least two rows, there are {len(y)}")
     if target.classes is not None:
@@ -79,13 +94,13 @@ def evaluate(
     return Evaluation(len(y), tuple(_regression(predictor(x, samples=True), y, target, base)))
 
 
-def _classification(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+def _classification(p: Prediction, y: Tensor, target: Target, base: Baseline | None) -> list[Score]:
     if p.probs is None:
         raise ValueError(f"the target {target.name} has classes, and the model predicts numbers")
     probs = p.probs.double()
     probs = probs / probs.sum(1, keepdim=True)
     simplest: dict[str, float] = {}
-    if base is not None:
+    if base is not None and "shares" in base:
         shares = torch.tensor(base["shares"], dtype=torch.float64).expand_as(probs)
         simplest = {
             "accuracy": metrics.accuracy(shares, y),
@@ -111,11 +126,11 @@ def _classification(p: Prediction, y: Tensor, target: Target, base: dict[str, An
     return scores
 
 
-def _regression(p: Prediction, y: Tensor, target: Target, base: dict[str, Any] | None) -> list[Score]:
+def _regression(p: Prediction, y: Tensor, target: Target, base: Baseline | None) -> list[Score]:
     mean, truth = p.mean.double().flatten(), y.double().flatten()
     nll = -p.log_prob(y).double()
     simplest: dict[str, float] = {}
-    if base is not None:
+    if base is not None and "mean" in base:
         center, spread = torch.full_like(truth, base["mean"]), torch.full_like(truth, base["std"])
         simplest = {
             "RMSE": metrics.rmse(center, truth),

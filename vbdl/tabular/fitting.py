@@ -1,8 +1,9 @@
 """`fit_table` trains, calibrates and evaluates a predictor of one column of a table."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,16 +13,19 @@ from vbdl.data.fingerprint import fingerprints
 from vbdl.engine.predictor import Predictor
 from vbdl.tabular.calibrating import CalibrationRows, calibrate_by_default, unseen_rows
 from vbdl.tabular.cells import decoded, is_text
-from vbdl.tabular.evaluation import Evaluation, evaluate
+from vbdl.tabular.evaluation import Baseline, Evaluation, evaluate
 from vbdl.tabular.giveaways import giveaways
 from vbdl.tabular.inference import infer, training_table
-from vbdl.tabular.network import TabularNetwork
+from vbdl.tabular.network import NetworkArguments, TabularNetwork
 from vbdl.tabular.options import TableOptions
 from vbdl.tabular.parts import Parts, divide, joined
 from vbdl.tabular.reading import ArrowColumn, Reading, arrow
 from vbdl.tabular.schema import KEY, Schema
 from vbdl.tabular.target import decide, fit_target, has_target
 from vbdl.training.fit import History, fit
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
 _MIN_ROWS = 40
@@ -43,8 +47,8 @@ class Fitted:
     rows: dict[str, Tensor]
     split: str
     left_out: dict[str, str]
-    base: dict[str, Any]
-    network: dict[str, Any]
+    base: Baseline
+    network: NetworkArguments
     test: tuple[Tensor, Tensor]
     notes: list[str] = field(default_factory=list)
 
@@ -54,7 +58,7 @@ class Fitted:
             folder,
             example=self.schema.example(),
             architecture=ARCHITECTURE,
-            arguments=self.network,
+            arguments={**self.network},
             metrics=self.evaluation.to_dict(),
             extras={
                 KEY: self.schema.to_dict(),
@@ -115,7 +119,7 @@ def fit_table(
     apart = [name for name in (group, time) if name is not None]
     for name in apart:
         if name == target:
-            raise ValueError(f"{name!r} is the target, and cannot be what the rows are split by")
+            raise ValueError(f"{name!r} is the target, by which rows cannot be split: give another column")
     ignore = (*ignore, *(name for name in apart if name not in (kinds or {})))
     parts = _divide(table, target, task, ignore, settings, group, time, reading)
     notes += parts.notes
@@ -185,7 +189,16 @@ def _words(column: ArrowColumn, known: np.ndarray) -> str:
     )
 
 
-def _divide(table, target, task, ignore, settings, group, time, reading):
+def _divide(
+    table: "pyarrow.Table",
+    target: str,
+    task: str | None,
+    ignore: Sequence[str],
+    settings: TableOptions,
+    group: str | None,
+    time: str | None,
+    reading: Reading,
+) -> Parts:
     """Divide the rows into parts by their unencoded inputs, before any statistic is computed."""
     inputs = [name for name in table.column_names if name != target and name not in ignore]
     classes = None
@@ -205,7 +218,7 @@ def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> Calib
     return CalibrationRows(x, y, together, when, parts.overlap_is_meant)
 
 
-def _base(y: Tensor, schema: Schema) -> dict[str, Any]:
+def _base(y: Tensor, schema: Schema) -> Baseline:
     """The simplest predictor: the training rows' mean and std, or class shares smoothed by one row for each class."""
     if schema.target.classes is None:
         return {"mean": float(y.double().mean()), "std": float(y.double().std())}

@@ -28,7 +28,7 @@ def kinds_of(numeric: Sequence[str] = (), categorical: Sequence[str] = (), date:
     for kind, names in (("numeric", numeric), ("categorical", categorical), ("date", date)):
         for name in names:
             if name in kinds:
-                raise ValueError(f"column {name!r} is said to be {kinds[name]} and {kind}")
+                raise ValueError(f"column {name!r} is listed as {kinds[name]} and as {kind}: leave one of them out")
             kinds[name] = kind
     return kinds
 

@@ -4,8 +4,8 @@ Periods become the instants they begin at, intervals their names, sparse columns
 types are refused with the column's name and type.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 class Shaped(Protocol):
     """An array or series of NumPy, torch, polars or another library."""
 
-    shape: Any
-    dtype: Any
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def __iter__(self) -> Iterator[Any]: ...
+    @property
+    def dtype(self) -> object: ...
+
+    def __iter__(self) -> Iterator[object]: ...
 
 
 def is_pandas(values: object) -> bool:
@@ -38,7 +41,7 @@ def from_pandas(frame: "pandas.DataFrame") -> "pyarrow.Table":
     return arrow().Table.from_arrays(columns, names=names)
 
 
-def from_columns(columns: Mapping[Any, Any]) -> "pyarrow.Table":
+def from_columns(columns: Mapping[object, Iterable[object]]) -> "pyarrow.Table":
     """{name: list, array or Series} as a `pyarrow.Table`."""
     arrays = {str(name): _column(str(name), values) for name, values in columns.items()}
     lengths = {name: len(column) for name, column in arrays.items()}
@@ -48,7 +51,7 @@ def from_columns(columns: Mapping[Any, Any]) -> "pyarrow.Table":
     return arrow().table(arrays)
 
 
-def _column(name: str, values: Any) -> ArrowColumn:
+def _column(name: str, values: Iterable[object]) -> ArrowColumn:
     pa = arrow()
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
@@ -61,7 +64,7 @@ def _column(name: str, values: Any) -> ArrowColumn:
             raise ValueError(f"column {name!r} has the shape {tuple(values.shape)}: a column has one value a row")
     elif not isinstance(values, list):
         values = list(values)
-    return _made(name, values, False)
+    return _array(name, values, False)
 
 
 def _series(name: str, series: "pandas.Series") -> ArrowColumn:
@@ -80,7 +83,7 @@ def _series(name: str, series: "pandas.Series") -> ArrowColumn:
         series = series.astype(object).map(lambda v: None if v is None or v != v else str(v))
     elif isinstance(dtype, pd.SparseDtype):
         series = series.sparse.to_dense()
-    return _made(name, series, True)
+    return _array(name, series, True)
 
 
 def _is_missing(value: object) -> bool:
@@ -90,7 +93,8 @@ def _is_missing(value: object) -> bool:
         return True
 
 
-def _made(name: str, values: Any, from_pandas: bool) -> ArrowColumn:
+def _array(name: str, values: "Shaped | list[object] | pandas.Series", from_pandas: bool) -> ArrowColumn:
+    """The values as an Arrow array. Raises ValueError if Arrow has no type for them."""
     pa = arrow()
     dtype = values.dtype if isinstance(values, Shaped) else None
     kind = dtype.kind if isinstance(dtype, np.dtype) else ""
@@ -102,6 +106,6 @@ def _made(name: str, values: Any, from_pandas: bool) -> ArrowColumn:
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         kinds = sorted({type(v).__name__ for v in list(values) if v is not None and not _is_missing(v)})
         several = f"values of several types ({', '.join(kinds)}: make them one, text for instance)"
-        held = several if len(kinds) > 1 else ", ".join(kinds) or str(kind)
-        raise ValueError(f"column {name!r} holds {held}, which is no type of a column: {error}") from error
+        contents = several if len(kinds) > 1 else ", ".join(kinds) or str(kind)
+        raise ValueError(f"column {name!r} holds {contents}, which is no type of a column: {error}") from error
     return array

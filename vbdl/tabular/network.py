@@ -1,11 +1,25 @@
 """The default network of a table: a small multilayer perceptron whose output is in the target's own unit."""
 
 import math
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 INITIAL_STD = 0.02  # initial std of the weights of a mean-field network
+
+
+class NetworkArguments(TypedDict):
+    """The arguments of `TabularNetwork`, which an artifact stores."""
+
+    inputs: int
+    outputs: int
+    width: int
+    depth: int
+    dropout: float
+    log_variance: bool
+    target_mean: float
+    target_std: float
 
 
 class TabularNetwork(nn.Module):

@@ -54,10 +54,10 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return -value if negative or "-" in signs else value
 
     def __str__(self) -> str:
-        said = f"{self.decimal!r} before decimals" if self.decimal != "." else ""
-        marks = f"{self.thousands!r} between thousands" if self.thousands else ""
+        decimal = f"{self.decimal!r} before decimals" if self.decimal != "." else ""
+        thousands = f"{self.thousands!r} between thousands" if self.thousands else ""
         unit = f"{self.unit!r} left out" if self.unit else ""
-        return ", ".join(s for s in (said, marks, unit) if s) or "plain"
+        return ", ".join(s for s in (decimal, thousands, unit) if s) or "plain"
 
 
 PLAIN = Written()

@@ -1,7 +1,7 @@
 """The options of `fit_table`, with defaults that work for tables of hundreds to some hundred thousand rows."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from vbdl import former
 from vbdl.data.splitting import DEFAULT_SHARES
@@ -10,9 +10,9 @@ from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.methods import Method, method_of
-from vbdl.tabular.network import INITIAL_STD, TabularNetwork
+from vbdl.tabular.network import INITIAL_STD, NetworkArguments, TabularNetwork
 from vbdl.tabular.schema import Schema
-from vbdl.types import Likelihood, Posterior
+from vbdl.types import Keywords, Likelihood, Posterior
 
 Noise = Literal["constant", "per-row"]
 
@@ -60,7 +60,7 @@ class TableOptions:
     def _method(self) -> Method:
         return method_of(self.method)
 
-    def network_arguments(self, schema: Schema, n_train: int) -> dict[str, Any]:
+    def network_arguments(self, schema: Schema, n_train: int) -> NetworkArguments:
         """Return the arguments of the `TabularNetwork`."""
         target, rate = schema.target, self._method.dropout if self.dropout is None else self.dropout
         if self._method.needs_dropout and rate == 0:
@@ -102,10 +102,10 @@ class TableOptions:
         """The `n_samples` of the predictor: None for an ensemble, which predicts with every member."""
         return None if self._method.has_members else self.n_samples
 
-    def training(self, n_train: int) -> dict[str, Any]:
+    def training(self, n_train: int) -> Keywords:
         """Return the arguments of `vbdl.fit`."""
-        given = {"lr": self.lr, "patience": self.patience}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        of_the_user = {"lr": self.lr, "patience": self.patience}
+        chosen = {name: value for name, value in of_the_user.items() if value is not None}
         batch = self.batch_size or (32 if n_train < 2_000 else 64 if n_train < 10_000 else 256)
         # early stopping ends most trainings long before `epochs`, so compiling pays only if an epoch is long
         large = n_train >= _ROWS_WORTH_COMPILING

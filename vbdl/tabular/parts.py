@@ -123,7 +123,7 @@ def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -
     pc = compute()
 
     reading = reading or Reading()
-    column, said = _column(table, name), ""
+    column, how = _column(table, name), ""
     kind = column.type
     if is_text(kind):
         column = without(column, reading.missing)
@@ -134,7 +134,7 @@ def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -
         words = texts(column)
         if not is_text(kind):  # as a number, 03022023 has lost its leading zero
             words = pc.utf8_lpad(words, _width(reading.date_format or ""), "0")
-        values, said = _said(words, name, reading)
+        values, how = _sortable(words, name, reading)
         column = pa.array(values)
     elif pa.types.is_integer(kind) and (order := _order_of_digits(column)):
         raise ValueError(
@@ -149,7 +149,7 @@ def moments(table: "pyarrow.Table", name: str, reading: Reading | None = None) -
         ranks = pc.rank(column, sort_keys="ascending", tiebreaker="min")
     except pa.ArrowNotImplementedError as error:
         raise ValueError(f"column {name!r} holds {kind}, which has no order in time") from error
-    return torch.from_numpy(ranks.to_numpy(zero_copy_only=False).astype(np.int64)), said
+    return torch.from_numpy(ranks.to_numpy(zero_copy_only=False).astype(np.int64)), how
 
 
 def _width(order: str) -> int:
@@ -175,11 +175,11 @@ def _order_of_digits(column: ArrowColumn) -> str | None:
     return "%d%m%Y" if dates_of(first, second, year) else "%m%d%Y" if dates_of(second, first, year) else None
 
 
-def _said(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarray, str]:
+def _sortable(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarray, str]:
     """Return (rows,) sortable values of text with dates, times of day or numbers, and how it was read, in words."""
     coded = words.dictionary_encode()
     different = coded.dictionary.to_pylist()
-    order, said = reading.date_format, ""
+    order, how = reading.date_format, ""
     numbers = recognize(dict.fromkeys(different, 1), name, reading.decimal, reading.thousands)
     if order is None and isinstance(numbers, Recognized) and not numbers.missing:
         values = [numbers.written.number(w) for w in different]
@@ -187,14 +187,14 @@ def _said(words: "pyarrow.Array", name: str, reading: Reading) -> tuple[np.ndarr
     try:
         if order is None:
             order = dates.order_of(different, name)
-            said = f", {order.replace('-', ' ')}" if order else ""
+            how = f", {order.replace('-', ' ')}" if order else ""
         instants = [dates.micros(dates.instant(w, order)) for w in different]
     except dates.NoDate as error:
         raise ValueError(
             f"column {name!r} holds text, and {error}: say how its dates are written with --date-format, %d.%m.%Y for "
             f"instance, or day-first or month-first"
         ) from error
-    return np.array(instants, np.int64)[coded.indices.to_numpy(zero_copy_only=False)], said
+    return np.array(instants, np.int64)[coded.indices.to_numpy(zero_copy_only=False)], how
 
 
 def _equal(table: "pyarrow.Table", inputs: list[str]) -> Tensor:

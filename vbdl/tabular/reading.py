@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import msgspec
 
@@ -111,12 +111,19 @@ def files_of(path: str | Path, suffixes: Sequence[str] = tuple(SUFFIXES)) -> lis
     return sorted(files)
 
 
+class CsvOptions(TypedDict):
+    """The options that `pyarrow.csv.read_csv` and `open_csv` share."""
+
+    parse_options: "pyarrow.csv.ParseOptions"
+    convert_options: "pyarrow.csv.ConvertOptions"
+
+
 def csv_options(
     path: Path,
     column_types: "Mapping[str, pyarrow.DataType] | None" = None,
     reading: Reading | None = None,
     notes: list[str] | None = None,
-) -> dict[str, Any]:
+) -> CsvOptions:
     """The options of `pyarrow.csv.read_csv` and `open_csv`, so that both read a cell the same way."""
     from pyarrow import csv
 
@@ -134,11 +141,14 @@ def csv_options(
     }
 
 
-def read_options(reading: Reading | None = None, **options: Any) -> "pyarrow.csv.ReadOptions":
+def read_options(
+    reading: Reading | None = None, *, block_size: int | None = None, use_threads: bool = True
+) -> "pyarrow.csv.ReadOptions":
     """The ReadOptions of pyarrow.csv with the encoding of the files."""
     from pyarrow import csv
 
-    return csv.ReadOptions(encoding=(reading and reading.encoding) or "utf8", **options)
+    encoding = (reading and reading.encoding) or "utf8"
+    return csv.ReadOptions(encoding=encoding, block_size=block_size, use_threads=use_threads)
 
 
 def _separator(path: Path, reading: Reading | None, notes: list[str] | None) -> str:
@@ -225,8 +235,8 @@ def _read_file(path: Path, reading: Reading | None, notes: list[str] | None) -> 
                 source.seek(0)
                 return _validated((pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)).read_all())
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:  # Arrow raises other errors for other damage
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as {kind}: {said}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as {kind}: {reason}") from error
     raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
 
 

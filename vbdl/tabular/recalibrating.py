@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ METHODS: dict[str, Callable[[float], Calibrator]] = {
 
 def recalibrate(
     model: str | Path,
-    data: Any,
+    data: object,
     out: str | Path,
     method: str,
     coverage: float = 0.9,
@@ -53,13 +52,13 @@ def recalibrate(
     if not 0 < coverage < 1:
         raise ValueError(f"coverage lies between 0 and 1, got {coverage}")
     if Path(out).resolve() == Path(model).resolve():
-        raise ValueError("give the calibrated model a folder of its own: the one it is made from stays")
+        raise ValueError("the calibrated model cannot replace the model that it is made from: give it another folder")
     predictor = load(model, trust=trust, compile=False)
     rows = labeled(predictor, data, allow_calibration_rows=True)
     start = predictor if add else _uncalibrated(predictor)
-    made = calibrate(start, (rows.x, rows.y), METHODS[method](1 - coverage))
+    calibrated = calibrate(start, (rows.x, rows.y), METHODS[method](1 - coverage))
     before = evaluate(predictor, rows.x, rows.y, rows.schema.target)
-    after = evaluate(made, rows.x, rows.y, rows.schema.target)
+    after = evaluate(calibrated, rows.x, rows.y, rows.schema.target)
     held_out = [] if method in ("sets", "intervals") else _held_out(predictor, start, rows, METHODS[method])
     manifest = predictor.manifest
     assert manifest is not None  # load sets it
@@ -69,19 +68,20 @@ def recalibrate(
         options = {"architecture": network.target, "arguments": network.arguments}
     extras = dict(manifest.extras)
     extras["calibration"] = {"method": method, "rows": len(rows.y), "coverage": coverage, "added": add}
-    made.save(out, extras=extras, example=rows.schema.example(), overwrite=overwrite, **options)
+    calibrated.save(out, extras=extras, example=rows.schema.example(), overwrite=overwrite, **options)
     lines = [f"{'':24s} {'before':>10s} {'after':>10s}   on the {len(rows.y)} calibration rows themselves"]
     names = dict.fromkeys([s.name for s in (*before.scores, *after.scores)])
     for name in names:
         values = [next((f"{s.value:.4g}" for s in e.scores if s.name == name), "-") for e in (before, after)]
         lines.append(f"{name:24s} {values[0]:>10s} {values[1]:>10s}")
     lines += held_out
-    had = _methods(predictor.likelihood)
-    gone = [name for name in had if not add or name == method in ("sets", "intervals")]
-    kept = [name for name in had if name not in gone]
+    earlier = _methods(predictor.likelihood)
+    replaced = [name for name in earlier if not add or name == method in ("sets", "intervals")]
+    remaining = [name for name in earlier if name not in replaced]
     lines += [f"fitted: {method}"]
-    lines += [f"kept: {', '.join(kept)}"] if kept else []
-    lines += [f"replaced: {', '.join(gone)}{'' if add else ' (--add keeps what the model has)'}"] if gone else []
+    lines += [f"kept: {', '.join(remaining)}"] if remaining else []
+    if replaced:
+        lines += [f"replaced: {', '.join(replaced)}{'' if add else ' (--add keeps what the model has)'}"]
     return "\n".join([*(f"note: {n}" for n in rows.notes), *lines, f"saved to {out}"])
 
 
@@ -105,10 +105,10 @@ def _held_out(predictor: Predictor, start: Predictor, rows: Labeled, make: Calla
         after[fold] = -fitted(rows.x[fold], samples=True).log_prob(rows.y[fold]).double()
     before = predictor(rows.x, samples=True)
     scores = float(-before.log_prob(rows.y).double().mean()), float(after.mean())
-    said = f"held-out NLL: {scores[0]:.4g} before, {scores[1]:.4g} after, each row scored by a fit to others"
+    sentence = f"held-out NLL: {scores[0]:.4g} before, {scores[1]:.4g} after, each row scored by a fit to others"
     if scores[1] <= scores[0]:
-        return [said]
-    return [said, "warning: on rows it was not fitted to, this calibration makes predictions worse"]
+        return [sentence]
+    return [sentence, "warning: on rows it was not fitted to, this calibration makes predictions worse"]
 
 
 def _uncalibrated(predictor: Predictor) -> Predictor:

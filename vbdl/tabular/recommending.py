@@ -33,8 +33,8 @@ def recommend_table(
     table = table.take(np.flatnonzero(has_target(table.column(target), reading.missing)))
     schema, _ = infer(table, target, kinds=kinds, task=task, ignore=ignore, reading=reading)
     encoded = schema.encode(table)
-    y, given = schema.target.encode(table.column(target))
-    rows = encoded.kept & given
+    y, known = schema.target.encode(table.column(target))
+    rows = encoded.kept & known
     settings = TableOptions(method="mc-dropout", width=width, depth=depth, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

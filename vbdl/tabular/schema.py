@@ -5,7 +5,7 @@
     encoded = schema.encode_rows([{"age": 31, "city": "Porto"}])     # rows as dicts, from JSON for instance
     encoded.x                                # (rows, features) float32, what the network is called with
     encoded.rejected                         # {row: reason}; these rows of x hold zeros and mean nothing
-    schema.tensor(rows_or_table)             # the same, ValueError where any row is rejected
+    schema.tensor(rows_or_table)             # encoded.x, or ValueError if any row is rejected
     schema.to_dict(), Schema.from_dict(d)    # JSON, stored in the artifact under "table"
 
 Both ways give the same numbers bit for bit.
@@ -13,7 +13,6 @@ Both ways give the same numbers bit for bit.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,6 +23,7 @@ from vbdl.tabular.cells import Unreadable, plain
 from vbdl.tabular.columns import Categorical, Column, Date, Numeric
 from vbdl.tabular.reading import NULLS, Reading, as_table
 from vbdl.tabular.target import Target
+from vbdl.types import Json
 
 FORMAT = 1
 KEY = "table"  # key of the schema in an artifact's extras
@@ -42,9 +42,9 @@ class Encoded:
     @property
     def kept(self) -> Tensor:
         """(rows,) bool, whether the row could be read."""
-        kept = torch.ones(len(self.x), dtype=torch.bool)
-        kept[list(self.rejected)] = False
-        return kept
+        readable = torch.ones(len(self.x), dtype=torch.bool)
+        readable[list(self.rejected)] = False
+        return readable
 
 
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -81,13 +81,13 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         target = (self.target.name,) if self.target.written else ()
         return msgspec.structs.replace(self.reading, text=(*self.worded, *target))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return the schema as a dict for JSON."""
         description = msgspec.json.decode(msgspec.json.encode(self))
         return {key: value for key, value in description.items() if key != "reading" or value is not None}
 
     @classmethod
-    def from_dict(cls, description: Mapping[str, object]) -> "Schema":
+    def from_dict(cls, description: object) -> "Schema":
         """Return the schema in a dict from JSON. Raises ValueError if it is no schema, or has another format."""
         try:
             schema = msgspec.convert(description, cls)
@@ -194,11 +194,12 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for c in self.columns:
             if isinstance(c, Categorical):
                 shown = ", ".join(c.categories[:6]) + (", ..." if len(c.categories) > 6 else "")
-                said = f"{len(c.categories)} categories: {shown}"
+                statistics = f"{len(c.categories)} categories: {shown}"
             else:
-                said = f"mean {c.mean:.4g}, std {c.std:.4g}" + (" days since 1970" if isinstance(c, Date) else "")
+                unit = " days since 1970" if isinstance(c, Date) else ""
+                statistics = f"mean {c.mean:.4g}, std {c.std:.4g}{unit}"
             kind = type(c).__name__.lower()
-            lines.append(f"  {c.name:24s} {kind:12s} {said}{', missing cells' if c.indicator else ''}")
+            lines.append(f"  {c.name:24s} {kind:12s} {statistics}{', missing cells' if c.indicator else ''}")
         return "\n".join(["inputs:", *lines, f"target: {self.target}"])
 
 

@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vbdl.batch.sources import Chunk
-from vbdl.tabular.reading import Reading, arrow, compute, csv_options, read_options
+from vbdl.batch.sources.source import Chunk
+from vbdl.tabular.reading import CsvOptions, Reading, arrow, compute, csv_options, read_options
 
 if TYPE_CHECKING:
     import pyarrow
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CsvFile:
-    """The cells of a CSV file. The fields are those of `vbdl.batch.table_file.TableFile`.
+    """The cells of a CSV file. The fields are those of `vbdl.batch.sources.TableFile`.
 
     check_columns: a function of the file's columns that raises ValueError if they are not the wanted ones.
     """
@@ -51,14 +51,14 @@ class CsvFile:
                 raise
             yield from self._chunks_as(size, lambda number: number <= last or skip(number), text=True)
 
-    def _options(self, types: "Mapping[str, pyarrow.DataType]") -> dict[str, Any]:
+    def _options(self, types: "Mapping[str, pyarrow.DataType]") -> CsvOptions:
         options = csv_options(self.path, types, self.reading)
         # done here per column, because some columns keep their cells unchanged
         options["convert_options"].strings_can_be_null = False
         options["parse_options"].invalid_row_handler = lambda row: "skip"
         return options
 
-    def _open(self, options: Mapping[str, Any]) -> "pyarrow.csv.CSVStreamingReader":
+    def _open(self, options: CsvOptions) -> "pyarrow.csv.CSVStreamingReader":
         from pyarrow import csv
 
         raw = arrow().OSFile(os.fsencode(self.path), "rb")

@@ -1,4 +1,4 @@
-"""Reading of table files a chunk at a time: Parquet and Arrow here, CSV in `vbdl.batch.csv_file`."""
+"""Reading of table files a chunk at a time: Parquet and Arrow here, CSV in `csv_file`."""
 
 import os
 from collections import Counter
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vbdl.batch.csv_file import CsvFile
-from vbdl.batch.sources import Chunk, Json, Source, file_state, file_version, one_line
+from vbdl.batch.sources.csv_file import CsvFile
+from vbdl.batch.sources.source import Chunk, JsonValue, Source, file_state, file_version, one_line
 from vbdl.tabular.reading import Reading, arrow, format_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TableFile(Source):
     def is_csv(self) -> bool:
         return format_of(self.path) == "csv"
 
-    def state(self) -> dict[str, Json]:
+    def state(self) -> dict[str, JsonValue]:
         return file_state(self.path, self.name)
 
     def version(self) -> tuple[int, ...] | None:
