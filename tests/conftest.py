@@ -10,8 +10,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 
-# tests compare numbers from the first call on, and leave nothing behind that compiles while others run; compiling in the
-# background has tests of its own
+# tests compare numbers from the first call on, and leave nothing behind that compiles while others run; compiling in
+# the background has tests of its own
 os.environ["VBDL_COMPILE"] = "first"
 
 

@@ -54,6 +54,7 @@ class Execution:
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
         self._model, self._tile = model, tile
         self._traced: Traced | None = None
+        self._graph_plan: Plan | None = None
         self._undecided: str | None = None  # why both ways are to be timed
         self._job: Future[None] | None = None
         self._plain: Plain | None = None
@@ -61,7 +62,7 @@ class Execution:
             model.posterior.prepare(tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
-            self._gradient = try_out(model, {n: t.detach() for n, t in state.items()}, tile)
+            try_out(model, {n: t.detach() for n, t in state.items()}, tile)
         if settings.compile == "background":
             self._way = self._as_it_is("the graph is being compiled")
             self._job = background.submit(self, Execution._compile_behind)
@@ -83,12 +84,20 @@ class Execution:
         assert self._traced is not None
         return self._traced
 
+    @property
+    def graph_plan(self) -> Plan:
+        """The plan for the model as graphs. Raises ValueError, with the reason, if it cannot be traced."""
+        if self._graph_plan is None:
+            self._graph()
+        assert self._graph_plan is not None
+        return self._graph_plan
+
     # -- the two ways
 
     def _as_it_is(self, *reasons: str) -> _Way:
         """The way that runs the network as it is, for these reasons."""
         if self._plain is None:
-            self._plain = Plain(self._model, self._tile, self._settings, self.n_samples, self._gradient)
+            self._plain = Plain(self._model, self._tile, self._settings, self.n_samples)
         plain = self._plain
         draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
@@ -120,7 +129,7 @@ class Execution:
                 reasons=(*reasons, *traced.rewrites),
             )
             calls = Chunking(traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None)
-        self._traced = traced
+        self._traced, self._graph_plan = traced, plan
         return _Way(plan, calls), *after_tracing(few, plan, n_few, self._settings)
 
     def _chosen(self) -> _Way:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
 from vbdl.calling.stacking import places_of, select
 from vbdl.engine.program import Ready, ended
@@ -51,18 +52,19 @@ class PlainPlan:
 class Plain:
     """A model that runs as it is for tiles of one shape: one call at a time, in any thread.
 
-    repeated: whether draws share a call with repeated rows, if the network allows it.
-    gradient: whether the forward computes gradients itself and needs them enabled.
+    repeated: whether draws share a call with repeated rows.
     """
 
-    def __init__(self, model: Model, tile: Flat, settings: PredictorSettings, n_samples: int, gradient: bool = False):
+    def __init__(self, model: Model, tile: Flat, settings: PredictorSettings, n_samples: int):
         self.model, self.tile, self.n_samples = model, tile, n_samples
-        self._seed, self._gradient = settings.seed, gradient
+        self._seed = settings.seed
         self._twin = model.twin()
         first = model.entries(torch.arange(1), self._seed)
         places = places_of(self._twin)
         owners = dict(self._twin.named_modules())
         self._places = {n: [_slot(owners, place) for place in places[n]] for n in first}
+        # a forward may write to buffers, and those of a draw are views of the stack
+        self._written = {n for n, _ in self._twin.named_buffers() if n in first and n != "network.key"}
         self._buffers = {n: b for n, b in self._twin.named_buffers() if n not in first}
         self._originals = {n: b.clone() for n, b in self._buffers.items()}
         network = self._twin.network
@@ -104,16 +106,16 @@ class Plain:
         if not differentiable:
             tile = tile.map(Tensor.detach)
         args, kwargs = arguments(tile.nested)
-        with self._lock, torch.set_grad_enabled(differentiable or self._gradient):
+        with self._lock, torch.set_grad_enabled(differentiable):
             for name, t in entries.items():
                 for slots, leaf in self._places[name]:
-                    slots[leaf] = t
+                    slots[leaf] = t.clone() if name in self._written else t
             kept = None
             if self._network is not None:
                 kept = self._kept.get(numbers, {} if self._budget > 0 else None)
                 self._network.kept = kept
             versions = [b._version for b in self._buffers.values()]
-            outputs = self._twin(*args, **kwargs)
+            outputs = with_gradients_if_needed(lambda: self._twin(*args, **kwargs))
             if kept and numbers not in self._kept:
                 self._budget -= sum(t.numel() * t.element_size() for t in kept.values())
                 self._kept[numbers] = kept

@@ -11,28 +11,17 @@ from vbdl.types import State
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
 
 
-def try_out(model: nn.Module, state: State, tile: Flat, gradient: bool = False) -> bool:
-    """Run a draw on the tile, and check that it keeps rows apart and draws nothing from torch's generator.
-
-    Returns whether the forward needs gradients to be enabled, because it computes one itself.
-    """
+def try_out(model: nn.Module, state: State, tile: Flat) -> None:
+    """Run a draw on the tile, and check that it keeps rows apart and draws nothing from torch's generator."""
     before = torch.get_rng_state()
-    try:
-        with torch.set_grad_enabled(gradient):
-            outputs = run_plainly(model, state, tile)
-    except RuntimeError as error:
-        if gradient or "does not require grad" not in str(error):
-            raise
-        return try_out(model, state, tile, gradient=True)
+    outputs = run_plainly(model, state, tile)
     if not torch.equal(before, torch.get_rng_state()):
         torch.set_rng_state(before)
         raise NotImplementedError(
             "the module draws from torch's generator in prediction, which ignores the predictor's seed. Wrap the "
             "module in vbdl.MCDropout if it is dropout, or remove the call"
         )
-    with torch.set_grad_enabled(gradient):
-        check_apart(outputs.detach(), model, state, tile)
-    return gradient
+    check_apart(outputs, model, state, tile)
 
 
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
@@ -63,7 +52,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
         others = tile.map(lambda t: torch.cat([t, _another(t)]))
     else:
         others = tile.map(lambda t: t[:1].expand_as(t).contiguous())
-    with_others = run_plainly(network, state, others).detach()
+    with_others = run_plainly(network, state, others)
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
     if torch.allclose(outputs[:1], with_others[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
         return

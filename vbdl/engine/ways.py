@@ -30,14 +30,16 @@ def after_tracing(cut: Cut, plan: Plan, traced_draws: int, settings: PredictorSe
     """GRAPH, PLAIN or MEASURE, with the reason, for a graph that was traced with `traced_draws` draws."""
     if settings.batch_invariant or not _on_cpu(cut):
         return GRAPH, ""
+    compiles = settings.compile is not False
     nodes = cut.regions[BODY].nodes
     count = sum(1 for n in nodes if name_of(n)) or 1
     large = plan.body_flops / count > _LARGE * _FLOPS
     if _convolves_drawn_weights(cut):
-        if large and settings.compile is False:
-            return PLAIN, "convolutions whose weights differ between draws run one draw after the other on a CPU"
-        return MEASURE, "convolutions have weights that differ between draws"
-    if large and settings.compile is not False:
+        if compiles:
+            return MEASURE, "convolutions have weights that differ between draws"
+        if large:
+            return PLAIN, "large convolutions whose weights differ between draws run one draw after the other on a CPU"
+    if large and compiles:
         return MEASURE, "the operations are large"
     return GRAPH, ""
 

@@ -134,6 +134,16 @@ class Masks:
         keep = self.keep(kind, tuple(x.shape), p, x.device, axis)
         return x if keep is None else self.scale(x, keep)
 
+    def drop_steps(self, data: Tensor, step_of: Tensor, steps: int, p: float, kind: str) -> Tensor:
+        """Units dropped in a packed sequence, with the masks of the padded one, (steps, features) for a draw.
+
+        data: (entries, features). step_of: (entries,) int64, the step in time of each entry.
+        """
+        if self.per_row:
+            return self.drop(data, p, kind)
+        keep = self.keep(kind, (steps, data.shape[-1]), p, data.device, axis=None)
+        return data if keep is None else self.scale(data, keep.index_select(0, step_of))
+
     def scale(self, x: Tensor, keep: Tensor) -> Tensor:
         """x times the mask of the latest dropout call, times 1 / (1 - p) of that call."""
         p = self.calls[-1].p
