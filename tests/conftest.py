@@ -2,11 +2,17 @@
 
 import ast
 import collections
+import logging
 import os
 from pathlib import Path
 
 import pytest
-import torch
+
+# before torch is imported, and for processes that tests start: a graph here is one file of C++, and a pool of processes
+# that could compile several at once takes seconds to start
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,12 +20,26 @@ ROOT = Path(__file__).parents[1]
 # the background has tests of its own
 os.environ["VBDL_COMPILE"] = "first"
 
+# pytest listens to every logger that does not propagate, and for a listener torch writes down the stack of every step
+# of its tracing: a tenth of the time of a test that traces
+if "TORCH_TRACE" not in os.environ:
+    logging.getLogger("torch.__trace").propagate = True
+    logging.getLogger("torch.__trace").handlers.clear()
+
 
 @pytest.fixture(autouse=True)
 def _reproducible():
     """The same random numbers in every test, whichever ran before it, and no more threads than the small tests need."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """What is written need not outlive the machine: tests count calls of fsync, or make it fail, and wait for none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from vbdl.cli import COMMANDS
+from vbdl.cli import COMMANDS, main
 
 _HELD = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is printed leaves at the end, as it does for most
 
@@ -38,24 +38,34 @@ def test_a_wrong_command_line_to_nobody():
     assert _to_nobody(["evaluate", "there is", "no such"], both=True)[0] == 1
 
 
-def test_work_to_nobody_is_done(tmp_path):
+def _fit(folder):
+    """A command that fits a model, the model and the table."""
     x = np.random.default_rng(0).normal(size=(200, 2))
-    np.savetxt(tmp_path / "t.csv", np.c_[x, x[:, 0] > 0], delimiter=",", header="a,b,y", comments="", fmt="%.3f")
-    model, data = str(tmp_path / "m"), str(tmp_path / "t.csv")
+    np.savetxt(folder / "t.csv", np.c_[x, x[:, 0] > 0], delimiter=",", header="a,b,y", comments="", fmt="%.3f")
+    model, data = str(folder / "m"), str(folder / "t.csv")
     quick = ["--members", "1", "--epochs", "1", "--width", "4", "--no-figures"]
-    for command in (
-        ["fit", data, "--target", "y", "--out", model, *quick],
-        ["inspect", model],
-        ["info"],
-        ["evaluate", model, data, "--allow-training-rows", "--json"],
-        ["predict", model, data, str(tmp_path / "p.csv")],
-    ):
-        assert _to_nobody(command) == (0, ""), command
+    return ["fit", data, "--target", "y", "--out", model, *quick], model, data
+
+
+def test_work_to_nobody_is_done(tmp_path):
+    fit, model, data = _fit(tmp_path)
+    assert _to_nobody(fit) == (0, "")
+    assert _to_nobody(["predict", model, data, str(tmp_path / "p.csv")]) == (0, "")
     assert (tmp_path / "m" / "manifest.json").is_file() and (tmp_path / "p.csv").is_file()
 
 
+@pytest.mark.slow  # what these print leaves by the same lines as what the two above print
+def test_answers_to_nobody(tmp_path):
+    fit, model, data = _fit(tmp_path)
+    assert main(fit) == 0
+    for command in (["inspect", model], ["info"], ["evaluate", model, data, "--allow-training-rows", "--json"]):
+        assert _to_nobody(command) == (0, ""), command
+
+
+# at once or at the end is a matter of the stream, and not of who writes to it: both for what starts in no time
 @pytest.mark.parametrize("held", ["", "1"])
 @pytest.mark.parametrize("arguments", ["info", "--version", "--help"])
+@pytest.mark.slow_where(cell=lambda p: p["arguments"] == "info" and p["held"])
 def test_a_full_disk_is_an_error_still(arguments, held):
     with open("/dev/full", "w") as full:
         found = subprocess.run(
@@ -80,7 +90,6 @@ def test_a_trusted_network_is_predicted_from_the_command_line(tmp_path, monkeypa
     import torch
 
     import vbdl
-    from vbdl.cli import main
 
     (tmp_path / "ownnetwork.py").write_text(
         "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"

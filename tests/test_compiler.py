@@ -9,13 +9,18 @@ import sys
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config
 from torch._inductor.utils import fresh_cache
 
 from vbdl.compiling import compiler
 from vbdl.compiling.compiler import can_compile, compile_graph
 from vbdl.compiling.graph import trace
 
+# compiled once and used once or twice, the headers are not worth compiling before
+HEADERS_TOO = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
 
+
+@config.patch(cpp_cache_precompile_headers=False)
 def test_a_graph_is_compiled_once_for_each_shape():
     def function(x, w):
         return (torch.relu(x @ w).sum(0),)
@@ -49,7 +54,7 @@ torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
 
 def test_a_file_in_the_place_of_the_cache_is_said_once(tmp_path):
     (tmp_path / "cache").write_text("no folder")
-    place = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    place = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), HEADERS_TOO: "0"}
     done = subprocess.run([sys.executable, "-c", _PREDICT], env=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is not a folder") == 1 and "Traceback" not in done.stderr

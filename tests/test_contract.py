@@ -112,12 +112,29 @@ each_posterior = pytest.mark.parametrize("posterior", POSTERIORS)
 
 
 def _shown_by_others(cell: dict) -> bool:
-    """Whether a method on this network and an ensemble of it on the first one show what this cell would."""
+    """Whether a method on this network and an ensemble of it on the first one show what this cell would.
+
+    Where the batch axis is inside a network shows with dropout, whose masks have one, too.
+    """
     ensembles = ("ensemble of trained networks", "ensemble of dropout", "ensemble of mean-field")
-    return cell.get("posterior") in ensembles and cell.get("network", "mlp") != "mlp"
+    network = cell.get("network", "mlp")
+    return (cell.get("posterior") in ensembles and network != "mlp") or (
+        cell.get("posterior") != "dropout" and network == "transformer, length first"
+    )
 
 
 pytestmark = pytest.mark.slow_where(cell=_shown_by_others)
+
+# chunks of draws on one network, the whole on two; state and seeds, which no layer reads, on one
+chunks_on_the_first = pytest.mark.slow_where(
+    cell=lambda p: _shown_by_others(p) or (p["chunk_size"] is not None and p["network"] != "mlp")
+)
+on_the_first = pytest.mark.slow_where(cell=lambda p: p["network"] != "mlp")
+
+# for what a predictor does with a posterior as a whole: each method, and one ensemble that is stored as a list
+methods_alone = pytest.mark.slow_where(
+    cell=lambda p: p["posterior"] in ("ensemble of trained networks", "ensemble of dropout", "ensemble of mean-field")
+)
 
 
 def build(posterior: str, network: str) -> nn.Module:
@@ -207,6 +224,7 @@ def test_stacked_is_a_loop_over_samples(posterior, network):
     torch.testing.assert_close(kept.aleatoric, entropy(probs).mean(0).float(), **ROUNDING)
 
 
+@chunks_on_the_first
 @two_networks
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_the_gradient_is_that_of_the_loop(posterior, network, chunk_size):
@@ -263,6 +281,7 @@ def test_a_row_does_not_depend_on_its_batch(posterior, network):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), f"{name} of rows {rows}"
 
 
+@on_the_first
 @two_networks
 def test_the_seed_decides_and_nothing_else(posterior, network):
     x, predict = inputs(network), usual(posterior, network)
@@ -298,6 +317,7 @@ def test_wrapping_and_predicting_change_nothing(posterior, network, training):
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+@on_the_first
 @two_networks
 def test_a_predictor_is_not_trained_further(posterior, network):
     """It holds a copy: training the posterior afterwards changes no prediction."""
@@ -309,6 +329,7 @@ def test_a_predictor_is_not_trained_further(posterior, network):
     assert_same(predict(x), usual(posterior, network)(x), exact=True)
 
 
+@on_the_first
 @two_networks
 def test_state_dict_round_trip(posterior, network):
     x, q = inputs(network), build(posterior, network)
@@ -319,6 +340,7 @@ def test_state_dict_round_trip(posterior, network):
     assert_same(Predictor(other, Categorical(), **settings)(x), usual(posterior, network)(x), exact=True)
 
 
+@methods_alone
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
 @each_posterior
 def test_a_copy_and_a_pickle_predict_the_same(posterior, copied):
@@ -418,6 +440,7 @@ def test_compiled_chunks_are_the_whole(posterior, network):
     torch.testing.assert_close(chunked.samples, whole.samples, **ROUNDING)
 
 
+@chunks_on_the_first
 @two_networks
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_only_the_first_call_compiles(posterior, network, chunk_size, monkeypatch):
@@ -448,6 +471,7 @@ def in_threads(function, arguments: list) -> list:
         return list(pool.map(run, arguments))
 
 
+@methods_alone
 @each_posterior
 def test_eight_threads_are_eight_calls(posterior):
     """Bit for bit, with predictors of their own that are traced at the same moment, and with one for all."""
@@ -498,6 +522,7 @@ def test_warming_up_measures_what_autocast_costs():
     assert full.precision is None and "precision" not in full.explain()
 
 
+@methods_alone
 @each_posterior
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_a_double_network_predicts_in_double(posterior, chunk_size):

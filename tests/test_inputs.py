@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -75,13 +76,14 @@ def _moved(net, seed):
     return net
 
 
+shared = functools.cache(predictors)  # for tests that only call them: each tile is traced once
 METHODS = pytest.mark.parametrize("method", ["mc-dropout", "mean-field", "ensemble"])
 
 
 @METHODS
 @pytest.mark.parametrize("rows", [0, 1, 5, 70])
 def test_batches_are_cut_and_padded(method, rows):
-    nested, flat = predictors(method)
+    nested, flat = shared(method)
     x = flat_rows(rows)
     found, expected = nested(nested_rows(x), samples=True), flat(x, samples=True)
     for name in ("probs", "total", "epistemic", "standard_error", "samples"):
@@ -90,7 +92,7 @@ def test_batches_are_cut_and_padded(method, rows):
 
 @METHODS
 def test_log_prob(method):
-    nested, flat = predictors(method)
+    nested, flat = shared(method)
     x, y = flat_rows(70), torch.arange(70) % 4
     assert torch.equal(nested.log_prob(nested_rows(x), y), flat.log_prob(x, y))
 
@@ -98,7 +100,7 @@ def test_log_prob(method):
 @pytest.mark.parametrize("rule", [0.04, LabelDecided(0.9)])
 @pytest.mark.parametrize("method", ["mc-dropout", "mean-field"])
 def test_tolerances_and_deadlines(method, rule):
-    nested, flat = predictors(method, n_samples=150)
+    nested, flat = shared(method, n_samples=150)
     x = flat_rows(70)
     found, expected = nested(nested_rows(x), tolerance=rule), flat(x, tolerance=rule)
     assert len(expected.n_samples.unique()) > 1  # rows are packed anew, or the test says nothing

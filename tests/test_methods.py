@@ -23,6 +23,8 @@ class HalfDropout(vbdl.MCDropout):
         super().__init__(module, p=0.5, seed=seed)
 
 
+registry.load_builtin()  # before a test puts dicts of its own in the place of those that this fills once
+
 HALF = Method(
     name="half-dropout",
     module=__name__,

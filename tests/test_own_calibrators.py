@@ -314,7 +314,9 @@ def _check_everywhere(predict: vbdl.Predictor, x: Tensor, y: Tensor) -> Predicti
     return prediction
 
 
+# those of vbdl, which pass the same line by line, are in the tests of calibration and of artifacts by default
 @pytest.mark.parametrize("name", CALIBRATORS)
+@pytest.mark.slow_where(cell=lambda p: not p["name"].startswith("own"))
 def test_a_calibrator(name):
     make, data = CALIBRATORS[name]
     predict, x, y = data()
@@ -342,8 +344,10 @@ class _Nothing(nn.Module):
         return torch.zeros(len(prediction.total), dtype=torch.int64)
 
 
+# those of vbdl without a calibration are in tests/decision/test_calibrated_decisions.py by default
 @pytest.mark.parametrize("name", DECISIONS)
 @pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.slow_where(cell=lambda p: not p["calibrated"] and not p["name"].startswith("own"))
 def test_a_decision(name, calibrated):
     make, data = DECISIONS[name]
     predict, x, y = data()

@@ -366,6 +366,9 @@ def data():
 
 LIKELIHOODS = {"gaussian": lambda: vbdl.Gaussian(2), "own": lambda: LaplaceNoise(2)}
 each_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+# the two of one's own together; that a method of one's own takes a likelihood of vbdl, too, shows in
+# test_training_lowers_the_loss, and its predictions of every kind in the contract
+own_likelihood = pytest.mark.parametrize("likelihood", [pytest.param("gaussian", marks=pytest.mark.slow), "own"])
 
 
 def fitted(posterior: str, likelihood: str, **options):
@@ -415,7 +418,7 @@ def test_hooks_of_training_are_called():
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_a_resumed_training_is_an_uninterrupted_one(posterior, likelihood, tmp_path):
     whole, noise, _ = usual(posterior, likelihood)
     path = tmp_path / "checkpoint"
@@ -428,7 +431,7 @@ def test_a_resumed_training_is_an_uninterrupted_one(posterior, likelihood, tmp_p
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_log_prob_and_streams(posterior, likelihood, data):
     q, noise, _ = usual(posterior, likelihood)
     predict = predicted(q, noise)
@@ -441,7 +444,7 @@ def test_log_prob_and_streams(posterior, likelihood, data):
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_draws_until_a_tolerance(posterior, likelihood, data):
     q, noise, _ = usual(posterior, likelihood)
     predict = predicted(q, noise)
@@ -450,7 +453,7 @@ def test_draws_until_a_tolerance(posterior, likelihood, data):
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_a_likelihood_is_calibrated(posterior, likelihood, data):
     q, noise, _ = usual(posterior, likelihood)
     x = data[0] + 1.0
@@ -464,7 +467,7 @@ def test_a_likelihood_is_calibrated(posterior, likelihood, data):
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_draws_are_shared_out(posterior, likelihood, data):
     """Two shares of the draws, merged, are the whole."""
     q, noise, _ = usual(posterior, likelihood)
@@ -481,7 +484,9 @@ def test_draws_are_shared_out(posterior, likelihood, data):
         torch.testing.assert_close(t, getattr(expected, name), rtol=1e-4, atol=1e-5, msg=name)
 
 
+# one that is exported, and the one that is not: the others differ in what the graph holds, which the contract traces
 @each_posterior
+@pytest.mark.slow_where(cell=lambda p: p["posterior"].startswith("members"))
 def test_a_package_is_exported_or_refused_in_words(posterior, data, tmp_path):
     pytest.importorskip("onnxruntime")
     q, noise, _ = usual(posterior, "own")
@@ -530,7 +535,7 @@ def test_a_network_is_inspected_and_its_plan_explained(posterior):
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_a_saved_predictor_predicts_the_same(posterior, likelihood, data, tmp_path):
     q, noise, _ = usual(posterior, likelihood)
     predict = predicted(q, noise)
@@ -542,7 +547,7 @@ def test_a_saved_predictor_predicts_the_same(posterior, likelihood, data, tmp_pa
 
 
 @each_posterior
-@each_likelihood
+@own_likelihood
 def test_a_saved_predictor_is_served(posterior, likelihood, data, tmp_path):
     q, noise, _ = usual(posterior, likelihood)
     predicted(q, noise, tiles=64).save(tmp_path / "model", example=data[0])

@@ -70,8 +70,10 @@ BASES = {
 }
 
 
+# stopping early adds to the training and takes nothing from it: without it, networks alone
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("validation", [None, 0.2])
+@pytest.mark.slow_where(cell=lambda p: p["validation"] is None and p["name"] in ("dropout", "mean-field"))
 def test_stacked_training_is_training_one_by_one(name, validation, data):
     """Own initialization, order, noise, gradient norm and early stopping: member m is what it would be alone."""
     options = {"epochs": 12, "batch_size": 17, "lr": 1e-2, "clip_norm": 1.0, "compile": False}
@@ -553,6 +555,8 @@ class Keeping(nn.Module):
         return self.last(self.drop(self.hidden))
 
 
+# a compiled step keeps what the step keeps: with one method
+@pytest.mark.slow_where(cell=lambda p: p["compile"] and p["wrap"] is not vbdl.MCDropout)
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
     "wrap",

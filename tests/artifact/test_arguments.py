@@ -71,7 +71,9 @@ def changed(found, path, value):
     return copy
 
 
+# the arguments of "classes" are among those of "sets", the ones of "numbers" among those of "scaled"
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.slow_where(cell=lambda p: p["name"] in ("classes", "numbers"))
 def test_no_argument_of_another_type_is_loaded_and_fails_later(name, tmp_path):
     predict = MADE[name]()
     predict(X[:2])

@@ -80,8 +80,11 @@ def saved(request, tmp_path_factory):
     return folder, several
 
 
+# a network that is given is carried along by every way; one that is imported by its name needs no care, and is tried on
+# the loaded predictor and on the longest way
 @pytest.mark.parametrize("way", DERIVED)
 @pytest.mark.parametrize("given", ["trust", "module"])
+@pytest.mark.slow_where(cell=lambda p: p["given"] == "trust" and p["way"] not in ("itself", "both"))
 def test_architecture_arguments_and_extras_are_kept(saved, way, given, tmp_path, monkeypatch):
     folder, several = saved
     modules = [network(5), network(7)] if several else network(5)
@@ -121,8 +124,10 @@ def _likelihoods():
     }
 
 
+# every prediction by one network, and every kind of network by the first prediction
 @pytest.mark.parametrize("name", _likelihoods())
 @pytest.mark.parametrize("kind", ["layers", "reference", "supplied"])
+@pytest.mark.slow_where(cell=lambda p: p["kind"] != "layers" and p["name"] != "categorical")
 def test_the_code_of_the_card_runs_and_names_the_predictions_own_fields(name, kind, tmp_path):
     likelihood, outputs, derive = _likelihoods()[name]
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ import vbdl
 import vbdl.cli
 
 OPTIONS = {"chunk_rows": 40, "tile": 64, "compile": False, "progress": False, "workers": 1}
-BUDGET = 2.5  # seconds for each format
+BUDGET = 1.0  # seconds for each format
 
 
 def one_line(said, name):

@@ -120,6 +120,8 @@ def cut_off(folder, network, data):
     (folder / "out.csv").write_bytes((folder / "out.csv").read_bytes()[:50])
 
 
+# into a folder and into one file: from nothing and over another job each, and damaged since in the folder, which holds
+# more to find again
 @pytest.mark.parametrize(
     "out, prepare, options",
     [
@@ -128,7 +130,7 @@ def cut_off(folder, network, data):
         ("out", another_job("out"), {"restart": True}),
         ("out.parquet", another_job("out.parquet"), {"restart": True}),
         ("out", damaged, {}),
-        ("out.csv", cut_off, {}),
+        pytest.param("out.csv", cut_off, {}, marks=pytest.mark.slow),
     ],
     ids=["folder", "csv", "folder again", "parquet again", "damaged folder", "damaged file"],
 )

@@ -30,6 +30,8 @@ SHAPES = [
 ]
 SHAPES += [(3, (2, 4, 5)), (DRAWS, (DRAWS, 2, DRAWS)), (4, (2, 3, 2, 2)), (2, (1, 1)), (1, (3, 1))]
 shapes = pytest.mark.parametrize("rows, axes", SHAPES, ids=str)
+# for what shares its reading of axes with the test before it: none, one, several of the same size as draws and rows
+_FEW = (SHAPES[0], SHAPES[3], SHAPES[8], SHAPES[11])
 
 
 class Outputs(nn.Module):
@@ -152,8 +154,10 @@ def test_metrics_are_those_of_each_element(rows, axes):
     np.testing.assert_allclose(ood.epistemic_variance(mean), spread, rtol=1e-8, atol=1e-12)
 
 
+# one scale for all outputs has no axis to mistake
 @shapes
 @pytest.mark.parametrize("per_output", [True, False])
+@pytest.mark.slow_where(cell=lambda p: not p["per_output"] and (p["rows"], p["axes"]) not in _FEW)
 def test_std_scaling_stretches_each_element_by_its_outputs_scale(rows, axes, per_output):
     predict = _predictor(axes)
     x, y = _data(60, axes, 1)
@@ -198,10 +202,12 @@ def test_cdf_recalibration_bends_each_element(rows, axes):
     assert low.shape == high.shape == after.mean.shape and bool((low < high).all())
 
 
+# the three differ in their inputs, and put intervals on elements by the same lines
 @shapes
 @pytest.mark.parametrize(
     "method", [AbsoluteIntervals(0.2), NormalizedIntervals(0.2), CQR(0.2)], ids=lambda m: type(m).__name__
 )
+@pytest.mark.slow_where(cell=lambda p: not isinstance(p["method"], CQR) and (p["rows"], p["axes"]) not in _FEW)
 def test_conformal_intervals_are_those_of_each_element_alone(rows, axes, method):
     predict = _predictor(axes)
     x, y = _data(40, axes, 1)

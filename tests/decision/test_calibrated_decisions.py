@@ -33,6 +33,9 @@ _ALPHA = ("ConformalSets", "AbsoluteIntervals", "NormalizedIntervals", "CQR")
 _REGRESSION = ("StdScaling", "CDFRecalibration", "AbsoluteIntervals", "NormalizedIntervals", "CQR")
 
 
+_BESIDE = ("AbsoluteIntervals", "NormalizedIntervals")  # put around the distribution by the lines of CQR
+
+
 def _made(name):
     """A calibration with what it needs; both ways of a temperature."""
     if name == "Temperature":
@@ -69,9 +72,19 @@ def _of_classes():
     return [(None, None), *((n, i) for n in found for i in range(len(_made(n))))]
 
 
-def _of_outputs():
-    single = [(n,) for n in CALIBRATIONS if n in _REGRESSION]
-    return [(), *single, *itertools.permutations(("StdScaling", "CDFRecalibration", "CQR"), 2)]
+def _of_outputs(*pairs):
+    """None, each calibration alone, and two after each other: those of `pairs` by default, the others slow."""
+    single = [(n,) for n in CALIBRATIONS if n in _REGRESSION and n not in _BESIDE]
+    single += [pytest.param((n,), marks=pytest.mark.slow) for n in _BESIDE]
+    ordered = itertools.permutations(("StdScaling", "CDFRecalibration", "CQR"), 2)
+    both = [names if names in pairs else pytest.param(names, marks=pytest.mark.slow) for names in ordered]
+    return [(), *single, *both]
+
+
+# intervals are put around what was calibrated before them and do not change it: of the pairs with them, the one that
+# bends under the intervals is kept
+BENT, SCALED_AND_BENT = ("CDFRecalibration", "CQR"), ("StdScaling", "CDFRecalibration")
+REFUSED = ("CDFRecalibration", "StdScaling")
 
 
 def test_nothing_is_left_out():
@@ -81,8 +94,12 @@ def test_nothing_is_left_out():
         assert _made(name)[0].acts_on in ("logits", "probs", "prediction")
 
 
+# each calibration with the kind that is a difference of two numbers, and the one that is read from probabilities; the
+# two that these are made of without a calibration
+@pytest.mark.parametrize("kinds", [("epistemic", "confidence"), ("total", "aleatoric")], ids=" and ".join)
 @pytest.mark.parametrize("name, which", _of_classes())
-def test_decisions_about_classes(classes, name, which):
+@pytest.mark.slow_where(cell=lambda p: "total" in p["kinds"] and p["name"] is not None)
+def test_decisions_about_classes(classes, name, which, kinds):
     predict, x, y = classes
     calibrated = predict if name is None else calibrate(predict, (x[:300], y[:300]), _made(name)[which])
     new = x[300:]
@@ -91,7 +108,7 @@ def test_decisions_about_classes(classes, name, which):
     spent = p.probs.double() @ cost.double()
     action = with_decision(calibrated, decision.ExpectedCost(cost, 1.1))(new).action
     assert torch.equal(action, torch.where(spent.min(1).values > 1.1, REFER, spent.argmin(1)))
-    for kind in ("total", "aleatoric", "epistemic", "confidence"):
+    for kind in kinds:
         u = uncertainty_of(p, kind).double()
         middle, high = float(u.quantile(0.5)), float(u.quantile(0.8))
         referred = with_decision(calibrated, Referral(kind, middle))(new).action
@@ -107,8 +124,10 @@ def _quantiles(p, levels):
     return torch.stack([p.quantile(level).double() for level in levels])
 
 
-@pytest.mark.parametrize("names", _of_outputs(), ids="-".join)
+# in chunks, where sums of draws are put together: without a calibration and with one that reads their distribution
+@pytest.mark.parametrize("names", _of_outputs(BENT, SCALED_AND_BENT, REFUSED), ids="-".join)
 @pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.slow_where(cell=lambda p: p["chunk"] and p["names"] not in ((), ("CDFRecalibration",)))
 def test_decisions_about_outputs(outputs, names, chunk):
     predict, x, y = outputs
     calibrated = predict.replace(chunk_size=chunk)
@@ -150,7 +169,8 @@ def test_decisions_about_outputs(outputs, names, chunk):
         )
         score = map_of.inverse(plain.score(paths))
         grid = torch.linspace(-8, 8, 400, dtype=torch.float64)
-        ends = torch.stack([mixture_quantile(drawn, (0.5 * log_variance).exp(), g) for g in grid])
+        std = (0.5 * log_variance).exp().unsqueeze(1)
+        ends = mixture_quantile(drawn.unsqueeze(1), std, grid.reshape(-1, 1, 1))
         paths = _interpolated(score, grid, ends)
     crossed = ((paths < -3) | (paths > torch.tensor([2.0, 4.0]))).any(-1).double().mean(0)
     np.testing.assert_allclose(risk.risk, crossed, atol=6 * 0.5 / (1000 * 5) ** 0.5 + 1e-3)
@@ -174,7 +194,8 @@ def _methods(likelihood):
         likelihood = likelihood.likelihood
 
 
-@pytest.mark.parametrize("names", _of_outputs(), ids="-".join)
+# two after each other are tried with two outputs, above
+@pytest.mark.parametrize("names", _of_outputs(SCALED_AND_BENT), ids="-".join)
 def test_uncertainties_of_one_output(outputs, names):
     predict = _predictor(2, vbdl.HeteroscedasticGaussian())
     _, x, y = outputs
@@ -204,10 +225,13 @@ def test_the_draws_are_the_same_in_any_chunks_sizes_and_estimators(outputs, tmp_
         calibrated = calibrate(calibrate(one, (x, y[:70]), StdScaling()), (x, y[:70]), CDFRecalibration())
         deciding = with_decision(calibrated, Risk(level=0.9))
         expected = -calibrated(x, samples=True).quantile(0.1)
-        for other in (deciding, deciding.replace(chunk_size=2), deciding.replace(chunk_size=5, tiles=(1, 16))):
+        for other in (deciding, deciding.replace(chunk_size=2)):
             torch.testing.assert_close(other(x).var, expected, rtol=1e-4, atol=1e-4)
-        deciding.save(tmp_path / str(id(one)), example=x)
-        torch.testing.assert_close(vbdl.load(tmp_path / str(id(one)), compile=False)(x).var, deciding(x).var)
+    # `deciding` is now of several architectures
+    smaller = deciding.replace(chunk_size=5, tiles=(1, 16))
+    torch.testing.assert_close(smaller(x).var, expected, rtol=1e-4, atol=1e-4)
+    deciding.save(tmp_path / "m", example=x)
+    torch.testing.assert_close(vbdl.load(tmp_path / "m", compile=False)(x).var, deciding(x).var)
     # more draws than it was made for, and fewer, and a deadline that stops before the last
     deciding = with_decision(dropout, Risk(level=0.9))
     for n in (3, 40):

@@ -30,8 +30,12 @@ def _for_risk(*arguments):
         return Referral().for_risk(*arguments)
 
 
+# few rows and many; those between are slow
+SIZES = [60, pytest.param(300, marks=pytest.mark.slow), 1000]
+
+
 @pytest.mark.parametrize("method", ["sgr", "ltt"])
-@pytest.mark.parametrize("n", [60, 300, 1000])
+@pytest.mark.parametrize("n", SIZES)
 def test_guaranteed_risk_fails_no_more_often_than_delta(method, n):
     target, delta, repeats, failures, coverage = 0.06, 0.1, 400, 0, []
     for seed in range(repeats):
@@ -79,8 +83,11 @@ _KINDS = {
 }
 
 
-@pytest.mark.parametrize("n", [60, 300, 1000])
+@pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.slow_where(
+    cell=lambda p: p["kind"] == "at the risk itself" and p["n"] > 60
+)  # few rows are the harder ones
 def test_coverage_is_found_and_the_promise_kept(kind, n):
     target, delta, repeats, broken, found = 0.06, 0.1, 300, 0, {"sgr": [], "ltt": []}
     grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)

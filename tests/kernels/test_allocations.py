@@ -49,8 +49,9 @@ def test_the_mode_sees_what_an_operator_makes_inside():
         torch.randn(SAMPLES, WIDTH, WIDTH)
 
 
+# an input of each draw's own is part of what is allocated before: the training step below has one in its second layer
 @pytest.mark.interpreter
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sampled_linear_forward_and_backward(shared):
     leaves = problem(shared)
     x, mean, std, *bias = leaves

@@ -5,17 +5,27 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+HALF = [HERE / "test_sampled_linear.py", HERE / "test_allocations.py"]
+
 
 @pytest.mark.long
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the other process")
-def test_kernels_in_the_interpreter():
-    """Everything marked `interpreter`; what it prints is shown when it fails."""
+@pytest.mark.parametrize(
+    "files, marked",
+    [
+        pytest.param(HALF, "not slow", id="sampled linear"),
+        pytest.param([HERE, *(f"--ignore={file}" for file in HALF)], "not slow", id="the others"),
+        pytest.param([HERE], "slow", marks=pytest.mark.slow, id="slow"),
+    ],
+)
+def test_kernels_in_the_interpreter(files, marked):
+    """Everything marked `interpreter`, in halves of the same time; what it prints is shown when it fails."""
     pytest.importorskip("triton")
-    folder = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(folder), "-q", "-m", "interpreter and not slow", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *files, "-q", "-m", f"interpreter and {marked}", "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=folder.parents[1],
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )

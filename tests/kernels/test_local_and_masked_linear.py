@@ -154,8 +154,9 @@ def compare(found, expected, length, dtype):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "shape, dtype, shared",
-    [(*case, False) for case in CASES]  # an input that all samples share is read with a stride of zero, at all alike
-    + [(*c, True) if c in CASES[1::3] else pytest.param(*c, True, marks=pytest.mark.slow) for c in CASES],
+    # SHAPES[3] in float16; an input that all samples share is read with a stride of zero, at all alike
+    [(*c, False) if c not in CASES[3:4] else pytest.param(*c, False, marks=pytest.mark.slow) for c in CASES]
+    + [(*c, True) if c in CASES[1::6] else pytest.param(*c, True, marks=pytest.mark.slow) for c in CASES],
 )
 def test_kernels_match_the_reference(shape, dtype, shared, poisoned):
     x, mean, std, bias_mean, bias_std, key = problem(*shape, dtype, shared)

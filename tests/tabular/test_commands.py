@@ -203,6 +203,8 @@ def test_calibrate_scores_rows_that_each_fit_has_not_seen(place, classes, tmp_pa
         before, after = (float(w) for w in line.split() if w.replace(".", "").isdigit())
         verdicts.add("makes predictions worse" in said)
         assert ("makes predictions worse" in said) == (after > before)
+        if len(verdicts) == 2:
+            break
     assert verdicts == {True, False}
 
 
@@ -237,7 +239,9 @@ def test_a_score_of_the_distribution_before_is_not_given_for_the_one_after(place
 
 
 def test_recommend_says_why(place, capsys):
-    assert main(["recommend", str(place / "train.parquet"), "--target", "kind", "--budget", "1", "--width", "16"]) == 0
+    assert (
+        main(["recommend", str(place / "train.parquet"), "--target", "kind", "--budget", "0.5", "--width", "16"]) == 0
+    )
     said = capsys.readouterr().out
     assert "recommend: " in said and all(m in said for m in ("MCDropout", "MeanField", "DeepEnsemble"))
 

@@ -6,6 +6,7 @@ import pytest
 
 from vbdl.tabular import TableOptions, fit_table
 
+pytestmark = pytest.mark.usefixtures("untrained")
 N = 400
 RANDOM = np.random.default_rng(0)
 A, B = RANDOM.normal(size=(2, N))

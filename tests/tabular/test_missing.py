@@ -13,6 +13,7 @@ from vbdl.tabular import Schema, TableOptions, fit_table
 from vbdl.tabular.reading import NULLS, Reading
 from vbdl.tabular.target import fit_target
 
+pytestmark = pytest.mark.usefixtures("untrained")
 QUICK = TableOptions(epochs=1, n_members=2, width=8, depth=1)
 WORDS = [*NULLS, None, " NA ", "  "]
 KEPT = ["-", "missing", "na", "none"]  # words of a column of words, unless they are said to mean nothing

@@ -5,6 +5,7 @@ one is used follows from what the network computes (`ways.py`); with compile="ba
 until the graph is compiled. Calls share no data that they write to, so several threads may use an execution at once.
 """
 
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Execution:
         self._traced: Traced | None = None
         self._graph_plan: Plan | None = None
         self._undecided: str | None = None  # why both ways are to be timed
+        self._planned = threading.Event()  # set once it is known what the graph is
         self._job: Future[None] | None = None
         self._plain: Plain | None = None
         with torch.no_grad(), tracing():
@@ -63,7 +65,8 @@ class Execution:
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
             try_out(model, {n: t.detach() for n, t in state.items()}, tile)
-        if settings.compile == "background":
+        self._behind = settings.compile == "background"  # whether the graph is still being compiled
+        if self._behind:
             self._way = self._as_it_is("the graph is being compiled")
             self._job = background.submit(self, Execution._compile_behind)
         else:
@@ -181,15 +184,20 @@ class Execution:
         """
         try:
             self._way = self._prepared()
+            self._behind = False
         except (ValueError, NotImplementedError):
             raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._way = self._as_it_is(f"the graph could not be compiled: {reason}")
+            self._behind = False
+        finally:
+            self._planned.set()
 
     def _prepared(self) -> _Way:
         """The way that is to be used, ready to run."""
         way = self._chosen()
+        self._planned.set()
         if isinstance(way.calls, Chunking):
             reason, self._undecided = self._undecided, None
             with torch.no_grad():
@@ -200,6 +208,15 @@ class Execution:
             if isinstance(way.calls, Chunking):
                 self.compiled = {"sums"}
         return way
+
+    def explain(self) -> str:
+        """Describe how the draws are executed, and why; waits for the tracing, but not for the compiler."""
+        if self._behind:
+            self._planned.wait()
+        way, plan = self._way, self._graph_plan
+        if self._behind and plan is not None:
+            return f"{plan.explain()}\nuntil then      {way.plan.strategy}, because the graph is being compiled"
+        return way.plan.explain()
 
     def check(self, wait: bool) -> None:
         """Raise what the background found wrong with the module, if it is known; wait: until it is."""

@@ -55,8 +55,7 @@ class Executions:
     def _in_time(self, executions: Made) -> Made:
         """The executions, after waiting for what is compiled in the background if `waiting`."""
         for execution in executions:
-            if isinstance(execution, Execution):
-                execution.check(self.waiting)
+            execution.check(self.waiting)
         return executions
 
     def drawing(self, tile: Flat) -> list[Execution]:

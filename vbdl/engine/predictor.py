@@ -259,6 +259,13 @@ class Predictor:
         self.executions.sealed = True
         return self
 
+    def wait(self) -> "Predictor":
+        """Wait until what was predicted so far is compiled in the background, and return the predictor."""
+        for executions in list(self.executions.by_shape.values()):
+            for execution in executions:
+                execution.check(wait=True)
+        return self
+
     def explain(self, example: Inputs | None = None) -> str:
         """Describe how the draws are executed, and why.
 
@@ -273,7 +280,7 @@ class Predictor:
             shapes = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in key[1])
             for index, execution in enumerate(executions):
                 part = f", part {index + 1} of {len(executions)}" if len(executions) > 1 else ""
-                blocks.append(f"input          {shapes}{part}\n{execution.plan.explain()}")
+                blocks.append(f"input          {shapes}{part}\n{execution.explain()}")
         if self.settings.autocast is not None and example is not None:
             self.precision = against_float32(self, example)
         if self.precision is not None:
