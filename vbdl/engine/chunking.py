@@ -65,10 +65,11 @@ class Chunking:
     keep: keep values that do not depend on the input, such as masks and drawn weights, instead of computing them again
         in every call.
     cut: the cut graph for `draws` draws, if it exists; otherwise it is traced when it is first needed.
+    compile: whether to compile the calls.
     """
 
-    def __init__(self, traced: Traced, draws: int, keep: bool, cut: Cut | None = None):
-        self._traced, self._keep, self._cut_once = traced, keep, cut
+    def __init__(self, traced: Traced, draws: int, keep: bool, cut: Cut | None = None, compile: bool = False):
+        self._traced, self._keep, self._cut_once, self._compile = traced, keep, cut, compile
         n_samples = traced.n_samples
         self._chunks = [
             _Chunk(torch.arange(start, start + draws).clamp_max(n_samples - 1), min(draws, n_samples - start))
@@ -83,7 +84,11 @@ class Chunking:
 
     def of(self, draws: int) -> "Chunking":
         """The same draws in calls of at most `draws` each."""
-        return Chunking(self._traced, draws, self._keep)
+        return Chunking(self._traced, draws, self._keep, compile=self._compile)
+
+    def uncompiled(self) -> "Chunking":
+        """The same calls, run operation by operation."""
+        return Chunking(self._traced, len(self._chunks[0].numbers), self._keep, self.cut)
 
     def count(self, index: int) -> int:
         """The number of draws that count in the call with this index."""
@@ -139,7 +144,7 @@ class Chunking:
         if key not in self._programs:
             traced = self._traced
             regions = (PREFIX,) if end == "prefix" else (PREFIX, BODY) if len(self) == 1 else (BODY,)
-            program = Program(self.cut, regions, bool(traced.settings.compile), traced.aligned, traced.handwritten)
+            program = Program(self.cut, regions, self._compile, traced.aligned, traced.handwritten)
             if end != "prefix":
                 program.finish(traced.model.likelihood, end, count, carried)
             if end == "fields" and traced.tile.structure == TENSOR:

@@ -5,6 +5,7 @@ one is used follows from what the network computes (`ways.py`); with compile="ba
 until the graph is compiled. Calls share no data that they write to, so several threads may use an execution at once.
 """
 
+import contextlib
 import threading
 import time
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
+from vbdl.compiling.rewrite import draws_outputs
 from vbdl.engine import background
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.plain import Plain, PlainCalls, PlainPlan
@@ -25,6 +27,7 @@ from vbdl.engine.traced import CannotTrace, Traced
 from vbdl.engine.trial import try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import State
 
 _ROUNDS, _ENOUGH = 9, 200.0  # both ways are timed in turn: so many times, or milliseconds
@@ -57,17 +60,20 @@ class Execution:
         self._traced: Traced | None = None
         self._graph_plan: Plan | None = None
         self._undecided: str | None = None  # why both ways are to be timed
+        self._traced_before: _Way | None = None  # the graph, if it was traced before the background began
         self._planned = threading.Event()  # set once it is known what the graph is
         self._job: Future[None] | None = None
         self._plain: Plain | None = None
-        with torch.no_grad(), tracing():
+        self._behind = settings.compile == "background"  # whether the graph is still being compiled
+        with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             model.posterior.prepare(tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
             try_out(model, {n: t.detach() for n, t in state.items()}, tile)
-        self._behind = settings.compile == "background"  # whether the graph is still being compiled
         if self._behind:
-            self._way = self._as_it_is("the graph is being compiled")
+            self._model = model.twin()  # traced in the background, while the posterior's own module may be copied
+        if self._behind:
+            self._way = self._meanwhile()
             self._job = background.submit(self, Execution._compile_behind)
         else:
             self._way = self._chosen()
@@ -131,7 +137,9 @@ class Execution:
                 chunk_size=self._settings.chunk_size,
                 reasons=(*reasons, *traced.rewrites),
             )
-            calls = Chunking(traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None)
+            calls = Chunking(
+                traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None, bool(self._settings.compile)
+            )
         self._traced, self._graph_plan = traced, plan
         return _Way(plan, calls), *after_tracing(few, plan, n_few, self._settings)
 
@@ -177,6 +185,16 @@ class Execution:
 
     # -- compiling in the background
 
+    def _meanwhile(self) -> _Way:
+        """The way that answers while the graph is being compiled: with the draws of the graph, up to rounding."""
+        network = self._model.network
+        if isinstance(network, KeyedNetwork) and network.draws_weights and not self._settings.joint:
+            way = self._chosen()
+            if isinstance(way.calls, Chunking) and draws_outputs(way.plan.reasons):
+                self._traced_before = way
+                return _Way(way.plan, way.calls.uncompiled())
+        return self._as_it_is("the graph is being compiled")
+
     def _compile_behind(self) -> None:
         """Trace, compile and time in the background, then put the faster way in the place of the network as it is.
 
@@ -196,7 +214,7 @@ class Execution:
 
     def _prepared(self) -> _Way:
         """The way that is to be used, ready to run."""
-        way = self._chosen()
+        way = self._traced_before or self._chosen()
         self._planned.set()
         if isinstance(way.calls, Chunking):
             reason, self._undecided = self._undecided, None
@@ -215,7 +233,7 @@ class Execution:
             self._planned.wait()
         way, plan = self._way, self._graph_plan
         if self._behind and plan is not None:
-            return f"{plan.explain()}\nuntil then      {way.plan.strategy}, because the graph is being compiled"
+            return f"{plan.explain()}\nuntil then     {way.plan.strategy}, uncompiled: the graph is being compiled"
         return way.plan.explain()
 
     def check(self, wait: bool) -> None:

@@ -72,11 +72,14 @@ class Program:
         if self._call is None or self._graph is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
-                self._graph = trace(self._whole, *examples, aligned=self._aligned)
+                graph = trace(self._whole, *examples, aligned=self._aligned)
                 if self._compile and on_cpu(examples):  # a gain on a CPU; not measured elsewhere
-                    transpose_last(self._graph)
-                self._call = compile_graph(self._graph, examples) if self._compile else self._graph
-                self._dtypes = [t.dtype for t in examples]
+                    transpose_last(graph)
+            call: Callable[..., Sequence[Tensor]] = graph
+            if self._compile:
+                with torch.no_grad(), _compiling:  # not the lock of tracing, which answers meanwhile may need
+                    call = compile_graph(graph, examples)
+            self._graph, self._call, self._dtypes = graph, call, [t.dtype for t in examples]
         if self._dtypes != [t.dtype for t in arguments]:  # compiled code would misread the bytes
             dtypes = [t.dtype for t in arguments]
             raise TypeError(f"compiled for {self._dtypes}, called with {dtypes}: convert the arguments")
@@ -147,6 +150,7 @@ class Ready:
 
 
 _lock = threading.RLock()
+_compiling = threading.RLock()  # Inductor compiles in one thread at a time
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from vbdl.compiling.graph import BODY, DRAWN, Cut, name_of
+from vbdl.compiling.rewrite import draws_outputs
 from vbdl.engine.plan import Plan
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
@@ -28,7 +29,7 @@ def before_tracing(model: Model, settings: PredictorSettings) -> tuple[str, str]
 
 def after_tracing(cut: Cut, plan: Plan, traced_draws: int, settings: PredictorSettings) -> tuple[str, str]:
     """GRAPH, PLAIN or MEASURE, with the reason, for a graph that was traced with `traced_draws` draws."""
-    if settings.batch_invariant or not _on_cpu(cut):
+    if settings.batch_invariant or not _on_cpu(cut) or draws_outputs(plan.reasons):
         return GRAPH, ""
     compiles = settings.compile is not False
     nodes = cut.regions[BODY].nodes

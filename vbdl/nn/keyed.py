@@ -15,6 +15,7 @@ class KeyedNetwork(nn.Module):
         makes and reads what is there. None: the forward makes them anew.
     """
 
+    draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
     inner: nn.Module
     key: Tensor
     rate: float | Mapping[str, float] | None = None

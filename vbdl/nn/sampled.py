@@ -51,6 +51,8 @@ class SampledNetwork(KeyedNetwork):
 
     kl_weight: Tensor
 
+    draws_weights = True
+
     def __init__(
         self,
         inner: nn.Module,
