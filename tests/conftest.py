@@ -16,6 +16,10 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
+# tests compare numbers from the first call on, and leave nothing behind that compiles while others run; compiling in
+# the background has tests of its own
+os.environ["VBDL_COMPILE"] = "first"
+
 # pytest listens to every logger that does not propagate, and for a listener torch writes down the stack of every step
 # of its tracing: a tenth of the time of a test that traces
 if "TORCH_TRACE" not in os.environ:

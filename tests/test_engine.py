@@ -79,7 +79,7 @@ def test_draws_that_are_not_kept_are_the_same():
 
 
 @pytest.mark.parametrize("posterior", [lambda m: MeanField(m, 101, initial_std=0.1), lambda m: DeepEnsemble(m, 3)])
-def test_a_network_that_cannot_be_mapped_runs_one_draw_after_the_other(posterior):
+def test_recurrent_layers_run_one_draw_after_the_other(posterior):
     class Last(nn.Module):
         def __init__(self):
             super().__init__()
@@ -91,7 +91,7 @@ def test_a_network_that_cannot_be_mapped_runs_one_draw_after_the_other(posterior
     q, x = posterior(Last()), torch.randn(13, 7, 3)
     predict = predictor(q, n_samples=3)
     p = predict(x, samples=True)
-    assert "loop" in predict.explain(x) and "cannot be mapped" in predict.explain(x)
+    assert "recurrent layers" in predict.explain(x)
     q.eval()
     state = q.draws(torch.arange(3), 0)
     with torch.no_grad():
@@ -447,30 +447,6 @@ def test_rows_first_are_taken(net, width):
     x = torch.randn(20, 5, width)
     expected = torch.stack([m(x).softmax(-1) for m in members]).mean(0)
     torch.testing.assert_close(predictor(DeepEnsemble(members), n_samples=2)(x).probs, expected, rtol=1e-5, atol=1e-6)
-
-
-class Branches(nn.Linear):
-    def forward(self, x):
-        out = super().forward(x)
-        return out if float(out.sum()) > -1e9 else out * 2
-
-
-class Packs(LastStep):
-    def forward(self, x, lengths):
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return self.head(self.layer(packed)[1][-1])
-
-
-@pytest.mark.parametrize(
-    "net, x",
-    [
-        (lambda: Branches(3, 2), torch.randn(7, 3)),
-        (lambda: Packs(batch_first=True), (torch.randn(7, 5, 3), torch.tensor([5, 4, 5, 1, 2, 3, 5]))),
-    ],
-)
-def test_what_depends_on_values_is_said_to_be_the_fault(net, x):
-    with pytest.raises(ValueError, match="runs, but cannot be traced.*not on their values"):
-        predictor(DeepEnsemble(net(), 2), n_samples=2)(x)
 
 
 @pytest.mark.parametrize(

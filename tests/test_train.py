@@ -631,23 +631,7 @@ class Doing(nn.Module):
         return self.something(self, x)
 
 
-class Packed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, OUTPUTS)
-
-    def forward(self, x):
-        lengths = (x != 0).sum(1).clamp(min=1)
-        packed = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(2), lengths, batch_first=True, enforce_sorted=False)
-        return self.head(self.rnn(packed)[1][0])
-
-
 NOT_PREDICTED = {
-    "a packed sequence": (lambda: vbdl.DeepEnsemble(Packed(), 2), "cannot be traced.*packed sequence"),
-    "an if on a tensor": (
-        lambda: vbdl.MCDropout(Doing(lambda net, x: net.inside(x if bool(x.sum() > 0) else -x))),
-        "cannot be traced",
-    ),
     "noise of torch": (
         lambda: vbdl.DeepEnsemble(Doing(lambda net, x: net.inside(x) + torch.randn(len(x), 1)), 2),
         "draws from torch's generator",

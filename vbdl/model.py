@@ -6,6 +6,7 @@ likelihood.*      (samples, ...), those of the draw's member   parameters of a l
 all others        no samples axis, shared                      the module and the likelihood themselves
 """
 
+import copy
 from collections.abc import Collection
 from itertools import chain
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.inputs import tensors
-from vbdl.calling.stacking import state_of
+from vbdl.calling.stacking import holding, state_of
 from vbdl.types import Likelihood, Posterior, State
 
 
@@ -80,6 +81,15 @@ class Model(nn.Module):
         if self.likelihood.n_members is not None:
             names |= {f"likelihood.{name}" for name, _ in self.likelihood.named_parameters()}
         return frozenset(names)
+
+    def twin(self) -> "Model":
+        """A model of copies of the modules that hold the same tensors: one may run while the other is traced."""
+        twin = copy.copy(self)
+        twin._modules = {
+            "network": holding(self.network, state_of(self.network)),
+            "likelihood": holding(self.likelihood, state_of(self.likelihood)),
+        }
+        return twin
 
     # -- one draw
 

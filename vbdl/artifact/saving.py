@@ -201,7 +201,7 @@ def _settings(predictor: Predictor) -> StoredSettings:
     autocast = None if s.autocast is None else CODES[s.autocast]
     tiles = list(predictor.tiles)
     return StoredSettings(
-        predictor.n_samples, predictor.seed, tiles, s.compile, s.memory_budget, s.chunk_size, autocast, s.joint
+        predictor.n_samples, predictor.seed, tiles, bool(s.compile), s.memory_budget, s.chunk_size, autocast, s.joint
     )
 
 

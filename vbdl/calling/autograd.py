@@ -1,4 +1,4 @@
-"""Contexts that switch off two features of torch's autograd that fail in calls of a module with replaced weights.
+"""Features of torch's autograd that would fail in calls of a module with replaced weights, or without gradients.
 
 Gradient checkpointing (`torch.utils.checkpoint`) runs a block again in the backward pass. By then the module has its
 own weights back and the masks are gone, so the gradient would silently be that of another network. Inside
@@ -8,17 +8,24 @@ saved.
 Operations with a handwritten gradient (`torch.autograd.Function`) cannot be traced by torch's transforms. Inside
 `only_forwards`, just their forward runs, as plain operations. A graph traced there computes the right outputs, but its
 gradient would not be the handwritten one, so it must not be differentiated.
+
+A forward pass that computes a gradient itself (`torch.autograd.grad`, as physics-informed networks do) fails where
+gradients are not enabled; `with_gradients_if_needed` runs it once more with gradients.
 """
 
 import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.utils.checkpoint as torchs
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_map
+
+T = TypeVar("T")
 
 
 class _ThisThread(threading.local):
@@ -57,6 +64,22 @@ def only_forwards() -> Iterator[list[str]]:
         yield names
     finally:
         _this_thread.forwards = before
+
+
+def with_gradients_if_needed(run: Callable[[], T]) -> T:
+    """run(), once more with gradients enabled if it computes a gradient itself; its tensors are then detached."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or not computes_gradient(error):
+            raise
+    with torch.enable_grad():
+        return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, run())
+
+
+def computes_gradient(error: RuntimeError) -> bool:
+    """Whether this is torch's error for a gradient that is computed while gradients are not enabled."""
+    return "does not require grad" in str(error)
 
 
 def _replace_once(owner: type, replace: Callable[[], None]) -> None:

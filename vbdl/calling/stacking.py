@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vbdl.calling.autograd import activations_kept
+from vbdl.calling.autograd import activations_kept, with_gradients_if_needed
 from vbdl.calling.inputs import arguments, flatten, rebuilt
 from vbdl.types import Inputs, Likelihood, State
 
@@ -85,7 +85,9 @@ def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the fo
     places = places_of(module)
     used = {place: t for name, t in state.items() for place in places.get(name, ())}
     with activations_kept() if torch.is_grad_enabled() else contextlib.nullcontext():
-        output = functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
+        output = with_gradients_if_needed(
+            lambda: functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
+        )
     if torch.is_grad_enabled():  # functional_call puts assigned entries into `used`
         for name, t in state.items():
             for place in places.get(name, ()):

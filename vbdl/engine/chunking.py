@@ -6,6 +6,7 @@ of an adaptive prediction. All of them read the same shared weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,16 +27,49 @@ class _Chunk:
     kept: dict[str, Tensor] | None = None  # values that do not depend on the input, such as masks, if they are kept
 
 
+class Calls(Protocol):
+    """All draws of an execution, divided into calls of a fixed number of draws."""
+
+    def __len__(self) -> int:
+        """The number of calls."""
+        ...
+
+    def of(self, draws: int) -> "Calls":
+        """The same draws in calls of at most `draws` each."""
+        ...
+
+    def count(self, index: int) -> int:
+        """The number of draws that count in the call with this index."""
+        ...
+
+    def parameters_like(self) -> tuple[torch.Size, torch.dtype]:
+        """The shape (rows, ...) and the dtype of the parameters of p(y | x) for one draw and one tile."""
+        ...
+
+    def inputs(self, tile: Flat) -> dict[str, Tensor]:
+        """What `run` needs of a tile, by name."""
+        ...
+
+    def run(self, index: int, end: str, inputs: dict[str, Tensor], carried: State | None = None) -> State:
+        """Run the call with this index; end: what it returns, as in `vbdl.engine.program.ended`."""
+        ...
+
+    def ready(self) -> Ready | None:
+        """The compiled call as a function of the tile alone, or None if there is none (yet)."""
+        ...
+
+
 class Chunking:
     """All draws of an execution, divided into calls of `draws` draws each.
 
     keep: keep values that do not depend on the input, such as masks and drawn weights, instead of computing them again
         in every call.
     cut: the cut graph for `draws` draws, if it exists; otherwise it is traced when it is first needed.
+    compile: whether to compile the calls.
     """
 
-    def __init__(self, traced: Traced, draws: int, keep: bool, cut: Cut | None = None):
-        self._traced, self._keep, self._cut_once = traced, keep, cut
+    def __init__(self, traced: Traced, draws: int, keep: bool, cut: Cut | None = None, compile: bool = False):
+        self._traced, self._keep, self._cut_once, self._compile = traced, keep, cut, compile
         n_samples = traced.n_samples
         self._chunks = [
             _Chunk(torch.arange(start, start + draws).clamp_max(n_samples - 1), min(draws, n_samples - start))
@@ -47,6 +81,14 @@ class Chunking:
     def __len__(self) -> int:
         """The number of calls."""
         return len(self._chunks)
+
+    def of(self, draws: int) -> "Chunking":
+        """The same draws in calls of at most `draws` each."""
+        return Chunking(self._traced, draws, self._keep, compile=self._compile)
+
+    def uncompiled(self) -> "Chunking":
+        """The same calls, run operation by operation."""
+        return Chunking(self._traced, len(self._chunks[0].numbers), self._keep, self.cut)
 
     def count(self, index: int) -> int:
         """The number of draws that count in the call with this index."""
@@ -102,7 +144,7 @@ class Chunking:
         if key not in self._programs:
             traced = self._traced
             regions = (PREFIX,) if end == "prefix" else (PREFIX, BODY) if len(self) == 1 else (BODY,)
-            program = Program(self.cut, regions, traced.settings.compile, traced.aligned, traced.handwritten)
+            program = Program(self.cut, regions, self._compile, traced.aligned, traced.handwritten)
             if end != "prefix":
                 program.finish(traced.model.likelihood, end, count, carried)
             if end == "fields" and traced.tile.structure == TENSOR:

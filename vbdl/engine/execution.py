@@ -1,28 +1,50 @@
-"""An execution: one model at one shape of input, traced, planned and ready to be called in chunks of draws.
+"""An execution: one model at one shape of input, ready to be called in chunks of draws.
 
-Calls share no data that they write to, so several threads may use an execution at once after each call is compiled.
+There are two ways to run the draws: as the traced and planned graph, and with the network as it is (`plain.py`). Which
+one is used follows from what the network computes (`ways.py`); with compile="background" the network as it is answers
+until the graph is compiled. Calls share no data that they write to, so several threads may use an execution at once.
 """
+
+import contextlib
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
-from vbdl.engine.chunking import Chunking
+from vbdl.compiling.rewrite import draws_outputs
+from vbdl.engine import background
+from vbdl.engine.chunking import Calls, Chunking
+from vbdl.engine.plain import Plain, PlainCalls, PlainPlan
 from vbdl.engine.plan import Plan, choose
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
-from vbdl.engine.traced import Traced
-from vbdl.engine.trial import check_apart, run_plainly
+from vbdl.engine.traced import CannotTrace, Traced
+from vbdl.engine.trial import try_out
+from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import State
+
+_ROUNDS, _ENOUGH = 9, 200.0  # both ways are timed in turn: so many times, or milliseconds
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run the draws: its plan, and the calls of all draws."""
+
+    plan: Plan | PlainPlan
+    calls: Calls
 
 
 class Execution:
     """The execution of draws 0, 1, ..., n_samples - 1 of one model on tiles of one shape.
 
-    traced: the model as graphs. plan: how the draws are executed, and why. Raises ValueError, with the reason, if the
-    module cannot be executed.
+    Raises ValueError, with the reason, if the module cannot be executed.
     """
 
     def __init__(
@@ -32,77 +54,247 @@ class Execution:
         settings: PredictorSettings,
         n_samples: int,
     ):
-        self.likelihood, self.n_samples = model.likelihood, n_samples
+        self.likelihood, self.n_samples, self._settings = model.likelihood, n_samples, settings
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
-        with torch.no_grad(), tracing():
+        self._model, self._tile = model, tile
+        self._traced: Traced | None = None
+        self._graph_plan: Plan | None = None
+        self._undecided: str | None = None  # why both ways are to be timed
+        self._traced_before: _Way | None = None  # the graph, if it was traced before the background began
+        self._planned = threading.Event()  # set once it is known what the graph is
+        self._job: Future[None] | None = None
+        self._plain: Plain | None = None
+        self._behind = settings.compile == "background"  # whether the graph is still being compiled
+        with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             model.posterior.prepare(tile.nested)
-            self.traced = Traced(model, tile, settings, n_samples)
-            self.plan, self._whole = self._planned()
-        self._chunkings = {self.plan.chunk: self._whole}  # number of draws in a call -> chunking
-        self.parameter_shape, self._dtype = self._whole.parameters_like()
+            entries = model.entries(torch.arange(1), settings.seed)
+            state = {**model.shared(entries), **select(entries, 0)}
+            try_out(model, {n: t.detach() for n, t in state.items()}, tile)
+        if self._behind:
+            self._model = model.twin()  # traced in the background, while the posterior's own module may be copied
+        if self._behind:
+            self._way = self._meanwhile()
+            self._job = background.submit(self, Execution._compile_behind)
+        else:
+            self._way = self._chosen()
+        self._steps: dict[tuple[bool, int], Calls] = {}
+        self.parameter_shape, self._dtype = self._way.calls.parameters_like()
 
-    def _planned(self) -> tuple[Plan, Chunking]:
-        """Check the module and trace a draw or two; return the plan chosen from that graph, and its chunking."""
-        traced, model = self.traced, self.traced.model
-        first = {**traced.shared, **select(traced.entries(torch.arange(1)), 0)}
-        outputs = run_plainly(model, first, traced.tile)
-        few, n_few, reasons = traced.probe()
-        if few.random:
-            raise NotImplementedError(
-                f"the module calls {few.random} in prediction, which draws from torch's generator and ignores the "
-                f"predictor's seed. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
-            )
-        check_apart(outputs, model, first, traced.tile)
-        if not few.output_depends_on_draw:
-            raise ValueError(
-                f"nothing random reaches the output of this {type(model.posterior).__name__}: every sample would be "
-                f"the same. See vbdl.inspect(module, example) for the stochastic sites"
-            )
-        plan = choose(
-            few,
-            traced.strategy,
-            traced_draws=n_few,
-            n_samples=self.n_samples,
-            tile=traced.rows,
-            memory_budget=traced.settings.memory_budget,
-            chunk_size=traced.settings.chunk_size,
-            reasons=(*reasons, *traced.rewrites),
-        )
-        return plan, Chunking(traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None)
+    @property
+    def plan(self) -> Plan | PlainPlan:
+        """The plan by which draws are executed now."""
+        return self._way.plan
 
-    def chunking(self, draws: int) -> Chunking:
-        """The chunking of all draws into calls of at most `draws` each; made once for each number."""
-        draws = min(draws, self.n_samples)
-        return self._chunkings.setdefault(draws, Chunking(self.traced, draws, self.plan.keep_draws))
+    @property
+    def traced(self) -> Traced:
+        """The model as graphs. Raises ValueError, with the reason, if it cannot be traced."""
+        if self._traced is None:
+            self._graph()
+        assert self._traced is not None
+        return self._traced
+
+    @property
+    def graph_plan(self) -> Plan:
+        """The plan for the model as graphs. Raises ValueError, with the reason, if it cannot be traced."""
+        if self._graph_plan is None:
+            self._graph()
+        assert self._graph_plan is not None
+        return self._graph_plan
+
+    # -- the two ways
+
+    def _as_it_is(self, *reasons: str) -> _Way:
+        """The way that runs the network as it is, for these reasons."""
+        if self._plain is None:
+            self._plain = Plain(self._model, self._tile, self._settings, self.n_samples)
+        plain = self._plain
+        draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
+        plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
+        return _Way(plan, PlainCalls(plain, draws))
+
+    def _graph(self) -> tuple[_Way, str, str]:
+        """Trace a draw or two; return the way that runs the graph, and what `ways.after_tracing` says of it."""
+        with torch.no_grad(), tracing():
+            traced = Traced(self._model, self._tile, self._settings, self.n_samples)
+            few, n_few, reasons = traced.probe()
+            if few.random:
+                raise NotImplementedError(
+                    f"the module calls {few.random} in prediction, which draws from torch's generator and ignores the "
+                    f"predictor's seed. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
+                )
+            if not few.output_depends_on_draw:
+                raise ValueError(
+                    f"nothing random reaches the output of this {type(self._model.posterior).__name__}: every sample "
+                    f"would be the same. See vbdl.inspect(module, example) for the stochastic sites"
+                )
+            plan = choose(
+                few,
+                traced.strategy,
+                traced_draws=n_few,
+                n_samples=self.n_samples,
+                tile=traced.rows,
+                memory_budget=self._settings.memory_budget,
+                chunk_size=self._settings.chunk_size,
+                reasons=(*reasons, *traced.rewrites),
+            )
+            calls = Chunking(
+                traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None, bool(self._settings.compile)
+            )
+        self._traced, self._graph_plan = traced, plan
+        return _Way(plan, calls), *after_tracing(few, plan, n_few, self._settings)
+
+    def _chosen(self) -> _Way:
+        """Choose the way; if both are to be timed, the graph, until `settle`."""
+        verdict, reason = before_tracing(self._model, self._settings)
+        if verdict == PLAIN:
+            return self._as_it_is(reason)
+        try:
+            way, verdict, reason = self._graph()
+        except CannotTrace as error:
+            return self._as_it_is(str(error))
+        if verdict == PLAIN:
+            return self._as_it_is(reason)
+        self._undecided = reason if verdict == MEASURE else None
+        return way
+
+    def settle(self, tile: Flat) -> None:
+        """Time both ways on this tile and keep the faster, once, if the plan could not tell which it is."""
+        if self._undecided is None:
+            return
+        reason, self._undecided = self._undecided, None
+        self._way = self._faster(self._way, self._as_it_is(), tile, reason)
+
+    def _faster(self, graph: _Way, plain: _Way, tile: Flat, reason: str) -> _Way:
+        """The faster of the two ways on a tile, with the times as a reason."""
+        ways = (graph, plain)
+        for way in ways:
+            self._once(way, tile)  # compiles, and makes the values that are kept
+        rounds: list[tuple[float, ...]] = []
+        while len(rounds) < _ROUNDS and sum(map(sum, rounds)) < _ENOUGH:
+            rounds.append(tuple(self._once(way, tile) for way in ways))
+        times = [min(each) for each in zip(*rounds, strict=True)]
+        words = f"{reason}, so both were timed: {times[0]:.3g} ms as a graph, {times[1]:.3g} ms as it is"
+        best = ways[times[1] < times[0]]
+        return _Way(best.plan.because(words), best.calls)
+
+    def _once(self, way: _Way, tile: Flat) -> float:
+        """The milliseconds of one prediction in this way."""
+        start = time.perf_counter()
+        self._fields(way.calls, tile)
+        return (time.perf_counter() - start) * 1e3
+
+    # -- compiling in the background
+
+    def _meanwhile(self) -> _Way:
+        """The way that answers while the graph is being compiled: with the draws of the graph, up to rounding."""
+        network = self._model.network
+        if isinstance(network, KeyedNetwork) and network.draws_weights and not self._settings.joint:
+            way = self._chosen()
+            if isinstance(way.calls, Chunking) and draws_outputs(way.plan.reasons):
+                self._traced_before = way
+                return _Way(way.plan, way.calls.uncompiled())
+        return self._as_it_is("the graph is being compiled")
+
+    def _compile_behind(self) -> None:
+        """Trace, compile and time in the background, then put the faster way in the place of the network as it is.
+
+        Raises ValueError or NotImplementedError for a module that must not be predicted with.
+        """
+        try:
+            self._way = self._prepared()
+            self._behind = False
+        except (ValueError, NotImplementedError):
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._way = self._as_it_is(f"the graph could not be compiled: {reason}")
+            self._behind = False
+        finally:
+            self._planned.set()
+
+    def _prepared(self) -> _Way:
+        """The way that is to be used, ready to run."""
+        way = self._traced_before or self._chosen()
+        self._planned.set()
+        if isinstance(way.calls, Chunking):
+            reason, self._undecided = self._undecided, None
+            with torch.no_grad():
+                if reason is None:
+                    self._once(way, self._tile)
+                else:
+                    way = self._faster(way, self._as_it_is(), self._tile, reason)
+            if isinstance(way.calls, Chunking):
+                self.compiled = {"sums"}
+        return way
+
+    def explain(self) -> str:
+        """Describe how the draws are executed, and why; waits for the tracing, but not for the compiler."""
+        if self._behind:
+            self._planned.wait()
+        way, plan = self._way, self._graph_plan
+        if self._behind and plan is not None:
+            return f"{plan.explain()}\nuntil then     {way.plan.strategy}, uncompiled: the graph is being compiled"
+        return way.plan.explain()
+
+    def check(self, wait: bool) -> None:
+        """Raise what the background found wrong with the module, if it is known; wait: until it is."""
+        job = self._job
+        if job is not None and (wait or job.done()):
+            self._job = None
+            job.result()
+
+    @property
+    def answers_as_it_is(self) -> bool:
+        """Whether calls run the network as it is, which compiles nothing and needs no lock."""
+        return isinstance(self._way.calls, PlainCalls) and self._undecided is None
+
+    # -- running
+
+    def chunking(self, draws: int) -> Calls:
+        """All draws in calls of at most `draws` each; made once for each number."""
+        draws, way = min(draws, self.n_samples), self._way
+        if draws == way.plan.chunk:
+            return way.calls
+        key = (isinstance(way.calls, PlainCalls), draws)
+        if key not in self._steps:
+            self._steps[key] = way.calls.of(draws)
+        return self._steps[key]
 
     @property
     def one_call(self) -> bool:
-        """True if one call executes all draws."""
-        return len(self._whole) == 1
+        """Whether one call executes all draws."""
+        return len(self._way.calls) == 1
 
     def empty_sums(self) -> State:
         """Running sums of zero draws for one tile, in the shapes and dtypes that the "sums" calls are compiled for."""
-        device = self.traced.device
-        zeros = torch.zeros((1, *self.parameter_shape), dtype=self._dtype, device=device)
+        zeros = torch.zeros((1, *self.parameter_shape), dtype=self._dtype, device=self._tile.tensors[0].device)
         return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(zeros).items()}
 
     def fields(self, tile: Flat) -> State:
-        """The prediction's fields for a tile; only if `one_call`."""
-        return self._whole.run(0, "fields", self._whole.inputs(tile))
+        """The prediction's fields for a tile, if this execution has all draws."""
+        return self._fields(self._way.calls, tile)
+
+    def _fields(self, calls: Calls, tile: Flat) -> State:
+        if len(calls) == 1:
+            return calls.run(0, "fields", calls.inputs(tile))
+        return self.likelihood.finish(self._sums(calls, tile, self.empty_sums()))
 
     def ready(self) -> Ready | None:
         """The compiled call as a function of the tile alone, or None before it is compiled or if draws are not kept."""
-        return self._whole.ready()
+        return self._way.calls.ready()
 
     def sums(self, tile: Flat, carried: State) -> State:
         """Add all draws of this execution to a tile's running sums, and return the new sums."""
-        inputs = self._whole.inputs(tile)
-        for index in range(len(self._whole)):
-            carried = self._whole.run(index, "sums", inputs, carried)
+        return self._sums(self._way.calls, tile, carried)
+
+    def _sums(self, calls: Calls, tile: Flat, carried: State) -> State:
+        inputs = calls.inputs(tile)
+        for index in range(len(calls)):
+            carried = calls.run(index, "sums", inputs, carried)
         return carried
 
     def parameters(self, tile: Flat) -> Tensor:
         """The parameters of p(y | x) of each draw, (samples, rows, ...)."""
-        inputs = self._whole.inputs(tile)
-        each = [self._whole.run(index, "parameters", inputs)["parameters"] for index in range(len(self._whole))]
-        return torch.cat(each)
+        calls = self._way.calls
+        inputs = calls.inputs(tile)
+        return torch.cat([calls.run(index, "parameters", inputs)["parameters"] for index in range(len(calls))])

@@ -32,6 +32,7 @@ class Executions:
         self.posterior, self.likelihood, self.settings, self.device = posterior, likelihood, settings, device
         self.by_shape: dict[Key, Made] = {}
         self.sealed = False
+        self.waiting = False  # whether graphs are waited for that are compiled in the background
         self._lock = threading.RLock()
 
     def of(self, tile: Flat) -> Made:
@@ -39,7 +40,7 @@ class Executions:
         key = (tile.structure, tuple((tuple(t.shape), t.dtype) for t in tile.tensors))
         executions = self.by_shape.get(key)
         if executions is not None:
-            return executions
+            return self._in_time(executions)
         if self.sealed:
             shapes = [(list(t.shape[1:]), str(t.dtype)) for t in tile.tensors]
             raise RuntimeError(
@@ -49,7 +50,13 @@ class Executions:
         with self._lock:
             if key not in self.by_shape:
                 self.by_shape[key] = self.make(tile)
-            return self.by_shape[key]
+        return self._in_time(self.by_shape[key])
+
+    def _in_time(self, executions: Made) -> Made:
+        """The executions, after waiting for what is compiled in the background if `waiting`."""
+        for execution in executions:
+            execution.check(self.waiting)
+        return executions
 
     def drawing(self, tile: Flat) -> list[Execution]:
         """Those of `of` that draw: all of them, unless moments stand in for draws."""
@@ -87,7 +94,7 @@ class Executions:
         calls: names such as "sums" or "parameters". Compiled calls share no data that they write to.
         """
         compiled = executions[0].compiled
-        if compiled.issuperset(calls):
+        if compiled.issuperset(calls) or all(isinstance(e, Execution) and e.answers_as_it_is for e in executions):
             with outside_autocast(self.device):
                 yield
             return

@@ -4,6 +4,7 @@ A plan is chosen from the traced graph alone: its tensor sizes give the memory o
 depends on the draw but not on the input.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,10 @@ class Plan:
     prefix_flops: int  # flops of one tile before the first random layer, whatever the number of draws
     body_flops: int  # flops of one draw and one tile
     reasons: tuple[str, ...]  # one sentence for each choice
+
+    def because(self, reason: str) -> "Plan":
+        """The same plan with one more reason."""
+        return dataclasses.replace(self, reasons=(*self.reasons, reason))
 
     def explain(self) -> str:
         """Describe the plan in words and figures, one line for each."""

@@ -70,7 +70,10 @@ class Predictor:
         row costs one row, and its result is the same in every batch up to float rounding.
     batch_invariant: guarantee that a row's result is identical bit for bit in every batch and at every place in it
         (on a CPU). Needs a single tile size, 1 or a multiple of 64, by default 64; a single row then costs 64 rows.
-    compile: False runs the same graph operation by operation.
+    compile: "background", the default, answers at once with the network as it is, compiles beside it, and goes on with
+        the compiled graph, whose results are equal up to rounding; `warm_up` waits for it. True compiles before the
+        first answer. False compiles nothing. The environment variable VBDL_COMPILE (background, first, never) sets the
+        default.
     memory_budget: bytes; half is for draws kept between calls, half for activations.
     chunk_size: the number of draws in one call, by default chosen from the memory budget. Results do not depend on it.
     autocast: the dtype to run the network in, torch.bfloat16 or torch.float16; statistics stay float32.
@@ -95,7 +98,7 @@ class Predictor:
         *,
         tiles: int | Sequence[int] | None = None,
         batch_invariant: bool = False,
-        compile: bool = True,
+        compile: bool | str | None = None,
         memory_budget: int = 2**30,
         chunk_size: int | None = None,
         autocast: torch.dtype | None = None,
@@ -243,6 +246,7 @@ class Predictor:
         if flat.rows < 1:
             raise ValueError("warm_up needs an example of at least one row")
         self.executions.sealed = False
+        self.executions.waiting = True
         for size in sorted({self.settings.tile_for(n) for n in batch_sizes}):
             self._tile(pad(flat, 0, size), False)
             if samples:
@@ -253,6 +257,13 @@ class Predictor:
             tile = pad(flat, 0, self.settings.tile_for(min(batch_sizes)))
             self.precision = against_float32(self, tile.nested)
         self.executions.sealed = True
+        return self
+
+    def wait(self) -> "Predictor":
+        """Wait until what was predicted so far is compiled in the background, and return the predictor."""
+        for executions in list(self.executions.by_shape.values()):
+            for execution in executions:
+                execution.check(wait=True)
         return self
 
     def explain(self, example: Inputs | None = None) -> str:
@@ -269,7 +280,7 @@ class Predictor:
             shapes = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in key[1])
             for index, execution in enumerate(executions):
                 part = f", part {index + 1} of {len(executions)}" if len(executions) > 1 else ""
-                blocks.append(f"input          {shapes}{part}\n{execution.plan.explain()}")
+                blocks.append(f"input          {shapes}{part}\n{execution.explain()}")
         if self.settings.autocast is not None and example is not None:
             self.precision = against_float32(self, example)
         if self.precision is not None:
@@ -354,11 +365,15 @@ class Predictor:
         executions = self.executions.of(tile)
         with self.executions.compiling(executions, "sums", *(["parameters"] if samples else [])):
             kept = torch.cat([e.parameters(tile) for e in executions], dim=0) if samples else None
-            if len(executions) == 1 and executions[0].one_call:
-                return executions[0].fields(tile), kept
+            if len(executions) == 1:
+                execution = executions[0]
+                if isinstance(execution, Execution):
+                    execution.settle(tile)
+                return execution.fields(tile), kept
             drawing = [e for e in executions if isinstance(e, Execution)]
             sums = drawing[0].empty_sums()
             for execution in drawing:
+                execution.settle(tile)
                 sums = execution.sums(tile, sums)
             return self.likelihood.finish(sums), kept
 

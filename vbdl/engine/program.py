@@ -47,11 +47,7 @@ class Program:
         """
 
         def end(parameters: Tensor, carried: State) -> State:
-            parameters = parameters[:count]
-            if finish == "parameters":
-                return {"parameters": parameters}
-            sums = likelihood.summarize(parameters)
-            return likelihood.finish(sums) if finish == "fields" else likelihood.merge(carried, sums)
+            return ended(likelihood, finish, parameters[:count], carried)
 
         self._end = end
         self._carried = list(carried)
@@ -76,11 +72,14 @@ class Program:
         if self._call is None or self._graph is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
-                self._graph = trace(self._whole, *examples, aligned=self._aligned)
+                graph = trace(self._whole, *examples, aligned=self._aligned)
                 if self._compile and on_cpu(examples):  # a gain on a CPU; not measured elsewhere
-                    transpose_last(self._graph)
-                self._call = compile_graph(self._graph, examples) if self._compile else self._graph
-                self._dtypes = [t.dtype for t in examples]
+                    transpose_last(graph)
+            call: Callable[..., Sequence[Tensor]] = graph
+            if self._compile:
+                with torch.no_grad(), _compiling:  # not the lock of tracing, which answers meanwhile may need
+                    call = compile_graph(graph, examples)
+            self._graph, self._call, self._dtypes = graph, call, [t.dtype for t in examples]
         if self._dtypes != [t.dtype for t in arguments]:  # compiled code would misread the bytes
             dtypes = [t.dtype for t in arguments]
             raise TypeError(f"compiled for {self._dtypes}, called with {dtypes}: convert the arguments")
@@ -101,6 +100,18 @@ class Program:
         if tile not in self.inputs or self._call is None or self._call is self._graph:
             return None
         return Ready(self._call, [kept.get(n) for n in self.inputs], self.inputs.index(tile), self.outputs)
+
+
+def ended(likelihood: Likelihood, end: str, parameters: Tensor, carried: State) -> State:
+    """What a call returns from the parameters of p(y | x) of its draws, (samples, rows, ...).
+
+    end: "parameters", these parameters; "sums", the running sums `carried` with these draws added; "fields", the
+    prediction's fields.
+    """
+    if end == "parameters":
+        return {"parameters": parameters}
+    sums = likelihood.summarize(parameters)
+    return likelihood.finish(sums) if end == "fields" else likelihood.merge(carried, sums)
 
 
 class _Differentiable(fx.Interpreter):
@@ -139,6 +150,7 @@ class Ready:
 
 
 _lock = threading.RLock()
+_compiling = threading.RLock()  # Inductor compiles in one thread at a time
 
 
 @contextlib.contextmanager

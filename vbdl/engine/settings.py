@@ -1,6 +1,7 @@
 """The settings of a predictor: the arguments of `vbdl.Predictor` that say how it runs, checked once."""
 
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex, TypedDict
@@ -42,7 +43,8 @@ class PredictorSettings:
     n_samples: int
     seed: int
     tiles: tuple[int, ...]  # ascending
-    compile: bool
+    batch_invariant: bool
+    compile: bool | str  # "background": answer uncompiled until the graph is compiled
     memory_budget: int
     chunk_size: int | None
     autocast: torch.dtype | None
@@ -58,7 +60,7 @@ class PredictorSettings:
         seed: int,
         tiles: int | Sequence[int] | None,
         batch_invariant: bool,
-        compile: bool,
+        compile: bool | str | None,
         memory_budget: int,
         chunk_size: int | None,
         autocast: torch.dtype | None,
@@ -87,12 +89,17 @@ class PredictorSettings:
             chunk_size = whole_number("chunk_size", chunk_size, 1)
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
+        if compile is None:
+            compile = _default_compile()
+        if compile not in (True, False, "background"):
+            raise ValueError(f"compile must be True, False or 'background', got {compile!r}")
         if estimator not in ("sampling", "moments"):
             raise ValueError(f"estimator must be 'sampling' or 'moments', got {estimator!r}")
         return cls(
             n_samples=n_samples,
             seed=seed,
             tiles=tuple(sorted(set(tiles))),
+            batch_invariant=batch_invariant,
             compile=compile,
             memory_budget=memory_budget,
             chunk_size=chunk_size,
@@ -109,6 +116,15 @@ class PredictorSettings:
     def tile_for(self, rows: int) -> int:
         """The size of the smallest tile that holds this many rows, or of the largest tile if none does."""
         return next((size for size in self.tiles if size >= rows), self.tiles[-1])
+
+
+def _default_compile() -> bool | str:
+    """What `compile` is if it is not given: "background", or what the variable VBDL_COMPILE says."""
+    named = os.environ.get("VBDL_COMPILE", "background")
+    choices: dict[str, bool | str] = {"background": "background", "first": True, "never": False}
+    if named not in choices:
+        raise ValueError(f"the variable VBDL_COMPILE must be one of {', '.join(choices)}, got {named!r}")
+    return choices[named]
 
 
 def is_invariant(tiles: Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vbdl.calling.inputs import Flat
 from vbdl.data.tiles import pad, padded
 from vbdl.engine.adaptive import Rule, step_size
-from vbdl.engine.chunking import Chunking
+from vbdl.engine.chunking import Calls
 from vbdl.engine.execution import Execution
 from vbdl.engine.executions import Executions
 from vbdl.types import Likelihood, State
@@ -28,7 +28,7 @@ class _Group:
     rows: Tensor  # (rows,) int64, their indices in the batch; the tile may be padded with more
     tile: Flat
     executions: Sequence[Execution]
-    steps: list[Chunking]  # the steps of each execution
+    steps: list[Calls]  # the steps of each execution
     sums: State  # running sums of the draws so far
     rule_state: State
     open: Tensor  # (rows,) bool, True for rows that are not settled yet

@@ -5,17 +5,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vbdl.calling.autograd import only_forwards
 from vbdl.calling.inputs import Flat, rebuilt
 from vbdl.calling.stacking import call_each, call_stacked
-from vbdl.compiling.graph import DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
+from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
 from vbdl.types import State
+
+
+class CannotTrace(ValueError):
+    """The module runs, but its operations cannot be traced."""
 
 
 class Traced:
@@ -68,12 +73,20 @@ class Traced:
             try:
                 graph = self.graph(entries)
             except Exception as reason:  # the module has just run, so the tracing fails
-                raise ValueError(
+                raise CannotTrace(
                     f"the module runs, but cannot be traced: {_first_line(reason)}. Its operations may depend on the "
                     f"shapes of its inputs, but not on their values: remove any `if` on a tensor, .item() and packed "
                     f"sequence"
                 ) from reason
-        return self._cut(graph, entries), next(iter(entries.values())).shape[0], reasons
+        try:
+            cut = self._cut(graph, entries)
+            cut.regions[BODY].peak_bytes()
+        except GuardOnDataDependentSymNode as reason:
+            raise CannotTrace(
+                f"the module runs, but cannot be traced: the size of a value depends on other values, "
+                f"{_first_line(reason)}"
+            ) from reason
+        return cut, next(iter(entries.values())).shape[0], reasons
 
     def cut(self, numbers: Tensor) -> Cut:
         """Trace, rewrite and cut the graph for as many draws as these, under the lock of `program.tracing`."""

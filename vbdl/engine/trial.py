@@ -11,6 +11,19 @@ from vbdl.types import State
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
 
 
+def try_out(model: nn.Module, state: State, tile: Flat) -> None:
+    """Run a draw on the tile, and check that it keeps rows apart and draws nothing from torch's generator."""
+    before = torch.get_rng_state()
+    outputs = run_plainly(model, state, tile)
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise NotImplementedError(
+            "the module draws from torch's generator in prediction, which ignores the predictor's seed. Wrap the "
+            "module in vbdl.MCDropout if it is dropout, or remove the call"
+        )
+    check_apart(outputs, model, state, tile)
+
+
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
     """Run the network on the tile with the parameters and buffers `state`, and return its outputs, (rows, ...).
 

@@ -5,6 +5,7 @@ The graph holds draws, network, statistics, calibration and decision. A predicto
 back end supports. The draws are the same, and the predictions equal up to rounding.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from vbdl.compiling.graph import draws_from_generator, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS
 from vbdl.engine.execution import Execution
+from vbdl.engine.executions import Executions
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.program import tracing
 from vbdl.types import State
@@ -41,7 +43,8 @@ def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
     """Trace the prediction of tiles with the shapes of this one into a module that `torch.export` accepts."""
     if predictor.estimator != "sampling":
         raise ValueError("a package predicts by sampling: export predictor.replace(estimator='sampling')")
-    executions = predictor.executions.make(tile)
+    settings = dataclasses.replace(predictor.settings, compile=False)
+    executions = Executions(predictor.posterior, predictor.likelihood, settings, predictor.device).make(tile)
     likelihood = predictor.likelihood
     parts = [_Part(e, predictor) for e in executions if isinstance(e, Execution)]
     fields: list[str] = []
@@ -114,7 +117,7 @@ class _Part:
         traced = execution.traced
         state = traced.entries(numbers)
         self.aligned = traced.aligned
-        needed = execution.n_samples * execution.plan.activation_bytes
+        needed = execution.n_samples * execution.graph_plan.activation_bytes
         if needed > predictor.settings.memory_budget:
             raise ValueError(
                 f"a package makes all {execution.n_samples} draws of a tile at once, which needs {needed / 2**20:.0f} "

@@ -6,12 +6,14 @@ Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxi
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import arguments, map_inputs
 from vbdl.calling.stacking import call
 from vbdl.nn.frozen import hold_frozen
@@ -78,7 +80,11 @@ class DropoutNetwork(KeyedNetwork):
         return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
 
     def _masks(self) -> Masks:
-        return Masks(self.key, self.inner, self.rate, self.sites)
+        return Masks(self.key, self.inner, self.rate, self.sites, kept=self.kept)
+
+    @property
+    def takes_many_keys(self) -> bool:
+        return self.sites is not None and all(site.axis is not None for site in self.sites if site.p > 0)
 
     def forward(self, *args, **kwargs):
         if self.training:
@@ -126,7 +132,7 @@ class DropoutNetwork(KeyedNetwork):
             args, kwargs = arguments(repeated)
             masks = self._masks()
             with CounterDropout(masks), self._reads():
-                self.inner(*args, **kwargs)
+                with_gradients_if_needed(functools.partial(self.inner, *args, **kwargs))
             calls.append(masks.calls)
         if [s.kind for s in calls[0]] != [s.kind for s in calls[1]]:
             raise RuntimeError(
@@ -137,7 +143,7 @@ class DropoutNetwork(KeyedNetwork):
         if any(site.multiple > 1 for site in self.sites):
             # `keep` assumes that a folded axis holds each row's entries in one block; equal rows then stay equal
             with CounterDropout(Masks(self.key, self.inner, 0.5, self.sites)), self._reads():
-                outputs = self.inner(*args, **kwargs)
+                outputs = with_gradients_if_needed(functools.partial(self.inner, *args, **kwargs))
             for t in tree_leaves(outputs):
                 if isinstance(t, Tensor) and not torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4):
                     raise ValueError(

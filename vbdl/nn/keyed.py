@@ -1,6 +1,6 @@
 """Networks that draw from a key: the wrappers of MC dropout and mean-field inference around a user's network."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from torch import Tensor, nn
 
@@ -11,11 +11,20 @@ class KeyedNetwork(nn.Module):
     inner: the user's network.
     key: (2,) int64 buffer, (seed, draw), from which everything random is drawn.
     rate: overrides the dropout rates of `inner`, all of them or by module name.
+    kept: values that follow from the key alone, such as masks and drawn weights, by a name: the forward adds what it
+        makes and reads what is there. None: the forward makes them anew.
     """
 
+    draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
     inner: nn.Module
     key: Tensor
     rate: float | Mapping[str, float] | None = None
+    kept: dict[Hashable, Tensor] | None = None
+
+    @property
+    def takes_many_keys(self) -> bool:
+        """Whether `key` may hold several draws, (draws, 2), for inputs that repeat the batch once for each draw."""
+        return False
 
     def regularization(self, key: Tensor) -> Tensor | None:
         """The regularization that the loss of a row adds for a draw, in nats (e.g. the KL term), or None."""

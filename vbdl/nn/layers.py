@@ -83,6 +83,8 @@ class LayeredNetwork(KeyedNetwork):
 
     kl_weight: Tensor
 
+    draws_weights = True
+
     def __init__(self, inner: nn.Module, n_data: int):
         super().__init__()
         self.inner, self.n_data = inner, n_data

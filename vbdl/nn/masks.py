@@ -5,7 +5,7 @@ In prediction a draw has one mask, shared by all rows of a batch; in training ev
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,13 @@ class Site:
 class Masks:
     """The masks of the dropout calls in one forward of `root`, in their order.
 
-    key: (2,) int64, (seed, draw).
+    key: (2,) int64, (seed, draw); or (draws, 2) for inputs that repeat the batch once for each draw.
     rate: overrides dropout rates, all of them or by module name.
     sites: the dropout calls in their order, from `DropoutNetwork.locate`; if None, axis 0 is taken for the batch in all
         of them.
     per_row: one mask per row, as in training.
     silent: record the dropout calls in `calls`, but drop nothing.
+    kept: masks by number of the call and shape, which are read from it and added to it; None: every mask is made anew.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Masks:
         sites: tuple[Site, ...] | None = None,
         per_row: bool = False,
         silent: bool = False,
+        kept: dict[Hashable, Tensor] | None = None,
     ):
+        self._kept = kept
         self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
         self._root = root
         self._names: dict[int, str] | None = None
@@ -92,6 +95,17 @@ class Masks:
         self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple))
         if p == 0.0 or self.silent:
             return None
+        if self._kept is None:
+            return self._made(index, shape, p, device, axis, multiple)
+        this = (index, tuple(shape))  # the shape, because a sequence may have another length in the next call
+        if this not in self._kept:
+            self._kept[this] = self._made(index, shape, p, device, axis, multiple)
+        return self._kept[this]
+
+    def _made(
+        self, index: int, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None, multiple: int
+    ) -> Tensor:
+        """The mask of a dropout call, broadcastable to `shape`, whose batch axis has `multiple` entries for a row."""
         sizes = list(shape)
         if axis is not None:
             sizes[axis] = multiple
@@ -99,7 +113,16 @@ class Masks:
         # shorter one; training does not need this and uses one long row, which wastes no random words
         columns = sizes[-1] if len(sizes) > 1 and not self.per_row else math.prod(sizes)
         rows = math.prod(sizes) // max(columns, 1)
-        keep = keep_mask(self.key.to(device), index, rows, columns, p).view(sizes)
+        key = self.key.to(device)
+        if key.ndim == 2:
+            if axis is None:
+                raise ValueError(f"call {index} of dropout masks no batch, so several draws cannot share one call")
+            keep = torch.stack([keep_mask(one, index, rows, columns, p).view(sizes) for one in key])
+            keep = keep.movedim(0, axis).unsqueeze(axis + 1)  # (..., draws, 1, multiple, ...)
+            each = shape[axis] // (len(key) * multiple)
+            keep = keep.expand(*keep.shape[: axis + 1], each, *keep.shape[axis + 2 :])
+            return keep.flatten(axis, axis + 2)  # the axis runs over (draws, batch, multiple)
+        keep = keep_mask(key, index, rows, columns, p).view(sizes)
         if axis is not None and multiple > 1:  # the axis runs over (batch, multiple)
             repeats = [1] * len(sizes)
             repeats[axis] = shape[axis] // multiple
@@ -110,6 +133,16 @@ class Masks:
         """x with units dropped and the rest scaled by 1 / (1 - p)."""
         keep = self.keep(kind, tuple(x.shape), p, x.device, axis)
         return x if keep is None else self.scale(x, keep)
+
+    def drop_steps(self, data: Tensor, step_of: Tensor, steps: int, p: float, kind: str) -> Tensor:
+        """Units dropped in a packed sequence, with the masks of the padded one, (steps, features) for a draw.
+
+        data: (entries, features). step_of: (entries,) int64, the step in time of each entry.
+        """
+        if self.per_row:
+            return self.drop(data, p, kind)
+        keep = self.keep(kind, (steps, data.shape[-1]), p, data.device, axis=None)
+        return data if keep is None else self.scale(data, keep.index_select(0, step_of))
 
     def scale(self, x: Tensor, keep: Tensor) -> Tensor:
         """x times the mask of the latest dropout call, times 1 / (1 - p) of that call."""

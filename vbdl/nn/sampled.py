@@ -51,6 +51,8 @@ class SampledNetwork(KeyedNetwork):
 
     kl_weight: Tensor
 
+    draws_weights = True
+
     def __init__(
         self,
         inner: nn.Module,
@@ -91,10 +93,14 @@ class SampledNetwork(KeyedNetwork):
 
     def weights(self) -> State:
         """The weights of the draw in `key`."""
+        if self.kept:
+            return {name: self.kept[name] for name in self.chosen}
         weights = {}
         for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer):
             std = once("std", self.log_std[name], functools.partial(self._std, name, log_std))
             weights[name] = drawn(mean, std, self.key, layer)
+        if self.kept is not None:
+            self.kept.update(weights)
         return weights
 
     def _std(self, name: str, log_std: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ the linear layers that remain are lowered to matrix products. A rewrite looks at
     loops      compiled loops between products run along memory       same numbers
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 
@@ -20,6 +20,14 @@ from vbdl.compiling.rewrite.fused import fuse
 from vbdl.compiling.rewrite.local import reparameterize
 
 _MANY_ROWS = 128  # from this many rows on, one product with kept weights is faster than two for mean and variance
+
+
+_DRAW_OUTPUTS = "mean-field layers draw their outputs, not their weights"
+
+
+def draws_outputs(sentences: Sequence[str]) -> bool:
+    """Whether a graph with these choices draws outputs of layers, which are other numbers than drawn weights give."""
+    return any(_DRAW_OUTPUTS in sentence for sentence in sentences)
 
 
 def rewrite(
@@ -48,8 +56,7 @@ def rewrite(
         hidden = largest_tile < _MANY_ROWS
         if rewritten := reparameterize(traced, kinds, rows, hidden):
             sentences.append(
-                f"{len(rewritten)} mean-field layers draw their outputs, not their weights: the same distribution of "
-                f"every row; joint=True draws weights"
+                f"{len(rewritten)} {_DRAW_OUTPUTS}: the same distribution of every row; joint=True draws weights"
             )
     sentences += compact(traced, kinds, n_samples, budget, measure)
     return sentences + fuse(traced, n_samples=n_samples, budget=budget)

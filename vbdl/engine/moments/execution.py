@@ -105,6 +105,13 @@ class MomentExecution:
         self.parameter_shape = outputs.shape
         self._points = _normal_points(tuple(outputs.shape[1:])).to(outputs.mean)
 
+    def explain(self) -> str:
+        """Describe the estimator and its error."""
+        return self.plan.explain()
+
+    def check(self, wait: bool) -> None:
+        """Nothing to wait for: moments are compiled at the first call."""
+
     def _tensors(self) -> list[Tensor]:
         return list(self._tile.tensors)
 

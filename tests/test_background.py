@@ -1,0 +1,178 @@
+"""compile="background": the network as it is answers at once, the compiled graph takes over, with the same draws."""
+
+import copy
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import vbdl
+from vbdl.engine.predictor import Predictor
+
+ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Compiling waits until the event is set; compiled graphs run as they were traced."""
+    release = threading.Event()
+
+    def compile_graph(graph, inputs):
+        assert release.wait(60)
+        return graph
+
+    monkeypatch.setattr("vbdl.engine.program.compile_graph", compile_graph)
+    yield release
+    release.set()
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Dropout(0.3), nn.Linear(11, 5))
+
+
+def background(q=None, **settings):
+    q = vbdl.MCDropout(network()) if q is None else q
+    return Predictor(q, vbdl.Categorical(), compile="background", **settings)
+
+
+def strategy(predict):
+    return next(iter(predict.executions.by_shape.values()))[0].plan.strategy
+
+
+@pytest.mark.parametrize("method", [vbdl.MCDropout, lambda m: vbdl.MeanField(m, 9), lambda m: vbdl.DeepEnsemble(m, 3)])
+def test_the_first_answer_does_not_wait(method, held):
+    q, x = method(network()), torch.randn(4, 3)
+    predict = background(q)
+    first = predict(x)
+    assert "being compiled" in predict.explain()
+    held.set()
+    predict.wait()
+    assert strategy(predict) == "stacked" and "being compiled" not in predict.explain()
+    now, expected = predict(x), Predictor(q, vbdl.Categorical(), compile=False)(x)
+    for field in ("probs", "total", "aleatoric", "epistemic", "standard_error"):
+        torch.testing.assert_close(getattr(first, field), getattr(expected, field), **ROUNDING)
+        torch.testing.assert_close(getattr(now, field), getattr(expected, field), **ROUNDING)
+
+
+def test_calls_that_are_not_compiled_yet_are_answered_too(held):
+    predict, x = background(), torch.randn(4, 3)
+    expected = Predictor(predict.posterior, vbdl.Categorical(), compile=False)
+    torch.testing.assert_close(predict(x, samples=True).samples, expected(x, samples=True).samples, **ROUNDING)
+    torch.testing.assert_close(predict(x, deadline=1e6).probs, expected(x).probs, **ROUNDING)
+    y = torch.arange(4)
+    torch.testing.assert_close(predict.log_prob(x, y), expected.log_prob(x, y), **ROUNDING)
+
+
+def test_warm_up_waits_and_seals(held):
+    predict, x = background(tiles=(4,)), torch.randn(4, 3)
+    threading.Timer(0.2, held.set).start()
+    predict.warm_up((4,), example=x, samples=True, adaptive=True)
+    assert held.is_set() and predict.sealed and strategy(predict) == "stacked"
+    predict(x, samples=True)
+    predict(x, tolerance=0.01)
+    with pytest.raises(RuntimeError, match="not warmed up"):
+        predict(torch.randn(4, 2))
+
+
+def test_a_row_that_is_predicted_meanwhile_is_the_same(held):
+    """Threads predict while the graph takes over."""
+    predict, x = background(), torch.randn(4, 3)
+    expected, wrong, ended = predict(x).probs, [], threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            if not torch.allclose(predict(x).probs, expected, **ROUNDING):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for t in threads:
+        t.start()
+    held.set()
+    predict.wait()
+    predict(x)
+    ended.set()
+    for t in threads:
+        t.join()
+    assert not wrong and strategy(predict) == "stacked"
+
+
+def test_what_must_not_be_predicted_is_said_when_it_is_known():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = network()
+
+        def forward(self, x):
+            self.inside(x)
+            return self.inside[0](x)
+
+    predict = background(vbdl.MCDropout(Beside()))
+    with pytest.raises(ValueError, match="nothing random reaches the output"):
+        predict.warm_up(example=torch.randn(2, 3))
+    with pytest.raises(ValueError, match="nothing random reaches the output"):
+        predict(torch.randn(2, 3))
+
+
+def test_a_graph_that_cannot_be_compiled_leaves_the_network_as_it_is(monkeypatch, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("the compiler broke")
+
+    monkeypatch.setattr("vbdl.engine.program.compile_graph", broken)
+    predict, x = background(), torch.randn(2, 3)
+    first = predict(x).probs
+    predict.wait()
+    torch.testing.assert_close(predict(x).probs, first, rtol=0, atol=0)
+    assert "the compiler broke" in predict.explain()
+
+
+def test_what_nobody_holds_is_not_compiled(held):
+    first, x = background(), torch.randn(2, 3)
+    first(x)  # keeps the thread busy
+    second = background()
+    second(x)
+    gone = weakref.ref(next(iter(second.executions.by_shape.values()))[0])
+    del second
+    gc.collect()
+    assert gone() is None
+    held.set()
+    first.wait()
+    assert strategy(first) == "stacked"
+
+
+def test_a_copy_compiles_for_itself(held):
+    predict, x = background(), torch.randn(2, 3)
+    probs = predict(x).probs
+    again = copy.deepcopy(predict)
+    torch.testing.assert_close(again(x).probs, probs)
+    held.set()
+    again.wait()
+    assert strategy(again) == "stacked"
+
+
+def test_it_is_the_default_and_has_a_variable(monkeypatch):
+    q = vbdl.MCDropout(network())
+    monkeypatch.delenv("VBDL_COMPILE")
+    assert Predictor(q, vbdl.Categorical()).settings.compile == "background"
+    for name, value in {"first": True, "never": False}.items():
+        monkeypatch.setenv("VBDL_COMPILE", name)
+        assert Predictor(q, vbdl.Categorical()).settings.compile is value
+    monkeypatch.setenv("VBDL_COMPILE", "soon")
+    with pytest.raises(ValueError, match="VBDL_COMPILE must be one of background, first, never"):
+        Predictor(q, vbdl.Categorical())
+    with pytest.raises(ValueError, match="compile must be"):
+        Predictor(q, vbdl.Categorical(), compile="soon")
+
+
+def test_a_process_ends_while_something_is_compiled():
+    program = (
+        "import torch, vbdl; from torch import nn; "
+        "q = vbdl.MCDropout(nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 2))); "
+        "print(vbdl.Predictor(q, vbdl.Categorical(), compile='background')(torch.randn(2, 3)).probs.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "[2, 2]" in done.stdout and not done.stderr, done.stderr

@@ -1,0 +1,258 @@
+"""The strategy "plain": what cannot be traced is predicted and trained as it is, with the draws of every strategy."""
+
+import pytest
+import torch
+from torch import nn
+
+import vbdl
+from vbdl.calling.stacking import call
+from vbdl.engine import ways
+from vbdl.engine.predictor import Predictor
+
+ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
+
+
+class Branching(nn.Module):
+    """Chooses a layer by a value of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.3))
+
+    def forward(self, x):
+        x = self.body(x)
+        return torch.stack([self.small(r) if float(r.detach().sum()) < 0 else self.large(r) for r in x])
+
+
+class Routed(nn.Module):
+    """A sparse mixture of experts: each expert gets the rows that are routed to it, by boolean indexing."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList([nn.Linear(6, 3) for _ in range(3)])
+
+    def forward(self, x):
+        x = self.drop(x)
+        chosen = self.gate(x).argmax(-1)
+        out = x.new_zeros(len(x), 3)
+        for number, expert in enumerate(self.experts):
+            rows = chosen == number
+            if rows.any():
+                out[rows] = expert(x[rows])
+        return out
+
+
+class Packed(nn.Module):
+    """An LSTM of two layers on a packed sequence, whose length is the number of entries other than 0."""
+
+    def __init__(self, packed=True):
+        super().__init__()
+        self.packed = packed
+        self.rnn, self.head = nn.LSTM(1, 5, 2, dropout=0.4, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        lengths = (x != 0).sum(1).clamp(min=1)
+        sequence = x.unsqueeze(2)
+        if self.packed:
+            sequence = nn.utils.rnn.pack_padded_sequence(
+                sequence, lengths.cpu(), batch_first=True, enforce_sorted=False
+            )
+            return self.head(self.rnn(sequence)[1][0][-1])
+        steps = self.rnn(sequence)[0]
+        return self.head(steps[torch.arange(len(x)), lengths - 1])
+
+
+class Differentiated(nn.Module):
+    """The derivative of a network by its input, as in a physics-informed network."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        u = self.body(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return u + slope.mean(1, keepdim=True)
+
+
+NETWORKS = [Branching, Routed, Packed, Differentiated]
+METHODS = {
+    "dropout": vbdl.MCDropout,
+    "mean-field": lambda net: vbdl.MeanField(net, n_data=40, initial_std=0.1),
+    "ensemble": lambda net: vbdl.DeepEnsemble(net, 3),
+}
+
+
+def rows(count, seed=0):
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    x[:, -1] = 0.0  # a shorter sequence for `Packed`
+    x[count // 2 :, -2] = 0.0
+    return x
+
+
+def by_hand(q, x, n_samples, seed=0):
+    """The network's outputs of each draw, by a loop."""
+    q.eval()
+    q.prepare(x)
+    state = q.draws(torch.arange(n_samples), seed)
+    shared = q.shared()
+    each = []
+    for s in range(n_samples):
+        with torch.enable_grad():
+            one = {n: t[s].detach() for n, t in state.items()}
+            each.append(call(q.module, {**{n: t.detach() for n, t in shared.items()}, **one}, x.clone()).detach())
+    return torch.stack(each)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_traced_is_trained_and_predicted(kind, method, tmp_path):
+    """Through fit, prediction, draws, densities, steps of draws, and storage; against a loop over the draws."""
+    x, y = rows(40), torch.arange(40) % 3
+    q, likelihood = METHODS[method](kind()), vbdl.Categorical()
+    vbdl.fit(q, (x, y), likelihood, epochs=2, batch_size=20, progress=False)
+    n = 3
+    predict = Predictor(q, likelihood, n_samples=n, tiles=(8,))
+    p = predict(x[:8], samples=True)
+    torch.testing.assert_close(p.samples, by_hand(q, x[:8], n), **ROUNDING)
+    torch.testing.assert_close(p.probs, p.samples.softmax(-1).mean(0), **ROUNDING)
+    expected = p.samples.log_softmax(-1)[:, torch.arange(8), y[:8]].logsumexp(0) - torch.tensor(float(n)).log()
+    torch.testing.assert_close(predict.log_prob(x[:8], y[:8]), expected, **ROUNDING)
+    torch.testing.assert_close(predict(x[:8], deadline=1e6).probs, p.probs, **ROUNDING)
+    assert "the network as it is" in predict.explain()
+    with pytest.raises(ValueError, match="cannot be traced"):
+        predict.export(tmp_path / "package", example=x[:8])
+
+
+@pytest.mark.parametrize("kind", [Branching, Packed])
+def test_the_reason_is_said(kind):
+    said = Predictor(vbdl.DeepEnsemble(kind(), 2), vbdl.Categorical()).explain(rows(4))
+    assert "cannot be traced" in said or "recurrent" in said
+
+
+def test_a_packed_sequence_has_the_masks_of_the_padded_one():
+    padded, packed = Packed(packed=False), Packed()
+    packed.load_state_dict(padded.state_dict())
+    for x in (rows(7), rows(1)):
+        a, b = (
+            Predictor(vbdl.MCDropout(net), vbdl.Categorical(), 9)(x, samples=True).samples for net in (padded, packed)
+        )
+        torch.testing.assert_close(a, b, **ROUNDING)
+
+
+class Attends(nn.Module):
+    """Dropout on elements, inside attention, where the batch is folded behind the heads, and on channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
+        self.channels, self.head = nn.Dropout1d(0.5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.drop(x)
+        x = x + self.attention(x, x, x)[0]
+        return self.head(self.channels(x).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.first = batch_first
+        self.rnn, self.drop = nn.GRU(8, 7, 3, dropout=0.4, batch_first=batch_first), nn.AlphaDropout(0.2)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        out = self.rnn(x if self.first else x.transpose(0, 1))[0]
+        return self.head(self.drop(out[:, -1] if self.first else out[-1]))
+
+
+class Convolves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(5, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout1d(0.5), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(36, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("make", [Attends, Recurrent, lambda: Recurrent(batch_first=False), Convolves])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_strategies_have_the_same_draws(make, method, count, monkeypatch):
+    """As a graph, as it is draw after draw, and as it is with the rows repeated for each draw."""
+    x, q = torch.randn(count, 5, 8), METHODS[method](make().eval())
+    n = 3 if method == "ensemble" else 11
+    samples = {}
+    for name, verdict in (("graph", ways.GRAPH), ("as it is", ways.PLAIN)):
+        monkeypatch.setattr("vbdl.engine.execution.before_tracing", lambda *_, verdict=verdict: (verdict, "said"))
+        predict = Predictor(q, vbdl.Categorical(), n, seed=7, compile=False, joint=True)
+        samples[name] = predict(x, samples=True)
+        torch.testing.assert_close(predict(x, samples=True).samples, samples[name].samples)  # what is kept is the same
+        assert ("as it is" in predict.explain()) == (name == "as it is")
+        assert ("repeated" in predict.explain()) == (name == "as it is" and method == "dropout")
+    for field in ("samples", "probs", "total", "aleatoric", "epistemic", "standard_error"):
+        a, b = (getattr(samples[name], field) for name in samples)
+        torch.testing.assert_close(a, b, **ROUNDING)
+
+
+def test_draws_that_exceed_the_budget_are_made_again(monkeypatch):
+    monkeypatch.setattr("vbdl.engine.execution.before_tracing", lambda *_: (ways.PLAIN, "said"))
+    q, x = vbdl.MeanField(Convolves(), n_data=10), torch.randn(2, 5, 8)
+    kept, again = (Predictor(q, vbdl.Categorical(), 9, memory_budget=size) for size in (2**30, 2**12))
+    for predict in (kept, again):
+        predict(x)
+    torch.testing.assert_close(kept(x).probs, again(x).probs, rtol=0, atol=0)
+    sizes = [len(next(iter(p.executions.by_shape.values()))[0]._plain._kept) for p in (kept, again)]
+    assert sizes[0] == 9 and sizes[1] < 9
+
+
+class Counts(nn.Module):
+    """Writes into a buffer in every forward, and reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        if float(self.calls) < 0:
+            raise AssertionError
+        return self.inner(x) + self.calls
+
+
+def test_what_a_forward_writes_is_undone():
+    net = Counts().eval()
+    predict, x = Predictor(vbdl.DeepEnsemble([net, Counts().eval()]), vbdl.Categorical()), rows(4)
+    first = predict(x, samples=True).samples
+    torch.testing.assert_close(predict(x, samples=True).samples, first, rtol=0, atol=0)
+    torch.testing.assert_close(first[0], net.inner(x) + 1)
+    assert float(net.calls) == 0
+
+
+def test_inputs_get_the_gradient_of_the_loop():
+    q, x = vbdl.DeepEnsemble(Branching(), 3), rows(5).requires_grad_()
+    predict = Predictor(q, vbdl.Categorical())
+    predict(x).probs[:, 0].sum().backward()
+    given, x = x.grad, rows(5).requires_grad_()
+    q.eval()
+    state = q.draws(torch.arange(3), 0)
+    each = [call(q.module, {n: t[s] for n, t in state.items()}, x).softmax(-1) for s in range(3)]
+    torch.stack(each).mean(0)[:, 0].sum().backward()
+    torch.testing.assert_close(given, x.grad)
+
+
+def test_threads_get_their_own_rows():
+    from concurrent.futures import ThreadPoolExecutor
+
+    predict = Predictor(vbdl.MCDropout(Branching()), vbdl.Categorical(), 5)
+    batches = [rows(3, seed) for seed in range(8)]
+    alone = [predict(x).probs for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for a, b in zip(pool.map(lambda x: predict(x).probs, batches), alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -1,0 +1,64 @@
+"""The choice between the two ways to run draws: as a traced graph, or with the network as it is.
+
+The choice follows from the network and its graph alone, so that it is the same in every process, except where the two
+are too close to tell: then they are timed.
+"""
+
+import torch
+from torch import fx, nn
+
+from vbdl.compiling.graph import BODY, DRAWN, Cut, name_of
+from vbdl.compiling.rewrite import draws_outputs
+from vbdl.engine.plan import Plan
+from vbdl.engine.settings import PredictorSettings
+from vbdl.model import Model
+
+GRAPH, PLAIN, MEASURE = "graph", "plain", "measure"
+
+_FLOPS = 2e10  # floating-point operations of a core in a second, in products of some size
+_LARGE = 1e-4  # seconds; an operation that takes longer gains little by being mapped or compiled
+
+
+def before_tracing(model: Model, settings: PredictorSettings) -> tuple[str, str]:
+    """PLAIN, with the reason, if there is no need to trace the model; GRAPH otherwise."""
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.network.modules())
+    if recurrent and not settings.batch_invariant:
+        return PLAIN, "torch's own recurrent layers run a sequence faster than a graph of its steps"
+    return GRAPH, ""
+
+
+def after_tracing(cut: Cut, plan: Plan, traced_draws: int, settings: PredictorSettings) -> tuple[str, str]:
+    """GRAPH, PLAIN or MEASURE, with the reason, for a graph that was traced with `traced_draws` draws."""
+    if settings.batch_invariant or not _on_cpu(cut) or draws_outputs(plan.reasons):
+        return GRAPH, ""
+    compiles = settings.compile is not False
+    nodes = cut.regions[BODY].nodes
+    count = sum(1 for n in nodes if name_of(n)) or 1
+    large = plan.body_flops / count > _LARGE * _FLOPS
+    if _convolves_drawn_weights(cut):
+        if compiles:
+            return MEASURE, "convolutions have weights that differ between draws"
+        if large:
+            return PLAIN, "large convolutions whose weights differ between draws run one draw after the other on a CPU"
+    if large and compiles:
+        return MEASURE, "the operations are large"
+    return GRAPH, ""
+
+
+def _on_cpu(cut: Cut) -> bool:
+    values = [n.meta.get("val") for n in cut.regions[BODY].nodes]
+    return all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
+
+
+def _convolves_drawn_weights(cut: Cut) -> bool:
+    """Whether a convolution in the body has weights that come from the draw."""
+    drawn = set(cut.regions[DRAWN].outputs)
+    stacked = {n.name for n in cut.values.values() if n.op == "placeholder"}
+
+    def from_draw(node: fx.Node) -> bool:
+        while name_of(node) in ("view", "reshape", "_unsafe_view", "clone", "permute", "squeeze", "select"):
+            node = node.all_input_nodes[0]
+        return node.name in drawn or node.name in stacked
+
+    found = (n for n in cut.regions[BODY].nodes if n.target is torch.ops.aten.convolution.default)
+    return any(isinstance(n.args[1], fx.Node) and from_draw(n.args[1]) for n in found)
