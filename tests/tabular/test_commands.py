@@ -255,7 +255,7 @@ def test_recommend_reads_columns_as_fit_does(tmp_path, capsys):
     assert "--date day" in said and "in vbdl fit, split by it (--time day)" in said
     assert main([*command, "--date", "day"]) == 0
     assert main([*command, "--date", "day", "--numeric", "day"]) == 1
-    assert "numeric and date" in capsys.readouterr().err
+    assert "as numeric and as date" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fit", "predict", "evaluate", "calibrate", "recommend"])
