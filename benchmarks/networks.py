@@ -69,7 +69,6 @@ def first(cell: Cell, name: str) -> dict[str, Any]:
     contender.run()
     answered = time.perf_counter() - begun
     contender.settle()
-    contender.run()
     ready = time.perf_counter() - begun
     contender.run()
     peak = int(next(s.split()[1] for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")))
