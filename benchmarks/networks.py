@@ -69,7 +69,6 @@ def first(cell: Cell, name: str) -> dict[str, Any]:
     contender.run()
     answered = time.perf_counter() - begun
     contender.settle()
-    contender.run()
     ready = time.perf_counter() - begun
     contender.run()
     peak = int(next(s.split()[1] for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")))
@@ -127,7 +126,7 @@ def run_cell(cell: dict[str, Any], names: list[str], options: argparse.Namespace
         caches = {name: str(Path(folder) / name) for name in names}
         common = {**cell, "threads": options.threads}
         for name in names:
-            # the cold run gives the processor's caches nothing, and what is not compiled needs no second one
+            # what is not compiled has no cache to fill, and runs once
             for kind in ("cold", "warm") if name in COMPILED else ("warm",):
                 answer = apart({**common, "do": "first", "contender": name}, caches[name], options.timeout)
                 rows[name] |= {k if k in ("failed", "explain") else f"{kind}_{k}": v for k, v in answer.items()}

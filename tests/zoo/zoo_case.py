@@ -19,7 +19,7 @@ class Case:
 
     likelihood: of "classes", the last axis of the output, or of "numbers", the last axis.
     needs: packages that have to be installed. methods: those that make sense for the network.
-    read: what the loss is of, where the network does not return one tensor and vbdl is not told otherwise.
+    read: the tensor of the outputs that is predicted from. output: what the posterior is told of it.
     """
 
     make: Callable[[], nn.Module]
@@ -28,6 +28,7 @@ class Case:
     needs: tuple[str, ...] = ()
     methods: tuple[str, ...] = METHODS
     read: Callable[[Any], Tensor] = lambda output: output
+    output: str | None = None
 
 
 def numbers(*shape: int) -> Callable[[int], Tensor]:

@@ -10,6 +10,15 @@ from zoo_case import Case, ids, numbers
 N_TOKENS, LENGTH = 50, 9
 _NEEDS = ("transformers",)
 _BERT = {"vocab_size": N_TOKENS, "num_labels": 3}
+_GPT2 = {
+    "vocab_size": N_TOKENS,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def text(rows: int) -> dict[str, torch.Tensor]:
@@ -91,7 +100,7 @@ CASES = {
         read=logits,
     ),
     "GPT-2": Case(
-        model("GPT2LMHeadModel", "GPT2Config", vocab_size=N_TOKENS, n_embd=16, n_layer=2, n_head=2, n_positions=16),
+        model("GPT2LMHeadModel", "GPT2Config", **_GPT2),
         text,
         needs=_NEEDS,
         read=logits,
@@ -194,5 +203,6 @@ CASES = {
         "numbers",
         needs=_NEEDS,
         read=lambda output: output.prediction_outputs,
+        output="prediction_outputs",
     ),
 }
