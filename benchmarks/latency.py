@@ -99,7 +99,7 @@ def run(method: str, rounds: int) -> dict:
         "mean-field": lambda: vbdl.MeanField(network(False), 1000, initial_std=0.02),
         "ensemble": lambda: vbdl.DeepEnsemble([network(False) for _ in range(DRAWS)]),
     }[method]()
-    predict = vbdl.Predictor(posterior, vbdl.Categorical(), n_samples=DRAWS, tiles=(1,))
+    predict = vbdl.Predictor(posterior, vbdl.Categorical(), n_samples=DRAWS, tiles=(1,), compile=True)
     rows = torch.randn(64, FEATURES)
     x = rows[:1].contiguous()
     compile_seconds = {"predictor": seconds(predict, x)}

@@ -89,7 +89,7 @@ def run_cell(workload: Workload, rows: int, draws: int, seconds: float) -> list[
     explanations: dict[str, str] = {}
     planned = None
     for name, (settings, forced) in ways(workload, draws).items():
-        predict = Predictor(posterior, likelihood, draws, tiles=(rows,), **settings)
+        predict = Predictor(posterior, likelihood, draws, tiles=(rows,), compile=True, **settings)
         with forced():
             explained = _ways_of(predict.explain(x))  # plans without compiling
         if explained in explanations.values():

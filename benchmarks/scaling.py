@@ -47,7 +47,7 @@ MEMORY_BUDGETS = (2**30, 2**22)
 def microseconds(method: str, draws: int, rows: int, width: int, seconds: float) -> float:
     """The median microseconds of a warmed-up call."""
     torch.manual_seed(0)
-    predict = Predictor(METHODS[method](width).eval(), Categorical().eval(), draws, tiles=(rows,))
+    predict = Predictor(METHODS[method](width).eval(), Categorical().eval(), draws, tiles=(rows,), compile=True)
     x = torch.randn(rows, 784)
     predict.warm_up((rows,), example=x)
     predict(x)

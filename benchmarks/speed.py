@@ -281,7 +281,7 @@ class Bounds:
         """The seconds of a call of the smallest possible predictor."""
 
         def measure() -> float:
-            predict = Predictor(DeepEnsemble(nn.Linear(1, 1), n_members=2), Gaussian(), tiles=(1,))
+            predict = Predictor(DeepEnsemble(nn.Linear(1, 1), n_members=2), Gaussian(), tiles=(1,), compile=True)
             x = torch.zeros(1, 1)
             predict.warm_up((1,), example=x)
             return _best(lambda: predict(x), repeats=50)

@@ -18,7 +18,7 @@ Data = Dataset | DataLoader | Sequence[object]
 """Training data: (inputs, targets) as tensors or arrays, a Dataset of such pairs, or a DataLoader."""
 
 
-def as_tensor(value: object) -> object:
+def as_tensor(value: object) -> Any:  # of the kind of the value
     """The value with every NumPy array in it replaced by a tensor; lists become tuples."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))

@@ -20,7 +20,7 @@ class PredictorOptions(TypedDict, total=False):
 
     tiles: int | Sequence[int] | None
     batch_invariant: bool
-    compile: bool
+    compile: bool | str | None
     memory_budget: int
     chunk_size: int | None
     autocast: torch.dtype | None
@@ -43,7 +43,6 @@ class PredictorSettings:
     n_samples: int
     seed: int
     tiles: tuple[int, ...]  # ascending
-    batch_invariant: bool
     compile: bool | str  # "background": answer uncompiled until the graph is compiled
     memory_budget: int
     chunk_size: int | None
@@ -99,7 +98,6 @@ class PredictorSettings:
             n_samples=n_samples,
             seed=seed,
             tiles=tuple(sorted(set(tiles))),
-            batch_invariant=batch_invariant,
             compile=compile,
             memory_budget=memory_budget,
             chunk_size=chunk_size,
@@ -112,6 +110,11 @@ class PredictorSettings:
     def largest_tile(self) -> int:
         """The number of rows of the largest tile."""
         return self.tiles[-1]
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether rows share tiles and must have the same bits at each place in them, which only the graph promises."""
+        return is_invariant(self.tiles) and self.largest_tile > 1
 
     def tile_for(self, rows: int) -> int:
         """The size of the smallest tile that holds this many rows, or of the largest tile if none does."""

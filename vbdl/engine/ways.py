@@ -22,14 +22,14 @@ _LARGE = 1e-4  # seconds; an operation that takes longer gains little by being m
 def before_tracing(model: Model, settings: PredictorSettings) -> tuple[str, str]:
     """PLAIN, with the reason, if there is no need to trace the model; GRAPH otherwise."""
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.network.modules())
-    if recurrent and not settings.batch_invariant:
+    if recurrent and not settings.keeps_bits:
         return PLAIN, "torch's own recurrent layers run a sequence faster than a graph of its steps"
     return GRAPH, ""
 
 
 def after_tracing(cut: Cut, plan: Plan, traced_draws: int, settings: PredictorSettings) -> tuple[str, str]:
     """GRAPH, PLAIN or MEASURE, with the reason, for a graph that was traced with `traced_draws` draws."""
-    if settings.batch_invariant or not _on_cpu(cut) or draws_outputs(plan.reasons):
+    if settings.keeps_bits or not _on_cpu(cut) or draws_outputs(plan.reasons):
         return GRAPH, ""
     compiles = settings.compile is not False
     nodes = cut.regions[BODY].nodes
