@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.autograd import activations_kept, with_gradients_if_needed
+from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import arguments, flatten, rebuilt
 from vbdl.types import Inputs, Likelihood, State
 
@@ -54,6 +55,13 @@ def check_network(module: object, scripted: bool = False) -> None:
             )
     if any(is_lazy(t) for t in state_of(module).values()):
         raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
+
+
+def without_data_parallel(module: nn.Module) -> nn.Module:
+    """The network inside nn.DataParallel or DistributedDataParallel, which only split rows over devices."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    return module
 
 
 def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
@@ -131,7 +139,8 @@ def call_stacked(
         return call(module, {**shared, **state}, rebuilt(flat.structure, leaves))
 
     in_dims = (0, 0 if inputs_stacked else None)
-    return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, list(flat.tensors))
+    with recorded():
+        return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, list(flat.tensors))
 
 
 def call_each(
@@ -188,7 +197,7 @@ def why_not_mapped(
         try:
             together = run(call_stacked)
         except Exception as error:  # vmap raises errors of many types
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return in_words(error)
         if not torch.equal(before, torch.get_rng_state()):
             return None
         for a, b in zip(together, run(call_each), strict=True):

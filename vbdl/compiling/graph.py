@@ -20,6 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from vbdl.calling.graphs import recorded
+
 ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
 
 
@@ -32,12 +34,14 @@ def trace(
         on its place in the batch, which predictions promise and training does not need.
     decompositions: aten operation -> function to trace in its place.
     """
-    return make_fx(
+    tracer = make_fx(
         functionalize(function, remove="mutations"),
         decomposition_table={**_PLAIN, **(_ALIGNED if aligned else {}), **(decompositions or {})},
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
-    )(*args)
+    )
+    with recorded():
+        return tracer(*args)
 
 
 def _rrelu(x: Tensor, noise: Tensor, lower=1 / 8, upper=1 / 3, training=False, generator=None) -> Tensor:

@@ -53,7 +53,7 @@ def _for_kernels(mean: Tensor) -> bool:
         and mean.dtype in dispatch.KERNEL_DTYPES
         and mean.ndim > 0
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
         and dispatch.only_gradients()
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import flatten, rebuild
 from vbdl.calling.stacking import call, state_of
 from vbdl.compiling.compiler import compile_graph
@@ -76,14 +77,16 @@ class Step:
         try:
             return self._trace(whole, flat)
         except Exception as error:  # torch raises many types of errors for a graph that depends on values
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", reason)
+            logger.warning(
+                "the training step cannot be compiled and runs uncompiled, which is slower: %s", in_words(error)
+            )
             return None
 
     def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
         if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
             # differentiate before `trace` removes mutations: no kernel has a gradient under `functionalize`
-            whole = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
+            with recorded():
+                whole = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         return trace(whole, *flat, aligned=False)
 
     def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:

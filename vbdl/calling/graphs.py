@@ -1,0 +1,46 @@
+"""Networks under `vmap` and in traces: a context that tells them so, and why one cannot be followed, in words."""
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+
+import torch
+
+_lock = threading.Lock()
+_entered = 0  # number of these contexts that are open, on all threads
+_outside = False  # the flag outside them
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """A context in which `torch.compiler.is_compiling()` is true, as it is while torch.compile runs a network.
+
+    A network may take a shortcut that depends on values (`if mask.all(): mask = None`), which neither `vmap` nor a
+    trace can follow, and leave it out where a graph is made. Hugging Face's attention masks do. The numbers are the
+    same up to rounding. As in torch, the answer holds for the whole process while any thread is inside.
+    """
+    global _entered, _outside
+    with _lock:
+        if not _entered:
+            _outside, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+        _entered += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                torch.compiler._is_compiling_flag = _outside
+
+
+def in_words(error: Exception) -> str:
+    """The reason why `vmap` or a trace cannot follow a network, from the error that torch raised."""
+    text = str(error).strip() or type(error).__name__
+    if missing := re.search(r"atching rule (?:not implemented )?for (?:aten|torch)::(\w+)", text):
+        return f"{missing[1]} cannot be mapped over members or draws"
+    if any(words in text for words in (".item()", "data-dependent", "Boolean value of Tensor", "dynamic shape")):
+        return "what it computes depends on values of tensors, such as an `if`, .item() or boolean indexing"
+    if "randomness" in text:
+        return "it draws from torch's generator, and members would share what it draws"
+    return text.splitlines()[0]
