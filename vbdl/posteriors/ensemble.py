@@ -16,20 +16,21 @@ from vbdl.calling.stacking import (
     call_stacked,
     can_map,
     check_network,
-    copied,
     holding,
     parameter_hooks,
     places_of,
     state_of,
     why_not_mapped,
+    without_data_parallel,
 )
 from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, difference, stack
 from vbdl.nn.frozen import frozen_modules, hold_frozen
+from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
-from vbdl.types import Inputs, Likelihood, Posterior, State, is_posterior
+from vbdl.types import Inputs, Likelihood, Output, Posterior, State, is_posterior
 
 
 class DeepEnsemble(Posterior):
@@ -38,8 +39,8 @@ class DeepEnsemble(Posterior):
     networks: a module, which is copied and initialized anew n_members times, or a list of (trained) modules. The
         modules may be posteriors: an ensemble of dropout or mean-field networks. Modules of a list may differ in
         architecture; the architectures then run one after the other.
-    initialize: function that initializes a copy of the module in place; by default every submodule's
-        `reset_parameters`, while frozen parameters (requires_grad=False), like a pretrained backbone, are kept.
+    initialize: function that initializes a copy of the module in place; by default what its classes offer
+        (`vbdl.nn.initialization`), while frozen parameters (requires_grad=False), like a pretrained backbone, are kept.
     seed: of the initializations and of dropout in training; member m uses seed + m.
     shared: names of parameters and buffers that all members share; by default the frozen parameters, and the buffers
         of frozen layers, that are equal in all members. Layers of shared entries are computed once per batch, and
@@ -67,9 +68,10 @@ class DeepEnsemble(Posterior):
         if isinstance(networks, nn.Module):
             if n_members is None or n_members < 1:
                 raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
-            members = [_fresh(networks, seed + m, initialize or reset_parameters) for m in range(n_members)]
+            network = without_data_parallel(networks)
+            members = [fresh(network, seed + m, initialize or reset_parameters) for m in range(n_members)]
         else:
-            members = list(networks)
+            members = [without_data_parallel(network) for network in networks]
             if not members:
                 raise ValueError("an ensemble needs at least one member, got an empty list")
             if n_members not in (None, len(members)):
@@ -314,11 +316,6 @@ def _frozen_names(module: nn.Module) -> set[str]:
     return names
 
 
-def _network_of(member: nn.Module) -> nn.Module:
-    """The user's network of a member."""
-    return member.user_network if is_posterior(member) else member
-
-
 def _module_of(member: nn.Module) -> nn.Module:
     """The module of a member that is called and stacked."""
     return member.module if is_posterior(member) else member
@@ -350,46 +347,3 @@ def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
         groups[-1].append(member)
         last = this
     return groups
-
-
-def _fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
-    """Copy a module and initialize the copy with this seed; torch's global generator is left unchanged."""
-    fresh = copied(module)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        initialize(fresh)
-    return fresh
-
-
-def reset_parameters(module: nn.Module) -> None:
-    """Call `reset_parameters` of every submodule, and restore frozen parameters and buffers afterwards.
-
-    Raises ValueError if a submodule with trainable parameters has no `reset_parameters`, or all parameters are frozen.
-    """
-    target = _network_of(module)
-    if not any(p.requires_grad for p in target.parameters()):
-        raise ValueError(
-            "every parameter is frozen, so all members would be equal: call requires_grad_(True) on the parameters to "
-            "train, or give DeepEnsemble a list of trained modules"
-        )
-    # a submodule's initialization may change other submodules, so frozen tensors are restored at the end
-    kept = {t: t.detach().clone() for m in target.modules() for t in _frozen(m)}
-    for name, m in target.named_modules():
-        reset = getattr(m, "reset_parameters", None) or getattr(m, "_reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif any(p.requires_grad for p in m.parameters(recurse=False)):
-            raise ValueError(
-                f"module '{name}' ({type(m).__name__}) holds parameters and has no reset_parameters(): "
-                f"give DeepEnsemble(module, n_members, initialize=...), or a list of modules you have initialized"
-            )
-    with torch.no_grad():
-        for t, value in kept.items():
-            t.copy_(value)
-
-
-def _frozen(module: nn.Module) -> list[Tensor]:
-    """A module's own frozen parameters, and its buffers (running statistics) too if all its parameters are frozen."""
-    parameters = list(module.parameters(recurse=False))
-    frozen: list[Tensor] = [p for p in parameters if not p.requires_grad]
-    return [*frozen, *module.buffers(recurse=False)] if frozen and len(frozen) == len(parameters) else frozen
