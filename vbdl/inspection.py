@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbdl import former
 from vbdl.calling.inputs import arguments, flatten, tensors
+from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import check_network, copied
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
@@ -18,7 +19,7 @@ from vbdl.nn.masks import Site
 from vbdl.nn.may_drop import DROPOUT_LAYERS
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.posteriors.mc_dropout import MCDropout
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Output
 
 
 @dataclass
@@ -69,11 +70,12 @@ class ModuleReport:
     __repr__ = __str__
 
 
-def inspect(module: nn.Module, example: Inputs | None = None) -> ModuleReport:
+def inspect(module: nn.Module, example: Inputs | None = None, *, output: Output = None) -> ModuleReport:
     """Report the dropout of a module, what stays deterministic and why, normalization, size and plan.
 
     example: one batch, (batch, ...), on which a copy of the module runs without gradients. Only this finds dropout
     called inside a forward, counts operations and gives a plan; without an example only layers are listed.
+    output: as for `MCDropout`, the output to predict from if the module returns several.
     The module is not changed.
     """
     check_network(module)
@@ -89,7 +91,7 @@ def inspect(module: nn.Module, example: Inputs | None = None) -> ModuleReport:
     if example is None:
         _without_running(module, report)
     else:
-        _by_running(module, flatten(example).nested, report)
+        _by_running(module, flatten(example).nested, output, report)
     return report
 
 
@@ -139,7 +141,7 @@ def _without_running(module: nn.Module, report: ModuleReport) -> None:
     report.notes.append("to find dropout called inside a forward, run the module: inspect(module, example)")
 
 
-def _by_running(module: nn.Module, example: Inputs, report: ModuleReport) -> None:
+def _by_running(module: nn.Module, example: Inputs, output: Output, report: ModuleReport) -> None:
     network = DropoutNetwork(copied(module)).eval()
     try:
         sites = network.locate(example)
@@ -162,17 +164,16 @@ def _by_running(module: nn.Module, example: Inputs, report: ModuleReport) -> Non
         outputs = plain(*args, **kwargs)
     rows = tensors(example)[0].shape[0]
     report.flops = counter.get_total_flops() // max(rows, 1)
-    if not isinstance(outputs, torch.Tensor):
-        report.notes.append(
-            f"the module returns {type(outputs).__name__}, but vbdl predicts from one Tensor: wrap it in a module that "
-            f"returns one"
-        )
+    try:
+        outputs = pick(outputs, output)
+    except TypeError as error:
+        report.notes.append(str(error))
         return
     if any(site.p > 0 for site in sites):
         # any likelihood gives the same plan, which depends on the cost of the network
         width = outputs.shape[-1] if outputs.ndim > 1 else 1
         likelihood = Categorical() if outputs.ndim > 1 and width > 1 else Gaussian(width)
-        report.plan = Predictor(MCDropout(module), likelihood, compile=False).explain(example)
+        report.plan = Predictor(MCDropout(module, output=output), likelihood, compile=False).explain(example)
 
 
 def _describe(site: Site) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.inputs import tensors
+from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import holding, state_of
 from vbdl.types import Likelihood, Posterior, State
 
@@ -101,11 +102,7 @@ class Model(nn.Module):
             device = tensors([*args, *kwargs.values()])[0].device.type
             with torch.autocast(device, dtype=self._autocast, cache_enabled=False), MappedAutocast(self._autocast):
                 outputs = self.network(*args, **kwargs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the module returned {type(outputs).__name__}, but vbdl needs one Tensor (batch, ...): "
-                f"wrap it in a module that picks the output to predict from"
-            )
+        outputs = pick(outputs, self.posterior.output)
         if outputs.dtype in (torch.bfloat16, torch.float16):
             outputs = outputs.float()  # statistics are float32 or better
         return self.likelihood(outputs)

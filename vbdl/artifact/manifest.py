@@ -76,16 +76,27 @@ class Supplied(Struct, frozen=True, forbid_unknown_fields=True, tag="supplied"):
 Architecture = Layers | Reference | Supplied
 
 
-class Dropout(Struct, frozen=True, forbid_unknown_fields=True, tag="MCDropout"):
+class OutputFunction(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
+    """The function "module:name" that takes a network's outputs and returns the one to predict from."""
+
+    target: Target
+
+
+Output = Annotated[str, Meta(max_length=1024)] | Annotated[int, Meta(ge=-1024, le=1024)] | OutputFunction | None
+"""The choice of a network's output, `output=` of the posteriors."""
+
+
+class Dropout(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="MCDropout"):
     """An MC dropout posterior: `vbdl.MCDropout` with this network and these arguments."""
 
     network: Architecture
     p: Rate | dict[str, Rate] | None
     deterministic: list[str]
     seed: Seed
+    output: Output = None
 
 
-class MeanField(Struct, frozen=True, forbid_unknown_fields=True, tag="MeanField"):
+class MeanField(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="MeanField"):
     """A mean-field posterior: `vbdl.MeanField` with this network and these arguments."""
 
     network: Architecture
@@ -94,6 +105,7 @@ class MeanField(Struct, frozen=True, forbid_unknown_fields=True, tag="MeanField"
     initial_std: float
     n_samples: Annotated[int, Meta(ge=1, le=2**20)]
     seed: Seed
+    output: Output = None
 
 
 class Registered(Struct, frozen=True, forbid_unknown_fields=True, tag="registered"):
@@ -121,11 +133,12 @@ class Members(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
     shared: list[str] = []
 
 
-class Ensemble(Struct, frozen=True, forbid_unknown_fields=True, tag="DeepEnsemble"):
+class Ensemble(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="DeepEnsemble"):
     """A deep ensemble (`vbdl.DeepEnsemble`): a group of members for each architecture."""
 
     members: Annotated[list[Members], Meta(min_length=1, max_length=MAX_MEMBERS)]
     seed: Seed
+    output: Output = None
 
 
 class StoredSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,6 +1,7 @@
 """Posteriors as descriptions in the manifest, and back."""
 
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -14,15 +15,19 @@ from vbdl.artifact.manifest import (
     Ensemble,
     MeanField,
     Members,
+    Output,
+    OutputFunction,
     Plain,
     Registered,
     Single,
     check_json,
 )
+from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.calling.stacking import state_of
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
+from vbdl.types import Output as ChosenOutput
 from vbdl.types import Posterior, is_posterior
 
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
@@ -42,7 +47,7 @@ def describe(posterior: Posterior, network: Describe) -> Single | Ensemble:
             Members(config["n_members"], _member(part, network), config["shared"])
             for config, part in zip(configs, posterior.parts, strict=True)
         ]
-        return Ensemble(members, configs[0]["seed"] if len(members) == 1 else 0)
+        return Ensemble(members, configs[0]["seed"] if len(members) == 1 else 0, _stored(posterior.output))
     return _single(posterior, state_of(posterior.module), network)
 
 
@@ -61,7 +66,8 @@ def _single(posterior: Posterior, values: Mapping[str, Tensor], network: Describ
         module, arguments = posterior.module, posterior.config()
         chosen = [d for d in arguments["deterministic"] if _names(module, d)]
         stays = [d if isinstance(d, str) else f"{_TYPE}{_type_name(d)}" for d in chosen]
-        return Dropout(network(module.inner, inner), arguments["p"], stays, arguments["seed"])
+        output = _stored(posterior.output)
+        return Dropout(network(module.inner, inner), arguments["p"], stays, arguments["seed"], output)
     if type(posterior) is MeanFieldPosterior:
         arguments, priors = posterior.config(), None
         if "prior" in arguments:  # their constants as the tensors have them, which may have been loaded since
@@ -73,6 +79,7 @@ def _single(posterior: Posterior, values: Mapping[str, Tensor], network: Describ
             arguments.get("initial_std", 1.0),
             arguments["n_samples"],
             arguments["seed"],
+            _stored(posterior.output),
         )
     return _registered(posterior, values, network)
 
@@ -108,12 +115,12 @@ def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ())
     """
     if not isinstance(description, Ensemble):
         return _build_single(description, make, trust)
-    parts = []
+    parts, output = [], _restored(description.output, trust)
     for group in description.members:
         one = (
             make(group.member.network) if isinstance(group.member, Plain) else _build_single(group.member, make, trust)
         )
-        parts.append(DeepEnsemble([one] * group.count, seed=description.seed, shared=group.shared))
+        parts.append(DeepEnsemble([one] * group.count, seed=description.seed, shared=group.shared, output=output))
     return parts[0] if len(parts) == 1 else DeepEnsemble.joined(parts)
 
 
@@ -125,12 +132,15 @@ def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Post
         if not is_posterior(posterior):
             raise ArtifactError(f"{description.name[:120]!r} is not a posterior: it must inherit vbdl.types.Posterior")
         return posterior
+    output = _restored(description.output, trust)
     network = make(description.network)
     if isinstance(description, Dropout):
         stays = [_type(network, d) if d.startswith(_TYPE) else d for d in description.deterministic]
-        return MCDropout(network, description.p, stays, description.seed)
+        return MCDropout(network, description.p, stays, description.seed, output=output)
     if description.priors is None:
-        return MeanFieldPosterior(network, description.n_data, n_samples=description.n_samples, seed=description.seed)
+        return MeanFieldPosterior(
+            network, description.n_data, n_samples=description.n_samples, seed=description.seed, output=output
+        )
     return MeanFieldPosterior(
         network,
         description.n_data,
@@ -139,7 +149,34 @@ def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Post
         initial_std=description.initial_std,
         n_samples=description.n_samples,
         seed=description.seed,
+        output=output,
     )
+
+
+def _stored(output: ChosenOutput) -> Output:
+    """The choice of an output as the manifest holds it; ValueError for a function that `load` could not import."""
+    if not callable(output):
+        return output
+    kind = output if isinstance(output, types.FunctionType | type) else type(output)
+    target = f"{kind.__module__}:{kind.__qualname__}"
+    if kind.__module__ != "__main__" and "<" not in target and import_named(target) is output:
+        return OutputFunction(target)
+    raise ValueError(
+        f"output= is a function that load cannot import ({target}): define it at the top level of a module, or choose "
+        f"the output by its name or index"
+    )
+
+
+def _restored(output: Output, trust: Sequence[str]) -> ChosenOutput:
+    """The choice of an output that the manifest holds; ArtifactError for a function outside the trusted packages."""
+    if not isinstance(output, OutputFunction):
+        return output
+    if not is_trusted(output.target.partition(":")[0], trust):
+        raise untrusted(output.target)
+    function = import_named(output.target)
+    if not callable(function):
+        raise ArtifactError(f"{output.target[:120]!r} is not a function of a network's outputs")
+    return function  # type: ignore[return-value]
 
 
 def architectures(description: Single | Ensemble) -> Sequence[Architecture]:

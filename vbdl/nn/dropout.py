@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import arguments, map_inputs
+from vbdl.calling.outputs import leaves
 from vbdl.calling.stacking import call
 from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.interception import CounterDropout
@@ -144,7 +144,7 @@ class DropoutNetwork(KeyedNetwork):
             # `keep` assumes that a folded axis holds each row's entries in one block; equal rows then stay equal
             with CounterDropout(Masks(self.key, self.inner, 0.5, self.sites)), self._reads():
                 outputs = with_gradients_if_needed(functools.partial(self.inner, *args, **kwargs))
-            for t in tree_leaves(outputs):
+            for t in leaves(outputs).values():
                 if isinstance(t, Tensor) and not torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4):
                     raise ValueError(
                         "dropout runs over an axis that folds the batch behind another axis, so vbdl cannot tell "

@@ -5,12 +5,13 @@ from torch import Tensor, nn
 from vbdl_kernels import make_key
 
 from vbdl.calling.inputs import map_inputs
+from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import call
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks
-from vbdl.types import Inputs, Likelihood, Posterior, State
+from vbdl.types import Inputs, Likelihood, Output, Posterior, State
 
 _TRAINING = 1 << 62  # flips a bit of the seed, so that training and prediction never share draws
 
@@ -26,14 +27,14 @@ class Objective(nn.Module):
     Dropout masks, one per row, and sampled weights are drawn from `key`, (2,) int64: a step is a pure function of its
     key, the same eager or compiled, alone or stacked with other members.
 
-    n_samples: draws of the network per step, averaged.
+    n_samples: draws of the network per step, averaged. output: the network's output to predict from.
     """
 
     key: Tensor
 
-    def __init__(self, network: nn.Module, likelihood: Likelihood, n_samples: int = 1):
+    def __init__(self, network: nn.Module, likelihood: Likelihood, n_samples: int = 1, output: Output = None):
         super().__init__()
-        self.network, self.n_samples = network, n_samples
+        self.network, self.n_samples, self.output = network, n_samples, output
         self.likelihood = likelihood
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64))
 
@@ -57,8 +58,8 @@ class Objective(nn.Module):
         regularization = network.regularization(key)
         return loss if regularization is None else loss + regularization
 
-    def _nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return self.likelihood.training_loss(self.likelihood(outputs), y).mean()
+    def _nll(self, outputs: object, y: Tensor) -> Tensor:
+        return self.likelihood.training_loss(self.likelihood(pick(outputs, self.output)), y).mean()
 
 
 class KeyedPosterior(Posterior):
@@ -85,7 +86,7 @@ class KeyedPosterior(Posterior):
         """The mean over the batch of -log p(y | x, draw) plus the network's regularization, (1,), in nats per row."""
         if own_rows:
             x, y = map_inputs(lambda t: t[0], x), y[0]
-        objective = Objective(self.module, likelihood, self.n_samples)
+        objective = Objective(self.module, likelihood, self.n_samples, self.output)
         objective.key = training_keys(self.seed, 1, self.steps * self.n_samples)[0]
         self.steps += 1
         return objective(x, y).unsqueeze(0)

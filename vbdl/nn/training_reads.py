@@ -15,7 +15,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+
+from vbdl.calling.outputs import leaves
 
 Place = tuple[str, str, int]
 """A place in the code that reads `self.training`: (file, function, instruction)."""
@@ -80,23 +81,24 @@ def _watching(kind: type) -> type:
 class Run:
     """The results of one run with every dropout at a rate of 0."""
 
-    outputs: list[object]
-    structure: TreeSpec | None
+    outputs: dict[tuple, object]  # tensors and other objects by their place in the outputs
     written: list[Tensor]  # buffers after the run
     drops: int  # number of calls that would drop units
     error: str | None = None
 
     def computes_as(self, other: "Run") -> bool:
         """Whether both runs have the same outputs and buffers, up to rounding."""
-        if self.error or other.error or self.structure != other.structure:
+        if self.error or other.error or list(self.outputs) != list(other.outputs):
             return False
-        pairs = zip([*self.outputs, *self.written], [*other.outputs, *other.written], strict=True)
+        mine, others = ([*run.outputs.values(), *run.written] for run in (self, other))
+        pairs = zip(mine, others, strict=True)
         return all(_same(a, b) for a, b in pairs)
 
 
 def _same(a: object, b: object) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return type(a) is type(b) and bool(a == b)
+        # an object that has no equality, such as a cache of keys, says nothing
+        return type(a) is type(b) and (type(a).__eq__ is object.__eq__ or bool(a == b))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not (a.is_floating_point() or a.is_complex()):
@@ -121,15 +123,13 @@ def places_of_dropout(
         try:
             outputs, written, drops = run(reads)
         except Exception as error:  # in training mode a module may do what a prediction cannot
-            return Run([], None, [], 0, (str(error).strip() or type(error).__name__).splitlines()[0]), reads
-        leaves, structure = tree_flatten(outputs)
-        return Run(leaves, structure, written, drops), reads
+            return Run({}, [], 0, (str(error).strip() or type(error).__name__).splitlines()[0]), reads
+        return Run(leaves(outputs), written, drops), reads
 
     every, reads = look(EVERY)
     nothing = Reads(frozenset(), fixed)
     outputs, written, drops = run(nothing)  # an error here is one of prediction too, so it is raised
-    leaves, structure = tree_flatten(outputs)
-    plain = Run(leaves, structure, written, drops)
+    plain = Run(leaves(outputs), written, drops)
     if every.computes_as(plain):
         return (frozenset(reads.seen) if reads.unlike_flag else EVERY), []
     on: set[Place] = set()

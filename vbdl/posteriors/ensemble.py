@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
     blueprint,
     call_each,
@@ -45,10 +46,12 @@ class DeepEnsemble(Posterior):
     shared: names of parameters and buffers that all members share; by default the frozen parameters, and the buffers
         of frozen layers, that are equal in all members. Layers of shared entries are computed once per batch, and
         shared entries are not trained.
+    output: name or index of the network's output to predict from, or a function that returns it, if it returns several;
+        "logits" are found without it. Members that are posteriors have their own.
     """
 
     steps: Tensor
-    one_by_one: str | None = None  # reason not to train members under `vmap`, "" for none; None: unknown
+    one_by_one: str | None = None  # None: unknown
 
     def __init__(
         self,
@@ -58,8 +61,10 @@ class DeepEnsemble(Posterior):
         initialize: Callable[[nn.Module], object] | None = None,
         *,
         shared: Sequence[str] | None = None,
+        output: Output = None,
     ):
         super().__init__()
+        check_output(output)
         for network in networks if isinstance(networks, Sequence) else [networks]:
             check_network(network, scripted=True)
             _base(network)
@@ -85,7 +90,7 @@ class DeepEnsemble(Posterior):
                     f"members of different architectures must be plain networks, not posteriors; member "
                     f"{len(groups[0])} has {how}"
                 )
-            self._join([DeepEnsemble(group) for group in groups])
+            self._join([DeepEnsemble(group, output=output) for group in groups])
             return
         self._parts = nn.ModuleList()
         self.lost_hooks = tuple(name for member in members for name in parameter_hooks(_module_of(member)))
@@ -93,6 +98,7 @@ class DeepEnsemble(Posterior):
         self.n_draws = len(members)
 
         base = _base(members[0])
+        self.output = base.output if output is None and base is not None else output
         modules: list[Any] = [m.module for m in members] if base is not None else members
         # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
         self._hidden: tuple[Any, Any] = (blueprint(modules[0]), blueprint(base) if base is not None else None)
@@ -132,7 +138,7 @@ class DeepEnsemble(Posterior):
     def _join(self, parts: "Sequence[DeepEnsemble]") -> None:
         self._parts = nn.ModuleList(parts)
         self.n_members = self.n_draws = sum(part.n_members for part in parts)
-        self.seed = parts[0].seed
+        self.seed, self.output = parts[0].seed, parts[0].output
 
     @property
     def module(self) -> nn.Module:
@@ -149,7 +155,8 @@ class DeepEnsemble(Posterior):
         """
         if len(self._parts):
             raise ValueError("an ensemble of several architectures has a config() for each: ask its parts")
-        return {"n_members": self.n_members, "seed": self.seed, "shared": list(self._shared_names)}
+        arguments: dict[str, Any] = {"n_members": self.n_members, "seed": self.seed, "shared": list(self._shared_names)}
+        return arguments if self.output is None else arguments | {"output": self.output}
 
     @property
     def base(self) -> KeyedPosterior | None:
@@ -269,7 +276,7 @@ class DeepEnsemble(Posterior):
         state = model.member_entries()
         shared = model.shared(state)
         state["key"] = training_keys(self.seed, self.n_members, self.steps * n_samples)
-        return Objective(self.module, likelihood, n_samples), state, shared
+        return Objective(self.module, likelihood, n_samples, self.output), state, shared
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
         """Find out on the first batch whether members can be trained together under `vmap`.

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
+from vbdl.calling.outputs import check_output
+from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks, without_data_parallel
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.may_drop import may_drop
 from vbdl.nn.objective import KeyedPosterior
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Output
 
 
 class MCDropout(KeyedPosterior):
@@ -24,6 +25,8 @@ class MCDropout(KeyedPosterior):
     p: overrides the dropout rates, all of them or by module name, {"encoder": 0.1, "head.drop": 0.5}.
     deterministic: modules, by name or type, that stay in evaluation mode with their dropout off.
     seed: of the masks in training, one mask per row; in an ensemble of these, member m uses seed + m.
+    output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
+        "logits" are found without it.
 
     Training and prediction draw from counters, never from torch's generator. Raises ValueError if the module has no
     dropout: at once if its code does not mention dropout, else when it first runs.
@@ -37,9 +40,13 @@ class MCDropout(KeyedPosterior):
         p: float | Mapping[str, float] | None = None,
         deterministic: Sequence[str | type[nn.Module]] = (),
         seed: int = 0,
+        *,
+        output: Output = None,
     ):
         super().__init__()
         check_network(module)
+        check_output(output)
+        module = without_data_parallel(module)
         for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"a dropout rate must lie in [0, 1), got {rate}")
@@ -55,18 +62,19 @@ class MCDropout(KeyedPosterior):
             )
         self.lost_hooks = parameter_hooks(module)
         self.module = DropoutNetwork(copied(module), p, tuple(deterministic))
-        self.seed = seed
+        self.seed, self.output = seed, output
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     def config(self) -> dict[str, Any]:
         """The arguments that make it again, given its network."""
         p = self.module.rate
-        return {
+        arguments: dict[str, Any] = {
             "p": dict(p) if isinstance(p, Mapping) else p,
             "deterministic": list(self.module.deterministic),
             "seed": self.seed,
         }
+        return arguments if self.output is None else arguments | {"output": self.output}
 
     def prepare(self, inputs: Inputs) -> None:
         """Run the module to find every dropout call and its batch axis. Raises ValueError if none drops units."""

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vbdl import former
-from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
+from vbdl.calling.outputs import check_output
+from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks, without_data_parallel
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.priors import Prior
 from vbdl.nn.sampled import SampledNetwork, choose
+from vbdl.types import Output
 
 
 class MeanField(KeyedPosterior):
@@ -32,6 +34,8 @@ class MeanField(KeyedPosterior):
     initial_std: std of every weight before training.
     n_samples: draws of the weights per training step, averaged.
     seed: of the draws in training; in an ensemble of these, member m uses seed + m.
+    output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
+        "logits" are found without it.
     """
 
     module: Any
@@ -46,9 +50,13 @@ class MeanField(KeyedPosterior):
         initial_std: float = 0.05,
         n_samples: int = 1,
         seed: int = 0,
+        *,
+        output: Output = None,
     ):
         super().__init__()
         check_network(module)
+        check_output(output)
+        module = without_data_parallel(module)
         check_chosen("parameters", parameters)
         if n_data < 1:
             raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
@@ -68,12 +76,14 @@ class MeanField(KeyedPosterior):
             chosen = choose(module, None if parameters is None else tuple(parameters), prior)
             self._priors = dict(chosen)
             self.module = SampledNetwork(copied(module), chosen, initial_std, n_data)
-        self.n_samples, self.seed = n_samples, seed
+        self.n_samples, self.seed, self.output = n_samples, seed, output
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def config(self) -> dict[str, Any]:
         """The arguments that make it again, given its network."""
-        arguments = {"n_data": self.module.n_data, "n_samples": self.n_samples, "seed": self.seed}
+        arguments: dict[str, Any] = {"n_data": self.module.n_data, "n_samples": self.n_samples, "seed": self.seed}
+        if self.output is not None:
+            arguments["output"] = self.output
         if self._priors is None:
             return arguments
         initial_std = math.exp(self.module.log_std.initial)

@@ -10,7 +10,7 @@ from vbdl.types.decision import Decision
 from vbdl.types.likelihood import Likelihood, check_likelihood
 from vbdl.types.posterior import Posterior, is_posterior
 from vbdl.types.prediction import OUTCOMES, Prediction, Recalibration
-from vbdl.types.values import Arguments, Inputs, Json, Keywords, Nested, State
+from vbdl.types.values import Arguments, Inputs, Json, Keywords, Nested, Output, State
 
 __all__ = [
     "Arguments",
@@ -22,6 +22,7 @@ __all__ = [
     "Likelihood",
     "Nested",
     "OUTCOMES",
+    "Output",
     "Posterior",
     "Prediction",
     "Recalibration",

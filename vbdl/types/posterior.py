@@ -6,7 +6,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from vbdl.types.likelihood import Likelihood
-from vbdl.types.values import Inputs, Json, State
+from vbdl.types.values import Inputs, Json, Output, State
 
 
 class Posterior(nn.Module):
@@ -40,6 +40,12 @@ class Posterior(nn.Module):
 
     kl_weight: float | None = None
     """The weight of the KL term in the loss, which `fit(kl_warmup=...)` raises from 0; None without a KL term."""
+
+    one_by_one: str | None = None
+    """The reason why training runs the members one after the other instead of together, or "" or None without one."""
+
+    output: Output = None
+    """The output of the network to predict from, if it returns several."""
 
     lost_hooks: Sequence[str] = ()
     """The parameters whose gradient hooks the copy of the user's network lacks, by name; `fit` refuses them."""

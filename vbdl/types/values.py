@@ -1,6 +1,6 @@
 """The values that are passed around: states, inputs, arguments and JSON objects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,3 +23,7 @@ Nested = Tensor | Sequence["Nested"] | Mapping[str, "Nested"] | str | bool | Non
 Inputs = Tensor | Sequence["Nested"] | Mapping[str, "Nested"]
 """The inputs of a module: one tensor, or positional or keyword arguments. Arguments are tensors or nested structures of
 tensors (`vbdl.calling.inputs`), each with the batch axis first."""
+
+Output = str | int | Callable[[Any], Tensor] | None
+"""The choice of one tensor among a network's outputs: a name, an index, a function of the outputs, or None to find it
+(`vbdl.calling.outputs`)."""
