@@ -146,6 +146,7 @@ def _fit_parts(posterior: Posterior, data: Data, likelihood: Likelihood, options
         total.epochs = max(total.epochs, history.epochs)
         total.seconds += history.seconds
         total.compile_seconds += history.compile_seconds
+        total.one_by_one = total.one_by_one or history.one_by_one
         for joined, added in (
             (total.train_loss, history.train_loss),
             (total.validation_nll, history.validation_nll),

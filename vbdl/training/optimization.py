@@ -16,7 +16,8 @@ def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> 
     Raises TypeError if that is no optimizer, and ValueError for LBFGS, which needs several gradients per step.
     """
     if options.optimizer is None:
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+        fused = all(p.is_floating_point() for p in parameters)  # torch's fused step takes no complex weights
+        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     optimizer = options.optimizer(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__} from it")
@@ -56,7 +57,7 @@ def clip_gradients(trained: Mapping[str, Tensor], largest: float, by_member: Col
     if not gradients:
         return
     square = functools.reduce(
-        torch.add, [g.flatten(1).square().sum(1) if g.ndim > 1 else g.square() for g in gradients]
+        torch.add, [g.abs().flatten(1).square().sum(1) if g.ndim > 1 else g.abs().square() for g in gradients]
     )
     scale = (largest / (square.sqrt() + 1e-6)).clamp_max(1.0)
     for g in gradients:

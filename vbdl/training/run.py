@@ -1,5 +1,6 @@
 """The epochs of one training: steps, validation, checkpoints, and the state of the posterior afterwards."""
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from vbdl.training.step import Losses, Step
 from vbdl.training.validation import Validation
 from vbdl.types import Likelihood, Posterior
 
+logger = logging.getLogger("vbdl")
+
 # below this many steps, compiling (some seconds per batch shape) costs more than it saves
 _STEPS_WORTH_COMPILING = 4000
 
@@ -36,6 +39,7 @@ class History:
     epochs: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0  # time spent tracing and compiling, part of `seconds`
+    one_by_one: str = ""  # why members were trained one after the other, or "" if they were trained together
 
 
 class TrainingRun:
@@ -105,6 +109,8 @@ class TrainingRun:
                 self._epoch(epoch)
                 self.posterior.after_epoch(epoch)
                 note = f"loss {sum(history.train_loss[-1]) / self.members:.4g}"
+                if history.one_by_one:
+                    note += ", members one by one"
                 if self.validate is not None:
                     nll = self.validate()
                     history.validation_nll.append(nll.tolist())
@@ -144,6 +150,7 @@ class TrainingRun:
             if not self._begun:
                 self.posterior.before_training(x, y, self.likelihood, self.data.own_rows)
                 self._begun = True
+                self._say_one_by_one()
             losses = self.step(x, y)
             if self.options.clip_norm is not None:
                 clip_gradients(self.trained, self.options.clip_norm, self.model.by_member)
@@ -160,6 +167,13 @@ class TrainingRun:
                 f"standardize inputs and targets, lower lr, or set clip_norm"
             )
         self.history.train_loss.append(means)
+
+    def _say_one_by_one(self) -> None:
+        """Log and record why members are trained one after the other, if they are."""
+        reason = self.posterior.one_by_one
+        if reason and self.members > 1:
+            self.history.one_by_one = reason
+            logger.info("the members are trained one after the other, which is slower than together: %s", reason)
 
     # -- checkpoints
 
