@@ -25,6 +25,7 @@ from vbdl.artifact.files import locate
 from vbdl.artifact.loading import read_parts
 from vbdl.artifact.manifest import Manifest
 from vbdl.calling.inputs import Flat
+from vbdl.calling.stacking import holding
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.settings import PredictorOptions
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -157,7 +158,7 @@ class _Share(Posterior):
     def __init__(self, inner: Posterior, start: int, n_draws: int):
         super().__init__()
         self.inner, self.start, self.n_draws = inner, start, n_draws
-        self.n_members = inner.n_members
+        self.n_members, self.output = inner.n_members, inner.output
 
     @property
     def module(self) -> nn.Module:
@@ -200,21 +201,9 @@ def _share(posterior: Posterior, local: range) -> tuple[_Share, bool]:
             "members of different architectures cannot be divided among processes: use one per architecture"
         )
     if isinstance(posterior, DeepEnsemble) and posterior.base is None and local.stop <= posterior.n_members:
-        networks = []
-        for number in local:
-            network = _network(posterior, number)
-            networks.append(network)
-        return _Share(DeepEnsemble(networks), 0, len(local)), True
+        networks = [holding(posterior.module, posterior.member(number)) for number in local]
+        return _Share(DeepEnsemble(networks, output=posterior.output), 0, len(local)), True
     return _Share(posterior, local.start, len(local)), False
-
-
-def _network(posterior: DeepEnsemble, number: int) -> nn.Module:
-    """A copy of one member as a network."""
-    import copy
-
-    network = copy.deepcopy(posterior.module).to_empty(device=next(iter(posterior.stacked().values())).device)
-    network.load_state_dict(posterior.member(number))
-    return network
 
 
 def _of_members(likelihood: Likelihood, members: range) -> Likelihood:

@@ -119,6 +119,9 @@ def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
             )
 
 
+_GRAPH = "if the rows are the nodes of a graph, make the graph one row, (1, nodes, features), as docs/networks.md does"
+
+
 def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) -> ValueError:
     """A ValueError that names the rows' shapes and dtypes and wraps the module's own error."""
     if module is not None and (range_error := outside_range(x, error, [module])) is not None:
@@ -128,6 +131,8 @@ def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) ->
     leaves = tensors(x)
     shapes = ", ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in leaves)
     hint = ""
+    if isinstance(error, IndexError) and "out of bounds for dimension 0" in str(error):
+        hint = f"; {_GRAPH}"
     if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
         hint = "; convert integers that are not indices with x.to(torch.float32)"
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
@@ -167,7 +172,7 @@ def outside_range(x: object, error: Exception, modules: Iterable[nn.Module]) -> 
             return ValueError(f"the ids in the inputs run from {low} to {high}, but module {', '.join(small)}")
     return ValueError(
         "the module computed an index out of range from its inputs: check that ids and lengths are within the range "
-        "that it was built for"
+        f"that it was built for; {_GRAPH}"
     )
 
 

@@ -64,7 +64,7 @@ class Step:
             losses, *gradients = self._calls[key](*flat)
         for p, gradient in zip(self.trained.values(), gradients, strict=True):
             # a fused optimizer reads the gradient in memory order and assumes the parameter's layout
-            p.grad = gradient.contiguous()
+            p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
         return losses
 
     def _plain(self, x: Inputs, y: Tensor) -> Tensor:
