@@ -100,6 +100,7 @@ def apart(task: dict[str, Any], cache: str, timeout: float) -> dict[str, Any]:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
         command = [sys.executable, __file__, "--worker", json.dumps(task), "--answer", str(answer)]
         environment = {**os.environ, CACHE: cache, "OMP_NUM_THREADS": str(task["threads"])}
+        environment.pop("VBDL_COMPILE", None)  # it would change the default settings
         with log.open("w") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
