@@ -42,10 +42,6 @@ class Calls(Protocol):
         """The number of draws that count in the call with this index."""
         ...
 
-    def parameters_like(self) -> tuple[torch.Size, torch.dtype]:
-        """The shape (rows, ...) and the dtype of the parameters of p(y | x) for one draw and one tile."""
-        ...
-
     def inputs(self, tile: Flat) -> dict[str, Tensor]:
         """What `run` needs of a tile, by name."""
         ...
@@ -100,11 +96,6 @@ class Chunking:
         if self._cut_once is None:
             self._cut_once = self._traced.cut(self._chunks[0].numbers)
         return self._cut_once
-
-    def parameters_like(self) -> tuple[torch.Size, torch.dtype]:
-        """The shape (rows, ...) and the dtype of the parameters of p(y | x) for one draw and one tile."""
-        parameters = self.cut.values[self.cut.outputs[0]].meta["val"]
-        return parameters.shape[1:], parameters.dtype
 
     def inputs(self, tile: Flat) -> dict[str, Tensor]:
         """The tile's tensors by placeholder name, to pass to `run`.

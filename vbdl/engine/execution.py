@@ -63,22 +63,22 @@ class Execution:
         self._traced_before: _Way | None = None  # the graph, if it was traced before the background began
         self._planned = threading.Event()  # set once it is known what the graph is
         self._job: Future[None] | None = None
+        self._starting = threading.Lock()
         self._plain: Plain | None = None
         self._behind = settings.compile == "background"  # whether the graph is still being compiled
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             model.posterior.prepare(tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
-            try_out(model, {n: t.detach() for n, t in state.items()}, tile)
+            outputs = try_out(model, {n: t.detach() for n, t in state.items()}, tile)
+        self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
             self._model = model.twin()  # traced in the background, while the posterior's own module may be copied
         if self._behind:
             self._way = self._meanwhile()
-            self._job = background.submit(self, Execution._compile_behind)
         else:
             self._way = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
-        self.parameter_shape, self._dtype = self._way.calls.parameters_like()
 
     @property
     def plan(self) -> Plan | PlainPlan:
@@ -195,6 +195,13 @@ class Execution:
                 return _Way(way.plan, way.calls.uncompiled())
         return self._as_it_is("the graph is being compiled")
 
+    def _begin(self) -> None:
+        """Begin to compile in the background, once: after the first answer, which is then not slowed down by it."""
+        if self._behind and self._job is None:
+            with self._starting:
+                if self._behind and self._job is None:
+                    self._job = background.submit(self, Execution._compile_behind)
+
     def _compile_behind(self) -> None:
         """Trace, compile and time in the background, then put the faster way in the place of the network as it is.
 
@@ -230,6 +237,7 @@ class Execution:
     def explain(self) -> str:
         """Describe how the draws are executed, and why; waits for the tracing, but not for the compiler."""
         if self._behind:
+            self._begin()
             self._planned.wait()
         way, plan = self._way, self._graph_plan
         if self._behind and plan is not None:
@@ -238,10 +246,12 @@ class Execution:
 
     def check(self, wait: bool) -> None:
         """Raise what the background found wrong with the module, if it is known; wait: until it is."""
+        if wait:
+            self._begin()
         job = self._job
         if job is not None and (wait or job.done()):
+            job.result()  # what it raises is raised in every call
             self._job = None
-            job.result()
 
     @property
     def answers_as_it_is(self) -> bool:
@@ -272,7 +282,9 @@ class Execution:
 
     def fields(self, tile: Flat) -> State:
         """The prediction's fields for a tile, if this execution has all draws."""
-        return self._fields(self._way.calls, tile)
+        fields = self._fields(self._way.calls, tile)
+        self._begin()
+        return fields
 
     def _fields(self, calls: Calls, tile: Flat) -> State:
         if len(calls) == 1:
@@ -285,7 +297,9 @@ class Execution:
 
     def sums(self, tile: Flat, carried: State) -> State:
         """Add all draws of this execution to a tile's running sums, and return the new sums."""
-        return self._sums(self._way.calls, tile, carried)
+        sums = self._sums(self._way.calls, tile, carried)
+        self._begin()
+        return sums
 
     def _sums(self, calls: Calls, tile: Flat, carried: State) -> State:
         inputs = calls.inputs(tile)

@@ -159,11 +159,6 @@ class PlainCalls:
         """The number of draws in the step with this index."""
         return len(self._numbers[index])
 
-    def parameters_like(self) -> tuple[torch.Size, torch.dtype]:
-        """The shape (rows, ...) and the dtype of the parameters of p(y | x) for one draw and one tile."""
-        one = self._plain.each(torch.arange(1), self._plain.tile)[0]
-        return one.shape, one.dtype
-
     def inputs(self, tile: Flat) -> dict[str, Tensor]:
         """The tile's tensors by position, to pass to `run`."""
         return {str(i): t for i, t in enumerate(tile.tensors)}

@@ -11,8 +11,8 @@ from vbdl.types import State
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
 
 
-def try_out(model: nn.Module, state: State, tile: Flat) -> None:
-    """Run a draw on the tile, and check that it keeps rows apart and draws nothing from torch's generator."""
+def try_out(model: nn.Module, state: State, tile: Flat) -> Tensor:
+    """Run a draw on the tile, check that it keeps rows apart and draws nothing random, and return its outputs."""
     before = torch.get_rng_state()
     outputs = run_plainly(model, state, tile)
     if not torch.equal(before, torch.get_rng_state()):
@@ -22,6 +22,7 @@ def try_out(model: nn.Module, state: State, tile: Flat) -> None:
             "module in vbdl.MCDropout if it is dropout, or remove the call"
         )
     check_apart(outputs, model, state, tile)
+    return outputs
 
 
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
