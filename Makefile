@@ -13,7 +13,7 @@ QUICK := tests/test_contract.py tests/likelihoods tests/metrics tests/test_graph
 QUICK += --ignore tests/likelihoods/test_centered.py  # trains tables
 QUICK += -k "not cnn and not transformer and not compil and not thread and not pickle and not widmann and not gradient and not entropy"
 
-.PHONY: demo bench test test-slow slowest gpu quick quick-tests check lint types imports format clean
+.PHONY: demo bench test test-thorough test-slow slowest gpu quick quick-tests check lint types imports format clean
 
 demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that needs no download
 	$(BIN)/vbdl demo
@@ -24,6 +24,9 @@ bench: $(VENV)/.ok  ## the suite on data that needs no download, and its page; V
 
 test: $(VENV)/.ok  ## the tests, about thirteen minutes on two cores; TORCH=2.11.0 for another torch, TESTS="tests/nn" for some
 	$(PYTEST) $(TESTS)
+
+test-thorough: $(VENV)/.ok  ## what is marked thorough: more cases of what `make test` tests; CI runs both
+	$(PYTEST) -m "thorough and not slow and not gpu" $(TESTS)
 
 test-slow: $(VENV)/.ok  ## what is marked slow
 	$(BIN)/pytest -m "slow and not gpu"
