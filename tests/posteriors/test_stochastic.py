@@ -3,8 +3,12 @@
 Errors of moments are in standard errors of the reference: 5 of them for hundreds of comparisons at once.
 """
 
+import importlib.util
 import math
+import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import vbdl
+from vbdl.nn.objective import training_keys
 from vbdl.nn.random_calls import CounterNoise
 from vbdl.posteriors.stochastic import Stochastic
 
@@ -312,8 +317,6 @@ def test_gradients_are_those_of_the_networks_own_loss(layer):
     q = Stochastic(net, kl=kl, n_data=101)
     q.losses(x, labels(x), vbdl.Categorical()).sum().backward()
     own = dict(q.module.inner.named_parameters())
-    from vbdl.nn.objective import training_keys
-
     with CounterNoise(training_keys(q.seed, 1, torch.zeros((), dtype=torch.int64))[0], net, training=True) as mode:
         loss = F.cross_entropy(net(x), labels(x)) + kl(net) / 101
     assert [call.shape for call in mode.calls] == [(HIDDEN, FEATURES), (CLASSES, HIDDEN)]
@@ -385,8 +388,6 @@ def refused(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
 
 
 def _python(module, x):
-    import random
-
     return x + random.random() + torch.randn(FEATURES)
 
 
@@ -483,3 +484,73 @@ def test_a_network_that_draws_is_recommended_this_method():
     assert found.method == "Stochastic"
     with pytest.raises(ValueError, match="'stochastic' is for a network that draws by itself"):
         vbdl.VBDLClassifier(method="stochastic").fit(x.numpy(), labels(x).numpy())
+
+
+# -- layers of libraries, if installed
+
+
+def of_bayesian_torch(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    models = pytest.importorskip("bayesian_torch.models.dnn_to_bnn")
+    net = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
+    names = ("prior_mu", "prior_sigma", "posterior_mu_init", "posterior_rho_init", "moped_enable", "moped_delta")
+    models.dnn_to_bnn(net, {**dict(zip(names, (0.0, 1.0, 0.0, -3.0, True, 0.5), strict=True)), "type": kind})
+    return net, models.get_kl_loss
+
+
+def of_blitz() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    layers = pytest.importorskip("blitz.modules")
+    losses = pytest.importorskip("blitz.losses")
+    make = lambda i, o: layers.BayesianLinear(i, o, posterior_rho_init=-2.0)
+    return nn.Sequential(make(FEATURES, HIDDEN), nn.ReLU(), make(HIDDEN, CLASSES)), losses.kl_divergence_from_nn
+
+
+def of_torchbnn() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    bnn = pytest.importorskip("torchbnn")
+    make = lambda i, o: bnn.BayesLinear(0, 0.1, i, o)
+    return nn.Sequential(make(FEATURES, HIDDEN), nn.ReLU(), make(HIDDEN, CLASSES)), bnn.BKLLoss(reduction="sum")
+
+
+def of_torch_uncertainty() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Its layers alone: the package itself needs Lightning."""
+    package = importlib.util.find_spec("torch_uncertainty")
+    if package is None or package.origin is None:
+        pytest.skip("torch_uncertainty is not installed")
+    folder = Path(package.origin).parent / "layers" / "bayesian"
+    spec = importlib.util.spec_from_file_location("bayesian_layers", folder / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    layers = importlib.util.module_from_spec(spec)
+    sys.modules["bayesian_layers"] = layers
+    spec.loader.exec_module(layers)
+    make = lambda i, o: layers.BayesLinear(i, o, sigma_init=-2.0)
+    of = lambda net: [m for m in net.modules() if isinstance(m, layers.BayesLinear)]
+    kl_of = lambda net: sum(m.log_variational_posterior - m.log_prior for m in of(net))
+    return nn.Sequential(make(FEATURES, HIDDEN), nn.ReLU(), make(HIDDEN, CLASSES)), kl_of
+
+
+LIBRARIES = {
+    "bayesian-torch": lambda: of_bayesian_torch("Reparameterization"),
+    "bayesian-torch, flipout": lambda: of_bayesian_torch("Flipout"),
+    "blitz": of_blitz,
+    "torchbnn": of_torchbnn,
+    "torch-uncertainty": of_torch_uncertainty,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_layers_of_libraries_predict_and_train(library):
+    """Their draws are a loop, mean and std those of 10^4 of their own passes, and fit takes their own KL."""
+    torch.manual_seed(0)
+    (net, library_kl), x = LIBRARIES[library](), rows()
+    predict = predictor(Stochastic(net), joint=True)
+    torch.testing.assert_close(predict(x, samples=True).samples, loop(predict, x), rtol=1e-4, atol=1e-4)
+    fast = predictor(Stochastic(net), 10_000)
+    assert_moments(fast, lambda: net(x).softmax(-1), x, 10_000)
+    assert ("2 mean-field layers draw their outputs" in fast.explain()) == ("flipout" not in library)
+    x = rows(60)
+    for compile in (False, True):
+        q = Stochastic(net, kl=library_kl, n_data=60)
+        history = vbdl.fit(q, (x, labels(x)), vbdl.Categorical(), epochs=3, compile=compile, progress=False)
+        assert all(math.isfinite(loss) for (loss,) in history.train_loss)
+        assert bool((predictor(q)(x).epistemic > 0).all())

@@ -76,9 +76,9 @@ class StochasticNetwork(KeyedNetwork):
         if self.calls is not None and len(mode.calls) < len(self.calls):
             missing = self.calls[len(mode.calls)]
             raise RuntimeError(
-                f"{missing.kind} in {described(missing.path)} was called when the module first ran, and is not for these "
-                f"rows: a forward whose random calls depend on the data cannot be drawn reproducibly; call the same "
-                f"ones each time"
+                f"{missing.kind} in {described(missing.path)} was called when the module first ran, and is not for "
+                f"these rows: a forward whose random calls depend on the data cannot be drawn reproducibly; call the "
+                f"same ones each time"
             )
         return outputs
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.inputs import map_inputs
 from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.stochastic import StochasticNetwork
-from vbdl.types import Inputs, Likelihood
+from vbdl.types import Inputs
 
 
 class Stochastic(KeyedPosterior):
@@ -109,10 +108,6 @@ class Stochastic(KeyedPosterior):
                 raise ValueError(self._nothing_drawn(inputs))
         finally:
             self.module.train(was_training)
-
-    def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
-        """Raise the errors of a prediction before the first step."""
-        self.prepare(map_inputs(lambda t: t[0], x) if own_rows else x)
 
     def _nothing_drawn(self, inputs: Inputs) -> str:
         """The error for a network that draws nothing in prediction, with the modules that draw in training."""
