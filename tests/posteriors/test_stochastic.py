@@ -24,26 +24,31 @@ from vbdl.posteriors.stochastic import Stochastic
 BATCH, FEATURES, HIDDEN, CLASSES = 13, 20, 16, 5
 
 
-class Base(nn.Linear):
-    """A layer with a std for each weight, a buffer for noise, and a tensor for noise that is no buffer."""
+@vbdl.register
+class Textbook(nn.Linear):
+    """A layer with a std for each weight."""
 
     def __init__(self, inputs: int = FEATURES, outputs: int = CLASSES):
         super().__init__(inputs, outputs)
         self.rho = nn.Parameter(torch.full((outputs, inputs), -2.0))
-        self.register_buffer("eps", torch.zeros(outputs, inputs))
-        self.scratch = torch.zeros(outputs, inputs)
+
+    def forward(self, x):
+        return F.linear(x, self.weight + torch.exp(self.rho / 2) * torch.randn_like(self.weight), self.bias)
 
     def kl(self) -> Tensor:
         return 0.5 * (self.rho.exp() + self.weight**2 - 1 - self.rho).sum()
 
-
-@vbdl.register
-class Textbook(Base):
-    def forward(self, x):
-        return F.linear(x, self.weight + torch.exp(self.rho / 2) * torch.randn_like(self.weight), self.bias)
-
     def config(self):
         return {"inputs": self.in_features, "outputs": self.out_features}
+
+
+class Base(Textbook):
+    """A layer with a buffer for noise, and a tensor for noise that is no buffer."""
+
+    def __init__(self, inputs: int = FEATURES, outputs: int = CLASSES):
+        super().__init__(inputs, outputs)
+        self.register_buffer("eps", torch.zeros(outputs, inputs))
+        self.scratch = torch.zeros(outputs, inputs)
 
 
 def of_weight(weight: Callable[[Base], Tensor]) -> type[Base]:
@@ -216,8 +221,9 @@ def test_rows_share_noise_with_a_batch_axis_or_have_their_own():
     each = predictor(Stochastic(PerRow(), per_row=True), 50)(x, samples=True).samples
     assert bool((each[:, 1:] != each[:, :1]).all())
     assert abs(float(torch.corrcoef(torch.stack([each[:, 0, 0], each[:, 1, 0]]))[0, 1])) < 0.6
-    few = predictor(Stochastic(PerRow(), per_row=True), 50, tiles=4)(x[:3], samples=True).samples
-    many = predictor(Stochastic(PerRow(), per_row=True), 50, tiles=64)(x, samples=True).samples
+    q = Stochastic(PerRow(), per_row=True)
+    few = predictor(q, 50, tiles=4)(x[:3], samples=True).samples
+    many = predictor(q, 50, tiles=64)(x, samples=True).samples
     torch.testing.assert_close(few, many[:, :3])  # a row's noise does not depend on the rows after it
 
 
@@ -303,7 +309,7 @@ def test_permutations_and_draws_without_replacement_are_whole():
 
 
 def kl(net: nn.Module) -> Tensor:
-    return torch.stack([m.kl() for m in net.modules() if isinstance(m, Base)]).sum()
+    return torch.stack([m.kl() for m in net.modules() if isinstance(m, Textbook)]).sum()
 
 
 def labels(x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ _REFUSED = frozenset(
 )
 # bits of a uniform number, as many as the dtype's fraction holds exactly
 _BITS = {torch.float64: 32, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -72,8 +73,12 @@ class CounterNoise(CounterDropout):
         self.key, self.known, self._each_row, self._first = key, known, per_row, first
         self.calls: list[RandomCall] = []
         self.watched: dict[int, str] = {}  # addresses of tensors that must not be drawn into, and what they are
-        self.kept_apart: set[int] | None = None  # the addresses that may be drawn into, or None for all of them
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}  # id of a tensor -> (tensor, what was drawn into it)
+        # the addresses of tensors that may be drawn into, or None for all; in training, a draw must not change what the
+        # gradient of the draw before needs
+        self.writable: set[int] | None = set() if training else None
+        # by id: the tensor, so that its id is not reused, and what was drawn into it or what it is an alias of
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._origins: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -93,8 +98,10 @@ class CounterNoise(CounterDropout):
             return handler(self, *args, **kwargs)
         if name in _REFUSED:
             self.refuse(name)
-        if func == _DATA:  # an alias; torch's own is refused by its transforms
-            return args[0].detach()
+        if func == _DATA or name == "detach":  # `data` as `detach`, because torch's transforms refuse it
+            alias = args[0].detach()
+            self._origins[id(alias)] = (alias, args[0])
+            return alias
         return super().__torch_function__(func, types, args, kwargs)
 
     def refuse(self, name: str) -> None:
@@ -196,16 +203,18 @@ class CounterNoise(CounterDropout):
                     f"{self.watched[address]} in place, so the next draw would find it changed: draw into a new "
                     f"tensor, e.g. torch.randn_like(x), or into a buffer"
                 )
-        if self.kept_apart is not None:
-            can_write = target.untyped_storage().data_ptr() in self.kept_apart
-        else:  # inside vmap and functionalize, only a tensor of their level can be written to
-            level = torch._C._functorch.maybe_get_level
-            can_write = level(target) >= level(value)
+        if self.writable is None:  # inside vmap and functionalize, only a tensor of their level can be written to
+            can_write = _functorch.maybe_get_level(target) >= _functorch.maybe_get_level(value)
+        else:
+            can_write = bool(self.writable) and target.untyped_storage().data_ptr() in self.writable
         if can_write:
             with torch.no_grad() if target.is_leaf else contextlib.nullcontext():
                 return target.copy_(value)
         value = value.to(target.dtype)
-        self._values[id(target)] = (target, value)  # holds the tensor, so that its id is not reused
+        alias: Tensor | None = target
+        while alias is not None:
+            self._values[id(alias)] = (alias, value)
+            alias = self._origins[id(alias)][1] if id(alias) in self._origins else None
         return value
 
     def _value(self, t: Tensor) -> Tensor:
@@ -215,9 +224,8 @@ class CounterNoise(CounterDropout):
 
 def _without_mutations() -> bool:
     """Whether a trace removes mutations, so that a tensor whose elements share memory may be written to."""
-    functorch = torch._C._functorch
-    stack = functorch.get_interpreter_stack() or ()
-    return any(i.key() == functorch.TransformType.Functionalize for i in stack)
+    stack = _functorch.get_interpreter_stack() or ()
+    return any(i.key() == _functorch.TransformType.Functionalize for i in stack)
 
 
 # -- the handlers: handler(mode, *arguments of the function)
@@ -269,7 +277,8 @@ def _normal(mode: CounterNoise, mean: Any = 0.0, std: Any = 1.0, size=None, dtyp
     else:
         shape, (dtype, device) = tuple(size or ()), _of_new(dtype, device)
     mean, std = (t.detach() if isinstance(t, Tensor) else t for t in (mean, std))
-    return mean + std * mode.normal("normal", shape, dtype, device)
+    noise = mode.normal("normal", shape, dtype, device)
+    return noise if not tensors and (mean, std) == (0, 1) else mean + std * noise
 
 
 def _normal_(mode: CounterNoise, self: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -318,15 +327,13 @@ def _whole_numbers(mode: CounterNoise, kind: str, low: int, high: int, shape: Se
     return low + ((mode.words(kind, shape, device) * (high - low)) >> 32)
 
 
-def _randint(mode: CounterNoise, *args, low=0, high=None, size=None, dtype=None, device=None, **_) -> Tensor:
-    """`torch.randint(high, size)` or `torch.randint(low, high, size)`."""
-    *numbers, last = args if args else (None,)
-    if isinstance(last, int):
-        numbers.append(last)
-    elif last is not None:
-        size = last
-    bounds = [low, high] if not numbers else [low, numbers[0]] if len(numbers) == 1 and high is None else numbers
-    low, high = bounds if len(bounds) == 2 else (bounds[0], high)
+def _randint(
+    mode: CounterNoise, *args: Any, low: Any = 0, high: Any = None, size: Any = None, dtype=None, device=None, **_
+) -> Tensor:
+    """`torch.randint(high, size)` or `torch.randint(low, high, size)`, any of them by name."""
+    numbers = [a for a in args if isinstance(a, int)]
+    (size,) = [a for a in args if not isinstance(a, int)] or [size]
+    low, high = numbers if len(numbers) == 2 else (low, *numbers) if high is None else (*numbers, high, low)[:2]
     drawn = _whole_numbers(mode, "randint", low, high, tuple(size), _of_new(None, device)[1])
     return drawn.to(dtype or torch.int64)
 

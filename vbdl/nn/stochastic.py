@@ -176,7 +176,7 @@ class StochasticNetwork(KeyedNetwork):
             mode.watched = {address(p): f"parameter '{n}'" for n, p in self.inner.named_parameters()}
             mode.watched |= {address(t): "an input" for t in tensors(inputs)}
             if not writes:
-                mode.kept_apart = {address(b) for b in buffers.values()}
+                mode.writable = {address(b) for b in buffers.values()}
             outputs = call(self.inner, buffers, inputs)
         written = tuple(n for n, b in buffers.items() if not _equal(b, before[n]))
         return outputs, mode, written

@@ -47,12 +47,14 @@ def _parts(node: fx.Node) -> tuple[Any, Any, fx.Node] | None:
     """
     if node.op != "call_function" or node.kwargs:
         return None
+    args: Any = node.args
+    candidates: list[tuple[Any, Any, Any]]
     if node.target is _aten.addcmul.default:
-        candidates = [(node.args[0], node.args[1], node.args[2]), (node.args[0], node.args[2], node.args[1])]
+        candidates = [(args[0], args[1], args[2]), (args[0], args[2], args[1])]
     elif node.target is _aten.add.Tensor:
         candidates = [
             (mean, *factors)
-            for mean, scaled in ((node.args[0], _behind(node.args[1])), (node.args[1], _behind(node.args[0])))
+            for mean, scaled in ((args[0], _behind(args[1])), (args[1], _behind(args[0])))
             if _calls(scaled, _aten.mul.Tensor) and len(scaled.users) == 1
             for factors in (scaled.args, scaled.args[::-1])
         ]
@@ -83,10 +85,11 @@ def _source(node: Any) -> fx.Node | None:
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
         if node.target is _NORMAL:
             return node
-        is_view = node.target is _aten.expand.default and node.args[0].meta["val"].shape == node.meta["val"].shape
+        source: Any = node.args[0]
+        is_view = node.target is _aten.expand.default and source.meta["val"].shape == node.meta["val"].shape
         if not is_view and node.target not in (*_SAME, *_RESHAPES, _aten._to_copy.default):
             return None
-        node = node.args[0]
+        node = source
     return None
 
 
