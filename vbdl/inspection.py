@@ -17,8 +17,8 @@ from vbdl.methods import METHODS, building
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.masks import Site
 from vbdl.nn.may_drop import DROPOUT_LAYERS
+from vbdl.nn.noise import RandomCall
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
-from vbdl.nn.random_calls import RandomCall
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.stochastic import Stochastic

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import vbdl
+from vbdl.nn.noise import Noise
 from vbdl.nn.objective import training_keys
 from vbdl.nn.random_calls import CounterNoise
 from vbdl.posteriors.stochastic import Stochastic
@@ -284,12 +285,12 @@ FUNCTIONS = {  # function, mean and variance of its numbers
 def test_random_functions_have_their_distribution(function):
     draw, mean, variance = FUNCTIONS[function]
     generator = torch.get_rng_state()
-    with CounterNoise(torch.tensor([0, 0]), nn.Identity()) as mode:
+    with CounterNoise(noise := Noise(torch.tensor([0, 0]), nn.Identity())):
         first = draw(20_000).double().flatten()
         second = draw(20_000).double().flatten()
-    with CounterNoise(torch.tensor([0, 0]), nn.Identity()):
+    with CounterNoise(Noise(torch.tensor([0, 0]), nn.Identity())):
         again = draw(20_000).double().flatten()
-    assert torch.equal(first, again) and not torch.equal(first, second) and len(mode.calls) == 2
+    assert torch.equal(first, again) and not torch.equal(first, second) and len(noise.calls) == 2
     assert torch.equal(torch.get_rng_state(), generator), f"{function} drew from torch's generator"
     assert abs(float(first.mean()) - mean) < 5 * float(first.std()) / math.sqrt(len(first))
     if variance is not None:
@@ -298,7 +299,7 @@ def test_random_functions_have_their_distribution(function):
 
 
 def test_permutations_and_draws_without_replacement_are_whole():
-    with CounterNoise(torch.tensor([0, 0]), nn.Identity()):
+    with CounterNoise(Noise(torch.tensor([0, 0]), nn.Identity())):
         assert torch.equal(torch.randperm(100).sort().values, torch.arange(100))
         chosen = torch.stack([torch.multinomial(torch.tensor([1.0, 1.0, 2.0]), 2) for _ in range(2000)])
     assert bool((chosen[:, 0] != chosen[:, 1]).all())
@@ -323,9 +324,10 @@ def test_gradients_are_those_of_the_networks_own_loss(layer):
     q = Stochastic(net, kl=kl, n_data=101)
     q.losses(x, labels(x), vbdl.Categorical()).sum().backward()
     own = dict(q.module.inner.named_parameters())
-    with CounterNoise(training_keys(q.seed, 1, torch.zeros((), dtype=torch.int64))[0], net, training=True) as mode:
+    noise = Noise(training_keys(q.seed, 1, torch.zeros((), dtype=torch.int64))[0], net, training=True)
+    with CounterNoise(noise):
         loss = F.cross_entropy(net(x), labels(x)) + kl(net) / 101
-    assert [call.shape for call in mode.calls] == [(HIDDEN, FEATURES), (CLASSES, HIDDEN)]
+    assert [call.shape for call in noise.calls] == [(HIDDEN, FEATURES), (CLASSES, HIDDEN)]
     loss.backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(own[name].grad, p.grad, rtol=1e-5, atol=1e-7, msg=name)

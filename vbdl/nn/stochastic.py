@@ -13,7 +13,8 @@ from vbdl.calling.stacking import call, copied
 from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Site, batch_axis, described
-from vbdl.nn.random_calls import CounterNoise, RandomCall, without_checks_of_values
+from vbdl.nn.noise import Noise, RandomCall
+from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
 from vbdl.types import Inputs, State
 
 _APART = 1e-3  # relative to the largest output: above rounding errors, below the effect of other noise
@@ -69,12 +70,12 @@ class StochasticNetwork(KeyedNetwork):
 
     def forward(self, *args, **kwargs):
         if self.training:
-            with without_checks_of_values(), CounterNoise(self.key, self.inner, training=True):
+            with without_checks_of_values(), CounterNoise(Noise(self.key, self.inner, training=True)):
                 return self.inner(*args, **kwargs)
-        with self.noise(self.key) as mode:
+        with self.noise(self.key) as noise:
             outputs = call(self.inner, self._buffers_of_draw(), kwargs if kwargs else args)
-        if self.calls is not None and len(mode.calls) < len(self.calls):
-            missing = self.calls[len(mode.calls)]
+        if self.calls is not None and len(noise.calls) < len(self.calls):
+            missing = self.calls[len(noise.calls)]
             raise RuntimeError(
                 f"{missing.kind} in {described(missing.path)} was called when the module first ran, and is not for "
                 f"these rows: a forward whose random calls depend on the data cannot be drawn reproducibly; call the "
@@ -83,13 +84,11 @@ class StochasticNetwork(KeyedNetwork):
         return outputs
 
     @contextlib.contextmanager
-    def noise(self, key: Tensor) -> Iterator[CounterNoise]:
+    def noise(self, key: Tensor) -> Iterator[Noise]:
         """A context in which random functions give the noise of the draw in `key`, (2,) int64."""
-        with (
-            without_checks_of_values(),
-            CounterNoise(key, self.inner, self.calls, self.sites, per_row=self.per_row) as mode,
-        ):
-            yield mode
+        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row)
+        with without_checks_of_values(), CounterNoise(noise):
+            yield noise
 
     def _buffers_of_draw(self) -> State:
         """Copies of the buffers that the forward writes into, which `vmap` maps like the key."""
@@ -104,7 +103,7 @@ class StochasticNetwork(KeyedNetwork):
         """The KL term in the loss of a row, in nats, or None without `kl`."""
         if self.kl is None or self.n_data is None:
             return None
-        with without_checks_of_values(), CounterNoise(key, self.inner, training=True, first=_FIRST_OF_KL):
+        with without_checks_of_values(), CounterNoise(Noise(key, self.inner, training=True, first=_FIRST_OF_KL)):
             kl = self.kl(self.inner)
         if not isinstance(kl, Tensor) or kl.numel() != 1:
             shape = f"a tensor {tuple(kl.shape)}" if isinstance(kl, Tensor) else type(kl).__name__
@@ -164,27 +163,27 @@ class StochasticNetwork(KeyedNetwork):
                 )
         return self.calls
 
-    def _run(self, inputs: Inputs, writes: bool = True) -> tuple[Any, CounterNoise, tuple[str, ...]]:
-        """Run the network; return its outputs, the mode it ran under, and the names of the buffers that it changed.
+    def _run(self, inputs: Inputs, writes: bool = True) -> tuple[Any, Noise, tuple[str, ...]]:
+        """Run the network; return its outputs, the noise it ran under, and the names of the buffers that it changed.
 
         writes: draw into tensors in place; if False only into buffers, as under `vmap`.
         """
         buffers = {n: b.clone() for n, b in self.inner.named_buffers()}
         before = {n: b.clone() for n, b in buffers.items()}
-        with self.noise(self.key) as mode:
+        with self.noise(self.key) as noise:
             address = lambda t: t.untyped_storage().data_ptr()
-            mode.watched = {address(p): f"parameter '{n}'" for n, p in self.inner.named_parameters()}
-            mode.watched |= {address(t): "an input" for t in tensors(inputs)}
+            noise.watched = {address(p): f"parameter '{n}'" for n, p in self.inner.named_parameters()}
+            noise.watched |= {address(t): "an input" for t in tensors(inputs)}
             if not writes:
-                mode.writable = {address(b) for b in buffers.values()}
+                noise.writable = {address(b) for b in buffers.values()}
             outputs = call(self.inner, buffers, inputs)
         written = tuple(n for n, b in buffers.items() if not _equal(b, before[n]))
-        return outputs, mode, written
+        return outputs, noise, written
 
 
-def _kinds(mode: CounterNoise) -> list[list[str]]:
-    """The functions that a forward called under this mode: its random calls and its dropout."""
-    return [[call.kind for call in mode.calls], [site.kind for site in mode.masks.calls]]
+def _kinds(noise: Noise) -> list[list[str]]:
+    """The functions that a forward called with this noise: its random calls and its dropout."""
+    return [[call.kind for call in noise.calls], [site.kind for site in noise.masks.calls]]
 
 
 def draws_noise(module: nn.Module, example: Inputs) -> bool:
