@@ -40,7 +40,7 @@ class Noise:
     key: (2,) int64, (seed, draw).
     root: the network, for the names of its modules.
     known: the random calls in their order with their batch axes; None: not known yet, so all noise has its full shape.
-    sites: the dropout calls, as in `CounterDropout`.
+    sites: the dropout calls, as in `Masks`.
     per_row: one draw for each row in noise that has a batch axis.
     training: one draw for each element of all noise and dropout, and normalization as in training.
     first: number of the first random call in the counters.
@@ -189,9 +189,12 @@ class Noise:
 
     def as_drawn(self, arguments: Any) -> Any:
         """Arguments of a function, with what was drawn into a tensor in its place."""
-        if not self._values:
-            return arguments
-        return tree_map_only(Tensor, lambda t: self._values.get(id(t), (t, t))[1], arguments)
+        return tree_map_only(Tensor, self._as_drawn, arguments) if self._values else arguments
+
+    def _as_drawn(self, t: Tensor) -> Tensor:
+        while id(t) in self._values:  # what was drawn may have been drawn into again
+            t = self._values[id(t)][1]
+        return t
 
 
 def _without_mutations() -> bool:

@@ -13,6 +13,7 @@ _aten = torch.ops.aten
 _NORMAL = torch.ops.vbdl.normal.default
 _SAME = (_aten.clone.default, _aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+_VIEWS = (_aten.detach.default, _aten.alias.default, *_RESHAPES)
 
 
 def in_one_form(traced: fx.GraphModule) -> None:
@@ -20,8 +21,11 @@ def in_one_form(traced: fx.GraphModule) -> None:
 
     There mean and std are tensors with the shape of one draw, and noise is `vbdl::normal`, reshaped and then cast.
     """
-    graph, changed = traced.graph, False
+    graph = traced.graph
+    if not any(node.target is _NORMAL for node in graph.nodes):
+        return
     graph.eliminate_dead_code()  # values that only attributes of a network held, like the density of a drawn weight
+    _drop_views(graph)
     for node in list(graph.nodes):
         if (parts := _parts(node)) is None:
             continue
@@ -34,10 +38,8 @@ def in_one_form(traced: fx.GraphModule) -> None:
             drawn = _call(graph, _aten.add.Tensor, mean, scaled)
         drawn.meta = dict(node.meta)
         node.replace_all_uses_with(drawn)
-        changed = True
-    if changed:
-        graph.eliminate_dead_code()
-        traced.recompile()
+    graph.eliminate_dead_code()
+    traced.recompile()
 
 
 def _parts(node: fx.Node) -> tuple[Any, Any, fx.Node] | None:
@@ -54,7 +56,7 @@ def _parts(node: fx.Node) -> tuple[Any, Any, fx.Node] | None:
     elif node.target is _aten.add.Tensor:
         candidates = [
             (mean, *factors)
-            for mean, scaled in ((args[0], _behind(args[1])), (args[1], _behind(args[0])))
+            for mean, scaled in (args, args[::-1])
             if _calls(scaled, _aten.mul.Tensor) and len(scaled.users) == 1
             for factors in (scaled.args, scaled.args[::-1])
         ]
@@ -93,13 +95,17 @@ def _source(node: Any) -> fx.Node | None:
     return None
 
 
-def _behind(node: Any) -> Any:
-    """The value of the same shape behind copies and reshapes of it, as a trace writes them for `noise.mul_(std)`."""
-    inner = node
-    while isinstance(inner, fx.Node) and inner.target in (*_SAME, *_RESHAPES) and len(inner.users) == 1:
-        inner = inner.args[0]
-    same = isinstance(inner, fx.Node) and inner.meta["val"].shape == node.meta["val"].shape
-    return inner if same else node
+def _drop_views(graph: fx.Graph) -> None:
+    """Replace views and reshapes that give a value its own shape back, as a trace writes them for `noise.mul_(std)`."""
+    for node in graph.nodes:
+        value, source, shape = node, node, node.meta["val"].shape if node.target in _VIEWS else None
+        while source.target in _VIEWS:
+            source = source.args[0]
+            if source.meta["val"].shape == shape:
+                value = source
+        if value is not node:
+            node.replace_all_uses_with(value)
+    graph.eliminate_dead_code()
 
 
 def _canonical(graph: fx.Graph, noise: fx.Node) -> fx.Node:
