@@ -333,6 +333,19 @@ def test_gradients_are_those_of_the_networks_own_loss(layer):
         torch.testing.assert_close(own[name].grad, p.grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_layer_used_twice_draws_twice():
+    """Whether its forward reads the noise from its buffer or from what the function returned, drawing or training."""
+    losses = []
+    for name in ("buffer", "returned from a buffer"):
+        torch.manual_seed(0)
+        layer = NORMAL[name](FEATURES, FEATURES)
+        q = Stochastic(nn.Sequential(layer, nn.Tanh(), layer))
+        predict = predictor(q, joint=True)
+        torch.testing.assert_close(predict(rows(), samples=True).samples, loop(predict, rows()), rtol=1e-4, atol=1e-4)
+        losses.append(q.losses(rows(), labels(rows()), vbdl.Categorical()).detach())
+    torch.testing.assert_close(*losses)
+
+
 def test_compiled_training_is_plain_training_and_resumes(tmp_path):
     x, trained = rows(60), []
     for compile, checkpoint in ((False, None), (True, None), (False, tmp_path / "c")):
