@@ -105,7 +105,7 @@ NORMAL = {
     "std of a row": of_weight(lambda s: s.weight + s.rho[:, :1].exp() * torch.randn_like(s.weight)),
     "in place": of_weight(lambda s: torch.randn_like(s.weight).mul_(s.rho.exp()).add_(s.weight)),
     "buffer": of_weight(in_buffer),
-    "returned from a buffer": of_weight(lambda s: s.weight + s.rho.exp() * s.eps.data.normal_()),
+    "returned from a buffer": of_weight(lambda s: s.weight + torch.log1p(torch.exp(s.rho)) * s.eps.data.normal_()),
     "attribute": of_weight(in_attribute),
     "abs": of_weight(lambda s: s.weight + (0.1 * s.rho).abs() * torch.normal(0.0, 1.0, s.rho.shape)),
 }
