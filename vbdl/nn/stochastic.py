@@ -31,6 +31,7 @@ class StochasticNetwork(KeyedNetwork):
     per_row: one draw for each row in noise that has a batch axis.
     """
 
+    draws_weights = True
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
     found_by_running = ("calls", "sites", "written")
