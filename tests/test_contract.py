@@ -7,6 +7,7 @@ with `torch.equal`.
 
 import copy
 import functools
+import math
 import pickle
 import threading
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
@@ -24,6 +26,7 @@ from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
+from vbdl.posteriors.stochastic import Stochastic
 from vbdl.types import is_posterior
 
 BATCH, CLASSES, MEMBERS, SAMPLES, TILE = 13, 5, 3, 7, 64
@@ -60,6 +63,29 @@ class Transformer(nn.Module):
         return self.head(h.mean(1))
 
 
+class Variational(nn.Linear):
+    """A textbook layer, which draws its weights in its forward."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.logvar = nn.Parameter(torch.full((outputs, inputs), math.log(0.1**2)))
+
+    def forward(self, x):
+        return F.linear(x, self.weight + torch.exp(self.logvar / 2) * torch.randn_like(self.weight), self.bias)
+
+
+def drawing(network: nn.Module) -> nn.Module:
+    """A copy of a network with textbook layers in place of its linear layers, which has no dropout in evaluation."""
+    network = copy.deepcopy(network)
+    for name, m in list(network.named_modules()):
+        if type(m) is nn.Linear:
+            owner, _, leaf = name.rpartition(".")
+            layer = Variational(m.in_features, m.out_features)
+            layer.load_state_dict(m.state_dict(), strict=False)
+            setattr(network.get_submodule(owner), leaf, layer.train(m.training))
+    return network
+
+
 NETWORKS = {
     "mlp": (mlp, (11,)),
     "cnn": (cnn, (2, 7, 5)),
@@ -74,6 +100,8 @@ POSTERIORS = {
     "ensemble of trained networks": lambda make: DeepEnsemble([make() for _ in range(MEMBERS)]),
     "ensemble of two architectures": lambda make: DeepEnsemble([make(), nn.Sequential(make()), make()]),
     "ensemble of dropout": lambda make: DeepEnsemble([MCDropout(make()) for _ in range(MEMBERS)]),
+    "stochastic": lambda make: Stochastic(drawing(make())),
+    "ensemble of stochastic": lambda make: DeepEnsemble([Stochastic(drawing(make())) for _ in range(MEMBERS)]),
     "ensemble of mean-field": lambda make: DeepEnsemble(MeanField(make(), n_data=101, initial_std=0.1), MEMBERS),
 }
 
@@ -95,7 +123,7 @@ class Cells(Collection):
         return cell in list(self)
 
     def __iter__(self):
-        alone = ("dropout", "mean-field", "ensemble", "ensemble of two architectures")
+        alone = ("dropout", "mean-field", "stochastic", "ensemble", "ensemble of two architectures")
         for network in self.networks:
             for posterior in POSTERIORS:
                 slow = network != next(iter(self.networks)) and posterior not in alone
@@ -116,7 +144,9 @@ def _shown_by_others(cell: dict) -> bool:
 
     Where the batch axis is inside a network shows with dropout, whose masks have one, too.
     """
-    ensembles = ("ensemble of trained networks", "ensemble of dropout", "ensemble of mean-field")
+    ensembles = (
+        "ensemble of trained networks", "ensemble of dropout", "ensemble of stochastic", "ensemble of mean-field",
+    )  # fmt: skip
     network = cell.get("network", "mlp")
     return (cell.get("posterior") in ensembles and network != "mlp") or (
         cell.get("posterior") != "dropout" and network == "transformer, length first"
@@ -405,7 +435,10 @@ def test_an_empty_batch_a_row_and_a_sample(posterior, network):
 # -- compiling
 
 # a compile takes seconds: by default the three methods, and dropout, which has most to compile, on every network
-_FAST = [(p, "mlp") for p in ("dropout", "mean-field", "ensemble")] + [("dropout", "cnn"), ("dropout", "transformer")]
+_FAST = [(p, "mlp") for p in ("dropout", "mean-field", "stochastic", "ensemble")] + [
+    ("dropout", "cnn"),
+    ("dropout", "transformer"),
+]
 COMPILED = _FAST + [
     pytest.param(p, n, marks=pytest.mark.slow) for p in POSTERIORS for n in NETWORKS if (p, n) not in _FAST
 ]

@@ -13,12 +13,15 @@ from vbdl.calling.stacking import check_network, copied
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
-from vbdl.methods import METHODS
+from vbdl.methods import METHODS, building
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.masks import Site
 from vbdl.nn.may_drop import DROPOUT_LAYERS
+from vbdl.nn.noise import RandomCall
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
+from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.stochastic import Stochastic
 from vbdl.types import Inputs, Output
 
 
@@ -32,11 +35,13 @@ class ModuleReport:
     buffers: int
     layers: dict[str, int]  # number of modules with parameters, by type
     stochastic: list[str] = field(default_factory=list)  # dropout calls that MCDropout would draw, one per line
+    noise: list[str] = field(default_factory=list)  # random calls that Stochastic would draw, one per line
     deterministic: list[str] = field(default_factory=list)  # what looks random but would not be drawn, and why
     normalization: list[str] = field(default_factory=list)  # batch and instance normalization, and their state
     tied: list[str] = field(default_factory=list)  # names that refer to the same parameter
     flops: int | None = None  # floating-point operations per row; None without an example
-    plan: str | None = None  # how a predictor of MCDropout(module) would run; None without an example
+    plan: str | None = None  # how a predictor of `planned` would run; None without an example
+    planned: str = "MCDropout"  # the method of the plan: MCDropout, or Stochastic for a network that draws by itself
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -49,6 +54,7 @@ class ModuleReport:
         ]
         for title, entries in (
             ("stochastic", self.stochastic),
+            ("draws by itself, as vbdl.Stochastic does from counters", self.noise),
             ("stays deterministic", self.deterministic),
             ("normalization", self.normalization),
             ("tied parameters", self.tied),
@@ -57,13 +63,13 @@ class ModuleReport:
             if entries:
                 lines.append(f"  {title}:")
                 lines += [f"    {entry}" for entry in entries]
-        if not self.stochastic:
-            others = " or ".join(sorted(m.class_name for m in METHODS.values() if not m.needs_dropout))
+        if not self.stochastic and not self.noise:
+            others = " or ".join(sorted(METHODS[n].class_name for n in building() if not METHODS[n].needs_dropout))
             lines.append(f"  nothing in it drops units: use {others}, or add dropout and train")
         lines.append("  methods, and when to choose them:")
         lines += [f"    {m.class_name}: {m.when}" for m in METHODS.values()]
         if self.plan is not None:
-            lines.append("  plan for MCDropout:")
+            lines.append(f"  plan for {self.planned}:")
             lines += [f"    {line}" for line in self.plan.splitlines()]
         return "\n".join(lines)
 
@@ -71,7 +77,7 @@ class ModuleReport:
 
 
 def inspect(module: nn.Module, example: Inputs | None = None, *, output: Output = None) -> ModuleReport:
-    """Report the dropout of a module, what stays deterministic and why, normalization, size and plan.
+    """Report the dropout and noise of a module, what stays deterministic, normalization, size and plan.
 
     example: one batch, (batch, ...), on which a copy of the module runs without gradients. Only this finds dropout
     called inside a forward, counts operations and gives a plan; without an example only layers are listed.
@@ -142,12 +148,17 @@ def _without_running(module: nn.Module, report: ModuleReport) -> None:
 
 
 def _by_running(module: nn.Module, example: Inputs, output: Output, report: ModuleReport) -> None:
-    network = DropoutNetwork(copied(module)).eval()
+    network, calls, sites = DropoutNetwork(copied(module)).eval(), (), ()
     try:
         sites = network.locate(example)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # it draws other noise than dropout
         report.notes.append(str(error))
-        return
+        try:
+            calls = StochasticNetwork(copied(module), None, None, (), False).eval().locate(example)
+        except (NotImplementedError, RuntimeError, ValueError) as reason:
+            report.notes.append(str(reason))
+            return
+    report.noise += [_describe_call(call) for call in calls]
     report.deterministic += [f"{where}: on in training only, off in prediction" for where in network.off or ()]
     for site in sites:
         (report.stochastic if site.p > 0 else report.deterministic).append(_describe(site))
@@ -160,7 +171,7 @@ def _by_running(module: nn.Module, example: Inputs, output: Output, report: Modu
             report.deterministic.append(f"{label}: p={m.dropout} acts between layers, but it has one")
     args, kwargs = arguments(example)
     plain = copied(module).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
         outputs = plain(*args, **kwargs)
     rows = tensors(example)[0].shape[0]
     report.flops = counter.get_total_flops() // max(rows, 1)
@@ -169,11 +180,22 @@ def _by_running(module: nn.Module, example: Inputs, output: Output, report: Modu
     except TypeError as error:
         report.notes.append(str(error))
         return
-    if any(site.p > 0 for site in sites):
+    if calls or any(site.p > 0 for site in sites):
         # any likelihood gives the same plan, which depends on the cost of the network
         width = outputs.shape[-1] if outputs.ndim > 1 else 1
         likelihood = Categorical() if outputs.ndim > 1 and width > 1 else Gaussian(width)
-        report.plan = Predictor(MCDropout(module, output=output), likelihood, compile=False).explain(example)
+        posterior = Stochastic(module) if calls else MCDropout(module, output=output)
+        report.planned = type(posterior).__name__
+        report.plan = Predictor(posterior, likelihood, compile=False).explain(example)
+
+
+def _describe_call(call: RandomCall) -> str:
+    shape = list(call.shape)
+    if call.axis is not None:
+        shape[call.axis] = call.multiple
+    numbers = "x".join(str(n) for n in shape) or "one number"
+    batch = "one draw for all rows" if call.axis is None else f"batch on axis {call.axis}, shared by the rows of a draw"
+    return f"{call.path or 'the module'} ({call.kind}): {numbers}, {batch}"
 
 
 def _describe(site: Site) -> str:

@@ -26,6 +26,7 @@ class Method:
     arguments: tuple[str, ...]  # constructor arguments after the network that `make` passes on
     dropout: float = 0.1  # dropout rate of the networks that vbdl builds for it
     needs_dropout: bool = False  # whether it refuses a network without dropout
+    needs_own_noise: bool = False  # whether it takes only a network that draws by itself, which vbdl never builds
     takes_trained: bool = False  # whether a trained network can be used without training it again
     training: "Keywords" = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
     old_names: tuple[str, ...] = ()  # former names, which still work with a warning
@@ -79,8 +80,23 @@ METHODS: dict[str, Method] = {
             training={"lr": 1e-3, "patience": 20},
             old_names=("ensemble",),
         ),
+        Method(
+            name="stochastic",
+            module="vbdl.posteriors.stochastic",
+            class_name="Stochastic",
+            words="stochastic network",
+            when="the network draws by itself, by torch's random functions or with layers of a Bayesian library",
+            arguments=("n_data", "seed"),
+            needs_own_noise=True,
+            takes_trained=True,
+        ),
     )
 }
+
+
+def building() -> list[str]:
+    """The names of the methods for networks that vbdl builds: those of tables, the estimators and the suite."""
+    return [name for name, method in METHODS.items() if not method.needs_own_noise]
 
 
 def words(class_name: str) -> str:
@@ -89,11 +105,20 @@ def words(class_name: str) -> str:
 
 
 def method_of(name: str) -> Method:
-    """The method of this name. Raises ValueError for an unknown name, warns (DeprecationWarning) for a former one."""
+    """The method of this name, for a network that vbdl builds.
+
+    Raises ValueError for an unknown name and for a method that needs a network of the user's own, warns
+    (DeprecationWarning) for a former name.
+    """
     if name in METHODS:
+        if METHODS[name].needs_own_noise:
+            raise ValueError(
+                f"the method {name!r} is for a network that draws by itself, and the networks that vbdl builds do not: "
+                f"choose one of {', '.join(building())}, or pass your network to vbdl.{METHODS[name].class_name}"
+            )
         return METHODS[name]
     for method in METHODS.values():
         if name in method.old_names:
             warnings.warn(f"the method {name!r} is called {method.name!r} now", DeprecationWarning, stacklevel=2)
             return method
-    raise ValueError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}")
+    raise ValueError(f"there is no method {name!r}: choose one of {', '.join(building())}")

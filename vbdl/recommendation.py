@@ -18,6 +18,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
+from vbdl.nn.stochastic import draws_noise
 from vbdl.training.fit import fit
 from vbdl.types import Inputs, Keywords, Likelihood, Posterior
 
@@ -112,6 +113,8 @@ def recommend(
     n_weights = sum(p.numel() for p in module.parameters())
     rule = _rule(n_train, n_weights, budget, trained)
     candidates = [method for method in METHODS.values() if method.takes_trained or not trained]
+    if not draws_noise(module, take(x, rows["test"])):
+        candidates = [method for method in candidates if not method.needs_own_noise]
     measured, scores = {}, {}
     for method in candidates:
         name = method.class_name

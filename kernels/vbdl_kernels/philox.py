@@ -29,7 +29,7 @@ from vbdl_kernels.dispatch import has_triton, kernel_of, kernels_in, library
 CONTRACT = 1  # the version of the layout above; any change of a bit needs a new one, and artifacts store theirs
 ROUNDS = 7
 
-WEIGHT, BIAS, DROPOUT, ACTIVATION, SIGN = range(5)  # streams: the purposes of a layer's noise
+WEIGHT, BIAS, DROPOUT, ACTIVATION, SIGN, UNIFORM = range(6)  # streams: the purposes of a layer's noise
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -15,7 +15,7 @@ from vbdl.artifact.manifest import (
     Single,
     Supplied,
 )
-from vbdl.methods import words
+from vbdl.methods import METHODS, words
 from vbdl.types import Json
 
 
@@ -153,7 +153,8 @@ def method(manifest: Manifest) -> str:
 
 def _single(q: Single) -> str:
     if isinstance(q, Registered):
-        return _class_name(q.name)
+        of_vbdl = {f"{m.module}:{m.class_name}": m.words for m in METHODS.values()}
+        return of_vbdl.get(q.name, _class_name(q.name))
     return words("MCDropout" if isinstance(q, Dropout) else "MeanField")
 
 

@@ -27,11 +27,14 @@ from vbdl.calling.stacking import state_of
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
+from vbdl.posteriors.stochastic import Stochastic
 from vbdl.types import Output as ChosenOutput
 from vbdl.types import Posterior, is_posterior
 
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
+
+modules.register(Stochastic)
 
 _TYPE = "type:"  # prefix that marks the name of a class among the names of submodules
 

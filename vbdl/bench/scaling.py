@@ -20,7 +20,7 @@ from vbdl.bench.networks import mlp
 from vbdl.bench.provenance import provenance
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
-from vbdl.methods import METHODS
+from vbdl.methods import METHODS, building
 from vbdl.types import Json
 
 FEATURES, CLASSES = 32, 10
@@ -40,10 +40,10 @@ _STATUS = Path("/proc/self/status")
 def cells() -> Iterator[tuple[str, str, int, str]]:
     """Yield (quantity, axis, size, method) for every size of every axis and the methods it applies to."""
     for axis, sizes in SIZES.items():
-        for name, method in METHODS.items():
-            if axis not in ("draws", "members") or method.has_members == (axis == "members"):
+        for name in building():
+            if axis not in ("draws", "members") or METHODS[name].has_members == (axis == "members"):
                 yield from (("seconds", axis, size, name) for size in sizes)
-    drawn = [name for name, method in METHODS.items() if not method.has_members]
+    drawn = [name for name in building() if not METHODS[name].has_members]
     yield from (("bytes", "draws", size, name) for name in drawn for size in MEMORY_DRAWS)
 
 

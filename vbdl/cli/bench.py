@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vbdl.methods import METHODS
+from vbdl.methods import building
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Bench:
     """bundled (no download), uci, images, medical, credit, quality (the last four together) or own (from --plugin)."""
     sets: tuple[str, ...] = ()
     """Names of data sets, instead of a suite."""
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(building())
     """Names of methods; linear and single are baselines."""
     data: Path | None = field(default_factory=lambda: Path(p) if (p := os.environ.get("VBDL_DATA")) else None)
     """Folder of data sets; VBDL_DATA unless given. Missing files are downloaded from OpenML."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vbdl.methods import METHODS, method_of
+from vbdl.methods import building, method_of
 
 if TYPE_CHECKING:
     from vbdl.tabular.reading import Reading
@@ -26,7 +26,7 @@ class Fit:
     """Column to predict."""
     out: Path = Path("model.vbdl")
     """Folder of the model. Its figures are written beside it, to NAME-figures."""
-    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "deep-ensemble"
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(building()))] = "deep-ensemble"
     """Method for the uncertainty of the network's weights."""
     task: Literal["classification", "regression"] | None = None
     """Kind of prediction; inferred from the target's cells unless given."""

@@ -120,7 +120,8 @@ class Execution:
             if few.random:
                 raise NotImplementedError(
                     f"the module calls {few.random} in prediction, which draws from torch's generator and ignores the "
-                    f"predictor's seed. Wrap the module in vbdl.MCDropout if it is dropout, or remove the call"
+                    f"predictor's seed. Wrap the module in vbdl.Stochastic, which draws a network's own noise, or in "
+                    f"vbdl.MCDropout if it is dropout, or remove the call"
                 )
             if not few.output_depends_on_draw:
                 raise ValueError(

@@ -19,7 +19,8 @@ def try_out(model: nn.Module, state: State, tile: Flat) -> Tensor:
         torch.set_rng_state(before)
         raise NotImplementedError(
             "the module draws from torch's generator in prediction, which ignores the predictor's seed. Wrap the "
-            "module in vbdl.MCDropout if it is dropout, or remove the call"
+            "module in vbdl.Stochastic, which draws a network's own noise, or in vbdl.MCDropout if it is dropout, or "
+            "remove the call"
         )
     check_apart(outputs, model, state, tile)
     return outputs

@@ -19,7 +19,7 @@ from vbdl.calling.stacking import call
 from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.masks import Masks, Site
+from vbdl.nn.masks import Masks, Site, batch_axis, described
 from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
@@ -154,15 +154,6 @@ class DropoutNetwork(KeyedNetwork):
 
 
 def _place_batch(two: Site, three: Site) -> Site:
-    """The dropout call with its batch axis, the one that differs between calls on two and on three rows."""
-    grown = [axis for axis, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
-    if not grown:
-        return Site(two.path, two.kind, two.p, two.shape, None)
-    axis = grown[0]
-    multiple = two.shape[axis] // 2
-    if len(grown) > 1 or two.shape[axis] != 2 * multiple or three.shape[axis] != 3 * multiple:
-        raise ValueError(
-            f"{two.kind} in module '{two.path}' masks {two.shape} for 2 rows and {three.shape} for 3, so vbdl cannot "
-            f"tell which part belongs to which row of the batch: use dropout on tensors with the batch as one axis"
-        )
+    """The dropout call with its batch axis."""
+    axis, multiple = batch_axis(two.shape, three.shape, f"{two.kind} in {described(two.path)} masks")
     return Site(two.path, two.kind, two.p, two.shape, axis, multiple)

@@ -71,7 +71,8 @@ class CounterDropout(TorchFunctionMode):
             return replacement(self._masks, func, *args, **kwargs)
         if name in _RANDOM and not self._masks.per_row:
             raise NotImplementedError(
-                f"{name} is called in {described(self._masks.place())}: only dropout can be drawn from counters. "
-                f"Name that module in deterministic= to keep it in evaluation mode, or replace the call."
+                f"{name} is called in {described(self._masks.place())}: only dropout can be drawn from counters "
+                f"here. Use vbdl.Stochastic(module), which draws a network's own noise, or name that module in "
+                f"deterministic= to keep it in evaluation mode"
             )
         return func(*args, **kwargs)

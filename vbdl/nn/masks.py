@@ -150,6 +150,24 @@ class Masks:
         return x * (keep.to(x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
 
 
+def batch_axis(two: tuple[int, ...], three: tuple[int, ...], what: str) -> tuple[int | None, int]:
+    """The axis in which the shapes of calls on 2 and on 3 rows differ, or None, and its entries per row.
+
+    what: subject and verb of the error for shapes that differ otherwise.
+    """
+    grown = [axis for axis, (a, b) in enumerate(zip(two, three, strict=False)) if a != b]
+    if not grown and len(two) == len(three):
+        return None, 1
+    axis = grown[0] if grown else 0
+    multiple = two[axis] // 2 if grown else 0
+    if len(two) != len(three) or len(grown) > 1 or two[axis] != 2 * multiple or three[axis] != 3 * multiple:
+        raise ValueError(
+            f"{what} {two} for 2 rows and {three} for 3, so vbdl cannot tell which part belongs to which row of the "
+            f"batch: use tensors with the batch as one axis"
+        )
+    return axis, multiple
+
+
 def described(path: str) -> str:
     """The module of this name in the words of an error message."""
     return f"module '{path}'" if path else "the module itself"

@@ -4,6 +4,7 @@ A network is traced with each linear layer as one node. Each rewrite finds its p
 the linear layers that remain are lowered to matrix products. A rewrite looks at operations and at what they depend on
 (draw, input), never at the method.
 
+    draws      drawn weights written in any way get one form           same numbers
     local      mean-field layers draw outputs, not weights            same distribution of every row, other draws
     compact    dropped units are left out, masks folded into weights  same numbers, up to float rounding
     fused      kernels on an accelerator draw weights and masks       same draws, up to float rounding
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, fx
 
 from vbdl.compiling.rewrite.compact import compact
+from vbdl.compiling.rewrite.draws import in_one_form
 from vbdl.compiling.rewrite.fused import fuse
 from vbdl.compiling.rewrite.local import reparameterize
 
@@ -52,6 +54,7 @@ def rewrite(
     measure: measure(node, of) is the maximum of `of` over blocks of a node's values in all draws.
     """
     sentences = []
+    in_one_form(traced)
     if not joint:
         hidden = largest_tile < _MANY_ROWS
         if rewritten := reparameterize(traced, kinds, rows, hidden):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from vbdl_kernels import normal
 from vbdl_kernels.philox import ACTIVATION
+from vbdl_kernels.sample_weights import rows_columns
 
 from vbdl.compiling.graph import BODY, PREFIX, dependence
 from vbdl.compiling.rewrite.linear import add_bias, arguments, is_linear, lower
@@ -94,12 +95,14 @@ def drawn_by(node: Any) -> Normal | None:
     noise = _through(_through(noise, _aten._to_copy.default), _aten.view.default)
     if not _calls(noise, torch.ops.vbdl.normal.default) or len(noise.users) != 1:
         return None
-    key, layer, stream = noise.args[:3]
+    key, layer, stream, rows, columns = noise.args
     if not all(isinstance(n, fx.Node) for n in (mean, std)):
         return None
     shared = node.meta["val"].shape[1:]
     if mean.meta["val"].shape != shared or std.meta["val"].shape != shared:
         return None  # every member has its own mean: an ensemble of mean-field networks
+    if (rows, columns) != rows_columns(shared):
+        return None  # noise of another shape, which a network's own code reshaped
     return Normal(mean, std, key, layer, stream)
 
 

@@ -1,0 +1,211 @@
+"""Networks that draw in their own forward, as a pure function of a key."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.stacking import call, copied
+from vbdl.nn.frozen import hold_frozen
+from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.masks import Site, batch_axis, described
+from vbdl.nn.noise import Noise, RandomCall
+from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
+from vbdl.types import Inputs, State
+
+_APART = 1e-3  # relative to the largest output: above rounding errors, below the effect of other noise
+_FIRST_OF_KL = 1 << 20  # number in the counters of the first random call of the KL
+
+
+class StochasticNetwork(KeyedNetwork):
+    """A network whose random calls are drawn from the key.
+
+    In training each element of the noise is drawn; in prediction rows share noise as `locate` found.
+
+    kl: function of the network that returns its KL in nats; n_data: number of training rows, by which it is divided.
+    noisy: names of the modules that are in training mode in prediction, with all modules inside them.
+    per_row: one draw for each row in noise that has a batch axis.
+    """
+
+    draws_weights = True
+    kl_weight: Tensor
+    # not part of the architecture: running the network finds them again
+    found_by_running = ("calls", "sites", "written")
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        kl: Callable[[nn.Module], Tensor] | None,
+        n_data: int | None,
+        noisy: tuple[str, ...],
+        per_row: bool,
+    ):
+        super().__init__()
+        self.inner, self.n_data, self.noisy, self.per_row = inner, n_data, noisy, per_row
+        self._kl = (kl,)  # in a tuple, because a module would become a part of this one
+        self.calls: tuple[RandomCall, ...] | None = None
+        self.sites: tuple[Site, ...] | None = None
+        self.written: tuple[str, ...] = ()  # buffers that the forward draws or writes into
+        device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
+        self.register_buffer("kl_weight", torch.ones((), device=device))
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self.train(inner.training)
+
+    @property
+    def kl(self) -> Callable[[nn.Module], Tensor] | None:
+        """The function of the network that returns its KL in nats."""
+        return self._kl[0]
+
+    def train(self, mode: bool = True) -> "StochasticNetwork":
+        super().train(mode)
+        if mode:
+            hold_frozen(self.inner)
+        else:
+            for name, module in self.inner.named_modules():
+                module.training = any(not n or name == n or name.startswith(f"{n}.") for n in self.noisy)
+        return self
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            with without_checks_of_values(), CounterNoise(Noise(self.key, self.inner, training=True)):
+                return self.inner(*args, **kwargs)
+        with self.noise(self.key) as noise:
+            outputs = call(self.inner, self._buffers_of_draw(), kwargs if kwargs else args)
+        if self.calls is not None and len(noise.calls) < len(self.calls):
+            missing = self.calls[len(noise.calls)]
+            raise RuntimeError(
+                f"{missing.kind} in {described(missing.path)} was called when the module first ran, and is not for "
+                f"these rows: a forward whose random calls depend on the data cannot be drawn reproducibly; call the "
+                f"same ones each time"
+            )
+        return outputs
+
+    @contextlib.contextmanager
+    def noise(self, key: Tensor) -> Iterator[Noise]:
+        """A context in which random functions give the noise of the draw in `key`, (2,) int64."""
+        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row)
+        with without_checks_of_values(), CounterNoise(noise):
+            yield noise
+
+    def _buffers_of_draw(self) -> State:
+        """Copies of the buffers that the forward writes into, which `vmap` maps like the key."""
+        buffers = dict(self.inner.named_buffers())
+        return {n: self._as_the_key(buffers[n]) for n in self.written}
+
+    def _as_the_key(self, buffer: Tensor) -> Tensor:
+        copy = self.key.new_zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
+        return copy.copy_(buffer.detach())
+
+    def regularization(self, key: Tensor) -> Tensor | None:
+        """The KL term in the loss of a row, in nats, or None without `kl`."""
+        if self.kl is None or self.n_data is None:
+            return None
+        with without_checks_of_values(), CounterNoise(Noise(key, self.inner, training=True, first=_FIRST_OF_KL)):
+            kl = self.kl(self.inner)
+        if not isinstance(kl, Tensor) or kl.numel() != 1:
+            shape = f"a tensor {tuple(kl.shape)}" if isinstance(kl, Tensor) else type(kl).__name__
+            raise TypeError(f"kl must return the KL of the network in nats as a tensor of one number, got {shape}")
+        return self.kl_weight * kl.reshape(()) / self.n_data
+
+    def adopt(self, other: KeyedNetwork) -> None:
+        assert isinstance(other, StochasticNetwork)
+        self.calls, self.sites, self.written = other.calls, other.sites, other.written
+
+    # -- what running the network tells
+
+    @torch.no_grad()
+    def locate(self, inputs: Inputs) -> tuple[RandomCall, ...]:
+        """The random calls of a forward and the batch axis of each, found by running two batch sizes.
+
+        Raises ValueError, RuntimeError or NotImplementedError for noise that cannot be drawn reproducibly.
+        """
+        self.calls = self.sites = None
+        self.written = ()
+        of = lambda rows: map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
+        outputs, two, written = self._run(of(2))
+        again, _, _ = self._run(of(2))
+        if not _same(outputs, again):
+            raise ValueError(
+                "the module's output differs under the same draw: it draws from another generator than torch's, like "
+                "Python's random or NumPy's, or keeps a state between calls; draw with torch, and keep no state"
+            )
+        apart, _, _ = self._run(of(2), writes=False)
+        if not _same(outputs, apart):
+            raise ValueError(
+                "the module draws into a part or a view of a tensor in place, like x[0].normal_(), which its draws "
+                "cannot do together: draw a new tensor, e.g. torch.randn(...), and assemble it with torch.cat or "
+                "torch.stack"
+            )
+        _, three, _ = self._run(of(3))
+        if _kinds(two) != _kinds(three):
+            raise RuntimeError(
+                "the module makes other random calls for another batch size, so draws cannot be reproduced: make the "
+                "same ones for every batch size"
+            )
+        calls, sites = [], []
+        for a, b in zip(two.calls, three.calls, strict=True):
+            axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} draws")
+            calls.append(RandomCall(a.path, a.kind, a.shape, *axis))
+        for a, b in zip(two.masks.calls, three.masks.calls, strict=True):
+            axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} masks")
+            sites.append(Site(a.path, a.kind, a.p, a.shape, *axis))
+        self.calls, self.sites, self.written = tuple(calls), tuple(sites), written
+        if not self.per_row and any(c.multiple > 1 for c in (*calls, *sites)):
+            # noise is drawn as if a folded axis held each row's entries in one block; equal rows then stay equal
+            outputs, _, _ = self._run(of(3))
+            if not all(_same(t, t[:1].expand_as(t)) for t in tree_leaves(outputs) if isinstance(t, Tensor)):
+                raise ValueError(
+                    "noise runs over an axis that folds the batch behind another axis, so vbdl cannot tell which part "
+                    "belongs to which row of the batch: put the batch first when folding"
+                )
+        return self.calls
+
+    def _run(self, inputs: Inputs, writes: bool = True) -> tuple[Any, Noise, tuple[str, ...]]:
+        """Run the network; return its outputs, the noise it ran under, and the names of the buffers that it changed.
+
+        writes: draw into tensors in place; if False only into buffers, as under `vmap`.
+        """
+        buffers = {n: b.clone() for n, b in self.inner.named_buffers()}
+        before = {n: b.clone() for n, b in buffers.items()}
+        with self.noise(self.key) as noise:
+            address = lambda t: t.untyped_storage().data_ptr()
+            noise.watched = {address(p): f"parameter '{n}'" for n, p in self.inner.named_parameters()}
+            noise.watched |= {address(t): "an input" for t in tensors(inputs)}
+            if not writes:
+                noise.writable = {address(b) for b in buffers.values()}
+            outputs = call(self.inner, buffers, inputs)
+        written = tuple(n for n, b in buffers.items() if not _equal(b, before[n]))
+        return outputs, noise, written
+
+
+def _kinds(noise: Noise) -> list[list[str]]:
+    """The functions that a forward called with this noise: its random calls and its dropout."""
+    return [[call.kind for call in noise.calls], [site.kind for site in noise.masks.calls]]
+
+
+def draws_noise(module: nn.Module, example: Inputs) -> bool:
+    """Whether a network makes random calls in evaluation mode that can be drawn; a copy of it runs on the example."""
+    try:
+        return bool(StochasticNetwork(copied(module), None, None, (), False).eval().locate(example))
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError):
+        return False
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether outputs are equal up to rounding."""
+    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            scale = float(x.abs().nan_to_num(posinf=0.0).max()) if x.numel() else 0.0
+            if not torch.allclose(x, y, rtol=_APART, atol=_APART * scale, equal_nan=True):
+                return False
+        elif isinstance(x, Tensor) and not torch.equal(x, y):
+            return False
+    return True
