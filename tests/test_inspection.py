@@ -37,7 +37,7 @@ def test_every_site_is_named_with_its_mask_and_its_batch():
     assert "unused (Dropout): not called for this example" in still
     assert "nothing (dropout): p=0.0, so it drops nothing" in still
     assert "single (GRU): p=0.2 acts between layers, but it has one" in still
-    assert "strategy       loop" in report.plan and "lstm" in report.plan  # vmap has no rule for it, and it is said
+    assert "strategy       repeated rows" in report.plan and "recurrent layers" in report.plan
 
 
 def test_operations_normalization_and_ties():

@@ -387,17 +387,18 @@ def predictor(net, outputs=5, **settings):
     return Predictor(MCDropout(net, **settings), Gaussian(outputs), n_samples=3, compile=False)
 
 
-def test_a_packed_sequence_raises_where_there_is_dropout():
+def test_a_packed_sequence_is_masked_between_its_layers():
+    """By the rate of the layer, or one that overrides it; with one mask for all rows, by step in time."""
+
     def packed(m, x):
         lengths = torch.tensor([x.shape[1]] * x.shape[0])
         return m.rnn(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1][0][-1]
 
     dropping = Calls(packed, rnn=nn.LSTM(6, 5, 2, dropout=P, batch_first=True))
-    with pytest.raises(NotImplementedError, match="module 'rnn'.*packed"):
-        MCDropout(dropping).prepare(torch.randn(3, 7, 6))
     overridden = Calls(packed, rnn=nn.LSTM(6, 5, 2, batch_first=True), drop=nn.Dropout(P))
-    with pytest.raises(NotImplementedError, match="module 'rnn'.*packed"):
-        MCDropout(overridden, p=0.2).prepare(torch.randn(3, 7, 6))
+    for q, rate in ((MCDropout(dropping), P), (MCDropout(overridden, p=0.2), 0.2)):
+        q.prepare(torch.randn(3, 7, 6))
+        assert [(site.path, site.p, site.shape, site.axis) for site in q.module.sites] == [("rnn", rate, (7, 5), None)]
     plain = Calls(
         lambda m, x: m.drop(packed(m, x)), rnn=nn.LSTM(6, 5, 2, dropout=P, batch_first=True), drop=nn.Dropout(P)
     )
