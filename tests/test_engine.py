@@ -99,6 +99,24 @@ def test_recurrent_layers_run_one_draw_after_the_other(posterior):
     torch.testing.assert_close(p.samples, torch.stack(each), **ROUNDING)
 
 
+class NormalizesTransposed(nn.Module):
+    """Batch normalization of a transposed value, whose strides are others in a trace than in its kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm, self.head = nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.drop(x).transpose(1, 2)).transpose(1, 2)).mean(1)
+
+
+def test_batch_normalization_of_a_transposed_value():
+    members, x = [NormalizesTransposed().eval() for _ in range(2)], torch.randn(4, 6, 8)
+    expected = torch.stack([m(x).softmax(-1) for m in members]).mean(0)
+    torch.testing.assert_close(predictor(DeepEnsemble(members), n_samples=2)(x).probs, expected, rtol=1e-5, atol=1e-6)
+    assert predictor(MCDropout(members[0]))(x).probs.isfinite().all()
+
+
 def test_explain_says_what_was_chosen():
     predict = predictor()
     with pytest.raises(ValueError, match="one batch"):

@@ -120,3 +120,24 @@ def test_a_fresh_process_predicts_the_same_numbers(tmp_path):
             assert {*found} == {n for n, t in vars(expected[name]).items() if isinstance(t, torch.Tensor)}
             for field in found:
                 assert np.array_equal(found[field], getattr(expected[name], field).numpy()), f"{name}: {field}"
+
+
+class Spectral(nn.Module):
+    """Multiplies the frequencies of its input by complex weights, as Fourier neural operators do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(5, dtype=torch.complex64)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=8))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: vbdl.DeepEnsemble([Spectral(), Spectral()]), lambda: vbdl.MeanField(Spectral(), 9)]
+)
+def test_complex_weights_are_saved_whole(tmp_path, make):
+    x, predict = torch.randn(4, 8), vbdl.Predictor(make(), vbdl.Categorical(), 2, compile=False)
+    vbdl.save(predict, tmp_path / "model", example=x)
+    again = vbdl.load(tmp_path / "model", module=Spectral())
+    torch.testing.assert_close(again(x).probs, predict(x).probs, rtol=0, atol=0)

@@ -254,7 +254,8 @@ def _fill(posterior: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replace the posterior's tensors by these, dtypes included; tied tensors stay tied."""
     dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
     if len(dtypes) == 1:  # cast tensors that are not in the file, too
-        posterior.to(dtypes.pop())
+        dtype = dtypes.pop()
+        posterior._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # `to` would cast complex tensors
     for name, target in _untied(posterior).items():
         t = tensors[name]
         if t.is_floating_point() != target.is_floating_point() or (

@@ -32,6 +32,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -52,8 +52,21 @@ def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(into.dtype).broadcast_to(into.shape).clone()
 
 
+def _batch_norm(x: Tensor, *args: object) -> object:
+    """Batch normalization of contiguous values: of others the kernel returns other strides than it does in a trace."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=_CHANNELS_LAST.get(x.ndim, torch.contiguous_format)):
+        return NotImplemented
+    return torch.ops.aten.native_batch_norm.default(x.contiguous(), *args)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 # rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative
-_PLAIN = {torch.ops.aten.rrelu_with_noise.default: _rrelu, torch.ops.aten.copy.default: _copy}
+_PLAIN = {
+    torch.ops.aten.rrelu_with_noise.default: _rrelu,
+    torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+}
 
 
 # On a CPU the order in which a matrix product sums a row depends on the row's alignment in memory, so the same row can
