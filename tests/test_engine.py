@@ -104,17 +104,17 @@ class NormalizesTransposed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.drop, self.norm, self.head = nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 5)
+        self.norm, self.first = nn.BatchNorm1d(8), nn.Linear(8, 7)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(7, 5)
 
     def forward(self, x):
-        return self.head(self.norm(self.drop(x).transpose(1, 2)).transpose(1, 2)).mean(1)
+        return self.head(self.drop(self.first(self.norm(x.transpose(1, 2)).transpose(1, 2)))).mean(1)
 
 
 def test_batch_normalization_of_a_transposed_value():
-    members, x = [NormalizesTransposed().eval() for _ in range(2)], torch.randn(4, 6, 8)
-    expected = torch.stack([m(x).softmax(-1) for m in members]).mean(0)
-    torch.testing.assert_close(predictor(DeepEnsemble(members), n_samples=2)(x).probs, expected, rtol=1e-5, atol=1e-6)
-    assert predictor(MCDropout(members[0]))(x).probs.isfinite().all()
+    net, x = NormalizesTransposed().eval(), torch.randn(4, 6, 8)
+    samples = predictor(MCDropout(net, p=0.0001))(x, samples=True).samples  # hardly any unit is dropped
+    torch.testing.assert_close(samples.median(0).values, net(x), rtol=1e-3, atol=1e-3)
 
 
 def test_explain_says_what_was_chosen():
