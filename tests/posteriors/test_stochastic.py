@@ -575,3 +575,26 @@ def test_layers_of_libraries_predict_and_train(library):
         history = vbdl.fit(q, (x, labels(x)), vbdl.Categorical(), epochs=3, compile=compile, progress=False)
         assert all(math.isfinite(loss) for (loss,) in history.train_loss)
         assert bool((predictor(q)(x).epistemic > 0).all())
+
+
+@vbdl.register
+class Uninitialized(Textbook):
+    """A layer whose buffer for noise is memory that nobody initialized, like that of blitz's layers."""
+
+    def __init__(self, inputs: int = FEATURES, outputs: int = CLASSES):
+        super().__init__(inputs, outputs)
+        self.register_buffer("eps", torch.full((outputs, inputs), math.inf))
+
+    def forward(self, x):
+        return F.linear(x, self.weight + self.rho.exp() * self.eps.normal_(), self.bias)
+
+
+def test_noise_in_memory_that_nobody_initialized_is_saved(tmp_path):
+    predict, x = (
+        vbdl.Predictor(Stochastic(Uninitialized()), vbdl.Categorical(), 7, compile=False),
+        torch.randn(3, FEATURES),
+    )
+    probs = predict(x).probs
+    vbdl.save(predict, tmp_path / "model", example=x)
+    again = vbdl.load(tmp_path / "model", module=Uninitialized())
+    torch.testing.assert_close(again(x).probs, probs)

@@ -154,6 +154,8 @@ class StochasticNetwork(KeyedNetwork):
             axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} masks")
             sites.append(Site(a.path, a.kind, a.p, a.shape, *axis))
         self.calls, self.sites, self.written = tuple(calls), tuple(sites), written
+        for name in written:  # a buffer for noise may be memory that nobody initialized, which cannot be saved
+            self.inner.get_buffer(name).nan_to_num_(0.0, 0.0, 0.0)
         if not self.per_row and any(c.multiple > 1 for c in (*calls, *sites)):
             # noise is drawn as if a folded axis held each row's entries in one block; equal rows then stay equal
             outputs, _, _ = self._run(of(3))
