@@ -168,11 +168,13 @@ def test_it_is_the_default_and_has_a_variable(monkeypatch):
         Predictor(q, vbdl.Categorical(), compile="soon")
 
 
-def test_a_process_ends_while_something_is_compiled():
+@pytest.mark.parametrize("seconds", [0, 0.5, 2, 4])
+def test_a_process_ends_while_something_is_compiled(seconds):
     program = (
-        "import torch, vbdl; from torch import nn; "
+        "import time, torch, vbdl; from torch import nn; "
         "q = vbdl.MCDropout(nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 2))); "
-        "print(vbdl.Predictor(q, vbdl.Categorical(), compile='background')(torch.randn(2, 3)).probs.shape)"
+        "print(vbdl.Predictor(q, vbdl.Categorical(), compile='background')(torch.randn(2, 3)).probs.shape); "
+        f"time.sleep({seconds})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "[2, 2]" in done.stdout and not done.stderr, done.stderr

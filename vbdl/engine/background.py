@@ -1,6 +1,7 @@
 """The thread that compiles while predictions are already answered: one job at a time in a process."""
 
 import atexit
+import ctypes
 import queue
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch
 T = TypeVar("T")
 
 _SWITCH = 0.0005  # seconds; a predicting thread waits at most about this long for the interpreter
-_LEAVE = 5.0  # seconds to wait for a job when the process ends
+_ASK, _LEAVE = 0.1, 60.0  # seconds from one request to end a job to the next when the process ends, and at most
 
 _jobs: "queue.SimpleQueue[tuple[weakref.ref, Callable, Future[None]]]" = queue.SimpleQueue()
 _lock = threading.Lock()
@@ -41,7 +42,7 @@ def _work() -> None:
     while not _leaving.is_set():
         owner, job, done = _jobs.get()
         alive = owner()
-        if alive is None or not done.set_running_or_notify_cancel():
+        if alive is None or _leaving.is_set() or not done.set_running_or_notify_cancel():
             done.cancel()
             continue
         _idle.clear()
@@ -58,10 +59,17 @@ def _work() -> None:
             del alive
 
 
+class _Leaving(BaseException):
+    """Raised in the thread to end its job."""
+
+
 def _leave() -> None:
-    """Wait a while for the running job, so that the process does not end inside of the compiler."""
+    """End the running job when the process ends: a thread that Python stops inside of C++ code aborts the process."""
     _leaving.set()
-    _idle.wait(_LEAVE)
+    waited = 0.0
+    while _worker is not None and _worker.is_alive() and not _idle.wait(_ASK) and waited < _LEAVE:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_worker.ident or 0), ctypes.py_object(_Leaving))
+        waited += _ASK
 
 
 atexit.register(_leave)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vbdl.calling.inputs import Flat, Structure
-from vbdl.calling.stacking import forget
 from vbdl.data.rows import cannot_take
 from vbdl.engine.execution import Execution
 from vbdl.engine.moments import MomentExecution
@@ -79,7 +78,6 @@ class Executions:
             except (RuntimeError, IndexError, AssertionError) as error:
                 raise cannot_take(tile.tensors, error, part.module) from error
             start += count
-            forget(part.module)
         if len(shapes := {e.parameter_shape for e in executions}) > 1:
             raise ValueError(
                 f"members return different shapes for a tile of rows: {sorted(map(tuple, shapes))}. Give all members "

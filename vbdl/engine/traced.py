@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vbdl.calling.autograd import only_forwards
 from vbdl.calling.inputs import Flat, rebuilt
-from vbdl.calling.stacking import call_each, call_stacked
+from vbdl.calling.stacking import call_each, call_stacked, forget
 from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
@@ -109,6 +109,7 @@ class Traced:
         with WholeLinears(), only_forwards() as names:
             graph = trace(parameters, *self._arguments(entries), aligned=False)
         self.handwritten = sorted(set(names))
+        forget(self.model)  # values of the trace that the forward kept in attributes
         return graph
 
     def arguments(self, numbers: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ one number, as `addcmul`, with the noise copied into a buffer first. The numbers
 from typing import Any
 
 import torch
+import vbdl_kernels  # noqa: F401  # registers torch.ops.vbdl
 from torch import Tensor, fx
 
 _aten = torch.ops.aten
