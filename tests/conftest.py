@@ -4,6 +4,7 @@ import ast
 import collections
 import logging
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,26 @@ def data_dir() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is deselected
 def pytest_collection_modifyitems(items):
+    cases: collections.Counter[str] = collections.Counter()
     for item in items:
         where = item.get_closest_marker("slow_where")
         if where and "callspec" in vars(item) and where.kwargs["cell"](item.callspec.params):
             item.add_marker("slow")
+        if not item.get_closest_marker("slow"):  # cases are counted among those that are not slow
+            test = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
+            if not _by_default(test, cases[test]):
+                item.add_marker("thorough")
+            cases[test] += 1
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+THOROUGH = tomllib.loads((ROOT / "tests" / "thorough.toml").read_text())
+
+
+def _by_default(test: str, number: int) -> bool:
+    """Whether case `number` of a test, "tests/file.py::name", is in the default run."""
+    few = (every for prefix, every in THOROUGH["one_in"].items() if test.startswith(prefix))
+    return test not in THOROUGH["whole"] and all(number % every == 0 for every in few)
 
 
 def pytest_addoption(parser):

@@ -84,3 +84,10 @@ def test_the_layers_of_contributing_are_those_of_the_linter():
     rules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (rule["layers"] for rule in rules if rule["name"] == "data flows one way")
     assert listed == [{module.strip().removeprefix("vbdl.") for module in layer.split("|")} for layer in layers]
+
+
+def test_what_is_thorough_is_there():
+    table = tomllib.loads((ROOT / "tests" / "thorough.toml").read_text())
+    for name in [*table["one_in"], *table["whole"]]:
+        file, _, test = name.partition("::")
+        assert f"def {test}" in (ROOT / file).read_text() if test else (ROOT / file).is_file(), name
