@@ -256,3 +256,18 @@ def test_threads_get_their_own_rows():
     with ThreadPoolExecutor(4) as pool:
         for a, b in zip(pool.map(lambda x: predict(x).probs, batches), alone, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clearly, strategy", [(0.0, "plain"), (float("inf"), "stacked")])
+@pytest.mark.parametrize("compile", [True, "background"])
+def test_the_faster_way_is_kept_where_both_are_timed(clearly, strategy, compile, monkeypatch, traced_only):
+    monkeypatch.setattr("vbdl.engine.execution._CLEARLY", clearly)
+    nets, x = [Convolves().eval() for _ in range(3)], torch.randn(4, 5, 8)
+    predict = Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=compile)
+    expected = torch.stack([net(x).softmax(-1) for net in nets]).mean(0)
+    for _ in range(2):
+        torch.testing.assert_close(predict(x).probs, expected, **ROUNDING)
+        predict.wait()
+    (execution,) = next(iter(predict.executions.by_shape.values()))
+    assert execution.plan.strategy == strategy
+    assert "so both were timed" in predict.explain() and "ms as it is" in predict.explain()

@@ -53,13 +53,11 @@ def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _batch_norm(x: Tensor, *args: object) -> object:
-    """Batch normalization of contiguous values: of others the kernel returns other strides than it does in a trace."""
-    if x.is_contiguous() or x.is_contiguous(memory_format=_CHANNELS_LAST.get(x.ndim, torch.contiguous_format)):
+    """Batch normalization of a contiguous sequence: of others the kernel returns other strides than it does traced."""
+    if x.ndim != 3 or x.is_contiguous():
         return NotImplemented
     return torch.ops.aten.native_batch_norm.default(x.contiguous(), *args)
 
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative
 _PLAIN = {

@@ -58,19 +58,18 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
     if torch.allclose(outputs[:1], with_others[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
         return
-    again = run_plainly(network, state, tile)
-    if not torch.allclose(outputs[:1], again[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
-        raise ValueError(
-            "the same rows give another output in the next call: the network keeps a tensor in an attribute. Make it a "
-            "buffer with register_buffer(name, tensor), so that each draw has its own"
-        )
     copies = tile.map(Tensor.clone)
     before = [t._version for t in copies.tensors]
-    run_plainly(network, state, copies)
+    again = run_plainly(network, state, copies)
     if [t._version for t in copies.tensors] != before:
         raise ValueError(
             "the module writes into its inputs (x -= ..., x.div_(...)), so the next draw would read changed rows: "
             "write x = x - ... where it normalizes them"
+        )
+    if not torch.allclose(outputs[:1], again[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
+        raise ValueError(
+            "the same rows give another output in the next call: the network keeps a tensor in an attribute. Make it a "
+            "buffer with register_buffer(name, tensor), so that each draw has its own"
         )
     raise _mixing()
 
