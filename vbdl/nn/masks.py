@@ -134,15 +134,18 @@ class Masks:
         keep = self.keep(kind, tuple(x.shape), p, x.device, axis)
         return x if keep is None else self.scale(x, keep)
 
-    def drop_steps(self, data: Tensor, step_of: Tensor, steps: int, p: float, kind: str) -> Tensor:
+    def drop_steps(self, data: Tensor, batch_sizes: Tensor, p: float, kind: str) -> Tensor:
         """Units dropped in a packed sequence, with the masks of the padded one, (steps, features) for a draw.
 
-        data: (entries, features). step_of: (entries,) int64, the step in time of each entry.
+        data: (entries, features), step by step. batch_sizes: (steps,) int64, the number of rows that have each step.
         """
         if self.per_row:
             return self.drop(data, p, kind)
-        keep = self.keep(kind, (steps, data.shape[-1]), p, data.device, axis=None)
-        return data if keep is None else self.scale(data, keep.index_select(0, step_of))
+        keep = self.keep(kind, (len(batch_sizes), data.shape[-1]), p, data.device, axis=None)
+        if keep is None:
+            return data
+        step_of = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes).to(data.device)
+        return self.scale(data, keep.index_select(0, step_of))
 
     def scale(self, x: Tensor, keep: Tensor) -> Tensor:
         """x times the mask of the latest dropout call, times 1 / (1 - p) of that call."""
