@@ -13,6 +13,7 @@ from torch import nn
 
 import vbdl
 from vbdl.engine.predictor import Predictor
+from vbdl.engine.traced import Traced
 
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
 
@@ -66,6 +67,38 @@ def test_calls_that_are_not_compiled_yet_are_answered_too(held):
     torch.testing.assert_close(predict(x, deadline=1e6).probs, expected(x).probs, **ROUNDING)
     y = torch.arange(4)
     torch.testing.assert_close(predict.log_prob(x, y), expected.log_prob(x, y), **ROUNDING)
+
+
+class Convolves(nn.Module):
+    """Its convolution of drawn weights is timed, and has no outputs to draw in place of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop = nn.Conv1d(3, 4, 2), nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.body(self.drop(x)).flatten(1)
+
+
+@pytest.mark.parametrize("method", [lambda m: vbdl.MeanField(m, 9), lambda m: vbdl.DeepEnsemble(m, 3)])
+def test_both_ways_are_timed_in_the_background_after_one_trace(method, held, monkeypatch):
+    """No answer waits for the compiler, and weights that might have given drawn outputs are traced once."""
+    probed, probe = [], Traced.probe
+    monkeypatch.setattr(Traced, "probe", lambda self: probed.append(self) or probe(self))
+    predict, x = background(method(Convolves())), torch.randn(4, 3, 2)
+    first = predict(x).probs
+    torch.testing.assert_close(predict(x).probs, first)
+    held.set()
+    predict.wait()
+    assert len(probed) == 1 and "so both were timed" in predict.explain()
+    torch.testing.assert_close(predict(x).probs, first, **ROUNDING)
+
+
+def test_shared_convolutions_are_not_timed(held):
+    held.set()
+    predict = background(vbdl.MCDropout(Convolves()))
+    predict(torch.randn(4, 3, 2))
+    assert "timed" not in predict.wait().explain()
 
 
 def test_warm_up_waits_and_seals(held):

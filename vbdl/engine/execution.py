@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
 from vbdl.compiling.rewrite import draws_outputs
@@ -24,7 +25,7 @@ from vbdl.engine.plan import Plan, choose
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
-from vbdl.engine.trial import try_out
+from vbdl.engine.trial import draws_by_itself, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
@@ -61,7 +62,7 @@ class Execution:
         self._traced: Traced | None = None
         self._graph_plan: Plan | None = None
         self._undecided: str | None = None  # why both ways are to be timed
-        self._traced_before: _Way | None = None  # the graph, if it was traced before the background began
+        self._traced_before: tuple[_Way, str | None] | None = None  # what was chosen before the background began
         self._planned = threading.Event()  # set once it is known what the graph is
         self._job: Future[None] | None = None
         self._starting = threading.Lock()
@@ -75,10 +76,9 @@ class Execution:
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
             self._model = model.twin()  # traced in the background, while the posterior's own module may be copied
-        if self._behind:
             self._way = self._meanwhile()
         else:
-            self._way = self._chosen()
+            self._way, self._undecided = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
 
     @property
@@ -119,11 +119,7 @@ class Execution:
             traced = Traced(self._model, self._tile, self._settings, self.n_samples)
             few, n_few, reasons = traced.probe()
             if few.random:
-                raise NotImplementedError(
-                    f"the module calls {few.random} in prediction, which draws from torch's generator and ignores the "
-                    f"predictor's seed. Wrap the module in vbdl.Stochastic, which draws a network's own noise, or in "
-                    f"vbdl.MCDropout if it is dropout, or remove the call"
-                )
+                raise draws_by_itself(f"calls {few.random}, which draws")
             if not few.output_depends_on_draw:
                 raise ValueError(
                     f"nothing random reaches the output of this {type(self._model.posterior).__name__}: every sample "
@@ -143,21 +139,21 @@ class Execution:
                 traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None, bool(self._settings.compile)
             )
         self._traced, self._graph_plan = traced, plan
-        return _Way(plan, calls), *after_tracing(few, plan, n_few, self._settings)
+        drawn = few.placeholders[: -len(traced.shared) - len(self._tile.tensors)]
+        return _Way(plan, calls), *after_tracing(few, plan, drawn, self._settings)
 
-    def _chosen(self) -> _Way:
-        """Choose the way; if both are to be timed, the graph, until `settle`."""
+    def _chosen(self) -> tuple[_Way, str | None]:
+        """Choose the way; if both are to be timed, return the graph, and the reason to time them."""
         verdict, reason = before_tracing(self._model, self._settings)
         if verdict == PLAIN:
-            return self._as_it_is(reason)
+            return self._as_it_is(reason), None
         try:
             way, verdict, reason = self._graph()
         except CannotTrace as error:
-            return self._as_it_is(str(error))
+            return self._as_it_is(str(error)), None
         if verdict == PLAIN:
-            return self._as_it_is(reason)
-        self._undecided = reason if verdict == MEASURE else None
-        return way
+            return self._as_it_is(reason), None
+        return way, reason if verdict == MEASURE else None
 
     def settle(self, tile: Flat) -> None:
         """Time both ways on this tile and keep the faster, once, if the plan could not tell which it is."""
@@ -191,9 +187,8 @@ class Execution:
         """The way that answers while the graph is being compiled: with the draws of the graph, up to rounding."""
         network = self._model.network
         if isinstance(network, KeyedNetwork) and network.draws_weights and not self._settings.joint:
-            way = self._chosen()
+            self._traced_before = way, _ = self._chosen()
             if isinstance(way.calls, Chunking) and draws_outputs(way.plan.reasons):
-                self._traced_before = way
                 return _Way(way.plan, way.calls.uncompiled())
         return self._as_it_is("the graph is being compiled")
 
@@ -215,18 +210,16 @@ class Execution:
         except (ValueError, NotImplementedError):
             raise
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._way = self._as_it_is(f"the graph could not be compiled: {reason}")
+            self._way = self._as_it_is(f"the graph could not be compiled: {in_words(error)}")
             self._behind = False
         finally:
             self._planned.set()
 
     def _prepared(self) -> _Way:
         """The way that is to be used, ready to run."""
-        way = self._traced_before or self._chosen()
+        way, reason = self._traced_before or self._chosen()
         self._planned.set()
         if isinstance(way.calls, Chunking):
-            reason, self._undecided = self._undecided, None
             with torch.no_grad():
                 if reason is None:
                     self._once(way, self._tile)

@@ -52,7 +52,7 @@ class Executions:
         return self._in_time(self.by_shape[key])
 
     def _in_time(self, executions: Made) -> Made:
-        """The executions, after waiting for what is compiled in the background if `waiting`."""
+        """Return the executions, once they are compiled in the background if `waiting`."""
         for execution in executions:
             execution.check(self.waiting)
         return executions
@@ -108,7 +108,7 @@ class Executions:
 
     def __getstate__(self) -> dict[str, object]:
         """The state to copy or pickle, without the lock and the executions: a copy traces and compiles again."""
-        return {**vars(self), "by_shape": {}, "sealed": False, "_lock": None}
+        return {**vars(self), "by_shape": {}, "sealed": False, "waiting": False, "_lock": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update({**state, "_lock": threading.RLock()})

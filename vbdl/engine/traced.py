@@ -106,10 +106,12 @@ class Traced:
             execute = call_stacked if self.strategy == "stacked" else call_each
             return (execute(self.model, drawn_state, shared_state, rebuilt(self.tile.structure, inputs)),)
 
-        with WholeLinears(), only_forwards() as names:
-            graph = trace(parameters, *self._arguments(entries), aligned=False)
+        try:
+            with WholeLinears(), only_forwards() as names:
+                graph = trace(parameters, *self._arguments(entries), aligned=False)
+        finally:
+            forget(self.model)  # values of the trace that the forward kept in attributes
         self.handwritten = sorted(set(names))
-        forget(self.model)  # values of the trace that the forward kept in attributes
         return graph
 
     def arguments(self, numbers: Tensor) -> list[Tensor]:

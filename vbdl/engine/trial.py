@@ -17,13 +17,17 @@ def try_out(model: nn.Module, state: State, tile: Flat) -> Tensor:
     outputs = run_plainly(model, state, tile)
     if not torch.equal(before, torch.get_rng_state()):
         torch.set_rng_state(before)
-        raise NotImplementedError(
-            "the module draws from torch's generator in prediction, which ignores the predictor's seed. Wrap the "
-            "module in vbdl.Stochastic, which draws a network's own noise, or in vbdl.MCDropout if it is dropout, or "
-            "remove the call"
-        )
+        raise draws_by_itself("draws")
     check_apart(outputs, model, state, tile)
     return outputs
+
+
+def draws_by_itself(what: str) -> NotImplementedError:
+    """The error for a module that draws from torch's generator. what: "draws", or a phrase that ends with it."""
+    return NotImplementedError(
+        f"in prediction the module {what} from torch's generator and ignores the predictor's seed. Wrap the module in "
+        f"vbdl.Stochastic, which draws a network's own noise, or in vbdl.MCDropout if it is dropout, or remove the call"
+    )
 
 
 def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:

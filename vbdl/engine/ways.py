@@ -4,6 +4,8 @@ The choice follows from the network and its graph alone, so that it is the same 
 are too close to tell: then they are timed.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import fx, nn
 
@@ -27,15 +29,18 @@ def before_tracing(model: Model, settings: PredictorSettings) -> tuple[str, str]
     return GRAPH, ""
 
 
-def after_tracing(cut: Cut, plan: Plan, traced_draws: int, settings: PredictorSettings) -> tuple[str, str]:
-    """GRAPH, PLAIN or MEASURE, with the reason, for a graph that was traced with `traced_draws` draws."""
+def after_tracing(cut: Cut, plan: Plan, drawn: Collection[str], settings: PredictorSettings) -> tuple[str, str]:
+    """GRAPH, PLAIN or MEASURE, with the reason, for a traced graph.
+
+    drawn: names of the placeholders that differ between draws.
+    """
     if settings.keeps_bits or not _on_cpu(cut) or draws_outputs(plan.reasons):
         return GRAPH, ""
     compiles = settings.compile is not False
     nodes = cut.regions[BODY].nodes
     count = sum(1 for n in nodes if name_of(n)) or 1
     large = plan.body_flops / count > _LARGE * _FLOPS
-    if _convolves_drawn_weights(cut):
+    if _convolves_drawn_weights(cut, drawn):
         if compiles:
             return MEASURE, "convolutions have weights that differ between draws"
         if large:
@@ -50,15 +55,15 @@ def _on_cpu(cut: Cut) -> bool:
     return all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
 
 
-def _convolves_drawn_weights(cut: Cut) -> bool:
-    """Whether a convolution in the body has weights that come from the draw."""
-    drawn = set(cut.regions[DRAWN].outputs)
-    stacked = {n.name for n in cut.values.values() if n.op == "placeholder"}
+def _convolves_drawn_weights(cut: Cut, drawn: Collection[str]) -> bool:
+    """Whether a convolution in the body has weights that differ between draws."""
+    drawn = {*drawn, *cut.regions[DRAWN].outputs}
 
     def from_draw(node: fx.Node) -> bool:
-        while name_of(node) in ("view", "reshape", "_unsafe_view", "clone", "permute", "squeeze", "select"):
+        reshapes = ("view", "reshape", "_unsafe_view", "clone", "permute", "squeeze", "select")
+        while node.name not in drawn and name_of(node) in reshapes:
             node = node.all_input_nodes[0]
-        return node.name in drawn or node.name in stacked
+        return node.name in drawn
 
     found = (n for n in cut.regions[BODY].nodes if n.target is torch.ops.aten.convolution.default)
     return any(isinstance(n.args[1], fx.Node) and from_draw(n.args[1]) for n in found)
