@@ -67,19 +67,14 @@ def only_forwards() -> Iterator[list[str]]:
 
 
 def with_gradients_if_needed(run: Callable[[], T]) -> T:
-    """run(), once more with gradients enabled if it computes a gradient itself; its tensors are then detached."""
+    """Call a function, again with gradients enabled if it computes a gradient itself; return its result, detached."""
     try:
         return run()
     except RuntimeError as error:
-        if torch.is_grad_enabled() or not computes_gradient(error):
+        if torch.is_grad_enabled() or "does not require grad" not in str(error):  # torch.autograd.grad's own error
             raise
     with torch.enable_grad():
         return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, run())
-
-
-def computes_gradient(error: RuntimeError) -> bool:
-    """Whether this is torch's error for a gradient that is computed while gradients are not enabled."""
-    return "does not require grad" in str(error)
 
 
 def _replace_once(owner: type, replace: Callable[[], None]) -> None:

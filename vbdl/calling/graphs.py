@@ -1,4 +1,4 @@
-"""Networks under `vmap` and in traces: a context that tells them so, and why one cannot be followed, in words."""
+"""Networks that `vmap` or a trace follows: a context that tells them, and the reason, in words, if one cannot be."""
 
 import contextlib
 import re

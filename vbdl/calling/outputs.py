@@ -16,7 +16,7 @@ from vbdl.types import Output
 
 
 def check_output(output: object) -> None:
-    """Raise TypeError for a choice that is no name, no index, no function and not None."""
+    """Raise TypeError unless the choice of an output is a name, an index, a function or None."""
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise TypeError(
             f"output must be the name or the index of an output, or a function of the outputs, got {output!r}"

@@ -90,12 +90,12 @@ class Plain:
         return self.model.entries(numbers, self._seed)
 
     def each(self, numbers: Tensor, tile: Flat) -> Tensor:
-        """The parameters of p(y | x) of these draws, (samples, rows, ...), one call after the other."""
+        """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
         entries = self.entries(numbers)
         return torch.stack([self._run((int(n),), select(entries, i), tile) for i, n in enumerate(numbers)])
 
     def together(self, numbers: Tensor, tile: Flat) -> Tensor:
-        """The same in one call, on the rows repeated once for each draw."""
+        """Compute what `each` does in one call, on the rows repeated once for each draw."""
         draws = len(numbers)
         repeated = tile.map(lambda t: t.repeat(draws, *[1] * (t.ndim - 1)))
         outputs = self._run(tuple(numbers.tolist()), self.entries(numbers), repeated)
