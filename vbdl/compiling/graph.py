@@ -49,7 +49,13 @@ def _rrelu(x: Tensor, noise: Tensor, lower=1 / 8, upper=1 / 3, training=False, g
 
 
 def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.to(into.dtype).broadcast_to(into.shape).clone()
+    """The source in the place of `into`, in the memory layout of `into`: forward-mode products rely on it."""
+    source = source.to(into.dtype).broadcast_to(into.shape)
+    if into.is_contiguous():
+        return source.clone(memory_format=torch.contiguous_format)
+    order = sorted(range(into.ndim), key=into.stride, reverse=True)
+    back = sorted(range(into.ndim), key=order.__getitem__)
+    return source.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def _batch_norm(x: Tensor, *args: object) -> object:

@@ -5,12 +5,14 @@ arguments are stacked. Here it stays one `stacked_linear` until all rewrites are
 product that is fastest for its shapes.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 
@@ -145,7 +147,27 @@ def _whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if forward_ad._current_level >= 0:
+        return _with_tangent(input, weight, bias)
     return torch.ops.vbdl.stacked_linear(input, weight, bias, [False, False, False])
+
+
+def _with_tangent(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in a forward-mode product, as a `stacked_linear` of values and one for each tangent.
+
+    The operator itself has no forward-mode rule, because torch offers none for its own operators: it would lose the
+    tangents without a word.
+    """
+    (x, dx), (w, dw) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weight)
+    b, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    plain = functools.partial(torch.ops.vbdl.stacked_linear, stacked=[False, False, False])
+    y = plain(x, w, b)
+    parts = [] if dx is None else [plain(dx, w, None)]
+    if dw is not None:
+        parts.append(plain(x, dw, db))
+    elif db is not None:
+        parts.append(db.expand_as(y))
+    return y if not parts else forward_ad.make_dual(y, sum(parts[1:], parts[0]))
 
 
 def is_linear(node: fx.Node) -> bool:

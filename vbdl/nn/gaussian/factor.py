@@ -1,0 +1,94 @@
+"""The base class of a factor: one block of the covariance C of q(w) = N(mean, C), which draws some of the parameters.
+
+Parameters of different factors are independent.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.types import State
+
+
+class Factor(nn.Module):
+    """A normal distribution of w - mean for some parameters of a network, written in one way.
+
+    A factor holds its tensors as buffers, which have their final shapes from the start: before it is fitted, loading an
+    artifact can fill them in.
+
+    parameters: the parameters that it draws together, by their names in the user's network; only their shapes, dtype
+        and device are used.
+    padding: the padding row of each embedding table that has one, by name; it is never drawn.
+
+    Raises ValueError without parameters, or for parameters of several dtypes or devices.
+    """
+
+    names: tuple[str, ...]
+    """The names of the parameters that the factor draws together."""
+
+    layers: int
+    """The number of layer numbers in the counters of random numbers that the factor uses."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], padding: Mapping[str, int] | None = None):
+        super().__init__()
+        if not parameters:
+            raise ValueError("a factor needs at least one parameter to draw: give {name: parameter}")
+        kinds = sorted({f"{p.dtype} on {p.device}" for p in parameters.values()})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the parameters of one factor need one dtype and device, got {kinds}: make several factors"
+            )
+        self.names = tuple(parameters)
+        self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.padding = {
+            name: row % parameters[name].shape[0] for name, row in (padding or {}).items() if name in parameters
+        }
+
+    def deviation(self, key: Tensor, layer: int) -> State:
+        """Draw w - mean by parameter name, in the parameters' shapes: a pure function of key, layer and the buffers.
+
+        key: (2,) int64, the seed and the number of the draw. layer: the first of its layer numbers in the counters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define deviation(key, layer)")
+
+    def draw(self, means: State, key: Tensor, layer: int) -> State:
+        """Draw w = mean + deviation by parameter name; means: the means by parameter name."""
+        deviations = self.deviation(key, layer)
+        return {name: means[name] + deviations[name] for name in self.names}
+
+    def log_det(self) -> Tensor:
+        """The log of the determinant of C, (), in nats; without the padding rows."""
+        raise NotImplementedError(f"{type(self).__name__} does not define log_det()")
+
+    def variances(self) -> State:
+        """The diagonal of C by parameter name, in the parameters' shapes; 0 in a padding row."""
+        raise NotImplementedError(f"{type(self).__name__} does not define variances()")
+
+    # -- padding rows
+
+    def without_padding(self, name: str, t: Tensor) -> Tensor:
+        """A tensor of the shape of a parameter without its padding row."""
+        row = self.padding.get(name)
+        return t if row is None else torch.cat([t[:row], t[row + 1 :]])
+
+    def with_padding(self, name: str, t: Tensor) -> Tensor:
+        """The inverse of `without_padding`, with zeros in the padding row."""
+        row = self.padding.get(name)
+        return t if row is None else torch.cat([t[:row], t.new_zeros(1, *t.shape[1:]), t[row:]])
+
+    def drawn_shape(self, name: str) -> torch.Size:
+        """The shape of a parameter without its padding row."""
+        shape = self.shapes[name]
+        return torch.Size((shape[0] - 1, *shape[1:])) if name in self.padding else shape
+
+
+def zeros_like(parameters: Mapping[str, Tensor], *shape: int) -> Tensor:
+    """Zeros of this shape, of the dtype and on the device of the parameters."""
+    first = next(iter(parameters.values()))
+    return torch.zeros(shape, dtype=first.dtype, device=first.device)
+
+
+def precision_buffer(parameters: Mapping[str, Tensor]) -> Tensor:
+    """The buffer for a prior precision, (): 1, of the dtype and on the device of the parameters."""
+    return zeros_like(parameters) + 1

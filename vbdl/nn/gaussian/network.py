@@ -1,0 +1,139 @@
+"""A network whose chosen parameters are drawn from a normal distribution N(mean, C), or that is linear in them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from vbdl.calling.stacking import call
+from vbdl.nn.frozen import hold_frozen
+from vbdl.nn.gaussian.factor import Factor
+from vbdl.nn.keyed import KeyedNetwork
+from vbdl.types import Inputs, State
+
+
+class GaussianNetwork(KeyedNetwork):
+    """A network that draws w = mean + deviation for the parameters of its factors; the others stay as they are.
+
+    inner: the user's network, whose parameters are the means.
+    factors: the factors, each of other parameters. Factor i uses the layer numbers after those of factor i - 1.
+    linearized: predict with f(x; mean) + J(x) (w - mean), the network linear in the drawn parameters, J its Jacobian at
+        the mean; one forward-mode product for each draw. Parameters that enter the output linearly, such as those of a
+        last layer, give the same outputs either way. Khan et al. 2019; Immer, Korzepa and Bauer, Improving Predictions
+        of Bayesian Neural Nets via Local Linearization, AISTATS 2021, https://arxiv.org/abs/2008.08400
+
+    Raises ValueError for a name that is no parameter of the network, one of another shape, or one in two factors.
+    """
+
+    draws_weights = True
+    factors: Sequence[Factor]
+    first_layer: int = 0  # the layer number of the first factor
+
+    def __init__(self, inner: nn.Module, factors: Sequence[Factor], linearized: bool = False):
+        super().__init__()
+        self.inner = inner
+        _check(inner, factors)
+        self.factors = cast(Sequence[Factor], nn.ModuleList(factors))
+        self.linearized = linearized
+        device = next(inner.parameters()).device
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the parameters that are drawn."""
+        return tuple(name for factor in self.factors for name in factor.names)
+
+    def train(self, mode: bool = True) -> "GaussianNetwork":
+        super().train(mode)
+        if mode:
+            hold_frozen(self.inner)
+        return self
+
+    def mean(self, name: str) -> Tensor:
+        """The mean of a parameter: the parameter of the user's network."""
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.inner.get_submodule(owner), leaf)
+
+    def numbered(self) -> Iterator[tuple[int, Factor]]:
+        """Yield the first layer number of each factor, and the factor."""
+        layer = self.first_layer
+        for factor in self.factors:
+            yield layer, factor
+            layer += factor.layers
+
+    def weights(self) -> State:
+        """The parameters of the draw in `key`, by name."""
+        return self._of_draw(
+            lambda layer, factor: factor.draw({n: self.mean(n) for n in factor.names}, self.key, layer)
+        )
+
+    def deviations(self) -> State:
+        """What the parameters of the draw in `key` differ from their means, by name."""
+        return self._of_draw(lambda layer, factor: factor.deviation(self.key, layer))
+
+    def _of_draw(self, draw: Any) -> State:
+        """Collect draw(layer, factor) of all factors, or what `kept` has of this draw."""
+        if self.kept:
+            return {name: self.kept[name] for name in self.chosen}
+        values: State = {}
+        for layer, factor in self.numbered():
+            values |= draw(layer, factor)
+        if self.kept is not None:
+            self.kept.update(values)
+        return values
+
+    def log_det(self) -> Tensor:
+        """The log of the determinant of C, (), in nats."""
+        return torch.stack([factor.log_det() for factor in self.factors]).sum()
+
+    def variances(self) -> State:
+        """The variance of each drawn parameter, by name, in its shape."""
+        return {name: v for factor in self.factors for name, v in factor.variances().items()}
+
+    def forward(self, *args, **kwargs):
+        inputs = kwargs if kwargs else args
+        return self._linear(inputs) if self.linearized else call(self.inner, self.weights(), inputs)
+
+    def _linear(self, inputs: Inputs) -> Any:  # what the user's network returns
+        """The outputs of the network that is linear in the drawn parameters, in the structure of the network's own."""
+        deviations = self.deviations()
+        means = {name: self.mean(name) for name in deviations}
+        structure: list[Any] = []
+
+        def outputs(weights: State) -> tuple[list[Tensor], list[Tensor]]:
+            leaves, spec = tree_flatten(call(self.inner, weights, inputs))
+            structure[:] = leaves, spec
+            tensors = [t for t in leaves if isinstance(t, Tensor)]
+            return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+
+        pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
+        at_mean, tangents, others = pushed
+        linear, rest = iter([f + d for f, d in zip(at_mean, tangents, strict=True)]), iter(others)
+        leaves, spec = structure
+        filled = [t if not isinstance(t, Tensor) else next(linear if t.is_floating_point() else rest) for t in leaves]
+        return tree_unflatten(filled, spec)
+
+
+def _check(inner: nn.Module, factors: Sequence[Factor]) -> None:
+    """Raise ValueError for factors that do not fit the parameters of a network."""
+    shapes = {name: p.shape for name, p in inner.named_parameters()}
+    seen: set[str] = set()
+    for factor in factors:
+        for name in factor.names:
+            if name not in shapes:
+                raise ValueError(
+                    f"a factor draws {name!r}, which is no parameter of the network; there are {list(shapes)}"
+                )
+            if factor.shapes[name] != shapes[name]:
+                raise ValueError(
+                    f"a factor draws {name!r} with shape {tuple(factor.shapes[name])}, but the parameter has shape "
+                    f"{tuple(shapes[name])}: make the factor from the network's parameters"
+                )
+            if name in seen:
+                raise ValueError(f"two factors draw {name!r}: leave it out of one of them")
+            seen.add(name)
+    if not seen:
+        raise ValueError("the network has no factor, so nothing would be drawn: give at least one")
