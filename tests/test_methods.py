@@ -60,14 +60,14 @@ def test_an_entry_is_a_public_class_that_is_made_of_what_it_names(name):
     assert getattr(vbdl, method.class_name) is method.load()
     q = method.make(_network(), n_data=120, n_members=2, seed=3, unknown=1)
     assert type(q) is method.load() and q.seed == 3
-    assert (q.n_draws is not None) == method.has_members
+    assert (q.n_draws is not None) == method.has_fixed_draws
 
 
 def test_old_names_work_and_warn_and_unknown_ones_are_refused(half):
     for old, name in (("dropout", "mc-dropout"), ("ensemble", "deep-ensemble")):
         with pytest.warns(DeprecationWarning, match=f"'{old}' is called '{name}' now"):
             assert method_of(old) is METHODS[name]
-    names = "mc-dropout, mean-field, deep-ensemble, half-dropout"
+    names = "mc-dropout, mean-field, deep-ensemble, deterministic, half-dropout"
     with pytest.raises(ValueError, match=f"no method 'magic': choose one of {names}"):
         method_of("magic")
 
@@ -80,7 +80,7 @@ def test_a_new_method_is_an_estimators(half, data):
 
 def test_a_new_method_is_recommended_among_the_others(half, data):
     tried = recommend(_network(), data, budget=0.5)
-    assert [m.method for m in tried.table] == ["MCDropout", "MeanField", "DeepEnsemble", "HalfDropout"]
+    assert [m.method for m in tried.table] == ["MCDropout", "MeanField", "DeepEnsemble", "Deterministic", "HalfDropout"]
     assert tried.table[-1].nll is not None and "HalfDropout" in str(tried)
 
 

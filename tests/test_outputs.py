@@ -68,6 +68,7 @@ def network(kind=None, seed=0):
 METHODS = {
     "MC dropout": lambda kind, output: vbdl.MCDropout(network(kind), output=output),
     "mean-field": lambda kind, output: vbdl.MeanField(network(kind).eval(), ROWS, output=output),
+    "deterministic": lambda kind, output: vbdl.Deterministic(network(kind), output=output),
     "ensemble": lambda kind, output: vbdl.DeepEnsemble([network(kind, 0), network(kind, 1)], output=output),
 }
 
@@ -197,15 +198,14 @@ def test_a_mask_that_is_skipped_where_it_is_all_ones_is_followed(method, dtype, 
     q = {
         "MC dropout": lambda: vbdl.MCDropout(members[0]),
         "mean-field": lambda: vbdl.MeanField(members[0].eval(), ROWS),
+        "deterministic": lambda: vbdl.Deterministic(members[0]),
         "ensemble": lambda: vbdl.DeepEnsemble(members),
     }[method]()
     likelihood = vbdl.Categorical()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vbdl.fit(q, ({"tokens": x, "mask": padded}, y), likelihood, epochs=1, batch_size=8, compile=False)
-        predictor = vbdl.Predictor(
-            q, likelihood, None if method == "ensemble" else 3, compile=False, tiles=ROWS, joint=True
-        )
+        predictor = vbdl.Predictor(q, likelihood, None if q.n_draws else 3, compile=False, tiles=ROWS, joint=True)
         predictor({"tokens": x, "mask": ones})
         samples = predictor({"tokens": x, "mask": padded}, samples=True).samples
     assert not torch.compiler.is_compiling()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vbdl.nn.layers import BayesianLinear as BayesianLinear
     from vbdl.nn.priors import Normal as Normal
     from vbdl.nn.priors import ScaleMixture as ScaleMixture
+    from vbdl.posteriors.deterministic import Deterministic as Deterministic
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
     from vbdl.posteriors.mean_field import MeanField as MeanField

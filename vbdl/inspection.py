@@ -64,7 +64,8 @@ class ModuleReport:
                 lines.append(f"  {title}:")
                 lines += [f"    {entry}" for entry in entries]
         if not self.stochastic and not self.noise:
-            others = " or ".join(sorted(METHODS[n].class_name for n in building() if not METHODS[n].needs_dropout))
+            without = [METHODS[n] for n in building() if not METHODS[n].needs_dropout and not METHODS[n].is_one_network]
+            others = " or ".join(sorted(method.class_name for method in without))
             lines.append(f"  nothing in it drops units: use {others}, or add dropout and train")
         lines.append("  methods, and when to choose them:")
         lines += [f"    {m.class_name}: {m.when}" for m in METHODS.values()]

@@ -29,12 +29,18 @@ class Method:
     needs_own_noise: bool = False  # whether it takes only a network that draws by itself, which vbdl never builds
     takes_trained: bool = False  # whether a trained network can be used without training it again
     training: "Keywords" = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
+    is_one_network: bool = False  # whether its only draw is the network itself
     old_names: tuple[str, ...] = ()  # former names, which still work with a warning
 
     @property
     def has_members(self) -> bool:
-        """Whether its draws are the members of an ensemble, so that a prediction uses all of them."""
+        """Whether its draws are the members of an ensemble."""
         return "n_members" in self.arguments
+
+    @property
+    def has_fixed_draws(self) -> bool:
+        """Whether its draws are few and fixed, so that a prediction uses all of them."""
+        return self.has_members or self.is_one_network
 
     def load(self) -> "type[Posterior]":
         """Import and return the method's class."""
@@ -79,6 +85,17 @@ METHODS: dict[str, Method] = {
             arguments=("n_members", "seed"),
             training={"lr": 1e-3, "patience": 20},
             old_names=("ensemble",),
+        ),
+        Method(
+            name="deterministic",
+            module="vbdl.posteriors.deterministic",
+            class_name="Deterministic",
+            words="the network as it is",
+            when="only calibration, decisions or a service are wanted: it knows no epistemic uncertainty",
+            arguments=("seed",),
+            takes_trained=True,
+            is_one_network=True,
+            training={"lr": 1e-3, "patience": 20},
         ),
         Method(
             name="stochastic",

@@ -4,6 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 from torch import Tensor, nn
 
 from vbdl.artifact import modules
@@ -24,6 +25,7 @@ from vbdl.artifact.manifest import (
 )
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.calling.stacking import state_of
+from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
@@ -34,7 +36,8 @@ from vbdl.types import Posterior, is_posterior
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
 
-modules.register(Stochastic)
+for _method in (Deterministic, Stochastic):
+    modules.register(_method)
 
 _TYPE = "type:"  # prefix that marks the name of a class among the names of submodules
 
@@ -106,6 +109,9 @@ def _registered(posterior: Posterior, values: Mapping[str, Tensor], network: Des
         )
     if tensors := [n for n, v in arguments.items() if isinstance(v, Tensor)]:
         raise ValueError(f"config() of {name} has the tensor {tensors[0]!r}: return numbers or lists of numbers")
+    stored = _stored(posterior.output)
+    if "output" in arguments and isinstance(stored, OutputFunction):
+        arguments["output"] = {"function": stored.target}
     encoded = {n: modules.encode(v, n) for n, v in arguments.items()}
     return Registered(name, network(posterior.user_network, inner), check_json(encoded, f"config() of {name}"))
 
@@ -130,7 +136,10 @@ def build(description: Single | Ensemble, make: Make, trust: Sequence[str] = ())
 def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Posterior:
     if isinstance(description, Registered):  # the class first, so that nothing is built if it is not trusted
         cls = modules.registered_class(description.name, trust)
-        arguments = modules.decode(cls, description.arguments, {}, trust)
+        stored = dict(description.arguments)
+        if isinstance(chosen := stored.get("output"), Mapping):
+            stored["output"] = _restored(_function(chosen), trust)
+        arguments = modules.decode(cls, stored, {}, trust)
         posterior = cls(make(description.network), **arguments)
         if not is_posterior(posterior):
             raise ArtifactError(f"{description.name[:120]!r} is not a posterior: it must inherit vbdl.types.Posterior")
@@ -180,6 +189,14 @@ def _restored(output: Output, trust: Sequence[str]) -> ChosenOutput:
     if not callable(function):
         raise ArtifactError(f"{output.target[:120]!r} is not a function of a network's outputs")
     return function  # type: ignore[return-value]
+
+
+def _function(stored: Mapping[str, object]) -> OutputFunction:
+    """The function that chooses an output of a registered method, from {"function": "module:name"}."""
+    try:
+        return msgspec.convert({"type": "function", "target": stored.get("function")}, OutputFunction)
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"output={str(stored)[:120]} names no function: {error}") from None
 
 
 def architectures(description: Single | Ensemble) -> Sequence[Architecture]:

@@ -20,7 +20,7 @@ from vbdl.bench.networks import mlp
 from vbdl.bench.provenance import provenance
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
-from vbdl.methods import METHODS, building
+from vbdl.methods import METHODS, Method, building
 from vbdl.types import Json
 
 FEATURES, CLASSES = 32, 10
@@ -41,10 +41,17 @@ def cells() -> Iterator[tuple[str, str, int, str]]:
     """Yield (quantity, axis, size, method) for every size of every axis and the methods it applies to."""
     for axis, sizes in SIZES.items():
         for name in building():
-            if axis not in ("draws", "members") or METHODS[name].has_members == (axis == "members"):
+            if _applies(METHODS[name], axis):
                 yield from (("seconds", axis, size, name) for size in sizes)
-    drawn = [name for name in building() if not METHODS[name].has_members]
+    drawn = [name for name in building() if not METHODS[name].has_fixed_draws]
     yield from (("bytes", "draws", size, name) for name in drawn for size in MEMORY_DRAWS)
+
+
+def _applies(method: Method, axis: str) -> bool:
+    """Whether the method has this axis: draws or members to choose the number of, and all others."""
+    if axis == "draws":
+        return not method.has_fixed_draws
+    return method.has_members if axis == "members" else True
 
 
 def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
@@ -53,7 +60,7 @@ def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
     entry = METHODS[method]
     network: nn.Module = mlp(FEATURES, at["width"], 0.2 if entry.needs_dropout else 0.0, CLASSES)
     posterior = entry.make(network, n_members=at["members"], n_data=1000)
-    draws = None if entry.has_members else at["draws"]
+    draws = None if entry.has_fixed_draws else at["draws"]
     return Predictor(posterior, Categorical(), draws, tiles=(at["batch"],), compile=compile)
 
 

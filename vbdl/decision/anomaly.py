@@ -34,6 +34,10 @@ class AnomalyFlags(Decision):
         self.kind = kind
         self.register_buffer("scores", None)  # (n,) sorted
 
+    @property
+    def reads_epistemic(self) -> bool:  # type: ignore[override]
+        return self.kind == "epistemic"
+
     def fit(self, scores: Tensor) -> "AnomalyFlags":
         """Store the scores of normal rows, (n,), which must not have been used to fit the score; return self."""
         self.scores = check_scores(scores).sort().values

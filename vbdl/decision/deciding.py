@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vbdl.calibration.calibrated import calibrated_draws, changes_draws
 from vbdl.decision.distribution import Distribution, Evidence
+from vbdl.decision.referral import KNOWS_NONE
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.around import Around, layers
 from vbdl.likelihoods.centered import Centered
@@ -120,11 +121,15 @@ def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
     decision: Referral, ExpectedCost, HandOver, Risk, AnomalyFlags, or any module in plain torch that maps a prediction
         to (batch,) actions. It can read the fields that the prediction has of probs, label, mean, total, aleatoric and
         epistemic; to read more, inherit from `vbdl.types.Decision`.
+
+    Raises ValueError for a decision by epistemic uncertainty on a predictor of a single network, which knows none.
     """
     if isinstance(predictor.likelihood, DecidingLikelihood):
         raise ValueError("this predictor already has a decision; call with_decision on the predictor without it")
     if not isinstance(decision, nn.Module):
         raise TypeError(f"decision must be an nn.Module, got {type(decision).__name__}")
+    if isinstance(decision, Decision) and decision.reads_epistemic and predictor.n_samples == 1:
+        raise ValueError(f"this decision is by kind='epistemic', which {KNOWS_NONE}")
     if isinstance(decision, Decision) and decision.caution is not None:
         warnings.warn(decision.caution, stacklevel=2)
     likelihood = copy.deepcopy(predictor.likelihood)

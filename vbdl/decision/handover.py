@@ -78,6 +78,10 @@ class HandOver(Decision):
         return f"warn={self.warn}, hand_over={self.hand_over}, kind={self.kind!r}"
 
     @property
+    def reads_epistemic(self) -> bool:  # type: ignore[override]
+        return self.kind == "epistemic" and self.bounds is None
+
+    @property
     def reads_draws(self) -> bool:
         return self.bounds is not None
 

@@ -23,6 +23,12 @@ from vbdl.metrics._counts import at_most
 from vbdl.metrics.estimate import Interval, proportion_interval
 from vbdl.types import Decision, Prediction
 
+# the end of a sentence about one draw
+KNOWS_NONE = (
+    "is 0 for every row of a single network (one draw), which knows no epistemic uncertainty: use kind='total', or a "
+    "posterior with several draws, like vbdl.SWAG or vbdl.DeepEnsemble"
+)
+
 
 def check_kind(kind: str) -> None:
     """Raise ValueError for an unknown kind of uncertainty."""
@@ -46,6 +52,8 @@ def uncertainty_of(prediction: Prediction | Evidence | Tensor, kind: str = "tota
     elif kind == "aleatoric":
         values = prediction.aleatoric
     elif kind == "epistemic":
+        if isinstance(prediction, Prediction) and prediction.n_samples == 1:
+            raise ValueError(f"kind='epistemic' {KNOWS_NONE}")
         values = prediction.epistemic
     elif (probs := prediction.probs) is None:
         raise ValueError("kind='confidence' needs class probabilities, but this prediction is a regression")
@@ -107,6 +115,10 @@ class Referral(Decision):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, threshold={float(self.threshold):.6g}"
+
+    @property
+    def reads_epistemic(self) -> bool:  # type: ignore[override]
+        return self.kind == "epistemic"
 
     @property
     def caution(self) -> str | None:

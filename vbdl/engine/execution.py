@@ -31,6 +31,7 @@ from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import State
 
+_ONE_DRAW = "the posterior is one network, which knows no epistemic uncertainty: epistemic is 0, aleatoric is total"
 _CLEARLY = 1.1  # how many times faster the network as it is has to be, so that most processes choose alike
 _ROUNDS, _ENOUGH = 9, 200.0  # both ways are timed in turn: so many times, or milliseconds
 
@@ -120,7 +121,8 @@ class Execution:
             few, n_few, reasons = traced.probe()
             if few.random:
                 raise draws_by_itself(f"calls {few.random}, which draws")
-            if not few.output_depends_on_draw:
+            one = self._model.posterior.n_draws == 1
+            if not few.output_depends_on_draw and not one:
                 raise ValueError(
                     f"nothing random reaches the output of this {type(self._model.posterior).__name__}: every sample "
                     f"would be the same. See vbdl.inspect(module, example) for the stochastic sites"
@@ -133,7 +135,7 @@ class Execution:
                 tile=traced.rows,
                 memory_budget=self._settings.memory_budget,
                 chunk_size=self._settings.chunk_size,
-                reasons=(*reasons, *traced.rewrites),
+                reasons=(*reasons, *traced.rewrites, *([_ONE_DRAW] if one else [])),
             )
             calls = Chunking(
                 traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None, bool(self._settings.compile)

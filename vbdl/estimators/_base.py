@@ -119,7 +119,7 @@ class Estimator(BaseEstimator):
         self._predictor = self._new_predictor()  # in fit, because scikit-learn forbids predict to set attributes
 
     def _new_predictor(self) -> Predictor:
-        samples = None if method_of(self.method).has_members else self.n_samples
+        samples = None if method_of(self.method).has_fixed_draws else self.n_samples
         return Predictor(self.posterior_, self.likelihood_, samples, compile=self.compile)
 
     def _seed(self) -> int:

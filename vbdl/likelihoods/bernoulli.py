@@ -91,6 +91,7 @@ class Bernoulli(Likelihood):
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]
         total = 0.0 - torch.xlogy(probs, probs) - torch.xlogy(summary["against"], summary["against"])
+        aleatoric = torch.where(summary["n"] > 1, aleatoric, total)  # equal for one sample, but for rounding
         return {
             "probs": probs,
             "total": total,

@@ -134,6 +134,7 @@ class Categorical(Likelihood):
     def finish(self, summary: State) -> State:
         probs, aleatoric = summary["probs"], summary["entropy"]
         total = 0.0 - torch.xlogy(probs, probs).sum(-1)  # negating the sum would give -0.0 for a certain class
+        aleatoric = torch.where(summary["n"] > 1, aleatoric, total)  # equal for one sample, but for rounding
         return {
             "probs": probs,
             "total": total,

@@ -99,8 +99,8 @@ class TableOptions:
 
     @property
     def predictor_samples(self) -> int | None:
-        """The `n_samples` of the predictor: None for an ensemble, which predicts with every member."""
-        return None if self._method.has_members else self.n_samples
+        """The `n_samples` of the predictor: None if all draws are used: members, or one network."""
+        return None if self._method.has_fixed_draws else self.n_samples
 
     def training(self, n_train: int) -> Keywords:
         """Return the arguments of `vbdl.fit`."""

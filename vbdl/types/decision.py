@@ -17,6 +17,9 @@ class Decision(nn.Module):
     """Whether it reads prediction.per_draw, the mean over the draws of the result of `per_draw`. If a calibrator
     changed the draws, the prediction has `distribution` instead."""
 
+    reads_epistemic: bool = False
+    """Whether it compares prediction.epistemic, which a single network does not know; such a predictor is refused."""
+
     def __init__(self) -> None:
         super().__init__()
 

@@ -1,0 +1,73 @@
+"""The trained network itself: a posterior that is one point, q(w) = delta(w - trained weights), with one draw."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vbdl.calling.outputs import check_output
+from vbdl.calling.stacking import check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.nn.frozen import hold_frozen
+from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.objective import KeyedPosterior
+from vbdl.types import Output
+
+
+class PointNetwork(KeyedNetwork):
+    """A network that is the same in every draw: it ignores its `key`, and its dropout is off in prediction."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        device = next((p.device for p in inner.parameters()), None)
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    def train(self, mode: bool = True) -> "PointNetwork":
+        super().train(mode)
+        if mode:
+            hold_frozen(self.inner)
+        return self
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Deterministic(KeyedPosterior):
+    """A trained network as it is: one draw, which is the network in evaluation mode.
+
+    It gives a network without any posterior what vbdl needs to calibrate, decide, serve, run batches and export:
+
+        predict = vbdl.Predictor(vbdl.Deterministic(network), vbdl.Categorical())
+        predict = vbdl.calibrate(predict, (x, y), vbdl.Temperature())
+
+    It knows no epistemic uncertainty: `epistemic` is 0, `aleatoric` equals `total`, and `standard_error` is NaN,
+    because one draw says nothing about the spread of draws. A decision by kind="epistemic" is refused. For an epistemic
+    part without another training see `vbdl.Laplace`, with a short one `vbdl.SWAG`.
+
+    module: any network, trained or not; it is copied. `fit` trains it as a plain network, with its dropout on, whose
+        masks are drawn from counters.
+    seed: of the dropout masks in training.
+    output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
+        "logits" are found without it.
+
+    Raises TypeError or ValueError for a module that cannot be called with replaced weights, like one that
+    `torch.compile` returned.
+    """
+
+    module: PointNetwork
+    n_draws = 1
+
+    def __init__(self, module: nn.Module, seed: int = 0, *, output: Output = None):
+        super().__init__()
+        check_network(module)
+        check_output(output)
+        module = without_data_parallel(module)
+        self.lost_hooks = parameter_hooks(module)
+        self.module = PointNetwork(copied(module))
+        self.seed, self.output = seed, output
+        device = next((p.device for p in module.parameters()), None)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make it again, given its network."""
+        return {"seed": self.seed} if self.output is None else {"seed": self.seed, "output": self.output}
