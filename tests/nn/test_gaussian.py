@@ -294,7 +294,7 @@ def test_factors_that_do_not_fit_are_refused():
     own = dict(net.named_parameters())
     for make, message in (
         (lambda: Diagonal({}), "at least one parameter"),
-        (lambda: Diagonal({"a": own["0.weight"], "b": own["0.weight"].double()}), "one dtype and device"),
+        (lambda: Dense({"a": own["0.weight"], "b": own["0.weight"].double()}), "one dtype and device"),
         (lambda: Kronecker({"0.bias": own["0.bias"]}), "draws a weight"),
         (lambda: Kronecker({"a": nn.ConvTranspose1d(3, 2, 2).weight, "b": own["0.bias"]}), "draws a weight"),
         (lambda: LowRank(own, 1), "rank of at least 2"),

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import call
-from vbdl.nn.drawn import drawn, noise, once
+from vbdl.nn.drawn import noise, once
 from vbdl.nn.embedding import padding_rows
-from vbdl.nn.frozen import hold_frozen
-from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.gaussian.diagonal import Independent
+from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
-from vbdl.types import State
 
 LOG_STD_BOUND = 30.0  # exp(2 * 30) is finite in float32
 
@@ -41,7 +39,21 @@ class LogStd(nn.Module):
                 p.fill_(self.initial)
 
 
-class SampledNetwork(KeyedNetwork):
+class StdFactor(Independent):
+    """The factor of a SampledNetwork: independent normals whose stds are exp(log_std), the network's own parameters."""
+
+    def __init__(self, network: "SampledNetwork"):
+        super().__init__({name: network.log_std[name] for name in network.chosen}, network.padding)
+        self._hidden = (network.log_std,)  # not a submodule, so that its tensors keep their names in artifacts
+
+    def std(self, name: str) -> Tensor:
+        """The std of every weight of a parameter, in its shape; computed once for the draws of a training step."""
+        log_std = self._hidden[0][name]
+        bounded = log_std.clamp(-LOG_STD_BOUND, LOG_STD_BOUND)
+        return once("std", log_std, lambda: self.masked(name, bounded.exp()))
+
+
+class SampledNetwork(FactoredNetwork):
     """A network that draws w = mean + exp(log_std) * noise(seed, layer, draw) for the chosen parameters.
 
     The padding row of an embedding is not drawn and not part of the KL.
@@ -50,8 +62,6 @@ class SampledNetwork(KeyedNetwork):
     """
 
     kl_weight: Tensor
-
-    draws_weights = True
 
     def __init__(
         self,
@@ -77,54 +87,22 @@ class SampledNetwork(KeyedNetwork):
         self.register_buffer("kl_weight", torch.ones((), device=device))
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
-    def train(self, mode: bool = True) -> "SampledNetwork":
-        super().train(mode)
-        if mode:
-            hold_frozen(self.inner)
-        return self
-
-    def _mean(self, name: str) -> Tensor:
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.inner.get_submodule(owner), leaf)
+    @property
+    def factors(self) -> tuple["StdFactor"]:  # type: ignore[override]
+        """The one factor of all chosen parameters; it has no tensors of its own."""
+        return (StdFactor(self),)
 
     def normals(self) -> list[tuple[str, Tensor, Tensor]]:
         """(name, mean, log_std) of each chosen parameter."""
-        return [(n, self._mean(n), self.log_std[n].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen]
-
-    def weights(self) -> State:
-        """The weights of the draw in `key`."""
-        if self.kept:
-            return {name: self.kept[name] for name in self.chosen}
-        weights = {}
-        for layer, (name, mean, log_std) in enumerate(self.normals(), start=self.first_layer):
-            std = once("std", self.log_std[name], functools.partial(self._std, name, log_std))
-            weights[name] = drawn(mean, std, self.key, layer)
-        if self.kept is not None:
-            self.kept.update(weights)
-        return weights
-
-    def _std(self, name: str, log_std: Tensor) -> Tensor:
-        """The std of every weight of a parameter, 0 in a padding row."""
-        if name not in self.padding:
-            return log_std.exp()
-        is_drawn = torch.arange(log_std.shape[0], device=log_std.device) != self.padding[name]
-        return log_std.exp() * is_drawn.to(log_std.dtype).unsqueeze(-1)
-
-    def _without_padding(self, name: str, t: Tensor) -> Tensor:
-        """A tensor of the shape of a parameter without its padding row."""
-        row = self.padding.get(name)
-        return t if row is None else torch.cat([t[:row], t[row + 1 :]])
-
-    def forward(self, *args, **kwargs):
-        return call(self.inner, self.weights(), kwargs if kwargs else args)
+        return [(n, self.mean(n), self.log_std[n].clamp(-LOG_STD_BOUND, LOG_STD_BOUND)) for n in self.chosen]
 
     def kl(self, key: Tensor | None = None) -> Tensor:
         """KL(q || prior) in nats, summed over every weight: exact, or estimated at a draw for a scale mixture."""
         key = self.key if key is None else key
-        total = self.kl_weight.new_zeros(())
+        total, (factor,) = self.kl_weight.new_zeros(()), self.factors
         for layer, (name, mean, log_std) in enumerate(self.normals()):
             prior = getattr(self, f"prior_{layer}")
-            weights = functools.partial(self._without_padding, name)
+            weights = functools.partial(factor.without_padding, name)
             if self.mixtures[layer]:
                 weight = mean + log_std.exp() * noise(key, self.first_layer + layer, mean)
                 total = total + kl_scale_mixture(weights(weight), weights(mean), weights(log_std), prior)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vbdl.nn.gaussian.factor import Factor, precision_buffer, zeros_like
+from vbdl.nn.gaussian.factor import Factor, common
 from vbdl.nn.gaussian.operators import dense_noise
 from vbdl.types import State
 
@@ -29,11 +29,11 @@ class Dense(Factor):
 
     def __init__(self, parameters: Mapping[str, Tensor], padding: Mapping[str, int] | None = None):
         super().__init__(parameters, padding)
-        first = next(iter(parameters.values()))
+        like = common(parameters)
         self.size = sum(self.drawn_shape(name).numel() for name in self.names)
-        self.register_buffer("values", zeros_like(parameters, self.size))
-        self.register_buffer("vectors", torch.eye(self.size, dtype=first.dtype, device=first.device))
-        self.register_buffer("prior_precision", precision_buffer(parameters))
+        self.register_buffer("values", like.new_zeros(self.size))
+        self.register_buffer("vectors", torch.eye(self.size, dtype=like.dtype, device=like.device))
+        self.register_buffer("prior_precision", like.new_ones(()))
 
     def precision(self) -> Tensor:
         """The eigenvalues of the precision matrix, (n,)."""

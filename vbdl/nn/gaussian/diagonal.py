@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vbdl.nn.drawn import drawn, noise
-from vbdl.nn.gaussian.factor import Factor, precision_buffer
+from vbdl.nn.gaussian.factor import Factor, common
 from vbdl.types import State
 
 
@@ -65,7 +65,7 @@ class Diagonal(Independent):
         super().__init__(parameters, padding)
         for index, p in enumerate(parameters.values()):
             self.register_buffer(f"curvature_{index}", torch.zeros_like(p).detach())
-        self.register_buffer("prior_precision", precision_buffer(parameters))
+        self.register_buffer("prior_precision", common(parameters).new_ones(()))
 
     def curvature(self, name: str) -> Tensor:
         """The curvature of every weight of a parameter, in its shape, summed over the training rows."""

@@ -21,7 +21,7 @@ class Factor(nn.Module):
         and device are used.
     padding: the padding row of each embedding table that has one, by name; it is never drawn.
 
-    Raises ValueError without parameters, or for parameters of several dtypes or devices.
+    Raises ValueError without parameters.
     """
 
     names: tuple[str, ...]
@@ -34,11 +34,6 @@ class Factor(nn.Module):
         super().__init__()
         if not parameters:
             raise ValueError("a factor needs at least one parameter to draw: give {name: parameter}")
-        kinds = sorted({f"{p.dtype} on {p.device}" for p in parameters.values()})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"the parameters of one factor need one dtype and device, got {kinds}: make several factors"
-            )
         self.names = tuple(parameters)
         self.shapes = {name: p.shape for name, p in parameters.items()}
         self.padding = {
@@ -83,12 +78,9 @@ class Factor(nn.Module):
         return torch.Size((shape[0] - 1, *shape[1:])) if name in self.padding else shape
 
 
-def zeros_like(parameters: Mapping[str, Tensor], *shape: int) -> Tensor:
-    """Zeros of this shape, of the dtype and on the device of the parameters."""
-    first = next(iter(parameters.values()))
-    return torch.zeros(shape, dtype=first.dtype, device=first.device)
-
-
-def precision_buffer(parameters: Mapping[str, Tensor]) -> Tensor:
-    """The buffer for a prior precision, (): 1, of the dtype and on the device of the parameters."""
-    return zeros_like(parameters) + 1
+def common(parameters: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the dtype and on the device that all parameters have; ValueError if they differ."""
+    kinds = sorted({f"{p.dtype} on {p.device}" for p in parameters.values()})
+    if len(kinds) > 1:
+        raise ValueError(f"the parameters of this factor need one dtype and device, got {kinds}: make several factors")
+    return next(iter(parameters.values())).detach()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vbdl.nn.gaussian.factor import Factor, precision_buffer, zeros_like
+from vbdl.nn.gaussian.factor import Factor, common
 from vbdl.nn.gaussian.operators import kronecker_noise
 from vbdl.types import State
 
@@ -49,12 +49,13 @@ class Kronecker(Factor):
                 f"{shapes}: draw other parameters by Diagonal"
             )
         outputs, inputs = weight.shape[0], weight[0].numel() + len(rest)
-        eye = lambda n: torch.eye(n, dtype=weight.dtype, device=weight.device)
-        self.register_buffer("output_values", zeros_like(parameters, outputs))
+        like = common(parameters)
+        eye = lambda n: torch.eye(n, dtype=like.dtype, device=like.device)
+        self.register_buffer("output_values", like.new_zeros(outputs))
         self.register_buffer("output_vectors", eye(outputs))
-        self.register_buffer("input_values", zeros_like(parameters, inputs))
+        self.register_buffer("input_values", like.new_zeros(inputs))
         self.register_buffer("input_vectors", eye(inputs))
-        self.register_buffer("prior_precision", precision_buffer(parameters))
+        self.register_buffer("prior_precision", like.new_ones(()))
 
     def precision(self) -> Tensor:
         """The eigenvalues of the precision matrix, (outputs, inputs)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vbdl.nn.drawn import noise
-from vbdl.nn.gaussian.factor import Factor, zeros_like
+from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.gaussian.operators import low_rank_noise
 from vbdl.types import State
 
@@ -37,7 +37,7 @@ class LowRank(Factor):
         self.rank = rank
         for index, p in enumerate(parameters.values()):
             self.register_buffer(f"std_{index}", torch.zeros_like(p).detach())
-            self.register_buffer(f"deviations_{index}", zeros_like(parameters, rank, *p.shape))
+            self.register_buffer(f"deviations_{index}", p.detach().new_zeros(rank, *p.shape))
 
     @property
     def layers(self) -> int:  # type: ignore[override]

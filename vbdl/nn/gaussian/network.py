@@ -15,38 +15,20 @@ from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import Inputs, State
 
 
-class GaussianNetwork(KeyedNetwork):
-    """A network that draws w = mean + deviation for the parameters of its factors; the others stay as they are.
+class FactoredNetwork(KeyedNetwork):
+    """The base of networks whose chosen parameters are drawn by factors: w = mean + deviation.
 
-    inner: the user's network, whose parameters are the means.
-    factors: the factors, each of other parameters. Factor i uses the layer numbers after those of factor i - 1.
-    linearized: predict with f(x; mean) + J(x) (w - mean), the network linear in the drawn parameters, J its Jacobian at
-        the mean; one forward-mode product for each draw. Parameters that enter the output linearly, such as those of a
-        last layer, give the same outputs either way. Khan et al. 2019; Immer, Korzepa and Bauer, Improving Predictions
-        of Bayesian Neural Nets via Local Linearization, AISTATS 2021, https://arxiv.org/abs/2008.08400
-
-    Raises ValueError for a name that is no parameter of the network, one of another shape, or one in two factors.
+    A subclass sets `inner`, `key`, `chosen` and `factors`. Factor i uses the layer numbers of the counters after those
+    of factor i - 1.
     """
 
     draws_weights = True
-    factors: Sequence[Factor]
+    linearized: bool = False
     first_layer: int = 0  # the layer number of the first factor
+    chosen: tuple[str, ...]
+    factors: Sequence[Factor]
 
-    def __init__(self, inner: nn.Module, factors: Sequence[Factor], linearized: bool = False):
-        super().__init__()
-        self.inner = inner
-        _check(inner, factors)
-        self.factors = cast(Sequence[Factor], nn.ModuleList(factors))
-        self.linearized = linearized
-        device = next(inner.parameters()).device
-        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """The names of the parameters that are drawn."""
-        return tuple(name for factor in self.factors for name in factor.names)
-
-    def train(self, mode: bool = True) -> "GaussianNetwork":
+    def train(self, mode: bool = True) -> "FactoredNetwork":
         super().train(mode)
         if mode:
             hold_frozen(self.inner)
@@ -85,14 +67,6 @@ class GaussianNetwork(KeyedNetwork):
             self.kept.update(values)
         return values
 
-    def log_det(self) -> Tensor:
-        """The log of the determinant of C, (), in nats."""
-        return torch.stack([factor.log_det() for factor in self.factors]).sum()
-
-    def variances(self) -> State:
-        """The variance of each drawn parameter, by name, in its shape."""
-        return {name: v for factor in self.factors for name, v in factor.variances().items()}
-
     def forward(self, *args, **kwargs):
         inputs = kwargs if kwargs else args
         return self._linear(inputs) if self.linearized else call(self.inner, self.weights(), inputs)
@@ -115,6 +89,38 @@ class GaussianNetwork(KeyedNetwork):
         leaves, spec = structure
         filled = [t if not isinstance(t, Tensor) else next(linear if t.is_floating_point() else rest) for t in leaves]
         return tree_unflatten(filled, spec)
+
+
+class GaussianNetwork(FactoredNetwork):
+    """A network that draws w = mean + deviation for the parameters of its factors; the others stay as they are.
+
+    inner: the user's network, whose parameters are the means.
+    factors: the factors, each of other parameters.
+    linearized: predict with f(x; mean) + J(x) (w - mean), the network linear in the drawn parameters, J its Jacobian at
+        the mean; one forward-mode product for each draw. Parameters that enter the output linearly, such as those of a
+        last layer, give the same outputs either way. Khan et al. 2019; Immer, Korzepa and Bauer, Improving Predictions
+        of Bayesian Neural Nets via Local Linearization, AISTATS 2021, https://arxiv.org/abs/2008.08400
+
+    Raises ValueError for a name that is no parameter of the network, one of another shape, or one in two factors.
+    """
+
+    def __init__(self, inner: nn.Module, factors: Sequence[Factor], linearized: bool = False):
+        super().__init__()
+        self.inner = inner
+        _check(inner, factors)
+        self.factors = cast(Sequence[Factor], nn.ModuleList(factors))
+        self.chosen = tuple(name for factor in factors for name in factor.names)
+        self.linearized = linearized
+        device = next(inner.parameters()).device
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+    def log_det(self) -> Tensor:
+        """The log of the determinant of C, (), in nats."""
+        return torch.stack([factor.log_det() for factor in self.factors]).sum()
+
+    def variances(self) -> State:
+        """The variance of each drawn parameter, by name, in its shape."""
+        return {name: v for factor in self.factors for name, v in factor.variances().items()}
 
 
 def _check(inner: nn.Module, factors: Sequence[Factor]) -> None:
