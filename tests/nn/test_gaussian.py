@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -276,6 +277,16 @@ def test_stacked_draws_are_those_of_a_loop_and_can_be_traced(linearized):
             torch.testing.assert_close(graph(make_key(0, range(3)), x), loop)
             other = graph(make_key(9, range(3)), 2 * x)
             torch.testing.assert_close(other, call_each(q, {"key": make_key(9, range(3))}, shared, 2 * x))
+
+
+def test_threads_may_linearize_at_once():
+    """torch's own jvp loses its level when another thread leaves one."""
+    x = torch.randn(4, 2, 4).double()
+    networks = [network(True) for _ in range(4)]
+    expected = networks[0](x)["logits"]
+    with ThreadPoolExecutor(4) as pool:
+        each = pool.map(lambda q: [q(x)["logits"] for _ in range(30)], networks)
+        assert all(torch.equal(found, expected) for outputs in each for found in outputs)
 
 
 def test_kept_draws_are_used_again():

@@ -5,7 +5,7 @@ the linear layers that remain are lowered to matrix products. A rewrite looks at
 (draw, input), never at the method.
 
     draws      drawn weights written in any way get one form           same numbers
-    local      mean-field layers draw outputs, not weights            same distribution of every row, other draws
+    local      normal layers draw outputs, not weights                same distribution of every row, other draws
     compact    dropped units are left out, masks folded into weights  same numbers, up to float rounding
     fused      kernels on an accelerator draw weights and masks       same draws, up to float rounding
     linear     the remaining linear layers become matrix products     same numbers
@@ -24,7 +24,7 @@ from vbdl.compiling.rewrite.local import reparameterize
 _MANY_ROWS = 128  # from this many rows on, one product with kept weights is faster than two for mean and variance
 
 
-_DRAW_OUTPUTS = "mean-field layers draw their outputs, not their weights"
+_DRAW_OUTPUTS = "layers draw their outputs, not their weights"
 
 
 def draws_outputs(sentences: Sequence[str]) -> bool:
@@ -57,9 +57,9 @@ def rewrite(
     in_one_form(traced)
     if not joint:
         hidden = largest_tile < _MANY_ROWS
-        if rewritten := reparameterize(traced, kinds, rows, hidden):
+        for kind, count in reparameterize(traced, kinds, rows, hidden).items():
             sentences.append(
-                f"{len(rewritten)} {_DRAW_OUTPUTS}: the same distribution of every row; joint=True draws weights"
+                f"{count} {kind} {_DRAW_OUTPUTS}: the same distribution of every row; joint=True draws weights"
             )
     sentences += compact(traced, kinds, n_samples, budget, measure)
     return sentences + fuse(traced, n_samples=n_samples, budget=budget)

@@ -50,7 +50,7 @@ def fuse(traced: fx.GraphModule, *, n_samples: int, budget: int) -> list[str]:
                 count["sampled_linear"] += 1
             elif _masked(graph, node, n_samples):
                 count["masked_linear"] += 1
-        elif node.target is local_linear and _on_accelerator(node.args[1]) and _local(graph, node):
+        elif node.target is local_linear and _on_accelerator(node.args[2]) and _local(graph, node):
             count["local_reparameterized_linear"] += 1
     for node in list(graph.nodes):
         if node.target is _aten.add.Tensor and _on_accelerator(node) and _sampled(graph, node):
@@ -150,8 +150,8 @@ def _mask_of(node: Any) -> tuple[fx.Node, int, float] | None:
 def _local(graph: fx.Graph, node: fx.Node) -> bool:
     """Replace a local reparameterization, and a constant bias added after it, by one kernel; True if done."""
     x, mean, std, bias_mean, bias_std, key, layer = node.args
-    dtype, outputs = _value(x).dtype, _value(mean).shape[0]
-    if dtype not in _DTYPES:
+    dtype, outputs = _value(x).dtype, _value(std).shape[0]
+    if dtype not in _DTYPES or mean is None:
         return False
     last, user = node, next(iter(node.users), node)
     added = user.args[1] if user.target is _aten.add.Tensor and user.args[0] is node else None

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from vbdl.nn.gaussian.operators import LOWERED
+
 
 @torch.library.custom_op("vbdl::stacked_linear", mutates_args=())
 def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
@@ -213,4 +215,4 @@ _DENSE_ONLY = {
     torch.ops.aten.view_as_complex.default,
     torch.ops.aten.view.dtype,
 }
-DECOMPOSITIONS = {LINEAR: lower}
+DECOMPOSITIONS = {LINEAR: lower, **LOWERED}

@@ -1,5 +1,6 @@
 """A network whose chosen parameters are drawn from a normal distribution N(mean, C), or that is linear in them."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import Inputs, State
+
+# torch counts the levels of forward mode once for all threads: one that ends in a thread takes away another's
+_forward_mode = threading.RLock()
 
 
 class FactoredNetwork(KeyedNetwork):
@@ -83,7 +87,8 @@ class FactoredNetwork(KeyedNetwork):
             tensors = [t for t in leaves if isinstance(t, Tensor)]
             return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
-        pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
+        with _forward_mode:
+            pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
         at_mean, tangents, others = pushed
         linear, rest = iter([f + d for f, d in zip(at_mean, tangents, strict=True)]), iter(others)
         leaves, spec = structure
