@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
 import vbdl
+from vbdl.nn.constructed import again
 from vbdl.nn.initialization import reset_parameters
 
 
@@ -200,3 +201,69 @@ def test_a_posterior_is_initialized_in_place_of_its_network():
     before = q.module.inner[0].token.detach().clone()
     reset_parameters(q)
     assert not torch.equal(before, q.module.inner[0].token)
+
+
+class OnlyConstructed(nn.Module):
+    """Sets numbers in its constructor alone, as torchvision's networks do."""
+
+    def __init__(self, spread=0.02, table=None):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(8))
+        self.positions = nn.Parameter(torch.empty(12, 8).normal_(std=spread) if table is None else table)
+        self.scale, self.norm, self.body = nn.Parameter(torch.full((8,), 1e-6)), nn.LayerNorm(8), nn.Linear(8, 32)
+        nn.init.trunc_normal_(self.body.weight, std=spread)
+        nn.init.zeros_(self.body.bias)
+
+    def forward(self, x):
+        return self.body(self.norm(x + self.token + self.positions.sum(0)) * self.scale)
+
+
+def test_an_untrained_networks_numbers_are_a_draw_of_its_constructors_initialization(caplog):
+    torch.manual_seed(0)
+    network = OnlyConstructed()
+    with caplog.at_level("INFO", logger="vbdl"):
+        one, two = members(network)
+    for name in ("token", "scale", "body.bias"):
+        assert torch.equal(one[name], network.get_parameter(name)) and torch.equal(two[name], one[name]), name
+    for name in ("positions", "body.weight"):
+        given = network.get_parameter(name).detach().flatten()
+        assert not torch.equal(one[name], two[name]) and not torch.equal(one[name].flatten(), given), name
+        assert torch.equal(one[name].flatten().sort().values, given.sort().values), name
+    assert "OnlyConstructed gets token, positions, scale, body.weight, body.bias" in caplog.text
+
+
+def test_numbers_of_a_trained_network_are_not_taken_for_an_initialization():
+    network = OnlyConstructed()
+    nn.init.normal_(network.norm.weight, 1.0, 1e-3)
+    with pytest.raises(ValueError, match="holds the parameter 'token' and has no reset_parameters"):
+        vbdl.DeepEnsemble(network, 2)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.arange(96.0).view(12, 8).mul(0.3).sin(),
+        torch.linspace(0, 1, 8),
+        nn.init.orthogonal_(torch.empty(32, 32)),
+        torch.eye(16),
+        torch.cat([torch.randn(16, 16), 5 * torch.randn(16, 16)]),
+    ],
+)
+def test_numbers_with_an_order_are_not_reordered(table):
+    with pytest.raises(ValueError, match="holds the parameter 'positions' and has no reset_parameters"):
+        vbdl.DeepEnsemble(OnlyConstructed(table=table), 2)
+
+
+def test_a_layer_whose_constructor_set_it_as_it_resets_itself_is_reset():
+    torch.manual_seed(5)
+    network = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+    one, _ = members(network)
+    assert not torch.equal(one["0.weight"].flatten().sort().values, network[0].weight.flatten().sort().values)
+
+
+def test_independent_numbers_pass_for_ordered_ones_rarely():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8,), (3, 3), (64, 2), (2, 64), (16, 3, 3, 3), (40, 40)]
+    draws = [torch.randn(shape, generator=generator) for shape in shapes for _ in range(50)]
+    draws += [torch.rand(shape, generator=generator) for shape in shapes for _ in range(50)]
+    assert all(again(t) is not None for t in draws)

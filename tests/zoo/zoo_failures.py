@@ -1,11 +1,6 @@
 """The cells of the zoo that fail today, and why. The test of a mended cell fails until its line here is removed."""
 
 _KNOWN: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
-    (
-        "no fresh members: parameters of the network's own without reset_parameters()",
-        ("torchvision convnext", "torchvision vit", "torchvision swin", "timm convnext"),
-        ("fresh",),
-    ),
     ("which dropouts are called depends on the values of the inputs", ("sparse MoE",), ("dropout",)),
     ("dropout of edges has an axis that folds the batch", ("PyG GAT",), ("dropout",)),
 ]

@@ -2,10 +2,12 @@
 
 Each submodule's `reset_parameters` comes first. A network may offer more for all modules inside it: `init_weights()` of
 timm and torch, `_init_weights(module)` of Hugging Face, `reset_lora_parameters` of peft. A parametrized tensor
-(weight_norm, spectral_norm) is initialized as the layer's own, and its originals are set to give that value.
+(weight_norm, spectral_norm) is initialized as the layer's own, and its originals are set to give that value. What only
+the constructor of an untrained network has set is read from its numbers (`vbdl/nn/constructed.py`).
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Callable
 
@@ -16,7 +18,10 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, typ
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from vbdl.calling.stacking import copied
+from vbdl.nn.constructed import again, differs, is_constant, is_untrained
 from vbdl.types import is_posterior
+
+logger = logging.getLogger("vbdl")
 
 
 def fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
@@ -41,22 +46,54 @@ def reset_parameters(module: nn.Module) -> None:
         )
     # a submodule's initialization may change other submodules, so frozen tensors are restored at the end
     kept = {t: t.detach().clone() for m in network.modules() for t in _frozen(m)}
-    waiting = _without_own_initialization(network)
-    before = {p: p.detach().clone() for _, _, p in waiting}
+    waiting = {p: (name, owner) for name, owner, p in _without_own_initialization(network)}
+    constructed = _constructed(network) if is_untrained(network) else {}
+    before = {p: p.detach().clone() for p in waiting}
     with torch.no_grad():
         for p in before:  # what is not a number afterwards was not initialized
             p.fill_(math.nan)
         for path, m in network.named_modules():
             _reset(path, m)
         offered = _reset_by_offers(network)
-        for name, owner, p in waiting:
+        taken = _as_constructed(network, offered, constructed)
+        for p, (name, owner) in waiting.items():
             if not p.isnan().any():
                 continue
-            if owner not in offered or not _is_constant(before[p]):
+            if owner not in offered or not is_constant(before[p]):
                 raise ValueError(_uninitialized(name, owner))
             p.copy_(before[p])  # as the constructor set it
         for t, value in kept.items():
             t.copy_(value)
+    if taken:
+        logger.info(
+            "a member of %s gets %s from the given network, whose constructor set it: constants as they are, other "
+            "numbers in a new random order",
+            type(network).__name__,
+            ", ".join(taken),
+        )
+
+
+def _constructed(network: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The numbers of an untrained network's trainable parameters that are not parametrized."""
+    inside = {p for m in network.modules() if is_parametrized(m) for p in m.parameters()}
+    return {p: p.detach().clone() for p in network.parameters() if p.requires_grad and _has_nan(p) and p not in inside}
+
+
+def _as_constructed(network: nn.Module, offered: set[nn.Module], constructed: dict[nn.Parameter, Tensor]) -> list[str]:
+    """Set what nothing initializes, or a constructor clearly initialized otherwise, to another draw of its numbers.
+
+    offered: modules that a class initializes itself. Returns the names of the parameters that were set.
+    """
+    taken = []
+    for path, m in network.named_modules():
+        for leaf, p in m.named_parameters(recurse=False):
+            if m in offered or p not in constructed:
+                continue
+            value = constructed[p]
+            if (bool(p.isnan().any()) or differs(value, p.detach())) and (other := again(value)) is not None:
+                p.copy_(other)
+                taken.append(f"{path}.{leaf}" if path else leaf)
+    return taken
 
 
 def _uninitialized(name: str, owner: nn.Module) -> str:
@@ -196,10 +233,6 @@ def _takes(module: nn.Module, method: str, count: int) -> bool:
 def _has_nan(t: Tensor) -> bool:
     """Whether the dtype of a tensor can mark numbers as missing."""
     return t.is_floating_point() or t.is_complex()
-
-
-def _is_constant(t: Tensor) -> bool:
-    return bool((t == t.flatten()[0]).all()) if t.numel() else True
 
 
 def _frozen(module: nn.Module) -> list[Tensor]:
