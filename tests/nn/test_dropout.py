@@ -448,11 +448,97 @@ def test_one_name_or_type_in_place_of_a_list_is_refused(chosen, words):
         MeanField(net, 10, parameters=chosen)
 
 
-def test_masks_that_cannot_be_told_apart_by_row_are_refused():
-    """Time folded in front of the batch: which mask a row gets would depend on how many rows there are."""
-    net = Calls(lambda m, x: F.dropout(x.transpose(0, 1).reshape(-1, 6), P, m.training).view(7, -1, 6).transpose(0, 1))
-    with pytest.raises(ValueError, match="which part belongs to which row"):
-        MCDropout(net).prepare(torch.randn(5, 7, 6))
+class Experts(nn.Module):
+    """Each row goes to one expert, whose dropout is called for its rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(P)) for _ in range(3))
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 0).long() + (x[:, 0] > 1).long()
+        out = x.new_zeros(len(x), 8)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().squeeze(-1)
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+def time_first(m, x):
+    """Time folded in front of the batch, so that the masks of a row are no block."""
+    return F.dropout(x.transpose(0, 1).reshape(-1, 6), P, m.training).view(7, -1, 6).transpose(0, 1)
+
+
+def rows_of_experts():
+    x = torch.randn(6, 6)
+    x[:, 0] = torch.tensor([-1.0, 2.0, 0.5, -1.0, 2.0, 0.5])
+    return x
+
+
+ROW_BY_ROW = {
+    "experts": (Experts, rows_of_experts),
+    "folded": (lambda: Calls(time_first), lambda: torch.randn(5, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+def test_rows_that_cannot_share_masks_run_one_after_the_other(name):
+    torch.manual_seed(0)
+    make, inputs = ROW_BY_ROW[name]
+    net, x = make(), inputs()
+    q = MCDropout(net).eval()
+    q.prepare(x)
+    keys = q.draws(torch.arange(1000), 0)["key"]
+    own = net.train()
+    with torch.no_grad():
+        together = torch.stack([call(q.module, {"key": key}, x) for key in keys[:4]])
+        apart = torch.stack([torch.cat([call(q.module, {"key": key}, row) for row in x.split(1)]) for key in keys[:4]])
+        assert torch.equal(together, apart), "a row has the same draws in any batch"
+        assert not torch.equal(together[0], together[1])
+        ours = torch.stack([call(q.module, {"key": key}, x[:2]) for key in keys])
+        theirs = torch.stack([own(x[:2]) for _ in keys])
+    error = ((ours.var(0) + theirs.var(0)) / len(keys)).sqrt()
+    assert float(((ours.mean(0) - theirs.mean(0)).abs() / error.clamp_min(1e-6)).max()) < 5
+    ratio = ours.std(0) / theirs.std(0).clamp_min(1e-6)
+    assert float((ratio - 1).abs()[theirs.std(0) > 1e-3].max()) < 0.25  # some standard errors of a std of 1000 draws
+
+
+@pytest.mark.parametrize("first", [[0], [1], [0, 1, 2, 3, 4, 5]])
+def test_draws_of_experts_do_not_depend_on_the_rows_that_came_first(first):
+    torch.manual_seed(0)
+    net, x = Experts(), rows_of_experts()
+    expected = draw(net, x)
+    predict = Predictor(MCDropout(net), Gaussian(8), len(expected), compile=False)
+    torch.testing.assert_close(predict(x[first]).mean, expected[:, first].mean(0))
+    torch.testing.assert_close(predict(x).mean, expected.mean(0))
+
+
+def of_lengths(m, x, lengths):
+    """The mean of each row's first entries, which are dropped in one axis of all rows together."""
+    chosen = torch.arange(x.shape[1]) < lengths.unsqueeze(1)
+    dropped = F.dropout(x[chosen], P, m.training)
+    row = chosen.nonzero()[:, 0]
+    return x.new_zeros(len(x), x.shape[2]).index_add(0, row, dropped)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_of_other_lengths_in_one_axis_have_their_own_masks(first):
+    torch.manual_seed(0)
+    x, lengths = torch.randn(4, 5, 3), torch.tensor([2, 4, 2, 3])
+    q = MCDropout(Calls(of_lengths)).eval()
+    q.prepare((x[first : first + 1], lengths[first : first + 1]))
+    for key in q.draws(torch.arange(4), 0)["key"]:
+        with torch.no_grad():
+            together = call(q.module, {"key": key}, (x, lengths))
+            for row in range(4):
+                alone = call(q.module, {"key": key}, (x[row : row + 1], lengths[row : row + 1]))
+                torch.testing.assert_close(alone[0], together[row])
+    with torch.no_grad():
+        each = torch.stack([call(q.module, {"key": key}, (x, lengths)) for key in q.draws(torch.arange(4), 0)["key"]])
+    predict = Predictor(MCDropout(Calls(of_lengths)), Gaussian(3), 4, compile=False, tiles=4)
+    torch.testing.assert_close(predict((x, lengths)).mean, each.mean(0))
+    assert "repeated rows" in predict.explain()
 
 
 def test_batch_norm_without_statistics_is_refused():

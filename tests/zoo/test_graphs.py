@@ -14,7 +14,9 @@ pytestmark = pytest.mark.slow
 
 NODES, FEATURES, CLASSES = 12, 4, 3
 TEXT = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
-(CODE,) = [block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "class OneGraph" in block]
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+(CODE,) = [block for block in BLOCKS if "class OneGraph" in block]
+(OF_GRAPHS,) = [block for block in BLOCKS if "class Graphs" in block]
 LAYERS = {
     "sage": lambda a, b: geometric.nn.SAGEConv(a, b),
     "gin": lambda a, b: geometric.nn.GINConv(nn.Linear(a, b)),
@@ -65,3 +67,54 @@ def test_members_are_those_of_the_network_itself(layer, data):
     with torch.no_grad():
         expected = torch.stack([network(data.x, data.edge_index)[data.test_mask] for network in networks])
     torch.testing.assert_close(samples[:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+class Pooled(nn.Module):
+    """One output for each graph of a batch, of PyG's layers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.first, self.second, self.drop = layer(FEATURES, 8), layer(8, CLASSES), nn.Dropout(0.2)
+
+    def forward(self, x, edge_index, batch):
+        hidden = self.drop(self.first(x, edge_index).relu())
+        return geometric.nn.global_mean_pool(self.second(hidden, edge_index), batch)
+
+
+@pytest.fixture
+def graphs():
+    torch.manual_seed(0)
+    sizes = [5, 3, 7, 5, 4]
+    edges = [torch.randint(n, (2, 3 * n)) for n in sizes]
+    return [geometric.data.Data(x=torch.randn(n, FEATURES), edge_index=e) for n, e in zip(sizes, edges, strict=True)]
+
+
+def quickly(code):
+    return code.replace("likelihood)\n", "likelihood, epochs=2, compile=False)\n", 1)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "gat with dropout"])
+def test_graphs_of_different_sizes_are_rows(layer, graphs):
+    layers = {**LAYERS, "gat with dropout": lambda a, b: geometric.nn.GATConv(a, b, dropout=0.3)}
+    space = {"torch": torch, "nn": nn, "vbdl": vbdl, "graphs": graphs, "labels": torch.arange(5) % CLASSES}
+    space["network"] = Pooled(layers[layer])
+    exec(quickly(OF_GRAPHS), space)
+    assert space["prediction"].probs.shape == (5, CLASSES)
+    predict = vbdl.Predictor(space["q"], space["likelihood"], 4, tiles=(1, 8))
+    rows = space["rows_of_graphs"]
+    together = predict(rows(graphs), samples=True).samples
+    for i, graph in enumerate(graphs):  # padded to another size, alone
+        alone = predict(rows([graph]), samples=True).samples
+        torch.testing.assert_close(alone[:, 0], together[:, i], rtol=1e-5, atol=1e-5)
+
+
+def test_members_on_graphs_are_those_of_pygs_batches(graphs):
+    space = {"torch": torch, "nn": nn, "vbdl": vbdl}
+    exec(OF_GRAPHS.split("\n\n\nq, likelihood")[0], space)
+    networks = [Pooled(LAYERS["gcn"]).eval() for _ in range(2)]
+    q = vbdl.DeepEnsemble([space["Graphs"](network) for network in networks])
+    batch = geometric.data.Batch.from_data_list(graphs)
+    samples = vbdl.Predictor(q, vbdl.Categorical())(space["rows_of_graphs"](batch.to_data_list()), samples=True).samples
+    with torch.no_grad():
+        expected = torch.stack([network(batch.x, batch.edge_index, batch.batch) for network in networks])
+    torch.testing.assert_close(samples, expected, rtol=1e-5, atol=1e-5)

@@ -146,6 +146,9 @@ class Execution:
 
     def _chosen(self) -> tuple[_Way, str | None]:
         """Choose the way; if both are to be timed, return the graph, and the reason to time them."""
+        network = self._model.network
+        if isinstance(network, KeyedNetwork) and network.row_by_row and not self._settings.keeps_bits:
+            return self._as_it_is("rows cannot share masks, so they run one after the other"), None
         verdict, reason = before_tracing(self._model, self._settings)
         if verdict == PLAIN:
             return self._as_it_is(reason), None

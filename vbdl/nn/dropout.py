@@ -1,29 +1,34 @@
 """A network that keeps dropout on in evaluation mode: one mask per draw, shared by all rows of a batch.
 
-Running the network finds its dropout calls and the batch axis of each.
+Running the network finds its dropout calls and the batch axis of each. Where they depend on the row (a mixture of
+experts) or fold the batch (attention over the edges of graphs), rows run one after the other.
 
 Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxiv.org/abs/1506.02142
 """
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vbdl.calling.autograd import with_gradients_if_needed
-from vbdl.calling.inputs import arguments, map_inputs
+from vbdl.calling.inputs import arguments, flatten, map_inputs
 from vbdl.calling.outputs import leaves
 from vbdl.calling.stacking import call
 from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.masks import Masks, Site, batch_axis, described
+from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, batch_axis, described
 from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
 from vbdl.types import Inputs
+
+_ROWS = 8  # of the inputs, at most so many are compared by the dropouts that they call
 
 
 class DropoutNetwork(KeyedNetwork):
@@ -32,9 +37,18 @@ class DropoutNetwork(KeyedNetwork):
     In training mode it runs the module as it is (`Objective` draws the masks, one per row). In evaluation mode dropout
     is on and everything else is in evaluation mode: normalization, modules named in `deterministic`, and whatever else
     a user's module does in training only (`vbdl/nn/training_reads.py`).
+
+    by_module: number masks by the module that drops, because not every row calls the same dropouts.
+    row_by_row: run one row after the other, because masks cannot be shared by the rows of a batch.
     """
 
-    found_by_running = ("sites", "on", "off")  # not part of the architecture: running the network finds them again
+    found_by_running = (
+        "sites",
+        "on",
+        "off",
+        "by_module",
+        "row_by_row",
+    )  # not part of the architecture: running the network finds them again
 
     def __init__(
         self,
@@ -46,6 +60,7 @@ class DropoutNetwork(KeyedNetwork):
         self.inner, self.rate, self.deterministic = inner, rate, deterministic
         self.sites: tuple[Site, ...] | None = None
         self.on: frozenset[Place] | None = EVERY
+        self.by_module, self.row_by_row = False, False
         self.off: list[str] | None = None  # places that read `training` for other than dropout; None: unknown
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.train(inner.training)
@@ -79,17 +94,45 @@ class DropoutNetwork(KeyedNetwork):
         """The ids of the modules that `deterministic` names, whose reads of `training` get the module's flag."""
         return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
 
-    def _masks(self) -> Masks:
-        return Masks(self.key, self.inner, self.rate, self.sites, kept=self.kept)
+    def _masks(self, rows: int | None = None) -> Masks:
+        return Masks(self.key, self.inner, self.rate, self.sites, kept=self.kept, by_module=self.by_module, rows=rows)
+
+    def _masks_alone(self, key: Tensor, kept: dict[Hashable, Tensor] | None) -> Masks:
+        """The masks of a batch of one row."""
+        return Masks(key, self.inner, self.rate, kept=kept, by_module=self.by_module, alone=True)
 
     @property
     def takes_many_keys(self) -> bool:
-        return self.sites is not None and all(site.axis is not None for site in self.sites if site.p > 0)
+        if self.sites is None or self.row_by_row:
+            return False
+        return all(site.axis is not None for site in self.sites if site.p > 0)
 
     def forward(self, *args, **kwargs):
         if self.training:
             return self.inner(*args, **kwargs)
-        with CounterDropout(self._masks()), self._reads():
+        inputs = kwargs if kwargs else args
+        if not self.row_by_row:
+            try:
+                return self._run(inputs, self._masks(flatten(inputs).rows))
+            except UnknownCall as error:
+                if not (self.by_module or isinstance(error, OtherLength)):
+                    raise
+                self.row_by_row = True  # with the same masks, whose numbers and sizes are those of single rows
+        return self._run_row_by_row(inputs)
+
+    def _run_row_by_row(self, inputs: Inputs) -> Any:
+        """Run the network on one row after the other; `key` may hold several draws, as in `takes_many_keys`."""
+        rows = flatten(inputs).rows
+        many = self.key.ndim == 2
+        keys = self.key.repeat_interleave(rows // len(self.key), 0) if many else self.key.expand(rows, 2)
+        masks = [self._masks_alone(key, None if many else self.kept) for key in keys]
+        each = [self._run(map_inputs(lambda t, i=i: t[i : i + 1], inputs), masks[i]) for i in range(rows)]
+        return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *each)
+
+    def _run(self, inputs: Inputs, masks: Masks) -> Any:
+        """Run the network under these masks."""
+        args, kwargs = arguments(inputs)
+        with CounterDropout(masks), self._reads():
             return self.inner(*args, **kwargs)
 
     def _reads(self) -> contextlib.AbstractContextManager:
@@ -116,41 +159,72 @@ class DropoutNetwork(KeyedNetwork):
     def adopt(self, other: KeyedNetwork) -> None:
         assert isinstance(other, DropoutNetwork)
         self.sites, self.on, self.off = other.sites, other.on, other.off
+        self.by_module, self.row_by_row = other.by_module, other.row_by_row
 
     @torch.no_grad()
     def locate(self, inputs: Inputs) -> tuple[Site, ...]:
         """The dropout calls of a forward and the batch axis of each, found by running two batch sizes.
 
-        Raises RuntimeError or ValueError for dropout that cannot be drawn reproducibly for each row.
+        Raises NotImplementedError for noise that is not dropout.
         """
         if self.off is None:
             self._find_reads(inputs)
-        calls = []
-        self.sites = None
-        for rows in (2, 3):
-            repeated = map_inputs(lambda t, rows=rows: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
-            args, kwargs = arguments(repeated)
-            masks = self._masks()
-            with CounterDropout(masks), self._reads():
-                with_gradients_if_needed(functools.partial(self.inner, *args, **kwargs))
-            calls.append(masks.calls)
-        if [s.kind for s in calls[0]] != [s.kind for s in calls[1]]:
-            raise RuntimeError(
-                "the module calls other dropouts for another batch size, so draws cannot be reproduced: call the same "
-                "ones for every batch size"
-            )
-        self.sites = tuple(_place_batch(a, b) for a, b in zip(*calls, strict=True))
-        if any(site.multiple > 1 for site in self.sites):
-            # `keep` assumes that a folded axis holds each row's entries in one block; equal rows then stay equal
-            with CounterDropout(Masks(self.key, self.inner, 0.5, self.sites)), self._reads():
-                outputs = with_gradients_if_needed(functools.partial(self.inner, *args, **kwargs))
-            for t in leaves(outputs).values():
-                if isinstance(t, Tensor) and not torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4):
-                    raise ValueError(
-                        "dropout runs over an axis that folds the batch behind another axis, so vbdl cannot tell "
-                        "which part belongs to which row of the batch: put the batch first when folding"
-                    )
+        self.sites, self.by_module, self.row_by_row = None, False, False
+        two, three = (self._calls(_repeated(inputs, rows))[0] for rows in (2, 3))
+        self.by_module = self._leaves_out_dropout(two)
+        if self.by_module:
+            self.row_by_row = self._depends_on_rows(inputs)
+        if not self.row_by_row:
+            try:
+                self.sites = _with_batch_axes(two, three)
+            except ValueError:  # not every call has the batch as one axis
+                self.row_by_row = True
+            else:
+                self.row_by_row = any(s.multiple > 1 for s in self.sites) and not self._keeps_rows_equal(inputs)
+        if self.row_by_row:
+            masks = self._masks_alone(self.key, None)
+            with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 1), masks))
+            self.sites = tuple(masks.calls)
+        assert self.sites is not None
         return self.sites
+
+    def _calls(self, inputs: Inputs, rate: float | None = None) -> tuple[list[Site], Any]:
+        """The dropout calls of a forward, and its outputs. rate: for all of them."""
+        masks = self._masks() if rate is None else Masks(self.key, self.inner, rate, self.sites)
+        outputs = with_gradients_if_needed(functools.partial(self._run, inputs, masks))
+        return masks.calls, outputs
+
+    def _leaves_out_dropout(self, calls: Sequence[Site]) -> bool:
+        """Whether a forward with these calls uses not all of the network's dropout layers; another row's may."""
+        called, fixed = {site.path for site in calls}, self._fixed()
+        return any(
+            isinstance(m, DROPOUT_LAYERS) and m.p > 0 and path not in called and id(m) not in fixed
+            for path, m in self.inner.named_modules()
+        )
+
+    def _depends_on_rows(self, inputs: Inputs) -> bool:
+        """Whether rows of these inputs call other dropouts than the first one."""
+        rows = [map_inputs(lambda t, i=i: t[i : i + 1], inputs) for i in range(min(flatten(inputs).rows, _ROWS))]
+        each = [[(site.path, site.kind) for site in self._calls(row)[0]] for row in rows]
+        return any(calls != each[0] for calls in each)
+
+    def _keeps_rows_equal(self, inputs: Inputs) -> bool:
+        """Whether equal rows have equal outputs, so that a folded axis holds each row's entries in one block."""
+        _, outputs = self._calls(_repeated(inputs, 3), rate=0.5)
+        tensors = [t for t in leaves(outputs).values() if isinstance(t, Tensor)]
+        return all(torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4) for t in tensors)
+
+
+def _repeated(inputs: Inputs, rows: int) -> Inputs:
+    """A batch of so many copies of the first row."""
+    return map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
+
+
+def _with_batch_axes(two: Sequence[Site], three: Sequence[Site]) -> tuple[Site, ...]:
+    """The dropout calls on 2 rows and on 3 as sites with their batch axes. Raises ValueError if they do not fit."""
+    if [s.kind for s in two] != [s.kind for s in three]:
+        raise ValueError("the module calls other dropouts for another batch size")
+    return tuple(_place_batch(a, b) for a, b in zip(two, three, strict=True))
 
 
 def _place_batch(two: Site, three: Site) -> Site:

@@ -16,6 +16,7 @@ class KeyedNetwork(nn.Module):
     """
 
     draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
+    row_by_row: bool = False  # whether the forward runs one row after the other
     inner: nn.Module
     key: Tensor
     rate: float | Mapping[str, float] | None = None

@@ -1,6 +1,7 @@
 """The dropout masks of one draw, a pure function of its key: call i of a forward draws from the counters of layer i.
 
-In prediction a draw has one mask, shared by all rows of a batch; in training every row has its own.
+In prediction a draw has one mask, shared by all rows of a batch; in training every row has its own. If not every row
+calls the same dropouts, as in a mixture of experts, the counters are numbered by the module that calls instead.
 """
 
 import math
@@ -25,6 +26,18 @@ class Site:
     multiple: int = 1  # entries of that axis per row of the batch
 
 
+_CALLS_OF_A_MODULE = 64  # more are numbered with the calls of the next module
+_FIRST_BY_MODULE = 1 << 16  # number in the counters of the first call, above those of calls in their order
+
+
+class UnknownCall(RuntimeError):
+    """A dropout call that was not made when the module first ran."""
+
+
+class OtherLength(UnknownCall):
+    """A dropout call whose batch axis does not hold as many entries for each row as when the module first ran."""
+
+
 class Masks:
     """The masks of the dropout calls in one forward of `root`, in their order.
 
@@ -33,6 +46,9 @@ class Masks:
     sites: the dropout calls in their order, from `DropoutNetwork.locate`; if None, axis 0 is taken for the batch in all
         of them.
     per_row: one mask per row, as in training.
+    by_module: number the calls by the module that makes them, for forwards in which rows call different ones.
+    alone: the batch is one row, so that a mask has the shape of what it masks.
+    rows: the rows of the batch (all repeats of it), or None if they are unknown.
     silent: record the dropout calls in `calls`, but drop nothing.
     kept: masks by number of the call and shape, which are read from it and added to it; None: every mask is made anew.
     """
@@ -46,8 +62,11 @@ class Masks:
         per_row: bool = False,
         silent: bool = False,
         kept: dict[Hashable, Tensor] | None = None,
+        by_module: bool = False,
+        alone: bool = False,
+        rows: int | None = None,
     ):
-        self._kept = kept
+        self._kept, self._by_module, self._alone, self._rows = kept, by_module, alone, rows
         self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
         self._root = root
         self._names: dict[int, str] | None = None
@@ -83,24 +102,36 @@ class Masks:
             axis = None
         index, path = len(self.calls), self.place()
         p, multiple = self.p(p, path), 1
-        if axis == -1:
+        if self._alone:
+            axis = None
+        elif axis == -1:
             axis = 0
             if self.sites is not None:
-                if index >= len(self.sites) or self.sites[index].kind != kind:
-                    raise RuntimeError(
+                if index >= len(self.sites) or (self.sites[index].kind, self.sites[index].path) != (kind, path):
+                    raise UnknownCall(
                         f"{kind} in {described(path)} was not called when the module first ran: a forward whose "
                         f"dropout calls depend on the data cannot be drawn reproducibly; call the same ones each time"
                     )
                 axis, multiple = self.sites[index].axis, self.sites[index].multiple
+                if axis is not None and self._rows is not None and shape[axis] != self._rows * multiple:
+                    raise OtherLength(f"{kind} in {described(path)} masks {shape}, which is not {multiple} a row")
         self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple))
         if p == 0.0 or self.silent:
             return None
+        if self._by_module:
+            index = self._number_by_module(path)
         if self._kept is None:
             return self._made(index, shape, p, device, axis, multiple)
         this = (index, tuple(shape))  # the shape, because a sequence may have another length in the next call
         if this not in self._kept:
             self._kept[this] = self._made(index, shape, p, device, axis, multiple)
         return self._kept[this]
+
+    def _number_by_module(self, path: str) -> int:
+        """The number in the counters of the latest call, which is in the module `path`."""
+        module = next(i for i, (name, _) in enumerate(self._root.named_modules()) if name == path)
+        before = sum(call.path == path for call in self.calls) - 1
+        return _FIRST_BY_MODULE + module * _CALLS_OF_A_MODULE + before
 
     def _made(
         self, index: int, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None, multiple: int
