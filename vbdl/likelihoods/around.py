@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vbdl.types import OUTCOMES, Likelihood, Prediction, State
+from vbdl.types import OUTCOMES, Likelihood, OutputHessian, Prediction, State
 
 
 class Around(Likelihood):
@@ -33,6 +33,15 @@ class Around(Likelihood):
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.likelihood.training_loss(parameters, y)
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> OutputHessian:
+        return self.likelihood.hessian(outputs, y)
+
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
+        return self.likelihood.squared_residuals(parameters, y)
+
+    def scale_noise(self, factors: Tensor) -> None:
+        self.likelihood.scale_noise(factors)
 
     def summarize(self, parameters: Tensor) -> State:
         return self.likelihood.summarize(parameters)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.likelihoods.targets import check_labeled
-from vbdl.types import Likelihood, Prediction, State
+from vbdl.types import DiagonalHessian, Likelihood, Prediction, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,10 @@ class Bernoulli(Likelihood):
         """The negative log-likelihood, (batch,), in nats, summed over a row's targets; parameters, y: (batch, ...)."""
         logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
         return per_row(F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none"))
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> DiagonalHessian:
+        """p (1 - p) of each logit, which does not depend on y."""
+        return DiagonalHessian((outputs.sigmoid() * (-outputs).sigmoid()).flatten(1))
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples; parameters: (samples, batch, ...) logits."""

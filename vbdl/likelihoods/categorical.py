@@ -8,7 +8,7 @@ from torch import Tensor
 from vbdl_kernels import predictive_statistics
 
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
-from vbdl.types import Likelihood, Prediction, State
+from vbdl.types import Likelihood, Prediction, SoftmaxHessian, State
 
 
 def _in_one_pass(parameters: Tensor) -> bool:
@@ -112,6 +112,10 @@ class Categorical(Likelihood):
         """
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
         return per_row(-log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1))
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> SoftmaxHessian:
+        """diag(p) - p p^T, which does not depend on the class y."""
+        return SoftmaxHessian(self(outputs).softmax(-1), self.class_axis)
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples; parameters: (samples, batch, ..., classes) logits."""

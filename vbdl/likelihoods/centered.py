@@ -10,7 +10,7 @@ from torch import Tensor
 from vbdl.likelihoods.around import Around
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.normal_mixture import NormalLikelihood
-from vbdl.types import Prediction, State
+from vbdl.types import OutputHessian, Prediction, State
 
 # float32 rounds targets this many standard deviations from zero by about 1e-4 standard deviations
 FAR = 1_000.0
@@ -61,6 +61,12 @@ class Centered(Around):
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.likelihood.training_loss(parameters, self._apart(parameters, y))
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> OutputHessian:
+        return self.likelihood.hessian(outputs, self._apart(outputs, y))
+
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
+        return self.likelihood.squared_residuals(parameters, self._apart(parameters, y))
 
     def _apart(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The targets minus center, subtracted before rounding to the dtype of the parameters."""

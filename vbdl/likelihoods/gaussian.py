@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood, columns
+from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood, as_columns, columns
+from vbdl.types import DiagonalHessian
 
 
 class Gaussian(NormalLikelihood):
@@ -60,3 +61,21 @@ class Gaussian(NormalLikelihood):
         log_variance = (2 * self.log_std).clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
         log_variance = log_variance.reshape(-1, *[1] * (-1 - axis))
         return torch.stack((mean, log_variance.to(mean.dtype).expand_as(mean)), dim=-1)
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> DiagonalHessian:
+        """1 / std^2 of each output, which depends on neither the output nor y."""
+        _, log_variance = self(outputs).unbind(-1)
+        return DiagonalHessian((-log_variance).exp().flatten(1))
+
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
+        """((y - mean) / std)^2, (batch, outputs); None for a fixed noise level."""
+        if not self.learned:
+            return None
+        mean, log_variance = parameters.unbind(-1)
+        y = as_columns(y, mean.shape).to(mean.dtype)
+        each = (y - mean).square() * (-log_variance).exp()
+        return each.movedim(self.output_axis(mean.ndim), -1).flatten(1, -2).sum(1) if each.ndim > 2 else each
+
+    @torch.no_grad()
+    def scale_noise(self, factors: Tensor) -> None:
+        self.log_std.add_(factors.log().to(self.log_std))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vbdl.likelihoods.moments import per_row
 from vbdl.likelihoods.normal_mixture import LOG_VARIANCE_BOUND, NormalLikelihood, normal_nll
+from vbdl.types import DiagonalHessian
 
 
 class HeteroscedasticGaussian(NormalLikelihood):
@@ -50,6 +51,17 @@ class HeteroscedasticGaussian(NormalLikelihood):
             )
         mean, log_variance = outputs.chunk(2, dim=axis)
         return torch.stack((mean, log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)), dim=-1)
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> DiagonalHessian:
+        """The Fisher information of means and log-variances, 1 / variance and 1 / 2: the Hessian's mean over y.
+
+        The Hessian at one y is never positive unless y is the mean.
+        """
+        axis = self.output_axis(outputs.ndim)
+        _, free = outputs.chunk(2, dim=axis)
+        log_variance = free.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
+        of_log_variance = torch.where(free == log_variance, 0.5, 0.0).to(outputs.dtype)  # beyond the bound it is fixed
+        return DiagonalHessian(torch.cat([(-log_variance).exp(), of_log_variance], dim=axis).flatten(1))
 
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The negative log-likelihood, (batch,), in nats, with each output's term weighed by variance^beta."""

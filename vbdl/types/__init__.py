@@ -7,6 +7,7 @@ target units.
 
 from vbdl.types.calibrator import Calibrator
 from vbdl.types.decision import Decision
+from vbdl.types.hessian import DenseHessian, DiagonalHessian, OutputHessian, SoftmaxHessian
 from vbdl.types.likelihood import Likelihood, check_likelihood
 from vbdl.types.posterior import Posterior, is_posterior
 from vbdl.types.prediction import OUTCOMES, Prediction, Recalibration
@@ -16,6 +17,8 @@ __all__ = [
     "Arguments",
     "Calibrator",
     "Decision",
+    "DenseHessian",
+    "DiagonalHessian",
     "Inputs",
     "Json",
     "Keywords",
@@ -23,9 +26,11 @@ __all__ = [
     "Nested",
     "OUTCOMES",
     "Output",
+    "OutputHessian",
     "Posterior",
     "Prediction",
     "Recalibration",
+    "SoftmaxHessian",
     "State",
     "check_likelihood",
     "is_posterior",

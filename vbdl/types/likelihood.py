@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from vbdl.types.hessian import DenseHessian, OutputHessian
 from vbdl.types.prediction import Prediction
 from vbdl.types.values import State
 
@@ -47,6 +49,36 @@ class Likelihood(nn.Module):
     def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The loss that training minimizes, (batch,): `nll` unless overridden."""
         return self.nll(parameters, y)
+
+    def hessian(self, outputs: Tensor, y: Tensor) -> OutputHessian:
+        """The Hessian of each row's nll in the network's outputs, positive semi-definite, for a Laplace approximation.
+
+        outputs: (batch, ...) of the network; y: as `check_targets` returns it. By default torch differentiates `nll`
+        twice, and negative eigenvalues become 0. A likelihood that knows its Hessian or Fisher information returns it.
+        """
+
+        with torch.enable_grad():
+            flat = outputs.detach().flatten(1).requires_grad_()
+            nll = self.nll(self(flat.view(outputs.shape)), y).sum()
+            (gradient,) = torch.autograd.grad(nll, flat, create_graph=True)
+            if not gradient.requires_grad:  # nll is linear in the outputs
+                return DenseHessian(gradient.new_zeros(*flat.shape, flat.shape[1]))
+            # rows do not depend on each other, so the gradient of a sum over rows holds each row's own
+            each = {"retain_graph": True, "materialize_grads": True}
+            columns = [torch.autograd.grad(one.sum(), flat, **each)[0] for one in gradient.unbind(1)]
+        return DenseHessian(torch.stack(columns, dim=-1))
+
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
+        """The squared residuals in units of the noise variance, (batch, outputs), summed over the axes of an output.
+
+        Of a likelihood whose noise levels are learned and are the same for every row; None for any other. A Laplace
+        approximation reestimates them by its evidence, which is a function of these sums.
+        """
+        return None
+
+    def scale_noise(self, factors: Tensor) -> None:
+        """Multiply the noise stds by these factors, (outputs,), if there are `squared_residuals`."""
+        raise NotImplementedError(f"{type(self).__name__} has squared_residuals and needs a method scale_noise(factors)")
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples, which `merge` can combine; parameters: (samples, batch, ...)."""

@@ -1,0 +1,163 @@
+"""The pass over the rows that sums the generalized Gauss-Newton matrix of a network and a likelihood.
+
+Memory does not grow with the number of rows, and no array of rows x outputs x weights is made: each batch costs one
+forward pass of the layers before the first chosen one, and one backward pass to it for each column of the likelihood's
+Hessian (`columns`). A linear layer that is itself the output, as a last layer mostly is, needs no backward pass:
+A = sum phi phi^T, G = sum H. The network must be in evaluation mode, in which rows do not depend on each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calling.inputs import flatten
+from vbdl.calling.stacking import state_of
+from vbdl.curvature.blocks import Block, Decomposed, KroneckerBlock
+from vbdl.curvature.columns import columns
+from vbdl.curvature.uses import Recorded, Use, record
+from vbdl.data.rows import take
+from vbdl.types import Inputs, Likelihood, Output, State
+
+
+@dataclass
+class Fit:
+    """How the network at its mean fits the rows that were passed.
+
+    rows: their number. nll: the sum of -log p(y | x), in nats. residuals: the sums of squared residuals in units of the
+    noise variance, (outputs,), and elements: the number of targets in each; None for a likelihood without such noise.
+    """
+
+    rows: int = 0
+    nll: float = 0.0
+    residuals: Tensor | None = None
+    elements: int = 0
+
+    def add(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> None:
+        """Add a batch of outputs, (batch, ...), and targets."""
+        parameters = likelihood(outputs)
+        self.rows += len(y)
+        self.nll += float(likelihood.nll(parameters, y).double().sum())
+        residuals = likelihood.squared_residuals(parameters, y)
+        if residuals is not None:
+            total = residuals.double().sum(0)
+            self.residuals = total if self.residuals is None else self.residuals + total
+            self.elements += y.numel() // len(total)
+
+
+@dataclass
+class GaussNewton:
+    """The curvature of chosen parameters, added up batch by batch.
+
+    blocks: which parameters, and the form of the curvature of each.
+    samples: backward passes for each batch if it is not one for each output; see `columns`.
+    seed: of the counters that random columns are drawn from.
+    """
+
+    network: nn.Module
+    likelihood: Likelihood
+    blocks: Sequence[Block]
+    output: Output = None
+    samples: int | None = None
+    seed: int = 0
+    fit: Fit = field(default_factory=Fit)
+    state: State = field(init=False)
+    # parameters that some operation without a rule uses: their gradients are taken row by row
+    direct: set[str] = field(default_factory=set)
+    _axes: list[int] | None = None  # the axis of the batch in the inputs of each use
+
+    def __post_init__(self) -> None:
+        self.state = {name: t.detach() for name, t in state_of(self.network).items()}
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of all parameters of the blocks."""
+        return [name for block in self.blocks for name in block.names]
+
+    def add(self, x: Inputs, y: Tensor) -> None:
+        """Add a batch of rows; y: the targets as the likelihood's `check_targets` returns them."""
+        if self._axes is None:
+            self._find_axes(x)
+        if not self.direct:
+            self._add(x, y)
+            return
+        for row in range(len(y)):
+            one = torch.tensor([row])
+            self._add(take(x, one), y[one])
+
+    def _record(self, x: Inputs, axes: Sequence[int] | None) -> Recorded:
+        state = dict(self.state)
+        for name in self.direct:
+            state[name] = self.state[name].clone().requires_grad_()
+        captured = [name for name in self.chosen if name not in self.direct]
+        rows = flatten(x).rows
+        recorded = record(self.network, state, captured, x, rows, self.output, axes)
+        recorded.leaves = {name: state[name] for name in self.direct}
+        return recorded
+
+    def _find_axes(self, x: Inputs) -> None:
+        """Find the axis of the batch in the inputs of each use, and the parameters that need gradients row by row.
+
+        Two runs with other numbers of rows, which differ in the length of that axis.
+        """
+        first = torch.zeros(3, dtype=torch.int64)
+        two, three = self._record(take(x, first[:2]), None), self._record(take(x, first), None)
+        self.direct = two.others | three.others
+        for block in self.blocks:
+            if isinstance(block, KroneckerBlock) and (odd := self.direct & set(block.names)):
+                raise ValueError(
+                    f"parameter '{min(odd)}' is used by other operations than one linear layer or convolution, so its "
+                    f"curvature is no Kronecker product: choose structure='diagonal', or parameters= without it"
+                )
+        if self.direct:
+            two, three = self._record(take(x, first[:2]), None), self._record(take(x, first), None)
+        if len(two.uses) != len(three.uses):
+            self._axes = []
+            return
+        self._axes = [
+            next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), 0)
+            for a, b in zip(two.uses, three.uses, strict=True)
+        ]
+
+    def _add(self, x: Inputs, y: Tensor) -> None:
+        recorded = self._record(x, self._axes)
+        outputs, rows = recorded.outputs.detach(), len(y)
+        with torch.no_grad():
+            hessian = self.likelihood.hessian(outputs, y)
+            begun = self.fit.rows
+            self.fit.add(self.likelihood, outputs, y)
+            if (use := _output_layer(recorded)) is not None:
+                for block in self.blocks:
+                    block.add_output_layer(use, hessian, rows)
+                return
+            for block in self.blocks:
+                block.add_inputs(recorded.uses, rows)
+            vectors = columns(hessian, rows, outputs[0].numel(), self.samples, self.seed + begun)
+        ends = [use.output for use in recorded.uses] + list(recorded.leaves.values())
+        for vector in vectors:
+            cotangent = vector.reshape(outputs.shape).to(recorded.outputs.dtype)
+            gradients = torch.autograd.grad(
+                recorded.outputs, ends, cotangent, retain_graph=True, allow_unused=True
+            )
+            with torch.no_grad():
+                by_use = [
+                    None if g is None else use.gradients_at(g)
+                    for use, g in zip(recorded.uses, gradients, strict=False)
+                ]
+                direct = dict(zip(recorded.leaves, gradients[len(recorded.uses) :], strict=True))
+                filled = {n: torch.zeros_like(self.state[n]) if g is None else g for n, g in direct.items()}
+                for block in self.blocks:
+                    block.add_column(recorded.uses, by_use, filled)
+
+    def finish(self) -> list[Decomposed]:
+        """The eigenvalues and eigenvectors of each block, of the rows added so far."""
+        return [block.finish() for block in self.blocks]
+
+
+def _output_layer(recorded: Recorded) -> Use | None:
+    """The only use of chosen parameters, if its output is that of the network: a linear layer, (rows, outputs)."""
+    if len(recorded.uses) != 1 or recorded.leaves:
+        return None
+    use, outputs = recorded.uses[0], recorded.outputs
+    return use if use.kind == "linear" and use.output is outputs and outputs.ndim == 2 else None
