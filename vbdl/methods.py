@@ -98,6 +98,17 @@ METHODS: dict[str, Method] = {
             training={"lr": 1e-3, "patience": 20},
         ),
         Method(
+            name="laplace",
+            module="vbdl.posteriors.laplace",
+            class_name="Laplace",
+            words="Laplace approximation",
+            when="the network is trained already, without dropout, and is not to be trained again",
+            arguments=("n_data", "seed"),
+            dropout=0.0,
+            takes_trained=True,
+            training={"lr": 1e-3, "patience": 20},
+        ),
+        Method(
             name="stochastic",
             module="vbdl.posteriors.stochastic",
             class_name="Stochastic",

@@ -42,21 +42,9 @@ class Block:
         """
         raise NotImplementedError
 
-    def finish(self) -> "Decomposed":
-        """The eigenvalues and eigenvectors of the sum."""
+    def finish(self) -> State:
+        """The sum as the buffers of a factor of `vbdl.nn.gaussian`, by their names; a diagonal by parameter names."""
         raise NotImplementedError
-
-
-class Decomposed:
-    """A block as eigenvalues and eigenvectors, float64.
-
-    values: the tensors of a factor of `vbdl.nn.gaussian` by the names of its buffers, or, of a diagonal block, the
-        curvature of each parameter by its name.
-    eigenvalues: all of them, (weights,).
-    """
-
-    def __init__(self, values: State, eigenvalues: Tensor):
-        self.values, self.eigenvalues = values, eigenvalues
 
 
 def chunks(rows: int, each: int) -> Iterator[slice]:
@@ -116,7 +104,7 @@ class KroneckerBlock(Block):
                 flat = g.flatten(0, 2)
                 self.outputs += flat.mT @ flat
 
-    def finish(self) -> Decomposed:
+    def finish(self) -> State:
         inputs = self.inputs
         if self.bias is not None:
             count = self.like + self.positions
@@ -129,13 +117,7 @@ class KroneckerBlock(Block):
         a, of_inputs = torch.linalg.eigh(inputs / max(self.positions, 1))
         g, of_outputs = torch.linalg.eigh(self.outputs)
         a, g = a.clamp_min(0), g.clamp_min(0)
-        values = {
-            "input_values": a,
-            "input_vectors": of_inputs,
-            "output_values": g,
-            "output_vectors": of_outputs,
-        }
-        return Decomposed(values, (g[:, None] * a).flatten())
+        return {"input_values": a, "input_vectors": of_inputs, "output_values": g, "output_vectors": of_outputs}
 
 
 # -- diagonal and dense, from the gradient of each row
@@ -188,7 +170,9 @@ class DiagonalBlock(Block):
 
     def add_column(self, uses: Sequence[Use], gradients: Gradients, direct: State) -> None:
         for name, shape in self.shapes.items():
-            mine = [(u, g) for u, g in zip(uses, gradients, strict=True) if g is not None and name in (u.weight, u.bias)]
+            mine = [
+                (u, g) for u, g in zip(uses, gradients, strict=True) if g is not None and name in (u.weight, u.bias)
+            ]
             if name not in direct and not mine:
                 continue
             if name not in direct and len(mine) == 1 and _once(*mine[0], name):
@@ -200,8 +184,8 @@ class DiagonalBlock(Block):
             for some in chunks(rows, shape.numel()):
                 self.sums[name] += row_gradients(name, shape, uses, gradients, direct, some).square().sum(0)
 
-    def finish(self) -> Decomposed:
-        return Decomposed(dict(self.sums), torch.cat([t.flatten() for t in self.sums.values()]))
+    def finish(self) -> State:
+        return dict(self.sums)
 
 
 def _once(use: Use, gradient: Tensor, name: str) -> bool:
@@ -218,7 +202,9 @@ class DenseBlock(Block):
     def __init__(self, parameters: Mapping[str, Tensor], padding: Mapping[str, int] | None = None):
         super().__init__(parameters)
         self.padding = padding or {}
-        self.size = sum(self._kept(name, torch.empty(shape, device="meta")).numel() for name, shape in self.shapes.items())
+        self.size = sum(
+            self._kept(name, torch.empty(shape, device="meta")).numel() for name, shape in self.shapes.items()
+        )
         self.matrix = self.like.new_zeros(self.size, self.size)
         self.of_layer: Tensor | None = None  # of an output layer: (outputs, inputs, outputs, inputs), with the bias
         self.layer: Use | None = None
@@ -252,13 +238,12 @@ class DenseBlock(Block):
             jacobian = torch.cat([t.to(each[0].dtype) for t in each], dim=1)
             self.matrix += jacobian.mT @ jacobian
 
-    def finish(self) -> Decomposed:
+    def finish(self) -> State:
         matrix = self.matrix
         if self.of_layer is not None and self.layer is not None:
             matrix = matrix + self._of_layer(self.of_layer, self.layer)
         values, vectors = torch.linalg.eigh(matrix)
-        values = values.clamp_min(0)
-        return Decomposed({"values": values, "vectors": vectors}, values)
+        return {"values": values.clamp_min(0), "vectors": vectors}
 
     def _of_layer(self, upper: Tensor, use: Use) -> Tensor:
         """The curvature of an output layer in the order of this block's parameters."""

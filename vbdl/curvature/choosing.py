@@ -80,11 +80,11 @@ def check_last(module: nn.Module, chosen: Sequence[str], x: Inputs, output: Outp
     parameters = dict(module.named_parameters())
     names = {id(state[name]): name for name in parameters}
     with torch.enable_grad(), Recorder(names, 1, cut=True) as recorder:
-        outputs = pick(call(module, dict(state), x), output)
+        outputs = pick(call(module, dict(state), x), output).sum()
     if not outputs.requires_grad:
         return
     ends = [use.output for use in recorder.uses]
-    gradients = torch.autograd.grad(outputs.float().sum(), ends, allow_unused=True)
+    gradients = torch.autograd.grad(outputs, ends, allow_unused=True)
     last = [u.weight for u, g in zip(recorder.uses, gradients, strict=True) if g is not None and u.kind == "linear"]
     if any(name in chosen for name in last):
         return

@@ -72,6 +72,21 @@ def best_precisions(parts: Sequence[Part]) -> list[float]:
     return [part.best() for part in parts]
 
 
+def best_noise(parts: Sequence[Part], precisions: Sequence[float], residuals: float, elements: int) -> float:
+    """The factor of the noise std with the largest evidence for these prior precisions.
+
+    residuals: the sum of squared residuals in units of the noise variance. elements: the number of targets. With the
+    noise scaled by t the slope of the evidence in log t, residuals / t^2 + gamma(t) - elements, decreases.
+    """
+
+    def slope(log_square: float) -> float:
+        inverse = math.exp(-log_square)
+        gamma = sum(part.scaled(inverse).determined(d) for part, d in zip(parts, precisions, strict=True))
+        return residuals * inverse + gamma - elements
+
+    return math.exp(0.5 * _root(slope))
+
+
 def best_with_noise(parts: Sequence[Part], residuals: float, elements: int) -> tuple[list[float], float]:
     """The prior precisions and the factor of the noise std with the largest evidence.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vbdl.calling.inputs import flatten
 from vbdl.calling.stacking import state_of
-from vbdl.curvature.blocks import Block, Decomposed, KroneckerBlock
+from vbdl.curvature.blocks import Block, KroneckerBlock
 from vbdl.curvature.columns import columns
 from vbdl.curvature.uses import Recorded, Use, record
 from vbdl.data.rows import take
@@ -137,22 +137,15 @@ class GaussNewton:
         ends = [use.output for use in recorded.uses] + list(recorded.leaves.values())
         for vector in vectors:
             cotangent = vector.reshape(outputs.shape).to(recorded.outputs.dtype)
-            gradients = torch.autograd.grad(
-                recorded.outputs, ends, cotangent, retain_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(recorded.outputs, ends, cotangent, retain_graph=True, allow_unused=True)
             with torch.no_grad():
                 by_use = [
-                    None if g is None else use.gradients_at(g)
-                    for use, g in zip(recorded.uses, gradients, strict=False)
+                    None if g is None else use.gradients_at(g) for use, g in zip(recorded.uses, gradients, strict=False)
                 ]
                 direct = dict(zip(recorded.leaves, gradients[len(recorded.uses) :], strict=True))
                 filled = {n: torch.zeros_like(self.state[n]) if g is None else g for n, g in direct.items()}
                 for block in self.blocks:
                     block.add_column(recorded.uses, by_use, filled)
-
-    def finish(self) -> list[Decomposed]:
-        """The eigenvalues and eigenvectors of each block, of the rows added so far."""
-        return [block.finish() for block in self.blocks]
 
 
 def _output_layer(recorded: Recorded) -> Use | None:

@@ -120,7 +120,9 @@ class Recorder(TorchFunctionMode):
         return self._axes[number] if self._axes is not None and number < len(self._axes) else 0
 
 
-def _linear(recorder: Recorder, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
+def _linear(
+    recorder: Recorder, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Use | None:
     names = recorder.name(weight), recorder.name(bias)
     if names == (None, None):
         return None
@@ -157,7 +159,11 @@ def _convolution(
 
     def patches(rows: slice) -> Tensor:
         some = at.unflatten(0, (count, -1))[rows]  # a row may have several images, such as the frames of a film
-        return _patches(some.flatten(0, 1), sizes, stride, padding, dilation, groups).unflatten(0, (len(some), -1)).flatten(1, 2)
+        return (
+            _patches(some.flatten(0, 1), sizes, stride, padding, dilation, groups)
+            .unflatten(0, (len(some), -1))
+            .flatten(1, 2)
+        )
 
     def gradients(gradient: Tensor) -> Tensor:
         last = gradient.flatten(2).mT.reshape(count, -1, gradient.shape[1])  # (rows, positions, channels)
@@ -233,9 +239,7 @@ def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5):
     return func(input, num_groups, None, None, eps), weight, bias
 
 
-def _batch_norm(
-    func, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
+def _batch_norm(func, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     return func(input, running_mean, running_var, None, None, training, momentum, eps), weight, bias
 
 

@@ -29,7 +29,7 @@ from vbdl.engine.precision import PrecisionError, against_float32
 from vbdl.engine.predictive_module import PredictiveModule
 from vbdl.engine.program import Ready
 from vbdl.engine.settings import PredictorSettings
-from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State, check_likelihood, is_posterior
+from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State, check_likelihood, check_ready, is_posterior
 
 if TYPE_CHECKING:
     from vbdl.artifact.manifest import Manifest
@@ -112,6 +112,7 @@ class Predictor:
                 f"vbdl.MeanField or vbdl.DeepEnsemble"
             )
         check_likelihood(likelihood)
+        check_ready(posterior)
         self.settings = PredictorSettings.checked(
             posterior,
             n_samples=n_samples,

@@ -4,12 +4,13 @@ Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertain
 NeurIPS 2017, https://arxiv.org/abs/1612.01474
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
     blueprint,
@@ -31,7 +32,7 @@ from vbdl.nn.architecture import architecture, difference, stack
 from vbdl.nn.frozen import frozen_modules, hold_frozen
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
-from vbdl.types import Inputs, Likelihood, Output, Posterior, State, is_posterior
+from vbdl.types import Inputs, Likelihood, Output, Posterior, State, TrainingRows, is_posterior
 
 
 class DeepEnsemble(Posterior):
@@ -244,10 +245,44 @@ class DeepEnsemble(Posterior):
             if part.base is not None:
                 part._prepare_base(inputs)
 
+    def _posterior_of(self, index: int) -> Any:  # of the class of the members
+        """A posterior of the members' class with copies of one member's tensors."""
+        assert self.base is not None
+        return holding(self.base, {f"module.{name}": t for name, t in self.member(index).items()})
+
+    def check_ready(self) -> None:
+        for part in self.parts:
+            if part.base is not None and type(part.base).check_ready is not Posterior.check_ready:
+                part._posterior_of(0).check_ready()
+
+    @property
+    def fits_trained(self) -> bool:  # type: ignore[override]
+        """Whether members are posteriors that fit to trained networks."""
+        return self.base is not None and self.base.fits_trained
+
+    def after_training(self, model: nn.Module, data: TrainingRows) -> None:
+        """Run the members' own `after_training`, one member after the other, each with its rows and likelihood."""
+        if self.base is None or type(self.base).after_training is Posterior.after_training:
+            return
+        assert isinstance(model, Model)
+        for index in range(self.n_members):
+            posterior, likelihood = self._posterior_of(index), model.likelihood
+            if likelihood.n_members is not None:
+                own = {name: p.detach()[index].clone() for name, p in likelihood.named_parameters()}
+                likelihood = holding(likelihood, own)
+                likelihood.n_members = None
+            posterior.after_training(Model(posterior, likelihood), _RowsOfMember(data, index))
+            with torch.no_grad():
+                fitted = state_of(posterior.module)
+                for name, t in self.stacked().items():
+                    t[index].copy_(fitted[name])
+                if model.likelihood.n_members is not None:
+                    for name, p in model.likelihood.named_parameters():
+                        p[index].copy_(dict(likelihood.named_parameters())[name])
+
     def _prepare_base(self, inputs: Inputs) -> None:
         """Run the base posterior's `prepare` on the inputs, with the first member's tensors."""
-        assert self.base is not None
-        probe: Any = holding(self.base, {f"module.{name}": t for name, t in self.member(0).items()})
+        probe = self._posterior_of(0)
         probe.module.adopt(self._hidden[0])
         probe.prepare(inputs)
         self._hidden[0].adopt(probe.module)
@@ -291,6 +326,19 @@ class DeepEnsemble(Posterior):
                 raise
             raise kept_error from error
         self.one_by_one = reason or ""
+
+
+class _RowsOfMember:
+    """The training rows of one member of an ensemble."""
+
+    own = False
+
+    def __init__(self, rows: TrainingRows, index: int):
+        self._rows, self._index, self.validation = rows, index, rows.validation
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        for x, y in self._rows:
+            yield (map_inputs(lambda t: t[self._index], x), y[self._index]) if self._rows.own else (x, y)
 
 
 def _key(name: str) -> str:

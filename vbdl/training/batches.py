@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from vbdl.data.fingerprint import fingerprints
 from vbdl.data.rows import Batches, Data, MemberRows, bootstrap, check_rows, holdout, take, whole
+from vbdl.progress import Progress
 from vbdl.training.options import TrainingOptions
 from vbdl.types import Inputs
 
@@ -70,6 +71,10 @@ class TrainingData:
         """The number of batches in an epoch; 1 for a stream of unknown length."""
         return len(self._batches)
 
+    def passes(self, title: str, shown: bool | None) -> "Passes":
+        """The training rows, to be passed over after training with a progress display of this title."""
+        return Passes(self, title, shown)
+
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the checked batches of this epoch, (inputs, targets); a DataLoader's are fingerprinted once."""
         if isinstance(self._batches, MemberRows):
@@ -81,3 +86,17 @@ class TrainingData:
             if unseen:
                 self.fingerprints.append(fingerprints(x))
             yield x, y
+
+
+class Passes:
+    """The batches of one epoch and the validation rows, which can be passed over several times; progress is shown."""
+
+    def __init__(self, data: TrainingData, title: str, shown: bool | None):
+        self._data, self._title, self._shown = data, title, shown
+        self.validation, self.own = data.validation, data.own_rows
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        with Progress(self._title, len(self._data), self._shown) as bar:
+            for batch in self._data.epoch(0):
+                yield batch
+                bar.advance()

@@ -47,6 +47,8 @@ def fit(
 ) -> History:
     """Train a posterior and its likelihood in place.
 
+    epochs: passes over the rows. 0 for a posterior of a trained network, such as `vbdl.Laplace`: the network stays as
+        it is, and the posterior is fitted to it.
     data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader. All members see the batches of a
         DataLoader; of any other data each member has its own order of the rows.
     optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);

@@ -36,8 +36,10 @@ class TrainingOptions:
     holdout_seed: int | None = None  # selects the validation rows; `seed` if None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.epochs < 0:
+            raise ValueError(
+                f"epochs must be at least 1, or 0 to fit a posterior to a trained network, got {self.epochs}"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.optimizer is not None and not callable(self.optimizer):

@@ -8,7 +8,7 @@ from vbdl.calling.stacking import call, select
 from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take
 from vbdl.engine.predictor import Predictor
 from vbdl.model import Model
-from vbdl.types import Inputs, Likelihood, Posterior
+from vbdl.types import Inputs, Likelihood, Posterior, before_training
 
 
 def check_predictable(posterior: Posterior, likelihood: Likelihood, x: Inputs) -> None:
@@ -20,7 +20,7 @@ def check_predictable(posterior: Posterior, likelihood: Likelihood, x: Inputs) -
     """
     # only the draws of all members reach every one of several architectures
     n_samples = None if len(posterior.parts) > 1 else min(2, posterior.n_draws or 2)
-    with torch.inference_mode(False):  # a predictor's tensors may be differentiated
+    with before_training(), torch.inference_mode(False):  # a predictor's tensors may be differentiated
         # the first and the last row, which mostly differ: equal rows would hide that the network mixes rows
         few = take(x, torch.tensor([0, tensors(x)[0].shape[0] - 1]))
         Predictor(posterior, likelihood, n_samples, compile=False, tiles=2).explain(few)

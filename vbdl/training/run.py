@@ -46,6 +46,11 @@ class TrainingRun:
     """One training run of a posterior whose members have one architecture."""
 
     def __init__(self, posterior: Posterior, data: Data, likelihood: Likelihood, options: TrainingOptions):
+        if options.epochs == 0 and not posterior.fits_trained:
+            raise ValueError(
+                f"epochs must be at least 1 for {type(posterior).__name__}, which has nothing to fit to a trained "
+                f"network: predict with it as it is, or train it"
+            )
         self.posterior, self.likelihood, self.options = posterior, likelihood, options
         self.members: int = posterior.n_members
         separate = bool(posterior.by_member)  # whether members have their own rows, gradient norms and early stopping
@@ -90,7 +95,8 @@ class TrainingRun:
             self._save(history.epochs)
         self.best.restore(state_of(self.losses))
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            self.posterior.after_training(self.model, self.data.epoch(0))
+            self.posterior.after_training(self.model, self.data.passes("pass over the data", options.progress))
+        self._record_rows()
         history.best_epoch = self.best.epoch.tolist()
         history.compile_seconds += self.step.compile_seconds
         history.seconds += time.perf_counter() - begun
@@ -134,13 +140,16 @@ class TrainingRun:
         self.posterior.eval()
         forget(self.posterior.module)
         forget(self.likelihood)
-        # rows that vbdl.calibrate refuses; a plain attribute, since a buffer would enter the state dict
+        self._record_rows()
+        for p in self.trained.values():
+            p.grad = None
+
+    def _record_rows(self) -> None:
+        """Record the rows seen, which vbdl.calibrate refuses; not as a buffer, which would enter the state dict."""
         before = self.posterior.training_rows
         seen = [*self.data.fingerprints, *([] if before is None else [before])]
         if seen:
             self.posterior.training_rows = torch.cat(seen).unique()
-        for p in self.trained.values():
-            p.grad = None
 
     def _epoch(self, epoch: int) -> None:
         total = torch.zeros(self.members, device=self.device)

@@ -78,7 +78,9 @@ class Likelihood(nn.Module):
 
     def scale_noise(self, factors: Tensor) -> None:
         """Multiply the noise stds by these factors, (outputs,), if there are `squared_residuals`."""
-        raise NotImplementedError(f"{type(self).__name__} has squared_residuals and needs a method scale_noise(factors)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has squared_residuals and needs a method scale_noise(factors)"
+        )
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples, which `merge` can combine; parameters: (samples, batch, ...)."""

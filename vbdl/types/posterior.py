@@ -1,12 +1,46 @@
 """The base class of every method: a posterior over the parameters of one network."""
 
-from collections.abc import Iterable, Sequence
-from typing import TypeGuard
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeGuard
 
 from torch import Tensor, nn
 
 from vbdl.types.likelihood import Likelihood
 from vbdl.types.values import Inputs, Json, Output, State
+
+
+class TrainingRows(Protocol):
+    """The training rows of a posterior as batches, which can be passed over several times."""
+
+    validation: tuple[Inputs, Tensor] | None
+    """The held-out inputs and targets, or None if there are none."""
+    own: bool
+    """Whether each member of an ensemble has its own rows, so that batches have a leading members axis."""
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """Yield (inputs, targets) as `losses` takes them."""
+        ...
+
+
+_before_training: contextvars.ContextVar[bool] = contextvars.ContextVar("before_training", default=False)
+
+
+@contextlib.contextmanager
+def before_training() -> Iterator[None]:
+    """A context in which predictors take posteriors that are not trained yet, as `fit` does to try out the rows."""
+    token = _before_training.set(True)
+    try:
+        yield
+    finally:
+        _before_training.reset(token)
+
+
+def check_ready(posterior: "Posterior") -> None:
+    """Raise ValueError for a posterior that cannot predict yet, except inside `before_training`."""
+    if not _before_training.get():
+        posterior.check_ready()
 
 
 class Posterior(nn.Module):
@@ -43,6 +77,9 @@ class Posterior(nn.Module):
 
     one_by_one: str | None = None
     """The reason why training runs the members one after the other instead of together, or "" or None without one."""
+
+    fits_trained: bool = False
+    """Whether `fit` with no epochs has something to do: one pass over the data for a trained network."""
 
     output: Output = None
     """The output of the network to predict from, if it returns several."""
@@ -90,6 +127,9 @@ class Posterior(nn.Module):
         """The member of each sample, (samples,) int64; numbers: (samples,) int64."""
         return numbers % self.n_members
 
+    def check_ready(self) -> None:
+        """Hook called when a predictor is made; raises ValueError if the posterior cannot predict before `fit`."""
+
     def prepare(self, inputs: Inputs) -> None:
         """Hook called with one batch before prediction, to learn from running the module or to raise an error."""
 
@@ -123,11 +163,11 @@ class Posterior(nn.Module):
     def after_epoch(self, epoch: int) -> None:
         """Hook called after each epoch's last step, before validation, e.g. to collect the weights."""
 
-    def after_training(self, model: nn.Module, data: Iterable[tuple[Inputs, Tensor]]) -> None:
+    def after_training(self, model: nn.Module, data: TrainingRows) -> None:
         """Hook called once after training, with the final weights, in evaluation mode.
 
         model: posterior and likelihood as one module, inputs -> parameters of p(y | x) (`vbdl.model.Model`).
-        data: the batches of the training rows, as `losses` takes them.
+        data: the batches of the training rows, as `losses` takes them, and the held-out rows.
         """
 
 
