@@ -25,6 +25,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.laplace import Laplace
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.posteriors.stochastic import Stochastic
@@ -94,6 +95,18 @@ NETWORKS = {
     "transformer, length first": (lambda: Transformer(batch_first=False), (7, 3)),
 }
 
+
+def fitted(q: Laplace) -> Laplace:
+    """With the curvature of a pass over 101 rows, of any size."""
+    q.module.rows.fill_(101)
+    for factor in q.module.factors:
+        factor.prior_precision.fill_(50.0)
+        for name, t in factor.named_buffers():
+            if name.endswith("values") or name.startswith("curvature"):
+                t.uniform_(0.0, 20.0)
+    return q
+
+
 POSTERIORS = {
     "deterministic": lambda make: Deterministic(make()),
     "dropout": lambda make: MCDropout(make()),
@@ -102,6 +115,8 @@ POSTERIORS = {
     "ensemble of trained networks": lambda make: DeepEnsemble([make() for _ in range(MEMBERS)]),
     "ensemble of two architectures": lambda make: DeepEnsemble([make(), nn.Sequential(make()), make()]),
     "ensemble of dropout": lambda make: DeepEnsemble([MCDropout(make()) for _ in range(MEMBERS)]),
+    "laplace": lambda make: fitted(Laplace(make())),
+    "ensemble of laplace": lambda make: DeepEnsemble([fitted(Laplace(make())) for _ in range(MEMBERS)]),
     "stochastic": lambda make: Stochastic(drawing(make())),
     "ensemble of stochastic": lambda make: DeepEnsemble([Stochastic(drawing(make())) for _ in range(MEMBERS)]),
     "ensemble of mean-field": lambda make: DeepEnsemble(MeanField(make(), n_data=101, initial_std=0.1), MEMBERS),
@@ -125,7 +140,10 @@ class Cells(Collection):
         return cell in list(self)
 
     def __iter__(self):
-        alone = ("deterministic", "dropout", "mean-field", "stochastic", "ensemble", "ensemble of two architectures")
+        alone = (
+            "deterministic", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
+            "ensemble of two architectures",
+        )  # fmt: skip
         for network in self.networks:
             for posterior in POSTERIORS:
                 slow = network != next(iter(self.networks)) and posterior not in alone

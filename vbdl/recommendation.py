@@ -167,6 +167,8 @@ def _measure(
         epochs = max(1, min(_MAX_EPOCHS, int(left / max(one_epoch, 1e-4))))
         history = fit(posterior, parts["train"], likelihood, epochs=epochs, patience=max(5, epochs // 5), **options)
         epochs, training = history.epochs, history.seconds
+    elif posterior.fits_trained:
+        training = fit(posterior, parts["train"], likelihood, epochs=0, progress=False).seconds
     predictor = Predictor(posterior, likelihood, seed=seed, compile=compile, tiles=(1, 64))
     x, y = parts["test"]
     scores = -predictor.log_prob(x, y).double().cpu()

@@ -120,6 +120,28 @@ class KroneckerBlock(Block):
         return {"input_values": a, "input_vectors": of_inputs, "output_values": g, "output_vectors": of_outputs}
 
 
+class BiasBlock(Block):
+    """G of a layer, for its bias alone: the bias of a Kronecker block without the covariance with the weights."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        super().__init__(parameters)
+        (self.bias,) = self.names
+        self.outputs = self.like.new_zeros(self.shapes[self.bias].numel(), self.shapes[self.bias].numel())
+
+    def add_output_layer(self, use: Use, hessian: OutputHessian, rows: int) -> None:
+        self.outputs += hessian.total()
+
+    def add_column(self, uses: Sequence[Use], gradients: Gradients, direct: State) -> None:
+        for use, g in zip(uses, gradients, strict=True):
+            if use.bias == self.bias and g is not None:
+                flat = g.flatten(0, 2)
+                self.outputs += flat.mT @ flat
+
+    def finish(self) -> State:
+        values, vectors = torch.linalg.eigh(self.outputs)
+        return {"values": values.clamp_min(0), "vectors": vectors}
+
+
 # -- diagonal and dense, from the gradient of each row
 
 

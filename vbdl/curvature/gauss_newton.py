@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vbdl.calling.inputs import flatten
 from vbdl.calling.stacking import state_of
-from vbdl.curvature.blocks import Block, KroneckerBlock
+from vbdl.curvature.blocks import BiasBlock, Block, KroneckerBlock
 from vbdl.curvature.columns import columns
 from vbdl.curvature.uses import Recorded, Use, record
 from vbdl.data.rows import take
@@ -26,7 +26,7 @@ class Fit:
     """How the network at its mean fits the rows that were passed.
 
     rows: their number. nll: the sum of -log p(y | x), in nats. residuals: the sums of squared residuals in units of the
-    noise variance, (outputs,), and elements: the number of targets in each; None for a likelihood without such noise.
+    noise variance, (outputs,), and elements: the number of targets in each; None for a likelihood without learned noise.
     """
 
     rows: int = 0
@@ -39,9 +39,8 @@ class Fit:
         parameters = likelihood(outputs)
         self.rows += len(y)
         self.nll += float(likelihood.nll(parameters, y).double().sum())
-        residuals = likelihood.squared_residuals(parameters, y)
-        if residuals is not None:
-            total = residuals.double().sum(0)
+        if likelihood.learned_noise:
+            total = likelihood.squared_residuals(parameters, y).double().sum(0)
             self.residuals = total if self.residuals is None else self.residuals + total
             self.elements += y.numel() // len(total)
 
@@ -105,7 +104,7 @@ class GaussNewton:
         two, three = self._record(take(x, first[:2]), None), self._record(take(x, first), None)
         self.direct = two.others | three.others
         for block in self.blocks:
-            if isinstance(block, KroneckerBlock) and (odd := self.direct & set(block.names)):
+            if isinstance(block, KroneckerBlock | BiasBlock) and (odd := self.direct & set(block.names)):
                 raise ValueError(
                     f"parameter '{min(odd)}' is used by other operations than one linear layer or convolution, so its "
                     f"curvature is no Kronecker product: choose structure='diagonal', or parameters= without it"
@@ -135,7 +134,7 @@ class GaussNewton:
                 block.add_inputs(recorded.uses, rows)
             vectors = columns(hessian, rows, outputs[0].numel(), self.samples, self.seed + begun)
         ends = [use.output for use in recorded.uses] + list(recorded.leaves.values())
-        for vector in vectors:
+        for vector in vectors if ends else ():
             cotangent = vector.reshape(outputs.shape).to(recorded.outputs.dtype)
             gradients = torch.autograd.grad(recorded.outputs, ends, cotangent, retain_graph=True, allow_unused=True)
             with torch.no_grad():

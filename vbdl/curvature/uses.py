@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import call
@@ -98,8 +99,8 @@ class Recorder(TorchFunctionMode):
             self.uses.append(use)
             return use.output
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and name != "__get__":
-            self.others |= {self._names[id(t)] for t in [*args, *kwargs.values()] if id(t) in self._names}
+        if name != "__get__" and any(isinstance(t, Tensor) for t in tree_leaves(result)):
+            self.others |= {self._names[id(t)] for t in tree_leaves([args, kwargs]) if id(t) in self._names}
         return result
 
     def name(self, parameter: Tensor | None) -> str | None:

@@ -19,6 +19,10 @@ class Around(Likelihood):
         self.likelihood = likelihood
 
     @property
+    def learned_noise(self) -> int:
+        return self.likelihood.learned_noise
+
+    @property
     def wrapped(self) -> Likelihood:
         return self.likelihood
 
@@ -37,7 +41,7 @@ class Around(Likelihood):
     def hessian(self, outputs: Tensor, y: Tensor) -> OutputHessian:
         return self.likelihood.hessian(outputs, y)
 
-    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.likelihood.squared_residuals(parameters, y)
 
     def scale_noise(self, factors: Tensor) -> None:

@@ -65,7 +65,7 @@ class Centered(Around):
     def hessian(self, outputs: Tensor, y: Tensor) -> OutputHessian:
         return self.likelihood.hessian(outputs, self._apart(outputs, y))
 
-    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor:
         return self.likelihood.squared_residuals(parameters, self._apart(parameters, y))
 
     def _apart(self, parameters: Tensor, y: Tensor) -> Tensor:

@@ -67,10 +67,12 @@ class Gaussian(NormalLikelihood):
         _, log_variance = self(outputs).unbind(-1)
         return DiagonalHessian((-log_variance).exp().flatten(1))
 
-    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
-        """((y - mean) / std)^2, (batch, outputs); None for a fixed noise level."""
-        if not self.learned:
-            return None
+    @property
+    def learned_noise(self) -> int:
+        return self.n_outputs if self.learned else 0
+
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """((y - mean) / std)^2, (batch, outputs), summed over the axes of an output."""
         mean, log_variance = parameters.unbind(-1)
         y = as_columns(y, mean.shape).to(mean.dtype)
         each = (y - mean).square() * (-log_variance).exp()

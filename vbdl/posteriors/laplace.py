@@ -25,7 +25,7 @@ from vbdl.calling.stacking import (
     parameter_hooks,
     without_data_parallel,
 )
-from vbdl.curvature.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock
+from vbdl.curvature.blocks import BiasBlock, Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from vbdl.curvature.choosing import STRUCTURES, Group, check_last, chosen_names, grouped
 from vbdl.curvature.evidence import LARGEST, Part, best_noise, best_precisions, best_with_noise, log_evidence
 from vbdl.curvature.gauss_newton import Fit, GaussNewton
@@ -145,7 +145,7 @@ class Laplace(KeyedPosterior):
             raise ValueError(f"structure must be one of {', '.join(map(repr, STRUCTURES))}, got {structure!r}")
         if isinstance(parameters, str) and parameters not in ("last", "all"):
             raise ValueError(
-                f"parameters must be 'last', 'all' or a list of names, got {parameters!r}: [{parameters!r}]"
+                f"parameters must be 'last', 'all' or a list of names, got {parameters!r}: write [{parameters!r}]"
             )
         if n_data is not None and n_data < 1:
             raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
@@ -212,7 +212,8 @@ class Laplace(KeyedPosterior):
         assert isinstance(model, Model)
         likelihood = model.likelihood
         self._set_noise_of_outputs(likelihood, data)
-        blocks = [_block(f, {n: self.module.mean(n).detach() for n in f.names}) for f in self.module.factors]
+        means = {name: self.module.mean(name).detach() for name in self.module.chosen}
+        blocks = [_block(f, {n: means[n] for n in f.names}, self.structure) for f in self.module.factors]
         curvature = GaussNewton(self.module.inner, likelihood, blocks, self.output, self.fisher_samples, self.seed)
         for x, y in data:
             curvature.add(x, y)
@@ -230,15 +231,13 @@ class Laplace(KeyedPosterior):
     @torch.no_grad()
     def _set_noise_of_outputs(self, likelihood: Likelihood, data: TrainingRows) -> None:
         """Set the learned noise of several outputs to that of the residuals: the evidence scales all by one factor."""
+        if likelihood.learned_noise < 2:
+            return
         fit = Fit()
         for x, y in data:
-            outputs = pick(call(self.module.inner, {}, x), self.output)
-            residuals = likelihood.squared_residuals(likelihood(outputs), y)
-            if residuals is None or residuals.shape[1] == 1:
-                return
-            fit.add(likelihood, outputs, y)
-        if fit.residuals is not None:
-            likelihood.scale_noise((fit.residuals / fit.elements).clamp_min(1e-20).sqrt())
+            fit.add(likelihood, pick(call(self.module.inner, {}, x), self.output), y)
+        assert fit.residuals is not None
+        likelihood.scale_noise((fit.residuals / fit.elements).clamp_min(1e-20).sqrt())
 
     def _choose(self, likelihood: Likelihood, fit: Fit) -> None:
         """Set the prior precisions, and the noise, with the largest evidence, or those that were given."""
@@ -379,11 +378,13 @@ def _factor(group: Group) -> Factor:
     return (Dense if group.kind == "dense" else Diagonal)(group.parameters, group.padding)
 
 
-def _block(factor: Factor, parameters: State) -> Block:
+def _block(factor: Factor, parameters: State, structure: str) -> Block:
     """The sums over rows from which this factor is filled in."""
     if isinstance(factor, Kronecker):
         return KroneckerBlock(parameters)
-    return DenseBlock(parameters, factor.padding) if isinstance(factor, Dense) else DiagonalBlock(parameters)
+    if isinstance(factor, Dense):
+        return BiasBlock(parameters) if structure == "kronecker" else DenseBlock(parameters, factor.padding)
+    return DiagonalBlock(parameters)
 
 
 def _curvatures(factor: Factor) -> list[Tensor]:

@@ -26,7 +26,7 @@ class TrainingData:
 
     def __init__(self, data: Data, options: TrainingOptions, n_members: int, stacked: bool, check: Check):
         self._check = check
-        self._unseen = True  # until the first epoch of a DataLoader begins
+        self._unseen = True  # until the first epoch of a DataLoader has ended
         self.fingerprints: list[Tensor] = []
         self.validation: tuple[Inputs, Tensor] | None = None
         if options.validation is not None and not options.holds_out:
@@ -80,12 +80,12 @@ class TrainingData:
         if isinstance(self._batches, MemberRows):
             yield from self._batches.epoch(number)
             return
-        unseen, self._unseen = self._unseen, False
         for x, y in self._batches.epoch(number):
             x, y = self._check(x, y)
-            if unseen:
+            if self._unseen:
                 self.fingerprints.append(fingerprints(x))
             yield x, y
+        self._unseen = False
 
 
 class Passes:

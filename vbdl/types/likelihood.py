@@ -22,6 +22,15 @@ class Likelihood(nn.Module):
     None if all members share the parameters. Buffers are always shared."""
 
     @property
+    def learned_noise(self) -> int:
+        """The number of learned noise levels that are the same for every row: one for each output, or 0.
+
+        A Laplace approximation estimates them by its evidence, from `squared_residuals`, and sets them by
+        `scale_noise`.
+        """
+        return 0
+
+    @property
     def wrapped(self) -> "Likelihood | None":
         """The likelihood inside this one if this is a wrapper (calibration, decision, centered targets), or None."""
         return None
@@ -68,19 +77,13 @@ class Likelihood(nn.Module):
             columns = [torch.autograd.grad(one.sum(), flat, **each)[0] for one in gradient.unbind(1)]
         return DenseHessian(torch.stack(columns, dim=-1))
 
-    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor | None:
-        """The squared residuals in units of the noise variance, (batch, outputs), summed over the axes of an output.
-
-        Of a likelihood whose noise levels are learned and are the same for every row; None for any other. A Laplace
-        approximation reestimates them by its evidence, which is a function of these sums.
-        """
-        return None
+    def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor:
+        """The squared residuals in units of the noise variance, (batch, outputs), summed over the axes of an output."""
+        raise NotImplementedError(f"{type(self).__name__} does not define squared_residuals(parameters, y)")
 
     def scale_noise(self, factors: Tensor) -> None:
-        """Multiply the noise stds by these factors, (outputs,), if there are `squared_residuals`."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has squared_residuals and needs a method scale_noise(factors)"
-        )
+        """Multiply the noise stds by these factors, (outputs,)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define scale_noise(factors)")
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples, which `merge` can combine; parameters: (samples, batch, ...)."""
