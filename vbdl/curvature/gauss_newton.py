@@ -25,8 +25,8 @@ from vbdl.types import Inputs, Likelihood, Output, State
 class Fit:
     """How the network at its mean fits the rows that were passed.
 
-    rows: their number. nll: the sum of -log p(y | x), in nats. residuals: the sums of squared residuals in units of the
-    noise variance, (outputs,), and elements: the number of targets in each; None for a likelihood without learned noise.
+    rows: their number. nll: the sum of -log p(y | x), in nats. residuals: the sum of squared residuals of each output
+    in units of the noise variance, (outputs,), of `elements` targets each; None for a likelihood without learned noise.
     """
 
     rows: int = 0

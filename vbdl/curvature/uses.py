@@ -199,15 +199,15 @@ def _patches(
     return x.permute(order).reshape(x.shape[0], count, groups, -1)
 
 
-def _normalization(channels_last: bool, at: Callable[..., Tensor]) -> Callable[..., Use | None]:
+def _normalization(channels_last: bool, at: Callable[..., "_Plain"]) -> Callable[..., Use | None]:
     """The rule of a normalization with a scale and a shift; at: the call without them, and with its weight and bias."""
 
     def rule(recorder: Recorder, func: Callable, *args, **kwargs) -> Use | None:
         plain, weight, bias = at(func, *args, **kwargs)
         names = recorder.name(weight), recorder.name(bias)
-        if names == (None, None):
+        if names == (None, None) or weight is None:
             return None
-        output, input, normalized = recorder.started(func(*args, **kwargs)), args[0], plain.detach()
+        output, input, normalized = recorder.started(func(*args, **kwargs)), args[0], plain().detach()
         features, axis = weight.ndim if channels_last else 1, recorder.batch_axis()
 
         def last(values: Tensor) -> Tensor:
@@ -228,20 +228,25 @@ def _normalization(channels_last: bool, at: Callable[..., Tensor]) -> Callable[.
     return rule
 
 
-def _layer_norm(func, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    return func(input, normalized_shape, None, None, eps), weight, bias
+_Plain = tuple[Callable[[], Tensor], Tensor | None, Tensor | None]  # the call without weight and bias, and these two
 
 
-def _rms_norm(func, input, normalized_shape, weight=None, eps=None):
-    return func(input, normalized_shape, None, eps), weight, None
+def _layer_norm(func, input, normalized_shape, weight=None, bias=None, eps=1e-5) -> _Plain:
+    return lambda: func(input, normalized_shape, None, None, eps), weight, bias
 
 
-def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5):
-    return func(input, num_groups, None, None, eps), weight, bias
+def _rms_norm(func, input, normalized_shape, weight=None, eps=None) -> _Plain:
+    return lambda: func(input, normalized_shape, None, eps), weight, None
 
 
-def _batch_norm(func, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    return func(input, running_mean, running_var, None, None, training, momentum, eps), weight, bias
+def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5) -> _Plain:
+    return lambda: func(input, num_groups, None, None, eps), weight, bias
+
+
+def _batch_norm(
+    func, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+) -> _Plain:
+    return lambda: func(input, running_mean, running_var, None, None, training, momentum, eps), weight, bias
 
 
 def _embedding(

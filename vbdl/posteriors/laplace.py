@@ -168,7 +168,7 @@ class Laplace(KeyedPosterior):
         number = prior_precision if isinstance(prior_precision, float) else None
         self.module = LaplaceNetwork(copied(module), factors, linearized, number, n_data)
         for factor in factors:
-            factor.prior_precision.fill_(LARGEST)
+            _precision(factor).fill_(LARGEST)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.module.key.device))
 
     def config(self) -> dict[str, Any]:
@@ -196,6 +196,12 @@ class Laplace(KeyedPosterior):
                 "this Laplace posterior has not seen the training rows yet: call vbdl.fit(q, (x, y), likelihood, "
                 "epochs=0) first, one pass over the data that leaves the network as it is"
             )
+
+    @torch.no_grad()
+    def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
+        """Forget an earlier pass, so that validation sees the network that is trained and not its draws."""
+        self.module.rows.zero_()
+        self._set({layer: LARGEST for layer in self._layers()})
 
     def prepare(self, inputs: Inputs) -> None:
         """Before the pass over the data, check that the layer taken for the last one is the last one."""
@@ -325,7 +331,7 @@ class Laplace(KeyedPosterior):
         """Set the prior precisions, by the names of `_layers`, or one for all, under ""."""
         for layer, factors in self._layers().items():
             for factor in factors:
-                factor.prior_precision.fill_(precisions[layer if layer in precisions else ""])
+                _precision(factor).fill_(precisions[layer if layer in precisions else ""])
 
     @property
     def prior_precision(self) -> float | dict[str, float]:
@@ -334,7 +340,7 @@ class Laplace(KeyedPosterior):
         Setting it changes predictions, without another pass: a number, numbers by the layer's name, or "evidence" for
         the largest evidence at the present noise. A predictor made before does not change.
         """
-        values = {layer: float(factors[0].prior_precision) for layer, factors in self._layers().items()}
+        values = {layer: float(_precision(factors[0])) for layer, factors in self._layers().items()}
         return values if self.per_layer else values[""]
 
     @prior_precision.setter
@@ -359,7 +365,7 @@ class Laplace(KeyedPosterior):
         Raises ValueError before the pass over the data.
         """
         self.check_ready()
-        precisions = [float(factors[0].prior_precision) for factors in self._layers().values()]
+        precisions = [float(_precision(factors[0])) for factors in self._layers().values()]
         return log_evidence(float(self.module.log_likelihood), list(self._parts().values()), precisions)
 
 
@@ -387,11 +393,19 @@ def _block(factor: Factor, parameters: State, structure: str) -> Block:
     return DiagonalBlock(parameters)
 
 
+def _precision(factor: Factor) -> Tensor:
+    """The prior precision of a factor, (): its buffer."""
+    return factor.get_buffer("prior_precision")
+
+
 def _curvatures(factor: Factor) -> list[Tensor]:
     """The buffers of a factor that are proportional to the curvature."""
     if isinstance(factor, Kronecker):
         return [factor.output_values]
-    return [factor.values] if isinstance(factor, Dense) else [factor.curvature(n) for n in factor.names]
+    if isinstance(factor, Dense):
+        return [factor.values]
+    assert isinstance(factor, Diagonal)
+    return [factor.curvature(name) for name in factor.names]
 
 
 def _eigenvalues(factor: Factor) -> Tensor:
@@ -400,4 +414,5 @@ def _eigenvalues(factor: Factor) -> Tensor:
         return (factor.output_values[:, None] * factor.input_values).flatten()
     if isinstance(factor, Dense):
         return factor.values
+    assert isinstance(factor, Diagonal)
     return torch.cat([factor.without_padding(n, factor.curvature(n)).flatten() for n in factor.names])

@@ -73,8 +73,8 @@ class Likelihood(nn.Module):
             if not gradient.requires_grad:  # nll is linear in the outputs
                 return DenseHessian(gradient.new_zeros(*flat.shape, flat.shape[1]))
             # rows do not depend on each other, so the gradient of a sum over rows holds each row's own
-            each = {"retain_graph": True, "materialize_grads": True}
-            columns = [torch.autograd.grad(one.sum(), flat, **each)[0] for one in gradient.unbind(1)]
+            of = lambda one: torch.autograd.grad(one.sum(), flat, retain_graph=True, materialize_grads=True)[0]
+            columns = [of(one) for one in gradient.unbind(1)]
         return DenseHessian(torch.stack(columns, dim=-1))
 
     def squared_residuals(self, parameters: Tensor, y: Tensor) -> Tensor:
