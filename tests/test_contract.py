@@ -23,11 +23,13 @@ import vbdl.engine.program
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
+from vbdl.model import Model
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.laplace import Laplace
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
+from vbdl.posteriors.snapshots import Snapshots
 from vbdl.posteriors.stochastic import Stochastic
 from vbdl.types import is_posterior
 
@@ -107,6 +109,42 @@ def fitted(q: Laplace) -> Laplace:
     return q
 
 
+def trained(q: nn.Module, epochs: int = 6) -> nn.Module:
+    """The posterior after so many epochs without steps: between them its weights move at random."""
+    generator = torch.Generator().manual_seed(17)
+    q.being_trained(True)
+    q.course(epochs, 1e-3)
+    q.before_training(None, None, Categorical())
+    for epoch in range(epochs):
+        with torch.no_grad():
+            for name, p in q.named_parameters():
+                if p.requires_grad and "factor" not in name:
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        q.after_epoch(epoch)
+    q.being_trained(False)
+    q.after_training(Model(q, Categorical()).eval(), Rows(_rows_of(q)))
+    return q
+
+
+class Rows:
+    """Training rows of one batch, the same for all members."""
+
+    validation, own = None, False
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+
+    def __iter__(self):
+        yield self.x, None
+
+
+def _rows_of(q: nn.Module) -> torch.Tensor:
+    """Rows that the network takes."""
+    first = next(p for name, p in q.user_network.named_parameters())
+    shape = {2: (7, 3) if first.shape[1] == 3 else (11,), 4: (2, 7, 5)}[first.ndim]
+    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(6))
+
+
 POSTERIORS = {
     "deterministic": lambda make: Deterministic(make()),
     "dropout": lambda make: MCDropout(make()),
@@ -117,6 +155,7 @@ POSTERIORS = {
     "ensemble of dropout": lambda make: DeepEnsemble([MCDropout(make()) for _ in range(MEMBERS)]),
     "laplace": lambda make: fitted(Laplace(make())),
     "ensemble of laplace": lambda make: DeepEnsemble([fitted(Laplace(make())) for _ in range(MEMBERS)]),
+    "snapshots": lambda make: trained(Snapshots(make(), MEMBERS)),
     "stochastic": lambda make: Stochastic(drawing(make())),
     "ensemble of stochastic": lambda make: DeepEnsemble([Stochastic(drawing(make())) for _ in range(MEMBERS)]),
     "ensemble of mean-field": lambda make: DeepEnsemble(MeanField(make(), n_data=101, initial_std=0.1), MEMBERS),
@@ -141,7 +180,7 @@ class Cells(Collection):
 
     def __iter__(self):
         alone = (
-            "deterministic", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
+            "deterministic", "snapshots", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
             "ensemble of two architectures",
         )  # fmt: skip
         for network in self.networks:
@@ -466,7 +505,7 @@ def test_an_empty_batch_a_row_and_a_sample(posterior, network):
 # -- compiling
 
 # a compile takes seconds: by default the three methods, and dropout, which has most to compile, on every network
-_FAST = [(p, "mlp") for p in ("deterministic", "dropout", "mean-field", "stochastic", "ensemble")] + [
+_FAST = [(p, "mlp") for p in ("deterministic", "snapshots", "dropout", "mean-field", "stochastic", "ensemble")] + [
     ("dropout", "cnn"),
     ("dropout", "transformer"),
 ]

@@ -22,7 +22,7 @@ def test_measures_all_three_and_gives_a_reason(data):
     network = _network()
     before = [p.clone() for p in network.parameters()]
     found = recommend(network, data, budget=1.5)
-    assert [m.method for m in found.table] == ["MCDropout", "MeanField", "DeepEnsemble", "Deterministic"]
+    assert [m.method for m in found.table] == ["MCDropout", "MeanField", "DeepEnsemble", "Snapshots", "Deterministic"]
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     measured = {m.method: m for m in found.table}
     best = min(found.table, key=lambda m: m.nll.value)

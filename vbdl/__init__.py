@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
     from vbdl.posteriors.mean_field import MeanField as MeanField
+    from vbdl.posteriors.snapshots import Snapshots as Snapshots
     from vbdl.posteriors.stochastic import Stochastic as Stochastic
     from vbdl.recommendation import recommend as recommend
     from vbdl.training.fit import fit as fit

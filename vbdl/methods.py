@@ -28,6 +28,9 @@ class Method:
     needs_dropout: bool = False  # whether it refuses a network without dropout
     needs_own_noise: bool = False  # whether it takes only a network that draws by itself, which vbdl never builds
     takes_trained: bool = False  # whether a trained network can be used without training it again
+    collects: bool = False  # whether it is made of the weights of many epochs, and predicts only after `fit`
+    stops_early: bool = True  # whether `fit` takes patience= for it
+    of_new_networks: "Keywords" = field(default_factory=dict)  # further arguments if the network is not trained
     training: "Keywords" = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
     is_one_network: bool = False  # whether its only draw is the network itself
     old_names: tuple[str, ...] = ()  # former names, which still work with a warning
@@ -47,8 +50,9 @@ class Method:
         return vars(importlib.import_module(self.module))[self.class_name]
 
     def make(self, network: "nn.Module", **known: object) -> "Posterior":
-        """Build the posterior over this network, from those of the `known` arguments that the class takes."""
-        return self.load()(network, **{name: value for name, value in known.items() if name in self.arguments})
+        """Build the posterior over this untrained network, from those of the `known` arguments that the class takes."""
+        arguments = {name: value for name, value in known.items() if name in self.arguments}
+        return self.load()(network, **{**self.of_new_networks, **arguments})
 
 
 METHODS: dict[str, Method] = {
@@ -85,6 +89,17 @@ METHODS: dict[str, Method] = {
             arguments=("n_members", "seed"),
             training={"lr": 1e-3, "patience": 20},
             old_names=("ensemble",),
+        ),
+        Method(
+            name="snapshots",
+            module="vbdl.posteriors.snapshots",
+            class_name="Snapshots",
+            words="snapshot ensemble",
+            when="an ensemble is wanted, and there is time to train one network only",
+            arguments=("n_members", "seed"),
+            collects=True,
+            stops_early=False,
+            training={"lr": 3e-3},
         ),
         Method(
             name="deterministic",

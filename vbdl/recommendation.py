@@ -16,7 +16,7 @@ from vbdl.data.splitting import split
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
-from vbdl.methods import METHODS
+from vbdl.methods import METHODS, Method
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
 from vbdl.nn.stochastic import draws_noise
 from vbdl.training.fit import fit
@@ -121,7 +121,7 @@ def recommend(
         try:
             posterior = method.make(copied(module), n_data=n_train, n_members=_N_MEMBERS, seed=seed)
             measured[name], scores[name] = _measure(
-                name, posterior, likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
+                method, posterior, likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
             )
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
             # e.g. a network without dropout, or a loss that diverges: the other methods can still be compared
@@ -144,7 +144,7 @@ def _rule(n_train: int, n_weights: int, budget: float, trained: bool) -> str:
 
 
 def _measure(
-    name: str,
+    method: Method,
     posterior: Posterior,
     likelihood: Likelihood,
     parts: Mapping[str, tuple[Inputs, Tensor]],
@@ -161,11 +161,13 @@ def _measure(
         begun = time.perf_counter()
         # time an epoch on a copy; the first call includes the set-up, so the second is timed
         pilot, pilot_likelihood = copy.deepcopy(posterior), copy.deepcopy(likelihood)
+        few = max(4, _N_MEMBERS) if method.collects else 1  # epochs to collect
         for _ in range(2):
-            one_epoch = fit(pilot, parts["train"], pilot_likelihood, epochs=1, **options).seconds
+            one_epoch = fit(pilot, parts["train"], pilot_likelihood, epochs=few, **options).seconds / few
         left = share - (time.perf_counter() - begun)
-        epochs = max(1, min(_MAX_EPOCHS, int(left / max(one_epoch, 1e-4))))
-        history = fit(posterior, parts["train"], likelihood, epochs=epochs, patience=max(5, epochs // 5), **options)
+        epochs = max(few, min(_MAX_EPOCHS, int(left / max(one_epoch, 1e-4))))
+        patience = max(5, epochs // 5) if method.stops_early else None
+        history = fit(posterior, parts["train"], likelihood, epochs=epochs, patience=patience, **options)
         epochs, training = history.epochs, history.seconds
     elif posterior.fits_trained:
         training = fit(posterior, parts["train"], likelihood, epochs=0, progress=False).seconds
@@ -183,7 +185,7 @@ def _measure(
         times.append(time.perf_counter() - begun)
     latency = sorted(times)[_LATENCY_CALLS // 2]
     interval = mean_estimate(scores).interval()
-    return Measured(name, interval, None, latency, training, epochs, ""), scores
+    return Measured(method.class_name, interval, None, latency, training, epochs, ""), scores
 
 
 def _decide(

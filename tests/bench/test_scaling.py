@@ -16,7 +16,8 @@ def test_every_cell_is_measured_once(tmp_path, monkeypatch):
         ("draws", "mc-dropout"),
         ("draws", "mean-field"),
         ("members", "deep-ensemble"),
-        *(("rows", m) for m in ("mc-dropout", "mean-field", "deep-ensemble", "deterministic")),
+        ("members", "snapshots"),
+        *(("rows", m) for m in ("mc-dropout", "mean-field", "deep-ensemble", "snapshots", "deterministic")),
     }
     assert [json.loads(text) for text in out.read_text().splitlines()] == found
     assert all(r["value"] > 0 and r["machine"] and r["versions"] for r in found)

@@ -21,6 +21,7 @@ from vbdl.bench.provenance import provenance
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.methods import METHODS, Method, building
+from vbdl.training.fit import fit
 from vbdl.types import Json
 
 FEATURES, CLASSES = 32, 10
@@ -60,6 +61,9 @@ def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
     entry = METHODS[method]
     network: nn.Module = mlp(FEATURES, at["width"], 0.2 if entry.needs_dropout else 0.0, CLASSES)
     posterior = entry.make(network, n_members=at["members"], n_data=1000)
+    if entry.collects:  # it predicts only after a training, however short
+        rows = torch.randn(8, FEATURES), torch.arange(8) % CLASSES
+        fit(posterior, rows, Categorical(), epochs=max(8, at["members"]), compile=False, progress=False)
     draws = None if entry.has_fixed_draws else at["draws"]
     return Predictor(posterior, Categorical(), draws, tiles=(at["batch"],), compile=compile)
 

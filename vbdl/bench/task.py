@@ -21,7 +21,7 @@ class FitOptions(TypedDict, total=False):
     lr: float
     weight_decay: float
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    schedule: str
+    schedule: str | None
     kl_warmup: int
 
 

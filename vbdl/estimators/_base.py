@@ -108,7 +108,7 @@ class Estimator(BaseEstimator):
             lr=self.lr,
             weight_decay=method.training.get("weight_decay", self.weight_decay),
             validation=validation,
-            patience=None if validation is None else self.patience,
+            patience=self.patience if validation is not None and method.stops_early else None,
             clip_norm=5.0,
             seed=seed,
             progress=False,

@@ -29,7 +29,7 @@ from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, difference, stack
-from vbdl.nn.frozen import frozen_modules, hold_frozen
+from vbdl.nn.frozen import frozen_names, hold_frozen
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
 from vbdl.types import Inputs, Likelihood, Output, Posterior, State, TrainingRows, is_posterior
@@ -357,18 +357,10 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
         return list(chosen)
     if len(modules) < 2:
         return []
-    frozen = [_frozen_names(module) for module in modules]
+    frozen = [frozen_names(module) for module in modules]
     names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
     equal = [n for n in names if all(torch.equal(states[0][n], s[n]) for s in states[1:])]
     return equal if len(equal) < len(states[0]) else []  # at least one entry must be stacked
-
-
-def _frozen_names(module: nn.Module) -> set[str]:
-    """The names of frozen parameters, and of the buffers of layers whose parameters are all frozen."""
-    names = {name for name, p in module.named_parameters() if not p.requires_grad}
-    for path, m in frozen_modules(module):
-        names |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
-    return names
 
 
 def _module_of(member: nn.Module) -> nn.Module:

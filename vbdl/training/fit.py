@@ -54,9 +54,11 @@ def fit(
     optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
         AdamW(lr, weight_decay) unless given.
     schedule: function of the optimizer that returns a learning-rate schedule, stepped once per epoch; "cosine" anneals
-        to zero.
+        to zero. `Snapshots` and a cyclical `SWAG` set the learning rate themselves, and refuse a schedule.
     validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the state of the epoch with
-        its best validation likelihood, and stops after `patience` epochs without improvement.
+        its best validation likelihood, and stops after `patience` epochs without improvement. A posterior made of the
+        weights of many epochs (`SWAG`, `Snapshots`) stops early only before the first of them, and goes on from the
+        best epoch; after that, validation only records the likelihood of the weights in training.
     clip_norm: the largest gradient norm of each member.
     kl_warmup: epochs over which the weight of the KL term rises from 0 to its value.
     bootstrap: train each member on its own bootstrap resample of the rows.
@@ -97,6 +99,8 @@ def fit(
     check_likelihood(likelihood)
     _check_gradients(posterior)
     try:
+        for part in posterior.parts:
+            part.being_trained(True)
         if len(posterior.parts) > 1:
             return _fit_parts(posterior, data, likelihood, options)
         return TrainingRun(posterior, data, likelihood, options).run()
@@ -105,6 +109,9 @@ def fit(
         if (range_error := outside_range(inputs, error, (part.module for part in posterior.parts))) is None:
             raise
         raise range_error from error
+    finally:
+        for part in posterior.parts:
+            part.being_trained(False)
 
 
 def _check_gradients(posterior: Posterior) -> None:

@@ -69,12 +69,29 @@ class TrainingRun:
         self.step = Step(self.losses, compiled)
         self.trained = self.step.trained
         self.optimizer = make_optimizer(options, list(self.trained.values()))
+        self.course = posterior.course(options.epochs, self.optimizer.param_groups[0]["lr"])
+        self._check_course()
         self.schedule = make_schedule(options, self.optimizer)
+        self.rates: list[float] = [group["lr"] for group in self.optimizer.param_groups]
         self.history = History()
         self.best = BestEpochs(self.members, options.patience, self.model.by_member)
-        self.start = 0
+        self.position = 0  # the number of the next epoch
         self._begun = False  # whether `before_training` was called
         self.kl_weight = posterior.kl_weight
+
+    def _check_course(self) -> None:
+        """Raise ValueError for options that contradict what the method asks of the epochs."""
+        method = type(self.posterior).__name__
+        if self.course.rate is not None and self.options.schedule is not None:
+            raise ValueError(
+                f"{method} sets the learning rate of every step itself: leave schedule= out, and choose the largest "
+                f"rate with lr="
+            )
+        if self.course.collects_from == 0 and self.options.patience is not None:
+            raise ValueError(
+                f"{method} is made of the weights of many epochs from the first on, so no epoch is the best one to "
+                f"stop at: leave patience= out; validation= then only records"
+            )
 
     def _set_kl(self, epoch: int) -> None:
         warm = self.options.kl_warmup
@@ -92,8 +109,9 @@ class TrainingRun:
         finally:  # also if the training was interrupted: the parameters have changed
             self._leave()
         if options.checkpoint is not None:
-            self._save(history.epochs)
+            self._save()
         self.best.restore(state_of(self.losses))
+        self.posterior.being_trained(False)
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             self.posterior.after_training(self.model, self.data.passes("pass over the data", options.progress))
         self._record_rows()
@@ -106,8 +124,8 @@ class TrainingRun:
         options, history = self.options, self.history
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), Progress("training", options.epochs, options.progress) as bar:
-            bar.done = self.start
-            for epoch in range(self.start, options.epochs):
+            bar.done = history.epochs
+            while (epoch := self.position) < options.epochs:
                 torch.manual_seed(
                     (options.seed * 1_000_003 + epoch) % 2**63
                 )  # for modules that draw from torch's generator
@@ -120,18 +138,43 @@ class TrainingRun:
                 if self.validate is not None:
                     nll = self.validate()
                     history.validation_nll.append(nll.tolist())
-                    self.best.update(epoch, nll, state_of(self.losses))
-                    bar.total = self.best.last(options.epochs)  # the epochs until early stopping if no member improves
-                    history.best_epoch = self.best.epoch.tolist()
+                    if self._may_stop(epoch):
+                        self.best.update(epoch, nll, state_of(self.losses))
+                        # the epochs until early stopping if no member improves, and those that are collected
+                        collecting = options.epochs - self._last
+                        bar.total = self.best.last(self._last) + collecting
+                        history.best_epoch = self.best.epoch.tolist()
                     note += f", validation {float(nll.mean()):.4g}"
                 if self.schedule is not None:
                     self.schedule.step()
-                history.epochs = epoch + 1
+                history.epochs += 1
                 bar.advance(note)
-                if options.checkpoint is not None and (epoch + 1) % options.checkpoint_every == 0:
-                    self._save(epoch + 1)
-                if self.best.done:
-                    break
+                self.position = self._next(epoch)
+                if options.checkpoint is not None and history.epochs % options.checkpoint_every == 0:
+                    self._save()
+
+    @property
+    def _last(self) -> int:
+        """The number of epochs in which early stopping may stop."""
+        collects_from = self.course.collects_from
+        return self.options.epochs if collects_from is None else collects_from
+
+    def _may_stop(self, epoch: int) -> bool:
+        """Whether this epoch may be the best one: the posterior is not made of the weights of several."""
+        return epoch < self._last
+
+    def _next(self, epoch: int) -> int:
+        """The number of the epoch after this one; `options.epochs` if training stops.
+
+        Before weights are collected, the members go back to their best epochs.
+        """
+        if not self._may_stop(epoch):
+            return epoch + 1
+        following = self._last if self.best.done else epoch + 1
+        if following == self.course.collects_from:
+            self.best.restore(state_of(self.losses))
+            self.best.kept.clear()
+        return following
 
     def _leave(self) -> None:
         """Put the posterior in evaluation mode, remove what training kept, and record the rows trained on."""
@@ -154,7 +197,8 @@ class TrainingRun:
     def _epoch(self, epoch: int) -> None:
         total = torch.zeros(self.members, device=self.device)
         rows = 0
-        for x, y in self.data.epoch(epoch):
+        for number, (x, y) in enumerate(self.data.epoch(epoch)):
+            self._set_rate(epoch, number)
             self.optimizer.zero_grad()
             if not self._begun:
                 self.posterior.before_training(x, y, self.likelihood, self.data.own_rows)
@@ -177,6 +221,15 @@ class TrainingRun:
             )
         self.history.train_loss.append(means)
 
+    def _set_rate(self, epoch: int, step: int) -> None:
+        """Set the learning rate of a step, if the method chooses it."""
+        if self.course.rate is None:
+            return
+        steps = len(self.data)  # 1 for a stream of unknown length, whose rate is constant within an epoch
+        factor = self.course.rate(epoch + min(step, steps - 1) / steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
     def _say_one_by_one(self) -> None:
         """Log and record why members are trained one after the other, if they are."""
         reason = self.posterior.one_by_one
@@ -186,11 +239,11 @@ class TrainingRun:
 
     # -- checkpoints
 
-    def _save(self, epoch: int) -> None:
+    def _save(self) -> None:
         tensors = {f"model.{n}": t for n, t in state_of(self.losses).items()} | self.best.tensors()
         if self.data.fingerprints:
             tensors["rows"] = torch.cat(self.data.fingerprints).unique()
-        save_checkpoint(self.options.checkpoint, tensors, self.optimizer, self.schedule, self.history, epoch)
+        save_checkpoint(self.options.checkpoint, tensors, self.optimizer, self.schedule, self.history, self.position)
 
     def _resume(self) -> None:
         path = self.options.checkpoint
@@ -209,4 +262,5 @@ class TrainingRun:
         self.best.load(tensors, self.device)
         for name, value in history.items():
             setattr(self.history, name, value)
-        self.start = self.options.epochs if self.best.done else epoch
+        stopped = self.best.done and self.course.collects_from is None
+        self.position = self.options.epochs if stopped else epoch

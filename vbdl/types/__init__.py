@@ -9,13 +9,14 @@ from vbdl.types.calibrator import Calibrator
 from vbdl.types.decision import Decision
 from vbdl.types.hessian import DenseHessian, DiagonalHessian, OutputHessian, SoftmaxHessian
 from vbdl.types.likelihood import Likelihood, check_likelihood
-from vbdl.types.posterior import Posterior, TrainingRows, before_training, check_ready, is_posterior
+from vbdl.types.posterior import Course, Posterior, TrainingRows, before_training, check_ready, is_posterior
 from vbdl.types.prediction import OUTCOMES, Prediction, Recalibration
 from vbdl.types.values import Arguments, Inputs, Json, Keywords, Nested, Output, State
 
 __all__ = [
     "Arguments",
     "Calibrator",
+    "Course",
     "Decision",
     "DenseHessian",
     "DiagonalHessian",

@@ -2,7 +2,8 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
 from torch import Tensor, nn
@@ -41,6 +42,20 @@ def check_ready(posterior: "Posterior") -> None:
     """Raise ValueError for a posterior that cannot predict yet, except inside `before_training`."""
     if not _before_training.get():
         posterior.check_ready()
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a method asks of the epochs of one training.
+
+    rate: the learning rate as a fraction of that of the optimizer, a function of the epochs done, which counts the
+        steps of the running epoch as parts; None leaves it to `fit(schedule=)`.
+    collects_from: the number of the first epoch whose weights the posterior is made of, or None if it is made of those
+        of one epoch, like most. From there on no epoch is the best one: `fit` stops early only before it.
+    """
+
+    rate: Callable[[float], float] | None = None
+    collects_from: int | None = None
 
 
 class Posterior(nn.Module):
@@ -156,6 +171,19 @@ class Posterior(nn.Module):
         stacked = self.stacked()
         entries = [*self.module.named_parameters(), *self.module.named_buffers()]
         return {name: t for name, t in entries if name not in stacked}
+
+    def course(self, epochs: int, lr: float) -> Course:
+        """What this method asks of a training of so many epochs; lr: the optimizer's learning rate.
+
+        Raises ValueError if the method cannot use that many epochs.
+        """
+        return Course()
+
+    def being_trained(self, on: bool) -> None:
+        """Hook called with True when `fit` begins and with False when it ends, also by an error.
+
+        In between, `draws` are those of the weights in training, for methods whose posterior is made afterwards.
+        """
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
         """Hook called with the first training batch, to learn from running the module or to raise an error."""

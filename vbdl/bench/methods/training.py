@@ -1,5 +1,6 @@
 """The training shared by the built-in methods: networks for all splits and members, trained in stacked steps."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Unpack
@@ -12,11 +13,13 @@ from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import Method
+from vbdl.nn.objective import KeyedPosterior
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.training.fit import History, fit
 from vbdl.types import Likelihood, Posterior
 
 _SAMPLES = 100  # draws in evaluation if no protocol gives a number
+_COLLECTED = 8  # epochs that a method needs at least that collects weights
 _COMPILE_STEPS = 1000  # compiling takes about 5 s and saves about 5 ms per small stacked step
 
 
@@ -102,8 +105,11 @@ def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
     """A function train(task, run) that trains this method with the data set's recipe, without a published protocol."""
 
     def trained(task: Task, run: Run) -> Stacked | Each:
-        wrap = lambda network: method.make(network, n_data=task.n_train, seed=run.seed)
-        return plain(task, run, wrap, method.dropout, "fit")
+        wrap = lambda network: method.make(network, n_data=task.n_train, n_members=5, seed=run.seed)
+        options: Recipe = {}
+        if method.collects:  # at a rate that does not fall to 0 at the end, and in a few epochs whatever the effort is
+            options = {"schedule": None, "epochs": max(recipe(task).get("epochs", 0.0), _COLLECTED / run.effort)}
+        return plain(task, run, wrap, method.dropout, "fit", **options)
 
     trained.__doc__ = f"{method.words}, without a published protocol"
     return trained
@@ -112,15 +118,26 @@ def without_protocol(method: Method) -> Callable[[Task, Run], Stacked | Each]:
 def plain(
     task: Task, run: Run, wrap: Callable[[nn.Module], Posterior], p: float, name: str, **options: Unpack[Recipe]
 ) -> Stacked | Each:
-    """Train `wrap(network)` on every split without a published protocol: stacked, or alone if there is one split."""
+    """Train `wrap(network)` on every split without a published protocol.
+
+    All splits are trained as one ensemble if its members can be posteriors of this kind, else one after the other.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         network = task.network(p, outputs(task))
     likelihood, n_samples = likelihood_of(task), run.draws(_SAMPLES)
-    if task.n_splits == 1:
-        posterior = wrap(network)
-        train(task, run, posterior, likelihood, name=name, **recipe(task, **options))
-        return Each([Predictor(posterior, likelihood, n_samples, run.seed, compile=False, tiles=(256,))])
-    posterior = DeepEnsemble(wrap(network), task.n_splits, seed=run.seed)
+    posterior = wrap(network)
+    if task.n_splits == 1 or not isinstance(posterior, KeyedPosterior):
+        predictors = []
+        for split in range(task.n_splits):
+            q, noise = copy.deepcopy(posterior), copy.deepcopy(likelihood)
+            checkpoint = name if task.n_splits == 1 else f"{name}-{split}"
+            train(
+                task, run, q, noise, name=checkpoint, splits=[split], per_split=q.n_members, **recipe(task, **options)
+            )
+            draws = n_samples if q.n_draws is None else None
+            predictors.append(Predictor(q, noise, draws, run.seed, compile=False, tiles=(256,)))
+        return Each(predictors)
+    posterior = DeepEnsemble(posterior, task.n_splits, seed=run.seed)
     train(task, run, posterior, likelihood, name=name, **recipe(task, **options))
     return Stacked(posterior, likelihood, n_samples=n_samples, seed=run.seed)
