@@ -21,7 +21,8 @@ from typing import TypeVar
 
 import torch
 import torch.utils.checkpoint as torchs
-from torch.autograd import Function
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map
 
@@ -75,6 +76,18 @@ def with_gradients_if_needed(run: Callable[[], T]) -> T:
             raise
     with torch.enable_grad():
         return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, run())
+
+
+def holds_tangent(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a tangent of forward-mode differentiation, also inside the wrappers of `vmap`.
+
+    torch's custom operators lose it without a word.
+    """
+    if forward_ad._current_level < 0:  # of any thread
+        return False
+    while is_functorch_wrapped_tensor(tensor) and not is_gradtrackingtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _replace_once(owner: type, replace: Callable[[], None]) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from vbdl_kernels import normal
 from vbdl_kernels.philox import BIAS, WEIGHT
 
+from vbdl.calling.autograd import holds_tangent
+
 
 def kronecker_reference(output_vectors: Tensor, input_vectors: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
     """`kronecker_noise` in plain operations."""
@@ -32,32 +34,41 @@ def low_rank_reference(deviations: Tensor, key: Tensor, layer: int) -> Tensor:
     return (coefficients @ deviations).squeeze(-2)
 
 
-@torch.library.custom_op("vbdl::kronecker_noise", mutates_args=())
 def kronecker_noise(output_vectors: Tensor, input_vectors: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
     """Draw U_G (std * E) U_A^T, (..., outputs, inputs), with E of independent standard normals.
 
     output_vectors: U_G, (..., outputs, outputs). input_vectors: U_A, (..., inputs, inputs).
-    std: (..., outputs, inputs). key: (..., 2) int64.
+    std: (..., outputs, inputs). key: (..., 2) int64. Raises NotImplementedError in forward-mode products.
     """
-    return kronecker_reference(output_vectors, input_vectors, std, key, layer)
+    _check_certain(output_vectors, input_vectors, std)
+    return torch.ops.vbdl.kronecker_noise(output_vectors, input_vectors, std, key, layer)
 
 
-@torch.library.custom_op("vbdl::dense_noise", mutates_args=())
 def dense_noise(vectors: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
     """Draw V (std * e), (..., n), with e of n independent standard normals.
 
-    vectors: V, (..., n, n). std: (..., n). key: (..., 2) int64.
+    vectors: V, (..., n, n). std: (..., n). key: (..., 2) int64. Raises NotImplementedError in forward-mode products.
     """
-    return dense_reference(vectors, std, key, layer)
+    _check_certain(vectors, std)
+    return torch.ops.vbdl.dense_noise(vectors, std, key, layer)
 
 
-@torch.library.custom_op("vbdl::low_rank_noise", mutates_args=())
 def low_rank_noise(deviations: Tensor, key: Tensor, layer: int) -> Tensor:
     """Draw sum_k D_k e_k, (..., n), with e of `rank` independent standard normals.
 
-    deviations: D, (..., rank, n). key: (..., 2) int64.
+    deviations: D, (..., rank, n). key: (..., 2) int64. Raises NotImplementedError in forward-mode products.
     """
-    return low_rank_reference(deviations, key, layer)
+    _check_certain(deviations)
+    return torch.ops.vbdl.low_rank_noise(deviations, key, layer)
+
+
+def _check_certain(*tensors: Tensor) -> None:
+    """Raise NotImplementedError for a tensor with a tangent, which torch's operators lose without a word."""
+    if any(map(holds_tangent, tensors)):
+        raise NotImplementedError(
+            "the factors of a Gaussian posterior have no forward-mode derivative: differentiate the network, not its "
+            "posterior's covariance"
+        )
 
 
 _AXES = {"kronecker_noise": (2, 2, 2, 1), "dense_noise": (2, 1, 1), "low_rank_noise": (2, 1)}  # of one draw's tensors
@@ -68,19 +79,16 @@ def _lead(tensors: Sequence[Tensor], axes: Sequence[int]) -> torch.Size:
     return torch.broadcast_shapes(*[t.shape[: t.ndim - n] for t, n in zip(tensors, axes, strict=True)])
 
 
-@kronecker_noise.register_fake
-def _(output_vectors, input_vectors, std, key, layer):
+def _shape_of_kronecker(output_vectors, input_vectors, std, key, layer):
     lead = _lead((output_vectors, input_vectors, std, key), _AXES["kronecker_noise"])
     return std.new_empty((*lead, *std.shape[-2:]))
 
 
-@dense_noise.register_fake
-def _(vectors, std, key, layer):
+def _shape_of_dense(vectors, std, key, layer):
     return std.new_empty((*_lead((vectors, std, key), _AXES["dense_noise"]), std.shape[-1]))
 
 
-@low_rank_noise.register_fake
-def _(deviations, key, layer):
+def _shape_of_low_rank(deviations, key, layer):
     return deviations.new_empty((*_lead((deviations, key), _AXES["low_rank_noise"]), deviations.shape[-1]))
 
 
@@ -105,9 +113,15 @@ def _mapped(operator: Callable[..., Tensor], axes: tuple[int, ...]) -> Callable[
     return rule
 
 
-for _operator in (kronecker_noise, dense_noise, low_rank_noise):
-    _operator.register_vmap(_mapped(_operator, _AXES[_operator._name]))
+def _register(reference: Callable[..., Tensor], shape: Callable[..., Tensor], name: str) -> None:
+    operator = torch.library.custom_op(f"vbdl::{name}", reference, mutates_args=())
+    operator.register_fake(shape)
+    operator.register_vmap(_mapped(operator, _AXES[name]))
 
+
+_register(kronecker_reference, _shape_of_kronecker, "kronecker_noise")
+_register(dense_reference, _shape_of_dense, "dense_noise")
+_register(low_rank_reference, _shape_of_low_rank, "low_rank_noise")
 KRONECKER = torch.ops.vbdl.kronecker_noise.default
 DENSE = torch.ops.vbdl.dense_noise.default
 LOW_RANK = torch.ops.vbdl.low_rank_noise.default
