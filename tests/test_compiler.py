@@ -5,6 +5,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,6 +33,30 @@ def test_a_graph_is_compiled_once_for_each_shape():
             found.append(counters["inductor"]["fxgraph_cache_hit"])
             assert counters["inductor"]["fxgraph_cache_bypass"] == 0
     assert found == [0, 1, 0, 1]
+
+
+def test_two_threads_trace_one_after_the_other():
+    """Inductor traces in the background while predictions are traced; torch's patches of nn.Module are global."""
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    before = torch.nn.Module.__call__
+
+    def first(x):
+        first_in.set()
+        second_in.wait(0.5)  # it comes in only if nothing keeps it out
+        return x + 1
+
+    def second(x):
+        second_in.set()
+        first_out.wait(10)
+        return x + 2
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(trace, first, torch.zeros(3))
+        one.add_done_callback(lambda _: first_out.set())
+        first_in.wait(10)
+        two = pool.submit(trace, second, torch.zeros(3))
+        assert [float(future.result()(torch.zeros(3))[0]) for future in (one, two)] == [1, 2]
+    assert torch.nn.Module.__call__ is before
 
 
 _PREDICT = """

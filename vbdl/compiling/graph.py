@@ -8,10 +8,13 @@
 The regions follow from the data flow alone, whatever the method and the layers are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.fx._symbolic_trace as torchs
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -23,6 +26,23 @@ from torch.utils.flop_counter import flop_registry
 from vbdl.calling.graphs import recorded
 
 ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
+
+_one_trace = threading.RLock()
+_patches = torchs._new_patcher
+
+
+@contextlib.contextmanager
+def _patches_of_one_thread() -> Iterator[torchs._Patcher]:
+    """The context in which torch.fx replaces methods of nn.Module for a trace, entered by one thread at a time.
+
+    torch keeps these replacements in a global variable. If Inductor traces in the background while a prediction is
+    traced, one of the two fails with "CURRENT_PATCHER is None", or the replaced methods stay.
+    """
+    with _one_trace, _patches() as patcher:
+        yield patcher
+
+
+torchs._new_patcher = _patches_of_one_thread
 
 
 def trace(
