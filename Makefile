@@ -13,7 +13,7 @@ QUICK := tests/test_contract.py tests/likelihoods tests/metrics tests/test_graph
 QUICK += --ignore tests/likelihoods/test_centered.py  # trains tables
 QUICK += -k "not cnn and not transformer and not compil and not thread and not pickle and not widmann and not gradient and not entropy"
 
-.PHONY: demo bench test test-thorough test-slow slowest gpu quick quick-tests check lint types imports format clean
+.PHONY: demo docs bench test test-thorough test-slow slowest gpu quick quick-tests check lint types imports format clean
 
 demo: $(VENV)/.ok  ## train, compare and plot the three methods on data that needs no download
 	$(BIN)/vbdl demo
@@ -30,6 +30,9 @@ test-thorough: $(VENV)/.ok  ## what is marked thorough: more cases of what `make
 
 test-slow: $(VENV)/.ok  ## what is marked slow
 	$(BIN)/pytest -m "slow and not gpu"
+
+docs: $(VENV)/.ok  ## the site, in site/: runs its code, draws its pictures, checks its links; about a minute
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 slowest: $(VENV)/.ok  ## the tests, and the table of the slowest twenty in docs/testing.md
 	$(PYTEST) --slowest docs/testing.md
@@ -68,4 +71,4 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-torch-* vbdl-demo vbdl-bench .pytest_cache .ruff_cache .hypothesis
+	rm -rf site .venv .venv-torch-* vbdl-demo vbdl-bench .pytest_cache .ruff_cache .hypothesis

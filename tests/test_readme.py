@@ -36,7 +36,7 @@ def test_the_code_of_the_readme_runs_compiled(tmp_path, monkeypatch):
     run_blocks(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
 def test_names_in_the_code_of_a_document_need_no_more_than_import_vbdl(document):
     import vbdl
 
