@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vbdl
+from vbdl.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -117,6 +118,11 @@ def test_every_public_name_has_a_place_on_an_api_page():
             missing.append(name)
     assert not missing, f"without a place in docs/api: {missing}"
     assert len({id(one) for one in pages}) >= len(pages) - 1  # two constants may be one number
+
+
+def test_the_page_about_methods_has_every_method():
+    text = (DOCS / "methods.md").read_text()
+    assert [m.class_name for m in METHODS.values() if f"| `vbdl.{m.class_name}(" not in text] == []
 
 
 def test_every_page_is_in_the_navigation():
