@@ -120,6 +120,12 @@ def test_every_public_name_has_a_place_on_an_api_page():
     assert len({id(one) for one in pages}) >= len(pages) - 1  # two constants may be one number
 
 
+def test_editors_and_the_api_pages_see_every_public_name():
+    """They read the imports under TYPE_CHECKING, since the names are imported on first use."""
+    block = (ROOT / "vbdl" / "__init__.py").read_text().split("if TYPE_CHECKING:\n")[1].split("\n\n")[0]
+    assert sorted(re.findall(r" as (\w+)$", block, flags=re.MULTILINE)) == vbdl.__all__
+
+
 def test_the_page_about_methods_has_every_method():
     text = (DOCS / "methods.md").read_text()
     assert [m.class_name for m in METHODS.values() if f"| `vbdl.{m.class_name}(" not in text] == []

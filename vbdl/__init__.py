@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vbdl.nn.priors import ScaleMixture as ScaleMixture
     from vbdl.posteriors.deterministic import Deterministic as Deterministic
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
+    from vbdl.posteriors.laplace import Laplace as Laplace
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
     from vbdl.posteriors.mean_field import MeanField as MeanField
     from vbdl.posteriors.snapshots import Snapshots as Snapshots
