@@ -31,6 +31,7 @@ from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.posteriors.snapshots import Snapshots
 from vbdl.posteriors.stochastic import Stochastic
+from vbdl.posteriors.swag import SWAG
 from vbdl.types import is_posterior
 
 BATCH, CLASSES, MEMBERS, SAMPLES, TILE = 13, 5, 3, 7, 64
@@ -158,6 +159,8 @@ POSTERIORS = {
     "snapshots": lambda make: trained(Snapshots(make(), MEMBERS)),
     "stochastic": lambda make: Stochastic(drawing(make())),
     "ensemble of stochastic": lambda make: DeepEnsemble([Stochastic(drawing(make())) for _ in range(MEMBERS)]),
+    "swag": lambda make: trained(SWAG(make(), n_draws=SAMPLES)),
+    "ensemble of swag": lambda make: DeepEnsemble([trained(SWAG(make(), n_draws=SAMPLES)) for _ in range(MEMBERS)]),
     "ensemble of mean-field": lambda make: DeepEnsemble(MeanField(make(), n_data=101, initial_std=0.1), MEMBERS),
 }
 
@@ -180,7 +183,7 @@ class Cells(Collection):
 
     def __iter__(self):
         alone = (
-            "deterministic", "snapshots", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
+            "deterministic", "snapshots", "swag", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
             "ensemble of two architectures",
         )  # fmt: skip
         for network in self.networks:
@@ -505,7 +508,9 @@ def test_an_empty_batch_a_row_and_a_sample(posterior, network):
 # -- compiling
 
 # a compile takes seconds: by default the three methods, and dropout, which has most to compile, on every network
-_FAST = [(p, "mlp") for p in ("deterministic", "snapshots", "dropout", "mean-field", "stochastic", "ensemble")] + [
+_FAST = [
+    (p, "mlp") for p in ("deterministic", "snapshots", "swag", "dropout", "mean-field", "stochastic", "ensemble")
+] + [
     ("dropout", "cnn"),
     ("dropout", "transformer"),
 ]

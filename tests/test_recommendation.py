@@ -22,7 +22,7 @@ def test_measures_all_three_and_gives_a_reason(data):
     network = _network()
     before = [p.clone() for p in network.parameters()]
     found = recommend(network, data, budget=1.5)
-    methods = ["MCDropout", "MeanField", "DeepEnsemble", "Snapshots", "Deterministic", "Laplace"]
+    methods = ["MCDropout", "MeanField", "DeepEnsemble", "SWAG", "Snapshots", "Deterministic", "Laplace"]
     assert [m.method for m in found.table] == methods
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     measured = {m.method: m for m in found.table}

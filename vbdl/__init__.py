@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vbdl.posteriors.mean_field import MeanField as MeanField
     from vbdl.posteriors.snapshots import Snapshots as Snapshots
     from vbdl.posteriors.stochastic import Stochastic as Stochastic
+    from vbdl.posteriors.swag import SWAG as SWAG
     from vbdl.recommendation import recommend as recommend
     from vbdl.training.fit import fit as fit
 

@@ -91,6 +91,18 @@ METHODS: dict[str, Method] = {
             old_names=("ensemble",),
         ),
         Method(
+            name="swag",
+            module="vbdl.posteriors.swag",
+            class_name="SWAG",
+            words="SWAG",
+            when="the network is trained, and may be trained for some epochs more",
+            arguments=("rank", "collect_from", "swa_lr", "seed"),
+            dropout=0.0,
+            collects=True,
+            training={"lr": 1e-3, "patience": 20},
+            of_new_networks={"collect_from": 0.75},
+        ),
+        Method(
             name="snapshots",
             module="vbdl.posteriors.snapshots",
             class_name="Snapshots",

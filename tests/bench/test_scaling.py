@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vbdl.bench import scaling
+from vbdl.methods import building
 
 
 def test_every_cell_is_measured_once(tmp_path, monkeypatch):
@@ -15,9 +16,11 @@ def test_every_cell_is_measured_once(tmp_path, monkeypatch):
     assert {(r["axis"], r["method"]) for r in found} == {
         ("draws", "mc-dropout"),
         ("draws", "mean-field"),
+        ("draws", "swag"),
         ("members", "deep-ensemble"),
         ("members", "snapshots"),
-        *(("rows", m) for m in ("mc-dropout", "mean-field", "deep-ensemble", "snapshots", "deterministic")),
+        ("draws", "laplace"),
+        *(("rows", m) for m in building()),
     }
     assert [json.loads(text) for text in out.read_text().splitlines()] == found
     assert all(r["value"] > 0 and r["machine"] and r["versions"] for r in found)

@@ -32,13 +32,14 @@ from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField as MeanFieldPosterior
 from vbdl.posteriors.snapshots import Snapshots
 from vbdl.posteriors.stochastic import Stochastic
+from vbdl.posteriors.swag import SWAG
 from vbdl.types import Output as ChosenOutput
 from vbdl.types import Posterior, is_posterior
 
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
 
-for _method in (Deterministic, Laplace, Snapshots, Stochastic):
+for _method in (SWAG, Deterministic, Laplace, Snapshots, Stochastic):
     modules.register(_method)
 
 _TYPE = "type:"  # prefix that marks the name of a class among the names of submodules

@@ -61,9 +61,9 @@ def predictor(method: str, at: dict[str, int], compile: bool) -> Predictor:
     entry = METHODS[method]
     network: nn.Module = mlp(FEATURES, at["width"], 0.2 if entry.needs_dropout else 0.0, CLASSES)
     posterior = entry.make(network, n_members=at["members"], n_data=1000)
-    if entry.collects:  # it predicts only after a training, however short
-        rows = torch.randn(8, FEATURES), torch.arange(8) % CLASSES
-        fit(posterior, rows, Categorical(), epochs=max(8, at["members"]), compile=False, progress=False)
+    if entry.collects or posterior.fits_trained:  # it predicts only after a fit, however short
+        rows, epochs = (torch.randn(8, FEATURES), torch.arange(8) % CLASSES), max(8, at["members"])
+        fit(posterior, rows, Categorical(), epochs=epochs if entry.collects else 0, compile=False, progress=False)
     draws = None if entry.has_fixed_draws else at["draws"]
     return Predictor(posterior, Categorical(), draws, tiles=(at["batch"],), compile=compile)
 

@@ -135,7 +135,8 @@ class Traced:
                 rows=self.rows,
                 n_samples=self.n_samples,
                 budget=self.settings.memory_budget // 2,
-                joint=self.settings.joint,
+                # a limited number of draws are networks, not outputs
+                joint=self.settings.joint or self.model.posterior.n_draws is not None,
                 largest_tile=self.settings.largest_tile,
                 measure=lambda node, of: self._measure(graph, node, of, measured),
             )

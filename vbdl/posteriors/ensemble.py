@@ -32,7 +32,7 @@ from vbdl.nn.architecture import architecture, difference, stack
 from vbdl.nn.frozen import frozen_names, hold_frozen
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
-from vbdl.types import Inputs, Likelihood, Output, Posterior, State, TrainingRows, is_posterior
+from vbdl.types import Course, Inputs, Likelihood, Output, Posterior, State, TrainingRows, is_posterior
 
 
 class DeepEnsemble(Posterior):
@@ -237,6 +237,8 @@ class DeepEnsemble(Posterior):
         else:
             stacked = {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
         if self.base is not None:
+            # draws that are numbered within each member, if they are limited
+            numbers = numbers if self.base.n_draws is None else numbers // self.n_members
             stacked = {**stacked, **self.base.draws(numbers, seed)}
         return stacked
 
@@ -249,6 +251,27 @@ class DeepEnsemble(Posterior):
         """A posterior of the members' class with copies of one member's tensors."""
         assert self.base is not None
         return holding(self.base, {f"module.{name}": t for name, t in self.member(index).items()})
+
+    def _each_member(self, hook: Callable[[Any], object]) -> None:
+        """Call a hook of the members' own posterior for each member; what it writes into tensors is written here."""
+        assert self.base is not None
+        entries = {**self.shared(), **self.stacked()}
+        for index in range(self.n_members):
+            own = {n: t.detach()[index] if n not in self._shared_names else t for n, t in entries.items()}
+            hook(holding(self.base, {f"module.{name}": t for name, t in own.items()}))
+
+    def course(self, epochs: int, lr: float) -> Course:
+        return Course() if self.base is None else self.base.course(epochs, lr)
+
+    def being_trained(self, on: bool) -> None:
+        if self.base is not None and type(self.base).being_trained is not Posterior.being_trained:
+            self.base.being_trained(on)
+            self._hidden[0].adopt(self.base.module)
+            self.n_draws = None if self.base.n_draws is None else self.base.n_draws * self.n_members
+
+    def after_epoch(self, epoch: int) -> None:
+        if self.base is not None and type(self.base).after_epoch is not Posterior.after_epoch:
+            self._each_member(lambda member: member.after_epoch(epoch))
 
     def check_ready(self) -> None:
         for part in self.parts:
@@ -326,6 +349,8 @@ class DeepEnsemble(Posterior):
                 raise
             raise kept_error from error
         self.one_by_one = reason or ""
+        if self.base is not None and type(self.base).before_training is not Posterior.before_training:
+            self._each_member(lambda member: member.before_training(x, y, likelihood, own_rows))
 
 
 class _RowsOfMember:
