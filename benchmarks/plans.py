@@ -66,7 +66,7 @@ def ways(workload: Workload, draws: int) -> dict[str, tuple[dict[str, Any], Forc
             forced[f"dropped units {way}"] = ({}, lambda way=way: dropped_units(way))
     if workload.method is MeanField:
         for name, rows in (("of every layer", sys.maxsize), ("of the first layer", 0)):
-            forced[f"outputs {name} drawn"] = ({}, lambda rows=rows: patch.object(rewrites, "_MANY_ROWS", rows))
+            forced[f"outputs {name} drawn"] = ({}, lambda rows=rows: patch.object(rewrites, "MANY_ROWS", rows))
         forced["weights drawn"] = ({"joint": True}, free)
     return forced
 

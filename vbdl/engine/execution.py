@@ -8,6 +8,7 @@ until the graph is compiled. Calls share no data that they write to, so several 
 import contextlib
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
-from vbdl.compiling.rewrite import draws_outputs
+from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
 from vbdl.engine import background
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.plain import Plain, PlainCalls, PlainPlan
@@ -28,7 +29,9 @@ from vbdl.engine.traced import CannotTrace, Traced
 from vbdl.engine.trial import draws_by_itself, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
+from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.local_outputs import local_layers
 from vbdl.types import State
 
 _ONE_DRAW = "the posterior is one network, which knows no epistemic uncertainty: epistemic is 0, aleatoric is total"
@@ -73,7 +76,8 @@ class Execution:
             model.posterior.prepare(tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
-            outputs = try_out(model, {n: t.detach() for n, t in state.items()}, tile)
+            state = {n: t.detach() for n, t in state.items()}
+            outputs = self._tried(model, state, list(entries))
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
             self._model = model.twin()  # traced in the background, while the posterior's own module may be copied
@@ -81,6 +85,28 @@ class Execution:
         else:
             self._way, self._undecided = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
+
+    def _tried(self, model: Model, state: State, own: Sequence[str]) -> Tensor:
+        """Run a draw, check the network by it, and find the layers that draw outputs; own: entries of a draw."""
+        network, settings, tile = model.network, self._settings, self._tile
+        self._local_layers: Mapping[str, str | None] = {}
+        self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
+        if (
+            settings.joint or settings.autocast is not None or settings.largest_tile >= MANY_ROWS
+            or own != ["network.key"] or not isinstance(network, FactoredNetwork) or not network.may_draw_outputs
+            or before_tracing(model, settings)[0] == PLAIN
+        ):  # fmt: skip
+            return try_out(model, state, tile)
+        network.recorded = []
+        try:
+            outputs = try_out(model, state, tile)
+            first, second = network.recorded[:2]
+            local = local_layers(first, second, tile.rows)
+        finally:
+            network.recorded = None
+        if local is not None:
+            self._local_layers, self._local = local, len(local)
+        return outputs
 
     @property
     def plan(self) -> Plan | PlainPlan:
@@ -108,7 +134,12 @@ class Execution:
     def _as_it_is(self, *reasons: str) -> _Way:
         """The way that runs the network as it is, for these reasons."""
         if self._plain is None:
+            network = self._model.network
+            if isinstance(network, FactoredNetwork):  # its copy gets them, and the one to trace does not keep them
+                network.local = self._local_layers
             self._plain = Plain(self._model, self._tile, self._settings, self.n_samples)
+            if isinstance(network, FactoredNetwork):
+                network.local = {}
         plain = self._plain
         draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
@@ -156,6 +187,8 @@ class Execution:
             way, verdict, reason = self._graph()
         except CannotTrace as error:
             return self._as_it_is(str(error)), None
+        if self._local is not None and self._local != layers_that_draw_outputs(way.plan.reasons):
+            return self._as_it_is("as a graph, other layers would draw outputs in place of weights"), None
         if verdict == PLAIN:
             return self._as_it_is(reason), None
         return way, reason if verdict == MEASURE else None
@@ -191,7 +224,8 @@ class Execution:
     def _meanwhile(self) -> _Way:
         """The way that answers while the graph is being compiled: with the draws of the graph, up to rounding."""
         network = self._model.network
-        if isinstance(network, KeyedNetwork) and network.draws_weights and not self._settings.joint:
+        waits = isinstance(network, KeyedNetwork) and network.draws_weights and not self._settings.joint
+        if waits and self._local is None:
             self._traced_before = way, _ = self._chosen()
             if isinstance(way.calls, Chunking) and draws_outputs(way.plan.reasons):
                 return _Way(way.plan, way.calls.uncompiled())

@@ -95,7 +95,7 @@ class Drawn(Tensor):
         kwargs = kwargs or {}
         if func is F.linear and (output := _fused(*args, **kwargs)) is not None:
             return output
-        if func in _ABOUT and isinstance(args[0], Drawn):
+        if func in READS and isinstance(args[0], Drawn):
             return func(args[0].source.mean, *args[1:], **kwargs)
         return _with_weights(func, args, kwargs)
 
@@ -116,8 +116,8 @@ def _with_weights(func: Callable[..., object], args: Arguments, kwargs: Keywords
 _PROPERTIES = "shape dtype device ndim layout is_cuda is_xpu is_sparse is_nested is_quantized requires_grad".split()
 _METHODS = """size dim numel nelement element_size is_floating_point is_complex __len__ new_empty new_zeros new_ones
     new_full new_tensor""".split()
-_ABOUT = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
-_ABOUT |= {torch.numel, torch.is_floating_point, torch.is_complex}
+READS = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
+READS |= {torch.numel, torch.is_floating_point, torch.is_complex}
 
 
 def _fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:

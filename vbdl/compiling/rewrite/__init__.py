@@ -21,15 +21,20 @@ from vbdl.compiling.rewrite.draws import in_one_form
 from vbdl.compiling.rewrite.fused import fuse
 from vbdl.compiling.rewrite.local import reparameterize
 
-_MANY_ROWS = 128  # from this many rows on, one product with kept weights is faster than two for mean and variance
+MANY_ROWS = 128  # from this many rows on, one product with kept weights is faster than two for mean and variance
 
 
 _DRAW_OUTPUTS = "layers draw their outputs, not their weights"
 
 
+def layers_that_draw_outputs(sentences: Sequence[str]) -> int:
+    """The number of layers that draw outputs in a graph with these choices: other numbers than drawn weights give."""
+    return sum(int(sentence.split()[0]) for sentence in sentences if _DRAW_OUTPUTS in sentence)
+
+
 def draws_outputs(sentences: Sequence[str]) -> bool:
-    """Whether a graph with these choices draws outputs of layers, which are other numbers than drawn weights give."""
-    return any(_DRAW_OUTPUTS in sentence for sentence in sentences)
+    """Whether layers draw outputs in a graph with these choices."""
+    return layers_that_draw_outputs(sentences) > 0
 
 
 def rewrite(
@@ -56,7 +61,7 @@ def rewrite(
     sentences = []
     in_one_form(traced)
     if not joint:
-        hidden = largest_tile < _MANY_ROWS
+        hidden = largest_tile < MANY_ROWS
         for kind, count in reparameterize(traced, kinds, rows, hidden).items():
             sentences.append(
                 f"{count} {kind} {_DRAW_OUTPUTS}: the same distribution of every row; joint=True draws weights"

@@ -1,7 +1,7 @@
 """A network whose chosen parameters are drawn from a normal distribution N(mean, C), or that is linear in them."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,9 +10,12 @@ from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vbdl.calling.stacking import call
+from vbdl.nn.drawn import drawn
 from vbdl.nn.frozen import hold_frozen
+from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.local_outputs import DrawnOutputs, Moments, Recording, Uses
 from vbdl.types import Inputs, State
 
 # torch counts the levels of forward mode once for all threads: one that ends in a thread takes away another's
@@ -24,10 +27,17 @@ class FactoredNetwork(KeyedNetwork):
 
     A subclass sets `inner`, `key`, `chosen` and `factors`. Factor i uses the layer numbers of the counters after those
     of factor i - 1.
+
+    local: the weights of the layers that draw their outputs in this network as it is, each with its bias if that is
+        drawn too; {} if all weights are drawn.
+    recorded: what each forward does with the drawn parameters is added to this list, if there is one.
     """
 
     draws_weights = True
     linearized: bool = False
+    local: Mapping[str, str | None] = {}
+    recorded: list[Uses] | None = None
+    found_by_running = ("local", "recorded")
     first_layer: int = 0  # the layer number of the first factor
     chosen: tuple[str, ...]
     factors: Sequence[Factor]
@@ -73,7 +83,51 @@ class FactoredNetwork(KeyedNetwork):
 
     def forward(self, *args, **kwargs):
         inputs = kwargs if kwargs else args
-        return self._linear(inputs) if self.linearized else call(self.inner, self.weights(), inputs)
+        if self.linearized:
+            return self._linear(inputs)
+        if self.local:
+            return self._drawing_outputs(inputs)
+        if self.recorded is None:
+            return call(self.inner, self.weights(), inputs)
+        weights = self.weights()
+        with Recording(weights) as recording:
+            outputs = call(self.inner, weights, inputs)
+        self.recorded.append(recording.uses)
+        return outputs
+
+    @property
+    def may_draw_outputs(self) -> bool:
+        """Whether layers may draw outputs here: all parameters are independent and enter as they are."""
+        return not self.linearized and all(isinstance(factor, Independent) for factor in self.factors)
+
+    @property
+    def takes_many_keys(self) -> bool:
+        return bool(self.local) and set(self.chosen) == {*self.local, *self.local.values()} - {None}
+
+    def _drawing_outputs(self, inputs: Inputs) -> Any:  # what the user's network returns
+        """Run the network with layers that draw their outputs."""
+        biases = {bias for bias in self.local.values() if bias is not None}
+        weights, moments, kept = {}, {}, self.kept if self.kept is not None else {}
+        for first, factor in self.numbered():
+            assert isinstance(factor, Independent)
+            for number, name in enumerate(factor.names, start=first):
+                weights[name] = mean = self.mean(name)
+                if name in self.local:
+                    bias = self.local[name]
+                    of_bias = None if bias is None else self._std(bias).square()
+                    moments[id(mean)] = Moments(mean, factor.std(name).square(), number, of_bias)
+                elif name not in biases:
+                    if name not in kept:
+                        kept[name] = drawn(mean, factor.std(name), self.key, number)
+                    weights[name] = kept[name]
+        with DrawnOutputs(self.key, moments):
+            return call(self.inner, weights, inputs)
+
+    def _std(self, name: str) -> Tensor:
+        """The std of every weight of a parameter that an independent factor draws."""
+        factor = next(factor for factor in self.factors if name in factor.names)
+        assert isinstance(factor, Independent)
+        return factor.std(name)
 
     def _linear(self, inputs: Inputs) -> Any:  # what the user's network returns
         """The outputs of the network that is linear in the drawn parameters, in the structure of the network's own."""

@@ -1,0 +1,133 @@
+"""Layers with normal weights that draw their outputs, in a network that runs as it is and is not traced.
+
+    y = m + sqrt(v) noise,   m = x mean^T + bias_mean,   v = x^2 (std^2)^T + bias_std^2
+
+The layers, the formula and the draws are those of the graph (`vbdl/compiling/rewrite/local.py`), so that the network as
+it is can answer while the graph is being traced. Which layers they are follows from two runs on other rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from vbdl_kernels import normal
+from vbdl_kernels.philox import ACTIVATION
+
+from vbdl.nn.drawn import READS
+from vbdl.types import Arguments, Keywords, State
+
+Function = Callable[..., object]
+
+
+@dataclass
+class Uses:
+    """What a forward does with the drawn parameters, by their names."""
+
+    layers: dict[str, list[tuple[Tensor, str | None]]] = field(default_factory=dict)
+    """The calls of `F.linear` with a weight: the layer's input, and the name of its bias if that is drawn too."""
+
+    others: list[str] = field(default_factory=list)
+    """The parameters that other functions take, once for each use."""
+
+
+class Recording(TorchFunctionMode):
+    """A context that records what a forward does with these drawn parameters."""
+
+    def __init__(self, weights: State):
+        super().__init__()
+        self._names = {id(t): name for name, t in weights.items()}
+        self.uses = Uses()
+
+    def __torch_function__(
+        self, func: Function, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in READS:
+            return func(*args, **kwargs)
+        if func is F.linear:
+            input, weight, bias = _arguments(*args, **kwargs)
+            name = self._names.get(id(weight))
+            if name is not None and weight.ndim == 2 and input.is_floating_point():
+                of_bias = self._names.get(id(bias))
+                self.uses.layers.setdefault(name, []).append((input, of_bias))
+                self.uses.others += self._named([input])
+                return func(*args, **kwargs)
+        self.uses.others += self._named(tree_leaves((args, kwargs)))
+        return func(*args, **kwargs)
+
+    def _named(self, values: Sequence[object]) -> list[str]:
+        return [self._names[id(value)] for value in values if id(value) in self._names]
+
+
+def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def local_layers(first: Uses, second: Uses, rows: int) -> dict[str, str | None] | None:
+    """The weights of the layers that draw outputs, each with its bias if that is drawn too; None if it is not clear.
+
+    first, second: what two forwards on other rows do. rows: the rows of the first.
+
+    A layer draws outputs if it acts once on one vector of every row, and its input depends on the rows.
+    """
+    local: dict[str, str | None] = {}
+    biases = [bias for calls in first.layers.values() for _, bias in calls if bias is not None]
+    for name, calls in first.layers.items():
+        if name in first.others or len(calls) != 1 or len(second.layers.get(name, [])) != 1:
+            return None
+        (x, bias), ((other, _),) = calls[0], second.layers[name]
+        if x.ndim != 2 or x.shape[0] != rows:
+            continue
+        if x.shape == other.shape and torch.equal(x, other):
+            return None  # a constant, or rows that are equal
+        if bias is not None and (bias in first.others or biases.count(bias) > 1):
+            return None
+        local[name] = bias
+    return local
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The moments of a layer's weight (outputs, inputs) and bias (outputs,), and its number in the counters.
+
+    The bias has no variance if it is not drawn.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    layer: int
+    bias_variance: Tensor | None
+
+
+class DrawnOutputs(TorchFunctionMode):
+    """A context in which these layers draw their outputs.
+
+    key: (2,) int64, or (draws, 2) for rows that repeat the batch once for each draw.
+    moments: of each layer, by the id of its mean weight, which is the weight that `F.linear` gets.
+    """
+
+    def __init__(self, key: Tensor, moments: Mapping[int, Moments]):
+        super().__init__()
+        self._key, self._moments = key, moments
+
+    def __torch_function__(
+        self, func: Function, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight, bias = _arguments(*args, **kwargs)
+            if (moments := self._moments.get(id(weight))) is not None:
+                return self._drawn(x, bias, moments)
+        return func(*args, **kwargs)
+
+    def _drawn(self, x: Tensor, bias: Tensor | None, moments: Moments) -> Tensor:
+        noise: Any = normal(self._key.to(x.device), moments.layer, ACTIVATION, 1, len(moments.mean)).to(x.dtype)
+        if noise.ndim == 3:
+            noise = noise.expand(-1, x.shape[0] // len(noise), -1).flatten(0, 1)
+        variance = F.linear(x.square(), moments.variance, moments.bias_variance)
+        return F.linear(x, moments.mean, bias) + variance.sqrt() * noise
