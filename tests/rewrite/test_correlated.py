@@ -1,11 +1,15 @@
 """Outputs drawn in place of weights of Gaussian posteriors: the exact distribution of every row."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from vbdl import Gaussian, Predictor
+from vbdl import Categorical, Gaussian, Predictor
+from vbdl.calling.inputs import flatten
+from vbdl.engine.moments import MomentExecution
+from vbdl.model import Model
 from vbdl.nn.gaussian import Dense, Diagonal, Factor, GaussianNetwork, Kronecker, LowRank
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -129,6 +133,31 @@ def test_a_row_has_the_mean_and_covariance_of_the_closed_form(name):
         centered = found - mean
         second = torch.einsum("sri,srj->rij", centered, centered) / DRAWS
         assert float(((second - covariance) / error).abs().max()) < 5
+
+
+HEADS = [name for name in CASES if "head" in name]
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_moments_of_a_last_layer_are_those_of_the_closed_form(name, compile):
+    """And the predictive is that of the normal outputs with their covariance, by an integral."""
+    q, x = CASES[name][0](), torch.randn(5, 3)
+    mean, covariance = closed_form(q, x)
+    predict = Predictor(q, Categorical(), 32, tiles=(64,), compile=compile, estimator="moments")
+    execution = MomentExecution(Model(q, Categorical()), flatten(x), predict.settings, 32)
+    found = execution.moments(flatten(x))
+    torch.testing.assert_close(found[0].double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), covariance.diagonal(dim1=1, dim2=2), rtol=1e-5, atol=1e-5)
+    joint = "diagonal" not in name  # its outputs are independent
+    assert ("covariance of a row's outputs" in predict.explain(x)) == joint
+    # of two classes: the integral of a logistic function over the normal difference of the logits
+    difference = mean[:, 0] - mean[:, 1]
+    std = (covariance * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).sum((1, 2)).sqrt()
+    nodes, weights = (torch.from_numpy(t) for t in np.polynomial.hermite_e.hermegauss(64))
+    expected = (torch.sigmoid(difference + std * nodes[:, None]) * weights[:, None]).sum(0) / weights.sum()
+    # the error of 256 quasi-random points; independent outputs would be off by 0.003 to 0.04
+    torch.testing.assert_close(predict(x).probs[:, 0].double(), expected, rtol=0, atol=2e-3)
 
 
 def test_rows_are_drawn_jointly_if_asked():

@@ -143,6 +143,11 @@ def call_stacked(
         return vmap(one, in_dims=in_dims, randomness=randomness)(stacked, list(flat.tensors))
 
 
+def along_last(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Apply a function of tensors to every slice t[..., k], mapped together by vmap; the last axis stays the last."""
+    return vmap(function, in_dims=-1, out_dims=-1)(t)
+
+
 def call_each(
     module: nn.Module,
     stacked: State,  # (samples, ...) each

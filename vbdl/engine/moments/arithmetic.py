@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vbdl.engine.moments.value import Moments, Value, mean_of, rule, var_of
+from vbdl.engine.moments.value import Correlated, KroneckerWeights, Moments, Value, mean_of, rule, var_of
 
 Axes = int | list[int] | None
 
@@ -18,7 +18,26 @@ def add(a: Value, b: Value, alpha: float = 1.0) -> Moments:
     """The moments of a + alpha b."""
     if a is b:
         return mul(a, 1.0 + alpha)
+    if alpha == 1 and (together := _correlated_sum(a, b) or _correlated_sum(b, a)):
+        return together
     return _filled(mean_of(a) + alpha * mean_of(b), var_of(a) + alpha**2 * var_of(b))
+
+
+def _correlated_sum(a: Value, b: Value) -> Moments | None:
+    """The sum of a correlated value and one that is certain, independent or of the same normals; None for others."""
+    if isinstance(a, KroneckerWeights) and isinstance(b, Tensor) and b.shape == a.shape:
+        return a.with_mean(a.mean + b)
+    if not isinstance(a, Correlated) or isinstance(b, Correlated | KroneckerWeights) and b.source != a.source:
+        return None
+    mean = a.mean + mean_of(b)
+    if not isinstance(b, Correlated):
+        var, root = torch.as_tensor(a.var + var_of(b)).expand_as(mean), a.root
+    elif a.shape == b.shape:
+        root = a.root + b.root
+        var = a.own + b.own + root.square().sum(-1)
+    else:
+        return None
+    return Correlated(mean, var, root.expand(*mean.shape, root.shape[-1]), a.source)
 
 
 @rule("sub")
@@ -42,6 +61,11 @@ def mul(a: Value, b: Value) -> Moments:
     """The moments of a b: Var ab = Var a (E b)^2 + Var b (E a)^2 + Var a Var b."""
     if a is b and isinstance(a, Moments):
         return power(a, 2)
+    for one, scale in ((a, b), (b, a)):
+        if isinstance(one, Correlated) and not isinstance(scale, Moments):
+            mean, factor = one.mean * scale, torch.as_tensor(scale, dtype=one.mean.dtype, device=one.mean.device)
+            root = one.root * factor.unsqueeze(-1)
+            return Correlated(mean, one.var * factor**2, root.expand(*mean.shape, root.shape[-1]), one.source)
     m, n, v, w = mean_of(a), mean_of(b), var_of(a), var_of(b)
     return _filled(m * n, v * n**2 + w * m**2 + v * w)
 

@@ -11,9 +11,11 @@ from vbdl.calling.inputs import Flat, rebuilt
 from vbdl.calling.stacking import call, select
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
+from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears
 from vbdl.engine.execution import Execution
 from vbdl.engine.moments.interpret import Values, dependent, run
-from vbdl.engine.moments.value import Moments
+from vbdl.engine.moments.linear import MOST_JOINT
+from vbdl.engine.moments.value import Correlated, Moments
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
@@ -36,7 +38,8 @@ class MomentPlan:
             [
                 "strategy       moments: one deterministic pass with means and variances, AN APPROXIMATION: values are "
                 "assumed to be normal and independent",
-                f"predictive     {NODES} fixed points of the parameters' distribution",
+                f"predictive     {NODES} fixed points of the parameters' distribution"
+                + (", with the covariance of a row's outputs" if self.execution.joint else ""),
                 f"against sampling, {self.execution.n_samples} draws, on the example: {self.execution.error()}",
             ]
         )
@@ -85,7 +88,11 @@ class MomentExecution:
             return (call(self.model, {**dict(zip(shared, rest, strict=True)), **one}, inputs),)
 
         state = [*stacked.values(), *shared.values()]
-        self._traced = trace(parameters, list(stacked.values()), list(shared.values()), self._tensors(), aligned=False)
+        with WholeLinears():
+            self._traced = trace(
+                parameters, list(stacked.values()), list(shared.values()), self._tensors(), aligned=False
+            )
+        self._traced.graph.eliminate_dead_code()  # of forward-mode products, which may have no rule
         nodes = list(self._traced.graph.nodes)
         places = [n for n in nodes if n.op == "placeholder"]
         (self._output,) = next(n for n in nodes if n.op == "output").args[0]
@@ -103,7 +110,8 @@ class MomentExecution:
         if not isinstance(outputs, Moments):
             raise ValueError(f"nothing random reaches the output of this {type(self.model.posterior).__name__}")
         self.parameter_shape = outputs.shape
-        self._points = _normal_points(tuple(outputs.shape[1:])).to(outputs.mean)
+        self.joint = isinstance(outputs, Correlated) and _size(tuple(outputs.shape[1:])) <= MOST_JOINT
+        self._points = _normal_points(tuple(outputs.shape[1:]), uncorrelated=self.joint).to(outputs.mean)
 
     def explain(self) -> str:
         """Describe the estimator and its error."""
@@ -124,7 +132,8 @@ class MomentExecution:
             self._output
         ]
         points = arguments[-1]  # (points, 1, ...) standard normals
-        fields = self.likelihood.finish(self.likelihood.summarize(outputs.mean + outputs.var.sqrt() * points))
+        deviations = _spread(outputs, points) if self.joint else outputs.var.sqrt() * points
+        fields = self.likelihood.finish(self.likelihood.summarize(outputs.mean + deviations))
         if "standard_error" in fields:
             # without draws there is no estimate of the error
             fields["standard_error"] = torch.full_like(fields["standard_error"], torch.nan)
@@ -137,7 +146,7 @@ class MomentExecution:
         if self._call is None or self._graph is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
-                self._graph = trace(self._whole, *examples)
+                self._graph = trace(self._whole, *examples, decompositions=DECOMPOSITIONS)
                 self._call = compile_graph(self._graph, examples) if self.settings.compile else self._graph
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
             return dict(zip(self._names, self._graph(*arguments), strict=True))
@@ -175,11 +184,11 @@ class MomentExecution:
 
 
 def _tensors_of(kept: Values) -> list[Tensor]:
-    """The tensors among these values in a flat list; moments give their mean and their variance."""
+    """The tensors among these values in a flat list; moments give all that they consist of."""
     tensors: list[Tensor] = []
     for value in kept.values():
         if isinstance(value, Moments):
-            tensors += [value.mean, value.var]
+            tensors += value.tensors()
         elif isinstance(value, Tensor):
             tensors.append(value)
     return tensors
@@ -190,23 +199,45 @@ def _filled(kept: Values, tensors: tuple[Tensor, ...]) -> Values:
     each, filled = iter(tensors), Values()
     for node, value in kept.items():
         if isinstance(value, Moments):
-            value = Moments(next(each), next(each))
+            value = value.filled(each)
         elif isinstance(value, Tensor):
             value = next(each)
         filled[node] = value
     return filled
 
 
-def _normal_points(shape: tuple[int, ...]) -> Tensor:
+_JITTER = 1e-6  # added to correlations, so that the factorization of singular ones succeeds in float32
+
+
+def _spread(outputs: Moments, points: Tensor) -> Tensor:
+    """Deviations from the mean with the covariance of each row's outputs, (points, rows, ...).
+
+    points: (points, 1, ...) standard normals.
+    """
+    assert isinstance(outputs, Correlated)
+    root, own = outputs.root.flatten(1, -2), outputs.own.flatten(1)  # (rows, outputs, normals), (rows, outputs)
+    std = outputs.var.flatten(1).sqrt()
+    scale = torch.where(std > 0, std, 1.0)
+    root = root / scale.unsqueeze(-1)
+    correlation = root @ root.mT + torch.diag_embed(own / scale.square() + (std == 0) + _JITTER)
+    factor = torch.linalg.cholesky_ex(correlation).L * std.unsqueeze(-1)
+    return torch.einsum("rij,pj->pri", factor, points.flatten(1)).unflatten(2, outputs.shape[1:])
+
+
+def _normal_points(shape: tuple[int, ...], uncorrelated: bool = False) -> Tensor:
     """Quasi-random standard normals, (points, 1, *shape), with means exactly 0 and variances exactly 1.
 
     A scrambled Sobol sequence with a fixed seed: the same points for every row and every predictor.
+    uncorrelated: with covariances exactly 0 too, for fewer dimensions than points.
     """
     if _size(shape) > _MOST_DIMENSIONS:  # images of pixels: all pixels share the coordinates of a point
         shape = (*[1] * (len(shape) - 1), shape[-1])
     engine = torch.quasirandom.SobolEngine(max(_size(shape), 1), scramble=True, seed=0)
     points = torch.special.ndtri(engine.draw(NODES).double().clamp(1e-6, 1 - 1e-6))
     points = (points - points.mean(0)) / points.std(0, correction=0)
+    if uncorrelated:
+        covariance = points.mT @ points / NODES
+        points = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), points.mT, upper=False).mT
     return points.view(NODES, 1, *shape)
 
 

@@ -1,7 +1,7 @@
 """The interpreter of traced graphs: runs them with moments in place of random values."""
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import fx
@@ -13,7 +13,13 @@ from vbdl.compiling.graph import draws_from_generator, name_of, operator_of
 from vbdl.engine.moments import activation, arithmetic, linear, normalization, pooling, shape, sources  # noqa: F401
 from vbdl.engine.moments.value import RULES, is_random
 
-_SOURCES = {"words": sources.words, "normal": sources.normal}
+_SOURCES: dict[str, Callable[..., object]] = {
+    "words": sources.words,
+    "normal": sources.normal,
+    "kronecker_noise": sources.kronecker_noise,
+    "dense_noise": sources.dense_noise,
+    "low_rank_noise": sources.low_rank_noise,
+}
 
 
 Values = dict[fx.Node, Any]  # of a graph: tensors, Moments, Uniform, and lists and numbers of torch's

@@ -1,11 +1,11 @@
 """Rules for operations that only rearrange elements: means and variances are rearranged alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vbdl.engine.moments.value import Moments, as_moments, each, rule
+from vbdl.engine.moments.value import Correlated, KroneckerWeights, Moments, as_moments, each, rule
 
 _REARRANGING = """view _unsafe_view reshape permute transpose t expand slice select squeeze unsqueeze clone contiguous
 alias detach flip unfold repeat index_select constant_pad_nd reflection_pad2d replication_pad2d pixel_shuffle
@@ -19,6 +19,13 @@ def _rearrange(name: str):
         if name == "constant_pad_nd":  # the padding has variance 0
             sizes, *value = args
             return Moments(operation(x.mean, sizes, *value), operation(x.var, sizes, 0.0))
+        if isinstance(x, KroneckerWeights):
+            if name in ("clone", "contiguous", "alias", "detach"):
+                return x
+            if name in ("view", "_unsafe_view", "reshape", "expand") and list(args[0]) == list(x.shape):
+                return x
+            if name in ("slice", "select") and x.ndim == 2 and args and args[0] in (1, -1):
+                return x.columns(lambda t: operation(t, -1, *args[1:], **kwargs))
         return each(lambda t: operation(t, *args, **kwargs), x)
 
     return run
@@ -40,21 +47,39 @@ def convert(x: Moments, **kwargs) -> Moments:
     return Moments(x.mean.to(dtype), x.var.to(dtype))
 
 
+def _joined(join: Callable[..., Tensor], parts: Sequence[Moments | Tensor], dim: int) -> Moments:
+    """The moments of tensors that an operation (cat, stack) joins; normals that all random ones share stay shared."""
+    moments = [as_moments(p) for p in parts]
+    mean, var = join([m.mean for m in moments], dim), join([m.var for m in moments], dim)
+    shared = [p for p in parts if isinstance(p, Correlated)]
+    if not shared or any(p.source != shared[0].source for p in shared):
+        return Moments(mean, var)
+    size = shared[0].root.shape[-1]
+    roots = [
+        p.root if isinstance(p, Correlated) else m.mean.new_zeros(*m.shape, size)
+        for p, m in zip(parts, moments, strict=True)
+    ]
+    axis = dim if dim >= 0 else dim - 1  # the roots have one axis more, at the end
+    return Correlated(mean, var, join(roots, axis), shared[0].source)
+
+
 @rule("cat")
 def concatenate(parts: Sequence[Moments | Tensor], dim: int = 0) -> Moments:
-    moments = [as_moments(p) for p in parts]
-    return Moments(torch.cat([m.mean for m in moments], dim), torch.cat([m.var for m in moments], dim))
+    return _joined(torch.cat, parts, dim)
 
 
 @rule("stack")
 def stack(parts: Sequence[Moments | Tensor], dim: int = 0) -> Moments:
-    moments = [as_moments(p) for p in parts]
-    return Moments(torch.stack([m.mean for m in moments], dim), torch.stack([m.var for m in moments], dim))
+    return _joined(torch.stack, parts, dim)
 
 
 @rule("split", "split_with_sizes", "chunk")
 def split(x: Moments, size: int | Sequence[int], dim: int = 0) -> list[Moments]:
-    return [Moments(m, v) for m, v in zip(x.mean.split(size, dim), x.var.split(size, dim), strict=True)]  # type: ignore[arg-type]
+    parts = [Moments(m, v) for m, v in zip(x.mean.split(size, dim), x.var.split(size, dim), strict=True)]  # type: ignore[arg-type]
+    if not isinstance(x, Correlated):
+        return parts
+    roots = x.root.split(size, dim if dim >= 0 else dim - 1)  # type: ignore[arg-type]
+    return [Correlated(part.mean, part.var, root, x.source) for part, root in zip(parts, roots, strict=True)]
 
 
 @rule("unbind")

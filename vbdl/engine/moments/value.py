@@ -1,14 +1,18 @@
 """The moments of a random tensor, its mean and variance, and the table of rules that propagate them."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from vbdl.calling.stacking import along_last
+
 Rule = Callable[..., object]
 R = TypeVar("R", bound=Rule)
+M = TypeVar("M", bound="Moments")
 RULES: dict[str, Rule] = {}  # name of an aten operation -> function from moments to moments
 
 
@@ -26,6 +30,54 @@ class Moments:
     @property
     def ndim(self) -> int:
         return self.mean.ndim
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that it consists of."""
+        return [t for t in vars(self).values() if isinstance(t, Tensor)]
+
+    def filled(self: M, tensors: Iterator[Tensor]) -> M:
+        """The same with other tensors, in the order of `tensors`."""
+        return dataclasses.replace(self, **{n: next(tensors) for n, t in vars(self).items() if isinstance(t, Tensor)})
+
+
+@dataclass(frozen=True, eq=False)
+class Correlated(Moments):
+    """A random tensor mean + root e + independent noise, with normals e that its elements share."""
+
+    root: Tensor  # (*shape, normals)
+    source: object  # equal for tensors that share e
+
+    @property
+    def own(self) -> Tensor:
+        """The variance of the independent noise, in the shape of the mean."""
+        return (self.var - self.root.square().sum(-1)).clamp_min(0.0)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Correlated":
+        """Apply a rearrangement of elements."""
+        return Correlated(function(self.mean), function(self.var), along_last(function, self.root), self.source)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerWeights(Moments):
+    """A random matrix mean + left (std * E) right^T, or a column of it, with E of independent normals.
+
+    mean: (outputs, inputs), or (outputs,) for a column. left: (outputs, p). std: (p, q). right: (inputs, q), or (q,).
+    """
+
+    left: Tensor
+    std: Tensor
+    right: Tensor
+    source: object  # equal for parts of one matrix
+
+    def with_mean(self, mean: Tensor) -> "KroneckerWeights":
+        """The same deviations from another mean."""
+        return dataclasses.replace(self, mean=mean)
+
+    def columns(self, function: Callable[[Tensor], Tensor]) -> "KroneckerWeights":
+        """Choose columns by a function of the inputs' axis, the last one of a matrix."""
+        right = function(self.right.mT)
+        right = right.mT if right.ndim > 1 else right
+        return KroneckerWeights(function(self.mean), function(self.var), self.left, self.std, right, self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +123,8 @@ def as_moments(x: Moments | Tensor) -> Moments:
 
 def each(function: Callable[[Tensor], Tensor], x: Moments | Tensor) -> Moments | Tensor:
     """Apply a rearrangement of elements to x; of Moments, to the mean and to the variance."""
+    if isinstance(x, Correlated):
+        return x.each(function)
     return Moments(function(x.mean), function(x.var)) if isinstance(x, Moments) else function(x)
 
 
