@@ -16,20 +16,17 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 
+from vbdl.compiling.rewrite import local
 from vbdl.compiling.rewrite.compact import compact
 from vbdl.compiling.rewrite.draws import in_one_form
 from vbdl.compiling.rewrite.fused import fuse
-from vbdl.compiling.rewrite.local import reparameterize
 
 MANY_ROWS = 128  # from this many rows on, one product with kept weights is faster than two for mean and variance
 
 
-_DRAW_OUTPUTS = "layers draw their outputs, not their weights"
-
-
 def layers_that_draw_outputs(sentences: Sequence[str]) -> int:
     """The number of layers that draw outputs in a graph with these choices: other numbers than drawn weights give."""
-    return sum(int(sentence.split()[0]) for sentence in sentences if _DRAW_OUTPUTS in sentence)
+    return sum(int(sentence.split()[0]) for sentence in sentences if local.draws_outputs(sentence))
 
 
 def draws_outputs(sentences: Sequence[str]) -> bool:
@@ -62,9 +59,7 @@ def rewrite(
     in_one_form(traced)
     if not joint:
         hidden = largest_tile < MANY_ROWS
-        for kind, count in reparameterize(traced, kinds, rows, hidden).items():
-            sentences.append(
-                f"{count} {kind} {_DRAW_OUTPUTS}: the same distribution of every row; joint=True draws weights"
-            )
+        counts = local.reparameterize(traced, kinds, rows, hidden)
+        sentences += [f"{count} {sentence}" for sentence, count in counts.items()]
     sentences += compact(traced, kinds, n_samples, budget, measure)
     return sentences + fuse(traced, n_samples=n_samples, budget=budget)

@@ -21,7 +21,7 @@ from vbdl_kernels.philox import ACTIVATION
 from vbdl_kernels.sample_weights import rows_columns
 
 from vbdl.compiling.graph import BODY, PREFIX, dependence
-from vbdl.compiling.rewrite.correlated import has_kronecker, kronecker_by, kronecker_linear
+from vbdl.compiling.rewrite.correlated import Kronecker, has_kronecker, kronecker_by, kronecker_linear
 from vbdl.compiling.rewrite.linear import add_bias, arguments, is_linear, lower
 
 _aten = torch.ops.aten
@@ -72,22 +72,30 @@ def local_linear(
     return y if bias_mean is None else y + bias_mean.to(x.dtype)
 
 
-MEAN_FIELD, KRONECKER = "mean-field", "Kronecker-factored"
+_OUTPUTS = "draw their outputs, not their weights"
+_SAME = f"layers {_OUTPUTS}: the same distribution of every row; joint=True draws weights"
+MEAN_FIELD, KRONECKER = f"mean-field {_SAME}", f"Kronecker-factored {_SAME}"
+KEPT_WEIGHTS = "Kronecker-factored layers draw weights, which take fewer operations than outputs of their shape"
+
+
+def draws_outputs(sentence: str) -> bool:
+    """Whether a sentence of `reparameterize` says that outputs are drawn."""
+    return _OUTPUTS in sentence
 
 
 def reparameterize(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: bool) -> Counter[str]:
     """Rewrite layers with normal weights in place, all for which drawing outputs is exact and cheaper.
 
     hidden: False rewrites only layers whose input does not depend on the draw: two products serve all draws there.
-    Returns the number of rewritten layers of each kind.
+    Returns the number of layers for which each sentence is true.
     """
     if has_kronecker(traced):
         traced.graph.eliminate_dead_code()  # of forward-mode products, which would count as other uses of the noise
-    region, rewritten = dependence(traced, kinds), Counter[str]()
+    region, sentences = dependence(traced, kinds), Counter[str]()
     for node in list(traced.graph.nodes):
         if not is_linear(node):
             continue
-        x, weight, _, stacked = arguments(node)
+        x, weight, bias, stacked = arguments(node)
         if region[x] not in (PREFIX, BODY) or not (region[x] == PREFIX or hidden):
             continue
         shape = x.meta["val"].shape[1:] if stacked[0] else x.meta["val"].shape
@@ -96,18 +104,19 @@ def reparameterize(traced: fx.GraphModule, kinds: list[int], rows: int, hidden: 
             continue
         with traced.graph.inserting_before(node):
             if y := _independent(traced.graph, node):
-                rewritten[MEAN_FIELD] += 1
-            elif region[x] == PREFIX and not stacked[0] and (y := _kronecker(traced.graph, node)):
-                rewritten[KRONECKER] += 1
-            else:
+                sentences[MEAN_FIELD] += 1
+            elif region[x] == PREFIX and not stacked[0] and (drawn := kronecker_by(node, weight, bias)):
+                sentences[KRONECKER if drawn.is_cheaper else KEPT_WEIGHTS] += 1
+                y = _kronecker(traced.graph, node, drawn) if drawn.is_cheaper else None
+            if y is None:
                 continue
         y.meta, region[y] = dict(node.meta), region[node]  # the next layer may need them
         node.replace_all_uses_with(y)
         traced.graph.erase_node(node)
-    if rewritten:
+    if sentences:
         traced.graph.eliminate_dead_code()
         traced.recompile()
-    return rewritten
+    return sentences
 
 
 def _independent(graph: fx.Graph, linear: fx.Node) -> fx.Node | None:
@@ -122,12 +131,9 @@ def _independent(graph: fx.Graph, linear: fx.Node) -> fx.Node | None:
     return y if bias is None or bias_drawn is not None else add_bias(graph, y, bias, stacked[2], axes=1)
 
 
-def _kronecker(graph: fx.Graph, linear: fx.Node) -> fx.Node | None:
-    """The outputs of a layer with Kronecker-factored weights, drawn by `kronecker_linear`; None for any other layer."""
-    x, weight, bias, stacked = arguments(linear)
-    drawn = kronecker_by(linear, weight, bias)
-    if drawn is None or not drawn.is_cheaper:
-        return None
+def _kronecker(graph: fx.Graph, linear: fx.Node, drawn: Kronecker) -> fx.Node:
+    """The outputs of a layer with Kronecker-factored weights, drawn by `kronecker_linear`."""
+    x, _, bias, stacked = arguments(linear)
     factors = (drawn.output_vectors, drawn.input_vectors, drawn.std, drawn.key, drawn.layer)
     y = graph.call_function(kronecker_linear, (x, drawn.mean, drawn.bias_mean, *factors))
     return y if bias is None or drawn.with_bias else add_bias(graph, y, bias, stacked[2], axes=1)

@@ -24,20 +24,20 @@ def add(a: Value, b: Value, alpha: float = 1.0) -> Moments:
 
 
 def _correlated_sum(a: Value, b: Value) -> Moments | None:
-    """The sum of a correlated value and one that is certain, independent or of the same normals; None for others."""
+    """The sum of a correlated value and any other; None if neither is a correlated value whose structure can stay."""
     if isinstance(a, KroneckerWeights) and isinstance(b, Tensor) and b.shape == a.shape:
         return a.with_mean(a.mean + b)
-    if not isinstance(a, Correlated) or isinstance(b, Correlated | KroneckerWeights) and b.source != a.source:
+    if not isinstance(a, Correlated):
         return None
     mean = a.mean + mean_of(b)
+    wide = lambda root: root.expand(*mean.shape, root.shape[-1])
     if not isinstance(b, Correlated):
-        var, root = torch.as_tensor(a.var + var_of(b)).expand_as(mean), a.root
-    elif a.shape == b.shape:
-        root = a.root + b.root
-        var = a.own + b.own + root.square().sum(-1)
-    else:
-        return None
-    return Correlated(mean, var, root.expand(*mean.shape, root.shape[-1]), a.source)
+        return Correlated(mean, torch.as_tensor(a.var + var_of(b)).expand_as(mean), wide(a.root), a.source)
+    if a.source == b.source:
+        root, source = wide(a.root) + wide(b.root), a.source
+    else:  # independent normals side by side
+        root, source = torch.cat([wide(a.root), wide(b.root)], -1), object()
+    return Correlated(mean, a.own + b.own + root.square().sum(-1), root, source)
 
 
 @rule("sub")
