@@ -180,7 +180,14 @@ def test_mean_and_std_are_found_however_the_sum_is_written(layer):
     assert "2 mean-field layers draw their outputs" in predict.explain()
 
 
-@pytest.mark.parametrize("layer", OTHER)
+def test_a_layer_of_noise_alone_draws_its_outputs():
+    """Flipout's second product: its weight is std * noise, and its signs are factors of the input and the output."""
+    predict = predictor(Stochastic(network(OTHER["flipout"])))
+    predict(rows())
+    assert "2 mean-field layers draw their outputs" in predict.explain()
+
+
+@pytest.mark.parametrize("layer", [name for name in OTHER if name != "flipout"])
 def test_other_noise_stays_as_it_is(layer):
     predict = predictor(Stochastic(network(OTHER[layer])))
     predict(rows())
