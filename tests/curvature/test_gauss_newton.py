@@ -68,6 +68,17 @@ CASES = {
         lambda: images(nn.Conv2d(2, 4, 3, stride=2, padding=1, dilation=2), trained_norm(), nn.ReLU()),
         FLOATS(2, 7, 6),
     ),
+    "in place": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 6),
+            nn.ReLU(inplace=True),
+            nn.Linear(6, 6),
+            nn.Tanh(),
+            nn.ReLU(inplace=True),
+            nn.Linear(6, CLASSES),
+        ),
+        FLOATS(4),
+    ),
     "conv of groups": (
         lambda: images(nn.Conv2d(2, 4, (3, 1), groups=2, padding="same"), nn.GroupNorm(2, 4), nn.Tanh()),
         FLOATS(2, 5, 4),

@@ -152,4 +152,4 @@ def _output_layer(recorded: Recorded) -> Use | None:
     if len(recorded.uses) != 1 or recorded.leaves:
         return None
     use, outputs = recorded.uses[0], recorded.outputs
-    return use if use.kind == "linear" and use.output is outputs and outputs.ndim == 2 else None
+    return use if use.kind == "linear" and use.passed_on is outputs and outputs.ndim == 2 else None

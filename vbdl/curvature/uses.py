@@ -40,6 +40,10 @@ class Use:
     output: Tensor
     inputs_at: Callable[[slice], Tensor]
     gradients_at: Callable[[Tensor], Tensor]
+    passed_on: Tensor = field(init=False)  # a copy of the output, which the network may change in place
+
+    def __post_init__(self) -> None:
+        self.passed_on = self.output.clone()
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if (rule := _RULES.get(name)) is not None and (use := rule(self, func, *args, **kwargs)) is not None:
             self.uses.append(use)
-            return use.output
+            return use.passed_on
         result = func(*args, **kwargs)
         if name != "__get__" and any(isinstance(t, Tensor) for t in tree_leaves(result)):
             self.others |= {self._names[id(t)] for t in tree_leaves([args, kwargs]) if id(t) in self._names}
