@@ -73,7 +73,6 @@ CASES = {
             nn.Linear(4, 6),
             nn.ReLU(inplace=True),
             nn.Linear(6, 6),
-            nn.Tanh(),
             nn.ReLU(inplace=True),
             nn.Linear(6, CLASSES),
         ),

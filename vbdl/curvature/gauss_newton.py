@@ -6,6 +6,7 @@ Hessian (`columns`). A linear layer that is itself the output, as a last layer m
 A = sum phi phi^T, G = sum H. The network must be in evaluation mode, in which rows do not depend on each other.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from vbdl.curvature.columns import columns
 from vbdl.curvature.uses import Recorded, Use, record
 from vbdl.data.rows import take
 from vbdl.types import Inputs, Likelihood, Output, State
+
+logger = logging.getLogger("vbdl")
 
 
 @dataclass
@@ -100,9 +103,12 @@ class GaussNewton:
 
         Two runs with other numbers of rows, which differ in the length of that axis.
         """
-        first = torch.zeros(3, dtype=torch.int64)
-        two, three = self._record(take(x, first[:2]), None), self._record(take(x, first), None)
+        probe = lambda: [self._record(take(x, torch.zeros(count, dtype=torch.int64)), None) for count in (2, 3)]
+        two, three = probe()
         self.direct = two.others | three.others
+        if len(two.uses) == len(three.uses):  # a use without a batch axis, such as that of a table of positions
+            fixed = [a for a, b in zip(two.uses, three.uses, strict=True) if a.shape == b.shape]
+            self.direct |= {name for use in fixed for name in (use.weight, use.bias) if name is not None}
         for block in self.blocks:
             if isinstance(block, KroneckerBlock | BiasBlock) and (odd := self.direct & set(block.names)):
                 raise ValueError(
@@ -110,14 +116,14 @@ class GaussNewton:
                     f"curvature is no Kronecker product: choose structure='diagonal', or parameters= without it"
                 )
         if self.direct:
-            two, three = self._record(take(x, first[:2]), None), self._record(take(x, first), None)
-        if len(two.uses) != len(three.uses):
-            self._axes = []
-            return
-        self._axes = [
-            next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), 0)
-            for a, b in zip(two.uses, three.uses, strict=True)
-        ]
+            logger.info(
+                "the curvature of %s has no rule for a batch and is computed row by row, which is slower",
+                ", ".join(sorted(self.direct)),
+            )
+            two, three = probe()
+        pairs = zip(two.uses, three.uses, strict=len(two.uses) == len(three.uses))
+        shapes = [(use.shape, other.shape) for use, other in pairs]
+        self._axes = [next(i for i, (m, n) in enumerate(zip(*both, strict=True)) if m != n) for both in shapes]
 
     def _add(self, x: Inputs, y: Tensor) -> None:
         recorded = self._record(x, self._axes)
