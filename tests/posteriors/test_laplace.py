@@ -433,6 +433,22 @@ def test_a_layer_that_is_not_the_last_is_said_with_the_one_that_is():
     assert vbdl.Predictor(q, Categorical(), **SETTINGS)(x).probs.shape == (150, 3)
 
 
+def test_an_operation_without_a_forward_mode_is_said_with_what_to_do():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.cells(x)[0][:, -1])
+
+    x, y = torch.randn(20, 5, 3), torch.arange(20) % 2
+    with pytest.raises(ValueError, match=r"cannot be linearized.*use Laplace\(net, linearized=False\)"):
+        fit(Laplace(Recurrent(), parameters="all", structure="diagonal"), (x, y), Categorical())
+    fit(Laplace(Recurrent()), (x, y), Categorical())
+    fit(Laplace(Recurrent(), parameters="all", structure="diagonal", linearized=False), (x, y), Categorical())
+
+
 def test_frozen_parameters_are_no_part_of_it():
     x, y = moons()
     net = trained(mlp(), x, y)

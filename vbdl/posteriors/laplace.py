@@ -69,7 +69,15 @@ class LaplaceNetwork(GaussianNetwork):
     def forward(self, *args, **kwargs):
         if self.training:
             return call(self.inner, {}, kwargs if kwargs else args)
-        return super().forward(*args, **kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        except NotImplementedError as error:
+            if "forward AD" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"the network cannot be linearized, because torch has no forward-mode derivative of one of its "
+                f"operations ({str(error).splitlines()[0]}): use Laplace(net, linearized=False)"
+            ) from error
 
     def regularization(self, key: Tensor) -> Tensor | None:
         """The prior's part of the loss of a row, precision * |w|^2 / (2 n_data), in nats."""

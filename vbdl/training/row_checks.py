@@ -61,8 +61,7 @@ class RowChecks:
         try:
             posterior.prepare(one)
             draw = select(self.model.entries(torch.arange(1), self.seed), 0)
-            # without the fused attention and recurrence of the CPU, which have no forward mode
-            with tracing(), torch.backends.mkldnn.flags(enabled=False):
+            with tracing():  # without fused attention, which has no forward mode
                 return tuple(call(self.model, draw, one).shape[1:])
         except (RuntimeError, IndexError, AssertionError) as error:
             raise cannot_take(one, error) from error
