@@ -1,4 +1,5 @@
-"""Networks that `vmap` or a trace follows: a context that tells them, and the reason, in words, if one cannot be."""
+"""Networks that `vmap`, a trace or a forward-mode derivative follows: contexts for them, and the reason, in words, if
+one cannot be followed."""
 
 import contextlib
 import re
@@ -6,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _lock = threading.Lock()
 _entered = 0  # number of these contexts that are open, on all threads
@@ -32,6 +34,34 @@ def recorded() -> Iterator[None]:
             _entered -= 1
             if not _entered:
                 torch.compiler._is_compiling_flag = _outside
+
+
+_fused = contextlib.ExitStack()  # turns the fused kernels back on
+_without_fused = 0  # number of `without_fused_attention` that are open, on all threads
+
+
+@contextlib.contextmanager
+def without_fused_attention() -> Iterator[None]:
+    """A context in which attention and transformer layers run as plain operations.
+
+    torch's fused kernels for them have no batching rule for `vmap` and no forward-mode derivative. As in torch, the
+    setting holds for the whole process while any thread is inside.
+    """
+    global _without_fused, _fused
+    with _lock:
+        if not _without_fused:
+            _fused = contextlib.ExitStack()
+            _fused.enter_context(sdpa_kernel(SDPBackend.MATH))
+            _fused.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+        _without_fused += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _without_fused -= 1
+            if not _without_fused:
+                _fused.close()
 
 
 def in_words(error: Exception) -> str:

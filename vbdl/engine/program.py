@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from vbdl_kernels.dispatch import with_derivative
 
+from vbdl.calling.graphs import without_fused_attention
 from vbdl.compiling.compiler import compile_graph, on_cpu
 from vbdl.compiling.graph import Cut, trace
 from vbdl.compiling.rewrite.loops import transpose_last
@@ -159,9 +159,7 @@ def tracing() -> Iterator[None]:
 
     Inside, torch's fused transformer and attention kernels are off, because they have no batching rule for vmap.
     """
-    with _lock, sdpa_kernel(SDPBackend.MATH):
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+    with _lock, without_fused_attention():
         # torch 2.13 logs the traceback of an operation that fails in tracing, besides raising the error
         log = logging.getLogger("torch._subclasses.fake_tensor")
         level = log.level
@@ -170,4 +168,3 @@ def tracing() -> Iterator[None]:
             yield
         finally:
             log.setLevel(level)
-            torch.backends.mha.set_fastpath_enabled(before)

@@ -7,7 +7,6 @@ from vbdl.calling.inputs import flatten, map_inputs, tensors
 from vbdl.calling.stacking import call, select
 from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take
 from vbdl.engine.predictor import Predictor
-from vbdl.engine.program import tracing
 from vbdl.model import Model
 from vbdl.types import Inputs, Likelihood, Posterior, before_training
 
@@ -61,8 +60,7 @@ class RowChecks:
         try:
             posterior.prepare(one)
             draw = select(self.model.entries(torch.arange(1), self.seed), 0)
-            with tracing():  # without fused attention, which has no forward mode
-                return tuple(call(self.model, draw, one).shape[1:])
+            return tuple(call(self.model, draw, one).shape[1:])
         except (RuntimeError, IndexError, AssertionError) as error:
             raise cannot_take(one, error) from error
         finally:

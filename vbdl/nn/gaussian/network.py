@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vbdl.calling.graphs import without_fused_attention
 from vbdl.calling.stacking import call
 from vbdl.nn.drawn import drawn
 from vbdl.nn.frozen import hold_frozen
@@ -141,7 +142,7 @@ class FactoredNetwork(KeyedNetwork):
             tensors = [t for t in leaves if isinstance(t, Tensor)]
             return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
-        with _forward_mode:
+        with _forward_mode, without_fused_attention():
             pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
         at_mean, tangents, others = pushed
         linear, rest = iter([f + d for f, d in zip(at_mean, tangents, strict=True)]), iter(others)
