@@ -4,7 +4,7 @@ Three come with scikit-learn (breast cancer, digits, diabetes); the 1-d curve is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -16,8 +16,7 @@ from vbdl.demo import networks
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
-from vbdl.nn.priors import Prior
-from vbdl.types import Keywords, Likelihood
+from vbdl.types import Likelihood
 
 INSTALL = "the demo needs scikit-learn and matplotlib: pip install 'vbdl[demo]'"
 
@@ -35,9 +34,6 @@ class Task:
     unit: str = "nats"  # unit of the uncertainties
     y_std: float = 1.0  # standard deviation of the targets before standardization
     epochs: int = 100  # largest number of epochs
-    training: dict[str, Keywords] = field(default_factory=dict)  # overriding options of `fit` by method
-    prior: float | Prior | dict[str, float] = 0.3  # of mean-field
-    rates: dict[str, float] = field(default_factory=dict)  # dropout rates by method that override RATES
 
     @property
     def regression(self) -> bool:
@@ -136,8 +132,6 @@ def curve(seed: int = 0) -> Task:
     x = torch.where(x > 0, x + 0.9, x - 0.9)
     noise = torch.randn(x.shape, generator=generator) * CURVE_NOISE
     rows = split(len(x), {"train": 0.8, "validation": 0.1, "test": 0.1}, seed=seed)
-    # no early stopping: the validation rows are too few for it
-    whole = {"validation": None, "patience": None, "batch_size": 128}
     return Task(
         name="curve",
         x=_parts(x, rows) | {"ood": torch.linspace(-4.5, 4.5, 256).unsqueeze(1)},
@@ -147,13 +141,6 @@ def curve(seed: int = 0) -> Task:
         likelihood=lambda: Gaussian(std=0.3),
         unit="target",
         epochs=1000,
-        training={
-            "MC dropout": whole | {"lr": 1e-2},
-            "mean-field": whole | {"lr": 1e-2, "epochs": 1000, "kl_warmup": 300},
-            "deep ensemble": whole | {"lr": 1e-2},
-        },
-        prior={"": 1.0, "0": 3.0},
-        rates={"MC dropout": 0.05, "deep ensemble": 0.0},
     )
 
 

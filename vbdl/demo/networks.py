@@ -1,6 +1,5 @@
 """The demo's networks, in plain torch without vbdl."""
 
-import torch
 from torch import nn
 
 
@@ -34,19 +33,13 @@ def cnn(classes: int, dropout: float) -> nn.Module:
     )
 
 
-class Hinges(nn.Linear):
-    """A first layer for one input, whose units have their kinks at different places in [-reach, reach]."""
-
-    def __init__(self, width: int, reach: float, slope: float):
-        self.reach, self.slope = reach, slope
-        super().__init__(1, width)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.normal_(0, self.slope)
-        self.bias.uniform_(-self.reach, self.reach).mul_(-self.weight.squeeze(1))
-
-
 def curve(width: int, dropout: float) -> nn.Module:
-    """A network with one hidden layer for a 1-d regression: (batch, 1) -> (batch, 1)."""
-    return nn.Sequential(Hinges(width, reach=4.5, slope=1.0), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 1))
+    """A smooth network with two hidden layers for a 1-d regression: (batch, 1) -> (batch, 1)."""
+    return nn.Sequential(
+        nn.Linear(1, width),
+        nn.Tanh(),
+        nn.Linear(width, width),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(width, 1),
+    )

@@ -10,7 +10,7 @@ from rich.console import Console
 from vbdl.demo import figures, table
 from vbdl.demo.compare import Evaluated, evaluate, predictor
 from vbdl.demo.data import TASKS, curve
-from vbdl.demo.training import ENSEMBLE, METHODS, Trained, single, train
+from vbdl.demo.training import ENSEMBLE, METHODS, Trained, around_a_gap, single, train
 from vbdl.progress import Progress
 
 
@@ -39,8 +39,7 @@ def run(
     console = console or Console()
     begun = time.perf_counter()
     all_results: list[Evaluated] = []
-    lines: list[Trained] = []
-    steps = (len(loaded) + 1) * len(METHODS) + (len(loaded) * len(METHODS)) + 1
+    steps = 2 * len(loaded) * len(METHODS) + 2
     with Progress("vbdl demo", steps) as bar:
         for task in loaded:
             results = []
@@ -54,10 +53,8 @@ def run(
                 predictor(trained, compile=True, seed=seed).save(folder, example=task.x["test"], overwrite=True)
                 bar.advance(f"{task.name}: {method} done")
             all_results += results
-        task = curve(seed)
-        for method in METHODS:
-            lines.append(train(task, method, seed, effort))
-            bar.advance(f"{task.name}: {method} trained")
+        lines = around_a_gap(curve(seed), seed, effort)
+        bar.advance("curve: trained")
         _draw(all_results, lines, out)
         bar.advance("figures drawn")
     for each in loaded:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from vbdl.demo.data import Task
+from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.laplace import Laplace
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.training.fit import fit
@@ -32,9 +34,7 @@ class Method:
 METHODS: dict[str, Method] = {
     DROPOUT: Method(lambda task, network, seed: MCDropout(network, seed=seed), N_DRAWS, {"lr": 3e-3, "patience": 15}),
     MEAN_FIELD: Method(
-        lambda task, network, seed: MeanField(
-            network, len(task.y["train"]), prior=task.prior, initial_std=0.03, seed=seed
-        ),
+        lambda task, network, seed: MeanField(network, len(task.y["train"]), prior=0.3, initial_std=0.03, seed=seed),
         N_DRAWS,
         {"lr": 1e-2, "patience": 25, "kl_warmup": 20},
     ),
@@ -62,7 +62,7 @@ def build(task: Task, method: str, seed: int = 0) -> Trained:
     how = METHODS[method]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = task.network(task.rates.get(method, RATES[method]))
+        network = task.network(RATES[method])
     return Trained(task, method, how.build(task, network, seed), task.likelihood(), how.n_samples)
 
 
@@ -75,7 +75,6 @@ def train(task: Task, method: str, seed: int = 0, effort: float = 1.0) -> Traine
         "validation": (task.x["validation"], task.y["validation"]),
         "schedule": "cosine",
         **METHODS[method].training,
-        **task.training.get(method, {}),
     }
     options["epochs"] = max(1, round(effort * options["epochs"]))
     history = fit(
@@ -94,7 +93,7 @@ def single(ensemble: Trained) -> Trained:
     """The first member of an ensemble as a single network; it is trained as if alone (tests/test_train.py)."""
     task, posterior = ensemble.task, ensemble.posterior
     assert isinstance(posterior, DeepEnsemble)
-    network = task.network(task.rates.get(ENSEMBLE, RATES[ENSEMBLE]))
+    network = task.network(RATES[ENSEMBLE])
     network.load_state_dict(posterior.member(0))
     likelihood = task.likelihood()
     with torch.no_grad():
@@ -103,3 +102,32 @@ def single(ensemble: Trained) -> Trained:
             p.copy_(stacked[name][0])
     seconds = ensemble.seconds / N_MEMBERS
     return Trained(task, SINGLE, DeepEnsemble([network]), likelihood, None, seconds, ensemble.epochs)
+
+
+def around_a_gap(task: Task, seed: int = 0, effort: float = 1.0) -> list[Trained]:
+    """Train a network for the curve, take it alone and with a Laplace approximation, and train an ensemble of ten.
+
+    There is no early stopping, for which the validation rows are too few.
+    """
+    rows, n = (task.x["train"], task.y["train"]), len(task.y["train"])
+    options: Keywords = {
+        "epochs": max(1, round(effort * task.epochs)),
+        "lr": 1e-2,
+        "schedule": "cosine",
+        "seed": seed,
+        "progress": False,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = task.network(0.0)
+    of_laplace, of_ensemble = task.likelihood(), task.likelihood()
+    laplace = Laplace(network, n, parameters="all", structure="full", prior_precision=0.3)
+    fit(laplace, rows, of_laplace, **options)
+    alone = Deterministic(laplace.user_network)
+    ensemble = DeepEnsemble(network, 10, seed=seed)
+    fit(ensemble, rows, of_ensemble, bootstrap=True, weight_decay=0.0, **options)
+    return [
+        Trained(task, "a trained network", alone, of_laplace, None),
+        Trained(task, "the same network with Laplace", laplace, of_laplace, 256),
+        Trained(task, "deep ensemble of ten", ensemble, of_ensemble, None),
+    ]
