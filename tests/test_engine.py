@@ -79,7 +79,7 @@ def test_draws_that_are_not_kept_are_the_same():
 
 
 @pytest.mark.parametrize("posterior", [lambda m: MeanField(m, 101, initial_std=0.1), lambda m: DeepEnsemble(m, 3)])
-def test_recurrent_layers_run_one_draw_after_the_other(posterior):
+def test_recurrent_layers_have_the_outputs_of_each_draw_in_turn(posterior):
     class Last(nn.Module):
         def __init__(self):
             super().__init__()
@@ -89,9 +89,9 @@ def test_recurrent_layers_run_one_draw_after_the_other(posterior):
             return self.head(self.lstm(x)[0][:, -1])
 
     q, x = posterior(Last()), torch.randn(13, 7, 3)
-    predict = predictor(q, n_samples=3)
+    predict = predictor(q, n_samples=3, joint=True)
     p = predict(x, samples=True)
-    assert "recurrent layers" in predict.explain(x)
+    assert "recurrent layer" in predict.explain(x)
     q.eval()
     state = q.draws(torch.arange(3), 0)
     with torch.no_grad():

@@ -37,7 +37,7 @@ def test_every_site_is_named_with_its_mask_and_its_batch():
     assert "unused (Dropout): not called for this example" in still
     assert "nothing (dropout): p=0.0, so it drops nothing" in still
     assert "single (GRU): p=0.2 acts between layers, but it has one" in still
-    assert "strategy       repeated rows" in report.plan and "recurrent layers" in report.plan
+    assert "strategy       stacked" in report.plan and "recurrent layer, whose weights they share" in report.plan
 
 
 def test_operations_normalization_and_ties():

@@ -131,8 +131,8 @@ class Execution:
 
     # -- the two ways
 
-    def _as_it_is(self, *reasons: str) -> _Way:
-        """The way that runs the network as it is, for these reasons."""
+    def _as_it_is(self, *reasons: str, mapping: bool = False) -> _Way:
+        """The way that runs the network as it is, for these reasons; mapping: all draws together if that is faster."""
         if self._plain is None:
             network = self._model.network
             if isinstance(network, FactoredNetwork):  # its copy gets them, and the one to trace does not keep them
@@ -141,6 +141,8 @@ class Execution:
             if isinstance(network, FactoredNetwork):
                 network.local = {}
         plain = self._plain
+        if mapping and (reason := plain.map_if_faster()):
+            reasons = (*reasons, reason)
         draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
         return _Way(plan, PlainCalls(plain, draws))
@@ -186,7 +188,8 @@ class Execution:
         try:
             way, verdict, reason = self._graph()
         except CannotTrace as error:
-            return self._as_it_is(str(error)), None
+            with torch.no_grad():
+                return self._as_it_is(str(error), mapping=True), None
         if self._local is not None and self._local != layers_that_draw_outputs(way.plan.reasons):
             return self._as_it_is("as a graph, other layers would draw outputs in place of weights"), None
         if verdict == PLAIN:

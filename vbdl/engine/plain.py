@@ -3,10 +3,13 @@
 It executes what cannot be traced (an `if` on values, packed sequences, a gradient inside the forward), answers while a
 graph is still being compiled, and stays where it is faster than the graph. Draws and statistics are those of the other
 strategies. Where only masks differ between draws, the rows are repeated once for each draw and all draws are one call.
+Recurrent networks that cannot be traced, because they pack their sequences, are mapped without a trace.
 """
 
 import dataclasses
 import threading
+import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +17,24 @@ from torch import Tensor
 
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
-from vbdl.calling.stacking import places_of, select
+from vbdl.calling.stacking import call_stacked, places_of, select
 from vbdl.engine.program import Ready, ended
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.recurrent import WholeLayers, runs_whole_layers
 from vbdl.types import State
 
 _ROWS = 4096  # the most rows in one call of repeated rows
+_ROUNDS = 3  # the times that a way to run all draws is timed
+_APART = 1e-3  # relative to the largest output: far above rounding errors, far below the effect of a wrong rule
 
 
 @dataclass(frozen=True)
 class PlainPlan:
     """The plan of an execution that runs the network as it is, with the reasons for it."""
 
-    strategy: str  # "plain": one draw a call; "repeated rows": all draws in one call
+    strategy: str  # "plain": one draw a call; "repeated rows" and "mapped": all draws in one call
     n_samples: int
     chunk: int  # draws in one call
     tile: int  # rows of the batch in one call
@@ -43,6 +49,7 @@ class PlainPlan:
         how = {
             "plain": "plain: the network as it is, one draw after the other",
             "repeated rows": "repeated rows: the network as it is, the batch repeated once for each draw",
+            "mapped": "mapped: the network as it is, all draws in one scan over time",
         }[self.strategy]
         calls = -(-self.n_samples // self.chunk)
         lines = [f"strategy       {how}; {self.n_samples} draws in {calls} call(s), {self.tile} rows a tile"]
@@ -52,7 +59,7 @@ class PlainPlan:
 class Plain:
     """A model that runs as it is for tiles of one shape: one call at a time, in any thread.
 
-    repeated: whether draws share a call with repeated rows.
+    repeated: whether draws share a call with repeated rows. mapped: whether they share one under `vmap`.
     """
 
     def __init__(self, model: Model, tile: Flat, settings: PredictorSettings, n_samples: int):
@@ -71,6 +78,7 @@ class Plain:
         self._network = network if isinstance(network, KeyedNetwork) else None
         only_keys = list(first) == ["network.key"]
         self.repeated = only_keys and self._network is not None and self._network.takes_many_keys
+        self.mapped = False
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
         self._lock = threading.Lock()
@@ -78,12 +86,13 @@ class Plain:
     @property
     def strategy(self) -> str:
         """The name of the strategy, as in `PlainPlan`."""
-        return "repeated rows" if self.repeated else "plain"
+        return "repeated rows" if self.repeated else "mapped" if self.mapped else "plain"
 
     @property
     def most_draws(self) -> int:
-        """The number of draws in one call: all of them, as long as repeated rows stay below a bound."""
-        return min(self.n_samples, max(1, _ROWS // self.tile.rows)) if self.repeated else self.n_samples
+        """The number of draws in one call: all of them, as long as their rows stay below a bound."""
+        together = self.repeated or self.mapped
+        return min(self.n_samples, max(1, _ROWS // self.tile.rows)) if together else self.n_samples
 
     def entries(self, numbers: Tensor) -> State:
         """The entries of these draws, (samples, ...) each; numbers: (samples,) int64."""
@@ -101,8 +110,48 @@ class Plain:
         outputs = self._run(tuple(numbers.tolist()), self.entries(numbers), repeated)
         return outputs.unflatten(0, (draws, tile.rows))
 
+    def map_if_faster(self) -> str:
+        """Map the draws together from now on if that computes the same in less time; return the reason, or ""."""
+        model = self._twin
+        if self.repeated or self.n_samples == 1 or not runs_whole_layers(model.network, model.device):
+            return ""
+        numbers, times = torch.arange(min(self.most_draws, max(1, _ROWS // self.tile.rows))), []
+        versions = [b._version for b in self._buffers.values()]
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
+                mapped = self.under_vmap(numbers, self.tile)
+        except Exception:  # vmap raises errors of many types
+            mapped = None
+        if versions != [b._version for b in self._buffers.values()]:
+            self._restore()
+            return ""
+        if mapped is None:
+            return ""
+        expected = self.each(numbers, self.tile)
+        scale = float(expected.abs().nan_to_num(posinf=0.0).max()) if expected.numel() else 0.0
+        if not torch.allclose(mapped, expected, rtol=_APART, atol=_APART * scale, equal_nan=True):
+            return ""
+        for run in (self.each, self.under_vmap):
+            each = []
+            for _ in range(_ROUNDS):
+                start = time.perf_counter()
+                run(numbers, self.tile)
+                each.append(1e3 * (time.perf_counter() - start))
+            times.append(min(each))
+        self.mapped = times[1] < times[0]
+        return f"both ways to run all draws were timed: {times[0]:.3g} ms in turn, {times[1]:.3g} ms mapped together"
+
+    def under_vmap(self, numbers: Tensor, tile: Flat) -> Tensor:
+        """Compute what `each` does in one call under `vmap`, each recurrent layer one operator; without gradients."""
+        entries = self.entries(numbers)
+        with self._lock, torch.no_grad(), WholeLayers():
+            if self._network is not None:
+                self._network.kept = None  # it would keep values of the trace
+            return call_stacked(self._twin, entries, self._twin.shared(entries), tile.map(Tensor.detach).nested)
+
     def _run(self, numbers: tuple[int, ...], entries: State, tile: Flat) -> Tensor:
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tile.tensors)
+        differentiable = wants_gradient(tile)
         if not differentiable:
             tile = tile.map(Tensor.detach)
         args, kwargs = arguments(tile.nested)
@@ -128,6 +177,11 @@ class Plain:
         with torch.no_grad():
             for name, b in self._buffers.items():
                 b.copy_(self._originals[name])
+
+
+def wants_gradient(tile: Flat) -> bool:
+    """Whether a prediction on this tile has a gradient with respect to it."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tile.tensors)
 
 
 def _slot(owners: dict, place: str) -> tuple[dict, str]:
@@ -166,8 +220,12 @@ class PlainCalls:
     def run(self, index: int, end: str, inputs: dict[str, Tensor], carried: State | None = None) -> State:
         """Run the step with this index on a tile; end: as in `vbdl.engine.program.ended`."""
         numbers = self._numbers[index]
-        run = self._plain.together if self._plain.repeated and len(numbers) > 1 else self._plain.each
         tile = Flat(tuple(inputs.values()), self._plain.tile.structure)
+        run = self._plain.each
+        if len(numbers) > 1 and self._plain.repeated:
+            run = self._plain.together
+        elif len(numbers) > 1 and self._plain.mapped and not wants_gradient(tile):
+            run = self._plain.under_vmap
         return ended(self._plain.model.likelihood, end, run(numbers, tile), carried or {})
 
     def ready(self) -> Ready | None:

@@ -1,5 +1,6 @@
 """The tracing of a model: graphs of any number of draws for tiles of one shape."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_lay
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
+from vbdl.nn.recurrent import WholeLayers
+from vbdl.nn.recurrent_layer import sentences
 from vbdl.types import State
 
 
@@ -97,7 +100,8 @@ class Traced:
     def graph(self, entries: State) -> fx.GraphModule:
         """Trace the forward pass of these draws, whose output is the parameters of p(y | x), (samples, rows, ...).
 
-        Each linear layer is one node of the graph, which the rewrites look for.
+        Each linear layer is one node of the graph, which the rewrites look for, and so is each recurrent layer, except
+        where a row is promised the same bits in every batch.
         """
 
         def parameters(stacked: list[Tensor], shared: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor]:
@@ -107,7 +111,8 @@ class Traced:
             return (execute(self.model, drawn_state, shared_state, rebuilt(self.tile.structure, inputs)),)
 
         try:
-            with WholeLinears(), only_forwards() as names:
+            layers = contextlib.nullcontext() if self.settings.keeps_bits else WholeLayers()
+            with WholeLinears(), layers, only_forwards() as names:
                 graph = trace(parameters, *self._arguments(entries), aligned=False)
         finally:
             forget(self.model)  # values of the trace that the forward kept in attributes
@@ -128,8 +133,9 @@ class Traced:
     def _cut(self, graph: fx.GraphModule, entries: State) -> Cut:
         """Rewrite a traced graph, lower its linear layers to matrix products and cut it into regions."""
         kinds, measured = self.kinds(entries), {}
-        self.rewrites = tuple(
-            rewrite(
+        self.rewrites = (
+            *sentences(graph.graph),
+            *rewrite(
                 graph,
                 kinds,
                 rows=self.rows,
@@ -139,7 +145,7 @@ class Traced:
                 joint=self.settings.joint or self.model.posterior.n_draws is not None,
                 largest_tile=self.settings.largest_tile,
                 measure=lambda node, of: self._measure(graph, node, of, measured),
-            )
+            ),
         )
         free_layout(graph)
         lowered = trace(graph, *self._arguments(entries), aligned=self.aligned, decompositions=DECOMPOSITIONS)

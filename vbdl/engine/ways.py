@@ -24,7 +24,8 @@ _LARGE = 1e-4  # seconds; an operation that takes longer gains little by being m
 def before_tracing(model: Model, settings: PredictorSettings) -> tuple[str, str]:
     """PLAIN, with the reason, if there is no need to trace the model; GRAPH otherwise."""
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.network.modules())
-    if recurrent and not settings.keeps_bits:
+    whole = model.device.type == "cpu" and settings.autocast is None  # as `vbdl.nn.recurrent_layer` runs them
+    if recurrent and not whole and not settings.keeps_bits:
         return PLAIN, "torch's own recurrent layers run a sequence faster than a graph of its steps"
     return GRAPH, ""
 

@@ -1,37 +1,140 @@
-"""LSTM, GRU and RNN with dropout between layers drawn from counters: one mask per draw, (time, features)."""
+"""LSTM, GRU and RNN layer by layer: with dropout between them drawn from counters, and each layer as one operator."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
+from torch.overrides import TorchFunctionMode
 
 from vbdl.nn.masks import Masks
+from vbdl.nn.recurrent_layer import KINDS, recurrent_layer
+from vbdl.nn.scan import Packing
+
+Outputs = tuple[Tensor, ...]  # the outputs of all steps, then the final h, of an LSTM also the final c
 
 
-def recurrent(masks: Masks, func: Callable[..., tuple[Tensor, ...]], input: Tensor, *args) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class Recurrent:
+    """A call of `torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`.
+
+    input: (batch, steps, features), (steps, batch, features) or, packed, (entries, features).
+    """
+
+    func: Callable[..., Outputs]
+    input: Tensor
+    batch_sizes: Tensor | None  # (steps,) int64, the number of rows that have each step, if packed
+    states: tuple[Tensor, ...]  # h, of an LSTM also c: (layers * directions, batch, hidden)
+    weights: list[Tensor]
+    biases: bool
+    layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+
+    @classmethod
+    def of(cls, func: Callable[..., Outputs], input: Tensor, *args: Any) -> "Recurrent":
+        """Read the arguments of the function."""
+        sizes, rest = None, list(args)
+        if isinstance(rest[0], Tensor) and rest[0].dtype == torch.int64 and rest[0].ndim == 1:
+            sizes = rest.pop(0)
+        hidden, weights, biases, layers, dropout, training, bidirectional, *order = rest
+        states = tuple(hidden) if isinstance(hidden, tuple | list) else (hidden,)
+        first = any(order)
+        return cls(func, input, sizes, states, list(weights), biases, layers, dropout, training, bidirectional, first)
+
+    def call(self) -> Outputs:
+        """Call the function, without dropout."""
+        sizes = () if self.batch_sizes is None else (self.batch_sizes,)
+        hidden = self.states if self.func.__name__ == "lstm" else self.states[0]
+        options = (self.biases, self.layers, 0.0, False, self.bidirectional)
+        order = (self.batch_first,) if self.batch_sizes is None else ()
+        return self.func(self.input, *sizes, hidden, self.weights, *options, *order)
+
+    def by_layers(
+        self, run: Callable[["Recurrent"], Outputs], between: Callable[[Tensor], Tensor] | None = None
+    ) -> Outputs:
+        """Run one layer after the other. between: is applied to the outputs of every layer but the last."""
+        directions, size = (2 if self.bidirectional else 1), len(self.weights) // self.layers
+        input, finals = self.input, []
+        for layer in range(self.layers):
+            if layer and between is not None:
+                input = between(input)
+            states = tuple(s[layer * directions : (layer + 1) * directions] for s in self.states)
+            weights = self.weights[layer * size : (layer + 1) * size]
+            options = (self.biases, 1, 0.0, False, self.bidirectional, self.batch_first)
+            input, *final = run(Recurrent(self.func, input, self.batch_sizes, states, weights, *options))
+            finals.append(final)
+        return (input, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
+
+
+def recurrent(masks: Masks, func: Callable[..., Outputs], input: Tensor, *args) -> Outputs:
     """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`, run layer by layer if there is dropout between the layers.
 
     The masks between layers of a packed sequence, (entries, features), are those of the padded one.
     """
-    is_packed = isinstance(args[0], Tensor) and args[0].dtype == torch.int64 and args[0].ndim == 1
-    sizes: tuple[Tensor, ...] = args[:1] if is_packed else ()  # the number of rows that have each step
-    args = args[len(sizes) :]
-    hidden, weights, has_biases, layers, dropout, training, bidirectional, *order = args  # order: batch_first if padded
-    if not training or layers == 1 or masks.p(dropout, masks.place()) == 0.0:
-        # rate 0: torch would draw dropout from its own generator
-        return func(input, *sizes, hidden, weights, has_biases, layers, 0.0, False, bidirectional, *order)
-    directions = 2 if bidirectional else 1
-    per_layer = len(weights) // layers
-    states = hidden if isinstance(hidden, tuple | list) else (hidden,)
-    finals = []
-    for layer in range(layers):
-        if layer and sizes:
-            input = masks.drop_steps(input, sizes[0], dropout, func.__name__)
-        elif layer:
-            input = masks.drop(input, dropout, func.__name__, axis=0 if order[0] else 1)
-        part = [s[layer * directions : (layer + 1) * directions] for s in states]
-        layer_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        start = tuple(part) if len(part) > 1 else part[0]
-        input, *final = func(input, *sizes, start, layer_weights, has_biases, 1, 0.0, False, bidirectional, *order)
-        finals.append(final)
-    return (input, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
+    call = Recurrent.of(func, input, *args)
+    if not call.training or call.layers == 1 or masks.p(call.dropout, masks.place()) == 0.0:
+        return call.call()  # rate 0: torch would draw dropout from its own generator
+
+    def between(x: Tensor) -> Tensor:
+        if call.batch_sizes is not None:
+            return masks.drop_steps(x, call.batch_sizes, call.dropout, func.__name__)
+        return masks.drop(x, call.dropout, func.__name__, axis=0 if call.batch_first else 1)
+
+    return call.by_layers(Recurrent.call, between)
+
+
+class WholeLayers(TorchFunctionMode):
+    """A torch function mode in which each layer of an LSTM, GRU or RNN is one `recurrent_layer`, which vmap maps.
+
+    Under vmap, sequences that differ between samples are packed and padded by operations that it maps too.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in _PACKING and is_batchedtensor(args[0]) and not kwargs:
+            return _PACKING[name](*args)
+        if name in KINDS and not kwargs:
+            call = Recurrent.of(func, *args)
+            if not (call.training and call.dropout > 0 and call.layers > 1):
+                return call.by_layers(_whole)
+        return func(*args, **(kwargs or {}))
+
+
+def _pack(padded: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """`torch._pack_padded_sequence` of a sequence that vmap maps; lengths: (batch,) int64, falling, of all samples."""
+    sizes = (lengths > torch.arange(int(lengths[0])).unsqueeze(1)).sum(1)
+    steps = (padded.transpose(0, 1) if batch_first else padded)[: len(sizes)]
+    return Packing(sizes).pack(steps.unsqueeze(0)).squeeze(0), sizes
+
+
+def _pad(data: Tensor, sizes: Tensor, batch_first: bool, value: float, total: int | None) -> tuple[Tensor, Tensor]:
+    """`torch._pad_packed_sequence` of a sequence that vmap maps."""
+    packing = Packing(sizes)
+    padded = packing.pad(data.unsqueeze(0)).squeeze(0)
+    there = packing.there.view(*packing.there.shape, *[1] * (padded.ndim - 2))
+    padded = torch.where(there, padded, value)
+    if total is not None and total > len(sizes):
+        padded = torch.cat([padded, torch.full_like(padded[:1], value).expand(total - len(sizes), *padded.shape[1:])])
+    return (padded.transpose(0, 1) if batch_first else padded), packing.lengths
+
+
+_PACKING = {"_pack_padded_sequence": _pack, "_pad_packed_sequence": _pad}
+
+
+def _whole(call: Recurrent) -> Outputs:
+    """One layer as one operator."""
+    x = call.input.transpose(0, 1) if call.batch_first else call.input
+    stacked = [False] * (1 + len(call.states) + len(call.weights))
+    options = (call.func.__name__, call.biases, call.bidirectional, stacked)
+    out, *finals = recurrent_layer(x, call.batch_sizes, list(call.states), call.weights, *options)
+    return (out.transpose(0, 1) if call.batch_first else out, *finals[: len(call.states)])
+
+
+def runs_whole_layers(network: nn.Module, device: torch.device) -> bool:
+    """Whether a network has recurrent layers that `WholeLayers` runs; on an accelerator torch's own are faster."""
+    return device.type == "cpu" and any(isinstance(m, nn.RNNBase) for m in network.modules())
