@@ -160,14 +160,14 @@ def test_one_draw_has_no_spread_and_is_compared_all_the_same(rows):
         check(drawn, lambda x, seed: frozen(x, 0), rows)
 
 
-def _recurrent(kind):
+def _recurrent(kind, **options):
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
             self.inside, self.drop, self.out = (
-                getattr(nn, kind)(4, 8, batch_first=True),
+                getattr(nn, kind)(4, 8, batch_first=True, **options),
                 nn.Dropout(0.2),
-                nn.Linear(8, 3),
+                nn.Linear(options.get("proj_size", 8 * (1 + options.get("bidirectional", False))), 3),
             )
 
         def forward(self, x):
@@ -201,7 +201,9 @@ class InFloat64(nn.Module):
 # a decision by risk, whose graph is large, is refused as the small one in float64 is
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", ["one network", "GRU", "LSTM", "unknown", "in float64", pytest.param("risk", marks=pytest.mark.slow)]
+    "name",
+    ["one network", "GRU", "LSTM", "RNN", "members", "projected", "unknown", "in float64"]
+    + [pytest.param("risk", marks=pytest.mark.slow)],
 )
 def test_onnx_takes_it_or_says_in_words_what_it_cannot(name, rows, tmp_path):
     pytest.importorskip("onnxscript")
@@ -210,19 +212,22 @@ def test_onnx_takes_it_or_says_in_words_what_it_cannot(name, rows, tmp_path):
     posterior, likelihood = {
         "one network": lambda: (vbdl.DeepEnsemble([net()]), vbdl.Categorical()),
         "GRU": lambda: (vbdl.MCDropout(_recurrent("GRU")), vbdl.Categorical()),
-        "LSTM": lambda: (vbdl.MCDropout(_recurrent("LSTM")), vbdl.Categorical()),
+        "LSTM": lambda: (vbdl.MCDropout(_recurrent("LSTM", bidirectional=True)), vbdl.Categorical()),
+        "RNN": lambda: (vbdl.MCDropout(_recurrent("RNN", nonlinearity="relu", bias=False)), vbdl.Categorical()),
+        "members": lambda: (vbdl.DeepEnsemble([_recurrent("GRU", num_layers=2) for _ in range(4)]), vbdl.Categorical()),
+        "projected": lambda: (vbdl.MCDropout(_recurrent("LSTM", proj_size=3)), vbdl.Categorical()),
         "unknown": lambda: (vbdl.MCDropout(Unknown()), vbdl.Categorical()),
         "in float64": lambda: (vbdl.MCDropout(InFloat64()), vbdl.Categorical()),
         "risk": lambda: (vbdl.MCDropout(net()), vbdl.Gaussian(3)),
     }[name]()
     n_samples = 1 if name == "one network" else 4
     predict = vbdl.Predictor(posterior, likelihood, n_samples=n_samples, compile=False, tiles=32)
-    refused = {"LSTM": "no operation for torch.nn.LSTM", "unknown": "for bessel_j0"}
+    refused = {"projected": "no LSTM with projections", "unknown": "for bessel_j0"}
     refused |= {"in float64": "ONNX Runtime has no Erf", "risk": "ONNX Runtime has no Erf"}
     if name == "risk":
         predict = vbdl.with_decision(predict, vbdl.decision.Risk())
     if name in refused:
-        with pytest.raises(ExportError, match=f'{refused[name]}.*export with backend="aoti"') as caught:
+        with pytest.raises(ExportError, match=f'{refused[name]}.*[Ee]xport with backend="aoti"') as caught:
             predict.export(tmp_path / "package", backend="onnx", example=rows)
         assert "\n" not in str(caught.value) and not (tmp_path / "package").exists()
     else:

@@ -62,7 +62,7 @@ def export(
         for size in predictor.tiles:
             with exporting(backend):
                 tile = pad(flatten(probe), 0, size)
-                call = tile_call(predictor, tile)
+                call = tile_call(predictor, tile, backend)
             fields = list(call.fields)
             path = Path(scratch) / (f"tile_{size}.pt2" if backend == "aoti" else f"tile_{size}.onnx")
             with exporting(backend):

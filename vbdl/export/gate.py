@@ -25,9 +25,6 @@ class ExportError(ValueError):
     """Raised if an exported prediction differs from the predictor's or a package cannot be loaded; says why."""
 
 
-_LAYERS = {"mkldnn_rnn_layer": "torch.nn.LSTM", "lstm": "torch.nn.LSTM", "gru": "torch.nn.GRU"}
-
-
 @contextlib.contextmanager
 def exporting(backend: str) -> Iterator[None]:
     """Turn errors of an exporter or its runtime into an ExportError that says what to do.
@@ -47,10 +44,7 @@ def _in_words(message: str, backend: str) -> str:
     missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", message)
     if missing is not None:
         name = missing.group(1).rpartition(".")[2]
-        layer = f"{_LAYERS[name]}, as {name}" if name in _LAYERS else name
-        return (
-            f"ONNX has no operation for {layer}, which this predictor uses: export with {other}, or use another layer"
-        )
+        return f"ONNX has no operation for {name}, which this predictor uses: export with {other}, or use another layer"
     missing = re.search(r"Could not find an implementation for (\w+)", message)
     if missing is not None:
         return (

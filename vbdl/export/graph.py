@@ -5,7 +5,6 @@ The graph holds draws, network, statistics, calibration and decision. A predicto
 back end supports. The draws are the same, and the predictions equal up to rounding.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +22,12 @@ from vbdl.engine.execution import Execution
 from vbdl.engine.executions import Executions
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.program import tracing
+from vbdl.engine.settings import PredictorSettings
+from vbdl.nn.recurrent_layer import lowered, lowered_to_single_layers, recurrent_layer
 from vbdl.types import State
 
+# the backend -> what takes the place of recurrent layers, of which only ONNX has operators
+_RECURRENT = {"aoti": lowered, "onnx": lowered_to_single_layers}
 _NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.default: reference_normal}
 
 
@@ -39,11 +42,23 @@ class TileCall:
     fields: tuple[str, ...]
 
 
-def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
-    """Trace the prediction of tiles with the shapes of this one into a module that `torch.export` accepts."""
+class _WithoutBits(PredictorSettings):
+    """The settings of a graph for ONNX, whose runtime promises no row the same bits in every batch."""
+
+    @property
+    def keeps_bits(self) -> bool:
+        return False
+
+
+def tile_call(predictor: Predictor, tile: Flat, backend: str = "aoti") -> TileCall:
+    """Trace the prediction of tiles with the shapes of this one into a module that `torch.export` accepts.
+
+    backend: "aoti", or "onnx", for which recurrent layers stay single operators (`vbdl/export/onnx.py` writes them).
+    """
     if predictor.estimator != "sampling":
         raise ValueError("a package predicts by sampling: export predictor.replace(estimator='sampling')")
-    settings = dataclasses.replace(predictor.settings, compile=False)
+    kind = _WithoutBits if backend == "onnx" else PredictorSettings
+    settings = kind(**{**vars(predictor.settings), "compile": False})
     executions = Executions(predictor.posterior, predictor.likelihood, settings, predictor.device).make(tile)
     likelihood = predictor.likelihood
     parts = [_Part(e, predictor) for e in executions if isinstance(e, Execution)]
@@ -69,7 +84,7 @@ def tile_call(predictor: Predictor, tile: Flat) -> TileCall:
             seed,
             list(tile.tensors),
             aligned=parts[0].aligned,
-            decompositions={**DECOMPOSITIONS, **_NOISE},
+            decompositions={**DECOMPOSITIONS, **_NOISE, recurrent_layer: _RECURRENT[backend]},
         )
     _check_plain(graph)
     return TileCall(_closed(graph, constants), tuple(fields))
@@ -176,5 +191,5 @@ def _check_plain(graph: fx.GraphModule) -> None:
             continue
         if draws_from_generator(node):
             raise ValueError(f"{node.target} draws from torch's generator, so a package could not repeat its draws")
-        if str(node.target).startswith("vbdl."):
+        if str(node.target).startswith("vbdl.") and node.target is not recurrent_layer:
             raise ValueError(f"{node.target} is an operator of vbdl, which a package cannot hold")

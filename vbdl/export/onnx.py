@@ -4,12 +4,14 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vbdl.export.graph import TileCall
+from vbdl.nn.recurrent_layer import recurrent_layer
 
 
 def write(call: TileCall, arguments: tuple[Tensor, ...], path: Path) -> None:
@@ -20,6 +22,11 @@ def write(call: TileCall, arguments: tuple[Tensor, ...], path: Path) -> None:
         raise ModuleNotFoundError("the ONNX export needs the extra `onnx`: pip install 'vbdl[onnx]'") from error
     for chatty in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    for node in call.module.graph.nodes:
+        if node.target is recurrent_layer:
+            _, _, _, weights, _, biases, bidirectional, _ = node.args
+            if len(weights) // (2 if bidirectional else 1) > (4 if biases else 2):
+                raise ValueError("ONNX has no LSTM with projections (proj_size)")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = ["seed", *(f"x{i}" for i in range(len(arguments) - 1))]
@@ -32,8 +39,53 @@ def write(call: TileCall, arguments: tuple[Tensor, ...], path: Path) -> None:
             input_names=names,
             output_names=[f"{_OUTPUT}{name}" for name in call.fields],
             verbose=False,
+            custom_translation_table={recurrent_layer: recurrent},
         )
     _name_outputs(path, call.fields)
+
+
+# the places of ONNX's gates among torch's: update, reset, new; in, out, forget, new
+_GATES = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
+
+
+def recurrent(x, batch_sizes, states, weights, kind, biases, bidirectional, stacked):
+    """Write one recurrent layer by ONNX's operator GRU, LSTM or RNN: (steps, batch, inputs) -> outputs, h, c.
+
+    Arguments as in `vbdl.nn.recurrent_layer`, in values of ONNX.
+    """
+    from onnxscript import opset18
+
+    op: Any = opset18
+
+    directions = 2 if bidirectional else 1
+    size = len(weights) // directions
+    gates = _GATES[kind]
+    hidden = states[0].shape[-1]
+
+    def ordered(t):
+        parts = [op.Slice(t, [g * hidden], [(g + 1) * hidden], [0]) for g in gates]
+        return op.Concat(*parts, axis=0) if len(parts) > 1 else t
+
+    def joined(parts):  # along a new first axis, of directions
+        parts = [op.Unsqueeze(t, [0]) for t in parts]
+        return op.Concat(*parts, axis=0) if len(parts) > 1 else parts[0]
+
+    of = [weights[d * size : (d + 1) * size] for d in range(directions)]
+    w, r = (joined([ordered(each[i]) for each in of]) for i in range(2))
+    bias = joined([op.Concat(ordered(each[2]), ordered(each[3]), axis=0) for each in of]) if biases else None
+    options: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if bidirectional else "forward"}
+    if kind == "gru":
+        outputs = op.GRU(x, w, r, bias, None, states[0], linear_before_reset=1, **options)
+    elif kind == "lstm":
+        outputs = op.LSTM(x, w, r, bias, None, *states, **options)
+    else:
+        outputs = op.RNN(x, w, r, bias, None, states[0], activations=[_ACTIVATIONS[kind]] * directions, **options)
+    steps, rows = x.shape[:2]  # (steps, directions, batch, hidden) -> (steps, batch, directions * hidden)
+    out = op.Reshape(op.Transpose(outputs[0], perm=[0, 2, 1, 3]), [steps, rows, directions * hidden])
+    return out, outputs[1], outputs[2] if kind == "lstm" else op.Constant(value_floats=[])
+
+
+_ACTIVATIONS = {"rnn_tanh": "Tanh", "rnn_relu": "Relu"}
 
 
 _OUTPUT = "vbdl_output_"  # prefix during export: an inner value of the graph may have a field's name, like `mean`
