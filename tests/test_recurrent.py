@@ -10,7 +10,9 @@ from torch.func import functional_call, stack_module_state, vmap
 
 import vbdl
 from vbdl.calling.stacking import call
+from vbdl.engine import ways
 from vbdl.engine.predictor import Predictor
+from vbdl.nn import noise
 from vbdl.nn.recurrent import WholeLayers
 
 # sums of at most a few hundred float32 terms of order 1, through seven steps: 1e-7 each, with a margin of ten
@@ -186,3 +188,35 @@ def test_a_forward_that_counts_its_calls_is_not_mapped():
     p = predict(x, samples=True)
     assert "strategy       plain" in predict.explain()
     torch.testing.assert_close(predict(x, samples=True).samples, p.samples, rtol=0, atol=0)
+
+
+class Variational(nn.Module):
+    """A recurrent network that draws its weights in every forward, and writes into its noise."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.inner = Network("LSTM", 2, False, True, packed)
+        self.log_std = nn.Parameter(torch.full((3, 5), -1.0))
+
+    def forward(self, x, lengths):
+        scaled = torch.randn_like(self.log_std)
+        scaled.mul_(self.log_std.exp())
+        drawn = {"head.weight": self.inner.head.weight + scaled}
+        return functional_call(self.inner, drawn, (x + 0.1 * torch.rand_like(x), lengths))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_noise_of_networks_that_draw_is_kept(packed, monkeypatch):
+    """By `vbdl.Stochastic`: the draws of a loop over the network, and none is drawn twice as long as memory allows."""
+    q, x, draws = vbdl.Stochastic(Variational(packed).eval()), rows(8), []
+    monkeypatch.setattr("vbdl.engine.execution.before_tracing", lambda *_: (ways.PLAIN, "said"))
+    drawing = noise.normal
+    monkeypatch.setattr(noise, "normal", lambda *args: draws.append(args) or drawing(*args))
+    expected = in_turn(q, x, 4).detach()
+    for budget in (2**30, 2):
+        predict = Predictor(q, vbdl.Categorical(), 4, compile=False, memory_budget=budget)
+        predict(x)
+        draws.clear()
+        for _ in range(2):
+            torch.testing.assert_close(predict(x, samples=True).samples, expected, **ROUNDING)
+        assert bool(draws) == (budget == 2)

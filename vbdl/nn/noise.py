@@ -6,7 +6,7 @@ all rows share or, with `per_row`, one draw for each row. In training each eleme
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Noise:
     per_row: one draw for each row in noise that has a batch axis.
     training: one draw for each element of all noise and dropout, and normalization as in training.
     first: number of the first random call in the counters.
+    kept: noise and masks by call and shape, which are read from it and added to it; None: all are made anew.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Noise:
         per_row: bool = False,
         training: bool = False,
         first: int = 0,
+        kept: dict[Hashable, Tensor] | None = None,
     ):
-        self.masks = Masks(key, root, sites=sites, per_row=training)
+        self.masks = Masks(key, root, sites=sites, per_row=training, kept=kept)
+        self._kept = kept
         self.key, self.known, self._each_row, self._first = key, known, per_row, first
         self.calls: list[RandomCall] = []
         self.watched: dict[int, str] = {}  # addresses of tensors that must not be drawn into, and what they are
@@ -123,9 +126,24 @@ class Noise:
         device: torch.device,
         draw: Callable[[Tensor, int, bool, int, int], Tensor],
     ) -> Tensor:
+        """The noise of the next random call, kept if noise is; see `_made`."""
+        if self._kept is None:
+            return self._made(kind, shape, device, draw)
+        this = (kind, len(self.calls), tuple(shape))
+        made = self._made(kind, shape, device, self._kept.get(this, draw))
+        self._kept.setdefault(this, made)
+        return made.clone()  # the network may write into it
+
+    def _made(
+        self,
+        kind: str,
+        shape: Sequence[int],
+        device: torch.device,
+        draw: Callable[[Tensor, int, bool, int, int], Tensor] | Tensor,
+    ) -> Tensor:
         """The noise of the next random call.
 
-        draw: draw(key, number, whether it is a vector, rows, columns) -> (rows, columns).
+        draw: draw(key, number, whether it is a vector, rows, columns) -> (rows, columns), or the noise if it was kept.
         """
         shape, axis, multiple, number = tuple(shape), None, 1, len(self.calls)
         path = self.masks.place()
@@ -137,6 +155,8 @@ class Noise:
                 )
             axis, multiple = self.known[number].axis, self.known[number].multiple
         self.calls.append(RandomCall(path, kind, shape, axis, multiple))
+        if isinstance(draw, Tensor):
+            return draw
         key, number = self.key.to(device), self._first + number
         if axis is None:  # as the noise of a parameter: the row is its first axis
             vector = len(shape) < 2

@@ -87,7 +87,7 @@ class StochasticNetwork(KeyedNetwork):
     @contextlib.contextmanager
     def noise(self, key: Tensor) -> Iterator[Noise]:
         """A context in which random functions give the noise of the draw in `key`, (2,) int64."""
-        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row)
+        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row, kept=self.kept)
         with without_checks_of_values(), CounterNoise(noise):
             yield noise
 

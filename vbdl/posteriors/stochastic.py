@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.stochastic import StochasticNetwork
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Output
 
 
 class Stochastic(KeyedPosterior):
@@ -43,6 +44,8 @@ class Stochastic(KeyedPosterior):
         By default the rows of a draw share it.
     n_samples: draws of the network per training step, averaged.
     seed: of the draws in training; in an ensemble of these, member m uses seed + m.
+    output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
+        `logits` are found.
 
     Raises ValueError when it first runs if the network draws nothing.
     """
@@ -58,8 +61,10 @@ class Stochastic(KeyedPosterior):
         per_row: bool = False,
         n_samples: int = 1,
         seed: int = 0,
+        output: Output = None,
     ):
         super().__init__()
+        check_output(output)
         check_network(module)
         check_chosen("noisy", noisy)
         if n_data is not None and n_data < 1:
@@ -75,20 +80,21 @@ class Stochastic(KeyedPosterior):
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
         self.lost_hooks = parameter_hooks(module)
         self.module = StochasticNetwork(copied(module), kl, n_data, _names(module, noisy), per_row)
-        self.n_samples, self.seed = n_samples, seed
+        self.n_samples, self.seed, self.output = n_samples, seed, output
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     def config(self) -> dict[str, Any]:
         """The arguments that make it again, given its network; `kl`, a function, is not among them."""
         m = self.module
-        return {
+        arguments = {
             "n_data": m.n_data,
             "noisy": list(m.noisy),
             "per_row": m.per_row,
             "n_samples": self.n_samples,
             "seed": self.seed,
         }
+        return arguments if self.output is None else arguments | {"output": self.output}
 
     @property
     def kl_weight(self) -> float | None:  # type: ignore[override]
