@@ -120,8 +120,13 @@ def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndar
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
-def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool) -> Tensor:
-    """`reference_words` or, if `normals`, `reference_normal` in NumPy, whose uint64 products are exact."""
+def _numpy_noise(
+    key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool, first: int = 0
+) -> Tensor:
+    """`reference_words` or, if `normals`, `reference_normal` in NumPy, whose uint64 products are exact.
+
+    first: the number of the first row; row numbers begin again after 2**32.
+    """
     blocks, counters = _counter_shape(columns)
     dtype = torch.float32 if normals else torch.int64
     if key.numel() * rows * columns == 0:
@@ -141,7 +146,7 @@ def _numpy_noise(key: Tensor, layer: int, stream: int, rows: int, columns: int, 
         line = np.arange(start, min(start + tile, lines))
         which = line // rows
         shape = (len(line), counters)
-        c0: np.ndarray = np.broadcast_to((line % rows).astype(np.uint64)[:, None], shape)
+        c0: np.ndarray = np.broadcast_to((first + line % rows & _MASK).astype(np.uint64)[:, None], shape)
         c1: np.ndarray = np.broadcast_to(group, shape)
         c2: np.ndarray = np.broadcast_to((draw[which] & mask)[:, None], shape)
         c3: np.ndarray = np.full(shape, last)
@@ -233,14 +238,22 @@ def normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Ten
     return torch.ops.vbdl.normal(key, layer, stream, rows, columns)
 
 
-def keep_mask(key: Tensor, layer: int, rows: int, columns: int, p: float, stream: int = DROPOUT) -> Tensor:
+def keep_mask(
+    key: Tensor, layer: int, rows: int, columns: int, p: float, stream: int = DROPOUT, first: int = 0
+) -> Tensor:
     """Draw a dropout mask of rate p: True keeps a unit, with probability 1 - round(p * 2**32) / 2**32.
 
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) bool
+    first: the number of the first row, for a part of a longer mask; computed on the CPU, and not to be traced.
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"the dropout rate is a probability from 0 to 1, got {p}")
-    return words(key, layer, stream, rows, columns) >= round(p * 2**32)
+    if first:
+        _check(key, layer, stream, rows, columns)
+        drawn = _numpy_noise(key.cpu(), layer, stream, rows, columns, normals=False, first=first).to(key.device)
+    else:
+        drawn = words(key, layer, stream, rows, columns)
+    return drawn >= round(p * 2**32)
 
 
 def make_key(seed: int, draws: Tensor | range | list[int], device=None) -> Tensor:

@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
@@ -82,6 +82,11 @@ class Plain:
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
         self._lock = threading.Lock()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that runs, a copy of the posterior's with the same tensors."""
+        return self._twin.network
 
     @property
     def strategy(self) -> str:

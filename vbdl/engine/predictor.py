@@ -29,6 +29,7 @@ from vbdl.engine.precision import PrecisionError, against_float32
 from vbdl.engine.predictive_module import PredictiveModule
 from vbdl.engine.program import Ready
 from vbdl.engine.settings import PredictorSettings
+from vbdl.engine.streaming import StreamState
 from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State, check_likelihood, check_ready, is_posterior
 
 if TYPE_CHECKING:
@@ -203,6 +204,13 @@ class Predictor:
         """Yield a prediction for each batch; only one batch is in memory at a time."""
         for x in batches:
             yield self(x)
+
+    def stream_state(self) -> StreamState:
+        """Begin streams: sequences that come in parts, with the state of every draw carried from part to part.
+
+        See `vbdl.engine.streaming.StreamState`; it is for networks with nn.LSTM, nn.GRU or nn.RNN.
+        """
+        return StreamState(self)
 
     @_ids_in_words
     def log_prob(self, x: Inputs, y: Tensor) -> Tensor:

@@ -95,11 +95,12 @@ class DropoutNetwork(KeyedNetwork):
         return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
 
     def _masks(self, rows: int | None = None) -> Masks:
-        return Masks(self.key, self.inner, self.rate, self.sites, kept=self.kept, by_module=self.by_module, rows=rows)
+        options = {"kept": self.kept, "by_module": self.by_module, "rows": rows, "steps": self.steps}
+        return Masks(self.key, self.inner, self.rate, self.sites, **options)
 
     def _masks_alone(self, key: Tensor, kept: dict[Hashable, Tensor] | None) -> Masks:
         """The masks of a batch of one row."""
-        return Masks(key, self.inner, self.rate, kept=kept, by_module=self.by_module, alone=True)
+        return Masks(key, self.inner, self.rate, kept=kept, by_module=self.by_module, alone=True, steps=self.steps)
 
     @property
     def takes_many_keys(self) -> bool:

@@ -13,6 +13,7 @@ class KeyedNetwork(nn.Module):
     rate: overrides the dropout rates of `inner`, all of them or by module name.
     kept: values that follow from the key alone, such as masks and drawn weights, by a name: the forward adds what it
         makes and reads what is there. None: the forward makes them anew.
+    steps: (number of the first step, number of steps) if the inputs are a part of longer sequences.
     """
 
     draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
@@ -21,6 +22,7 @@ class KeyedNetwork(nn.Module):
     key: Tensor
     rate: float | Mapping[str, float] | None = None
     kept: dict[Hashable, Tensor] | None = None
+    steps: tuple[int, int] | None = None
 
     @property
     def takes_many_keys(self) -> bool:

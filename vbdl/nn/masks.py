@@ -51,6 +51,8 @@ class Masks:
     rows: the rows of the batch (all repeats of it), or None if they are unknown.
     silent: record the dropout calls in `calls`, but drop nothing.
     kept: masks by number of the call and shape, which are read from it and added to it; None: every mask is made anew.
+    steps: (number of the first step, number of steps) of a part of longer sequences: a mask whose first axis without
+        the batch is that of time is the part of the longer mask.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class Masks:
         by_module: bool = False,
         alone: bool = False,
         rows: int | None = None,
+        steps: tuple[int, int] | None = None,
     ):
-        self._kept, self._by_module, self._alone, self._rows = kept, by_module, alone, rows
+        self._kept, self._by_module, self._alone, self._rows, self.steps = kept, by_module, alone, rows, steps
         self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
         self._root = root
         self._names: dict[int, str] | None = None
@@ -118,10 +121,11 @@ class Masks:
         self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple))
         if p == 0.0 or self.silent:
             return None
+        first = self._first_row(shape, axis, multiple, path)
         if self._by_module:
             index = self._number_by_module(path)
-        if self._kept is None:
-            return self._made(index, shape, p, device, axis, multiple)
+        if self._kept is None or first:
+            return self._made(index, shape, p, device, axis, multiple, first)
         this = (index, tuple(shape))  # the shape, because a sequence may have another length in the next call
         if this not in self._kept:
             self._kept[this] = self._made(index, shape, p, device, axis, multiple)
@@ -133,10 +137,32 @@ class Masks:
         before = sum(call.path == path for call in self.calls) - 1
         return _FIRST_BY_MODULE + module * _CALLS_OF_A_MODULE + before
 
+    def _first_row(self, shape: tuple[int, ...], axis: int | None, multiple: int, path: str) -> int:
+        """The number of the counters' first row: that of the first step, if the mask has an axis of time."""
+        inner = [size for place, size in enumerate(shape) if place != axis]
+        if self.steps is None or len(inner) < 2 or inner[0] != self.steps[1]:
+            return 0
+        if multiple > 1:
+            raise ValueError(
+                f"dropout in {described(path)} folds other axes into the batch, so its masks cannot go on from one "
+                f"part of a sequence to the next: predict the whole sequence instead"
+            )
+        return self.steps[0] * math.prod(inner[1:-1])
+
     def _made(
-        self, index: int, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None, multiple: int
+        self,
+        index: int,
+        shape: tuple[int, ...],
+        p: float,
+        device: torch.device,
+        axis: int | None,
+        multiple: int,
+        first: int = 0,
     ) -> Tensor:
-        """The mask of a dropout call, broadcastable to `shape`, whose batch axis has `multiple` entries for a row."""
+        """The mask of a dropout call, broadcastable to `shape`, whose batch axis has `multiple` entries for a row.
+
+        first: the number of the counters' first row.
+        """
         sizes = list(shape)
         if axis is not None:
             sizes[axis] = multiple
@@ -148,12 +174,12 @@ class Masks:
         if key.ndim == 2:
             if axis is None:
                 raise ValueError(f"call {index} of dropout masks no batch, so several draws cannot share one call")
-            keep = torch.stack([keep_mask(one, index, rows, columns, p).view(sizes) for one in key])
+            keep = torch.stack([keep_mask(one, index, rows, columns, p, first=first).view(sizes) for one in key])
             keep = keep.movedim(0, axis).unsqueeze(axis + 1)  # (..., draws, 1, multiple, ...)
             each = shape[axis] // (len(key) * multiple)
             keep = keep.expand(*keep.shape[: axis + 1], each, *keep.shape[axis + 2 :])
             return keep.flatten(axis, axis + 2)  # the axis runs over (draws, batch, multiple)
-        keep = keep_mask(key, index, rows, columns, p).view(sizes)
+        keep = keep_mask(key, index, rows, columns, p, first=first).view(sizes)
         if axis is not None and multiple > 1:  # the axis runs over (batch, multiple)
             repeats = [1] * len(sizes)
             repeats[axis] = shape[axis] // multiple

@@ -1,5 +1,6 @@
 """LSTM, GRU and RNN layer by layer: with dropout between them drawn from counters, and each layer as one operator."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,40 @@ def _whole(call: Recurrent) -> Outputs:
     options = (call.func.__name__, call.biases, call.bidirectional, stacked)
     out, *finals = recurrent_layer(x, call.batch_sizes, list(call.states), call.weights, *options)
     return (out.transpose(0, 1) if call.batch_first else out, *finals[: len(call.states)])
+
+
+class CarriedStates(TorchFunctionMode):
+    """A torch function mode in which recurrent layers go on from the states that they ended with in the last forward.
+
+    states: the final states of each call of a recurrent layer, in the order of the calls; empty before the first
+        forward, and replaced by those of this one.
+    """
+
+    def __init__(self, states: list[tuple[Tensor, ...]]):
+        super().__init__()
+        self.states = states
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") not in KINDS or kwargs:
+            return func(*args, **(kwargs or {}))
+        call = Recurrent.of(func, *args)
+        if call.bidirectional:
+            raise ValueError(
+                "a bidirectional layer reads a sequence from its end too, which a stream has not: predict the whole "
+                "sequence, or use layers of one direction"
+            )
+        if call.batch_sizes is not None:
+            raise ValueError(
+                "a stream takes parts of one length, whose rows go on in the next part, and this network packs its "
+                "sequences: pass it parts without padding, in a network that does not pack them"
+            )
+        place, self.calls = self.calls, self.calls + 1
+        if place < len(self.states):
+            call = dataclasses.replace(call, states=self.states[place])
+        out, *finals = call.call()
+        self.states[place : place + 1] = [tuple(t.detach() for t in finals)]
+        return (out, *finals)
 
 
 def runs_whole_layers(network: nn.Module, device: torch.device) -> bool:

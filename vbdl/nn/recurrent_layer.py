@@ -8,7 +8,7 @@ samples run one after the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +76,11 @@ def _library(layer: _Layer) -> tuple[Tensor, ...]:
     return function(layer.x, *packed, states, weights, *options)
 
 
-def _one_by_one(layer: _Layer) -> tuple[Tensor, ...]:
+def _one_by_one(layer: _Layer, run: Callable[[_Layer], tuple[Tensor, ...]] = _library) -> tuple[Tensor, ...]:
     """torch's own layer for each sample in turn: the reference, which has a derivative."""
     if layer.samples is None:
-        return _library(layer)
-    outputs = [_library(layer.sample(index)) for index in range(layer.samples)]
+        return run(layer)
+    outputs = [run(layer.sample(index)) for index in range(layer.samples)]
     return tuple(torch.stack(each) for each in zip(*outputs, strict=True))
 
 
@@ -88,7 +88,7 @@ def _run(layer: _Layer) -> tuple[Tensor, ...]:
     """The outputs and final states, by whichever of torch's layer and the scan is faster for these sizes."""
     samples = layer.samples
     if samples is not None and layer.shares_weights:
-        return _as_rows(layer, samples)
+        return _as_rows(layer, samples, _run)
     if _prefers_library(layer):
         return _one_by_one(layer)
     return _scan(layer)
@@ -111,13 +111,13 @@ def _prefers_library(layer: _Layer) -> bool:
     )
 
 
-def _as_rows(layer: _Layer, samples: int) -> tuple[Tensor, ...]:
+def _as_rows(layer: _Layer, samples: int, run: Callable[[_Layer], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """The samples of one set of weights as rows of one layer; the samples axis is the inner one of the rows."""
     everything = layer.expanded()
     inner = [t.movedim(0, -2) for t in (everything.x, *everything.states)]  # (..., batch or entries, samples, features)
     tensors = [t.flatten(-3, -2) for t in inner] + layer.weights
     sizes = None if layer.batch_sizes is None else layer.batch_sizes * samples
-    outputs = _run(layer.of(tensors, False, sizes))
+    outputs = run(layer.of(tensors, False, sizes))
     return tuple(t.unflatten(-2, (-1, samples)).movedim(-2, 0) for t in outputs)
 
 
@@ -254,6 +254,32 @@ def _backward(ctx, *gradients):
 
 
 torch.library.register_autograd("vbdl::recurrent_layer", _backward, setup_context=_setup, lib=_library_of_vbdl)
+
+
+def lowered(*arguments) -> tuple[Tensor, ...]:
+    """The operator by torch's own layers, for graphs that must not hold it."""
+    return _of_single_layers(_Layer(*arguments), _library)
+
+
+def lowered_to_single_layers(*arguments) -> tuple[Tensor, ...]:
+    """The operator by operators without a samples axis; NotImplemented, which keeps it, if it is one."""
+    layer = _Layer(*arguments)
+    return NotImplemented if layer.samples is None else _of_single_layers(layer, _as_operator)
+
+
+def _as_operator(layer: _Layer) -> tuple[Tensor, ...]:
+    options = (layer.kind, layer.biases, layer.bidirectional, layer.stacked)
+    outputs = recurrent_layer(layer.x, layer.batch_sizes, layer.states, layer.weights, *options)
+    return outputs[: 1 + len(layer.states)]
+
+
+def _of_single_layers(layer: _Layer, run: Callable[[_Layer], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    samples = layer.samples
+    if samples is not None and layer.shares_weights:
+        outputs = _as_rows(layer, samples, run)
+    else:
+        outputs = _one_by_one(layer, run)
+    return outputs if len(outputs) == 3 else (*outputs, _none(layer))
 
 
 def sentences(graph: fx.Graph) -> list[str]:
