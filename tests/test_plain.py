@@ -115,7 +115,7 @@ def test_what_cannot_be_traced_is_trained_and_predicted(kind, method, tmp_path):
     q, likelihood = METHODS[method](kind()), vbdl.Categorical()
     vbdl.fit(q, (x, y), likelihood, epochs=2, batch_size=20, progress=False)
     n = 3
-    predict = Predictor(q, likelihood, n_samples=n, tiles=(8,))
+    predict = Predictor(q, likelihood, n_samples=n, tiles=(8,), joint=True)
     p = predict(x[:8], samples=True)
     torch.testing.assert_close(p.samples, by_hand(q, x[:8], n), **ROUNDING)
     torch.testing.assert_close(p.probs, p.samples.softmax(-1).mean(0), **ROUNDING)

@@ -164,7 +164,7 @@ def test_explain_says_how_recurrent_layers_run():
 def test_packed_draws_are_mapped_where_that_is_faster(method):
     q, x = METHODS[method]([Network("GRU", 2, False, True, True).eval() for _ in range(3)]), rows(8)
     n = 3 if method == "ensemble" else 9
-    predict = Predictor(q, vbdl.Categorical(), n, compile=False)
+    predict = Predictor(q, vbdl.Categorical(), n, compile=False, joint=True)
     torch.testing.assert_close(predict(x, samples=True).samples, in_turn(q, x, n).detach(), **ROUNDING)
     said = predict.explain()
     ((in_turn_ms, mapped_ms),) = re.findall(r"timed: (\S+) ms in turn, (\S+) ms mapped", said)
