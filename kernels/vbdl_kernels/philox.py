@@ -121,11 +121,11 @@ def _numpy_box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _numpy_noise(
-    key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool, first: int = 0
+    key: Tensor, layer: int, stream: int, rows: int, columns: int, normals: bool, first_row: int = 0
 ) -> Tensor:
     """`reference_words` or, if `normals`, `reference_normal` in NumPy, whose uint64 products are exact.
 
-    first: the number of the first row; row numbers begin again after 2**32.
+    first_row: the number of the first row; row numbers begin again after 2**32.
     """
     blocks, counters = _counter_shape(columns)
     dtype = torch.float32 if normals else torch.int64
@@ -146,7 +146,7 @@ def _numpy_noise(
         line = np.arange(start, min(start + tile, lines))
         which = line // rows
         shape = (len(line), counters)
-        c0: np.ndarray = np.broadcast_to((first + line % rows & _MASK).astype(np.uint64)[:, None], shape)
+        c0: np.ndarray = np.broadcast_to(((first_row + line % rows) & _MASK).astype(np.uint64)[:, None], shape)
         c1: np.ndarray = np.broadcast_to(group, shape)
         c2: np.ndarray = np.broadcast_to((draw[which] & mask)[:, None], shape)
         c3: np.ndarray = np.full(shape, last)
@@ -250,7 +250,7 @@ def keep_mask(
         raise ValueError(f"the dropout rate is a probability from 0 to 1, got {p}")
     if first:
         _check(key, layer, stream, rows, columns)
-        drawn = _numpy_noise(key.cpu(), layer, stream, rows, columns, normals=False, first=first).to(key.device)
+        drawn = _numpy_noise(key.cpu(), layer, stream, rows, columns, normals=False, first_row=first).to(key.device)
     else:
         drawn = words(key, layer, stream, rows, columns)
     return drawn >= round(p * 2**32)
