@@ -44,7 +44,7 @@ class Posterior(KeyedPosterior):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
-def network(classes: int) -> nn.Module:
+def network(classes: int) -> nn.Sequential:
     torch.manual_seed(0)
     pool = lambda: (nn.ReLU(), nn.MaxPool2d(2))
     features = (nn.Conv2d(1, 16, 3), *pool(), nn.Conv2d(16, 32, 3), *pool(), nn.Flatten(), nn.Linear(800, WIDTH))
@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{'classes':>7} {'covariance':>10} {'alone':>8} {'plan':>8} {'weights':>8} {'moments':>8}  draws  GiB")
     for classes in map(int, options.classes.split(",")):
         net = network(classes)
-        head = {n: p for n, p in net.named_parameters() if n.startswith("8.")}
+        head = {n: p for n, p in net.named_parameters() if n.startswith(f"{len(net) - 1}.")}
         for name, make in FACTORS.items():
             if name == "dense" and sum(p.numel() for p in head.values()) > LARGEST_DENSE:
                 continue
