@@ -62,7 +62,7 @@ class MomentExecution:
     ):
         if model.posterior.n_members > 1:
             raise ValueError(
-                "estimator='moments' is for MC dropout and mean-field networks. An ensemble has few members, and their "
+                "estimator='moments' is for posteriors of one network. An ensemble has few members, and their "
                 "exact average costs one pass each: use estimator='sampling'"
             )
         if settings.autocast is not None:
