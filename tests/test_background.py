@@ -69,6 +69,39 @@ def test_calls_that_are_not_compiled_yet_are_answered_too(held):
     torch.testing.assert_close(predict.log_prob(x, y), expected.log_prob(x, y), **ROUNDING)
 
 
+@pytest.mark.parametrize("method", [vbdl.MCDropout, lambda m: vbdl.MeanField(m, 9)])
+def test_other_calls_are_answered_too_until_they_are_compiled(method, held):
+    predict, x = background(method(network())), torch.randn(4, 3)
+    expected = Predictor(predict.posterior, vbdl.Categorical(), compile=False)
+    predict(x)
+    held.set()
+    predict.wait()
+    held.clear()
+    execution = next(iter(predict.executions.by_shape.values()))[0]
+    for ready in (False, True):
+        torch.testing.assert_close(predict(x, samples=True).samples, expected(x, samples=True).samples, **ROUNDING)
+        torch.testing.assert_close(predict(x, deadline=1e6).probs, expected(x).probs, **ROUNDING)
+        assert execution.compiling == (not ready)
+        held.set()
+        for job in execution._later.values():
+            job.result(60)
+    assert set(execution._later) == {"parameters", "steps of 8"}
+    predict.warm_up((4,), example=x, samples=True, adaptive=True)
+    torch.testing.assert_close(predict(x, samples=True).samples, expected(x, samples=True).samples, **ROUNDING)
+
+
+def test_warm_up_waits_for_other_calls(held):
+    predict, x = background(), torch.randn(4, 3)
+    predict(x)
+    held.set()
+    predict.wait()
+    held.clear()
+    predict(x, samples=True)
+    threading.Timer(0.3, held.set).start()
+    predict.warm_up((4,), example=x, samples=True)
+    assert not next(iter(predict.executions.by_shape.values()))[0].compiling
+
+
 class Convolves(nn.Module):
     """Its convolution of drawn weights is timed, and has no outputs to draw in place of them."""
 

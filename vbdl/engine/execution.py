@@ -8,7 +8,7 @@ until the graph is compiled. Calls share no data that they write to, so several 
 import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -85,6 +85,8 @@ class Execution:
         else:
             self._way, self._undecided = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
+        self._waits = False  # whether calls wait for the compiler, as in `Predictor.warm_up`
+        self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
 
     def _tried(self, model: Model, state: State, own: Sequence[str]) -> Tensor:
         """Run a draw, check the network by it, and find the layers that draw outputs; own: entries of a draw."""
@@ -283,12 +285,48 @@ class Execution:
 
     def check(self, wait: bool) -> None:
         """Raise what the background found wrong with the module, if it is known; wait: until it is."""
+        self._waits = wait
         if wait:
             self._begin()
         job = self._job
         if job is not None and (wait or job.done()):
             job.result()  # what it raises is raised in every call
             self._job = None
+
+    # -- calls that are needed only now and then
+
+    @property
+    def compiling(self) -> bool:
+        """Whether other calls than those of `fields` and `sums` are being compiled in the background."""
+        return not all(job.done() for job in self._later.values())
+
+    def _or_meanwhile(self, what: str, calls: Calls, needed: Sequence[str], otherwise: Callable[[], Calls]) -> Calls:
+        """Calls of the graph or, while they are being compiled in the background, those of the network as it is.
+
+        what: a name for the calls. needed: what they return, as `end` of `Calls.run`.
+        """
+        if self._settings.compile != "background" or self._behind or not isinstance(calls, Chunking):
+            return calls
+        if self._local is None and draws_outputs(self.graph_plan.reasons):
+            return calls  # the network as it is would draw weights
+        if what not in self._later:
+            if self._waits:
+                return calls
+            with self._starting:
+                if what not in self._later:
+                    self._later[what] = background.submit(self, lambda self: self._compile(calls, needed))
+        job = self._later[what]
+        if self._waits:
+            job.result()
+        return calls if job.done() else otherwise()
+
+    def _compile(self, calls: Calls, needed: Sequence[str]) -> None:
+        """Run calls of each number of draws once, on the tile that the execution was made with."""
+        with torch.no_grad():
+            inputs = calls.inputs(self._tile)
+            for end in needed:
+                for index in {calls.count(i): i for i in range(len(calls))}.values():
+                    calls.run(index, end, inputs, self.empty_sums() if end == "sums" else None)
 
     @property
     def answers_as_it_is(self) -> bool:
@@ -300,11 +338,23 @@ class Execution:
     def chunking(self, draws: int) -> Calls:
         """All draws in calls of at most `draws` each; made once for each number."""
         draws, way = min(draws, self.n_samples), self._way
-        if draws == way.plan.chunk:
-            return way.calls
-        key = (isinstance(way.calls, PlainCalls), draws)
+        calls = self._in_steps(way.calls, way.plan.chunk, draws)
+        if isinstance(calls, PlainCalls):
+            return calls
+
+        def otherwise() -> Calls:
+            plain = self._as_it_is()
+            return self._in_steps(plain.calls, plain.plan.chunk, draws)
+
+        return self._or_meanwhile(f"steps of {draws}", calls, ("sums", "parameters"), otherwise)
+
+    def _in_steps(self, calls: Calls, chunk: int, draws: int) -> Calls:
+        """All draws in calls of `draws` each; calls: in calls of `chunk` each."""
+        if draws == chunk:
+            return calls
+        key = (isinstance(calls, PlainCalls), draws)
         if key not in self._steps:
-            self._steps[key] = way.calls.of(draws)
+            self._steps[key] = calls.of(draws)
         return self._steps[key]
 
     @property
@@ -347,5 +397,6 @@ class Execution:
     def parameters(self, tile: Flat) -> Tensor:
         """The parameters of p(y | x) of each draw, (samples, rows, ...)."""
         calls = self._way.calls
+        calls = self._or_meanwhile("parameters", calls, ("parameters",), lambda: self._as_it_is().calls)
         inputs = calls.inputs(tile)
         return torch.cat([calls.run(index, "parameters", inputs)["parameters"] for index in range(len(calls))])

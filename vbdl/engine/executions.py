@@ -104,7 +104,8 @@ class Executions:
             )
         with self._lock, outside_autocast(self.device):
             yield
-        compiled.update(calls)
+        if not any(isinstance(e, Execution) and e.compiling for e in executions):
+            compiled.update(calls)
 
     def __getstate__(self) -> dict[str, object]:
         """The state to copy or pickle, without the lock and the executions: a copy traces and compiles again."""
