@@ -98,3 +98,31 @@ def test_trained_networks_that_offer_no_initialization_name_the_lines_to_write(n
             torch.nn.init.normal_(m.weight, 1.0, 0.1)
     with pytest.raises(ValueError, match=r"members = \[make_network\(\)"):
         vbdl.DeepEnsemble(network, 2)
+
+
+def stochastic_depth():
+    models = pytest.importorskip("torchvision.models")
+    settings = [models.convnext.CNBlockConfig(8, 16, 2), models.convnext.CNBlockConfig(16, None, 2)]
+    network = models.ConvNeXt(settings, stochastic_depth_prob=0.5, layer_scale=1.0, num_classes=CLASSES)
+    return network, pytest.importorskip("torchvision.ops").StochasticDepth
+
+
+def drop_path():
+    network = timm("convnext_atto", drop_path_rate=0.5, ls_init_value=1.0, **SMALL_CONVNEXT)()
+    return network, pytest.importorskip("timm.layers").DropPath
+
+
+@pytest.mark.parametrize("make", [stochastic_depth, drop_path])
+def test_stochastic_depth_is_drawn_on_request(make):
+    torch.manual_seed(0)
+    (network, kind), x, n = make(), torch.randn(3, 3, 32, 32), 400
+    q = vbdl.Stochastic(network, noisy=[kind])
+    samples = vbdl.Predictor(q, vbdl.Categorical(), n, tiles=3, compile=False)(x, samples=True).samples
+    network.eval()
+    for m in network.modules():
+        m.training = isinstance(m, kind)
+    with torch.no_grad():
+        own = torch.stack([network(x) for _ in range(n)])
+    assert len(samples[:, 0].unique(dim=0)) > 4
+    error = (samples.var(0) + own.var(0)).div(n).sqrt()
+    assert float(((samples.mean(0) - own.mean(0)).abs() / error).max()) < 5

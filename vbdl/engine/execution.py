@@ -94,7 +94,8 @@ class Execution:
         self._local_layers: Mapping[str, str | None] = {}
         self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
         if (
-            settings.joint or settings.autocast is not None or settings.largest_tile >= MANY_ROWS
+            settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
+            or settings.largest_tile >= MANY_ROWS
             or own != ["network.key"] or not isinstance(network, FactoredNetwork) or not network.may_draw_outputs
             or before_tracing(model, settings)[0] == PLAIN
         ):  # fmt: skip
