@@ -59,11 +59,35 @@ def test_a_method_that_fails_in_training_leaves_the_others(data, monkeypatch):
     assert "not tried: the loss of member 0 became inf" in str(found)
 
 
-def test_a_trained_network_is_used_as_it_is(data):
+@pytest.mark.parametrize("dropout, rule", [(True, "MCDropout, since"), (False, "Laplace, since")])
+def test_a_trained_network_is_used_as_it_is(dropout, rule, data):
+    found = recommend(_network(dropout), data, trained=True)
+    tried = {m.method for m in found.table if m.nll is not None}
+    assert tried == {"Deterministic", "Laplace", *(["MCDropout"] if dropout else [])} and found.method in tried
+    assert all(m.epochs == 0 for m in found.table)
+    assert found.rule.startswith(rule) and "as it is" in found.rule
+
+
+def test_a_trained_network_that_may_be_trained_is_where_training_starts(data):
+    found = recommend(_network(dropout=False), data, trained=True, train=True, budget=4.0)
+    epochs = {m.method: m.epochs for m in found.table if m.nll is not None}
+    assert epochs.keys() == {"MeanField", "DeepEnsemble", "SWAG", "Snapshots", "Deterministic", "Laplace"}
+    assert epochs["Deterministic"] == epochs["Laplace"] == 0 and epochs["SWAG"] >= 4 and epochs["Snapshots"] >= 4
+    assert found.rule.startswith("SWAG, since")
+
+
+def test_methods_that_are_too_slow_are_not_recommended(data):
     found = recommend(_network(), data, trained=True)
-    assert found.method in ("MCDropout", "Deterministic", "Laplace") and len(found.table) == 3
-    assert all(m.epochs == 0 and m.nll is not None for m in found.table)
-    assert "as it is" in found.rule
+    times = sorted(m.latency for m in found.table)
+    between = (times[0] * times[-1]) ** 0.5
+    if times[-1] > 3 * times[0]:  # else this machine is too busy to tell them apart
+        limited = recommend(_network(), data, trained=True, latency=between)
+        chosen = next(m for m in limited.table if m.method == limited.method)
+        assert chosen.latency <= between
+        slow = [m for m in limited.table if m.latency > between]
+        assert all("more than" in m.note for m in slow) and (not slow or "too slow" in str(limited))
+    with pytest.raises(ValueError, match="no method predicts a row within 1e-06 ms, the fastest takes"):
+        recommend(_network(), data, trained=True, latency=1e-9)
 
 
 def test_regression_by_default_for_real_targets(data):
@@ -79,6 +103,10 @@ def test_refusals(data):
     x, y = data
     with pytest.raises(ValueError, match="at least 20"):
         recommend(_network(), (x[:10], y[:10]))
+    with pytest.raises(ValueError, match="a network that is not trained must be trained"):
+        recommend(_network(), data, train=False)
+    with pytest.raises(ValueError, match="latency must be"):
+        recommend(_network(), data, latency=0.0)
     with pytest.raises(ValueError, match="budget"):
         recommend(_network(), data, budget=0)
     with pytest.raises(TypeError, match="a network must be an nn.Module, got function"):

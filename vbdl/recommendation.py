@@ -18,6 +18,7 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS, Method
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
+from vbdl.nn.may_drop import may_drop
 from vbdl.nn.stochastic import draws_noise
 from vbdl.training.fit import fit
 from vbdl.types import Inputs, Keywords, Likelihood, Posterior
@@ -37,7 +38,7 @@ class Measured:
     latency: float  # median seconds for one row
     training: float  # seconds
     epochs: int
-    note: str  # why the method could not be tried
+    note: str  # why the method could not be tried, or is too slow
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Recommendation:
             if m.nll is None:
                 lines.append(f"{m.method:12s} not tried: {m.note}")
                 continue
+            if m.note:
+                lines.append(f"{m.method:12s} too slow: {m.note}")
+                continue
             worse = "-" if m.worse_by is None else str(m.worse_by)
             lines.append(
                 f"{m.method:12s} {str(m.nll):>32s} {worse:>32s} {1000 * m.latency:7.2f}ms {m.training:8.1f}s "
@@ -78,6 +82,8 @@ def recommend(
     *,
     budget: float = 60.0,
     trained: bool = False,
+    train: bool | None = None,
+    latency: float | None = None,
     seed: int = 0,
     compile: bool = False,
 ) -> Recommendation:
@@ -89,16 +95,26 @@ def recommend(
             stopping.
         likelihood: by default Categorical for integer targets and Gaussian for others.
         budget: approximate seconds for all training together; the last epoch of each method is completed.
-        trained: whether the module is trained already and is to be used without training, as MC dropout can.
+        trained: whether the module is trained already. What a trained network can be used for as it is (MC dropout, a
+            Laplace approximation, the network alone) is then not trained.
+        train: whether the module may be trained, or trained further; by default if it is not trained. A trained one is
+            the start of methods that go on training (SWAG, snapshots, mean-field).
+        latency: the most seconds that the prediction of one row may take; slower methods are not recommended.
         seed: of the split, the training and the draws.
         compile: whether to compile the predictors before measuring their latency, which takes about ten seconds each.
 
     The score is the negative log-likelihood of the mixture of all draws, in nats per row. Among the methods that are
-    not significantly worse than the best (paired 95 % interval), the one with the lowest latency is recommended. The
-    small versions are trained for a short time: repeat with a larger budget if the choice matters.
+    not significantly worse than the best (paired 95 % interval), the one with the lowest latency is recommended; the
+    network alone, which knows no epistemic uncertainty, only if no other is as good. The small versions are trained for
+    a short time: repeat with a larger budget if the choice matters.
     """
     if not budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+    if latency is not None and not latency > 0:
+        raise ValueError(f"latency must be a positive number of seconds for one row, got {latency}")
+    train = not trained if train is None else train
+    if not trained and not train:
+        raise ValueError("a network that is not trained must be trained: give trained=True or train=True")
     check_network(module)
     x, y = whole(data)
     n = len(y)
@@ -111,17 +127,23 @@ def recommend(
     parts = {name: (take(x, r), y[r]) for name, r in rows.items()}
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
-    rule = _rule(n_train, n_weights, budget, trained)
-    candidates = [method for method in METHODS.values() if method.takes_trained or not trained]
+    rule = _rule(n_train, n_weights, budget, trained, train, may_drop(module))
+    candidates = [method for method in METHODS.values() if method.takes_trained or train]
     if not draws_noise(module, take(x, rows["test"])):
         candidates = [method for method in candidates if not method.needs_own_noise]
+    as_they_are = {method.name for method in candidates if trained and method.takes_trained}
+    share = budget / max(1, len(candidates) - len(as_they_are))
     measured, scores = {}, {}
     for method in candidates:
         name = method.class_name
         try:
-            posterior = method.make(copied(module), n_data=n_train, n_members=_N_MEMBERS, seed=seed)
+            known = {"n_data": n_train, "n_members": _N_MEMBERS, "seed": seed} | (
+                {"collect_from": 0} if trained else {}
+            )
+            posterior = method.make(copied(module), **known)
+            seconds = 0.0 if method.name in as_they_are else share
             measured[name], scores[name] = _measure(
-                method, posterior, likelihood, parts, 0.0 if trained else budget / len(candidates), seed, compile
+                method, posterior, likelihood, parts, seconds, seed, compile, trained
             )
         except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
             # e.g. a network without dropout, or a loss that diverges: the other methods can still be compared
@@ -129,13 +151,17 @@ def recommend(
     if not scores:
         notes = "; ".join(f"{m.method}: {m.note}" for m in measured.values())
         raise ValueError(f"no method could be tried on this module. {notes}")
-    return _decide(measured, scores, rule, n_train, len(parts["test"][1]))
+    return _decide(measured, scores, rule, n_train, len(parts["test"][1]), latency)
 
 
-def _rule(n_train: int, n_weights: int, budget: float, trained: bool) -> str:
+def _rule(n_train: int, n_weights: int, budget: float, trained: bool, train: bool, drops: bool) -> str:
     """The method by rule of thumb, and why, as text."""
+    if trained and train:
+        return "SWAG, since a trained network may be trained for some epochs more"
+    if trained and drops:
+        return "MCDropout, since a trained network with dropout can be used as it is"
     if trained:
-        return "MCDropout, since a trained network can be used as it is"
+        return "Laplace, since a trained network without dropout can be used as it is, after one pass over the rows"
     if n_train < 1000 or n_train * 10 < n_weights:
         return f"MeanField, since {n_train} rows are few for {n_weights} weights and its prior counts"
     if budget >= 60:
@@ -151,6 +177,7 @@ def _measure(
     share: float,
     seed: int,
     compile: bool,
+    trained: bool,
 ) -> tuple[Measured, Tensor]:
     """Train one method within its share of the budget in seconds; return its Measured and its NLL per test row."""
     likelihood = copy.deepcopy(likelihood)
@@ -166,7 +193,9 @@ def _measure(
             one_epoch = fit(pilot, parts["train"], pilot_likelihood, epochs=few, **options).seconds / few
         left = share - (time.perf_counter() - begun)
         epochs = max(few, min(_MAX_EPOCHS, int(left / max(one_epoch, 1e-4))))
-        patience = max(5, epochs // 5) if method.stops_early else None
+        # a trained network is collected from the first epoch on, so no epoch is the best one
+        stops = method.stops_early and not (trained and method.collects)
+        patience = max(5, epochs // 5) if stops else None
         history = fit(posterior, parts["train"], likelihood, epochs=epochs, patience=patience, **options)
         epochs, training = history.epochs, history.seconds
     elif posterior.fits_trained:
@@ -189,9 +218,26 @@ def _measure(
 
 
 def _decide(
-    measured: dict[str, Measured], scores: dict[str, Tensor], rule: str, n_train: int, n_test: int
+    measured: dict[str, Measured],
+    scores: dict[str, Tensor],
+    rule: str,
+    n_train: int,
+    n_test: int,
+    latency: float | None,
 ) -> Recommendation:
     """Recommend the fastest of the methods that are not significantly worse than the best. scores: NLL per test row."""
+    if latency is not None:
+        fast = {name: s for name, s in scores.items() if measured[name].latency <= latency}
+        if not fast:
+            least = min(measured[name].latency for name in scores)
+            raise ValueError(
+                f"no method predicts a row within {1000 * latency:g} ms, the fastest takes {1000 * least:.2f} ms: give "
+                f"compile=True, a larger latency, or a smaller network"
+            )
+        for name in scores.keys() - fast.keys():
+            slow = f"its {1000 * measured[name].latency:.2f} ms for one row are more than {1000 * latency:g} ms"
+            measured[name] = Measured(**{**vars(measured[name]), "note": slow})
+        scores = fast
     best = min(scores, key=lambda name: float(scores[name].mean()))
     table, close = [], [best]
     for name, row in measured.items():

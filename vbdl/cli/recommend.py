@@ -17,6 +17,8 @@ class Recommend:
     """Column to predict."""
     budget: float = 60.0
     """Approximate number of seconds for all training together."""
+    latency: float | None = None
+    """Most seconds that the prediction of one row may take."""
     task: Literal["classification", "regression"] | None = None
     """Kind of prediction; inferred from the target's cells unless given."""
     ignore: tuple[str, ...] = ()
@@ -44,7 +46,16 @@ class Recommend:
         torch.set_num_threads(1)
         kinds = kinds_of(self.numeric, self.categorical, self.date)
         recommendation = recommend_table(
-            self.data, self.target, self.budget, self.task, self.ignore, self.width, self.depth, self.seed, kinds
+            self.data,
+            self.target,
+            self.budget,
+            self.task,
+            self.ignore,
+            self.width,
+            self.depth,
+            self.seed,
+            self.latency,
+            kinds,
         )
         print(recommendation)
         name = next(m.name for m in METHODS.values() if m.class_name == recommendation.method)

@@ -21,6 +21,7 @@ def recommend_table(
     width: int = 128,
     depth: int = 2,
     seed: int = 0,
+    latency: float | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> Recommendation:
     """Call `vbdl.recommend` with the network that `fit_table` would train.
@@ -39,4 +40,6 @@ def recommend_table(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = TabularNetwork(**settings.network_arguments(schema, len(y)))
-    return recommend(network, (encoded.x[rows], y[rows]), settings.likelihood(schema, len(y)), budget=budget, seed=seed)
+    likelihood = settings.likelihood(schema, len(y))
+    data = (encoded.x[rows], y[rows])
+    return recommend(network, data, likelihood, budget=budget, latency=latency, seed=seed)
