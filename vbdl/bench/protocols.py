@@ -67,6 +67,7 @@ SETS = {
 }
 
 PROTOCOLS = ("2016", "2018")
+OWN = "own"  # no published protocol: every method trains by the data set's recipe
 
 
 def protocol(name: str, of: str) -> Protocol:

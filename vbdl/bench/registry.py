@@ -59,7 +59,7 @@ def _register(where: dict[str, Entry[Make]], kind: str, name: str, suite: str) -
 def load_builtin() -> None:
     """Register the data sets and methods of vbdl."""
     from vbdl.bench.datasets import bundled, images, tabular, uci  # noqa: F401
-    from vbdl.bench.methods import deep_ensemble, linear, mc_dropout, mean_field, single  # noqa: F401
+    from vbdl.bench.methods import deep_ensemble, linear, mc_dropout, mean_field, single, trained  # noqa: F401
     from vbdl.bench.methods.training import without_protocol
     from vbdl.methods import METHODS as TABLE
     from vbdl.methods import building
@@ -84,9 +84,14 @@ def load_plugin(path: Path) -> None:
 
 
 def suites() -> dict[str, list[str]]:
-    """The names of the data sets by suite; "quality" is all of them but the bundled and the user's own."""
+    """The names of the data sets by suite.
+
+    "quality" is all of them but the bundled, the user's own and variants; "trained" those that compare methods on one
+    trained network.
+    """
     by_suite: dict[str, list[str]] = {}
     for entry in DATASETS.values():
         by_suite.setdefault(entry.suite, []).append(entry.name)
-    by_suite["quality"] = [e.name for e in DATASETS.values() if e.suite not in ("bundled", "own")]
+    by_suite["quality"] = [e.name for e in DATASETS.values() if e.suite not in ("bundled", "own", "trained")]
+    by_suite["trained"] = ["pneumonia", *by_suite["trained"], "gtsrb", *by_suite["uci"]]
     return by_suite

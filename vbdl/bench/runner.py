@@ -15,6 +15,7 @@ import torch
 from vbdl import former
 from vbdl.bench import registry, rows, scores
 from vbdl.bench.provenance import provenance
+from vbdl.bench.sizes import resized
 from vbdl.bench.source import Source
 from vbdl.bench.summary import EvaluatedRows, classified, regressed
 from vbdl.bench.task import Each, Run, Stacked, Task
@@ -22,6 +23,7 @@ from vbdl.report.run import ABOUT, RESULTS, read_results
 from vbdl.types import Json
 
 FORMAT = 1
+_NEED_HELD = ("temperature", "laplace-validation")  # methods that need held-out rows
 
 
 @former.arguments(samples="n_samples")
@@ -33,12 +35,17 @@ class SuiteSettings:
     effort: float = 1.0
     n_samples: int | None = None
     protocol: str = "2016"
+    rows: int | None = None
+    splits: int | None = None
+    hold_out: float = 0.0
 
     samples = former.attribute("samples", "n_samples")
 
     def stored(self) -> Json:
         """As the files of a run hold them: `n_samples` by its name in version 0.1."""
-        return {"seed": self.seed, "effort": self.effort, "samples": self.n_samples, "protocol": self.protocol}
+        common = {"seed": self.seed, "effort": self.effort, "samples": self.n_samples, "protocol": self.protocol}
+        sizes = {"rows_at_most": self.rows, "splits_wanted": self.splits, "hold_out": self.hold_out}
+        return common | {name: value for name, value in sizes.items() if value}
 
 
 class Suite:
@@ -64,6 +71,12 @@ class Suite:
                 raise ValueError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(known)}")
         if not settings.effort > 0:
             raise ValueError(f"effort must be positive (a share of the epochs), got {settings.effort}")
+        if not 0 <= settings.hold_out < 1:
+            raise ValueError(f"hold_out must be a share of the training rows in [0, 1), got {settings.hold_out}")
+        if any(number is not None and number < 1 for number in (settings.rows, settings.splits)):
+            raise ValueError(f"rows and splits must be at least 1, got {settings.rows} and {settings.splits}")
+        if not settings.hold_out and (needing := [m for m in methods if m in _NEED_HELD]):
+            raise ValueError(f"{needing[0]} needs rows that training has not seen: give --hold-out 0.1")
         self.out, self.source, self.settings, self.say = Path(out), source, settings, say
         self.progress, self.compile = progress, compile
         self.made_with = provenance()  # at the start, because the checkout may change during the run
@@ -95,7 +108,8 @@ class Suite:
     # -- one result
 
     def _task(self, name: str) -> Task:
-        return registry.DATASETS[name].make(self.source, self.settings.protocol)
+        s = self.settings
+        return resized(registry.DATASETS[name].make(self.source, s.protocol), s.rows, s.splits, s.hold_out)
 
     def _loaded(self, name: str) -> Task:
         """The task of a data set; only the last one is kept, because methods of a data set run one after the other."""
@@ -107,7 +121,8 @@ class Suite:
         key = f"{name}.{method}"
         folder = self.out / "checkpoints" / key
         settings = self.settings
-        run = Run(settings.seed, settings.effort, settings.n_samples, self.compile, folder, self.progress)
+        networks = self.out / "networks" / f"{name}.safetensors"
+        run = Run(settings.seed, settings.effort, settings.n_samples, self.compile, folder, networks, self.progress)
         result: Json = {"format": FORMAT, "dataset": name, "method": method, **settings.stored()}
         result |= {
             "suite": registry.DATASETS[name].suite,
@@ -115,7 +130,7 @@ class Suite:
             "about": task.about or registry.DATASETS[name].about,
             "protocol": task.protocol.name if task.protocol else None,
             "splits": task.n_splits,
-            "rows": {"train": task.n_train, "test": task.x.shape[1] - task.n_train},
+            "rows": {"train": task.n_train, "held": task.n_held, "test": task.n_test},
         }
         resumed = folder.exists()  # if so, seconds counts only the time since the restart
         begun, processor = time.perf_counter(), _processor_seconds()
@@ -123,7 +138,7 @@ class Suite:
             trained = registry.METHODS[method].make(task, run)
             trained = Each(trained) if isinstance(trained, Sequence) else trained
             middle = time.perf_counter()
-            test_rows = evaluate(task, trained, task.x[:, task.n_train :], task.test[1])
+            test_rows = evaluate(task, trained, *task.test)
             ended = time.perf_counter()
             ood = {n: evaluate(task, trained, x) for n, x in task.ood.items()}
         except (FloatingPointError, RuntimeError) as error:
@@ -133,13 +148,14 @@ class Suite:
         file = Path("rows") / f"{key}.safetensors"
         rows.save(self.out / file, task, test_rows, ood)
         shutil.rmtree(folder, ignore_errors=True)
-        tested = task.n_splits * (task.x.shape[1] - task.n_train)
+        tested = task.n_splits * task.n_test
         return result | {
             "draws": test_rows.draws,
             "scores": scores.plain(every),
             "uncertainty": {"test": _means(test_rows), **{n: _means(o) for n, o in ood.items()}},
             "ood": {n: scores.plain(scores.out_of_distribution(test_rows, o)) for n, o in ood.items()},
-            "seconds": {"train": middle - begun, "predict": ended - middle},
+            "seconds": {"train": middle - begun - run.waited, "predict": ended - middle},
+            "network_seconds": run.network_seconds,
             "processor_seconds": _processor_seconds() - processor,
             "resumed": resumed,
             "rows_a_second": tested / max(ended - middle, 1e-9),

@@ -49,7 +49,8 @@ class TaskOptions(TypedDict, total=False):
 class Task:
     """A data set with all its splits stacked, each standardized by its own training part.
 
-    The rows of a split are the training part, whose last fifth a method may use for validation, then the test part.
+    The rows of a split are the training part, whose last fifth a method may use for validation, then held-out rows for
+    calibration if there are any, then the test part.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Task:
     image: tuple[float, float] | None = None  # images: pixel = value * image[0] + image[1], in 0..255
     about: str = ""
     notes: tuple[str, ...] = ()  # differences from the standard data set
+    n_held: int = 0  # rows between training and test part that only calibration may use
 
     centre = former.attribute("centre", "center")
 
@@ -105,7 +107,22 @@ class Task:
 
     @property
     def test(self) -> tuple[Tensor, Tensor]:
-        return self.x[:, self.n_train :], self.y[:, self.n_train :]
+        """The inputs and targets of the test rows, (splits, rows, ...) each."""
+        first = self.n_train + self.n_held
+        return self.x[:, first:], self.y[:, first:]
+
+    @property
+    def n_test(self) -> int:
+        return self.x.shape[1] - self.n_train - self.n_held
+
+    def training(self, split: int) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of the training rows of a split, (rows, ...) each."""
+        return self.x[split, : self.n_train], self.y[split, : self.n_train]
+
+    def held(self, split: int) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of the held-out rows of a split, (rows, ...) each."""
+        rows = slice(self.n_train, self.n_train + self.n_held)
+        return self.x[split, rows], self.y[split, rows]
 
 
 @former.arguments(samples="n_samples")
@@ -118,9 +135,12 @@ class Run:
     n_samples: int | None = None  # draws in evaluation, for posteriors with unlimited draws; None: the method's choice
     compile: bool | None = None  # whether to compile training steps; None: if there are enough of them
     folder: Path | None = None  # for checkpoints of long trainings
+    networks: Path | None = None  # file of the trained networks that several methods of a run start from
     progress: bool | None = None
     details: Json = field(default_factory=dict)  # reported by the method: chosen rates, times
     notes: list[str] = field(default_factory=list)  # reported by the method: differences from the protocol
+    network_seconds: float = 0.0  # reported by the method: seconds that the networks it starts from were trained for
+    waited: float = 0.0  # those of them that this method's own training time includes
 
     samples = former.attribute("samples", "n_samples")
 

@@ -17,17 +17,20 @@ class Bench:
     out: Path = Path("vbdl-bench")
     """Folder of the run. Results that are already in it are not computed again."""
     suite: str = "bundled"
-    """bundled (no download), uci, images, medical, credit, quality (the last four together) or own (from --plugin)."""
+    """bundled (no download), uci, images, medical, credit, quality (the last four together), trained (the sets on which
+    methods for trained networks are compared) or own (from --plugin)."""
     sets: tuple[str, ...] = ()
     """Names of data sets, instead of a suite."""
     methods: tuple[str, ...] = tuple(building())
-    """Names of methods; linear and single are baselines."""
+    """Names of methods; linear and single are baselines. deterministic, temperature, laplace, laplace-validation and
+    swag start from the same trained network, which a run trains once."""
     data: Path | None = field(default_factory=lambda: Path(p) if (p := os.environ.get("VBDL_DATA")) else None)
     """Folder of data sets; VBDL_DATA unless given. Missing files are downloaded from OpenML."""
     network: bool = True
     """Download missing files from OpenML."""
     protocol: str = "2016"
-    """Protocol of MC dropout on UCI sets: 2016 (400 epochs) or 2018 (4000 epochs)."""
+    """Protocol on UCI sets: MC dropout's of 2016 (400 epochs) or 2018 (4000 epochs), or own, without a published one:
+    every method trains the same network by the same recipe."""
     plugin: tuple[Path, ...] = ()
     """Python files that register data sets and methods of your own. Their code is run."""
     seed: int = 0
@@ -36,6 +39,12 @@ class Bench:
     """Fraction of the epochs to train; 0.05 for a quick look."""
     samples: int | None = None
     """Draws in evaluation; the method's own number unless given."""
+    rows: int | None = None
+    """Largest number of training rows, and of test rows, of a split; all unless given."""
+    splits: int | None = None
+    """Number of splits: the first of a data set. One that has fewer repeats them from other initializations."""
+    hold_out: float = 0.0
+    """Share of the training rows that only calibration sees; temperature and laplace-validation need some, like 0.1."""
     threads: int = 1
     """Number of threads that torch uses; 0 leaves the choice to torch."""
     scaling: bool = False
@@ -48,7 +57,7 @@ class Bench:
         import torch
 
         from vbdl.bench import registry
-        from vbdl.bench.protocols import PROTOCOLS
+        from vbdl.bench.protocols import OWN, PROTOCOLS
         from vbdl.bench.runner import Suite, SuiteSettings
         from vbdl.bench.source import Source
 
@@ -63,8 +72,8 @@ class Bench:
             return
         if self.threads < 0:
             raise ValueError(f"threads is 0 or more, got {self.threads}")
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"the protocol is one of {', '.join(PROTOCOLS)}, not {self.protocol!r}")
+        if self.protocol not in (*PROTOCOLS, OWN):
+            raise ValueError(f"the protocol is one of {', '.join((*PROTOCOLS, OWN))}, not {self.protocol!r}")
         if self.threads:
             torch.set_num_threads(self.threads)
         suites = registry.suites()
@@ -75,7 +84,7 @@ class Bench:
             self.sets or suites[self.suite],
             self.methods,
             Source(self.data, self.network),
-            SuiteSettings(self.seed, self.effort, self.samples, self.protocol),
+            SuiteSettings(self.seed, self.effort, self.samples, self.protocol, self.rows, self.splits, self.hold_out),
             say=lambda text: print(text, flush=True),
         )
         results = suite.run()

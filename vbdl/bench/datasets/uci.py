@@ -6,7 +6,7 @@ import numpy as np
 
 from vbdl.bench.datasets.splits import regression, standard_splits
 from vbdl.bench.networks import one_hidden
-from vbdl.bench.protocols import SETS, protocol, published
+from vbdl.bench.protocols import OWN, SETS, protocol, published
 from vbdl.bench.registry import dataset
 from vbdl.bench.source import Source
 from vbdl.bench.task import Task
@@ -50,8 +50,8 @@ def _load(name: str, source: Source, year: str = "2016") -> Task:
         order,
         n_train,
         network=partial(one_hidden, of.features, of.hidden),
-        protocol=protocol(year, name),
-        published=published(name, year, per_split),
+        protocol=None if year == OWN else protocol(year, name),
+        published=() if year == OWN else published(name, year, per_split),
         about=_ABOUT[name],
         notes=notes,
     )

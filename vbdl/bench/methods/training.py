@@ -60,12 +60,14 @@ def train(
     batch_size: int,
     name: str,
     per_split: int = 1,
+    seed: int | None = None,
     stop: int | None = None,
     splits: list[int] | None = None,
     **options: Unpack[FitOptions],
 ) -> History:
     """Train a stacked posterior with `fit`, each member on the rows of its split.
 
+    seed: of the row orders; default: that of the run.
     stop: number of rows of each split to train on; default: its whole training part.
     splits: split of each member; default: all splits in order, with per_split members each.
     """
@@ -87,7 +89,7 @@ def train(
         member_rows=member_rows,
         epochs=total,
         batch_size=batch_size,
-        seed=run.seed,
+        seed=run.seed if seed is None else seed,
         compile=steps >= _COMPILE_STEPS if run.compile is None else run.compile,
         checkpoint=run.checkpoint(name),
         checkpoint_every=max(1, total // 20),
@@ -130,10 +132,22 @@ def plain(
     if task.n_splits == 1 or not isinstance(posterior, KeyedPosterior):
         predictors = []
         for split in range(task.n_splits):
+            if split:  # another initialization; posteriors of one network draw the rest from the seed of `fit`
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(run.seed + split)
+                    posterior = wrap(task.network(p, outputs(task)))
             q, noise = copy.deepcopy(posterior), copy.deepcopy(likelihood)
             checkpoint = name if task.n_splits == 1 else f"{name}-{split}"
             train(
-                task, run, q, noise, name=checkpoint, splits=[split], per_split=q.n_members, **recipe(task, **options)
+                task,
+                run,
+                q,
+                noise,
+                name=checkpoint,
+                splits=[split],
+                per_split=q.n_members,
+                seed=run.seed + split,
+                **recipe(task, **options),
             )
             draws = n_samples if q.n_draws is None else None
             predictors.append(Predictor(q, noise, draws, run.seed, compile=False, tiles=(256,)))

@@ -1,0 +1,101 @@
+"""Methods for a trained network: as it is, with a temperature, Laplace, SWAG. All start from the same one."""
+
+from collections.abc import Callable
+
+from vbdl.bench.methods.shared import Trained, trained_networks
+from vbdl.bench.methods.training import recipe
+from vbdl.bench.registry import method
+from vbdl.bench.task import Each, Run, Task
+from vbdl.calibration.calibrate import calibrate
+from vbdl.calibration.std_scaling import StdScaling
+from vbdl.calibration.temperature import Temperature
+from vbdl.engine.predictor import Predictor
+from vbdl.posteriors.deterministic import Deterministic
+from vbdl.posteriors.laplace import Laplace
+from vbdl.posteriors.swag import SWAG
+from vbdl.training.fit import fit
+from vbdl.types import Likelihood, Posterior
+
+_SAMPLES = 100
+_SWAG_EPOCHS = 0.5  # of the epochs of the network
+
+
+@method("deterministic")
+def deterministic(task: Task, run: Run) -> Each:
+    """the trained network as it is"""
+    return _each(task, run, lambda split, trained: (Deterministic(trained.network), trained.likelihood))
+
+
+@method("temperature")
+def temperature(task: Task, run: Run) -> Each:
+    """the trained network with a temperature (regression: a scaled noise) of held-out rows"""
+    if not task.n_held:
+        raise ValueError("temperature needs rows that training has not seen: give --hold-out 0.1")
+    plain = deterministic(task, run).predictors
+    calibrated = []
+    for split, predictor in enumerate(plain):
+        calibrator = StdScaling() if task.regression else Temperature()
+        calibrated.append(calibrate(predictor, task.held(split), calibrator))
+    return Each(calibrated)
+
+
+@method("laplace")
+def laplace(task: Task, run: Run) -> Each:
+    """Laplace approximation of the last layer of the trained network, prior by the evidence"""
+
+    def fitted(split: int, trained: Trained) -> tuple[Posterior, Likelihood]:
+        q = Laplace(trained.network, seed=run.seed)
+        fit(q, task.training(split), trained.likelihood, epochs=0, progress=run.progress)
+        return q, trained.likelihood
+
+    return _each(task, run, fitted)
+
+
+@method("laplace-validation")
+def laplace_validation(task: Task, run: Run) -> Each:
+    """Laplace approximation of the last layer of the trained network, prior by held-out rows"""
+    if not task.n_held:
+        raise ValueError("laplace-validation needs rows that training has not seen: give --hold-out 0.1")
+
+    def fitted(split: int, trained: Trained) -> tuple[Posterior, Likelihood]:
+        q = Laplace(trained.network, prior_precision="validation", seed=run.seed)
+        held = task.held(split)
+        fit(q, task.training(split), trained.likelihood, epochs=0, validation=held, progress=run.progress)
+        return q, trained.likelihood
+
+    return _each(task, run, fitted)
+
+
+@method("swag")
+def swag(task: Task, run: Run) -> Each:
+    """SWAG: the trained network is trained on for half of its epochs, at half of its rate"""
+    own = recipe(task)
+    epochs = max(2, run.epochs(own.get("epochs", 60) * _SWAG_EPOCHS))
+
+    def fitted(split: int, trained: Trained) -> tuple[Posterior, Likelihood]:
+        q = SWAG(trained.network, seed=run.seed + split)
+        fit(
+            q,
+            task.training(split),
+            trained.likelihood,
+            epochs=epochs,
+            batch_size=own.get("batch_size", 64),
+            lr=own.get("lr", 3e-3) / 2,
+            weight_decay=own.get("weight_decay", 0.0),
+            seed=run.seed + split,
+            compile=run.compile,
+            progress=run.progress,
+        )
+        return q, trained.likelihood
+
+    return _each(task, run, fitted)
+
+
+def _each(task: Task, run: Run, fitted: Callable[[int, Trained], tuple[Posterior, Likelihood]]) -> Each:
+    """A predictor for each split, of what `fitted` makes of its trained network."""
+    predictors = []
+    for split, trained in enumerate(trained_networks(task, run)):
+        q, likelihood = fitted(split, trained)
+        draws = run.draws(_SAMPLES) if q.n_draws is None else None
+        predictors.append(Predictor(q, likelihood, draws, run.seed, compile=False, tiles=(256,)))
+    return Each(predictors)
