@@ -141,6 +141,7 @@ class Suite:
             test_rows = evaluate(task, trained, *task.test)
             ended = time.perf_counter()
             ood = {n: evaluate(task, trained, x) for n, x in task.ood.items()}
+            again, outside = time.perf_counter() - ended, sum(x.shape[:2].numel() for x in task.ood.values())
         except (FloatingPointError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             return result | {"error": reason, "traceback": traceback.format_exc(), **self.made_with, "finished": _now()}
@@ -159,6 +160,7 @@ class Suite:
             "processor_seconds": _processor_seconds() - processor,
             "resumed": resumed,
             "rows_a_second": tested / max(ended - middle, 1e-9),
+            "warm_rows_a_second": outside / max(again, 1e-9) if outside else None,  # nothing is traced any more
             "published": [asdict(p) for p in task.published if p.method in ("", method)],
             "details": run.details,
             "notes": [*task.notes, *run.notes],

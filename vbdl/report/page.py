@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vbdl.report import figures, speed
+from vbdl.report import figures, speed, trained
 from vbdl.report.cases import Case, cases
 from vbdl.report.run import PublishedRecord, ResultRecord, ScoreRecord, StoredRun
 from vbdl.report.significance import Verdict, against_published, between
@@ -90,6 +90,7 @@ def render(run: StoredRun, speed_file: Path | None = None) -> str:
         processor_seconds=_total([r.get("processor_seconds") for r in run.results]),
         missing=[(d, m) for d in run.datasets for m in run.methods if not any(r["method"] == m for r in run.of(d))],
         published=published,
+        trained=trained.lines(run),
         worse=[row for row in published if any(v.word == "worse" for _, _, _, v in row.metrics)],
         verdicts=_counts(published),
         sets=[_section(run, d, styles) for d in run.datasets],

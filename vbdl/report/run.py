@@ -47,6 +47,8 @@ class ResultRecord(TypedDict):
     ood: dict[str, dict[str, ScoreRecord]]
     seconds: dict[str, float]
     processor_seconds: NotRequired[float]
+    network_seconds: NotRequired[float]  # of training the networks that the method starts from
+    warm_rows_a_second: NotRequired[float | None]  # of predictions after the first
     published: list[PublishedRecord]
     notes: list[str]
     file: str

@@ -52,6 +52,7 @@ def _load(name: str, source: Source, year: str = "2016") -> Task:
         network=partial(one_hidden, of.features, of.hidden),
         protocol=None if year == OWN else protocol(year, name),
         published=() if year == OWN else published(name, year, per_split),
+        shuffle=year == OWN,
         about=_ABOUT[name],
         notes=notes,
     )
