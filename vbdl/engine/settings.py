@@ -11,7 +11,7 @@ import torch
 from vbdl.types import Posterior
 
 DEFAULT_SAMPLES = 32
-DEFAULT_TILES = (1, 8, 64)
+DEFAULT_TILES = (1, 8, 32, 64)
 INVARIANT_TILES = (64,)
 
 
