@@ -29,7 +29,7 @@ from vbdl.artifact.manifest import (
 from vbdl.artifact.saving import TRAINING_ROWS
 from vbdl.artifact.tensors import DTYPES, read_share, read_tensors
 from vbdl.engine.predictor import Predictor
-from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES, PredictorArguments, PredictorOptions
+from vbdl.engine.settings import INVARIANT_TILES, PredictorArguments, PredictorOptions, are_default
 from vbdl.types import Likelihood, Posterior
 
 
@@ -102,7 +102,7 @@ def load_files(
         message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ArtifactError(f"the artifact cannot be read: {message}") from error
     options: PredictorArguments = {"n_samples": parts.n_samples, "seed": parts.seed, **parts.options, **settings}
-    if options.pop("batch_invariant", False) and options.get("tiles") == DEFAULT_TILES:
+    if options.pop("batch_invariant", False) and are_default(options.get("tiles")):
         options["tiles"] = INVARIANT_TILES
     try:
         predictor = Predictor(parts.posterior, parts.likelihood, **options)

@@ -67,8 +67,8 @@ class Predictor:
     n_samples: the number of draws. Default: every member of an ensemble, 32 for other posteriors.
     seed: the seed of the draws. Draw s is the same whatever n_samples is: 32 draws are the first 32 of 100.
     tiles: the batch sizes to compile for, each when it is first needed. A batch is padded to the smallest tile that
-        holds it; a batch larger than every tile is cut into tiles of the largest size. Default 1, 8, 32 and 64: a single
-        row costs one row, and its result is the same in every batch up to float rounding.
+        holds it; a batch larger than every tile is cut into tiles of the largest size. Default 1, 8, 32 and 64: a
+        single row costs one row, and its result is the same in every batch up to float rounding.
     batch_invariant: guarantee that a row's result is identical bit for bit in every batch and at every place in it
         (on a CPU). Needs a single tile size, 1 or a multiple of 64, by default 64; a single row then costs 64 rows.
     compile: "background", the default, answers at once with the network as it is, compiles beside it, and goes on with

@@ -13,6 +13,7 @@ from vbdl.types import Posterior
 DEFAULT_SAMPLES = 32
 DEFAULT_TILES = (1, 8, 32, 64)
 INVARIANT_TILES = (64,)
+_FORMER_DEFAULT_TILES = (1, 8, 64)  # stored in artifacts
 
 
 class PredictorOptions(TypedDict, total=False):
@@ -128,6 +129,11 @@ def _default_compile() -> bool | str:
     if named not in choices:
         raise ValueError(f"the variable VBDL_COMPILE must be one of {', '.join(choices)}, got {named!r}")
     return choices[named]
+
+
+def are_default(tiles: Sequence[int] | int | None) -> bool:
+    """True if these tiles are the default ones, of this version or of one before, which a user did not choose."""
+    return isinstance(tiles, Sequence) and tuple(tiles) in (DEFAULT_TILES, _FORMER_DEFAULT_TILES)
 
 
 def is_invariant(tiles: Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ from vbdl.artifact.tensors import CODES, DTYPES
 from vbdl.calling.inputs import Flat, flatten
 from vbdl.data.tiles import pad
 from vbdl.engine.predictor import Predictor
-from vbdl.engine.settings import DEFAULT_TILES, INVARIANT_TILES
+from vbdl.engine.settings import INVARIANT_TILES, are_default
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check, exporting
 from vbdl.export.graph import TileCall, tile_call
@@ -46,7 +46,7 @@ def export(
     if backend not in ("aoti", "onnx"):
         raise ValueError(f'backend must be "aoti" or "onnx", not {backend!r}')
     probe, inputs = _probe(predictor, example)
-    if predictor.tiles == DEFAULT_TILES:  # the user chose none, and each size takes minutes to compile
+    if are_default(predictor.tiles):  # the user chose none, and each size takes minutes to compile
         predictor = predictor.replace(tiles=INVARIANT_TILES)
     folder, model = Path(folder), identity(predictor)
     check_place(folder, _locate)
