@@ -1,5 +1,19 @@
 """vbdl: a JIT-compiled functional ensemble engine for Bayesian deep learning in PyTorch.
 
+    q = vbdl.DeepEnsemble(net, n_members=5)          # what is random: a posterior
+    likelihood = vbdl.Categorical()                  # how targets are distributed
+    vbdl.fit(q, (x, y), likelihood)
+    predict = vbdl.Predictor(q, likelihood)          # one compiled function
+    p = predict(x)                                   # p.probs, p.total = p.aleatoric + p.epistemic
+    predict = vbdl.calibrate(predict, (x_new, y_new), vbdl.Temperature())
+
+Posteriors:    MCDropout, MeanField, DeepEnsemble, Snapshots, SWAG, Laplace, Stochastic, Deterministic
+Likelihoods:   Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian
+Use:           fit, split, inspect, recommend, Predictor, adaptive
+Afterwards:    calibrate, Temperature, StdScaling, ConformalSets, with_decision; calibration, decision, metrics, ood
+Models:        save, load, register, artifact, export, predict_table, VBDLClassifier, VBDLRegressor
+Layers:        BayesianLinear, BayesianConv1d, BayesianConv2d, BayesianConv3d, Normal, ScaleMixture
+
 Public names are imported on first use, so that `vbdl --help` does not wait for torch.
 """
 

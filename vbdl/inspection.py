@@ -84,6 +84,10 @@ def inspect(module: nn.Module, example: Inputs | None = None, *, output: Output 
     called inside a forward, counts operations and gives a plan; without an example only layers are listed.
     output: as for `MCDropout`, the output to predict from if the module returns several.
     The module is not changed.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 2))
+    >>> print(str(vbdl.inspect(net, torch.randn(8, 4))).splitlines()[0])
+    Sequential: 58 parameters (58 trainable), 0 in buffers, 96 operations per row
     """
     check_network(module)
     report = ModuleReport(

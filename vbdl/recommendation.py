@@ -107,6 +107,12 @@ def recommend(
     not significantly worse than the best (paired 95 % interval), the one with the lowest latency is recommended; the
     network alone, which knows no epistemic uncertainty, only if no other is as good. The small versions are trained for
     a short time: repeat with a larger budget if the choice matters.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 2))
+    >>> x, y = torch.randn(200, 4), torch.randint(2, (200,))
+    >>> found = vbdl.recommend(net, (x, y), budget=1.0)
+    >>> len(found.table) > 2
+    True
     """
     if not budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {budget}")

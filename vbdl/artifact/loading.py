@@ -59,6 +59,17 @@ def load(
     The predictor's `manifest` holds everything stored beside the tensors, with `extras`, `metrics` and `inputs`.
     Raises ArtifactError (a ValueError) with the reason if the folder is no artifact, damaged, hostile or of a newer
     format; nothing of the artifact has been executed then.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> import tempfile
+    >>> x = torch.randn(5, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     vbdl.save(predict, f"{folder}/model.vbdl").name
+    ...     again = vbdl.load(f"{folder}/model.vbdl", compile=False)
+    ...     torch.equal(again(x).probs, predict(x).probs)
+    'model.vbdl'
+    True
     """
     folder = Path(folder)
     for attempt in range(_READINGS):

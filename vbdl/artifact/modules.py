@@ -57,6 +57,13 @@ def register(cls: Class) -> Class:
 
     Another process loads such a predictor with `vbdl.load(folder, trust=("package",))`, which imports the class.
     Raises TypeError if cls is not a subclass of nn.Module, ValueError if it is defined inside a function.
+
+    >>> @vbdl.register
+    ... class Double(nn.Module):
+    ...     def forward(self, x):
+    ...         return 2 * x
+    >>> Double.__name__  # can now be a layer of a saved network
+    'Double'
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register takes a subclass of nn.Module, got {cls!r}")

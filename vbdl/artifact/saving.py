@@ -76,6 +76,14 @@ def save(
 
     The folder appears complete or not at all. Raises ValueError if a tensor is not finite or something cannot be
     stored, FileExistsError if the folder exists and is not empty.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = vbdl.save(predict, f"{folder}/model.vbdl", metrics={"accuracy": 0.9})
+    ...     sorted(path.name for path in saved.iterdir())
+    ['README.md', 'manifest.json', 'model.safetensors']
     """
     folder = Path(folder)
     files = contents(

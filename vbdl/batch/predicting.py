@@ -79,6 +79,16 @@ def predict_table(
     has changed.
 
     Returns a `JobReport`, or the table. Raises ValueError if model, data and options do not fit together.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> import tempfile
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(f"{folder}/rows.npy", np.zeros((10, 4), np.float32))
+    ...     report = vbdl.predict_table(predict, f"{folder}/rows.npy", f"{folder}/out.csv")
+    ...     len(open(f"{folder}/out.csv").readlines())  # a header and ten rows
+    11
     """
     if on_error not in ("quarantine", "stop"):
         raise ValueError(f"on_error is 'quarantine' or 'stop', got {on_error!r}")

@@ -2,6 +2,32 @@
 
 Each is a `vbdl.types.Calibrator`. `calibrate(predictor, (x, y), method)` puts one inside a predictor; alone, its `fit`
 (float64) and its `forward` accept logits, probabilities, means or levels of any model.
+
+Into a predictor:  calibrate; its likelihood is then a CalibratedLikelihood
+
+Logits, when probabilities are too high or too low:
+    Temperature           one number: the first choice, needs few rows
+    VectorScaling         a factor and a shift for each class
+    MatrixScaling         a matrix between classes; needs thousands of rows
+
+Averaged probabilities:
+    EnsembleTemperature   a temperature mixed with the probabilities and a constant; keeps the most probable class
+    Dirichlet             a matrix between log probabilities, with a penalty; needs thousands of rows
+    Beta, Platt           two classes, or one-versus-rest: smooth curves with three and two numbers
+    Isotonic              any increasing curve; needs a thousand rows
+    Histogram, BBQ        a table of bins; an average of such tables
+
+Regressions:
+    StdScaling            one factor for all standard deviations: the first choice
+    CDFRecalibration      quantiles that are off in a way that depends on the level
+
+Sets and intervals with a guaranteed coverage (conformal prediction):
+    ConformalSets         sets of classes, by the score LAC (smallest), APS (grows with difficulty) or RAPS
+    AbsoluteIntervals     one width for all rows
+    NormalizedIntervals   widths that follow the predicted uncertainty
+    CQR                   predicted quantiles, moved
+    AdaptiveConformal     a threshold for streams that drift, updated by every outcome
+    conformal_quantile, conformal_rank, set_coverage   the parts they are made of, and their check
 """
 
 from vbdl import former

@@ -20,6 +20,12 @@ class AdaptiveConformal:
     (max(alpha, 1 - alpha) + step) / (step · T).
 
     window: number of latest scores from which the quantile is computed. `state()` and `load` resume a stream.
+
+    >>> band = vbdl.calibration.AdaptiveConformal(alpha=0.1, step=0.05)
+    >>> _ = torch.manual_seed(0)
+    >>> hits = [band.update(abs(score)) for score in torch.randn(2000).tolist()]
+    >>> round(sum(hits) / len(hits), 2)
+    0.9
     """
 
     def __init__(self, alpha: float, step: float = 0.005, window: int = 1000):

@@ -52,6 +52,14 @@ class BBQ(Calibrator):
     """A Bayesian model average of equal-mass histograms, stored as one table; its probabilities are never 0 or 1.
 
     It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized.
+
+    >>> _ = torch.manual_seed(0)
+    >>> true = torch.rand(1000)
+    >>> y = torch.bernoulli(true).long()
+    >>> probs = true.square()  # a curved error
+    >>> method = vbdl.calibration.BBQ().fit(probs, y)
+    >>> method(torch.tensor([0.25])).round(decimals=1)  # the true probability is 0.5
+    tensor([0.4000])
     """
 
     acts_on = "probs"

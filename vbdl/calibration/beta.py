@@ -16,6 +16,14 @@ class Beta(Calibrator):
     """The map p -> σ(a log p - b log(1 - p) + c) with a, b >= 0: monotone, the identity for a = b = 1, c = 0.
 
     It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized.
+
+    >>> _ = torch.manual_seed(0)
+    >>> true = torch.rand(1000)
+    >>> y = torch.bernoulli(true).long()
+    >>> probs = true.square()  # a curved error
+    >>> method = vbdl.calibration.Beta().fit(probs, y)
+    >>> method(torch.tensor([0.25])).round(decimals=1)  # the true probability is 0.5
+    tensor([0.5000])
     """
 
     acts_on = "probs"

@@ -64,6 +64,13 @@ def calibrate(
 
     Raises ValueError if rows were used for training, and for data to which the method cannot be fitted. Training rows
     are known by the fingerprints that vbdl.fit records; a posterior trained in another way cannot be checked.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> x, y = torch.randn(100, 4), torch.randint(3, (100,))
+    >>> calibrated = vbdl.calibrate(predict, (x, y), vbdl.calibration.Dirichlet())
+    >>> calibrated(x).log_prob(y).mean() > predict(x).log_prob(y).mean()
+    tensor(True)
     """
     if not isinstance(predictor, Predictor):
         raise TypeError(f"calibrate needs a Predictor, got {type(predictor).__name__}")

@@ -24,6 +24,13 @@ class CalibratedLikelihood(Around):
     * conformal sets and intervals: unchanged; they add fields.
 
     standard_error stays that of the uncalibrated mean.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> x, y = torch.randn(100, 4), torch.randint(3, (100,))
+    >>> calibrated = vbdl.calibrate(predict, (x, y), vbdl.calibration.Dirichlet())
+    >>> type(calibrated.likelihood).__name__, calibrated.likelihood.n_rows, calibrated.likelihood.n_overlap
+    ('CalibratedLikelihood', tensor(100), tensor(0))
     """
 
     method: Calibrator

@@ -28,6 +28,14 @@ class CDFRecalibration(Calibrator):
     number of rows.
 
     In artifacts of version 0.1 knots and values are that empirical distribution, linear between knots, and remain so.
+
+    >>> _ = torch.manual_seed(0)
+    >>> mean = torch.randn(500)
+    >>> y = mean + 2 * torch.randn(500)  # the noise is twice as large as predicted
+    >>> std = torch.ones(500)
+    >>> method = vbdl.calibration.CDFRecalibration().fit(vbdl.metrics.gaussian_cdf(mean, std, y))
+    >>> method(torch.tensor([0.05, 0.5, 0.95])).round(decimals=1)  # the tails hold more than they should
+    tensor([0.2000, 0.5000, 0.8000])
     """
 
     needs_samples = True

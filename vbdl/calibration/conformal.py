@@ -22,7 +22,12 @@ from vbdl.types import Calibrator, Prediction, State
 
 
 class LAC(nn.Module):
-    """The score 1 - p_k, which gives the smallest sets on average; a difficult row may get an empty set."""
+    """The score 1 - p_k, which gives the smallest sets on average; a difficult row may get an empty set.
+
+    >>> probs = torch.tensor([[0.6, 0.3, 0.1]])
+    >>> vbdl.calibration.LAC()(probs).round(decimals=2)
+    tensor([[0.4000, 0.7000, 0.9000]])
+    """
 
     def forward(self, probs: Tensor, u: Tensor | None = None) -> Tensor:
         """The scores of classes, low for likely ones: probs (batch, classes) -> (batch, classes)."""
@@ -48,6 +53,10 @@ class APS(nn.Module):
 
     randomized: subtract u · p_k, where u is a uniform number per row from the caller. The coverage is then exactly
         1 - alpha; without it sets are larger than necessary.
+
+    >>> probs = torch.tensor([[0.6, 0.3, 0.1]])
+    >>> vbdl.calibration.APS()(probs).round(decimals=2)
+    tensor([[0.6000, 0.9000, 1.0000]])
     """
 
     def __init__(self, randomized: bool = False):
@@ -64,7 +73,12 @@ class APS(nn.Module):
 
 
 class RAPS(nn.Module):
-    """The score of APS plus penalty · max(rank - k_reg, 0), which keeps unlikely classes out of large sets."""
+    """The score of APS plus penalty · max(rank - k_reg, 0), which keeps unlikely classes out of large sets.
+
+    >>> probs = torch.tensor([[0.6, 0.3, 0.1]])
+    >>> vbdl.calibration.RAPS(penalty=0.1, k_reg=1)(probs).round(decimals=2)
+    tensor([[0.6000, 1.0000, 1.2000]])
+    """
 
     def __init__(self, penalty: float = 0.01, k_reg: int = 5, randomized: bool = False):
         super().__init__()
@@ -99,6 +113,15 @@ class ConformalSets(Calibrator):
     per_class: a quantile for each class from its own rows, which gives the guarantee for each class; a class with too
         few rows is in every set.
     never_empty: add the most probable class to empty sets; the coverage can only increase.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> probs = logits.softmax(1)
+    >>> method = vbdl.ConformalSets(alpha=0.1).fit(probs[:250], y[:250])
+    >>> sets = method(probs[250:])  # (rows, classes) bool
+    >>> round(vbdl.calibration.set_coverage(sets, y[250:]).mean().item(), 2)
+    0.89
     """
 
     of_classes = True
@@ -164,5 +187,10 @@ class ConformalSets(Calibrator):
 
 
 def set_coverage(sets: Tensor, y: Tensor) -> Tensor:
-    """1.0 for each row whose set contains the true class, else 0.0: (batch, classes) bool, (batch,) -> (batch,)."""
+    """1.0 for each row whose set contains the true class, else 0.0: (batch, classes) bool, (batch,) -> (batch,).
+
+    >>> sets = torch.tensor([[True, True, False], [False, True, False]])
+    >>> vbdl.calibration.set_coverage(sets, torch.tensor([0, 2]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
     return sets.gather(1, y[:, None]).squeeze(1).to(torch.float64)

@@ -17,6 +17,14 @@ class EnsembleTemperature(Calibrator):
 
     It keeps the most probable class. "Ensemble" is the paper's word for the three parts; for the temperature of a deep
     ensemble use Temperature("logits") or Temperature("probs").
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> probs = logits.softmax(1)
+    >>> method = vbdl.calibration.EnsembleTemperature().fit(probs, y)
+    >>> vbdl.metrics.ece(method(probs), y) < vbdl.metrics.ece(probs, y)
+    True
     """
 
     acts_on = "probs"

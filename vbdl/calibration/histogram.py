@@ -18,6 +18,14 @@ class Histogram(Calibrator):
 
     binning: "width" (equal width, right-closed) or "mass" (equal counts, edges midway between neighboring values).
     An empty bin gives its midpoint. A frequency may be 0 or 1, so the log-likelihood can be infinite.
+
+    >>> _ = torch.manual_seed(0)
+    >>> true = torch.rand(1000)
+    >>> y = torch.bernoulli(true).long()
+    >>> probs = true.square()  # a curved error
+    >>> method = vbdl.calibration.Histogram().fit(probs, y)
+    >>> method(torch.tensor([0.25])).round(decimals=1)  # the true probability is 0.5
+    tensor([0.5000])
     """
 
     acts_on = "probs"

@@ -34,6 +34,14 @@ class Isotonic(Calibrator):
 
     It acts on the mean probability; more than two classes are calibrated one-versus-rest and normalized. The curve may
     reach 0 or 1, so the log-likelihood can be infinite.
+
+    >>> _ = torch.manual_seed(0)
+    >>> true = torch.rand(1000)
+    >>> y = torch.bernoulli(true).long()
+    >>> probs = true.square()  # a curved error
+    >>> method = vbdl.calibration.Isotonic().fit(probs, y)
+    >>> method(torch.tensor([0.25])).round(decimals=1)  # the true probability is 0.5
+    tensor([0.5000])
     """
 
     acts_on = "probs"

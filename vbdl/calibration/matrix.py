@@ -13,6 +13,13 @@ class MatrixScaling(Affine):
     """The map z -> W z + b, W (classes, classes), of each sample's logits. odir: see Affine.
 
     A constant added to all logits of a row changes the result.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> method = vbdl.calibration.MatrixScaling().fit(logits, y)
+    >>> method(logits).shape
+    torch.Size([500, 3])
     """
 
     acts_on = "logits"

@@ -21,6 +21,14 @@ class Platt(Calibrator):
 
     smoothed: fit to Platt's targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) instead of 1 and 0, which keeps the curve finite
         if the classes are separable.
+
+    >>> _ = torch.manual_seed(0)
+    >>> true = torch.rand(1000)
+    >>> y = torch.bernoulli(true).long()
+    >>> probs = true.square()  # a curved error
+    >>> method = vbdl.calibration.Platt().fit(probs, y)
+    >>> vbdl.metrics.ece(method(probs), y) < vbdl.metrics.ece(probs, y)
+    True
     """
 
     acts_on = "probs"

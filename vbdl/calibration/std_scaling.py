@@ -26,6 +26,14 @@ class StdScaling(Calibrator):
 
     A mixture is stretched about its mean, means_s -> mean + scale (means_s - mean) and stds_s -> scale · stds_s. This
     keeps its shape and multiplies total, aleatoric and epistemic variance by scale², so they still add up.
+
+    >>> _ = torch.manual_seed(0)
+    >>> mean = torch.randn(500)
+    >>> y = mean + 2 * torch.randn(500)  # the noise is twice as large as predicted
+    >>> std = torch.ones(500)
+    >>> method = vbdl.StdScaling().fit(mean, std, y)
+    >>> round(method.scale.item(), 1)
+    2.1
     """
 
     needs_samples = True

@@ -26,6 +26,15 @@ class Temperature(Calibrator):
 
     The most probable class never changes with "probs" or a single sample. With "logits" and several samples it may
     change if they disagree, because the mean of sharpened samples is not the sharpened mean.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> method = vbdl.Temperature().fit(logits, y)
+    >>> round(method.temperature, 1)
+    2.1
+    >>> method(logits).shape
+    torch.Size([500, 3])
     """
 
     acts_on = "logits"

@@ -17,6 +17,13 @@ class VectorScaling(Calibrator):
 
     Unlike a temperature it can change the most probable class, and a constant added to all logits of a row changes the
     result, so fit it to logits of the same network.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> method = vbdl.calibration.VectorScaling().fit(logits, y)
+    >>> method(logits).shape
+    torch.Size([500, 3])
     """
 
     acts_on = "logits"

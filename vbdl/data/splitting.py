@@ -35,6 +35,10 @@ def split(
     Returns: the row numbers of each part, int64, ascending, by name in the order of `shares`; every row is in exactly
     one part. Only one of stratify, groups and time can be given.
     Raises ValueError if a part would be empty.
+
+    >>> parts = vbdl.split(10, {"train": 0.6, "test": 0.4}, stratify=[0] * 5 + [1] * 5)
+    >>> {name: len(rows) for name, rows in parts.items()}
+    {'train': 6, 'test': 4}
     """
     if not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f"n must be a whole number of rows, at least 1, not {n}")

@@ -1,6 +1,32 @@
 """Decisions from predictive distributions: refer to a person, hand over to the driver, size a risk.
 
 Each accepts a prediction of vbdl, or probabilities, uncertainties or samples of any other model as tensors.
+
+Into a predictor:  with_decision; its likelihood is then a DecidingLikelihood
+
+Send uncertain rows to a person (REFER, -1):
+    Referral              a threshold for a capacity, a cost, or a guaranteed risk of the rest, with its Certificate
+    ReferralBudget        so many a day, row by row
+    refer_most_uncertain  so many of this batch
+    uncertainty_of        the number of each row that these compare
+
+Take the cheapest action:
+    ExpectedCost, decide  from probabilities and a matrix of costs
+    realized_cost         what actions have cost, given the truth
+
+Hand control over:
+    HandOver              thresholds with hysteresis: a Mode for each Step, or for a row alone
+    Drive                 a stream of frames with a deadline and a fail-safe
+    PathBounds, path_risk, PathRisk   the probability that a path leaves its bounds
+
+Size a risk:
+    Risk                  position, value at risk and expected shortfall of a predicted return
+    gaussian_tail, mixture_tail, sample_tail, TailRisk   the tails alone
+    kelly_position, mean_variance_position               the positions alone
+    backtest, Backtest    test a value at risk against what happened
+
+Flag anomalies:
+    AnomalyFlags          by conformal p-values, with a known rate of false alarms
 """
 
 from vbdl import former

@@ -24,6 +24,12 @@ class AnomalyFlags(Decision):
 
     p = (1 + number of normal rows with a score at least as high) / (n + 1). For a normal row exchangeable with those
     of `fit`, P(p <= a) <= a for every a. A NaN score gets the smallest possible p-value.
+
+    >>> flags = vbdl.decision.AnomalyFlags(false_alarms=0.05).fit(torch.arange(100.0))  # scores of normal rows
+    >>> flags.p_values(torch.tensor([50.0, 200.0])).round(decimals=3)
+    tensor([0.5050, 0.0100], dtype=torch.float64)
+    >>> flags.flag(torch.tensor([50.0, 200.0]), 0.05)
+    tensor([False,  True])
     """
 
     scores: Tensor | None

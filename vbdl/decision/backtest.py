@@ -21,6 +21,11 @@ class Backtest:
     kupiec, independence and conditional are likelihood-ratio tests with asymptotic p-values, which are wrong by a
     factor if fewer than about ten violations are expected (250 days at 99 % have 2.5). kupiec_exact tests the same
     hypothesis as kupiec and is valid for any number of days.
+
+    >>> violations = torch.arange(1000) % 100 == 0
+    >>> found = vbdl.decision.backtest(violations, level=0.99)
+    >>> found.violations, round(found.expected)
+    (10, 10)
     """
 
     n: int
@@ -38,6 +43,11 @@ def backtest(violations: Tensor, level: float) -> Backtest:
     violations: (days,) bool in time order, y < -VaR. level: of the VaR, e.g. 0.99.
     If no day or every day is a violation, clustering cannot be tested and independence is 1. Raises ValueError for
     fewer than two days.
+
+    >>> violations = torch.zeros(1000, dtype=torch.bool)
+    >>> violations[::50] = True  # 20 days, where 10 are expected
+    >>> round(vbdl.decision.backtest(violations, level=0.99).kupiec_exact, 4)
+    0.0038
     """
     check_rate(level, "level")
     if violations.dtype != torch.bool or violations.ndim != 1:

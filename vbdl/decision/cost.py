@@ -21,6 +21,10 @@ class ExpectedCost(Decision):
         decline).
     refer_cost: the cost of a referral, in the same unit; None: never refer.
     Of equal costs the first action is taken, and an action rather than a referral.
+
+    >>> cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])  # rows: the truth, columns: the action
+    >>> vbdl.decision.ExpectedCost(cost)(torch.tensor([[0.9, 0.1], [0.7, 0.3]]))
+    tensor([0, 1])
     """
 
     cost: Tensor
@@ -78,12 +82,24 @@ def _probs_of(prediction: Prediction | Evidence) -> Tensor:
 
 
 def decide(probs: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
-    """The actions of ExpectedCost: probs (batch, classes), or (batch,) of class 1 -> (batch,) int64."""
+    """The actions of ExpectedCost: probs (batch, classes), or (batch,) of class 1 -> (batch,) int64.
+
+    >>> cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])  # rows: the truth, columns: the action
+    >>> vbdl.decision.decide(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), cost, refer_cost=0.6)
+    tensor([ 0, -1])
+    >>> vbdl.decision.decide(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), cost, refer_cost=0.4)  # -1: refer
+    tensor([-1, -1])
+    """
     return ExpectedCost(cost, refer_cost)(probs)
 
 
 def realized_cost(actions: Tensor, y: Tensor, cost: Tensor, refer_cost: float | None = None) -> Tensor:
-    """The cost of each action, given the true class: actions, y (batch,) -> (batch,)."""
+    """The cost of each action, given the true class: actions, y (batch,) -> (batch,).
+
+    >>> cost = torch.tensor([[0.0, 1.0], [5.0, 0.0]])  # rows: the truth, columns: the action
+    >>> vbdl.decision.realized_cost(torch.tensor([0, 0]), torch.tensor([0, 1]), cost)
+    tensor([0., 5.], dtype=torch.float64)
+    """
     cost = torch.as_tensor(cost, dtype=torch.float64, device=actions.device)
     referred = actions == REFER
     if bool(referred.any()) and refer_cost is None:

@@ -24,6 +24,12 @@ class DecidingLikelihood(Around):
 
     A decision gets the fields of the prediction and what it requests as a `vbdl.types.Decision`. If it reads the
     calibrated distribution of a regression, all draws of a row are kept until the end.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> deciding = vbdl.with_decision(predict, vbdl.decision.Referral("total", threshold=0.5))
+    >>> type(deciding.likelihood).__name__, type(deciding.likelihood.decision).__name__
+    ('DecidingLikelihood', 'Referral')
     """
 
     decides = True
@@ -123,6 +129,12 @@ def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
         epistemic; to read more, inherit from `vbdl.types.Decision`.
 
     Raises ValueError for a decision by epistemic uncertainty on a predictor of a single network, which knows none.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> careful = vbdl.with_decision(predict, vbdl.decision.Referral("total", threshold=0.0))
+    >>> careful(torch.randn(3, 4)).action  # nothing is sure enough
+    tensor([-1, -1, -1])
     """
     if isinstance(predictor.likelihood, DecidingLikelihood):
         raise ValueError("this predictor already has a decision; call with_decision on the predictor without it")

@@ -20,6 +20,14 @@ class Drive:
     `prediction` is that of the last frame, or None if it was not finished in time. Several drives can share a
     predictor; each has its own state machine, `machine`, whose state() and load carry it over a restart. `close` ends
     the thread.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> hand_over = vbdl.decision.HandOver(warn=(2.0, 1.5), hand_over=(3.0, 2.0))  # nats
+    >>> with vbdl.decision.Drive(vbdl.with_decision(predict, hand_over)) as drive:
+    ...     modes = [drive(torch.zeros(1, 4)).mode.name, drive(None).mode.name]  # None: a missing frame
+    >>> modes
+    ['DRIVE', 'HAND_OVER']
     """
 
     def __init__(self, predictor: Predictor):

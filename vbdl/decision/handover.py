@@ -15,7 +15,11 @@ from vbdl.types import Decision, Prediction
 
 
 class Mode(enum.IntEnum):
-    """The vehicle's mode after a frame."""
+    """The vehicle's mode after a frame.
+
+    >>> [mode.name for mode in vbdl.decision.Mode]
+    ['DRIVE', 'WARN', 'HAND_OVER']
+    """
 
     DRIVE = 0
     WARN = 1
@@ -24,7 +28,13 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Step:
-    """The result for one frame: the mode and its reason."""
+    """The result for one frame: the mode and its reason.
+
+    >>> machine = vbdl.decision.HandOver(warn=(0.2, 0.1), hand_over=(0.5, 0.3))
+    >>> step = machine.step(None)  # a missing frame
+    >>> step.mode.name, step.reason
+    ('HAND_OVER', 'missing')
+    """
 
     mode: Mode
     reason: str  # "risk", "dwell", "latched", "late", "missing", "failed" or "not finite"
@@ -44,6 +54,10 @@ class HandOver(Decision):
     no memory, `action` is the mode of each row as a first frame, in mode DRIVE, and `risk` the number it is based on;
     `Drive` adds memory, deadline and fail-safe to such a predictor. `state()` and `load` carry the state machine over a
     restart.
+
+    >>> machine = vbdl.decision.HandOver(warn=(0.2, 0.1), hand_over=(0.5, 0.3), dwell=2, latched=False)
+    >>> [machine.step(risk).mode.name for risk in (0.0, 0.3, 0.6, 0.0, 0.0, 0.0, 0.0)]
+    ['DRIVE', 'WARN', 'HAND_OVER', 'HAND_OVER', 'WARN', 'WARN', 'DRIVE']
     """
 
     bounds: PathBounds | None

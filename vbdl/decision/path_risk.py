@@ -21,7 +21,12 @@ from vbdl.metrics.intervals import normal_cdf
 
 @dataclass(frozen=True)
 class PathRisk:
-    """The risk of each path to leave its bounds, estimated from samples."""
+    """The risk of each path to leave its bounds, estimated from samples.
+
+    >>> paths = torch.tensor([[[0.1, 0.2]], [[0.5, 1.5]]])  # (samples, rows, steps)
+    >>> vbdl.decision.path_risk(paths, upper=1.0).by_step
+    tensor([[0.0000, 0.5000]], dtype=torch.float64)
+    """
 
     probability: Tensor  # (batch,) share of samples that leave the bounds
     upper: Tensor  # (batch,) exact one-sided upper confidence bound on the probability
@@ -40,6 +45,10 @@ def path_risk(
         finite counts as a crossing.
     lower, upper: bounds, numbers or tensors that broadcast to (batch, horizon); at least one.
     level: confidence level of the result's `upper`, which is informative even if no sample crosses.
+
+    >>> paths = torch.tensor([[[0.1, 0.2]], [[0.5, 1.5]]])  # (samples, rows, steps)
+    >>> vbdl.decision.path_risk(paths, upper=1.0).probability
+    tensor([0.5000], dtype=torch.float64)
     """
     check_rate(level, "level")
     if paths.ndim != 3 or paths.shape[0] == 0 or paths.shape[2] == 0:
@@ -75,6 +84,12 @@ class PathBounds(nn.Module):
 
     lower, upper: in units of the target, numbers, (horizon,), or of the shape of a row's targets; at least one. Every
         output of a row is a step.
+
+    >>> bounds = vbdl.decision.PathBounds(-1.0, 1.0)
+    >>> parameters = torch.zeros(2, 1, 3, 2)  # (samples, rows, steps, mean and log-variance)
+    >>> bounds(parameters).round(decimals=3)
+    tensor([[0.6820],
+            [0.6820]], dtype=torch.float64)
     """
 
     lower: Tensor | None

@@ -23,6 +23,9 @@ def mean_variance_position(mean: Tensor, variance: Tensor, risk_aversion: float 
 
     mean: predicted returns. variance: their *total* variance (aleatoric + epistemic), same shape, squared units of
     mean; the aleatoric variance alone would ignore what the model does not know.
+
+    >>> vbdl.decision.mean_variance_position(torch.tensor([0.01]), torch.tensor([0.04]))
+    tensor([0.2500], dtype=torch.float64)
     """
     if not risk_aversion > 0:
         raise ValueError(f"risk_aversion must be positive, not {risk_aversion}")
@@ -40,6 +43,10 @@ def kelly_position(returns: Tensor, fraction: float = 0.5, limit: float = 1.0) -
     returns: (samples, batch), draws of the simple return from the predictive distribution with its noise, each > -1.
         They include parameter uncertainty, so a model that is unsure of the sign of the mean bets less.
     w is limited so that wealth stays positive in every sample. Returns (batch,), as a share of wealth.
+
+    >>> returns = torch.tensor([[0.1], [-0.05]])  # (samples, rows)
+    >>> vbdl.decision.kelly_position(returns, fraction=0.1)
+    tensor([0.1000], dtype=torch.float64)
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], not {fraction}")

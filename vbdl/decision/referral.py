@@ -43,6 +43,12 @@ def uncertainty_of(prediction: Prediction | Evidence | Tensor, kind: str = "tota
         uncertainty per row: pass a tensor.
     kind: "total", "aleatoric" or "epistemic" (nats, or squared units of the target), or "confidence", which is 1 minus
         the largest probability.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> p = predict(torch.randn(5, 4))
+    >>> torch.equal(vbdl.decision.uncertainty_of(p, "epistemic"), p.epistemic)
+    True
     """
     check_kind(kind)
     if isinstance(prediction, Tensor):
@@ -71,7 +77,15 @@ def uncertainty_of(prediction: Prediction | Evidence | Tensor, kind: str = "tota
 
 @dataclass(frozen=True)
 class Certificate:
-    """The guarantee of a threshold, and the numbers of calibration rows it is based on."""
+    """The guarantee of a threshold, and the numbers of calibration rows it is based on.
+
+    >>> _ = torch.manual_seed(0)
+    >>> uncertainty = torch.rand(1000)
+    >>> wrong = torch.rand(1000) < 0.1 * uncertainty
+    >>> certificate = vbdl.decision.Referral().for_risk(uncertainty, wrong, risk=0.05).certificate
+    >>> certificate.risk_bound <= 0.05, certificate.n
+    (True, 1000)
+    """
 
     risk: float  # requested upper bound on the mean loss of kept rows
     delta: float  # probability with which the guarantee may fail
@@ -100,6 +114,13 @@ class Referral(Decision):
 
     kind: the uncertainty of a prediction that is compared (see uncertainty_of).
     threshold: given, or chosen on calibration rows by `for_capacity`, `for_cost` or, with a guarantee, `for_risk`.
+
+    >>> _ = torch.manual_seed(0)
+    >>> uncertainty = torch.rand(1000)
+    >>> wrong = torch.rand(1000) < 0.3 * uncertainty
+    >>> referral = vbdl.decision.Referral().for_risk(uncertainty, wrong, risk=0.1)
+    >>> referral.refer(torch.tensor([0.01, 0.99]))
+    tensor([False,  True])
     """
 
     threshold: Tensor
@@ -258,7 +279,11 @@ class Referral(Decision):
 
 
 def refer_most_uncertain(prediction: Prediction | Evidence | Tensor, k: int, kind: str = "total") -> Tensor:
-    """Select exactly the k most uncertain rows of this batch, (batch,) bool; NaN first, ties by row index."""
+    """Select exactly the k most uncertain rows of this batch, (batch,) bool; NaN first, ties by row index.
+
+    >>> vbdl.decision.refer_most_uncertain(torch.tensor([0.1, 0.9, 0.5]), k=1)
+    tensor([False,  True, False])
+    """
     values = uncertainty_of(prediction, kind).to(torch.float64)
     n = values.numel()
     if not 0 <= k <= n:
@@ -276,6 +301,10 @@ class ReferralBudget:
     A row is referred if its share of reference rows at least as uncertain is at most (budget left / rows still
     expected), so an easy morning leaves more for the afternoon. After `expected` rows every row is referred while the
     budget lasts.
+
+    >>> budget = vbdl.decision.ReferralBudget(torch.rand(100), budget=2, expected=10)
+    >>> sum(budget.step(1.0) for _ in range(10))  # all are uncertain, two are referred
+    2
     """
 
     def __init__(self, reference: Tensor, budget: int, expected: int):

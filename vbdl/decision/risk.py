@@ -23,7 +23,12 @@ from vbdl.types import Decision, Prediction
 
 @dataclass(frozen=True)
 class TailRisk:
-    """The value at risk and expected shortfall of each row, in units of the outcome, positive for losses."""
+    """The value at risk and expected shortfall of each row, in units of the outcome, positive for losses.
+
+    >>> tail = vbdl.decision.gaussian_tail(torch.zeros(1), torch.ones(1), level=0.99)
+    >>> tail.level, tail.var.round(decimals=3)
+    (0.99, tensor([2.3260], dtype=torch.float64))
+    """
 
     level: float
     var: Tensor  # (batch,) or (batch, ...)
@@ -35,6 +40,10 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
 
     means, stds: (samples, batch) or (samples, batch, ...), stds > 0. weights: (samples,), equal by default.
     A single sample is a Gaussian without parameter uncertainty.
+
+    >>> means = torch.tensor([[-1.0], [1.0]])  # (samples, rows)
+    >>> vbdl.decision.mixture_tail(means, torch.ones(2, 1), level=0.99).var.round(decimals=2)
+    tensor([3.0500], dtype=torch.float64)
     """
     check_rate(level, "level")
     means, stds, _, log_weights = check_mixture(means, stds, None, weights)
@@ -58,7 +67,12 @@ def mixture_tail(means: Tensor, stds: Tensor, level: float, weights: Tensor | No
 
 
 def gaussian_tail(mean: Tensor, std: Tensor, level: float) -> TailRisk:
-    """VaR and ES of N(mean, std²). mean, std: (batch,) or (batch, ...)"""
+    """VaR and ES of N(mean, std²). mean, std: (batch,) or (batch, ...)
+
+    >>> tail = vbdl.decision.gaussian_tail(torch.zeros(1), torch.ones(1), level=0.99)
+    >>> tail.var.round(decimals=3), tail.es.round(decimals=3)
+    (tensor([2.3260], dtype=torch.float64), tensor([2.6650], dtype=torch.float64))
+    """
     return mixture_tail(mean.unsqueeze(0), std.unsqueeze(0), level)
 
 
@@ -67,6 +81,11 @@ def sample_tail(samples: Tensor, level: float) -> TailRisk:
 
     samples: (samples, batch) or (samples, batch, ...), draws of y with its noise. Raises ValueError if the tail holds
     less than one sample, (1 - level) · samples < 1.
+
+    >>> samples = torch.arange(100.0).unsqueeze(1) - 50  # (samples, rows)
+    >>> tail = vbdl.decision.sample_tail(samples, level=0.95)
+    >>> tail.var, tail.es
+    (tensor([46.], dtype=torch.float64), tensor([48.], dtype=torch.float64))
     """
     check_rate(level, "level")
     samples = check_finite(samples, "samples")
@@ -98,6 +117,12 @@ class Risk(Decision):
     limit: bound on the position, ±limit.
     max_var: the position is scaled down until its own VaR is at most this, in units of the return.
     A row whose mean or variance is not finite gets the position 0.
+
+    >>> net = nn.Linear(4, 2)  # mean and log-variance of a return
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 3), vbdl.HeteroscedasticGaussian(), compile=False)
+    >>> p = vbdl.with_decision(predict, vbdl.decision.Risk(level=0.99))(torch.randn(5, 4))
+    >>> p.action.shape, bool((p.es >= p.var).all())
+    (torch.Size([5, 1]), True)
     """
 
     reads_distribution = True

@@ -5,6 +5,9 @@
     predict(x, tolerance=ThresholdDecided(0.2, of=1))   which side of 0.2 the probability of class 1 is on
     predict(x, deadline=0.005)                      as many steps of draws as fit into five milliseconds
 
+A number is a `StandardError` (`as_rule`); a `Rule` of your own has two methods. Rules look after each step of
+`step_size` draws, of which there are about `LOOKS`. No standard error settles a row with fewer than `LEAST_DRAWS`.
+
 `LabelDecided` and `ThresholdDecided` are sequential tests by betting, valid however often they look at the draws: a
 bettor's wealth that starts at 1 and is a non-negative supermartingale if the decision is wrong ever reaches 1 / alpha
 with probability at most alpha (Ville, 1939).
@@ -33,13 +36,21 @@ _STAKES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.95)
 
 
 def step_size(n_samples: int) -> int:
-    """The number of draws in one step of a predictor with `n_samples` draws."""
+    """The number of draws in one step of a predictor with `n_samples` draws.
+
+    >>> vbdl.adaptive.step_size(32), vbdl.adaptive.step_size(1000)
+    (8, 63)
+    """
     return min(n_samples, max(8, -(-n_samples // LOOKS)))
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """A stopping rule: says after each step of draws which rows are settled."""
+    """A stopping rule: says after each step of draws which rows are settled.
+
+    >>> isinstance(vbdl.adaptive.LabelDecided(0.95), vbdl.adaptive.Rule)
+    True
+    """
 
     @property
     def bets(self) -> bool:
@@ -63,6 +74,12 @@ class StandardError:
     """A rule that settles a row once the standard error of each of its probabilities (or means) is at most `at_most`.
 
     The standard error is itself estimated from the draws, so no row is settled with fewer than 16.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), n_samples=256, compile=False)
+    >>> p = predict(torch.randn(5, 4), tolerance=vbdl.adaptive.StandardError(0.02))
+    >>> bool((p.standard_error <= 0.02).all() or (p.n_samples == 256).any())
+    True
     """
 
     at_most: float
@@ -90,6 +107,12 @@ class LabelDecided:
     p(label) - p(b), whose mean is not positive if b is the more probable class. The rule errs only if the bet against
     the truly most probable class succeeds by chance, so alpha = 1 - confidence needs no correction for the number of
     classes or looks. For a Bernoulli likelihood it decides on which side of 0.5 the probability lies.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), n_samples=256, compile=False)
+    >>> p = predict(torch.randn(5, 4), tolerance=vbdl.adaptive.LabelDecided(0.95))
+    >>> p.n_samples.shape  # the draws that each row needed
+    torch.Size([5])
     """
 
     confidence: float = 0.95
@@ -124,6 +147,12 @@ class ThresholdDecided:
     p is the probability that infinitely many draws would give to class `of` (None for a Bernoulli likelihood). The
     decision is wrong with a probability of at most 1 - confidence for each row, however often the rule looks: it bets
     that p is above and that p is below, and only one of the two can be wrong.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), n_samples=256, compile=False)
+    >>> p = predict(torch.randn(5, 4), tolerance=vbdl.adaptive.ThresholdDecided(0.2, of=1))
+    >>> p.n_samples.shape  # the draws that each row needed
+    torch.Size([5])
     """
 
     threshold: float
@@ -163,6 +192,9 @@ def as_rule(tolerance: object) -> Rule:
     """The rule that a tolerance stands for: a number becomes a `StandardError`, a rule stays as it is.
 
     Raises TypeError for anything else.
+
+    >>> vbdl.adaptive.as_rule(0.01)
+    StandardError(at_most=0.01)
     """
     if isinstance(tolerance, Real) and not isinstance(tolerance, bool):
         return StandardError(float(tolerance))

@@ -88,6 +88,14 @@ class Predictor:
     device: the device to run on, by default the posterior's.
 
     Thread-safe. Raises ValueError for input that the module cannot take, with the reason.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> p = predict(torch.randn(5, 4))
+    >>> p.probs.shape, p.n_samples
+    (torch.Size([5, 3]), 4)
+    >>> torch.allclose(p.total, p.aleatoric + p.epistemic)
+    True
     """
 
     def __init__(

@@ -25,6 +25,12 @@ class VBDLClassifier(ClassifierMixin, Estimator):
     compile: whether to compile training and prediction, which pays for many rows.
 
     After fit: classes_, n_features_in_, n_iter_, predictor_ (a `vbdl.Predictor` of standardized rows).
+
+    >>> from sklearn.datasets import load_iris
+    >>> x, y = load_iris(return_X_y=True)
+    >>> model = vbdl.VBDLClassifier(method="mc-dropout", epochs=5).fit(x, y)
+    >>> model.predict_proba(x[:2]).shape
+    (2, 3)
     """
 
     def _likelihood(self, n_train: int) -> Likelihood:

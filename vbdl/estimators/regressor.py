@@ -20,6 +20,13 @@ class VBDLRegressor(RegressorMixin, Estimator):
 
     noise: "constant" or "per-row"; None for "constant" with fewer than 400 rows, else "per-row".
     The other parameters are those of `VBDLClassifier`. Training standardizes the target; predictions are in its unit.
+
+    >>> from sklearn.datasets import load_diabetes
+    >>> x, y = load_diabetes(return_X_y=True)
+    >>> model = vbdl.VBDLRegressor(method="mc-dropout", epochs=5).fit(x, y)
+    >>> mean, std = model.predict(x[:2], return_std=True)
+    >>> mean.shape, std.shape
+    ((2,), (2,))
     """
 
     def __init__(

@@ -61,6 +61,11 @@ class Bernoulli(Likelihood):
     """The likelihood of binary targets, whose outputs are logits of y = 1.
 
     Outputs are (batch,) or (batch, 1) for one target per row, (batch, outputs) for several.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    >>> p = vbdl.Predictor(vbdl.DeepEnsemble(net, 3), vbdl.Bernoulli(), compile=False)(torch.randn(5, 4))
+    >>> p.probs.shape, p.label.dtype
+    (torch.Size([5]), torch.bool)
     """
 
     def forward(self, outputs: Tensor) -> Tensor:

@@ -76,6 +76,14 @@ class Categorical(Likelihood):
     class_axis: the axis of the classes in the outputs, 1 for images (batch, classes, height, width).
     Uncertainty: H[E p] = E H[p] + MI (Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
     https://arxiv.org/abs/1710.07283).
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
+    >>> p = predict(torch.randn(5, 4))
+    >>> p.probs.shape, p.label.shape
+    (torch.Size([5, 3]), torch.Size([5]))
+    >>> torch.allclose(p.total, p.aleatoric + p.epistemic)
+    True
     """
 
     def __init__(self, class_axis: int = -1):

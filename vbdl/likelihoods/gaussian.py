@@ -18,6 +18,14 @@ class Gaussian(NormalLikelihood):
     channel_axis: the axis of the outputs if it is not the last: 1 for images (batch, channels, height, width), which
         then have one noise level per channel. It must be given for more than three axes.
     Each member of an ensemble learns its own noise level.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> likelihood = vbdl.Gaussian(n_outputs=2, std=0.5)
+    >>> p = vbdl.Predictor(vbdl.DeepEnsemble(net, 3), likelihood, compile=False)(torch.randn(5, 4))
+    >>> p.mean.shape, p.std.shape
+    (torch.Size([5, 2]), torch.Size([5, 2]))
+    >>> p.aleatoric[0]  # 0.5 squared, in squared units of the target
+    tensor([0.2500, 0.2500])
     """
 
     def __init__(

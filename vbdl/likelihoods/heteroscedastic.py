@@ -22,6 +22,13 @@ class HeteroscedasticGaussian(NormalLikelihood):
         clipped gradients and the balance with a KL term independent of the unit of the targets.
     channel_axis: the axis of means and log-variances if it is not the last: 1 for images (batch, 2 * outputs, height,
         width). It must be given for more than three axes.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))  # a mean and a log-variance
+    >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 3), vbdl.HeteroscedasticGaussian(), compile=False)
+    >>> p = predict(torch.randn(5, 4), samples=True)
+    >>> low, high = p.interval(0.9)
+    >>> low.shape, bool((low < high).all())
+    (torch.Size([5, 1]), True)
     """
 
     def __init__(

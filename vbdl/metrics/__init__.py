@@ -4,6 +4,21 @@ A score of single rows returns (batch,); pass it to `Mean` to average it over a 
 `mean_estimate` (mean with standard error) or `compare` (two methods, paired). A metric of a whole set returns a number;
 `bootstrap` gives it an interval. A metric that can be computed exactly in bounded memory has a streaming class beside
 it; wrap the others in `Rows`.
+
+Right or wrong:           accuracy, accuracy_interval, correct, rmse, squared_error
+Likelihood of targets:    categorical_nll, gaussian_nll, mixture_nll
+Proper scores:            brier_score, brier_decomposition (BrierParts; streaming BrierDecomposition), crps_gaussian,
+                          crps_mixture, crps_samples, energy_score (several outputs jointly)
+Calibration of classes:   ece, mce, ece_sweep, debiased_calibration_error (few rows), classwise_ece, joint_ece,
+                          skce with median_distance; streaming CalibrationError (with the diagram, Reliability),
+                          ClasswiseCalibrationError, JointCalibrationError
+Intervals and quantiles:  covered, interval_coverage, interval_width, interval_score, sharpness, gaussian_cdf,
+                          mixture_cdf, quantile_calibration_error; streaming QuantileCalibration
+Does it find the errors:  risk_coverage (RiskCoverage), aurc, excess_aurc, risk_at_coverage, coverage_at_risk
+Does it separate two:     auroc, auroc_interval, aupr, fpr_at_tpr
+Do members differ:        diversity (Diversity)
+Streams:                  Mean of a score of rows; Rows of any metric; as_torchmetric
+Errors of estimates:      mean_estimate (Estimate), bootstrap and proportion_interval (Interval), compare (Comparison)
 """
 
 from vbdl.metrics.accuracy import accuracy as accuracy

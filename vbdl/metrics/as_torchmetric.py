@@ -17,6 +17,14 @@ def as_torchmetric(accumulator: Accumulator) -> "Metric":
     other results (an interval, a diagram, parts of a score) are available from `.accumulator`.
 
     Raises ImportError if torchmetrics is not installed.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> from vbdl.metrics import Mean, as_torchmetric, brier_score
+    >>> metric = as_torchmetric(Mean(brier_score))
+    >>> metric.update(probs, y)
+    >>> round(metric.compute().item(), 3)
+    0.54
     """
     try:
         from vbdl.metrics._torchmetric import AccumulatorMetric

@@ -22,6 +22,11 @@ def brier_score(probs: Tensor, y: Tensor) -> Tensor:
     """The Brier score Σ_k (p_k - 1[y = k])² of each row, in [0, 2]; for two classes twice sklearn's binary score.
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,)  ->  (batch,)
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> vbdl.metrics.brier_score(probs, y).round(decimals=2)
+    tensor([0.0200, 1.2800, 0.3200], dtype=torch.float64)
     """
     probs, y = check_probs_and_labels(probs, y, empty=True)
     return ((probs - one_hot(y, probs.shape[1])) ** 2).sum(dim=1)
@@ -35,6 +40,13 @@ class BrierParts:
     difference of the bins' frequencies from the base rate, higher is better. uncertainty: variance of the labels alone.
     within_bin: variance of the forecasts inside bins minus twice their covariance with the labels; 0 if each bin holds
     a single forecast value.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> parts = vbdl.metrics.brier_decomposition(probs, y)
+    >>> total = parts.reliability - parts.resolution + parts.uncertainty + parts.within_bin
+    >>> round(total, 3), round(parts.brier, 3)
+    (0.54, 0.54)
     """
 
     brier: float
@@ -51,6 +63,13 @@ class BrierDecomposition:
     """A streaming decomposition of the Brier score, in equal-width bins for each class, summed over classes.
 
     Its state is five (classes, bins) tables: counts in int64, sums in float64.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> score = vbdl.metrics.BrierDecomposition()
+    >>> score.update(probs, y)
+    >>> round(score.compute().brier, 3)
+    0.54
     """
 
     def __init__(self, n_bins: int = 10):
@@ -119,7 +138,14 @@ class BrierDecomposition:
 
 
 def brier_decomposition(probs: Tensor, y: Tensor, n_bins: int = 10) -> BrierParts:
-    """The parts of the mean Brier score. probs: (batch, classes);  y: (batch,)"""
+    """The parts of the mean Brier score. probs: (batch, classes);  y: (batch,)
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> parts = vbdl.metrics.brier_decomposition(probs, y)
+    >>> round(parts.brier, 3), round(parts.uncertainty, 3)
+    (0.54, 0.444)
+    """
     parts = BrierDecomposition(n_bins)
     parts.update(probs, y)
     return parts.compute()

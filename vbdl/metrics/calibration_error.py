@@ -17,7 +17,16 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 @dataclass(frozen=True)
 class Reliability:
-    """The values of a reliability diagram; NaN for empty bins."""
+    """The values of a reliability diagram; NaN for empty bins.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> error = vbdl.metrics.CalibrationError(n_bins=2)
+    >>> error.update(probs, y)
+    >>> diagram = error.reliability()
+    >>> diagram.counts, diagram.frequency.round(decimals=2)
+    (tensor([0, 3]), tensor([   nan, 0.6700], dtype=torch.float64))
+    """
 
     counts: Tensor  # (bins,) int64, rows
     confidence: Tensor  # (bins,) mean predicted probability
@@ -34,6 +43,14 @@ class CalibrationError:
 
     compute() returns the expected calibration error (ECE), max_error() the maximum (MCE), debiased() the debiased L2
     error of Kumar et al., reliability() the diagram. The state is int64 counts and float64 sums, O(bins).
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> error = vbdl.metrics.CalibrationError(n_bins=10)
+    >>> error.update(probs[:2], y[:2])
+    >>> error.update(probs[2:], y[2:])
+    >>> round(error.compute(), 3), round(error.max_error(), 3)
+    (0.367, 0.4)
     """
 
     def __init__(self, n_bins: int = 15):
@@ -86,17 +103,36 @@ def ece(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> f
 
     probs: (batch, classes), or (batch,) of class 1;  y: (batch,).  binning: "width" (equal width) or "mass" (equal
     mass).
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> round(vbdl.metrics.ece(probs, y, n_bins=10), 3)
+    0.367
     """
     return _top_bins(probs, y, n_bins, binning).expected()
 
 
 def mce(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
-    """The maximum calibration error: the largest gap of a bin that is not empty. It is noisy for bins of few rows."""
+    """The maximum calibration error: the largest gap of a bin that is not empty. It is noisy for bins of few rows.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> round(vbdl.metrics.mce(probs, y, n_bins=10), 3)
+    0.4
+    """
     return float(_top_bins(probs, y, n_bins, binning).gaps().max())
 
 
 def debiased_calibration_error(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "mass") -> float:
-    """The root of the debiased squared calibration error of the top label (Kumar et al.); 0 if that is negative."""
+    """The root of the debiased squared calibration error of the top label (Kumar et al.); 0 if that is negative.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> probs = logits.softmax(1)
+    >>> round(vbdl.metrics.debiased_calibration_error(probs, y), 2)
+    0.14
+    """
     return max(0.0, _top_bins(probs, y, n_bins, binning).debiased_square()) ** 0.5
 
 
@@ -105,6 +141,13 @@ def ece_sweep(probs: Tensor, y: Tensor, binning: str = "mass") -> float:
 
     Numbers of bins are tried from one upwards to one per row, until one breaks the order. O(batch · bins) time. All
     rows are needed at once: for a stream use Rows(ece_sweep).
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> probs = logits.softmax(1)
+    >>> round(vbdl.metrics.ece_sweep(probs, y), 2)
+    0.14
     """
     confidence, hit = _top_label(*check_probs_and_labels(probs, y))
     error = 0.0

@@ -9,7 +9,15 @@ from vbdl.metrics._checks import check_probs_and_labels
 
 
 class ClasswiseCalibrationError:
-    """The streaming class-wise ECE: the mean over classes of the ECE of the class's probability, equal-width bins."""
+    """The streaming class-wise ECE: the mean over classes of the ECE of the class's probability, equal-width bins.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> error = vbdl.metrics.ClasswiseCalibrationError()
+    >>> error.update(probs, y)
+    >>> round(error.compute(), 3)
+    0.433
+    """
 
     def __init__(self, n_bins: int = 15):
         self.n_bins = check_bins(n_bins)
@@ -47,7 +55,13 @@ class ClasswiseCalibrationError:
 
 
 def classwise_ece(probs: Tensor, y: Tensor, n_bins: int = 15, binning: str = "width") -> float:
-    """The mean over classes of the ECE of the class's probability, in [0, 1]. probs: (batch, classes);  y: (batch,)"""
+    """The mean over classes of the ECE of the class's probability, in [0, 1]. probs: (batch, classes);  y: (batch,)
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> round(vbdl.metrics.classwise_ece(probs, y), 3)
+    0.433
+    """
     probs, y = check_probs_and_labels(probs, y)
     check_bins(n_bins)
     errors = [

@@ -31,6 +31,10 @@ def crps_gaussian(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
     """The CRPS of N(mean, std²) for each output separately, in units of the target; |y - mean| if std is 0.
 
     mean, std, y: (batch,) or (batch, ...)  ->  the same shape
+
+    >>> mean, std, y = torch.zeros(2), torch.ones(2), torch.tensor([0.0, 3.0])
+    >>> vbdl.metrics.crps_gaussian(mean, std, y).round(decimals=3)
+    tensor([0.2340, 2.4370], dtype=torch.float64)
     """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape, zero=True)
@@ -44,6 +48,10 @@ def crps_mixture(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None 
     weights: (samples,), equal by default.
 
     Time grows with the square of the number of samples, memory linearly.
+
+    >>> means = torch.tensor([[-1.0], [1.0]])  # (samples, rows)
+    >>> vbdl.metrics.crps_mixture(means, torch.ones(2, 1), torch.zeros(1)).round(decimals=3)
+    tensor([0.3590], dtype=torch.float64)
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights, zero=True)
     assert target is not None
@@ -61,6 +69,10 @@ def crps_samples(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
     samples: (samples, batch) or (samples, batch, ...);  y: samples.shape[1:]  ->  y.shape
 
     fair=True gives an unbiased estimate for the distribution the samples were drawn from (Ferro); needs two samples.
+
+    >>> samples = torch.tensor([[-1.0], [1.0]])  # (samples, rows)
+    >>> vbdl.metrics.crps_samples(samples, torch.zeros(1))
+    tensor([0.5000], dtype=torch.float64)
     """
     samples, y = _check_samples(samples, y, fair)
     m = samples.shape[0]
@@ -76,6 +88,10 @@ def energy_score(samples: Tensor, y: Tensor, fair: bool = False) -> Tensor:
     """The energy score E‖X - y‖ - ½E‖X - X'‖ of each row, in units of the target: a CRPS of all outputs jointly.
 
     samples: (samples, batch, ...);  y: (batch, ...)  ->  (batch,)
+
+    >>> samples = torch.tensor([[[-1.0, 0.0]], [[1.0, 0.0]]])  # (samples, rows, outputs)
+    >>> vbdl.metrics.energy_score(samples, torch.zeros(1, 2))
+    tensor([0.5000], dtype=torch.float64)
     """
     samples, y = _check_samples(samples, y, fair)
     if samples.ndim < 3:

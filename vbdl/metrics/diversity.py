@@ -19,7 +19,13 @@ from vbdl.metrics._checks import check_labels, check_probs
 
 @dataclass(frozen=True)
 class Diversity:
-    """The diversity of an ensemble's members: averages over rows, and over pairs of members if "pairwise"."""
+    """The diversity of an ensemble's members: averages over rows, and over pairs of members if "pairwise".
+
+    >>> probs = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]])  # (samples, rows, classes)
+    >>> found = vbdl.metrics.diversity(probs, torch.tensor([0, 1]))
+    >>> round(found.variance, 3)
+    0.25
+    """
 
     disagreement: float  # pairwise share of rows with different labels, in [0, 1]
     mutual_information: float  # nats: entropy of the mean minus mean entropy, = mean KL to the mean
@@ -34,6 +40,11 @@ def diversity(probs: Tensor, y: Tensor | None = None) -> Diversity:
 
     probs: (members, batch, classes), at least two members.
     y: (batch,) labels, needed for error_correlation and q_statistic.
+
+    >>> probs = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]])  # (samples, rows, classes)
+    >>> found = vbdl.metrics.diversity(probs)
+    >>> found.disagreement, round(found.mutual_information, 3)
+    (0.5, 0.347)
     """
     if not isinstance(probs, Tensor) or probs.ndim != 3:
         shape = tuple(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__

@@ -14,7 +14,12 @@ from vbdl.metrics._checks import check_rate, check_scores
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval [lower, upper] at confidence `level`."""
+    """An estimate with its confidence interval [lower, upper] at confidence `level`.
+
+    >>> found = vbdl.metrics.mean_estimate(torch.tensor([1.0, 2.0, 3.0])).interval(0.9)
+    >>> round(found.lower, 2), round(found.upper, 2)
+    (0.31, 3.69)
+    """
 
     value: float
     lower: float
@@ -27,7 +32,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n rows and its standard error, which is NaN for fewer than two rows."""
+    """A mean over n rows and its standard error, which is NaN for fewer than two rows.
+
+    >>> found = vbdl.metrics.mean_estimate(torch.tensor([1.0, 2.0, 3.0]))
+    >>> found.value, round(found.standard_error, 3), found.n
+    (2.0, 0.577, 3)
+    """
 
     value: float
     standard_error: float
@@ -46,7 +56,14 @@ class Estimate:
 
 
 def mean_estimate(scores: Tensor) -> Estimate:
-    """The mean of the rows' scores (batch,) with its standard error."""
+    """The mean of the rows' scores (batch,) with its standard error.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> found = vbdl.metrics.mean_estimate(vbdl.metrics.brier_score(probs, y))
+    >>> round(found.value, 3), round(found.standard_error, 3)
+    (0.54, 0.38)
+    """
     scores = check_scores(scores)
     n = scores.numel()
     error = float(scores.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
@@ -58,6 +75,10 @@ def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval
 
     Clopper, Pearson, The use of confidence or fiducial limits illustrated in the case of the binomial, 1934,
     https://doi.org/10.1093/biomet/26.4.404
+
+    >>> found = vbdl.metrics.proportion_interval(0, 30)  # no error among 30 rows
+    >>> found.value, round(found.upper, 3)
+    (0.0, 0.116)
     """
     check_rate(level, "level")
     if n < 1 or not 0 <= successes <= n:
@@ -81,6 +102,14 @@ def bootstrap(
     original rows. If resampling biases the metric, as it does for ECE and AURC, the interval is biased, too.
 
     Efron, Tibshirani, An Introduction to the Bootstrap, 1993, https://doi.org/10.1201/9780429246593
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> probs = logits.softmax(1)
+    >>> found = vbdl.metrics.bootstrap(vbdl.metrics.ece, probs, y, n_resamples=100)
+    >>> found.lower < found.value < found.upper
+    True
     """
     check_rate(level, "level")
     if n_resamples < 2:
@@ -103,7 +132,12 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The mean of a - b over rows with its interval. p_value: of the two-sided test that it is zero."""
+    """The mean of a - b over rows with its interval. p_value: of the two-sided test that it is zero.
+
+    >>> found = vbdl.metrics.compare(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.4, 3.6]))
+    >>> round(found.difference, 2), found.settled
+    (-0.5, True)
+    """
 
     difference: float
     lower: float
@@ -131,6 +165,11 @@ def compare(
     method: "t", Student's interval and test of the differences, or "permutation", the same interval with a p-value from
     flipping the signs of the differences, which needs no normal distribution.
     Rows must be independent; if they come in groups (tracks, patients), average the scores of each group first.
+
+    >>> ours, theirs = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.4, 3.6])  # a score of the same rows
+    >>> found = vbdl.metrics.compare(ours, theirs)
+    >>> round(found.difference, 2), round(found.p_value, 3)
+    (-0.5, 0.013)
     """
     check_rate(level, "level")
     a, b = check_scores(scores_a, "scores_a"), check_scores(scores_b, "scores_b")

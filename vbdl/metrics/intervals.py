@@ -35,13 +35,21 @@ def _check(lower: Tensor, upper: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def covered(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """1.0 for each target with lower <= y <= upper, else 0.0; all of one shape, float64."""
+    """1.0 for each target with lower <= y <= upper, else 0.0; all of one shape, float64.
+
+    >>> vbdl.metrics.covered(torch.zeros(2), torch.ones(2), torch.tensor([0.5, 2.0]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
     lower, upper, y = _check(lower, upper, y)
     return ((lower <= y) & (y <= upper)).to(torch.float64)
 
 
 def interval_coverage(lower: Tensor, upper: Tensor, y: Tensor) -> float:
-    """The share of targets inside their interval, over rows and outputs; ValueError if there are no rows."""
+    """The share of targets inside their interval, over rows and outputs; ValueError if there are no rows.
+
+    >>> vbdl.metrics.interval_coverage(torch.zeros(2), torch.ones(2), torch.tensor([0.5, 2.0]))
+    0.5
+    """
     inside = covered(lower, upper, y)
     if inside.numel() == 0:
         raise ValueError("y has no rows")
@@ -49,7 +57,11 @@ def interval_coverage(lower: Tensor, upper: Tensor, y: Tensor) -> float:
 
 
 def interval_width(lower: Tensor, upper: Tensor) -> float:
-    """The mean width over rows and outputs, in units of the target; infinite if one interval is."""
+    """The mean width over rows and outputs, in units of the target; infinite if one interval is.
+
+    >>> vbdl.metrics.interval_width(torch.zeros(2), torch.tensor([1.0, 2.0]))
+    1.5
+    """
     width = (upper.detach() - lower.detach()).to(torch.float64)
     if width.numel() == 0:
         raise ValueError("lower has no rows")
@@ -62,6 +74,9 @@ def interval_score(lower: Tensor, upper: Tensor, y: Tensor, alpha: float) -> Ten
     """Winkler's interval score of central (1 - alpha) intervals, in units of the target, lower is better; shape of y.
 
     It is the width plus 2/alpha times the distance of y from the interval.
+
+    >>> vbdl.metrics.interval_score(torch.zeros(2), torch.ones(2), torch.tensor([0.5, 2.0]), alpha=0.1)
+    tensor([ 1., 21.], dtype=torch.float64)
     """
     check_rate(alpha, "alpha")
     lower, upper, y = _check(lower, upper, y)
@@ -71,7 +86,11 @@ def interval_score(lower: Tensor, upper: Tensor, y: Tensor, alpha: float) -> Ten
 
 
 def sharpness(std: Tensor) -> float:
-    """The root of the mean predictive variance over rows and outputs, in units of the target."""
+    """The root of the mean predictive variance over rows and outputs, in units of the target.
+
+    >>> round(vbdl.metrics.sharpness(torch.tensor([1.0, 4.0])), 3)  # of predictive variances
+    2.915
+    """
     std = check_std(std, std.shape, zero=True)
     if std.numel() == 0:
         raise ValueError("std has no rows")
@@ -84,7 +103,11 @@ def normal_cdf(z: Tensor) -> Tensor:
 
 
 def gaussian_cdf(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
-    """The probability integral transform P(Y <= y) under N(mean, std²); all of one shape."""
+    """The probability integral transform P(Y <= y) under N(mean, std²); all of one shape.
+
+    >>> vbdl.metrics.gaussian_cdf(torch.zeros(1), torch.ones(1), torch.tensor([1.96])).round(decimals=3)
+    tensor([0.9750], dtype=torch.float64)
+    """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape)
     return normal_cdf((y - mean) / std)
@@ -94,6 +117,10 @@ def mixture_cdf(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None =
     """P(Y <= y) under the Gaussian mixture over samples, for each output separately; shape of y.
 
     means, stds: (samples, batch) or (samples, batch, ...);  y: means.shape[1:];  weights: (samples,), equal by default
+
+    >>> means = torch.tensor([[-1.0], [1.0]])  # (samples, rows)
+    >>> vbdl.metrics.mixture_cdf(means, torch.ones(2, 1), torch.zeros(1))
+    tensor([0.5000], dtype=torch.float64)
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights)
     assert target is not None
@@ -106,6 +133,15 @@ class QuantileCalibration:
     """The streaming quantile calibration error, from probability integral transforms, in O(levels) memory.
 
     It compares each level p with the observed frequency of cdf(y) <= p.
+
+    >>> _ = torch.manual_seed(0)
+    >>> mean = torch.randn(500)
+    >>> y = mean + 2 * torch.randn(500)  # the noise is twice as large as predicted
+    >>> std = torch.ones(500)
+    >>> error = vbdl.metrics.QuantileCalibration()
+    >>> error.update(vbdl.metrics.gaussian_cdf(mean, std, y))
+    >>> round(error.compute(), 2)
+    0.1
     """
 
     def __init__(self, n_levels: int = 99):
@@ -146,7 +182,15 @@ class QuantileCalibration:
 
 
 def quantile_calibration_error(cdf: Tensor, n_levels: int = 99) -> float:
-    """The mean over levels of |frequency of cdf(y) <= level - level|. cdf: any shape, in [0, 1]."""
+    """The mean over levels of |frequency of cdf(y) <= level - level|. cdf: any shape, in [0, 1].
+
+    >>> _ = torch.manual_seed(0)
+    >>> mean = torch.randn(500)
+    >>> y = mean + 2 * torch.randn(500)  # the noise is twice as large as predicted
+    >>> std = torch.ones(500)
+    >>> round(vbdl.metrics.quantile_calibration_error(vbdl.metrics.gaussian_cdf(mean, 2 * std, y)), 2)
+    0.01
+    """
     calibration = QuantileCalibration(n_levels)
     calibration.update(cdf)
     return calibration.compute()

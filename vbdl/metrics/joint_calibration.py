@@ -16,6 +16,13 @@ class JointCalibrationError:
 
     Each of the K probabilities is assigned to one of n_bins bins; a cell is a K-tuple of bin indices. The error is
     Σ_cells n_c/n · ½‖mean p - label frequencies‖₁. Memory grows with the number of occupied cells, not of rows.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> error = vbdl.metrics.JointCalibrationError()
+    >>> error.update(probs, y)
+    >>> round(error.compute(), 3)
+    0.433
     """
 
     def __init__(self, n_bins: int = 10):
@@ -60,7 +67,13 @@ class JointCalibrationError:
 
 
 def joint_ece(probs: Tensor, y: Tensor, n_bins: int = 10) -> float:
-    """The calibration error of the whole probability vector, in [0, 1]; see JointCalibrationError."""
+    """The calibration error of the whole probability vector, in [0, 1]; see JointCalibrationError.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> round(vbdl.metrics.joint_ece(probs, y), 3)
+    0.433
+    """
     error = JointCalibrationError(n_bins)
     probs, y = check_probs_and_labels(probs, y)
     error.update(probs, y)

@@ -29,6 +29,10 @@ def median_distance(probs: Tensor) -> float:
     """The exact median total variation distance over all pairs of rows i < j, in O(rows) memory.
 
     A first pass counts the distances in 4096 bins; a second collects only those in the bins of the two middle ranks.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> round(vbdl.metrics.median_distance(probs), 3)
+    0.4
     """
     probs = check_probs(probs)
     n = probs.shape[0]
@@ -71,6 +75,13 @@ def skce(probs: Tensor, y: Tensor, estimator: str = "unbiased", bandwidth: float
     estimator: "biased" (mean over all i, j, never negative), "unbiased" (mean over i ≠ j) or "linear" (mean over the
         disjoint pairs (0, 1), (2, 3), ...: unbiased with more variance, O(batch) if the bandwidth is given).
     Raises ValueError for fewer than two rows, and if the median distance is 0 and no bandwidth is given.
+
+    >>> _ = torch.manual_seed(0)
+    >>> logits = 3 * torch.randn(500, 3)  # too large by a factor of two
+    >>> y = torch.distributions.Categorical(logits=logits / 2).sample()
+    >>> probs = logits.softmax(1)
+    >>> vbdl.metrics.skce(probs, y) > 0  # overconfident
+    True
     """
     probs, y = check_probs_and_labels(probs, y)
     n = probs.shape[0]

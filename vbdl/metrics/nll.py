@@ -20,6 +20,11 @@ def categorical_nll(probs: Tensor, y: Tensor) -> Tensor:
 
     Nothing is clipped: a true class with probability exactly 0 scores infinity. Raises ValueError for NaN and for rows
     that do not sum to one.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> vbdl.metrics.categorical_nll(probs, y).round(decimals=3)
+    tensor([0.1050, 1.6090, 0.5110], dtype=torch.float64)
     """
     probs, y = check_probs_and_labels(probs, y, empty=True)
     return -probs.gather(1, y[:, None]).squeeze(1).log()
@@ -29,6 +34,9 @@ def gaussian_nll(mean: Tensor, std: Tensor, y: Tensor) -> Tensor:
     """-log N(y; mean, std²) of each row, in nats, summed over the row's outputs.
 
     mean, std, y: (batch,) or (batch, ...)  ->  (batch,).  Raises ValueError if a std is not positive.
+
+    >>> vbdl.metrics.gaussian_nll(torch.zeros(1), torch.ones(1), torch.zeros(1)).round(decimals=3)
+    tensor([0.9190], dtype=torch.float64)
     """
     mean, y = check_targets(mean, y)
     std = check_std(std, mean.shape)
@@ -65,6 +73,10 @@ def mixture_nll(means: Tensor, stds: Tensor, y: Tensor, weights: Tensor | None =
     weights: (samples,), equal by default.
 
     This mixture is the predictive distribution of an ensemble; the Gaussian with its mean and variance is not.
+
+    >>> means = torch.tensor([[-1.0], [1.0]])  # (samples, rows)
+    >>> vbdl.metrics.mixture_nll(means, torch.ones(2, 1), torch.zeros(1)).round(decimals=3)
+    tensor([1.4190], dtype=torch.float64)
     """
     means, stds, target, log_weights = check_mixture(means, stds, y, weights)
     assert target is not None

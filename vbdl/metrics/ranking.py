@@ -40,6 +40,10 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     """The AUROC: P(score of a positive > score of a negative) + ½P(equal); exactly 0.5 for constant scores.
 
     scores: (batch,);  positive: (batch,) bool or 0/1
+
+    >>> scores, positive = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
+    >>> vbdl.metrics.auroc(scores, positive)
+    0.75
     """
     scores, labels = _check(scores, positive)
     n1 = int(labels.sum())
@@ -52,6 +56,11 @@ def auroc_interval(scores: Tensor, positive: Tensor, level: float = 0.95) -> Int
 
     At an AUROC of exactly 0 or 1 DeLong's variance is 0 although the true value is uncertain. The inner bound is then
     (1 - level)^(1/n) away from the other end of [0, 1], with n = min(n1, n0) (rule of three).
+
+    >>> scores, positive = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
+    >>> found = vbdl.metrics.auroc_interval(scores, positive)
+    >>> 0 < found.lower < found.value < found.upper < 1
+    True
     """
     check_rate(level, "level")
     scores, labels = _check(scores, positive)
@@ -87,6 +96,10 @@ def aupr(scores: Tensor, positive: Tensor) -> float:
     """The average precision Σ (recall step) · precision, without interpolation (optimistic, Davis, Goadrich, 2006).
 
     Constant scores give exactly the share of positives.
+
+    >>> scores, positive = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
+    >>> round(vbdl.metrics.aupr(scores, positive), 3)
+    0.833
     """
     true, false = _cumulative(*_check(scores, positive))
     step = torch.diff(true, prepend=true.new_zeros(1)) / true[-1]
@@ -94,7 +107,12 @@ def aupr(scores: Tensor, positive: Tensor) -> float:
 
 
 def fpr_at_tpr(scores: Tensor, positive: Tensor, tpr: float = 0.95) -> float:
-    """The lowest false-positive rate among thresholds that accept at least the share `tpr` of positives (FPR95)."""
+    """The lowest false-positive rate among thresholds that accept at least the share `tpr` of positives (FPR95).
+
+    >>> scores, positive = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
+    >>> vbdl.metrics.fpr_at_tpr(scores, positive)
+    0.5
+    """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must lie in (0, 1], not {tpr}")
     true, false = _cumulative(*_check(scores, positive))

@@ -28,14 +28,24 @@ def _check(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """The risk-coverage curve: the mean loss of the k least uncertain rows for k = 1..batch."""
+    """The risk-coverage curve: the mean loss of the k least uncertain rows for k = 1..batch.
+
+    >>> uncertainty, wrong = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> vbdl.metrics.risk_coverage(uncertainty, wrong).coverage
+    tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
+    """
 
     coverage: Tensor  # (batch,) k / batch
     risk: Tensor  # (batch,) in units of the loss
 
 
 def risk_coverage(uncertainty: Tensor, loss: Tensor) -> RiskCoverage:
-    """The risk-coverage curve. uncertainty, loss: (batch,)"""
+    """The risk-coverage curve. uncertainty, loss: (batch,)
+
+    >>> uncertainty, wrong = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> vbdl.metrics.risk_coverage(uncertainty, wrong).risk.round(decimals=3)
+    tensor([0.0000, 0.0000, 0.3330, 0.5000], dtype=torch.float64)
+    """
     uncertainty, loss = _check(uncertainty, loss)
     n = loss.numel()
     _, inverse, counts = uncertainty.unique(return_inverse=True, return_counts=True)
@@ -46,7 +56,12 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor) -> RiskCoverage:
 
 
 def aurc(uncertainty: Tensor, loss: Tensor) -> float:
-    """The area under the risk-coverage curve: the mean risk over k = 1..batch, in units of the loss."""
+    """The area under the risk-coverage curve: the mean risk over k = 1..batch, in units of the loss.
+
+    >>> uncertainty, wrong = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> round(vbdl.metrics.aurc(uncertainty, wrong), 3)
+    0.208
+    """
     return float(risk_coverage(uncertainty, loss).risk.mean())
 
 
@@ -54,6 +69,10 @@ def excess_aurc(uncertainty: Tensor, loss: Tensor) -> float:
     """The excess AURC: the AURC minus that of the best order, which is by the loss itself; at least 0.
 
     The best AURC is computed exactly, not by the approximation r + (1 - r) log(1 - r).
+
+    >>> uncertainty, wrong = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> vbdl.metrics.excess_aurc(uncertainty, wrong)  # no order could be better
+    0.0
     """
     uncertainty, loss = _check(uncertainty, loss)
     return aurc(uncertainty, loss) - aurc(loss, loss)
@@ -66,7 +85,12 @@ def _n_kept(coverage: float, n: int) -> int:
 
 
 def risk_at_coverage(uncertainty: Tensor, loss: Tensor, coverage: float) -> float:
-    """The mean loss of the ceil(coverage · batch) least uncertain rows, in units of the loss."""
+    """The mean loss of the ceil(coverage · batch) least uncertain rows, in units of the loss.
+
+    >>> uncertainty, wrong = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> vbdl.metrics.risk_at_coverage(uncertainty, wrong, coverage=0.5)
+    0.0
+    """
     curve = risk_coverage(uncertainty, loss)
     return float(curve.risk[_n_kept(coverage, curve.risk.numel()) - 1])
 
@@ -76,6 +100,10 @@ def coverage_at_risk(uncertainty: Tensor, loss: Tensor, risk: float) -> float:
 
     Rows of equal uncertainty are kept or rejected together. This describes the given rows; for a guarantee on new rows
     see vbdl.decision.Referral.
+
+    >>> uncertainty, wrong = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    >>> vbdl.metrics.coverage_at_risk(uncertainty, wrong, risk=0.1)
+    0.5
     """
     uncertainty, loss = _check(uncertainty, loss)
     curve = risk_coverage(uncertainty, loss)

@@ -22,6 +22,15 @@ class Mean:
 
     Batches are merged by the method of Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance, 1983,
     https://doi.org/10.1080/00031305.1983.10483115
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> y = torch.tensor([0, 1, 1])
+    >>> from vbdl.metrics import Mean, brier_score
+    >>> score = Mean(brier_score)
+    >>> score.update(probs[:2], y[:2])
+    >>> score.update(probs[2:], y[2:])
+    >>> round(score.compute().value, 3), score.compute().n
+    (0.54, 3)
     """
 
     def __init__(self, score: Callable[..., Tensor]):
@@ -87,7 +96,16 @@ class Accumulator(Protocol):
 
 
 class Rows(Generic[Value]):
-    """Any metric over a stream, computed exactly on all rows, which are kept on the CPU."""
+    """Any metric over a stream, computed exactly on all rows, which are kept on the CPU.
+
+    >>> scores, positive = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0, 0, 1, 1])
+    >>> from vbdl.metrics import Rows, auroc
+    >>> metric = Rows(auroc)
+    >>> metric.update(scores[:2], positive[:2])
+    >>> metric.update(scores[2:], positive[2:])
+    >>> metric.compute()
+    0.75
+    """
 
     def __init__(self, metric: Callable[..., Value]):
         self.metric = metric

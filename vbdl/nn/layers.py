@@ -39,7 +39,13 @@ class _BayesianLayer(SampledNetwork):
 
 
 class BayesianLinear(_BayesianLayer):
-    """nn.Linear with weights w ~ N(mean, std^2), prior N(0, prior^2)."""
+    """nn.Linear with weights w ~ N(mean, std^2), prior N(0, prior^2).
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), vbdl.BayesianLinear(8, 3, prior=0.5))
+    >>> q = vbdl.MeanField(net, n_data=100)  # samples the weights of the last layer only
+    >>> vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.randn(7, 4)).probs.shape
+    torch.Size([7, 3])
+    """
 
     @former.arguments(prior_std="prior")
     def __init__(
@@ -55,7 +61,12 @@ class BayesianLinear(_BayesianLayer):
 
 
 class BayesianConv1d(_BayesianLayer):
-    """nn.Conv1d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv1d's."""
+    """nn.Conv1d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv1d's.
+
+    >>> net = nn.Sequential(vbdl.BayesianConv1d(2, 4, 3, prior=0.5), nn.Flatten(), nn.LazyLinear(3))
+    >>> net(torch.randn(5, 2, 6)).shape  # at the means of the weights
+    torch.Size([5, 3])
+    """
 
     @former.arguments(prior_std="prior")
     def __init__(self, *args, prior: float | Prior = 1.0, initial_std: float = 0.05, **options):
@@ -63,7 +74,12 @@ class BayesianConv1d(_BayesianLayer):
 
 
 class BayesianConv2d(_BayesianLayer):
-    """nn.Conv2d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv2d's."""
+    """nn.Conv2d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv2d's.
+
+    >>> net = nn.Sequential(vbdl.BayesianConv2d(2, 4, 3, prior=0.5), nn.Flatten(), nn.LazyLinear(3))
+    >>> net(torch.randn(5, 2, 6, 6)).shape  # at the means of the weights
+    torch.Size([5, 3])
+    """
 
     @former.arguments(prior_std="prior")
     def __init__(self, *args, prior: float | Prior = 1.0, initial_std: float = 0.05, **options):
@@ -71,7 +87,12 @@ class BayesianConv2d(_BayesianLayer):
 
 
 class BayesianConv3d(_BayesianLayer):
-    """nn.Conv3d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv3d's."""
+    """nn.Conv3d with weights w ~ N(mean, std^2), prior N(0, prior^2); options are nn.Conv3d's.
+
+    >>> net = nn.Sequential(vbdl.BayesianConv3d(2, 4, 3, prior=0.5), nn.Flatten(), nn.LazyLinear(3))
+    >>> net(torch.randn(5, 2, 6, 6, 6)).shape  # at the means of the weights
+    torch.Size([5, 3])
+    """
 
     @former.arguments(prior_std="prior")
     def __init__(self, *args, prior: float | Prior = 1.0, initial_std: float = 0.05, **options):

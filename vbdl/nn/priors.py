@@ -9,7 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normal:
-    """The prior w ~ N(0, std^2), independent for each weight."""
+    """The prior w ~ N(0, std^2), independent for each weight.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> q = vbdl.MeanField(net, n_data=100, prior={"": vbdl.Normal(1.0), "2": vbdl.Normal(0.1)})
+    >>> vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.randn(7, 4)).probs.shape
+    torch.Size([7, 3])
+    """
 
     std: float = 1.0
 
@@ -27,6 +33,11 @@ class ScaleMixture:
     """The prior w ~ pi N(0, wide^2) + (1 - pi) N(0, narrow^2), independent for each weight.
 
     Blundell et al., Weight Uncertainty in Neural Networks, ICML 2015, https://arxiv.org/abs/1505.05424
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> q = vbdl.MeanField(net, n_data=100, prior=vbdl.ScaleMixture())
+    >>> vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.randn(7, 4)).probs.shape
+    torch.Size([7, 3])
     """
 
     pi: float = 0.5

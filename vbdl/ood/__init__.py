@@ -1,4 +1,16 @@
-"""Detect rows unlike the training data: scores, thresholds with guaranteed rates, and a drift monitor."""
+"""Detect rows unlike the training data: scores, thresholds with guaranteed rates, and a drift monitor.
+
+Every score is high for unfamiliar rows and returns (batch,).
+
+From probabilities:          msp, entropy
+From logits:                 energy, max_logit
+From the draws of classes:   mutual_information (they disagree), expected_entropy (each is unsure), variance,
+                             variation_ratio
+From those of a regression:  epistemic_variance
+From features of a layer:    KNN, which assumes no density, or Mahalanobis, for classes; `features` collects them
+A flag with a bounded rate:  threshold_at_fpr from familiar rows, threshold_at_tpr from unfamiliar ones (Threshold)
+A stream:                    DriftMonitor, an alarm that may be checked at any time
+"""
 
 from vbdl.ood.drift import DriftMonitor as DriftMonitor
 from vbdl.ood.features import features as features

@@ -24,6 +24,11 @@ class DriftMonitor:
     The alarm is raised when the wealth reaches 2/false_alarm: however long the stream runs and however often it is
     checked, a stream like the reference raises an alarm with probability at most `false_alarm` (half of which covers
     the estimation of the level). After an alarm `alarm` stays True until `reset`. Memory is O(1).
+
+    >>> _ = torch.manual_seed(0)
+    >>> monitor = vbdl.ood.DriftMonitor(torch.randn(1000))
+    >>> monitor.update(torch.randn(1000)), monitor.update(torch.randn(1000) + 2)
+    (False, True)
     """
 
     _BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # bet sizes, as fractions of the largest that cannot go bankrupt

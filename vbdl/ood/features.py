@@ -27,6 +27,10 @@ def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor
 
     The module runs in evaluation mode without gradients; its mode is restored afterwards. Raises ValueError if there is
     no such layer or a forward pass did not call it exactly once.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> vbdl.ood.features(net, "2", [torch.randn(10, 4)]).shape  # the inputs of the last layer
+    torch.Size([10, 8])
     """
     if isinstance(batches, Tensor | np.ndarray | Mapping):
         raise TypeError("batches must be an iterable of batches; write [x] for one batch")

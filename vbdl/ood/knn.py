@@ -17,6 +17,12 @@ class KNN(nn.Module):
     """An out-of-distribution score: the Euclidean distance to the k-th nearest of the fitted rows.
 
     normalize: scale features to length one first, as in the paper.
+
+    >>> _ = torch.manual_seed(0)
+    >>> knn = vbdl.ood.KNN(k=5, normalize=False).fit(torch.randn(100, 8))
+    >>> near, far = knn(torch.stack([torch.zeros(8), torch.full((8,), 10.0)]))
+    >>> bool(far > near)
+    True
     """
 
     rows: Tensor | None

@@ -19,6 +19,12 @@ class Mahalanobis(nn.Module):
     relative: subtract the distance to the mean of all rows under their covariance (Ren et al.).
     shrinkage: share of the covariance that is replaced by its mean variance times the identity; without it the
         covariance of constant features, or of more features than rows, has no inverse.
+
+    >>> _ = torch.manual_seed(0)
+    >>> distance = vbdl.ood.Mahalanobis().fit(torch.randn(100, 8), torch.randint(2, (100,)))
+    >>> near, far = distance(torch.stack([torch.zeros(8), torch.full((8,), 10.0)]))
+    >>> bool(far > near)
+    True
     """
 
     means: Tensor | None

@@ -16,7 +16,12 @@ from vbdl.metrics._checks import check_rate, check_scores
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold on a score: rows that score above `value` are flagged."""
+    """A threshold on a score: rows that score above `value` are flagged.
+
+    >>> threshold = vbdl.ood.threshold_at_fpr(torch.arange(1000.0), fpr=0.05)
+    >>> threshold.flag(torch.tensor([10.0, 999.0]))
+    tensor([False,  True])
+    """
 
     value: float
     flagged: float  # share of the rows it was chosen on that are flagged
@@ -33,6 +38,10 @@ def threshold_at_fpr(scores: Tensor, fpr: float, confidence: float = 0.95) -> Th
 
     scores: (n,) of familiar (in-distribution) rows. The threshold is an order statistic and assumes only that new rows
     have the same distribution. It is +inf, which flags nothing, if n < log(1 - confidence) / log(1 - fpr).
+
+    >>> threshold = vbdl.ood.threshold_at_fpr(torch.arange(1000.0), fpr=0.05)  # scores of familiar rows
+    >>> threshold.value, threshold.bound <= 0.05
+    (961.0, True)
     """
     check_rate(fpr, "fpr")
     check_rate(confidence, "confidence")
@@ -58,6 +67,10 @@ def threshold_at_tpr(scores: Tensor, tpr: float, confidence: float = 0.95) -> Th
 
     scores: (n,) of unfamiliar (out-of-distribution) rows. The threshold is -inf, which flags everything, if n is too
     small. Its `bound` is a lower bound on the flagged share.
+
+    >>> threshold = vbdl.ood.threshold_at_tpr(torch.arange(1000.0), tpr=0.95)  # scores of unfamiliar rows
+    >>> round(threshold.value, 1), threshold.bound >= 0.95
+    (38.0, True)
     """
     mirrored = threshold_at_fpr(-check_scores(scores), 1 - tpr, confidence)
     if mirrored.value == math.inf:

@@ -52,6 +52,12 @@ class Deterministic(KeyedPosterior):
 
     Raises TypeError or ValueError for a module that cannot be called with replaced weights, like one that
     `torch.compile` returned.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> predict = vbdl.Predictor(vbdl.Deterministic(net), vbdl.Categorical(), compile=False)
+    >>> predict(x).epistemic.sum()
+    tensor(0.)
     """
 
     module: PointNetwork

@@ -49,6 +49,14 @@ class DeepEnsemble(Posterior):
         shared entries are not trained.
     output: name or index of the network's output to predict from, or a function that returns it, if it returns several;
         "logits" are found without it. Members that are posteriors have their own.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> q = vbdl.DeepEnsemble(net, n_members=5)
+    >>> q.n_members, q.member(0)["0.weight"].shape
+    (5, torch.Size([8, 4]))
+    >>> p = vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.randn(7, 4))
+    >>> p.probs.shape, p.n_samples
+    (torch.Size([7, 3]), 5)
     """
 
     steps: Tensor

@@ -125,6 +125,13 @@ class Laplace(KeyedPosterior):
 
     `fit` with epochs > 0 trains the network first, without draws: a number as prior_precision adds its penalty
     precision * |w|^2 / 2 to the loss; otherwise `fit(weight_decay=...)` is the only one.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> q, likelihood = vbdl.Laplace(net), vbdl.Categorical()  # net is trained already
+    >>> history = vbdl.fit(q, (x, y), likelihood, epochs=0, compile=False)  # one pass
+    >>> vbdl.Predictor(q, likelihood, compile=False)(x).epistemic.shape
+    torch.Size([20])
     """
 
     module: LaplaceNetwork

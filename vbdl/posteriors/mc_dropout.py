@@ -30,6 +30,11 @@ class MCDropout(KeyedPosterior):
 
     Training and prediction draw from counters, never from torch's generator. Raises ValueError if the module has no
     dropout: at once if its code does not mention dropout, else when it first runs.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    >>> predict = vbdl.Predictor(vbdl.MCDropout(net), vbdl.Categorical(), n_samples=50, compile=False)
+    >>> predict(torch.randn(7, 4)).probs.shape
+    torch.Size([7, 3])
     """
 
     module: DropoutNetwork

@@ -36,6 +36,12 @@ class MeanField(KeyedPosterior):
     seed: of the draws in training; in an ensemble of these, member m uses seed + m.
     output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
         "logits" are found without it.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> q = vbdl.MeanField(net, n_data=100, prior=0.5)
+    >>> predict = vbdl.Predictor(q, vbdl.Categorical(), n_samples=50, compile=False)
+    >>> predict(torch.randn(7, 4)).probs.shape
+    torch.Size([7, 3])
     """
 
     module: Any

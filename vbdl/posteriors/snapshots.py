@@ -41,6 +41,13 @@ class Snapshots(Posterior):
         "logits" are found without it.
 
     Raises ValueError if it is used before `fit` has taken all snapshots, or for fewer epochs than cycles.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> q, likelihood = vbdl.Snapshots(net, n_members=3), vbdl.Categorical()
+    >>> history = vbdl.fit(q, (x, y), likelihood, epochs=3, compile=False)
+    >>> vbdl.Predictor(q, likelihood, compile=False)(x).n_samples
+    3
     """
 
     steps: Tensor

@@ -48,6 +48,14 @@ class Stochastic(KeyedPosterior):
         `logits` are found.
 
     Raises ValueError when it first runs if the network draws nothing.
+
+    >>> class Noisy(nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x) + 0.1 * torch.randn(self.out_features)
+    >>> q = vbdl.Stochastic(nn.Sequential(Noisy(4, 8), nn.Tanh(), Noisy(8, 3)))
+    >>> predict = vbdl.Predictor(q, vbdl.Categorical(), n_samples=50, compile=False)
+    >>> predict(torch.randn(7, 4)).probs.shape
+    torch.Size([7, 3])
     """
 
     module: StochasticNetwork

@@ -49,6 +49,13 @@ class SWAG(KeyedPosterior):
         member m uses seed + m in training.
     output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
         "logits" are found without it.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> q, likelihood = vbdl.SWAG(net), vbdl.Categorical()
+    >>> history = vbdl.fit(q, (x, y), likelihood, epochs=8, compile=False)
+    >>> vbdl.Predictor(q, likelihood, compile=False)(x).epistemic.shape
+    torch.Size([20])
     """
 
     module: CollectedNetwork

@@ -71,6 +71,13 @@ def fit(
 
     Raises ValueError for bad data and, before the first step, for a network that a predictor would refuse, like one
     that cannot be traced or that mixes rows; FloatingPointError if the loss becomes NaN or infinite.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> q, likelihood = vbdl.DeepEnsemble(net, 3), vbdl.Categorical()
+    >>> history = vbdl.fit(q, (x, y), likelihood, epochs=3, compile=False)
+    >>> history.epochs, len(history.train_loss[0])
+    (3, 3)
     """
     options = TrainingOptions(
         epochs=epochs,
