@@ -12,7 +12,11 @@ Snapshots: 5 cycles of 6 epochs from an untrained network, learning rate 0.1 alo
 
 torch-uncertainty's `SWAG` and `CheckpointCollector` and lightning-uq-box's `SWAGClassification` are called from a plain
 loop of SGD as a user of torch would write it, with one `DataLoader` of tensors, without the trainer of either library,
-which would only make them slower. torch-uncertainty draws anew after every collected epoch: `update_wrapper` does.
+which would only make them slower. torch-uncertainty draws anew after every collected epoch: `update_wrapper` does. Its
+draws take other normals of the low-rank part for each parameter than for the next, where the paper's are shared, and
+lightning-uq-box counts the weights before the first collected ones in the mean without dividing by their number. That
+is the likely reason for differences of the NLL here, where the network still improves while weights are collected; it
+was not tested.
 
 Quality: test NLL, accuracy and ECE, means and standard errors over the seeds, and the NLL minus that of vbdl, paired.
 Times: medians of contenders in turn; training is that of the SWAG or snapshot phase as a whole.
