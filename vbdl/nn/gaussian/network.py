@@ -1,7 +1,7 @@
 """A network whose chosen parameters are drawn from a normal distribution N(mean, C), or that is linear in them."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -71,7 +71,7 @@ class FactoredNetwork(KeyedNetwork):
         """What the parameters of the draw in `key` differ from their means, by name."""
         return self._of_draw(lambda layer, factor: factor.deviation(self.key, layer))
 
-    def _of_draw(self, draw: Any) -> State:
+    def _of_draw(self, draw: Callable[[int, Factor], State]) -> State:
         """Collect draw(layer, factor) of all factors, or what `kept` has of this draw."""
         if self.kept:
             return {name: self.kept[name] for name in self.chosen}
