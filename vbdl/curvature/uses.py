@@ -261,16 +261,16 @@ def _embedding(
         return None
     output = recorder.started(func(input, weight, *args, **kwargs))
     axis = recorder.batch_axis()
-    ids = input.movedim(axis, 0).reshape(recorder.rows, -1)
+    ids = lambda: input.movedim(axis, 0).reshape(recorder.rows, -1)  # only of tables that have an id for each row
     padding = kwargs.get("padding_idx", args[0] if args else None)
 
     def gradients(gradient: Tensor) -> Tensor:
         by_row = recorder.by_row(gradient, axis).unsqueeze(2)
         if padding is None:
             return by_row
-        return by_row * (ids != int(padding) % len(weight))[..., None, None]  # type: ignore[call-overload]
+        return by_row * (ids() != int(padding) % len(weight))[..., None, None]  # type: ignore[call-overload]
 
-    return Use("embedding", input.shape, name, None, output, lambda rows: ids[rows], gradients)
+    return Use("embedding", input.shape, name, None, output, lambda rows: ids()[rows], gradients)
 
 
 _RULES: dict[str, Callable[..., Use | None]] = {
