@@ -30,8 +30,9 @@ snippets, names = tool("snippets"), tool("names")
 
 # these show lines for networks and files that a reader has; the tests that they name run such code
 FRAGMENTS = {"networks.md", "artifact.md", "tables.md", "speed.md"}
+ELSEWHERE = {"trained.md"}  # run by a test file of its own
 PAGES = [p for p in sorted(DOCS.rglob("*.md")) if snippets.blocks(p.read_text()) and "zh" not in p.parts]
-WITH_CODE = [p for p in PAGES if p.relative_to(DOCS).as_posix() not in FRAGMENTS]
+WITH_CODE = [p for p in PAGES if p.relative_to(DOCS).as_posix() not in FRAGMENTS | ELSEWHERE]
 NAMES = names.public()
 
 
@@ -136,6 +137,21 @@ def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"(\S+\.md)$", navigation, flags=re.MULTILINE))
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} | {"changelog.md"}
     assert listed == there
+
+
+def test_the_cheat_sheet_has_names_that_exist_and_fits_its_page():
+    sheet = tool("cheatsheet")
+    text = sheet.SOURCE.read_text()
+    used = set(re.findall(r"\b(?:vbdl\.)?(?:\w+\.)?([A-Z][A-Za-z]+)\(", text))
+    assert used <= {name.rpartition(".")[2] for name in NAMES}
+    dotted = set(re.findall(r"(?<!\w)vbdl\.(\w+)", text)) - {"in"}
+    assert {name for name in dotted if name.islower()} <= set(vbdl.__all__)
+    columns = sheet.columns()
+    assert len(columns) == sheet.COLUMNS
+    lines = max(sum(len(section) + 0.9 for section in column) for column in columns)
+    assert lines * sheet.STEP < sheet.HEIGHT - 0.9
+    wide = (sheet.WIDTH - 2 * sheet.MARGIN) / sheet.COLUMNS * 72 / (sheet.SIZE * 0.602)
+    assert max(len(line) for line in text.splitlines() if "  " not in line.strip()) <= wide
 
 
 # -- figures on pages are those of committed results

@@ -16,6 +16,7 @@ os.environ.setdefault("VBDL_COMPILE", "never")  # pages show what code prints, n
 os.environ.setdefault("MPLBACKEND", "agg")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cheatsheet  # noqa: E402
 import names  # noqa: E402
 from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
 from mkdocs.exceptions import PluginError  # noqa: E402
@@ -39,7 +40,7 @@ def _option(text: str, name: str) -> str | None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Run the pages that ask for it, and add their pictures, the changelog and the citation."""
+    """Run the pages that ask for it, and add their pictures, the changelog, the citation and the cheat sheet."""
     import torch
 
     torch.set_num_threads(1)
@@ -51,6 +52,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     log = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=log))
     files.append(File.generated(config, "assets/CITATION.cff", content=(ROOT / "CITATION.cff").read_text()))
+    for suffix, content in cheatsheet.draw().items():
+        files.append(File.generated(config, f"assets/cheatsheet.{suffix}", content=content))
     return files
 
 
