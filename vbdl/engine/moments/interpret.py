@@ -10,7 +10,16 @@ from torch.fx.node import map_arg
 from vbdl.compiling.graph import draws_from_generator, name_of, operator_of
 
 # importing these modules enters their rules into RULES
-from vbdl.engine.moments import activation, arithmetic, linear, normalization, pooling, shape, sources  # noqa: F401
+from vbdl.engine.moments import (  # noqa: F401
+    activation,
+    arithmetic,
+    derivative,
+    linear,
+    normalization,
+    pooling,
+    shape,
+    sources,
+)
 from vbdl.engine.moments.value import RULES, is_random
 
 _SOURCES: dict[str, Callable[..., object]] = {
