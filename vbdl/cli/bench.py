@@ -22,8 +22,8 @@ class Bench:
     sets: tuple[str, ...] = ()
     """Names of data sets, instead of a suite."""
     methods: tuple[str, ...] = tuple(building())
-    """Names of methods; linear and single are baselines. deterministic, temperature, laplace, laplace-validation and
-    swag start from the same trained network, which a run trains once."""
+    """Names of methods; linear and single are baselines. deterministic, temperature, laplace, laplace-all,
+    laplace-validation and swag start from the same trained network, which a run trains once."""
     data: Path | None = field(default_factory=lambda: Path(p) if (p := os.environ.get("VBDL_DATA")) else None)
     """Folder of data sets; VBDL_DATA unless given. Missing files are downloaded from OpenML."""
     network: bool = True

@@ -42,13 +42,24 @@ def temperature(task: Task, run: Run) -> Each:
 @method("laplace")
 def laplace(task: Task, run: Run) -> Each:
     """Laplace approximation of the last layer of the trained network, prior by the evidence"""
+    return _each(task, run, _by_evidence(task, run, "last"))
+
+
+@method("laplace-all")
+def laplace_all(task: Task, run: Run) -> Each:
+    """Laplace approximation of all layers of the trained network, linearized, prior by the evidence"""
+    return _each(task, run, _by_evidence(task, run, "all"))
+
+
+def _by_evidence(task: Task, run: Run, parameters: str) -> Callable[[int, Trained], tuple[Posterior, Likelihood]]:
+    """The Laplace approximation of these parameters of a split's network, after its pass over the training rows."""
 
     def fitted(split: int, trained: Trained) -> tuple[Posterior, Likelihood]:
-        q = Laplace(trained.network, seed=run.seed)
+        q = Laplace(trained.network, parameters=parameters, seed=run.seed)
         fit(q, task.training(split), trained.likelihood, epochs=0, progress=run.progress)
         return q, trained.likelihood
 
-    return _each(task, run, fitted)
+    return fitted
 
 
 @method("laplace-validation")
