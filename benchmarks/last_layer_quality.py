@@ -11,6 +11,7 @@ as independent of the weights, so vbdl's do here, too. -P, because benchmarks/la
 """
 
 import argparse
+import importlib
 import json
 import time
 import warnings
@@ -40,14 +41,14 @@ def of_vbdl(structure: str, trained: Trained, data: tuple[Tensor, Tensor], test:
     vbdl.fit(q, data, vbdl.Categorical(), epochs=0, progress=False)
     seconds = time.perf_counter() - begun
     probs = vbdl.Predictor(q, vbdl.Categorical(), DRAWS, compile=False)(test[0]).probs
+    assert probs is not None
     return {"prior": q.prior_precision, "fit_s": round(seconds, 3), "draws": nll(probs, test[1])}
 
 
 def of_laplace_torch(
     structure: str, trained: Trained, data: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 ) -> dict:
-    from laplace import Laplace
-
+    Laplace = importlib.import_module("laplace").Laplace
     hessian = {"kronecker": "kron", "full": "full"}[structure]
     la = Laplace(trained.network, "classification", subset_of_weights="last_layer", hessian_structure=hessian)
     begun = time.perf_counter()

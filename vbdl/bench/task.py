@@ -37,7 +37,7 @@ class TaskOptions(TypedDict, total=False):
 
     columns: tuple[str, ...]
     recipe: Recipe
-    protocol: Protocol
+    protocol: Protocol | None
     published: tuple[Published, ...]
     cost: Tensor
     about: str

@@ -23,6 +23,10 @@ _SWAG_EPOCHS = 0.5  # of the epochs of the network
 @method("deterministic")
 def deterministic(task: Task, run: Run) -> Each:
     """the trained network as it is"""
+    return _as_it_is(task, run)
+
+
+def _as_it_is(task: Task, run: Run) -> Each:
     return _each(task, run, lambda split, trained: (Deterministic(trained.network), trained.likelihood))
 
 
@@ -31,7 +35,7 @@ def temperature(task: Task, run: Run) -> Each:
     """the trained network with a temperature (regression: a scaled noise) of held-out rows"""
     if not task.n_held:
         raise ValueError("temperature needs rows that training has not seen: give --hold-out 0.1")
-    plain = deterministic(task, run).predictors
+    plain = _as_it_is(task, run).predictors
     calibrated = []
     for split, predictor in enumerate(plain):
         calibrator = StdScaling() if task.regression else Temperature()
