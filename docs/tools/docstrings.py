@@ -52,16 +52,19 @@ def readable(text: str, parameters: set[str]) -> str:
 class Readable(griffe.Extension):
     """Rewrite the docstring of every class and function."""
 
-    def on_instance(self, *, obj: griffe.Object, **options: object) -> None:
-        if obj.docstring is None or not isinstance(obj, (griffe.Class, griffe.Function)):
-            return
-        names = set()
-        function = obj.members.get("__init__") if isinstance(obj, griffe.Class) else obj
-        if isinstance(function, griffe.Function):
-            names = {p.name for p in function.parameters}
-        if isinstance(obj, griffe.Class):
-            names |= {name for name, member in obj.members.items() if member.is_attribute}
-        if not re.search(r"^Args:$", obj.docstring.value, re.MULTILINE):
-            obj.docstring.value = readable(obj.docstring.value, names)
-        elif ">>> " in obj.docstring.value:
-            obj.docstring.value = readable(obj.docstring.value, set())
+    def on_function_instance(self, *, func: griffe.Function, **options: object) -> None:
+        _rewrite(func, {p.name for p in func.parameters})
+
+    def on_class_members(self, *, cls: griffe.Class, **options: object) -> None:
+        """Called when the members of a class are known, so that the arguments of its constructor are."""
+        constructor = cls.members.get("__init__")
+        names = {p.name for p in constructor.parameters} if isinstance(constructor, griffe.Function) else set()
+        _rewrite(cls, names | {name for name, member in cls.members.items() if member.is_attribute})
+
+
+def _rewrite(obj: griffe.Object, names: set[str]) -> None:
+    if obj.docstring is None:
+        return
+    sections = re.search(r"^Args:$", obj.docstring.value, re.MULTILINE)  # mkdocstrings makes a table of these
+    if not sections or ">>> " in obj.docstring.value:
+        obj.docstring.value = readable(obj.docstring.value, set() if sections else names)
