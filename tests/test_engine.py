@@ -447,7 +447,7 @@ def unstable_norm():
 @pytest.mark.parametrize(
     "net, x, message",
     [
-        (LastStep, torch.randn(20, 5, 3), "returned 5 rows for a batch of 64: the batch is the first axis"),
+        (LastStep, torch.randn(20, 5, 3), "returned 5 rows for a batch of 32: the batch is the first axis"),
         (Attends, torch.randn(20, 5, 8), "depends on the other rows"),
         (lambda: Centered(3, 2), torch.randn(20, 3), "depends on the other rows"),
         (unstable_norm, torch.randn(20, 3), "track_running_stats"),

@@ -21,7 +21,13 @@ from typing import TypeVar
 
 import torch
 import torch.utils.checkpoint as torchs
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch._C._functorch import (
+    TransformType,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_map
@@ -76,6 +82,12 @@ def with_gradients_if_needed(run: Callable[[], T]) -> T:
             raise
     with torch.enable_grad():
         return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, run())
+
+
+def innermost_is_forward_mode() -> bool:
+    """Whether the innermost of torch.func's transforms on this thread is a forward-mode product."""
+    innermost = peek_interpreter_stack()
+    return innermost is not None and innermost.key() == TransformType.Jvp
 
 
 def holds_tangent(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
+from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
 from vbdl.nn.masks import Masks
 from vbdl.nn.recurrent_layer import KINDS, recurrent_layer
 from vbdl.nn.scan import Packing
@@ -92,6 +93,8 @@ def recurrent(masks: Masks, func: Callable[..., Outputs], input: Tensor, *args) 
 class WholeLayers(TorchFunctionMode):
     """A torch function mode in which each layer of an LSTM, GRU or RNN is one `recurrent_layer`, which vmap maps.
 
+    In a forward-mode product it is torch's own layer, because the operator would lose the tangents without a word.
+
     Under vmap, sequences that differ between samples are packed and padded by operations that it maps too.
     """
 
@@ -101,6 +104,8 @@ class WholeLayers(TorchFunctionMode):
             return _PACKING[name](*args)
         if name in KINDS and not kwargs:
             call = Recurrent.of(func, *args)
+            if innermost_is_forward_mode() or any(map(holds_tangent, (call.input, *call.states, *call.weights))):
+                return call.func(*args)
             if not (call.training and call.dropout > 0 and call.layers > 1):
                 return call.by_layers(_whole)
         return func(*args, **(kwargs or {}))

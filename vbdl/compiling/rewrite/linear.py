@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from vbdl.calling.autograd import holds_tangent
+from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
 from vbdl.nn.gaussian.operators import LOWERED
 
 
@@ -151,17 +150,11 @@ def _whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if _innermost_is_forward_mode():
+    if innermost_is_forward_mode():
         return _with_tangent(input, weight, bias)
     if any(t is not None and holds_tangent(t) for t in (input, weight, bias)):
         return F.linear(input, weight, bias)  # a network's own vmap in forward mode, or its own dual numbers
     return torch.ops.vbdl.stacked_linear(input, weight, bias, [False, False, False])
-
-
-def _innermost_is_forward_mode() -> bool:
-    """Whether the innermost of torch.func's transforms on this thread is a forward-mode product."""
-    innermost = peek_interpreter_stack()
-    return innermost is not None and innermost.key() == TransformType.Jvp
 
 
 def _with_tangent(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
