@@ -19,7 +19,6 @@ from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import arguments, flatten, map_inputs
 from vbdl.calling.outputs import leaves
 from vbdl.calling.stacking import call
-from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, batch_axis, described
@@ -70,8 +69,6 @@ class DropoutNetwork(KeyedNetwork):
         if not mode:
             for name, module in self.inner.named_modules():
                 module.training = not self._stays_deterministic(name, module)
-        else:
-            hold_frozen(self.inner)
         return self
 
     def _stays_deterministic(self, name: str, module: nn.Module) -> bool:

@@ -1,8 +1,11 @@
 """Networks that draw from a key: the wrappers of MC dropout and mean-field inference around a user's network."""
 
 from collections.abc import Hashable, Mapping
+from typing import Self
 
 from torch import Tensor, nn
+
+from vbdl.nn.frozen import hold_frozen
 
 
 class KeyedNetwork(nn.Module):
@@ -23,6 +26,13 @@ class KeyedNetwork(nn.Module):
     rate: float | Mapping[str, float] | None = None
     kept: dict[Hashable, Tensor] | None = None
     steps: tuple[int, int] | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen layers keep their statistics in both."""
+        super().train(mode)
+        if mode:
+            hold_frozen(self.inner)
+        return self
 
     @property
     def takes_many_keys(self) -> bool:

@@ -14,7 +14,6 @@ from vbdl_kernels import make_key
 
 from vbdl import former
 from vbdl.calling.stacking import call
-from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior
 from vbdl.nn.sampled import SampledNetwork
@@ -119,12 +118,6 @@ class LayeredNetwork(KeyedNetwork):
         device = next(inner.parameters()).device
         self.register_buffer("kl_weight", torch.ones((), device=device))
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
-
-    def train(self, mode: bool = True) -> "LayeredNetwork":
-        super().train(mode)
-        if mode:
-            hold_frozen(self.inner)
-        return self
 
     def forward(self, *args, **kwargs):
         draw = {f"{path}.key" if path else "key": self.key for path in self.paths}

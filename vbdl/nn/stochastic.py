@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.inputs import map_inputs, tensors
 from vbdl.calling.stacking import call, copied
-from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Site, batch_axis, described
 from vbdl.nn.noise import Noise, RandomCall
@@ -62,9 +61,7 @@ class StochasticNetwork(KeyedNetwork):
 
     def train(self, mode: bool = True) -> "StochasticNetwork":
         super().train(mode)
-        if mode:
-            hold_frozen(self.inner)
-        else:
+        if not mode:
             for name, module in self.inner.named_modules():
                 module.training = any(not n or name == n or name.startswith(f"{n}.") for n in self.noisy)
         return self

@@ -7,7 +7,6 @@ from torch import nn
 
 from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import check_network, copied, parameter_hooks, without_data_parallel
-from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.types import Output
@@ -21,12 +20,6 @@ class PointNetwork(KeyedNetwork):
         self.inner = inner
         device = next((p.device for p in inner.parameters()), None)
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
-
-    def train(self, mode: bool = True) -> "PointNetwork":
-        super().train(mode)
-        if mode:
-            hold_frozen(self.inner)
-        return self
 
     def forward(self, *args, **kwargs):
         return self.inner(*args, **kwargs)

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vbdl.calling.graphs import without_fused_attention
 from vbdl.calling.stacking import call
 from vbdl.nn.drawn import drawn
-from vbdl.nn.frozen import hold_frozen
 from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
@@ -42,12 +41,6 @@ class FactoredNetwork(KeyedNetwork):
     first_layer: int = 0  # the layer number of the first factor
     chosen: tuple[str, ...]
     factors: Sequence[Factor]
-
-    def train(self, mode: bool = True) -> "FactoredNetwork":
-        super().train(mode)
-        if mode:
-            hold_frozen(self.inner)
-        return self
 
     def mean(self, name: str) -> Tensor:
         """The mean of a parameter: the parameter of the user's network."""
