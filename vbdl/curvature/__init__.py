@@ -4,6 +4,6 @@ blocks.py      the parameters to approximate, grouped into blocks: diagonal, Kro
 uses.py        a forward pass that records which operations use these parameters, with their inputs
 columns.py     the vectors whose backward passes add up to the Hessian in the outputs
 gauss_newton.py  the pass over the batches, which adds them up
-last_layer.py  the layer that computes a network's outputs
+choosing.py    the parameters: the last layer, some or all, grouped into factors
 evidence.py    the log evidence as a function of prior precisions, and where it is largest
 """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vbdl.curvature.uses import Use
+from vbdl.nn.embedding import without_row
 from vbdl.types import OutputHessian, State
 
 _NUMBERS = 2**24  # of the largest array of per-row gradients or patches made at once
@@ -225,24 +226,20 @@ class DenseBlock(Block):
         super().__init__(parameters)
         self.padding = padding or {}
         self.size = sum(
-            self._kept(name, torch.empty(shape, device="meta")).numel() for name, shape in self.shapes.items()
+            shape.numel() - (shape[1:].numel() if name in self.padding else 0) for name, shape in self.shapes.items()
         )
         self.matrix = self.like.new_zeros(self.size, self.size)
         self.of_layer: Tensor | None = None  # of an output layer: (outputs, inputs, outputs, inputs), with the bias
         self.layer: Use | None = None
-
-    def _kept(self, name: str, t: Tensor) -> Tensor:
-        row = self.padding.get(name)
-        return t if row is None else torch.cat([t[:row], t[row + 1 :]])
 
     def add_output_layer(self, use: Use, hessian: OutputHessian, rows: int) -> None:
         phi = with_one(use.inputs_at(slice(None)).flatten(1))
         width, outputs = phi.shape[1], hessian.diagonal().shape[1]
         if self.of_layer is None:
             self.of_layer = self.like.new_zeros(outputs, width, outputs, width)
-        self.layer = use
+        self.layer, matrices = use, hessian.matrices()
         for some in chunks(rows, outputs * max(outputs, width)):
-            each, at = _rows_of(hessian, some), phi[some]
+            each, at = matrices[some], phi[some]
             for one in range(outputs):
                 rest = each[:, one, one:, None] * at[:, None]  # (rows, outputs from this one on, width)
                 self.of_layer[one, :, one:] += (at.mT @ rest.flatten(1)).view(width, outputs - one, width)
@@ -254,8 +251,8 @@ class DenseBlock(Block):
             each = []
             for name, shape in self.shapes.items():
                 of_rows = row_gradients(name, shape, uses, gradients, direct, some)
-                if name in self.padding:
-                    of_rows = torch.stack([self._kept(name, one) for one in of_rows])
+                if (row := self.padding.get(name)) is not None:
+                    of_rows = torch.stack([without_row(one, row) for one in of_rows])
                 each.append(of_rows.flatten(1).to(self.like.device).expand(count, -1))
             jacobian = torch.cat([t.to(each[0].dtype) for t in each], dim=1)
             self.matrix += jacobian.mT @ jacobian
@@ -277,8 +274,3 @@ class DenseBlock(Block):
         order = [places[:, :-1].flatten() if name == use.weight else places[:, -1] for name in self.names]
         chosen = torch.cat(order)
         return flat[chosen][:, chosen]
-
-
-def _rows_of(hessian: OutputHessian, some: slice) -> Tensor:
-    """The matrices of some rows, (rows, outputs, outputs)."""
-    return hessian.matrices()[some]

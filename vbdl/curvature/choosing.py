@@ -128,8 +128,6 @@ def grouped(module: nn.Module, names: Sequence[str], structure: str, joint_bias:
         layer = layers.get(name)
         plain = isinstance(layer, nn.Linear) or (layer is not None and layer.groups == 1)
         if not plain or len(places[name]) > 1:
-            if name in done:
-                continue
             groups.append(some("diagonal", [name]))
             continue
         weight, bias = parameters[name], f"{name.removesuffix('weight')}bias"

@@ -47,6 +47,11 @@ def _renormed(input: Tensor, weight: Tensor, max_norm: float, norm_type: float) 
     return shorter
 
 
+def without_row(t: Tensor, row: int | None) -> Tensor:
+    """A table without one of its rows, or the table if row is None."""
+    return t if row is None else torch.cat([t[:row], t[row + 1 :]])
+
+
 def padding_rows(module: nn.Module) -> dict[str, int]:
     """The padding row of every embedding table that has one, by name of the parameter.
 

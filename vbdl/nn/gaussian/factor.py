@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vbdl.nn.embedding import without_row
 from vbdl.types import State
 
 
@@ -64,8 +65,7 @@ class Factor(nn.Module):
 
     def without_padding(self, name: str, t: Tensor) -> Tensor:
         """A tensor of the shape of a parameter without its padding row."""
-        row = self.padding.get(name)
-        return t if row is None else torch.cat([t[:row], t[row + 1 :]])
+        return without_row(t, self.padding.get(name))
 
     def with_padding(self, name: str, t: Tensor) -> Tensor:
         """The inverse of `without_padding`, with zeros in the padding row."""
