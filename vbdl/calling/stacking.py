@@ -81,6 +81,11 @@ def state_of(module: nn.Module) -> State:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def without_dots(name: str) -> str:
+    """The name of a parameter or buffer as one that torch lets a module register, which has no dots."""
+    return name.replace(".", "/")
+
+
 def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the forward returns
     """Call a module with these parameters and buffers in place of its own, which stay unchanged.
 

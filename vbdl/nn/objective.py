@@ -62,25 +62,16 @@ class Objective(nn.Module):
         return self.likelihood.training_loss(self.likelihood(pick(outputs, self.output)), y).mean()
 
 
-class KeyedPosterior(Posterior):
-    """A posterior of one network whose draws differ only in their key, in training and in prediction.
+class PosteriorOfOneNetwork(Posterior):
+    """A posterior whose training changes one network, whose dropout and weights are drawn from counters.
 
     seed: of the draws in training. steps: () int64 buffer, the number of training steps so far. n_samples: draws per
     training step, averaged.
     """
 
-    module: KeyedNetwork
     seed: int
     steps: Tensor
     n_samples: int = 1
-
-    @property
-    def user_network(self) -> nn.Module:
-        return self.module.inner
-
-    def draws(self, numbers: Tensor, seed: int) -> State:
-        """The key of each draw, {"key": (samples, 2)}; numbers: (samples,)."""
-        return {"key": make_key(seed, numbers)}
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
         """The mean over the batch of -log p(y | x, draw) plus the network's regularization, (1,), in nats per row."""
@@ -90,3 +81,17 @@ class KeyedPosterior(Posterior):
         objective.key = training_keys(self.seed, 1, self.steps * self.n_samples)[0]
         self.steps += 1
         return objective(x, y).unsqueeze(0)
+
+
+class KeyedPosterior(PosteriorOfOneNetwork):
+    """A posterior of one network whose draws differ only in their key, in training and in prediction."""
+
+    module: KeyedNetwork
+
+    @property
+    def user_network(self) -> nn.Module:
+        return self.module.inner
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """The key of each draw, {"key": (samples, 2)}; numbers: (samples,)."""
+        return {"key": make_key(seed, numbers)}

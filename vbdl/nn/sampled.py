@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.stacking import without_dots
 from vbdl.nn.drawn import noise, once
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.gaussian.diagonal import Independent
@@ -27,10 +28,10 @@ class LogStd(nn.Module):
         super().__init__()
         self.initial = math.log(initial_std)
         for name, p in parameters.items():
-            self.register_parameter(_key(name), nn.Parameter(torch.full_like(p, self.initial)))
+            self.register_parameter(without_dots(name), nn.Parameter(torch.full_like(p, self.initial)))
 
     def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, _key(name))
+        return getattr(self, without_dots(name))
 
     def reset_parameters(self) -> None:
         """Set every std to the initial one, as part of a new initialization of the network."""
@@ -114,10 +115,6 @@ class SampledNetwork(FactoredNetwork):
     def regularization(self, key: Tensor) -> Tensor:
         """The KL term in the loss of a row, in nats."""
         return self.kl_weight * self.kl(key) / self.n_data
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch refuses dots in registered names
 
 
 def choose(

@@ -24,6 +24,7 @@ from vbdl.calling.stacking import (
     state_of,
     why_not_mapped,
     without_data_parallel,
+    without_dots,
 )
 from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
@@ -120,15 +121,15 @@ class DeepEnsemble(Posterior):
         equal = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
         for name, tensor in equal.items():
             if name in trainable:
-                self.held_once.register_parameter(_key(name), nn.Parameter(tensor.detach().clone(), False))
+                self.held_once.register_parameter(without_dots(name), nn.Parameter(tensor.detach().clone(), False))
             else:
-                self.held_once.register_buffer(_key(name), tensor.detach().clone())
+                self.held_once.register_buffer(without_dots(name), tensor.detach().clone())
         self._shared_names = tuple(equal)
         for name, tensor in stack(modules, equal).items():
             if name in trainable:
-                self.stacked_parameters.register_parameter(_key(name), nn.Parameter(tensor, trainable[name]))
+                self.stacked_parameters.register_parameter(without_dots(name), nn.Parameter(tensor, trainable[name]))
             else:
-                self.stacked_buffers.register_buffer(_key(name), tensor)
+                self.stacked_buffers.register_buffer(without_dots(name), tensor)
         self._parameter_names = tuple(n for n in trainable if n not in equal)
         self._buffer_names = tuple(n for n, _ in modules[0].named_buffers() if n not in equal)
         self._link()
@@ -202,12 +203,15 @@ class DeepEnsemble(Posterior):
 
     def shared(self) -> State:
         """The parameters and buffers shared by all members, without a members axis; none is trained."""
-        return {name: getattr(self.held_once, _key(name)) for name in self._shared_names}
+        return {name: getattr(self.held_once, without_dots(name)) for name in self._shared_names}
 
     def stacked(self) -> State:
         """The parameters and buffers that differ between members, (members, ...) each: the tensors, not copies."""
-        parameters = {name: getattr(self.stacked_parameters, _key(name)) for name in self._parameter_names}
-        return {**parameters, **{name: getattr(self.stacked_buffers, _key(name)) for name in self._buffer_names}}
+        parameters = {name: getattr(self.stacked_parameters, without_dots(name)) for name in self._parameter_names}
+        return {
+            **parameters,
+            **{name: getattr(self.stacked_buffers, without_dots(name)) for name in self._buffer_names},
+        }
 
     @property
     def by_member(self) -> frozenset[str]:
@@ -372,10 +376,6 @@ class _RowsOfMember:
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         for x, y in self._rows:
             yield (map_inputs(lambda t: t[self._index], x), y[self._index]) if self._rows.own else (x, y)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch refuses dots in registered names
 
 
 def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_network, copied, parameter_hooks, state_of, without_data_parallel
+from vbdl.calling.stacking import (
+    check_network,
+    copied,
+    parameter_hooks,
+    state_of,
+    without_data_parallel,
+    without_dots,
+)
 from vbdl.nn.frozen import frozen_names, hold_frozen
-from vbdl.nn.objective import Objective, training_keys
-from vbdl.types import Course, Inputs, Likelihood, Output, Posterior, State
+from vbdl.nn.objective import PosteriorOfOneNetwork
+from vbdl.types import Course, Inputs, Likelihood, Output, State
 
 
-class Snapshots(Posterior):
+class Snapshots(PosteriorOfOneNetwork):
     """A snapshot ensemble: q(w) is an equal mixture of the weights at the end of each cycle of one training.
 
         q = vbdl.Snapshots(network, n_members=5)
@@ -50,7 +56,6 @@ class Snapshots(Posterior):
     3
     """
 
-    steps: Tensor
     taken: Tensor
 
     def __init__(
@@ -86,7 +91,7 @@ class Snapshots(Posterior):
         self.snapshots = nn.Module()
         for name in self._names:
             self.snapshots.register_buffer(
-                _key(name), state[name].detach().expand(n_members, *state[name].shape).clone()
+                without_dots(name), state[name].detach().expand(n_members, *state[name].shape).clone()
             )
         device = state[self._names[0]].device
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64, device=device))
@@ -110,7 +115,7 @@ class Snapshots(Posterior):
         if self._in_training:
             state = state_of(self.module)
             return {n: state[n].detach().expand(len(numbers), *state[n].shape).clone() for n in self._names}
-        stacks = {n: self.snapshots.get_buffer(_key(n)) for n in self._names}
+        stacks = {n: self.snapshots.get_buffer(without_dots(n)) for n in self._names}
         return {name: t.index_select(0, numbers.to(t.device)) for name, t in stacks.items()}
 
     def check_ready(self) -> None:
@@ -142,15 +147,6 @@ class Snapshots(Posterior):
     def being_trained(self, on: bool) -> None:
         self._in_training = on
 
-    def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
-        """The mean over the batch of -log p(y | x, weights), (1,), in nats per row."""
-        if own_rows:
-            x, y = map_inputs(lambda t: t[0], x), y[0]
-        objective = Objective(self.module, likelihood, output=self.output)
-        objective.key = training_keys(self.seed, 1, self.steps)[0]
-        self.steps += 1
-        return objective(x, y).unsqueeze(0)
-
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
         if int(self.taken) == self.n_draws:  # of an earlier training; fewer are those of the checkpoint it resumes from
             self.taken.zero_()
@@ -162,14 +158,10 @@ class Snapshots(Posterior):
             return
         state = state_of(self.module)
         for name in self._names:
-            self.snapshots.get_buffer(_key(name))[self._ends.index(epoch)] = state[name].detach()
+            self.snapshots.get_buffer(without_dots(name))[self._ends.index(epoch)] = state[name].detach()
         self.taken.fill_(self._ends.index(epoch) + 1)
 
 
 def half_cosine(t: float) -> float:
     """The fraction (1 + cos(pi t)) / 2 of the learning rate, 1 at the start of a cycle and 0 at its end."""
     return (1 + math.cos(math.pi * t)) / 2
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch refuses dots in registered names
