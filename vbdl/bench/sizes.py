@@ -1,4 +1,4 @@
-"""Tasks of other sizes: fewer rows or splits for a quick comparison, more splits for errors over initializations."""
+"""Makes tasks of other sizes: fewer rows or splits for a quick comparison, more splits to repeat trainings."""
 
 import dataclasses
 import math

@@ -85,7 +85,7 @@ def with_gradients_if_needed(run: Callable[[], T]) -> T:
 
 
 def innermost_is_forward_mode() -> bool:
-    """Whether the innermost of torch.func's transforms on this thread is a forward-mode product."""
+    """Return whether the innermost transform of torch.func on this thread is a forward-mode product."""
     innermost = peek_interpreter_stack()
     return innermost is not None and innermost.key() == TransformType.Jvp
 

@@ -42,7 +42,7 @@ class Bench:
     rows: int | None = None
     """Largest number of training rows, and of test rows, of a split; all unless given."""
     splits: int | None = None
-    """Number of splits: the first of a data set. One that has fewer repeats them from other initializations."""
+    """Number of splits: the first ones of a data set; if it has fewer, they repeat with other initializations."""
     hold_out: float = 0.0
     """Share of the training rows that only calibration sees; temperature and laplace-validation need some, like 0.1."""
     threads: int = 1

@@ -1,4 +1,4 @@
-"""The parameters of a Laplace approximation: the last layer, some or all, and how they are grouped into factors."""
+"""Chooses the parameters of a Laplace approximation (the last layer, some or all) and groups them into factors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

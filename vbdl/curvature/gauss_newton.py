@@ -1,4 +1,4 @@
-"""The pass over the rows that sums the generalized Gauss-Newton matrix of a network and a likelihood.
+"""Sums the generalized Gauss-Newton matrix of a network and a likelihood over the training rows.
 
 Memory does not grow with the number of rows, and no array of rows x outputs x weights is made: each batch costs one
 forward pass of the layers before the first chosen one, and one backward pass to it for each column of the likelihood's

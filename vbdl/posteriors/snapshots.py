@@ -163,5 +163,5 @@ class Snapshots(PosteriorOfOneNetwork):
 
 
 def half_cosine(t: float) -> float:
-    """The fraction (1 + cos(pi t)) / 2 of the learning rate, 1 at the start of a cycle and 0 at its end."""
+    """Return the fraction (1 + cos(pi t)) / 2 of the learning rate: 1 at the start of a cycle, 0 at its end."""
     return (1 + math.cos(math.pi * t)) / 2

@@ -33,7 +33,7 @@ class OutputHessian(Protocol):
         ...
 
     def root(self, vectors: Tensor) -> Tensor:
-        """R v for a root R of H = R R^T; vectors and result: (batch, outputs).
+        """Multiply vectors by a root R of H = R R^T; vectors and result: (batch, outputs).
 
         If v are standard normals, R v has the covariance H, like the gradient of -log p at targets drawn from p.
         """

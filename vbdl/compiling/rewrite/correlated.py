@@ -114,7 +114,7 @@ def kronecker_by(linear: fx.Node, weight: fx.Node, bias: Any) -> Kronecker | Non
 
 
 def has_kronecker(traced: fx.GraphModule) -> bool:
-    """Whether a graph has weights that `kronecker_noise` draws."""
+    """Return whether a graph draws weights with a Kronecker-factored covariance."""
     return any(node.target is KRONECKER for node in traced.graph.nodes)
 
 
