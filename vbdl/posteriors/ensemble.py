@@ -5,7 +5,7 @@ NeurIPS 2017, https://arxiv.org/abs/1612.01474
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,22 @@ from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
     blueprint,
-    call_each,
-    call_stacked,
-    can_map,
     check_network,
     holding,
     parameter_hooks,
-    places_of,
     state_of,
-    why_not_mapped,
     without_data_parallel,
-    without_dots,
 )
-from vbdl.data.rows import kept_tensor
-from vbdl.data.tiles import aligned
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, difference, stack
-from vbdl.nn.frozen import frozen_names, hold_frozen
+from vbdl.nn.frozen import frozen_names
 from vbdl.nn.initialization import fresh, reset_parameters
-from vbdl.nn.objective import KeyedPosterior, Objective, training_keys
+from vbdl.nn.members import StackedPosterior
+from vbdl.nn.objective import KeyedPosterior
 from vbdl.types import Course, Inputs, Likelihood, Output, Posterior, State, TrainingRows, is_posterior
 
 
-class DeepEnsemble(Posterior):
+class DeepEnsemble(StackedPosterior):
     """A deep ensemble: q(w) is an equal mixture of the members, whose parameters and buffers are stacked.
 
     networks: a module, which is copied and initialized anew n_members times, or a list of (trained) modules. The
@@ -59,9 +52,6 @@ class DeepEnsemble(Posterior):
     >>> p.probs.shape, p.n_samples
     (torch.Size([7, 3]), 5)
     """
-
-    steps: Tensor
-    one_by_one: str | None = None  # None: unknown
 
     def __init__(
         self,
@@ -110,32 +100,14 @@ class DeepEnsemble(Posterior):
         base = _base(members[0])
         self.output = base.output if output is None and base is not None else output
         modules: list[Any] = [m.module for m in members] if base is not None else members
-        # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
-        self._hidden: tuple[Any, Any] = (blueprint(modules[0]), blueprint(base) if base is not None else None)
         if base is not None:
             self.n_draws = None if base.n_draws is None else base.n_draws * len(members)
-        trainable = {name: p.requires_grad for name, p in modules[0].named_parameters()}
-        self.stacked_parameters = nn.Module()  # a ParameterDict cannot hold a parameter named "values"
-        self.stacked_buffers = nn.Module()
-        self.held_once = nn.Module()
-        equal = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
-        for name, tensor in equal.items():
-            if name in trainable:
-                self.held_once.register_parameter(without_dots(name), nn.Parameter(tensor.detach().clone(), False))
-            else:
-                self.held_once.register_buffer(without_dots(name), tensor.detach().clone())
-        self._shared_names = tuple(equal)
-        for name, tensor in stack(modules, equal).items():
-            if name in trainable:
-                self.stacked_parameters.register_parameter(without_dots(name), nn.Parameter(tensor, trainable[name]))
-            else:
-                self.stacked_buffers.register_buffer(without_dots(name), tensor)
-        self._parameter_names = tuple(n for n in trainable if n not in equal)
-        self._buffer_names = tuple(n for n, _ in modules[0].named_buffers() if n not in equal)
-        self._link()
+        # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
+        self._posterior: tuple[Any] = (blueprint(base) if base is not None else None,)
         self.seed = seed
-        device = next(iter(self.stacked().values())).device
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        shared_state = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
+        trained = {n for n, p in modules[0].named_parameters() if p.requires_grad and n not in shared_state}
+        self._hold(blueprint(modules[0]), stack(modules, shared_state), shared_state, trained)
 
     @classmethod
     def joined(cls, parts: "Sequence[DeepEnsemble]") -> "DeepEnsemble":
@@ -153,11 +125,11 @@ class DeepEnsemble(Posterior):
     @property
     def module(self) -> nn.Module:
         """The members' common module, with placeholder tensors; a list of the parts for several architectures."""
-        return self._parts if len(self._parts) else self._hidden[0]
+        return self._parts if len(self._parts) else self._structure[0]
 
     @property
     def user_network(self) -> nn.Module:
-        return self.module if self.base is None else self._hidden[0].inner
+        return self.module if self.base is None else self._structure[0].inner
 
     def config(self) -> dict[str, Any]:
         """The arguments that make it again, given one member: a network or a posterior. Each of several `parts` has its
@@ -171,51 +143,28 @@ class DeepEnsemble(Posterior):
     @property
     def base(self) -> KeyedPosterior | None:
         """The members' own posterior, with placeholder tensors, or None if the members are plain networks."""
-        return None if len(self._parts) else self._hidden[1]
+        return None if len(self._parts) else self._posterior[0]
 
     @property
     def parts(self) -> Sequence["DeepEnsemble"]:
         return tuple(self._parts) if len(self._parts) else (self,)  # type: ignore[return-value]
 
-    def train(self, mode: bool = True) -> "DeepEnsemble":
-        super().train(mode)
-        if not len(self._parts):
-            self._hidden[0].train(mode)
-            if mode:
-                hold_frozen(self._hidden[0])
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "DeepEnsemble":
-        super()._apply(fn, recurse)
-        if not len(self._parts):
-            self._link()
-        return self
-
-    def _link(self) -> None:
-        """Put the shared tensors into the module that is called."""
-        places = places_of(self._hidden[0])
-        for name, t in self.shared().items():
-            for place in places[name]:
-                prefix, _, leaf = place.rpartition(".")
-                owner = self._hidden[0].get_submodule(prefix)
-                tensors: dict[str, Any] = owner._parameters if isinstance(t, nn.Parameter) else owner._buffers
-                tensors[leaf] = t
-
-    def shared(self) -> State:
-        """The parameters and buffers shared by all members, without a members axis; none is trained."""
-        return {name: getattr(self.held_once, without_dots(name)) for name in self._shared_names}
-
-    def stacked(self) -> State:
-        """The parameters and buffers that differ between members, (members, ...) each: the tensors, not copies."""
-        parameters = {name: getattr(self.stacked_parameters, without_dots(name)) for name in self._parameter_names}
-        return {
-            **parameters,
-            **{name: getattr(self.stacked_buffers, without_dots(name)) for name in self._buffer_names},
-        }
-
     @property
-    def by_member(self) -> frozenset[str]:
-        return frozenset(name for name in state_of(self) if name.startswith("stacked_"))
+    def n_samples(self) -> int:  # type: ignore[override]
+        """Draws of a member per training step, averaged."""
+        return 1 if self.base is None else self.base.n_samples
+
+    def train(self, mode: bool = True) -> Self:
+        if not len(self._parts):
+            return super().train(mode)
+        nn.Module.train(self, mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if not len(self._parts):
+            return super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
+        return self
 
     @property
     def kl_weight(self) -> float | None:
@@ -241,18 +190,12 @@ class DeepEnsemble(Posterior):
 
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples: sample s is member s % n_members, at draw s of its dropout or weights."""
-        stacked = self.stacked()
-        which = numbers % self.n_members
-        first, count = int(which[0]), len(which)
-        if torch.equal(which, torch.arange(first, first + count)):
-            stacked = {name: aligned(t[first : first + count]) for name, t in stacked.items()}
-        else:
-            stacked = {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
-        if self.base is not None:
-            # draws that are numbered within each member, if they are limited
-            numbers = numbers if self.base.n_draws is None else numbers // self.n_members
-            stacked = {**stacked, **self.base.draws(numbers, seed)}
-        return stacked
+        entries = super().draws(numbers, seed)
+        if self.base is None:
+            return entries
+        # draws that are numbered within each member, if they are limited
+        numbers = numbers if self.base.n_draws is None else numbers // self.n_members
+        return {**entries, **self.base.draws(numbers, seed)}
 
     def prepare(self, inputs: Inputs) -> None:
         for part in self.parts:
@@ -278,7 +221,7 @@ class DeepEnsemble(Posterior):
     def being_trained(self, on: bool) -> None:
         if self.base is not None and type(self.base).being_trained is not Posterior.being_trained:
             self.base.being_trained(on)
-            self._hidden[0].adopt(self.base.module)
+            self._structure[0].adopt(self.base.module)
             self.n_draws = None if self.base.n_draws is None else self.base.n_draws * self.n_members
 
     def after_epoch(self, epoch: int) -> None:
@@ -318,9 +261,9 @@ class DeepEnsemble(Posterior):
     def _prepare_base(self, inputs: Inputs) -> None:
         """Run the base posterior's `prepare` on the inputs, with the first member's tensors."""
         probe = self._posterior_of(0)
-        probe.module.adopt(self._hidden[0])
+        probe.module.adopt(self._structure[0])
         probe.prepare(inputs)
-        self._hidden[0].adopt(probe.module)
+        self._structure[0].adopt(probe.module)
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
         """The loss of each member, (members,), in nats per row.
@@ -331,36 +274,10 @@ class DeepEnsemble(Posterior):
             if own_rows:
                 raise ValueError("members of different architectures share their batches: give losses one batch")
             return torch.cat([part.losses(x, y, likelihood) for part in self.parts])
-        objective, state, shared = self._objective(likelihood)
-        self.steps += 1
-        if self.one_by_one is None and not can_map(objective) or self.one_by_one:
-            return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
-        return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
-
-    def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
-        """The training objective, its entries that differ between members, (members, ...), and its shared entries.
-
-        The keys among them are those of the next step.
-        """
-        model, n_samples = Model(self, likelihood), 1 if self.base is None else self.base.n_samples
-        state = model.member_entries()
-        shared = model.shared(state)
-        state["key"] = training_keys(self.seed, self.n_members, self.steps * n_samples)
-        return Objective(self.module, likelihood, n_samples, self.output), state, shared
+        return super().losses(x, y, likelihood, own_rows)
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
-        """Find out on the first batch whether members can be trained together under `vmap`.
-
-        Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
-        """
-        objective, state, shared = self._objective(likelihood)
-        try:
-            reason = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows)
-        except RuntimeError as error:
-            if (kept_error := kept_tensor(error)) is None:
-                raise
-            raise kept_error from error
-        self.one_by_one = reason or ""
+        super().before_training(x, y, likelihood, own_rows)
         if self.base is not None and type(self.base).before_training is not Posterior.before_training:
             self._each_member(lambda member: member.before_training(x, y, likelihood, own_rows))
 

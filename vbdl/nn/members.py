@@ -1,0 +1,157 @@
+"""Posteriors of several networks of one architecture: what differs between them is stacked, the rest is held once."""
+
+from collections.abc import Collection
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calling.stacking import (
+    call_each,
+    call_stacked,
+    can_map,
+    places_of,
+    state_of,
+    why_not_mapped,
+    without_dots,
+)
+from vbdl.data.rows import kept_tensor
+from vbdl.data.tiles import aligned
+from vbdl.model import Model
+from vbdl.nn.frozen import hold_frozen
+from vbdl.nn.objective import Objective, training_keys
+from vbdl.types import Inputs, Likelihood, Posterior, State
+
+
+class StackedPosterior(Posterior):
+    """A posterior that is an equal mixture of members, networks of one architecture.
+
+    The parameters and buffers in which members differ are stacked, (members, ...) each; all others are held once. A
+    subclass calls `_hold`, and sets `n_members`, `n_draws`, `seed` and `output`.
+
+    seed: of dropout in training; member m uses seed + m. steps: () int64 buffer, the number of training steps so far.
+    """
+
+    seed: int
+    steps: Tensor
+    one_by_one: str | None = None  # None: unknown
+    n_samples: int = 1  # draws of a member per training step, averaged
+
+    def _hold(self, network: nn.Module, stacked: State, shared: State, trained: Collection[str]) -> None:
+        """Register the members' tensors as parameters and buffers.
+
+        network: the members' common module, with placeholders on the meta device for tensors. stacked: (members, ...)
+        each. shared: all its other parameters and buffers. trained: names of the parameters that require a gradient.
+        """
+        # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
+        self._structure: tuple[Any] = (network,)
+        parameters = {name for name, _ in network.named_parameters()}
+        self.stacked_parameters = nn.Module()  # a ParameterDict cannot hold a parameter named "values"
+        self.stacked_buffers = nn.Module()
+        self.held_once = nn.Module()
+        for name, tensor in stacked.items():
+            if name in parameters:
+                parameter = nn.Parameter(tensor.detach(), name in trained)
+                self.stacked_parameters.register_parameter(without_dots(name), parameter)
+            else:
+                self.stacked_buffers.register_buffer(without_dots(name), tensor.detach())
+        for name, tensor in shared.items():
+            if name in parameters:
+                parameter = nn.Parameter(tensor.detach().clone(), name in trained)
+                self.held_once.register_parameter(without_dots(name), parameter)
+            else:
+                self.held_once.register_buffer(without_dots(name), tensor.detach().clone())
+        self._shared_names = tuple(shared)
+        self._parameter_names = tuple(n for n in stacked if n in parameters)
+        self._buffer_names = tuple(n for n in stacked if n not in parameters)
+        self._link()
+        device = next(iter(self.stacked().values())).device
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def module(self) -> nn.Module:
+        """The members' common module, with placeholders for the tensors in which they differ."""
+        return self._structure[0]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._structure[0].train(mode)
+        if mode:
+            hold_frozen(self._structure[0])
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._link()
+        return self
+
+    def _link(self) -> None:
+        """Put the shared tensors into the module that is called."""
+        network = self._structure[0]
+        places = places_of(network)
+        for name, t in self.shared().items():
+            for place in places[name]:
+                prefix, _, leaf = place.rpartition(".")
+                owner = network.get_submodule(prefix)
+                tensors: dict[str, Any] = owner._parameters if isinstance(t, nn.Parameter) else owner._buffers
+                tensors[leaf] = t
+
+    def shared(self) -> State:
+        """The parameters and buffers that all members share, without a members axis: the tensors, not copies."""
+        return {name: getattr(self.held_once, without_dots(name)) for name in self._shared_names}
+
+    def stacked(self) -> State:
+        """The parameters and buffers that differ between members, (members, ...) each: the tensors, not copies."""
+        parameters = {name: getattr(self.stacked_parameters, without_dots(name)) for name in self._parameter_names}
+        buffers = {name: getattr(self.stacked_buffers, without_dots(name)) for name in self._buffer_names}
+        return {**parameters, **buffers}
+
+    @property
+    def by_member(self) -> frozenset[str]:
+        return frozenset(name for name in state_of(self) if name.startswith("stacked_"))
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        """The entries of these samples, (samples, ...) each: sample s is member s % n_members."""
+        stacked, which = self.stacked(), numbers % self.n_members
+        first, count = int(which[0]), len(which)
+        if torch.equal(which, torch.arange(first, first + count)):
+            return {name: aligned(t[first : first + count]) for name, t in stacked.items()}
+        return {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
+
+    # -- training
+
+    def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
+        """The loss of each member, (members,), in nats per row.
+
+        own_rows: x and y have a leading members axis, one batch per member.
+        """
+        objective, state, shared = self._objective(likelihood)
+        self.steps += 1
+        if self.one_by_one is None and not can_map(objective) or self.one_by_one:
+            return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
+        return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
+
+    def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
+        """The training objective, its entries that differ between members, (members, ...), and its shared entries.
+
+        The keys among them are those of the next step.
+        """
+        model = Model(self, likelihood)
+        state = model.member_entries()
+        shared = model.shared(state)
+        state["key"] = training_keys(self.seed, self.n_members, self.steps * self.n_samples)
+        return Objective(self.module, likelihood, self.n_samples, self.output), state, shared
+
+    def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
+        """Find out on the first batch whether members can be trained together under `vmap`.
+
+        Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
+        """
+        objective, state, shared = self._objective(likelihood)
+        try:
+            reason = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows)
+        except RuntimeError as error:
+            if (kept_error := kept_tensor(error)) is None:
+                raise
+            raise kept_error from error
+        self.one_by_one = reason or ""
