@@ -185,16 +185,17 @@ def why_not_mapped(
     """
     if not can_map(module):
         return "recurrent layers and power iterations have no batching rule"
+    training = torch.is_grad_enabled()
 
     def run(execute: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         copies = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in stacked.items()}
-        shared_copies = {n: t.detach().clone() for n, t in shared.items()}
+        shared_copies = {n: t.detach().clone().requires_grad_(t.requires_grad and training) for n, t in shared.items()}
         extra = {"randomness": "different"} if execute is call_stacked else {}
-        with torch.set_grad_enabled(any(t.requires_grad for t in copies.values())), warnings.catch_warnings():
+        trained = [t for t in (*copies.values(), *shared_copies.values()) if t.requires_grad]
+        with torch.set_grad_enabled(bool(trained)), warnings.catch_warnings():
             warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
             # a new dict, because the tensors to differentiate must not be replaced in `copies`
-            outputs = execute(module, dict(copies), shared_copies, inputs, inputs_stacked=inputs_stacked, **extra)
-            trained = [t for t in copies.values() if t.requires_grad]
+            outputs = execute(module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra)
             gradients = ()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs.sum(), trained, allow_unused=True, materialize_grads=True)

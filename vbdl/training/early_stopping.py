@@ -12,7 +12,8 @@ class BestEpochs:
     """The state of every member at its best epoch so far.
 
     by_member: names of entries with a leading members axis. All other entries are shared by the members, and are kept
-    from the last epoch at which any member improved.
+    from the last epoch at which any member improved. Members that train shared entries all have the loss of their
+    mixture (`Validation`), so that they improve, stop and go back together.
     """
 
     def __init__(self, members: int, patience: int | None, by_member: frozenset[str]):

@@ -10,14 +10,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from vbdl.training.options import TrainingOptions
 
 
-def make_optimizer(options: TrainingOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    options: TrainingOptions, trained: Mapping[str, nn.Parameter], undecayed: Collection[str] = ()
+) -> torch.optim.Optimizer:
     """The optimizer that `options.optimizer` returns for these parameters, or AdamW if it is None.
+
+    undecayed: names of parameters that the weight decay of that AdamW does not shrink. A function of the parameters
+    gets them all, in one list.
 
     Raises TypeError if that is no optimizer, and ValueError for LBFGS, which needs several gradients per step.
     """
+    parameters = list(trained.values())
     if options.optimizer is None:
         fused = all(p.is_floating_point() for p in parameters)  # torch's fused step takes no complex weights
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+        groups = [{"params": [p for name, p in trained.items() if name not in undecayed]}]
+        if spared := [p for name, p in trained.items() if name in undecayed]:
+            groups.append({"params": spared, "weight_decay": 0.0})  # type: ignore[dict-item]
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
     optimizer = options.optimizer(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__} from it")

@@ -34,7 +34,8 @@ class History:
     """The losses and times of a training, one entry per epoch."""
 
     train_loss: list[list[float]] = field(default_factory=list)  # (epochs, members) nats per row
-    validation_nll: list[list[float]] = field(default_factory=list)  # (epochs, members) nats per row
+    # (epochs, members) nats per row; members that train shared parameters all have the loss of their mixture
+    validation_nll: list[list[float]] = field(default_factory=list)
     best_epoch: list[int] = field(default_factory=list)  # (members,) epoch whose state was kept, -1 for the last
     epochs: int = 0
     seconds: float = 0.0
@@ -59,16 +60,18 @@ class TrainingRun:
         self.model = Model(posterior, likelihood)
         self.device = self.model.device
         self.data = TrainingData(data, options, self.members, separate, RowChecks(self.model, options.seed))
-        self.validate = None
-        if self.data.validation is not None:
-            self.validate = Validation(self.model, options.seed, *self.data.validation)
         self.losses = Losses(posterior, likelihood, self.data.own_rows)
         compiled = options.compile
         if compiled is None:
             compiled = can_compile() and options.epochs * len(self.data) >= _STEPS_WORTH_COMPILING
         self.step = Step(self.losses, compiled)
         self.trained = self.step.trained
-        self.optimizer = make_optimizer(options, list(self.trained.values()))
+        self.validate = None
+        if self.data.validation is not None:
+            together = separate and any(name not in self.model.by_member for name in self.trained)
+            self.validate = Validation(self.model, options.seed, *self.data.validation, together)
+        undecayed = {f"posterior.{name}" for name in posterior.undecayed}
+        self.optimizer = make_optimizer(options, self.trained, undecayed)
         self.course = posterior.course(options.epochs, self.optimizer.param_groups[0]["lr"])
         self._check_course()
         self.schedule = make_schedule(options, self.optimizer)

@@ -18,15 +18,22 @@ _ROWS_AT_ONCE = 1024
 
 
 class Validation:
-    """The mean -log p(y | x) of each member on the validation rows, in nats."""
+    """The mean -log p(y | x) of each member on the validation rows, in nats.
 
-    def __init__(self, model: Model, seed: int, x: Inputs, y: Tensor):
-        self.model, self.seed, self.x, self.y = model, seed, x, y
+    together: score the mixture of all members in place of each one. A parameter that they share and train has one best
+        epoch, which is that of the mixture.
+    """
+
+    def __init__(self, model: Model, seed: int, x: Inputs, y: Tensor, together: bool = False):
+        self.model, self.seed, self.x, self.y, self._together = model, seed, x, y, together
         self._execute: Callable[..., Tensor] | None = None  # runs all draws, by `vmap` or one by one
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The loss of each member, (members,), for the posterior's current state; leaves it in training mode."""
+        """The loss of each member, (members,), for the posterior's current state; leaves it in training mode.
+
+        If members are scored together, each has the loss of their mixture.
+        """
         model, posterior = self.model, self.model.posterior
         draws = 1 if posterior.n_draws is not None else _DRAWS
         posterior.eval()
@@ -41,6 +48,8 @@ class Validation:
             parameters = self._execute(model, entries, shared, take(self.x, rows))
             each = torch.stack([-model.likelihood.nll(p, self.y[rows]) for p in parameters])
             each = torch.logsumexp(each.view(draws, posterior.n_members, -1), dim=0) - math.log(draws)
+            if self._together:
+                each = torch.logsumexp(each, dim=0, keepdim=True) - math.log(posterior.n_members)
             total -= each.sum(1).cpu()
         posterior.train()
         return total / len(self.y)

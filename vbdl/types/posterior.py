@@ -121,7 +121,16 @@ class Posterior(nn.Module):
         """The names of the posterior's parameters and buffers with a leading members axis.
 
         If there are any, training gives each member its own rows, gradient norm, early stopping and likelihood
-        parameters. Entries not named here are shared by all members.
+        parameters. Entries not named here are shared by all members. A shared parameter that is trained gets the sum of
+        the members' gradients, which is clipped on its own, and training then stops by the loss of the members' mixture.
+        """
+        return frozenset()
+
+    @property
+    def undecayed(self) -> frozenset[str]:
+        """The names of the posterior's parameters that weight decay must not shrink, e.g. factors that start at 1.
+
+        It holds for the optimizer of `fit`; a function passed as `optimizer=` gets all parameters in one list.
         """
         return frozenset()
 
