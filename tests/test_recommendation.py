@@ -111,3 +111,22 @@ def test_refusals(data):
         recommend(_network(), data, budget=0)
     with pytest.raises(TypeError, match="a network must be an nn.Module, got function"):
         recommend(lambda x: x, data)
+
+
+def test_the_rows_of_each_part_are_those_given(data):
+    x, y = data
+    y = y.clone()
+    y[200:] = 1 - y[200:]  # after row 200 everything is the other way round
+    rows = {"train": torch.arange(160), "validation": torch.arange(160, 200), "test": torch.arange(200, 300)}
+    found = recommend(_network(), (x, y), budget=1.5, rows=rows)
+    assert found.n_train == 160 and found.n_test == 100
+    usual = recommend(_network(), data, budget=1.5)
+    # the test rows are the others, for which what was learned is wrong
+    assert min(m.nll.value for m in found.table) > max(m.nll.lower for m in usual.table)
+    for wrong, said in (
+        ({"train": rows["train"], "test": rows["test"]}, "parts train, validation, test"),
+        (rows | {"test": torch.tensor([300])}, r"rows\['test'\] must be row numbers from 0 to 299"),
+        (rows | {"test": torch.arange(150, 250)}, "a row is in two parts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recommend(_network(), (x, y), budget=1.5, rows=wrong)

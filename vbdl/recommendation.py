@@ -23,6 +23,7 @@ from vbdl.nn.stochastic import draws_noise
 from vbdl.training.fit import fit
 from vbdl.types import Inputs, Keywords, Likelihood, Posterior
 
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of the rows, unless the caller divides them
 _MAX_EPOCHS = 300
 _LATENCY_CALLS = 20
 _N_MEMBERS = 3  # of an ensemble
@@ -84,6 +85,7 @@ def recommend(
     trained: bool = False,
     train: bool | None = None,
     latency: float | None = None,
+    rows: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     compile: bool = False,
 ) -> Recommendation:
@@ -92,7 +94,7 @@ def recommend(
     Args:
         module: the network; it is copied and not changed.
         data: (inputs, targets), or a Dataset. A fifth of the rows is held out for the comparison, a tenth for early
-            stopping.
+            stopping, both at random unless `rows` says which.
         likelihood: by default Categorical for integer targets and Gaussian for others.
         budget: approximate seconds for all training together; the last epoch of each method is completed.
         trained: whether the module is trained already. What a trained network can be used for as it is (MC dropout, a
@@ -100,6 +102,8 @@ def recommend(
         train: whether the module may be trained, or trained further; by default if it is not trained. A trained one is
             the start of methods that go on training (SWAG, snapshots, mean-field).
         latency: the most seconds that the prediction of one row may take; slower methods are not recommended.
+        rows: row numbers of the parts "train", "validation" (for early stopping) and "test" (for the comparison), as
+            `vbdl.split` returns them; for rows of one patient, or in time, which must not be divided at random.
         seed: of the split, the training and the draws.
         compile: whether to compile the predictors before measuring their latency, which takes about ten seconds each.
 
@@ -129,7 +133,7 @@ def recommend(
     if likelihood is None:
         outputs = 1 if y.ndim == 1 else y.shape[1]
         likelihood = Gaussian(outputs) if y.is_floating_point() else Categorical()
-    rows = split(n, {"train": 0.7, "stop": 0.1, "test": 0.2}, seed=seed)
+    rows = split(n, SHARES, seed=seed) if rows is None else _check_rows(rows, n)
     parts = {name: (take(x, r), y[r]) for name, r in rows.items()}
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
@@ -158,6 +162,20 @@ def recommend(
         notes = "; ".join(f"{m.method}: {m.note}" for m in measured.values())
         raise ValueError(f"no method could be tried on this module. {notes}")
     return _decide(measured, scores, rule, n_train, len(parts["test"][1]), latency)
+
+
+def _check_rows(rows: Mapping[str, Tensor], n: int) -> Mapping[str, Tensor]:
+    """The row numbers of each part. Raises ValueError for other parts, empty ones, or rows in two of them."""
+    if rows.keys() != SHARES.keys():
+        raise ValueError(f"rows must have the parts {', '.join(SHARES)}, got {', '.join(rows) or 'none'}")
+    numbers = {name: torch.as_tensor(chosen).flatten() for name, chosen in rows.items()}
+    for name, chosen in numbers.items():
+        if not len(chosen) or chosen.is_floating_point() or int(chosen.min()) < 0 or int(chosen.max()) >= n:
+            raise ValueError(f"rows[{name!r}] must be row numbers from 0 to {n - 1}, at least one")
+    every = torch.cat(list(numbers.values()))
+    if len(every.unique()) < len(every):
+        raise ValueError("a row is in two parts of rows, or twice in one: give each row once, as vbdl.split does")
+    return numbers
 
 
 def _rule(n_train: int, n_weights: int, budget: float, trained: bool, train: bool, drops: bool) -> str:
@@ -189,7 +207,7 @@ def _measure(
     likelihood = copy.deepcopy(likelihood)
     epochs, training = 0, 0.0
     if share > 0:
-        options: Keywords = {"validation": parts["stop"], "seed": seed, "progress": False, "compile": False}
+        options: Keywords = {"validation": parts["validation"], "seed": seed, "progress": False, "compile": False}
         options["batch_size"] = max(16, min(128, len(parts["train"][1]) // 10))
         begun = time.perf_counter()
         # time an epoch on a copy; the first call includes the set-up, so the second is timed

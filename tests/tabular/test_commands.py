@@ -1,6 +1,7 @@
 """vbdl fit, predict, evaluate, calibrate and recommend as a stranger meets them."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -374,3 +375,63 @@ def test_options_of_reading_that_make_no_sense(place, tmp_path, capsys, options,
     command = ["fit", str(place / "train.parquet"), "--target", "kind", "--out", str(tmp_path / "m")]
     assert main([*command, *options]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_recommend_divides_by_time_and_its_next_command_runs(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    a = random.normal(size=400)
+    columns = {"a": a, "when it was": np.arange(400)[::-1], "the target": a + random.normal(size=400)}
+    pa.csv.write_csv(pa.table(columns), tmp_path / "a table.csv")
+    given = [str(tmp_path / "a table.csv"), "--target", "the target", "--separator", ",", "--time", "when it was"]
+    assert main(["recommend", *given, "--budget", "0.5", "--width", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "280 train, 40 validation, 80 test; by time (when it was): train 0 to 279" in said
+    command = shlex.split(said.splitlines()[-1].removeprefix("to train:"))
+    assert command[:2] == ["vbdl", "fit"] and command[2:9] == given
+    assert main([*command[1:], "--out", str(tmp_path / "m"), "--epochs", "6", "--no-figures", "--width", "8"]) == 0
+
+
+def test_rows_that_a_left_out_column_told_apart_may_repeat(tmp_path, capsys):
+    """An id tells all rows apart, and is no input: the calibration rows repeat training rows, as is normal there."""
+    random = np.random.default_rng(0)
+    kind = random.choice(["u", "v", "w"], 900)
+    y = np.where(kind == "u", 1.0, 2.0) + random.normal(size=900)
+    pa.csv.write_csv(pa.table({"id": [f"row {i}" for i in range(900)], "kind": kind, "y": y}), tmp_path / "t.csv")
+    command = ["fit", str(tmp_path / "t.csv"), "--target", "y", "--out", str(tmp_path / "m"), "--no-figures"]
+    assert main([*command, *QUICK]) == 0
+    said = capsys.readouterr().out
+    assert "only 3 of 900 rows differ in the columns that are used" in said
+    assert "interval coverage" in said and "too few" not in said
+
+
+def test_scores_of_rows_in_time_have_wider_intervals(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    n, slow = 2000, np.zeros(2000)
+    for i in range(1, n):
+        slow[i] = 0.97 * slow[i - 1] + random.normal()
+    a = random.normal(size=n)
+    columns = pa.table({"day": np.arange(n), "a": a, "y": a + slow})
+    pa.csv.write_csv(columns, tmp_path / "t.csv")
+    command = ["fit", str(tmp_path / "t.csv"), "--target", "y", "--out", str(tmp_path / "m"), "--no-figures"]
+    assert main([*command, "--time", "day", *QUICK]) == 0
+    said = capsys.readouterr().out
+    assert "intervals by 20 blocks of consecutive rows in time" in said
+    later = columns.slice(1800)
+    pa.csv.write_csv(later, tmp_path / "later.csv")
+    pa.csv.write_csv(later.drop_columns("day"), tmp_path / "without.csv")
+    widths = []
+    for name in ("later", "without"):
+        assert main(["evaluate", str(tmp_path / "m"), str(tmp_path / f"{name}.csv"), "--json"]) == 0
+        score = json.loads(capsys.readouterr().out)["scores"]["RMSE"]
+        widths.append(score["upper"] - score["lower"])
+    assert widths[0] > 1.5 * widths[1]
+
+
+def test_calibrate_chooses_by_the_target_and_names_what_fits_it(place, classes, number, tmp_path, capsys):
+    assert main(["calibrate", str(number), str(place / "new.csv"), str(tmp_path / "a")]) == 0
+    assert "fitted: std-scaling" in capsys.readouterr().out
+    assert main(["calibrate", str(classes), str(place / "new.csv"), str(tmp_path / "b")]) == 0
+    assert "fitted: temperature" in capsys.readouterr().out
+    wrong = ["calibrate", str(number), str(place / "new.csv"), str(tmp_path / "c"), "--method", "isotonic"]
+    assert main(wrong) == 1
+    assert "price is a number: choose among std-scaling, cdf, intervals" in capsys.readouterr().err

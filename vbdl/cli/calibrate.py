@@ -24,10 +24,11 @@ class Calibrate:
     """File or folder of files, with the target's column."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the calibrated model."""
-    method: Literal[
-        "temperature", "platt", "isotonic", "histogram", "beta", "std-scaling", "cdf", "sets", "intervals"
-    ] = "temperature"
-    """Calibration to fit."""
+    method: (
+        Literal["temperature", "platt", "isotonic", "histogram", "beta", "std-scaling", "cdf", "sets", "intervals"]
+        | None
+    ) = None
+    """Calibration to fit; temperature for classes and std-scaling for numbers unless given."""
     coverage: float = 0.9
     """Coverage of sets and intervals."""
     add: bool = False

@@ -37,7 +37,7 @@ class Evaluate:
         rows = labeled(predictor, self.data, allow_training_rows=allowed, allow_calibration_rows=allowed)
         assert predictor.manifest is not None  # load sets it
         base = predictor.manifest.extras.get("training", {}).get("base")
-        evaluation = evaluate(predictor, rows.x, rows.y, rows.schema.target, base)
+        evaluation = evaluate(predictor, rows.x, rows.y, rows.schema.target, base, rows.when)
         if self.json:
             print(json.dumps(evaluation.to_dict(), indent=1))
             return

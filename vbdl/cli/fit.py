@@ -2,58 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from vbdl.cli.table_file import TableFile, print_columns, print_rows
 from vbdl.methods import building, method_of
-
-if TYPE_CHECKING:
-    from vbdl.tabular.reading import Reading
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(TableFile):
     """Train, calibrate and evaluate a model that predicts one column of a table from the others, and save it.
 
     Reads CSV, Parquet and Arrow files. Infers and prints the types of columns, encodes missing cells and categories,
     and keeps equal rows in one part of the split. `--config FILE` reads options from a TOML file.
     """
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """File or folder of files."""
-    target: str
-    """Column to predict."""
     out: Path = Path("model.vbdl")
     """Folder of the model. Its figures are written beside it, to NAME-figures."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(building()))] = "deep-ensemble"
     """Method for the uncertainty of the network's weights."""
-    task: Literal["classification", "regression"] | None = None
-    """Kind of prediction; inferred from the target's cells unless given."""
-    ignore: tuple[str, ...] = ()
-    """Columns to leave out."""
-    numeric: tuple[str, ...] = ()
-    """Columns to read as numbers."""
-    categorical: tuple[str, ...] = ()
-    """Columns to read as categories, for example codes made of digits."""
-    date: tuple[str, ...] = ()
-    """Columns of dates to read as days since 1970."""
-    separator: str | None = None
-    """Character that separates the cells of CSV files; inferred from the first line unless given."""
-    encoding: str | None = None
-    """Encoding of CSV files, like utf-8, latin-1, cp1252 or utf-16; utf-8 unless given."""
-    decimal: str | None = None
-    """Decimal mark; inferred from the cells unless given."""
-    thousands: str | None = None
-    """Thousands separator; inferred from the cells unless given."""
-    missing: tuple[str, ...] | None = None
-    """Words for a missing cell, besides an empty cell; NA N/A NaN NULL None and similar ones unless given."""
-    date_format: str | None = None
-    """Format of dates in text: day-first, month-first, year-first, or one like %d.%m.%Y; inferred unless given."""
-    group: str | None = None
-    """Column of groups, like patients or customers: all rows of a group go to one part of the split."""
-    time: str | None = None
-    """Column of times: split by time, so that each part of the split is later than the one before."""
     members: int = 5
     """Networks of an ensemble."""
     samples: int = 64
@@ -97,7 +65,6 @@ class Fit:
 
         from vbdl.artifact.files import check_place, locate
         from vbdl.tabular import TableOptions, fit_table
-        from vbdl.tabular.inference import kinds_of
 
         if self.threads < 0:
             raise ValueError(f"threads is 0 or more, got {self.threads}")
@@ -113,16 +80,11 @@ class Fit:
         )  # fmt: skip
         fitted = fit_table(
             self.data, self.target, settings,
-            kinds=kinds_of(self.numeric, self.categorical, self.date), ignore=self.ignore,
-            group=self.group, time=self.time, task=self.task, reading=self._reading(),
+            kinds=self.kinds(), ignore=self.ignore,
+            group=self.group, time=self.time, task=self.task, reading=self.reading(),
         )  # fmt: skip
-        print(fitted.schema)
-        for name, reason in fitted.left_out.items():
-            print(f"  {name:24s} {'left out':12s} {reason}")
-        parts = ", ".join(f"{len(rows)} {name}" for name, rows in fitted.rows.items())
-        print(f"rows:   {parts}; {fitted.split}")
-        for note in fitted.notes:
-            print(f"note:   {note}")
+        print_columns(fitted.schema, fitted.left_out)
+        print_rows(fitted.rows, fitted.split, fitted.notes)
         print(f"{self.method}: {fitted.history.epochs} epochs in {fitted.history.seconds:.1f} s\n")
         print(fitted.evaluation)
         fitted.save(self.out, overwrite=self.overwrite)
@@ -136,13 +98,3 @@ class Fit:
                     print(path)
             except ModuleNotFoundError as error:
                 print(f"no figures: {error}")
-
-    def _reading(self) -> "Reading":
-        from vbdl.tabular.reading import NULLS, Reading
-
-        missing = tuple(NULLS) if self.missing is None else self.missing
-        separator = "\t" if self.separator in ("\\t", "tab") else self.separator
-        return Reading(
-            separator=separator, encoding=self.encoding, decimal=self.decimal, thousands=self.thousands,
-            missing=missing, date_format=self.date_format,
-        )  # fmt: skip

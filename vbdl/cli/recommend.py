@@ -1,34 +1,18 @@
 """The command `vbdl recommend`."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
+from vbdl.cli.table_file import TableFile, print_columns, print_rows
 
 
 @dataclass(frozen=True)
-class Recommend:
+class Recommend(TableFile):
     """Train a small version of every method on a table, and print which method to use, and why."""
 
-    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """File or folder of files."""
-    target: str
-    """Column to predict."""
     budget: float = 60.0
     """Approximate number of seconds for all training together."""
     latency: float | None = None
     """Most seconds that the prediction of one row may take."""
-    task: Literal["classification", "regression"] | None = None
-    """Kind of prediction; inferred from the target's cells unless given."""
-    ignore: tuple[str, ...] = ()
-    """Columns to leave out."""
-    numeric: tuple[str, ...] = ()
-    """Columns to read as numbers."""
-    categorical: tuple[str, ...] = ()
-    """Columns to read as categories, for example codes made of digits."""
-    date: tuple[str, ...] = ()
-    """Columns of dates to read as days since 1970."""
     width: int = 128
     """Number of units in each hidden layer."""
     depth: int = 2
@@ -40,23 +24,16 @@ class Recommend:
         import torch
 
         from vbdl.methods import METHODS
-        from vbdl.tabular.inference import kinds_of
         from vbdl.tabular.recommending import recommend_table
 
         torch.set_num_threads(1)
-        kinds = kinds_of(self.numeric, self.categorical, self.date)
-        recommendation = recommend_table(
-            self.data,
-            self.target,
-            self.budget,
-            self.task,
-            self.ignore,
-            self.width,
-            self.depth,
-            self.seed,
-            self.latency,
-            kinds,
-        )
-        print(recommendation)
-        name = next(m.name for m in METHODS.values() if m.class_name == recommendation.method)
-        print(f"to train:  vbdl fit {self.data} --target {self.target} --method {name}")
+        found = recommend_table(
+            self.data, self.target, self.budget, task=self.task, ignore=self.ignore, width=self.width,
+            depth=self.depth, seed=self.seed, latency=self.latency, kinds=self.kinds(), group=self.group,
+            time=self.time, reading=self.reading(),
+        )  # fmt: skip
+        print_columns(found.schema, found.left_out)
+        print_rows(found.rows, found.split, found.notes)
+        print(f"\n{found.recommendation}")
+        name = next(m.name for m in METHODS.values() if m.class_name == found.recommendation.method)
+        print(f"to train:  vbdl fit {self.words()} --method {name}")

@@ -18,7 +18,8 @@ Does it find the errors:  risk_coverage (RiskCoverage), aurc, excess_aurc, risk_
 Does it separate two:     auroc, auroc_interval, aupr, fpr_at_tpr
 Do members differ:        diversity (Diversity)
 Streams:                  Mean of a score of rows; Rows of any metric; as_torchmetric
-Errors of estimates:      mean_estimate (Estimate), bootstrap and proportion_interval (Interval), compare (Comparison)
+Errors of estimates:      mean_estimate (Estimate), bootstrap, block_interval (rows in time) and proportion_interval
+                          (Interval), compare (Comparison)
 """
 
 from vbdl.metrics.accuracy import accuracy as accuracy
@@ -48,6 +49,7 @@ from vbdl.metrics.diversity import diversity as diversity
 from vbdl.metrics.estimate import Comparison as Comparison
 from vbdl.metrics.estimate import Estimate as Estimate
 from vbdl.metrics.estimate import Interval as Interval
+from vbdl.metrics.estimate import block_interval as block_interval
 from vbdl.metrics.estimate import bootstrap as bootstrap
 from vbdl.metrics.estimate import compare as compare
 from vbdl.metrics.estimate import mean_estimate as mean_estimate

@@ -104,7 +104,10 @@ class StoredRun:
         every = read_results(folder)
         results = [r for r in every if "error" not in r]
         if not results:
-            raise ValueError(f"{folder} holds no result; `vbdl bench --out {folder}` writes {RESULTS} there")
+            raise ValueError(
+                f"{folder} holds no {RESULTS}, which `vbdl bench --out FOLDER` writes: a report is of such a run. "
+                f"`vbdl evaluate` prints the scores of a model"
+            )
         return cls(folder, results, [r for r in every if "error" in r])
 
     @property

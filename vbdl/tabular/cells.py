@@ -150,7 +150,8 @@ def _parsed(column: "pyarrow.Array", name: str, rejected: dict[int, str], writte
         except pa.ArrowInvalid:
             value = None
         if value is None:
-            raise Unreadable(f"column {name!r}: {short(word)} is not a number")
+            notation = "" if written is None else f" in the notation of the training table ({written})"
+            raise Unreadable(f"column {name!r}: {short(word)} is not a number{notation}")
         return value
 
     return _each(column, number, rejected)

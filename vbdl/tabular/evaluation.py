@@ -1,20 +1,23 @@
 """Evaluation of a predictor on unseen rows: scores with 95 % intervals, beside those of the simplest predictor."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import SupportsFloat, TypedDict
 
 import torch
 from torch import Tensor
 
 from vbdl import metrics
+from vbdl.calibration.calibrated import calibrations
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics.estimate import Interval
 from vbdl.tabular.target import Target
-from vbdl.types import Json, Prediction
+from vbdl.types import Json
 
 _RESAMPLES = 500
+_BLOCKS = 20  # of consecutive rows in time, whose scores are taken as independent
 
 
 class ClassShares(TypedDict):
@@ -47,6 +50,7 @@ class Score:
     lower: float
     upper: float
     simplest: float | None = None
+    wanted: float | None = None  # the coverage that calibration aimed at
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Evaluation:
 
     rows: int
     scores: tuple[Score, ...]
+    blocks: int | None = None  # of consecutive rows in time, by which the intervals were computed
 
     def __getitem__(self, name: str) -> Score:
         for score in self.scores:
@@ -82,19 +87,89 @@ class Evaluation:
             simplest = "" if s.simplest is None else f"{s.simplest:10.4g}"
             between = f"[{s.lower:.4g}, {s.upper:.4g}]"
             lines.append(f"{s.name:24s} {s.value:10.4g}   {between:>24s} {simplest:>10s} {s.unit}")
-        return "\n".join([*lines, f"on {self.rows} rows"])
+        how = f"; intervals by {self.blocks} blocks of consecutive rows in time" if self.blocks else ""
+        lines.append(f"on {self.rows} rows{how}")
+        if any(s.simplest is not None for s in self.scores):
+            lines.append("simplest: every row gets the mean and std, or the class shares, of the training rows")
+        lines += [f"note:   {note}" for note in self.notes()]
+        return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Sentences for the user about scores that are worse than they should be."""
+        notes = []
+        for s in self.scores:
+            if s.name in ("RMSE", "NLL") and s.simplest is not None and s.value > s.simplest:
+                notes.append(f"{s.name} is worse than that of the simplest predictor: these inputs do not help")
+            if s.wanted is not None and s.upper < s.wanted:
+                notes.append(
+                    f"{s.name} is below the {s.wanted:.0%} it was calibrated for: these rows differ from the "
+                    f"calibration rows, so calibrate on newer ones (vbdl calibrate)"
+                )
+        return notes
 
 
-def evaluate(predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: Baseline | None = None) -> Evaluation:
-    """Score a predictor on (x, y), beside the simplest predictor `base` of the training rows if it is given."""
+def evaluate(
+    predictor: Predictor,
+    x: Tensor,
+    y: Tensor,
+    target: Target,
+    base: Baseline | None = None,
+    when: Tensor | None = None,
+) -> Evaluation:
+    """Score a predictor on (x, y), beside the simplest predictor `base` of the training rows if it is given.
+
+    when: (rows,) the order of the rows in time. Rows near in time are alike, and intervals then widen for it.
+    """
     if len(y) < 2:
         raise ValueError(f"an evaluation needs at least two rows, there are {len(y)}")
+    blocks = None
+    if when is not None and len(y) >= 2 * _BLOCKS:
+        order, blocks = when.argsort(stable=True), _BLOCKS
+        x, y = x[order], y[order]
+    intervals = _Intervals(blocks)
     if target.classes is not None:
-        return Evaluation(len(y), tuple(_classification(predictor(x), y, target, base)))
-    return Evaluation(len(y), tuple(_regression(predictor(x, samples=True), y, target, base)))
+        return Evaluation(len(y), tuple(_classification(predictor, x, y, target, base, intervals)), blocks)
+    return Evaluation(len(y), tuple(_regression(predictor, x, y, target, base, intervals)), blocks)
 
 
-def _classification(p: Prediction, y: Tensor, target: Target, base: Baseline | None) -> list[Score]:
+@dataclass(frozen=True)
+class _Intervals:
+    """The 95 % intervals of scores, of independent rows, or of rows in time by blocks of them."""
+
+    blocks: int | None
+
+    def mean(self, scores: Tensor) -> Interval:
+        """Of the mean of (rows,) scores; infinite if one is, as an NLL after isotonic calibration."""
+        if bool(scores.isposinf().any()):
+            return Interval(math.inf, math.inf, math.inf, 0.95)
+        if self.blocks is None:
+            return metrics.mean_estimate(scores).interval()
+        return metrics.block_interval(torch.mean, scores, blocks=self.blocks)
+
+    def share(self, hits: Tensor) -> Interval:
+        """Of the share of hits, (rows,) bool; never narrower than that of independent rows."""
+        return self.widened(metrics.proportion_interval(int(hits.sum()), len(hits)), lambda h: h.double().mean(), hits)
+
+    def widened(self, independent: Interval, metric: Callable[..., SupportsFloat], *rows: Tensor) -> Interval:
+        """An interval for independent rows, as wide as blocks of rows make it, within [0, 1]."""
+        if self.blocks is None:
+            return independent
+        found = metrics.block_interval(metric, *rows, blocks=self.blocks)
+        lower, upper = min(independent.lower, found.lower), max(independent.upper, found.upper)
+        return Interval(independent.value, max(0.0, lower), min(1.0, upper), independent.level)
+
+    def of(self, metric: Callable[..., SupportsFloat], *rows: Tensor) -> Interval:
+        """Of any metric that is not negative."""
+        if self.blocks is None:
+            return metrics.bootstrap(metric, *rows, n_resamples=_RESAMPLES)
+        found = metrics.block_interval(metric, *rows, blocks=self.blocks)
+        return Interval(found.value, max(0.0, found.lower), found.upper, found.level)
+
+
+def _classification(
+    predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: Baseline | None, intervals: _Intervals
+) -> list[Score]:
+    p = predictor(x)
     if p.probs is None:
         raise ValueError(f"the target {target.name} has classes, and the model predicts numbers")
     probs = p.probs.double()
@@ -108,25 +183,28 @@ def _classification(p: Prediction, y: Tensor, target: Target, base: Baseline | N
             "Brier": float(metrics.brier_score(shares, y).mean()),
         }
     nll, brier = metrics.categorical_nll(probs, y), metrics.brier_score(probs, y)
+    accuracy = intervals.widened(metrics.accuracy_interval(probs, y), metrics.accuracy, probs, y)
     scores = [
-        _score("accuracy", "share of rows", metrics.accuracy_interval(probs, y), simplest.get("accuracy")),
-        _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
-        _score("Brier", "0 to 2", metrics.mean_estimate(brier).interval(), simplest.get("Brier")),
-        _score("ECE", "15 bins", metrics.bootstrap(metrics.ece, probs, y, n_resamples=_RESAMPLES)),
+        _score("accuracy", "share of rows", accuracy, simplest.get("accuracy")),
+        _score("NLL", "nats a row", intervals.mean(nll), simplest.get("NLL")),
+        _score("Brier", "0 to 2", intervals.mean(brier), simplest.get("Brier")),
+        _score("ECE", "15 bins", intervals.of(metrics.ece, probs, y)),
     ]
     if probs.shape[1] == 2 and 2 <= int(y.sum()) <= len(y) - 2:  # an interval needs two rows of each class
-        scores.insert(
-            1, _score("AUROC", f"for {target.label(1)!r}", metrics.auroc_interval(probs[:, 1], y.bool()), 0.5)
-        )
+        positive = y.bool()
+        found = intervals.widened(metrics.auroc_interval(probs[:, 1], positive), _auroc_or_half, probs[:, 1], positive)
+        scores.insert(1, _score("AUROC", f"for {target.label(1)!r}", found, 0.5))
     if p.sets is not None:
         hit = p.sets.gather(1, y.unsqueeze(1)).squeeze(1)
-        held = metrics.proportion_interval(int(hit.sum()), len(y))
-        scores.append(_score("set coverage", "share of rows", held))
-        scores.append(_score("set size", "classes", metrics.mean_estimate(p.sets.sum(1).double()).interval()))
+        scores.append(_score("set coverage", "share of rows", intervals.share(hit), wanted=_wanted(predictor)))
+        scores.append(_score("set size", "classes", intervals.mean(p.sets.sum(1).double())))
     return scores
 
 
-def _regression(p: Prediction, y: Tensor, target: Target, base: Baseline | None) -> list[Score]:
+def _regression(
+    predictor: Predictor, x: Tensor, y: Tensor, target: Target, base: Baseline | None, intervals: _Intervals
+) -> list[Score]:
+    p = predictor(x, samples=True)
     mean, truth = p.mean.double().flatten(), y.double().flatten()
     nll = -p.log_prob(y).double()
     simplest: dict[str, float] = {}
@@ -141,37 +219,49 @@ def _regression(p: Prediction, y: Tensor, target: Target, base: Baseline | None)
     low, high = p.interval(0.9)
     hit = metrics.covered(low.double().flatten(), high.double().flatten(), truth)
     scores = [
-        _score(
-            "RMSE", unit, metrics.bootstrap(metrics.rmse, mean, truth, n_resamples=_RESAMPLES), simplest.get("RMSE")
-        ),
-        _score("NLL", "nats a row", _nll_interval(nll), simplest.get("NLL")),
-        _score("90 % coverage", "share of rows", metrics.proportion_interval(int(hit.sum()), len(truth))),
+        _score("RMSE", unit, intervals.of(metrics.rmse, mean, truth), simplest.get("RMSE")),
+        _score("NLL", "nats a row", intervals.mean(nll), simplest.get("NLL")),
+        _score("90 % coverage", "share of rows in the band of the model itself", intervals.share(hit)),
     ]
     # samples belong to the mixture before recalibration, whose CRPS is not that of the recalibrated prediction
     if isinstance(p, RegressionPrediction) and p.recalibration is None:
         assert p.samples is not None
         components = p.samples.double()
         crps = metrics.crps_mixture(components[..., 0, 0], (0.5 * components[..., 0, 1]).exp(), truth)
-        scores.insert(2, _score("CRPS", unit, metrics.mean_estimate(crps).interval(), simplest.get("CRPS")))
+        scores.insert(2, _score("CRPS", unit, intervals.mean(crps), simplest.get("CRPS")))
     if p.lower is not None and p.upper is not None:
         hit = metrics.covered(p.lower.double().flatten(), p.upper.double().flatten(), truth)
-        held = metrics.proportion_interval(int(hit.sum()), len(y))
-        scores.append(_score("interval coverage", "share of rows", held))
+        scores.append(
+            _score(
+                "interval coverage",
+                "share of rows in the calibrated interval",
+                intervals.share(hit),
+                wanted=_wanted(predictor),
+            )
+        )
         width = (p.upper - p.lower).double().flatten()
         if bool(width.isfinite().all()):
-            scores.append(_score("interval width", unit, metrics.mean_estimate(width).interval()))
+            scores.append(_score("interval width", unit, intervals.mean(width)))
     return scores
 
 
-def _nll_interval(nll: Tensor) -> Interval:
-    """Return the interval of the mean NLL; infinite if a row has probability 0, as after isotonic calibration."""
-    if bool(nll.isposinf().any()):
-        return Interval(math.inf, math.inf, math.inf, 0.95)
-    return metrics.mean_estimate(nll).interval()
+def _auroc_or_half(scores: Tensor, positive: Tensor) -> float:
+    """The AUROC, or 0.5 where all rows are of one class."""
+    return metrics.auroc(scores, positive) if 0 < int(positive.sum()) < len(positive) else 0.5
 
 
-def _score(name: str, unit: str, interval: Interval, simplest: float | None = None) -> Score:
-    return Score(name, unit, interval.value, interval.lower, interval.upper, simplest)
+def _wanted(predictor: Predictor) -> float | None:
+    """The coverage that the predictor's sets or intervals were calibrated for."""
+    for calibrated in calibrations(predictor.likelihood):
+        if (alpha := getattr(calibrated.method, "alpha", None)) is not None:
+            return 1 - alpha
+    return None
+
+
+def _score(
+    name: str, unit: str, interval: Interval, simplest: float | None = None, wanted: float | None = None
+) -> Score:
+    return Score(name, unit, interval.value, interval.lower, interval.upper, simplest, wanted)
 
 
 def _plain(value: float) -> float | None:

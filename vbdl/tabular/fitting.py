@@ -1,9 +1,7 @@
 """`fit_table` trains, calibrates and evaluates a predictor of one column of a table."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +16,11 @@ from vbdl.tabular.giveaways import giveaways
 from vbdl.tabular.inference import infer, training_table
 from vbdl.tabular.network import NetworkArguments, TabularNetwork
 from vbdl.tabular.options import TableOptions
-from vbdl.tabular.parts import Parts, divide, joined
+from vbdl.tabular.parts import Parts, divide_table, joined
 from vbdl.tabular.reading import ArrowColumn, Reading, arrow
 from vbdl.tabular.schema import KEY, Schema
-from vbdl.tabular.target import decide, fit_target, has_target
+from vbdl.tabular.target import has_target
 from vbdl.training.fit import History, fit
-
-if TYPE_CHECKING:
-    import pyarrow
 
 ARCHITECTURE = "vbdl.tabular.network:TabularNetwork"
 _MIN_ROWS = 40
@@ -51,6 +46,7 @@ class Fitted:
     network: NetworkArguments
     test: tuple[Tensor, Tensor]
     notes: list[str] = field(default_factory=list)
+    time: str | None = None  # the column by which the rows were divided
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Save the predictor as an artifact that holds the schema of the table; `vbdl.load` reads it."""
@@ -65,6 +61,7 @@ class Fitted:
                 "training": {
                     "method": self.settings.method,
                     "split": self.split,
+                    "time": self.time,
                     "rows": {name: len(r) for name, r in self.rows.items()},
                     "base": self.base,
                     "left_out": self.left_out,
@@ -121,11 +118,12 @@ def fit_table(
         if name == target:
             raise ValueError(f"{name!r} is the target, by which rows cannot be split: give another column")
     ignore = (*ignore, *(name for name in apart if name not in (kinds or {})))
-    parts = _divide(table, target, task, ignore, settings, group, time, reading)
-    notes += parts.notes
+    parts = divide_table(table, target, task, ignore, settings.shares, group, time, settings.seed, reading)
     train = parts.rows["train"]
     schema, left_out = infer(table, target, train.numpy(), kinds, ignore, task, reading, notes)
     encoded = schema.encode(table)
+    parts = parts.of_encoded(encoded.x)
+    notes += parts.notes
     if encoded.rejected:
         row, reason = min(encoded.rejected.items())
         notes.append(
@@ -168,13 +166,14 @@ def fit_table(
     calibrated = calibrate_by_default(predictor, for_calibration, settings.coverage, settings.seed)
     predictor, notes = calibrated.predictor, [*notes, *calibrated.notes]
     base = _base(targets["train"], schema)
-    evaluation = evaluate(predictor, x["test"], targets["test"], schema.target, base)
+    when = None if parts.when is None else parts.when[rows["test"]]
+    evaluation = evaluate(predictor, x["test"], targets["test"], schema.target, base, when)
     if compile:
         predictor = predictor.replace(compile=True)
     rows = {name: keep[r] for name, r in rows.items()}
     test = (x["test"], targets["test"])
     return Fitted(
-        predictor, schema, settings, evaluation, history, rows, parts.how, left_out, base, arguments, test, notes
+        predictor, schema, settings, evaluation, history, rows, parts.how, left_out, base, arguments, test, notes, time
     )
 
 
@@ -187,26 +186,6 @@ def _words(column: ArrowColumn, known: np.ndarray) -> str:
     return (
         f": {', '.join(map(repr, sorted(words)))} is read as missing (--missing says which words are)" if words else ""
     )
-
-
-def _divide(
-    table: "pyarrow.Table",
-    target: str,
-    task: str | None,
-    ignore: Sequence[str],
-    settings: TableOptions,
-    group: str | None,
-    time: str | None,
-    reading: Reading,
-) -> Parts:
-    """Divide the rows into parts by their unencoded inputs, before any statistic is computed."""
-    inputs = [name for name in table.column_names if name != target and name not in ignore]
-    classes = None
-    if decide(table.column(target), target, task, reading)[0] == "classification":
-        every = torch.arange(table.num_rows).numpy()
-        numbers, known = fit_target(table.column(target), target, every, task, reading).encode(table.column(target))
-        classes = numbers if bool(known.all()) else None
-    return divide(table, inputs, classes, settings.shares, group, time, settings.seed, reading)
 
 
 def _calibration_rows(parts: Parts, rows: Tensor, x: Tensor, y: Tensor) -> CalibrationRows:

@@ -9,6 +9,7 @@ from vbdl.artifact.saving import training_rows
 from vbdl.calibration.calibrated import calibration_rows
 from vbdl.data.fingerprint import fingerprints
 from vbdl.engine.predictor import Predictor
+from vbdl.tabular.parts import moments
 from vbdl.tabular.reading import as_table
 from vbdl.tabular.schema import KEY, Schema
 
@@ -21,6 +22,7 @@ class Labeled:
     y: Tensor
     schema: Schema
     notes: list[str]
+    when: Tensor | None = None  # (rows,) the order in time, if the model's table was divided by a column that is here
 
 
 def labeled(
@@ -50,6 +52,11 @@ def labeled(
     notes += [f"{n} cells of {name!r} are categories that training did not have" for name, n in encoded.unseen.items()]
     notes += [f"{n} cells of {name!r} were missing and filled: training had none" for name, n in encoded.filled.items()]
     x, y = encoded.x[usable], y[usable]
+    assert predictor.manifest is not None  # it has the schema
+    time = predictor.manifest.extras.get("training", {}).get("time")
+    when = None
+    if time is not None and time in table.column_names:
+        when = moments(table, time, schema.files)[0][usable]
     if not len(y):
         raise ValueError("there are no rows with a target")
     prints = fingerprints(x)
@@ -65,4 +72,4 @@ def labeled(
             notes.append(f"{n_seen} of {len(y)} rows were {done} on: the scores are too good")
     if not complete and not allow_calibration_rows:
         notes.append("which rows the model was calibrated on is not recorded: scores on these would be too good")
-    return Labeled(x, y, schema, notes)
+    return Labeled(x, y, schema, notes, when)

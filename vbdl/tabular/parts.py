@@ -1,8 +1,8 @@
 """The division of a table's rows into training, validation, calibration and test; equal rows stay in one part."""
 
 import datetime
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from vbdl.tabular import dates
 from vbdl.tabular.cells import decoded, is_text, texts, without
 from vbdl.tabular.numerals import Recognized, recognize
 from vbdl.tabular.reading import ArrowColumn, Reading, compute
+from vbdl.tabular.target import decide, fit_target
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,6 +34,38 @@ class Parts:
     overlap_is_meant: bool = False  # whether equal rows may be in different parts
     groups: Tensor | None = None  # (all rows,) group numbers of a split by group; a group is in one part
     when: Tensor | None = None  # (all rows,) order of the rows of a split by time
+
+    def of_encoded(self, x: Tensor) -> "Parts":
+        """These parts for encoded rows (all rows, features), of which more may be equal than of the table's.
+
+        A column that is left out, like a text that differs in every row, no longer tells rows apart.
+        """
+        different, n = len(fingerprints(x).unique()), len(x)
+        if self.overlap_is_meant or different >= n * _MOSTLY_EQUAL:
+            return self
+        note = f"only {different} of {n} rows differ in the columns that are used: equal rows may be in different parts"
+        return replace(self, notes=[*self.notes, note], overlap_is_meant=True)
+
+
+def divide_table(
+    table: "pyarrow.Table",
+    target: str,
+    task: str | None,
+    ignore: Sequence[str],
+    shares: Mapping[str, float],
+    group: str | None,
+    time: str | None,
+    seed: int,
+    reading: Reading,
+) -> Parts:
+    """Divide the rows into parts by their unencoded inputs, before any statistic is computed."""
+    inputs = [name for name in table.column_names if name != target and name not in ignore]
+    classes = None
+    if decide(table.column(target), target, task, reading)[0] == "classification":
+        every = torch.arange(table.num_rows).numpy()
+        numbers, known = fit_target(table.column(target), target, every, task, reading).encode(table.column(target))
+        classes = numbers if bool(known.all()) else None
+    return divide(table, inputs, classes, shares, group, time, seed, reading)
 
 
 def divide(
@@ -60,8 +93,9 @@ def divide(
         raise ValueError("give a group column or a time column: the two can contradict each other")
     if time is not None:
         when, read = moments(table, time, reading)
-        how = f"by time ({time}{read}), the earliest rows to train"
-        return Parts(split(n, shares, time=when), how, [], True, when=when)
+        rows = split(n, shares, time=when)
+        spans = "; ".join(f"{name} {_span(table, time, when, part)}" for name, part in rows.items())
+        return Parts(rows, f"by time ({time}{read}): {spans}", [], True, when=when)
     row = _equal(table, inputs)
     different = int(row.max()) + 1 if n else 0
     notes, meant = [], False
@@ -86,6 +120,13 @@ def divide(
     return Parts(
         {name: (part_of[row] == number).nonzero().flatten() for number, name in enumerate(dealt)}, _how(classes), notes
     )
+
+
+def _span(table: "pyarrow.Table", time: str, when: Tensor, rows: Tensor) -> str:
+    """The first and the last time of some rows, as the table writes them."""
+    ends = (int(rows[when[rows].argmin()]), int(rows[when[rows].argmax()]))
+    first, last = (str(table.column(time)[row].as_py()) for row in ends)
+    return f"{first} to {last}"
 
 
 def _how(classes: Tensor | None) -> str:

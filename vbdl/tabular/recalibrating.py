@@ -31,12 +31,14 @@ METHODS: dict[str, Callable[[float], Calibrator]] = {
     "intervals": lambda alpha: calibration.NormalizedIntervals(alpha),
 }
 
+_OF_NUMBERS = ("std-scaling", "cdf", "intervals")
+
 
 def recalibrate(
     model: str | Path,
     data: object,
     out: str | Path,
-    method: str,
+    method: str | None = None,
     coverage: float = 0.9,
     add: bool = False,
     overwrite: bool = False,
@@ -44,10 +46,12 @@ def recalibrate(
 ) -> str:
     """Calibrate the model of a folder on a table, and save it to another folder. Return a report as text.
 
+    method: one of METHODS; by default temperature for classes and std-scaling for numbers.
+
     The report has scores on the calibration rows themselves: they show that the fit worked, not how good it is on
     other rows.
     """
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if not 0 < coverage < 1:
         raise ValueError(f"coverage lies between 0 and 1, got {coverage}")
@@ -55,6 +59,15 @@ def recalibrate(
         raise ValueError("the calibrated model cannot replace the model that it is made from: give it another folder")
     predictor = load(model, trust=trust, compile=False)
     rows = labeled(predictor, data, allow_calibration_rows=True)
+    is_number = rows.schema.target.classes is None
+    if method is None:
+        method = "std-scaling" if is_number else "temperature"
+    if (method in _OF_NUMBERS) != is_number:
+        fitting = ", ".join(name for name in METHODS if (name in _OF_NUMBERS) == is_number)
+        raise ValueError(
+            f"{method} calibrates {'class probabilities' if is_number else 'a regression'}, and "
+            f"{rows.schema.target.name} {'is a number' if is_number else 'has classes'}: choose among {fitting}"
+        )
     start = predictor if add else _uncalibrated(predictor)
     calibrated = calibrate(start, (rows.x, rows.y), METHODS[method](1 - coverage))
     before = evaluate(predictor, rows.x, rows.y, rows.schema.target)
@@ -78,6 +91,7 @@ def recalibrate(
     earlier = _methods(predictor.likelihood)
     replaced = [name for name in earlier if not add or name == method in ("sets", "intervals")]
     remaining = [name for name in earlier if name not in replaced]
+    lines.append("scores on other rows: vbdl evaluate")
     lines += [f"fitted: {method}"]
     lines += [f"kept: {', '.join(remaining)}"] if remaining else []
     if replaced:

@@ -122,7 +122,7 @@ class Posterior(nn.Module):
 
         If there are any, training gives each member its own rows, gradient norm, early stopping and likelihood
         parameters. Entries not named here are shared by all members. A shared parameter that is trained gets the sum of
-        the members' gradients, which is clipped on its own, and training then stops by the loss of the members' mixture.
+        the members' gradients, which is clipped on its own; training then stops by the loss of the members' mixture.
         """
         return frozenset()
 
