@@ -41,7 +41,7 @@ class Objective(nn.Module):
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:
         """The loss, (), in nats per row."""
         with draws_of_one_step():
-            terms = [self._at(self.key + self.key.new_tensor([0, k]), inputs, y) for k in range(self.n_samples)]
+            terms = [self._at(_later(self.key, k), inputs, y) for k in range(self.n_samples)]
         return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 
     def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:
@@ -60,6 +60,11 @@ class Objective(nn.Module):
 
     def _nll(self, outputs: object, y: Tensor) -> Tensor:
         return self.likelihood.training_loss(self.likelihood(pick(outputs, self.output)), y).mean()
+
+
+def _later(key: Tensor, k: int) -> Tensor:
+    """The key of the k-th draw after this one, (2,); without a constant, which a compiled step would need a wrapper for."""
+    return torch.stack([key[0], key[1] + k]) if k else key
 
 
 class PosteriorOfOneNetwork(Posterior):
