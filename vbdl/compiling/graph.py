@@ -152,7 +152,7 @@ class Region:
 
     def flops(self) -> int:
         """The number of multiplications and additions in the region's matrix products and convolutions."""
-        return sum(_flops(node) for node in self.nodes)
+        return sum(flops_of(node) for node in self.nodes)
 
     def peak_bytes(self) -> int:
         """The largest number of bytes that the region's values take at any time, if its nodes run in order."""
@@ -305,7 +305,8 @@ def _is_view(node: fx.Node) -> bool:
     return name_of(node) in _VIEWS
 
 
-def _flops(node: fx.Node) -> int:
+def flops_of(node: fx.Node) -> int:
+    """The number of multiplications and additions of a node that is a matrix product or a convolution; else 0."""
     operator = operator_of(node)
     if operator is None or operator.overloadpacket not in flop_registry:
         return 0

@@ -63,7 +63,7 @@ class Objective(nn.Module):
 
 
 def _later(key: Tensor, k: int) -> Tensor:
-    """The key of the k-th draw after this one, (2,); without a constant, which a compiled step would need a wrapper for."""
+    """The key of the k-th draw after this one, (2,); no constant, which would keep a wrapper around a compiled step."""
     return torch.stack([key[0], key[1] + k]) if k else key
 
 

@@ -54,7 +54,8 @@ class TrainingData:
             self.validation = take(x, held_out), y[held_out]
         seeds = [options.seed + m for m in range(n_members)]
         if options.member_rows is not None:
-            chosen = torch.as_tensor(options.member_rows)
+            chosen = torch.as_tensor(options.member_rows).long()
+            chosen = torch.where(chosen < 0, chosen + len(y), chosen)  # from the end, as Python counts
             if chosen.ndim != 2 or chosen.shape[0] != n_members:
                 raise ValueError(
                     f"member_rows must be row numbers of shape (members, n) = ({n_members}, n), got shape "
@@ -70,6 +71,10 @@ class TrainingData:
     def __len__(self) -> int:
         """The number of batches in an epoch; 1 for a stream of unknown length."""
         return len(self._batches)
+
+    def steps_with(self, rows: int) -> int:
+        """The number of batches of so many rows in an epoch."""
+        return self._batches.steps_with(rows)
 
     def passes(self, title: str, shown: bool | None) -> "Passes":
         """The training rows, to be passed over after training with a progress display of this title."""

@@ -2,21 +2,25 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vbdl.calling.graphs import in_words, recorded
-from vbdl.calling.inputs import flatten, rebuild
+from vbdl.calling.inputs import TENSOR, flatten, rebuild
 from vbdl.calling.stacking import call, state_of
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
+from vbdl.training.gradients import gradients_like, is_zero, without_empty_work
+from vbdl.training.worth import is_worth_compiling, is_worth_tracing
 from vbdl.types import Inputs, Likelihood, Posterior
 
 logger = logging.getLogger("vbdl")
+
+Call = Callable[..., Sequence[Tensor]]
 
 
 class Losses(nn.Module):
@@ -29,48 +33,99 @@ class Losses(nn.Module):
         super().__init__()
         self.posterior, self.likelihood, self._own = posterior, likelihood, own
 
+    def rows(self, y: Tensor) -> int:
+        """The number of rows of a batch of these targets; those of one member if each has its own."""
+        return y.shape[1] if self._own else y.shape[0]
+
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
         return self.posterior.losses(x, y, self.likelihood, self._own)
 
 
 class Step:
-    """A callable that computes the losses of a batch and puts their gradients in the parameters' `grad`."""
+    """A callable that computes the losses of a batch and puts their gradients in the parameters' `grad`.
 
-    def __init__(self, losses: Losses, compiled: bool):
-        self.losses, self.compiled = losses, compiled
+    compiled: whether to compile the step; None to decide for each batch shape by the number of its steps: for few the
+        step runs as Python code, for more it is traced, and compiled if that repays the time. The choice depends on
+        nothing but this number and the graph, so that the same training gives the same bits.
+    expected: the number of steps of the training with batches of as many rows.
+    """
+
+    def __init__(self, losses: Losses, compiled: bool | None, expected: Callable[[int], int] = lambda rows: 0):
+        self.losses, self.compiled, self._expected = losses, compiled, expected
         self.trained = {n: p for n, p in losses.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
         self.compile_seconds = 0.0
-        self._calls: dict[tuple, Callable] = {}
+        self._calls: dict[tuple, tuple[Call, list[bool]] | None] = {}  # None: runs as Python code
+        self._state: tuple[list[Tensor], list[int]] | None = None  # the tensors of a call, and where they lie
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
         """The loss of each member before the optimizer's step, (members,), nats per row."""
-        if not self.compiled:
+        if self.compiled is False:
             return self._plain(x, y)
-        fixed = {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
-        inputs = flatten(x)
-        flat = [*(p.detach() for p in self.trained.values()), *fixed.values(), *inputs.tensors, y]
-        key = (inputs.structure, tuple((tuple(t.shape), t.dtype) for t in [*inputs.tensors, y]))
+        if isinstance(x, Tensor):
+            structure, inputs = TENSOR, (x,)
+        else:
+            structure, inputs = (flat := flatten(x)).structure, flat.tensors
+        key = (structure, y.shape, y.dtype, *((t.shape, t.dtype) for t in inputs))
         if key not in self._calls:
             begun = time.perf_counter()
-            traced = self._traced(self._whole(list(fixed), x), flat)
-            if traced is None:
-                self.compiled = False
-                return self._plain(x, y)
-            self._calls[key] = compile_graph(traced, flat)
+            self._calls[key] = self._made(x, y)
             self.compile_seconds += time.perf_counter() - begun
+        if (made := self._calls[key]) is None:
+            return self._plain(x, y)
+        run, used = made
         with torch.no_grad():
-            losses, *gradients = self._calls[key](*flat)
-        for p, gradient in zip(self.trained.values(), gradients, strict=True):
+            losses, *gradients = run(*self._tensors(), *inputs, y)
+        for p, gradient, is_used in zip(self.trained.values(), gradients, used, strict=True):
             # a fused optimizer reads the gradient in memory order and assumes the parameter's layout
-            p.grad = gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
+            if is_used and gradient.stride() != p.stride():
+                gradient = torch.empty_like(p).copy_(gradient)
+            p.grad = gradient if is_used else None  # like backward(), which leaves the others without one
         return losses
 
+    def begin_epoch(self) -> None:
+        """Look up the tensors of the state again, which a posterior may have replaced after an epoch."""
+        self._state = None
+
+    def _tensors(self) -> list[Tensor]:
+        """The trained entries and the fixed ones, as the compiled step takes them."""
+        parameters = self.trained.values()
+        places = [p.data_ptr() for p in parameters]  # an optimizer may replace a parameter's data
+        if self._state is None or self._state[1] != places:
+            self._state = [*(p.detach() for p in parameters), *self._fixed().values()], places
+        return self._state[0]
+
+    def _fixed(self) -> dict[str, Tensor]:
+        return {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
+
     def _plain(self, x: Inputs, y: Tensor) -> Tensor:
+        for p in self.trained.values():
+            p.grad = None
         losses = self.losses(x, y)
         losses.sum().backward()
         return losses.detach()
+
+    def _made(self, x: Inputs, y: Tensor) -> tuple[Call, list[bool]] | None:
+        """The call of a step with such a batch, and whether the loss depends on each trained entry.
+
+        None if it runs as Python code.
+        """
+        steps = self._expected(self.losses.rows(y))
+        if self.compiled is None and not is_worth_tracing(steps):
+            return None
+        flat = [*self._tensors(), *flatten(x).tensors, y]
+        graph = self._traced(self._whole(list(self._fixed()), x), flat)
+        if graph is None:
+            self.compiled = False
+            return None
+        _, *gradients = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+        used = [not is_zero(gradient) for gradient in gradients]
+        gradients_like(graph, list(self.trained.values()))
+        without_empty_work(graph)
+        if self.compiled or is_worth_compiling(graph, steps):
+            return compile_graph(graph, flat), used
+        return graph, used
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
         """The graph of the step, or None, after logging a warning, if the network cannot be traced."""
