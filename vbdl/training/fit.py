@@ -5,7 +5,7 @@ Members share only the step: each has its own initialization, order of the rows,
 that the result is that of training them one by one, up to float rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from vbdl.calling.stacking import replicate
 from vbdl.data.rows import Data, check_rows, outside_range, whole
-from vbdl.training.options import TrainingOptions
+from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.row_checks import check_predictable
 from vbdl.training.run import History, TrainingRun
 from vbdl.types import Likelihood, Posterior, check_likelihood, is_posterior
@@ -29,8 +29,8 @@ def fit(
     *,
     epochs: int = 100,
     batch_size: int = 128,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
+    lr: float | Sequence[float] = 1e-3,
+    weight_decay: float | Sequence[float] = 0.0,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | str | None = None,
     validation: float | Data | None = None,
@@ -53,6 +53,8 @@ def fit(
         DataLoader; of any other data each member has its own order of the rows.
     optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
         AdamW(lr, weight_decay) unless given.
+    lr, weight_decay: of AdamW; a sequence gives each member its own, as in hyper-deep ensembles (Wenzel et al. 2020,
+        https://arxiv.org/abs/2006.13570), which train in one stacked step too. A schedule changes every member's rate.
     schedule: function of the optimizer that returns a learning-rate schedule, stepped once per epoch; "cosine" anneals
         to zero. `Snapshots` and a cyclical `SWAG` set the learning rate themselves, and refuse a schedule.
     validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the state of the epoch with
@@ -65,7 +67,8 @@ def fit(
     member_rows: (members, n) row numbers that each member trains on, instead of all rows.
     seed: of the row orders and resamples; member m uses seed + m. (Dropout masks and weights are drawn from the
         posterior's seed.) torch's global generator is left unchanged.
-    compile: whether to compile the step; by default only if there are enough steps to repay the time.
+    compile: whether to compile the step. By default it is traced from 1,000 steps on, and compiled if its graph and the
+        number of steps say that this repays the time; no clock decides, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
         of an uninterrupted run.
 
@@ -147,6 +150,11 @@ def _fit_parts(posterior: Posterior, data: Data, likelihood: Likelihood, options
 
     if options.checkpoint is not None or options.member_rows is not None:
         raise ValueError("checkpoint and member_rows need members of one architecture: leave them out")
+    for name in ("lr", "weight_decay"):
+        if is_of_each_member(given := getattr(options, name)) and len(given) != posterior.n_members:
+            raise ValueError(
+                f"{name} must be one number, or one for each of {posterior.n_members} members; got {len(given)}"
+            )
     if not isinstance(data, DataLoader):
         data = whole(data)
         check_rows(*data)
@@ -154,7 +162,13 @@ def _fit_parts(posterior: Posterior, data: Data, likelihood: Likelihood, options
     total, likelihoods, start = History(), [], 0
     for part in posterior.parts:
         part_likelihood = copy.deepcopy(likelihood)
-        part_options = replace(options, seed=options.seed + start, holdout_seed=options.seed)
+        members = slice(start, start + part.n_members)
+        each = {
+            name: given[members]
+            for name in ("lr", "weight_decay")
+            if is_of_each_member(given := getattr(options, name))
+        }
+        part_options = replace(options, seed=options.seed + start, holdout_seed=options.seed, **each)
         history = TrainingRun(part, data, part_likelihood, part_options).run()
         likelihoods.append(part_likelihood)
         start += part.n_members

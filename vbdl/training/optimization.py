@@ -2,31 +2,56 @@
 
 import functools
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from vbdl.training.options import TrainingOptions
+from vbdl.training.adamw import FusedAdamW, MembersAdamW
+from vbdl.training.options import TrainingOptions, is_of_each_member
 
 
 def make_optimizer(
-    options: TrainingOptions, trained: Mapping[str, nn.Parameter], undecayed: Collection[str] = ()
+    options: TrainingOptions,
+    trained: Mapping[str, nn.Parameter],
+    undecayed: Collection[str] = (),
+    by_member: Collection[str] = (),
+    n_members: int = 1,
 ) -> torch.optim.Optimizer:
     """The optimizer that `options.optimizer` returns for these parameters, or AdamW if it is None.
 
     undecayed: names of parameters that the weight decay of that AdamW does not shrink. A function of the parameters
-    gets them all, in one list.
+    gets them all, in one list. by_member: names of parameters with a leading members axis.
 
-    Raises TypeError if that is no optimizer, and ValueError for LBFGS, which needs several gradients per step.
+    Raises TypeError if that is no optimizer, and ValueError for LBFGS, which needs several gradients per step, and for
+    learning rates of each member where members share a trained parameter.
     """
     parameters = list(trained.values())
     if options.optimizer is None:
+        decayed = [p for name, p in trained.items() if name not in undecayed]
+        spared = [p for name, p in trained.items() if name in undecayed]
+        alike = len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].is_floating_point()
+        if is_of_each_member(options.lr) or is_of_each_member(options.weight_decay):
+            lr, weight_decay = (_of_each(name, options, n_members) for name in ("lr", "weight_decay"))
+            if shared := [name for name in trained if name not in by_member]:
+                raise ValueError(
+                    f"lr and weight_decay of each member need members with parameters of their own, but they share "
+                    f"'{shared[0].partition('.')[2]}': give one number for all"
+                )
+            if not alike:
+                raise ValueError(
+                    "lr and weight_decay of each member need real parameters of one dtype on one device: give one "
+                    "number for all"
+                )
+            return MembersAdamW(decayed, spared, lr, weight_decay)
+        groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+        if spared:
+            groups.append({"params": spared, "weight_decay": 0.0})
+        if alike:
+            return FusedAdamW(groups, options.lr, options.weight_decay)  # type: ignore[arg-type]
         fused = all(p.is_floating_point() for p in parameters)  # torch's fused step takes no complex weights
-        groups = [{"params": [p for name, p in trained.items() if name not in undecayed]}]
-        if spared := [p for name, p in trained.items() if name in undecayed]:
-            groups.append({"params": spared, "weight_decay": 0.0})  # type: ignore[dict-item]
-        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused)  # type: ignore[arg-type]
     optimizer = options.optimizer(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__} from it")
@@ -36,6 +61,16 @@ def make_optimizer(
             "per step, like AdamW or SGD"
         )
     return optimizer
+
+
+def _of_each(name: str, options: TrainingOptions, n_members: int) -> list[float]:
+    """The values of an option for each member: those given, or the one number for all."""
+    given = getattr(options, name)
+    if not is_of_each_member(given):
+        return [given] * n_members
+    if len(given) != n_members:
+        raise ValueError(f"{name} must be one number, or one for each of {n_members} members; got {len(given)}")
+    return [float(value) for value in given]
 
 
 def make_schedule(options: TrainingOptions, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

@@ -1,15 +1,23 @@
 """The arguments of `vbdl.fit`, checked in one place."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from vbdl.data.rows import Data
+
+
+def is_of_each_member(value: object) -> TypeGuard[Sequence[float]]:
+    """Whether an option is a sequence, one value for each member, and not one number."""
+    return isinstance(value, Sequence | Tensor | np.ndarray) and not isinstance(value, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +26,8 @@ class TrainingOptions:
 
     epochs: int = 100
     batch_size: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: float | Sequence[float] = 1e-3
+    weight_decay: float | Sequence[float] = 0.0
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | str | None = None
     validation: float | Data | None = None
@@ -46,6 +54,15 @@ class TrainingOptions:
             raise TypeError(
                 f"optimizer must be a function of the parameters, e.g. lambda ps: torch.optim.SGD(ps, lr=0.1); got an "
                 f"instance of {type(self.optimizer).__name__}"
+            )
+        for name in ("lr", "weight_decay"):
+            given = getattr(self, name)
+            if is_of_each_member(given) and not all(math.isfinite(value) and value >= 0 for value in given):
+                raise ValueError(f"{name} must be a positive number for each member, got {list(given)}")
+        if self.optimizer is not None and (is_of_each_member(self.lr) or is_of_each_member(self.weight_decay)):
+            raise ValueError(
+                "lr and weight_decay of each member belong to fit's AdamW, and an optimizer of your own has its own: "
+                "leave optimizer= out, or the sequences"
             )
         if not (self.schedule is None or self.schedule == "cosine" or callable(self.schedule)):
             raise ValueError(f"schedule must be 'cosine' or a function of the optimizer, got {self.schedule!r}")

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from vbdl.calling.stacking import forget, replicate, state_of
-from vbdl.compiling.compiler import can_compile
 from vbdl.data.rows import Data
 from vbdl.model import Model
 from vbdl.progress import Progress
@@ -17,16 +16,13 @@ from vbdl.training.batches import TrainingData
 from vbdl.training.checkpoint import load_checkpoint, save_checkpoint
 from vbdl.training.early_stopping import BestEpochs
 from vbdl.training.optimization import clip_gradients, make_optimizer, make_schedule
-from vbdl.training.options import TrainingOptions
+from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
 from vbdl.training.validation import Validation
 from vbdl.types import Likelihood, Posterior
 
 logger = logging.getLogger("vbdl")
-
-# below this many steps, compiling (some seconds per batch shape) costs more than it saves
-_STEPS_WORTH_COMPILING = 4000
 
 
 @dataclass
@@ -61,17 +57,14 @@ class TrainingRun:
         self.device = self.model.device
         self.data = TrainingData(data, options, self.members, separate, RowChecks(self.model, options.seed))
         self.losses = Losses(posterior, likelihood, self.data.own_rows)
-        compiled = options.compile
-        if compiled is None:
-            compiled = can_compile() and options.epochs * len(self.data) >= _STEPS_WORTH_COMPILING
-        self.step = Step(self.losses, compiled)
+        self.step = Step(self.losses, options.compile, lambda rows: options.epochs * self.data.steps_with(rows))
         self.trained = self.step.trained
         self.validate = None
         if self.data.validation is not None:
             together = separate and any(name not in self.model.by_member for name in self.trained)
             self.validate = Validation(self.model, options.seed, *self.data.validation, together)
         undecayed = {f"posterior.{name}" for name in posterior.undecayed}
-        self.optimizer = make_optimizer(options, self.trained, undecayed)
+        self.optimizer = make_optimizer(options, self.trained, undecayed, self.model.by_member, self.members)
         self.course = posterior.course(options.epochs, self.optimizer.param_groups[0]["lr"])
         self._check_course()
         self.schedule = make_schedule(options, self.optimizer)
@@ -200,9 +193,9 @@ class TrainingRun:
     def _epoch(self, epoch: int) -> None:
         total = torch.zeros(self.members, device=self.device)
         rows = 0
+        self.step.begin_epoch()
         for number, (x, y) in enumerate(self.data.epoch(epoch)):
             self._set_rate(epoch, number)
-            self.optimizer.zero_grad()
             if not self._begun:
                 self.posterior.before_training(x, y, self.likelihood, self.data.own_rows)
                 self._begun = True
@@ -217,7 +210,8 @@ class TrainingRun:
         means = (total / max(rows, 1)).tolist()
         bad = [m for m, value in enumerate(means) if not math.isfinite(value)]
         if bad:
-            lr = self.optimizer.param_groups[0]["lr"]
+            groups = self.optimizer.param_groups
+            lr = groups[bad[0] * len(groups) // self.members if is_of_each_member(self.options.lr) else 0]["lr"]
             raise FloatingPointError(
                 f"the loss of member {bad[0]} became {means[bad[0]]} in epoch {epoch} (learning rate {lr:g}): "
                 f"standardize inputs and targets, lower lr, or set clip_norm"
