@@ -7,6 +7,7 @@ import importlib.util
 import math
 import random
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import vbdl
+from vbdl.engine.traced import Traced
 from vbdl.nn.noise import Noise
 from vbdl.nn.objective import training_keys
 from vbdl.nn.random_calls import CounterNoise
@@ -311,6 +313,32 @@ def test_permutations_and_draws_without_replacement_are_whole():
         chosen = torch.stack([torch.multinomial(torch.tensor([1.0, 1.0, 2.0]), 2) for _ in range(2000)])
     assert bool((chosen[:, 0] != chosen[:, 1]).all())
     assert abs(float((chosen[:, 0] == 2).double().mean()) - 0.5) < 0.06
+
+
+# -- the first answer
+
+
+@pytest.mark.parametrize("rows_of_tile", [1, BATCH])
+@pytest.mark.parametrize("layer", [*NORMAL, "flipout", "dropconnect", "drop_path", "NoisyLinear", "outputs"])
+def test_the_first_answer_is_not_traced_and_is_that_of_the_graph(layer, rows_of_tile, monkeypatch):
+    release, probe = threading.Event(), Traced.probe
+
+    def held(self):
+        assert release.wait(60)
+        return probe(self)
+
+    monkeypatch.setattr(Traced, "probe", held)
+    monkeypatch.setattr("vbdl.engine.program.compile_graph", lambda graph, inputs: graph)
+    q, x = Stochastic(network(LAYERS[layer])), rows(rows_of_tile)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile="background")
+    first = predict(x)
+    release.set()
+    expected = predictor(q, 7)(x)
+    predict.wait()
+    for field in ("probs", "total", "epistemic", "standard_error"):
+        torch.testing.assert_close(getattr(first, field), getattr(expected, field), rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(getattr(predict(x), field), getattr(expected, field), rtol=1e-4, atol=3e-5)
+    assert "network as it is" not in predict.explain()
 
 
 # -- training

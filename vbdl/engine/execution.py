@@ -8,9 +8,10 @@ until the graph is compiled. Calls share no data that they write to, so several 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,13 @@ from vbdl.engine.plan import Plan, choose
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
-from vbdl.engine.trial import draws_by_itself, try_out
+from vbdl.engine.trial import draws_by_itself, others, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_outputs import local_layers
+from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import State
 
 _ONE_DRAW = "the posterior is one network, which knows no epistemic uncertainty: epistemic is 0, aleatoric is total"
@@ -91,14 +93,25 @@ class Execution:
     def _tried(self, model: Model, state: State, own: Sequence[str]) -> Tensor:
         """Run a draw, check the network by it, and find the layers that draw outputs; own: entries of a draw."""
         network, settings, tile = model.network, self._settings, self._tile
-        self._local_layers: Mapping[str, str | None] = {}
+        self._local_layers: Any = ()
         self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
-            or settings.largest_tile >= MANY_ROWS
-            or own != ["network.key"] or not isinstance(network, FactoredNetwork) or not network.may_draw_outputs
+            or settings.largest_tile >= MANY_ROWS or own != ["network.key"]
             or before_tracing(model, settings)[0] == PLAIN
         ):  # fmt: skip
+            return try_out(model, state, tile)
+        if isinstance(network, StochasticNetwork):
+            network.kept = {}  # the noise of the draw, made once for all rows
+            try:
+                outputs = try_out(model, state, tile)
+            finally:
+                network.kept = None
+            layers = network.local_layers(tile.nested, others(tile).nested, tile.rows)
+            if layers is not None:
+                self._local_layers, self._local = layers, len(layers)
+            return outputs
+        if not isinstance(network, FactoredNetwork) or not network.may_draw_outputs:
             return try_out(model, state, tile)
         network.recorded = []
         try:
@@ -137,18 +150,27 @@ class Execution:
     def _as_it_is(self, *reasons: str, mapping: bool = False) -> _Way:
         """The way that runs the network as it is, for these reasons; mapping: all draws together if that is faster."""
         if self._plain is None:
-            network = self._model.network
-            if isinstance(network, FactoredNetwork):  # its copy gets them, and the one to trace does not keep them
-                network.local = self._local_layers
-            self._plain = Plain(self._model, self._tile, self._settings, self.n_samples)
-            if isinstance(network, FactoredNetwork):
-                network.local = {}
+            with self._drawing_outputs():  # its copy does, and the one to trace does not
+                self._plain = Plain(self._model, self._tile, self._settings, self.n_samples)
         plain = self._plain
         if mapping and (reason := plain.map_if_faster()):
             reasons = (*reasons, reason)
         draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
         return _Way(plan, PlainCalls(plain, draws))
+
+    @contextlib.contextmanager
+    def _drawing_outputs(self) -> Iterator[None]:
+        """A context in which the network has the layers that draw outputs."""
+        network: Any = self._model.network
+        if not self._local_layers:
+            yield
+            return
+        before, network.local = network.local, self._local_layers
+        try:
+            yield
+        finally:
+            network.local = before
 
     def _graph(self) -> tuple[_Way, str, str]:
         """Trace a draw or two; return the way that runs the graph, and what `ways.after_tracing` says of it."""

@@ -54,11 +54,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
 
     outputs: the network's outputs on the tile, (rows, ...).
     """
-    if tile.rows == 1:
-        others = tile.map(lambda t: torch.cat([t, _another(t)]))
-    else:
-        others = tile.map(lambda t: t[:1].expand_as(t).contiguous())
-    with_others = run_plainly(network, state, others)
+    with_others = run_plainly(network, state, others(tile))
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
     if torch.allclose(outputs[:1], with_others[:1], rtol=_APART, atol=_APART * scale, equal_nan=True):
         return
@@ -76,6 +72,13 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
             "buffer with register_buffer(name, tensor), so that each draw has its own"
         )
     raise _mixing()
+
+
+def others(tile: Flat) -> Flat:
+    """A tile with the same first row and other rows after it."""
+    if tile.rows == 1:
+        return tile.map(lambda t: torch.cat([t, _another(t)]))
+    return tile.map(lambda t: t[:1].expand_as(t).contiguous())
 
 
 def _another(row: Tensor) -> Tensor:

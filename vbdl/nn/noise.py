@@ -6,7 +6,7 @@ all rows share or, with `per_row`, one draw for each row. In training each eleme
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Noise:
     training: one draw for each element of all noise and dropout, and normalization as in training.
     first: number of the first random call in the counters.
     kept: noise and masks by call and shape, which are read from it and added to it; None: all are made anew.
+    constants: normal numbers of random calls, by the call's number, in place of drawn ones.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Noise:
         training: bool = False,
         first: int = 0,
         kept: dict[Hashable, Tensor] | None = None,
+        constants: Mapping[int, float] | None = None,
     ):
         self.masks = Masks(key, root, sites=sites, per_row=training, kept=kept)
-        self._kept = kept
+        self._kept, self._constants = kept, constants or {}
+        self.normals: dict[int, Tensor] | None = None  # the normal numbers by the call's number, if they are collected
         self.key, self.known, self._each_row, self._first = key, known, per_row, first
         self.calls: list[RandomCall] = []
         self.watched: dict[int, str] = {}  # addresses of tensors that must not be drawn into, and what they are
@@ -87,7 +90,15 @@ class Noise:
         def draw(key: Tensor, number: int, vector: bool, rows: int, columns: int) -> Tensor:
             return normal(key, number, BIAS if vector else WEIGHT, rows, columns)
 
-        return self._noise(kind, shape, device, draw).to(dtype)
+        number = len(self.calls)
+        constant = self._constants.get(number)
+        if constant is not None:
+            self._made(kind, shape, device, self.key.new_empty(0))
+            return torch.full(tuple(shape), constant, dtype=dtype, device=device)
+        numbers = self._noise(kind, shape, device, draw).to(dtype)
+        if self.normals is not None:
+            self.normals[number] = numbers.clone()
+        return numbers
 
     def words(self, kind: str, shape: Sequence[int], device: torch.device) -> Tensor:
         """Uniform 32-bit words, int64, of this shape."""

@@ -1,7 +1,7 @@
 """Networks that draw in their own forward, as a pure function of a key."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from vbdl.calling.inputs import map_inputs, tensors
 from vbdl.calling.stacking import call, copied
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.local_noise import LARGE, Linear, Linears, LocalLayer, OwnOutputs, Pass, local_layers
 from vbdl.nn.masks import Site, batch_axis, described
 from vbdl.nn.noise import Noise, RandomCall
 from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
@@ -33,7 +34,7 @@ class StochasticNetwork(KeyedNetwork):
     draws_weights = True
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
-    found_by_running = ("calls", "sites", "written")
+    found_by_running = ("calls", "sites", "written", "local")
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class StochasticNetwork(KeyedNetwork):
         self._kl = (kl,)  # in a tuple, because a module would become a part of this one
         self.calls: tuple[RandomCall, ...] | None = None
         self.sites: tuple[Site, ...] | None = None
+        self.local: tuple[LocalLayer, ...] = ()  # the layers that draw their outputs in this network as it is
         self.written: tuple[str, ...] = ()  # buffers that the forward draws or writes into
         device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
         self.register_buffer("kl_weight", torch.ones((), device=device))
@@ -70,7 +72,8 @@ class StochasticNetwork(KeyedNetwork):
         if self.training:
             with without_checks_of_values(), CounterNoise(Noise(self.key, self.inner, training=True)):
                 return self.inner(*args, **kwargs)
-        with self.noise(self.key) as noise:
+        drawn_outputs = OwnOutputs(self.key, self.local) if self.local else contextlib.nullcontext()
+        with drawn_outputs, self.noise(self.key, dict.fromkeys(self._of_local, 0.0)) as noise:
             outputs = call(self.inner, self._buffers_of_draw(), kwargs if kwargs else args)
         if self.calls is not None and len(noise.calls) < len(self.calls):
             missing = self.calls[len(noise.calls)]
@@ -82,11 +85,62 @@ class StochasticNetwork(KeyedNetwork):
         return outputs
 
     @contextlib.contextmanager
-    def noise(self, key: Tensor) -> Iterator[Noise]:
-        """A context in which random functions give the noise of the draw in `key`, (2,) int64."""
-        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row, kept=self.kept)
+    def noise(
+        self,
+        key: Tensor,
+        constants: Mapping[int, float] | None = None,
+        kept: dict[Hashable, Tensor] | None = None,
+    ) -> Iterator[Noise]:
+        """A context in which random functions give the noise of the draw in `key`, (2,) int64.
+
+        constants, kept: as of `Noise`.
+        """
+        kept = self.kept if kept is None else kept
+        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row, kept=kept, constants=constants)
         with without_checks_of_values(), CounterNoise(noise):
             yield noise
+
+    @property
+    def _of_local(self) -> set[int]:
+        """The numbers of the random calls whose noise is in the outputs of layers."""
+        return {number for layer in self.local for number in layer.noises}
+
+    @property
+    def takes_many_keys(self) -> bool:
+        return bool(self.local) and not self.sites and self._of_local == set(range(len(self.calls or ())))
+
+    @torch.no_grad()
+    def local_layers(self, inputs: Inputs, others: Inputs, rows: int) -> tuple[LocalLayer, ...] | None:
+        """The layers that can draw their outputs in place of their weights; None if it is not clear.
+
+        others: inputs with other rows. rows: of the inputs.
+        """
+        if self.calls is None or self.per_row:
+            return None
+        weights = [number for number, c in enumerate(self.calls) if c.axis is None and len(c.shape)]
+        kept: dict[Hashable, Tensor] = {}
+        drawn = self._pass(inputs, kept)
+        at_zero, at_large = (self._pass(inputs, kept, dict.fromkeys(weights, value)) for value in (0.0, LARGE))
+        layers = local_layers(drawn, at_zero, at_large, self._pass(others, kept), rows)
+        if layers:  # the noise of a layer's weight must not enter the output in another way
+            given = {layer.call: drawn.linears[layer.call] for layer in layers}
+            noises = {number: LARGE / 256 for layer in layers for number in layer.noises}
+            if not _same(drawn.outputs, self._pass(inputs, kept, noises, given).outputs):
+                return None
+        return layers
+
+    def _pass(
+        self,
+        inputs: Inputs,
+        kept: dict[Hashable, Tensor],
+        constants: Mapping[int, float] | None = None,
+        given: Mapping[int, Linear] | None = None,
+    ) -> Pass:
+        """Run the network under the draw in `key`, with what it did; given: weights of linear layers to use."""
+        with Linears(given) as linears, self.noise(self.key, constants, kept) as noise:
+            noise.normals = {}
+            outputs = call(self.inner, self._buffers_of_draw(), inputs)
+        return Pass(linears.calls, outputs, noise.calls, noise.normals)
 
     def _buffers_of_draw(self) -> State:
         """Copies of the buffers that the forward writes into, which `vmap` maps like the key."""
@@ -123,21 +177,22 @@ class StochasticNetwork(KeyedNetwork):
         self.calls = self.sites = None
         self.written = ()
         of = lambda rows: map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
-        outputs, two, written = self._run(of(2))
-        again, _, _ = self._run(of(2))
+        kept: dict[Hashable, Tensor] = {}
+        outputs, two, written = self._run(of(2), kept)
+        again, _, _ = self._run(of(2), kept)
         if not _same(outputs, again):
             raise ValueError(
                 "the module's output differs under the same draw: it draws from another generator than torch's, like "
                 "Python's random or NumPy's, or keeps a state between calls; draw with torch, and keep no state"
             )
-        apart, _, _ = self._run(of(2), writes=False)
+        apart, _, _ = self._run(of(2), kept, writes=False)
         if not _same(outputs, apart):
             raise ValueError(
                 "the module draws into a part or a view of a tensor in place, like x[0].normal_(), which its draws "
                 "cannot do together: draw a new tensor, e.g. torch.randn(...), and assemble it with torch.cat or "
                 "torch.stack"
             )
-        _, three, _ = self._run(of(3))
+        _, three, _ = self._run(of(3), kept)
         if _kinds(two) != _kinds(three):
             raise RuntimeError(
                 "the module makes other random calls for another batch size, so draws cannot be reproduced: make the "
@@ -155,7 +210,7 @@ class StochasticNetwork(KeyedNetwork):
             self.inner.get_buffer(name).nan_to_num_(0.0, 0.0, 0.0)
         if not self.per_row and any(c.multiple > 1 for c in (*calls, *sites)):
             # noise is drawn as if a folded axis held each row's entries in one block; equal rows then stay equal
-            outputs, _, _ = self._run(of(3))
+            outputs, _, _ = self._run(of(3), {})
             if not all(_same(t, t[:1].expand_as(t)) for t in tree_leaves(outputs) if isinstance(t, Tensor)):
                 raise ValueError(
                     "noise runs over an axis that folds the batch behind another axis, so vbdl cannot tell which part "
@@ -163,14 +218,16 @@ class StochasticNetwork(KeyedNetwork):
                 )
         return self.calls
 
-    def _run(self, inputs: Inputs, writes: bool = True) -> tuple[Any, Noise, tuple[str, ...]]:
+    def _run(
+        self, inputs: Inputs, kept: dict[Hashable, Tensor], writes: bool = True
+    ) -> tuple[Any, Noise, tuple[str, ...]]:
         """Run the network; return its outputs, the noise it ran under, and the names of the buffers that it changed.
 
         writes: draw into tensors in place; if False only into buffers, as under `vmap`.
         """
         buffers = {n: b.clone() for n, b in self.inner.named_buffers()}
         before = {n: b.clone() for n, b in buffers.items()}
-        with self.noise(self.key) as noise:
+        with self.noise(self.key, kept=kept) as noise:
             address = lambda t: t.untyped_storage().data_ptr()
             noise.watched = {address(p): f"parameter '{n}'" for n, p in self.inner.named_parameters()}
             noise.watched |= {address(t): "an input" for t in tensors(inputs)}
