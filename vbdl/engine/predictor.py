@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.inputs import TENSOR, Flat, flatten
-from vbdl.calling.stacking import copied
+from vbdl.calling.lending import lent_copy, only_reading
 from vbdl.data.rows import floating_dtype, outside_range
 from vbdl.data.tiles import check_inputs, pad
 from vbdl.engine import stepwise
@@ -62,8 +62,8 @@ def _ids_in_words(
 class Predictor:
     """The posterior predictive p(y | x), averaged over n_samples draws of the posterior.
 
-    posterior, likelihood: a pair trained by `vbdl.fit`. Both are copied, so training them further does not change
-        this predictor.
+    posterior, likelihood: a pair trained by `vbdl.fit`. Training them further does not change this predictor: both are
+        copied, large parameters when the posterior is next asked for them (`vbdl.calling.lending`).
     n_samples: the number of draws. Default: every member of an ensemble, 32 for other posteriors.
     seed: the seed of the draws. Draw s is the same whatever n_samples is: 32 draws are the first 32 of 100.
     tiles: the batch sizes to compile for, each when it is first needed. A batch is padded to the smallest tile that
@@ -121,7 +121,9 @@ class Predictor:
                 f"vbdl.MeanField or vbdl.DeepEnsemble"
             )
         check_likelihood(likelihood)
-        check_ready(posterior)
+        with only_reading():
+            check_ready(posterior)
+            own = next(t.device for t in [*posterior.parameters(), *posterior.buffers()])
         self.settings = PredictorSettings.checked(
             posterior,
             n_samples=n_samples,
@@ -141,8 +143,7 @@ class Predictor:
                 f"the likelihood was trained with {n_members} members, the posterior has {posterior.n_members}: pass "
                 f"the likelihood that was trained with this posterior"
             )
-        first = next(iter([*posterior.parameters(), *posterior.buffers()]))
-        self.device = first.device if device is None else torch.empty(0, device=device).device  # "cuda" gets its index
+        self.device = own if device is None else torch.empty(0, device=device).device  # "cuda" gets its index
         self.posterior = _frozen(posterior, self.device)
         self.likelihood = _frozen(likelihood, self.device)
         self.likelihood.for_draws(self.settings.n_samples)
@@ -418,5 +419,8 @@ def _unpickled(kind: type, state: bytes) -> object:
 
 
 def _frozen(module: M, device: torch.device) -> M:
-    """A copy of the module on the device, in evaluation mode, whose parameters require no gradient."""
-    return copied(module).to(device).eval().requires_grad_(False)
+    """A copy of the module on the device, in evaluation mode, whose parameters require no gradient.
+
+    On the module's own device it reads the module's large tensors, as long as the module is not asked for them.
+    """
+    return lent_copy(module).to(device).eval().requires_grad_(False)

@@ -33,13 +33,18 @@ _MANY = 1000  # longer lists of numbers are compared by one digest
 _DEEP = 40  # levels of nested objects to read; deeper ones are taken not to affect a forward
 
 
-def stack(modules: Sequence[nn.Module], without: Collection[str] = ()) -> State:
-    """Stack the parameters and buffers of modules of one architecture into detached copies, (members, ...) each.
+def stacks(states: Sequence[State], without: Collection[str] = ()) -> State:
+    """Stack the entries of networks of one architecture into detached copies, (members, ...) each.
 
+    The entries are removed from the states one after the other, which frees those that nobody else holds.
     without: names to leave out.
     """
-    states = [state_of(module) for module in modules]
-    return {name: torch.stack([s[name].detach() for s in states]) for name in states[0] if name not in without}
+    together = {}
+    for name in list(states[0]):
+        tensors = [state.pop(name).detach() for state in states]
+        if name not in without:
+            together[name] = torch.stack(tensors)
+    return together
 
 
 def architecture(module: nn.Module) -> list[str]:

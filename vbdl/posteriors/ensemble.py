@@ -4,7 +4,7 @@ Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertain
 NeurIPS 2017, https://arxiv.org/abs/1612.01474
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,7 @@ from vbdl.calling.stacking import (
     without_data_parallel,
 )
 from vbdl.model import Model
-from vbdl.nn.architecture import architecture, difference, stack
+from vbdl.nn.architecture import architecture, difference, stacks
 from vbdl.nn.frozen import frozen_names
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.members import StackedPosterior
@@ -32,9 +32,10 @@ from vbdl.types import Course, Inputs, Likelihood, Output, Posterior, State, Tra
 class DeepEnsemble(StackedPosterior):
     """A deep ensemble: q(w) is an equal mixture of the members, whose parameters and buffers are stacked.
 
-    networks: a module, which is copied and initialized anew n_members times, or a list of (trained) modules. The
-        modules may be posteriors: an ensemble of dropout or mean-field networks. Modules of a list may differ in
-        architecture; the architectures then run one after the other.
+    networks: a module, which is copied and initialized anew n_members times, or (trained) modules: a list, or a
+        generator like `(load(path) for path in paths)`, whose tensors are freed as they are copied. The modules may be
+        posteriors: an ensemble of dropout or mean-field networks. Modules may differ in architecture; the architectures
+        then run one after the other.
     initialize: function that initializes a copy of the module in place; by default what its classes offer
         (`vbdl.nn.initialization`), while frozen parameters (requires_grad=False), like a pretrained backbone, are kept.
     seed: of the initializations and of dropout in training; member m uses seed + m.
@@ -55,7 +56,7 @@ class DeepEnsemble(StackedPosterior):
 
     def __init__(
         self,
-        networks: nn.Module | Sequence[nn.Module],
+        networks: nn.Module | Iterable[nn.Module],
         n_members: int | None = None,
         seed: int = 0,
         initialize: Callable[[nn.Module], object] | None = None,
@@ -65,22 +66,7 @@ class DeepEnsemble(StackedPosterior):
     ):
         super().__init__()
         check_output(output)
-        for network in networks if isinstance(networks, Sequence) else [networks]:
-            check_network(network, scripted=True)
-            _base(network)
-            if not state_of(network):
-                raise ValueError("the network has no parameter or buffer, so members cannot differ: give another one")
-        if isinstance(networks, nn.Module):
-            if n_members is None or n_members < 1:
-                raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
-            network = without_data_parallel(networks)
-            members = [fresh(network, seed + m, initialize or reset_parameters) for m in range(n_members)]
-        else:
-            members = [without_data_parallel(network) for network in networks]
-            if not members:
-                raise ValueError("an ensemble needs at least one member, got an empty list")
-            if n_members not in (None, len(members)):
-                raise ValueError(f"n_members is {n_members} but {len(members)} networks were given: leave it out")
+        members = _members(networks, n_members, seed, initialize or reset_parameters)
         groups = _consecutive(members)
         if len(groups) > 1:
             if any(is_posterior(member) for member in members):
@@ -107,7 +93,11 @@ class DeepEnsemble(StackedPosterior):
         self.seed = seed
         shared_state = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
         trained = {n for n, p in modules[0].named_parameters() if p.requires_grad and n not in shared_state}
-        self._hold(blueprint(modules[0]), stack(modules, shared_state), shared_state, trained)
+        network, states = blueprint(modules[0]), [state_of(module) for module in modules]
+        for held in (members, modules, *groups):  # what a generator made is freed as it is stacked
+            held.clear()
+        del base
+        self._hold(network, stacks(states, shared_state), shared_state, trained)
 
     @classmethod
     def joined(cls, parts: "Sequence[DeepEnsemble]") -> "DeepEnsemble":
@@ -293,6 +283,31 @@ class _RowsOfMember:
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         for x, y in self._rows:
             yield (map_inputs(lambda t: t[self._index], x), y[self._index]) if self._rows.own else (x, y)
+
+
+def _members(
+    networks: nn.Module | Iterable[nn.Module],
+    n_members: int | None,
+    seed: int,
+    initialize: Callable[[nn.Module], object],
+) -> list[Any]:
+    """The members: copies of one network, initialized anew, or the networks as they are."""
+    given = [networks] if isinstance(networks, nn.Module) else list(networks)
+    for network in given:
+        check_network(network, scripted=True)
+        _base(network)
+        if not state_of(network):
+            raise ValueError("the network has no parameter or buffer, so members cannot differ: give another one")
+    if isinstance(networks, nn.Module):
+        if n_members is None or n_members < 1:
+            raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
+        network = without_data_parallel(networks)
+        return [fresh(network, seed + m, initialize) for m in range(n_members)]
+    if not given:
+        raise ValueError("an ensemble needs at least one member, got an empty list")
+    if n_members not in (None, len(given)):
+        raise ValueError(f"n_members is {n_members} but {len(given)} networks were given: leave it out")
+    return [without_data_parallel(network) for network in given]
 
 
 def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:
