@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vbdl.compiling.compiler
+from vbdl.compiling.graph import trace
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.bernoulli import Bernoulli
 from vbdl.likelihoods.categorical import Categorical
@@ -493,3 +495,57 @@ def test_a_likelihood_of_other_members_is_refused():
     likelihood.n_members = 2
     with pytest.raises(ValueError, match="2 members, the posterior has 3"):
         predictor(DeepEnsemble(network(), 3), likelihood, n_samples=3)
+
+
+# -- tracing
+
+
+@pytest.mark.parametrize(
+    "q, n_samples", [(DeepEnsemble(network(), 5), 5), (MCDropout(network()), 16), (MeanField(network(), 9), 16)]
+)
+def test_a_network_is_traced_once_and_its_statistics_once(q, n_samples, monkeypatch):
+    """Twice for the network: with each linear layer as one node, and with those lowered to products."""
+    traces = []
+
+    def counted(function, *args, **kwargs):
+        graph = trace(function, *args, **kwargs)
+        traces.append(sum(n.op == "call_function" for n in graph.graph.nodes))
+        return graph
+
+    for place in ("vbdl.engine.traced", "vbdl.engine.program"):
+        monkeypatch.setattr(f"{place}.trace", counted)
+    x = torch.randn(3, 3)
+    predict = predictor(q, n_samples=n_samples)
+    predict(x)
+    assert len(traces) == 3, traces
+    summarize = Categorical().summarize
+    statistics = trace(lambda p: tuple(Categorical().finish(summarize(p)).values()), torch.randn(n_samples, 3, 5))
+    assert traces[2] <= 3 + sum(n.op == "call_function" for n in statistics.graph.nodes)
+    samples = predict(x, samples=True).samples.softmax(-1)
+    torch.testing.assert_close(predict(x).probs, samples.mean(0), **ROUNDING)
+
+
+def test_more_members_than_eight_are_the_same_ensemble():
+    q, x = DeepEnsemble(network(), 11), torch.randn(4, 3)
+    expected = torch.stack([torch.func.functional_call(network().eval(), q.member(m), (x,)) for m in range(11)])
+    predict = predictor(q, n_samples=11)
+    torch.testing.assert_close(predict(x).probs, expected.softmax(-1).mean(0), **ROUNDING)
+    torch.testing.assert_close(predict.replace(chunk_size=3)(x).probs, predict(x).probs, **ROUNDING)
+
+
+def test_statistics_follow_graphs_with_constants_and_running_sums():
+    """A constant of the network and one of the statistics keep their values in one graph."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return F.dropout(self.layer(x) * torch.tensor([1.0, -2.0, 3.0, 0.5, 0.25]), 0.3, self.training)
+
+    q, x = MCDropout(Shifted()), torch.randn(6, 3)
+    one = predictor(q)
+    for chunk in (1, 2, 7):
+        predict = predictor(q, chunk_size=chunk)
+        torch.testing.assert_close(predict(x).probs, one(x, samples=True).samples.softmax(-1).mean(0), **ROUNDING)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx._symbolic_trace as torchs
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -271,6 +271,49 @@ def _extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node]
     graph.output([copied[n] for n in outputs])
     module = fx.GraphModule(traced, graph)
     return Region(module, [n.name for n in inputs], [n.name for n in outputs], nodes)
+
+
+def composed(
+    regions: Sequence[Region], inputs: Sequence[str], outputs: Sequence[str], end: fx.GraphModule | None = None
+) -> fx.GraphModule:
+    """Put regions that run one after the other into one graph, which takes the values named `inputs`.
+
+    outputs: names of the values to return, as a tuple. end: a graph of values with these names, whose outputs are
+    returned instead; names that no region has are inputs that follow those in `inputs`.
+    """
+    graph, constants, held = fx.Graph(), nn.Module(), []
+    values: dict[str, fx.Node] = {}
+    metas = {n.name: n.meta for r in regions for n in r.graph.graph.nodes if n.op == "placeholder"}
+    if end is not None:
+        ends = [n for n in end.graph.nodes if n.op == "placeholder"]
+        metas |= {name: n.meta for name, n in zip(outputs, ends, strict=True) if name not in metas}
+        computed = {name for r in regions for name in r.outputs}
+        inputs = [*inputs, *(n for n in outputs if n not in inputs and n not in computed)]
+    for name in inputs:
+        values[name] = graph.placeholder(name)
+        values[name].meta = dict(metas[name])
+
+    def insert(module: fx.GraphModule, given: Sequence[str]) -> list[fx.Node]:
+        """Insert a graph with these values as its placeholders; returns its outputs."""
+        names, copies = iter(given), {}
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = values[next(names)]
+            elif node.op == "output":
+                return [copies[n] for n in tree_leaves(node.args)]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                if node.op == "get_attr":
+                    copies[node].target = name = f"constant_{len(held)}"
+                    held.append(name)
+                    setattr(constants, name, getattr(module, str(node.target)))
+        raise AssertionError("a graph ends with its output")
+
+    for region in regions:
+        values.update(zip(region.outputs, insert(region.graph, region.inputs), strict=True))
+    graph.output(tuple(values[n] for n in outputs) if end is None else tuple(insert(end, outputs)))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(constants, graph)
 
 
 _VIEWS = {"view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze", "unsqueeze", "detach", "alias"}

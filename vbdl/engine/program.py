@@ -12,7 +12,7 @@ from vbdl_kernels.dispatch import with_derivative
 
 from vbdl.calling.graphs import without_fused_attention
 from vbdl.compiling.compiler import compile_graph, on_cpu
-from vbdl.compiling.graph import Cut, trace
+from vbdl.compiling.graph import Cut, composed, trace
 from vbdl.compiling.rewrite.loops import transpose_last
 from vbdl.data.tiles import aligned
 from vbdl.types import Likelihood, State
@@ -52,27 +52,40 @@ class Program:
         self._end = end
         self._carried = list(carried)
 
-    def _whole(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        values = dict(zip(self.inputs, arguments, strict=False))
-        for region in self._regions:
-            values.update(zip(region.outputs, region.graph(*[values[n] for n in region.inputs]), strict=True))
-        if self._end is None:
-            return tuple(values[n] for n in self.outputs)
-        carried = dict(zip(self._carried, arguments[len(self.inputs) :], strict=True))
-        ended = self._end(values[self._output], carried)
-        self.outputs = list(ended)
-        return (*ended.values(), *self._checks(values))
+    def _whole(self, examples: list[Tensor]) -> fx.GraphModule:
+        """The regions as one graph, followed by the statistics of their output; only these are traced.
 
-    def _checks(self, values: dict[str, Tensor]) -> list[Tensor]:
-        """The sum of each input in `checked`: NaN or infinite if the input is not finite."""
-        return [values[n].sum() for n in self.checked if values[n].is_floating_point()]
+        examples: the arguments, the values in `inputs` and the running sums.
+        """
+        if self._end is None:
+            return composed(self._regions, self.inputs, self.outputs)
+        given = dict(zip(self.inputs, examples, strict=False))
+        sums, end = examples[len(self.inputs) :], self._end
+        checked = [n for n in self.checked if given[n].is_floating_point()]
+
+        def statistics(parameters: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            ended = end(parameters, dict(zip(self._carried, others, strict=False)))
+            self.outputs = list(ended)
+            # NaN or infinite if an input is not finite
+            return (*ended.values(), *(t.sum() for t in others[len(self._carried) :]))
+
+        parameters = given[self._output] if self._output in given else self._example(self._output)
+        graph = trace(statistics, parameters, *sums, *(given[n] for n in checked), aligned=self._aligned)
+        return composed(
+            self._regions, self.inputs, [self._output, *(f"sum_of_{n}" for n in self._carried), *checked], graph
+        )
+
+    def _example(self, name: str) -> Tensor:
+        """A tensor like a region's value of this name, of any numbers."""
+        value = next(n.meta["val"] for r in self._regions for n in r.graph.graph.nodes if n.name == name)
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     def __call__(self, values: dict[str, Tensor], carried: State) -> State:
         arguments = [*(values[n] for n in self.inputs), *carried.values()]
         if self._call is None or self._graph is None:
             examples = [t.detach() for t in arguments]
             with torch.no_grad(), tracing():
-                graph = trace(self._whole, *examples, aligned=self._aligned)
+                graph = self._whole(examples)
                 if self._compile and on_cpu(examples):  # a gain on a CPU; not measured elsewhere
                     transpose_last(graph)
             call: Callable[..., Sequence[Tensor]] = graph

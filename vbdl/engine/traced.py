@@ -22,6 +22,10 @@ from vbdl.nn.recurrent_layer import sentences
 from vbdl.types import State
 
 
+_FEW = 8  # draws whose weights are made once more for tracing
+_KEY_BYTES = 1024  # of a draw's entries; more are weights or statistics
+
+
 class CannotTrace(ValueError):
     """The module runs, but its operations cannot be traced."""
 
@@ -61,11 +65,11 @@ class Traced:
     # -- graphs
 
     def probe(self) -> tuple[Cut, int, tuple[str, ...]]:
-        """Trace and cut the graph of two draws (or one), and decide the strategy.
+        """Trace and cut the graph of a few draws, or of all if they may run in one call, and decide the strategy.
 
         Returns the cut graph, its number of draws, and the reasons why draws cannot be mapped, () if they can.
         """
-        entries, reasons = self.entries(torch.arange(min(2, self.n_samples))), ()
+        entries, reasons = self.entries(torch.arange(self._few())), ()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
@@ -90,6 +94,13 @@ class Traced:
                 f"{_first_line(reason)}"
             ) from reason
         return cut, next(iter(entries.values())).shape[0], reasons
+
+    def _few(self) -> int:
+        """The number of draws to trace first: all of them, which is mostly the plan, unless they take time to draw."""
+        entries = self.entries(torch.arange(1))
+        drawn = sum(t.numel() * t.itemsize for t in entries.values()) > _KEY_BYTES
+        most = _FEW if drawn else self.n_samples if self.settings.chunk_size is None else self.settings.chunk_size
+        return min(most, self.n_samples) if self.n_samples > 1 else 1
 
     def cut(self, numbers: Tensor) -> Cut:
         """Trace, rewrite and cut the graph for as many draws as these, under the lock of `program.tracing`."""
