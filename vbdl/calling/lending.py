@@ -64,7 +64,7 @@ def _is_large(p: Tensor) -> bool:
 
 def _held_once(tensors: dict[str, Any], name: str) -> bool:
     """Whether nobody holds a tensor, or another tensor, array or storage with its memory, but these `tensors`."""
-    return _holders(tensors, name) == _ONE_HOLDER
+    return bool(_ONE_HOLDER) and _holders(tensors, name) == _ONE_HOLDER
 
 
 def _holders(tensors: dict[str, Any], name: str) -> tuple[int, ...]:
@@ -81,7 +81,10 @@ def _uses(storage: torch.UntypedStorage) -> int:
     return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
 
 
-_ONE_HOLDER = _holders({"t": torch.zeros(1)}, "t")
+try:
+    _ONE_HOLDER: tuple[int, ...] = _holders({"t": torch.zeros(1)}, "t")
+except AttributeError:  # the counts are torch's own affair: a version without one of them lends nothing
+    _ONE_HOLDER = ()
 
 
 class _Lent(dict):
