@@ -141,7 +141,7 @@ def test_an_interval_on_request(name):
 
 def test_every_public_metric_is_in_the_table():
     used = {
-        "Mean", "Rows", "Estimate", "Interval", "Comparison", "bootstrap", "compare", "mean_estimate",
+        "Mean", "Rows", "Estimate", "Interval", "Comparison", "block_interval", "bootstrap", "compare", "mean_estimate",
         "proportion_interval", "as_torchmetric", "BrierParts", "Diversity", "Reliability", "RiskCoverage",
     }  # fmt: skip
     same = {  # the whole-set form of a stream above, its interval, or what it is made of
