@@ -83,8 +83,17 @@ class Model(nn.Module):
             names |= {f"likelihood.{name}" for name, _ in self.likelihood.named_parameters()}
         return frozenset(names)
 
+    def of(self, posterior: Posterior) -> "Model":
+        """This model with another posterior of the same network."""
+        return Model(posterior, self.likelihood, self._autocast, self._first_member)
+
     def twin(self) -> "Model":
-        """A model of copies of the modules that hold the same tensors: one may run while the other is traced."""
+        """A model of copies of the modules that hold the same tensors, to run or to trace.
+
+        A call with replaced weights puts them into the modules for as long as it lasts, and a trace puts tensors there
+        that exist only inside it. So every thread calls modules of its own, and reads entries from a model that is
+        never called: `entries` and `shared` of a twin are for the thread that owns it.
+        """
         twin = copy.copy(self)
         twin._modules = {
             "network": holding(self.network, state_of(self.network)),

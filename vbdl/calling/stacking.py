@@ -8,7 +8,7 @@ No other file calls these two functions.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -255,10 +255,13 @@ def _detached(t: Tensor) -> Tensor | None:
     return None if _of_a_trace(t) else t.detach()
 
 
-def holding(module: M, state: State) -> M:
-    """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied."""
+def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
+    """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied.
+
+    kept: tensors in attributes of the module that the copy holds too.
+    """
     stored = [t for m in module.modules() for t in tree_leaves(vars(m)) if is_computed(t)]
-    memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored}
+    memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
     for name, tensor in state_of(module).items():
         if name in state:
             is_parameter = isinstance(tensor, nn.Parameter)

@@ -137,7 +137,7 @@ class Chunking:
             regions = (PREFIX,) if end == "prefix" else (PREFIX, BODY) if len(self) == 1 else (BODY,)
             program = Program(self.cut, regions, self._compile, traced.aligned, traced.handwritten)
             if end != "prefix":
-                program.finish(traced.model.likelihood, end, count, carried)
+                program.finish(traced.called.likelihood, end, count, carried)
             if end == "fields" and traced.tile.structure == TENSOR:
                 program.checked = [self.cut.placeholders[-1]]
             self._programs[key] = program

@@ -2,13 +2,14 @@
 
 There are two ways to run the draws: as the traced and planned graph, and with the network as it is (`plain.py`). Which
 one is used follows from what the network computes (`ways.py`); with compile="background" the network as it is answers
-until the graph is compiled. Calls share no data that they write to, so several threads may use an execution at once.
+until the graph is compiled. Calls share no data that they write to, so several threads may use an execution at once:
+they read entries from one model, which is never called, and call or trace twins of it.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from vbdl.engine import background
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.plain import Plain, PlainCalls, PlainPlan
 from vbdl.engine.plan import Plan, choose
+from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
@@ -64,7 +66,7 @@ class Execution:
     ):
         self.likelihood, self.n_samples, self._settings = model.likelihood, n_samples, settings
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
-        self._model, self._tile = model, tile
+        self._tile = tile
         self._traced: Traced | None = None
         self._graph_plan: Plan | None = None
         self._undecided: str | None = None  # why both ways are to be timed
@@ -75,14 +77,13 @@ class Execution:
         self._plain: Plain | None = None
         self._behind = settings.compile == "background"  # whether the graph is still being compiled
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
-            model.posterior.prepare(tile.nested)
+            self._model = model = prepared(model, tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
             state = {n: t.detach() for n, t in state.items()}
-            outputs = self._tried(model, state, list(entries))
+            outputs = self._tried(model.twin(), state, list(entries))
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
-            self._model = model.twin()  # traced in the background, while the posterior's own module may be copied
             self._way = self._meanwhile()
         else:
             self._way, self._undecided = self._chosen()
@@ -91,7 +92,10 @@ class Execution:
         self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
 
     def _tried(self, model: Model, state: State, own: Sequence[str]) -> Tensor:
-        """Run a draw, check the network by it, and find the layers that draw outputs; own: entries of a draw."""
+        """Run a draw, check the network by it, and find the layers that draw outputs.
+
+        model: a twin for this call alone. own: the names of a draw's entries.
+        """
         network, settings, tile = model.network, self._settings, self._tile
         self._local_layers: Any = ()
         self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
@@ -103,10 +107,8 @@ class Execution:
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
             network.kept = {}  # the noise of the draw, made once for all rows
-            try:
-                outputs = try_out(model, state, tile)
-            finally:
-                network.kept = None
+            outputs = try_out(model, state, tile)
+            network.kept = None
             layers = network.local_layers(tile.nested, others(tile).nested, tile.rows)
             if layers is not None:
                 self._local_layers, self._local = layers, len(layers)
@@ -114,12 +116,9 @@ class Execution:
         if not isinstance(network, FactoredNetwork) or not network.may_draw_outputs:
             return try_out(model, state, tile)
         network.recorded = []
-        try:
-            outputs = try_out(model, state, tile)
-            first, second = network.recorded[:2]
-            local = local_layers(first, second, tile.rows)
-        finally:
-            network.recorded = None
+        outputs = try_out(model, state, tile)
+        first, second = network.recorded[:2]
+        local = local_layers(first, second, tile.rows)
         if local is not None:
             self._local_layers, self._local = local, len(local)
         return outputs
@@ -149,28 +148,15 @@ class Execution:
 
     def _as_it_is(self, *reasons: str, mapping: bool = False) -> _Way:
         """The way that runs the network as it is, for these reasons; mapping: all draws together if that is faster."""
-        if self._plain is None:
-            with self._drawing_outputs():  # its copy does, and the one to trace does not
-                self._plain = Plain(self._model, self._tile, self._settings, self.n_samples)
-        plain = self._plain
+        with self._starting:
+            if self._plain is None:
+                self._plain = Plain(self._model, self._tile, self._settings, self.n_samples, self._local_layers)
+            plain = self._plain
         if mapping and (reason := plain.map_if_faster()):
             reasons = (*reasons, reason)
         draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
         return _Way(plan, PlainCalls(plain, draws))
-
-    @contextlib.contextmanager
-    def _drawing_outputs(self) -> Iterator[None]:
-        """A context in which the network has the layers that draw outputs."""
-        network: Any = self._model.network
-        if not self._local_layers:
-            yield
-            return
-        before, network.local = network.local, self._local_layers
-        try:
-            yield
-        finally:
-            network.local = before
 
     def _graph(self) -> tuple[_Way, str, str]:
         """Trace a draw or two; return the way that runs the graph, and what `ways.after_tracing` says of it."""

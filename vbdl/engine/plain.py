@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,24 @@ class PlainPlan:
 class Plain:
     """A model that runs as it is for tiles of one shape: one call at a time, in any thread.
 
+    local: the layers that draw their outputs, as the network's attribute `local` has them.
     repeated: whether draws share a call with repeated rows. mapped: whether they share one under `vmap`.
     """
 
-    def __init__(self, model: Model, tile: Flat, settings: PredictorSettings, n_samples: int):
+    def __init__(
+        self,
+        model: Model,
+        tile: Flat,
+        settings: PredictorSettings,
+        n_samples: int,
+        local: Any = None,
+    ):
         self.model, self.tile, self.n_samples = model, tile, n_samples
         self._seed = settings.seed
         self._twin = model.twin()
+        if local:
+            network: Any = self._twin.network
+            network.local = local
         first = model.entries(torch.arange(1), self._seed)
         places = places_of(self._twin)
         owners = dict(self._twin.named_modules())
@@ -153,7 +165,7 @@ class Plain:
         with self._lock, torch.no_grad(), WholeLayers():
             if self._network is not None:
                 self._network.kept = None  # it would keep values of the trace
-            return call_stacked(self._twin, entries, self._twin.shared(entries), tile.map(Tensor.detach).nested)
+            return call_stacked(self._twin, entries, self.model.shared(entries), tile.map(Tensor.detach).nested)
 
     def _run(self, numbers: tuple[int, ...], entries: State, tile: Flat) -> Tensor:
         differentiable = wants_gradient(tile)

@@ -14,6 +14,7 @@ from torch import Tensor
 from vbdl.calling.inputs import TENSOR, Flat
 from vbdl.engine.executions import outside_autocast
 from vbdl.engine.plain import Plain
+from vbdl.engine.prepared import prepared
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.recurrent import CarriedStates
@@ -126,7 +127,7 @@ class StreamState:
             if count <= 0:
                 break
             model = Model(posterior, predictor.likelihood, settings.autocast, first_member=start)
-            posterior.prepare(part.nested)
+            model = prepared(model, part.nested)
             plains.append(Plain(model, part, settings, count))
             start += count
         expected = {key for index, plain in enumerate(plains) for key, _ in _calls(index, plain)}

@@ -21,7 +21,6 @@ from vbdl.nn.recurrent import WholeLayers
 from vbdl.nn.recurrent_layer import sentences
 from vbdl.types import State
 
-
 _FEW = 8  # draws whose weights are made once more for tracing
 _KEY_BYTES = 1024  # of a draw's entries; more are weights or statistics
 
@@ -35,6 +34,8 @@ class Traced:
 
     Each graph is traced, rewritten and cut into regions.
 
+    model: the entries are read from it, in any thread. called: its twin, which is traced, under the lock of
+    `program.tracing`.
     strategy: "stacked" maps the draws together with vmap, "loop" runs one after the other; `probe` decides.
     shared: the parameters and buffers that all draws share; every graph reads these same tensors.
     """
@@ -47,6 +48,7 @@ class Traced:
         n_samples: int,
     ):
         self.model, self.tile, self.settings, self.n_samples = model, tile, settings, n_samples
+        self.called = model.twin()
         self.device, self.rows = tile.tensors[0].device, tile.rows
         # rows of equally aligned products are bit-identical; promised for tiles of 64, 128, ... rows
         self.aligned = self.rows % 64 == 0
@@ -119,14 +121,14 @@ class Traced:
             drawn_state = dict(zip(entries, stacked, strict=True))
             shared_state = dict(zip(self.shared, shared, strict=True))
             execute = call_stacked if self.strategy == "stacked" else call_each
-            return (execute(self.model, drawn_state, shared_state, rebuilt(self.tile.structure, inputs)),)
+            return (execute(self.called, drawn_state, shared_state, rebuilt(self.tile.structure, inputs)),)
 
         try:
             layers = contextlib.nullcontext() if self.settings.keeps_bits else WholeLayers()
             with WholeLinears(), layers, only_forwards() as names:
                 graph = trace(parameters, *self._arguments(entries), aligned=False)
         finally:
-            forget(self.model)  # values of the trace that the forward kept in attributes
+            forget(self.called)  # values of the trace that the forward kept in attributes
         self.handwritten = sorted(set(names))
         return graph
 

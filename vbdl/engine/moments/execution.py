@@ -16,6 +16,7 @@ from vbdl.engine.execution import Execution
 from vbdl.engine.moments.interpret import Values, dependent, run
 from vbdl.engine.moments.linear import MOST_JOINT
 from vbdl.engine.moments.value import Correlated, Moments
+from vbdl.engine.prepared import prepared
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
@@ -67,25 +68,26 @@ class MomentExecution:
             )
         if settings.autocast is not None:
             raise ValueError("estimator='moments' computes in the network's own dtype: leave out autocast")
-        self.model, self.likelihood, self.settings = model, model.likelihood, settings
+        self.likelihood, self.settings = model.likelihood, settings
         self.n_samples, self._tile = n_samples, tile
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
         self.plan = MomentPlan(self)
         self._call: Callable[..., Sequence[Tensor]] | None = None
         self._graph: fx.GraphModule | None = None
         with torch.no_grad(), tracing():
+            self.model = prepared(model, tile.nested)
             self._prepare()
 
     def _prepare(self) -> None:
         """Trace one draw, and compute what does not depend on the input, such as the moments of weights and masks."""
-        self.model.posterior.prepare(self._tile.nested)
         stacked = self.model.entries(torch.arange(1), self.settings.seed)
         shared = {n: t.detach() for n, t in self.model.shared(stacked).items()}
+        called = self.model.twin()
 
         def parameters(entries: list[Tensor], rest: list[Tensor], tile: list[Tensor]) -> tuple[Tensor]:
             one = select(dict(zip(stacked, entries, strict=True)), 0)
             inputs = rebuilt(self._tile.structure, tile)
-            return (call(self.model, {**dict(zip(shared, rest, strict=True)), **one}, inputs),)
+            return (call(called, {**dict(zip(shared, rest, strict=True)), **one}, inputs),)
 
         state = [*stacked.values(), *shared.values()]
         with WholeLinears():
