@@ -10,7 +10,8 @@
 Posteriors:    MCDropout, MeanField, DeepEnsemble, Snapshots, SWAG, Laplace, Stochastic, Deterministic
 Likelihoods:   Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian
 Use:           fit, split, inspect, recommend, Predictor, adaptive
-Afterwards:    calibrate, Temperature, StdScaling, ConformalSets, with_decision; calibration, decision, metrics, ood
+Afterwards:    calibrate, unseen, Temperature, StdScaling, ConformalSets, with_decision; calibration, decision, metrics,
+               ood
 Models:        save, load, register, artifact, export, predict_table, VBDLClassifier, VBDLRegressor
 Layers:        BayesianLinear, BayesianConv1d, BayesianConv2d, BayesianConv3d, Normal, ScaleMixture
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from vbdl.batch.predicting import predict_table as predict_table
     from vbdl.calibration.calibrate import calibrate as calibrate
     from vbdl.calibration.conformal import ConformalSets as ConformalSets
+    from vbdl.calibration.overlap import unseen as unseen
     from vbdl.calibration.std_scaling import StdScaling as StdScaling
     from vbdl.calibration.temperature import Temperature as Temperature
     from vbdl.data.splitting import split as split
@@ -99,6 +101,7 @@ _HOME = {
     "ConformalSets": "calibration.conformal",
     "StdScaling": "calibration.std_scaling",
     "Temperature": "calibration.temperature",
+    "unseen": "calibration.overlap",
     "with_decision": "decision.deciding",
 }
 
@@ -119,4 +122,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

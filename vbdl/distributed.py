@@ -74,6 +74,11 @@ class ShardedPredictor(Predictor):
         options: PredictorOptions,
     ) -> None:
         """Initialize from this process's share. local: the draws of this process. total: the draws of all processes."""
+        if likelihood.reads_layer is not None:
+            raise ValueError(
+                "a decision by distances reads features of the first network, which not every process has: use "
+                "vbdl.Predictor, or a decision without OutOfDistribution"
+            )
         local_likelihood = _of_members(likelihood, local) if sharded else likelihood
         super().__init__(share, local_likelihood, len(local), seed, **options)
         self.likelihood.for_draws(total)  # all draws, because the sums of all processes are merged

@@ -3,6 +3,7 @@
 entries           shape                                        source
 network.*         (samples, ...), one entry per draw           Posterior.draws
 likelihood.*      (samples, ...), those of the draw's member   parameters of a likelihood with members
+features.*        no samples axis, shared                      the first member, if a decision reads features
 all others        no samples axis, shared                      the module and the likelihood themselves
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.inputs import tensors
+from vbdl.calling.layer_inputs import LayerInputs
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import holding, state_of
 from vbdl.types import Likelihood, Posterior, State
@@ -38,6 +40,8 @@ class Model(nn.Module):
     ):
         super().__init__()
         self.network, self.likelihood = posterior.module, likelihood
+        layer = likelihood.reads_layer
+        self.features = None if layer is None else LayerInputs(first_network(posterior), layer)
         self._autocast, self._first_member = autocast, first_member
         self._hidden = (posterior,)  # not a submodule: draws are computed from its tensors, calls do not use them
 
@@ -73,6 +77,8 @@ class Model(nn.Module):
         """The entries of network and likelihood that all draws share. own: names of the entries that differ."""
         state = {f"network.{name}": t for name, t in self.posterior.shared().items()}
         state |= {f"likelihood.{name}": t for name, t in state_of(self.likelihood).items()}
+        if self.features is not None:
+            state |= {f"features.{name}": t for name, t in state_of(self.features).items()}
         return {name: t for name, t in state.items() if name not in own}
 
     @property
@@ -99,6 +105,8 @@ class Model(nn.Module):
             "network": holding(self.network, state_of(self.network)),
             "likelihood": holding(self.likelihood, state_of(self.likelihood)),
         }
+        if self.features is not None:
+            twin._modules["features"] = holding(self.features, state_of(self.features))
         return twin
 
     # -- one draw
@@ -114,7 +122,26 @@ class Model(nn.Module):
         outputs = pick(outputs, self.posterior.output)
         if outputs.dtype in (torch.bfloat16, torch.float16):
             outputs = outputs.float()  # statistics are float32 or better
-        return self.likelihood(outputs)
+        parameters = self.likelihood(outputs)
+        if self.features is None:
+            return parameters
+        return self.likelihood.with_features(parameters, self.features(*args, **kwargs))
+
+
+def first_network(posterior: Posterior) -> nn.Module:
+    """A copy of the user's network with the tensors of the first member; weights that are drawn have their means.
+
+    Raises ValueError for an ensemble of several architectures.
+    """
+    if len(posterior.parts) > 1:
+        raise ValueError(
+            "the features of an ensemble of several architectures are not comparable: use an ensemble of one"
+        )
+    network = posterior.user_network
+    first = {name: t[0] for name, t in posterior.stacked().items()}
+    copied = holding(posterior.module, {**posterior.shared(), **first}).requires_grad_(False)
+    (path,) = [name for name, m in posterior.module.named_modules() if m is network][:1]
+    return copied.get_submodule(path).eval()
 
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}

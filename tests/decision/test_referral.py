@@ -138,14 +138,25 @@ def test_a_refusal_says_what_could_have_been_promised(method):
         assert _for_risk(u, wrong, 0.98 * lowest, 0.05, method).certificate.n_kept == 0
         nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
         predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=False)
-        with pytest.warns(UserWarning, match=f"can guarantee a risk of at most 0.01 .* is {lowest:.3g}"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # for_risk has said it
             deciding = vbdl.with_decision(predict, rule)
         again = rebuild(describe(rule), dict(rule.state_dict()))
+        with pytest.warns(UserWarning, match=f"can guarantee a risk of at most 0.01 .* is {lowest:.3g}"):
+            vbdl.with_decision(predict, again)
+        assert again.certificate.risk_bound == 1.0 and "no guarantee" in str(again.certificate)
         assert again.certificate == rule.certificate and bool((deciding(torch.randn(5, 2)).action == REFER).all())
     # one of version 0.1, which recorded no such risk
     with pytest.warns(UserWarning, match="Calibrate on more rows than these 80"):
         rule.certificate = dataclasses.replace(rule.certificate, lowest_risk=None)
         vbdl.with_decision(predict, rule)
+
+
+def test_a_refusal_blames_the_ranking_and_not_the_number_of_rows():
+    """The uncertainty says nothing about errors: half of the surest rows are wrong, and more rows are no remedy."""
+    with pytest.warns(UserWarning, match="its mean loss is 0.5, and 0.5 on the half that it is surest of") as told:
+        Referral().for_risk(torch.linspace(0, 1, 400), torch.arange(400) % 2 == 0, 0.05)
+    assert "more rows" not in str(told[0].message)
 
 
 def test_nothing_can_be_promised_from_few_rows():

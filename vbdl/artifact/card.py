@@ -15,6 +15,7 @@ from vbdl.artifact.manifest import (
     Single,
     Supplied,
 )
+from vbdl.engine.settings import are_default
 from vbdl.methods import METHODS, words
 from vbdl.types import Json
 
@@ -46,19 +47,20 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("network", network(manifest)),
         ("input of a row", inputs(manifest)),
         ("likelihood", likelihood(manifest.likelihood)),
+        *(("fitted", _plain(text)) for text in manifest.fitted),
         ("draws", f"{s.n_samples}, seed {s.seed}"),
-        ("tiles", ", ".join(map(str, s.tiles)) + " rows"),
+        ("tiles", f"{', '.join(map(str, s.tiles))} rows{_SERVED if are_default(s.tiles) else ''}"),
         ("numbers stored", f"{numbers:,} in {manifest.file_bytes:,} bytes, SHA-256 {manifest.file_sha256[:16]}…"),
         (
             "training rows",
-            f"{manifest.training_rows:,}, known by fingerprint: calibrating on them is refused"
+            f"{manifest.training_rows:,} different rows, known by fingerprint: calibrating on them is refused"
             if manifest.training_rows
             else "not recorded: calibrating on them cannot be refused",
         ),
         ("written by", f"vbdl {v.vbdl}, torch {v.torch}, format {manifest.format}"),
     ]
     if s.autocast is not None:
-        rows.insert(6, ("network runs in", s.autocast))
+        rows.insert(6 + len(manifest.fitted), ("network runs in", s.autocast))
     return rows
 
 
@@ -67,17 +69,23 @@ def fields(described: Json) -> list[str]:
     arguments = described.get("arguments", {})
     inner = arguments.get("likelihood", {}).get("module") if isinstance(arguments, dict) else None
     if inner is not None:
-        outer = [arguments.get(key, {}).get("module", {}).get("class") for key in ("method", "decision")]
-        return [*fields(inner), *(name for cls in outer for name in _ADDED.get(str(cls), ()))]
+        outer = [arguments.get(key, {}).get("module", {}) for key in ("method", "decision")]
+        rules = [rule for module in outer for rule in module.get("arguments", {}).get("rules", {}).get("modules", ())]
+        added = [name for module in (*outer, *rules) for name in _ADDED.get(str(module.get("class")), ())]
+        return [*fields(inner), *dict.fromkeys(added)]
     name = str(described.get("class"))
     leading = ["probs", "label"] if name in ("Categorical", "Bernoulli") else [] if ":" in name else ["mean", "std"]
     return [*leading, "total", "aleatoric", "epistemic"]
 
 
+_SERVED = "; vbdl serve computes in tiles of 64, for equal bits in every batch"
+
 _ADDED = {
     "ConformalSets": ("sets",),
     **dict.fromkeys(("AbsoluteIntervals", "NormalizedIntervals", "CQR"), ("lower", "upper")),
     **dict.fromkeys(("Referral", "ExpectedCost", "AnomalyFlags"), ("action",)),
+    "AnyOf": ("action", "reason"),
+    "OutOfDistribution": ("action", "distance"),
     "HandOver": ("action", "risk"),
     "Risk": ("action", "var", "es"),
 }
@@ -215,8 +223,8 @@ def _number(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text without characters that would end a table cell, a line or a code span; at most 200 characters."""
-    return text.translate({ord(c): " " for c in "|\n\r`<>"})[:200]
+    """The text without characters that would end a table cell, a line or a code span; at most 400 characters."""
+    return text.translate({ord(c): " " for c in "|\n\r`<>"})[:400]
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:

@@ -177,7 +177,7 @@ class Versions(Struct, frozen=True, forbid_unknown_fields=True):
     noise: int  # version of the noise generator, `vbdl_kernels.CONTRACT`; equal versions make equal draws
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The description of a saved predictor: everything except its tensors."""
 
     format: int
@@ -191,7 +191,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     file_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
     training_rows: Size  # number of fingerprints in the file; 0 if training recorded none
     metrics: Json
-    extras: Json  # the caller's own data, e.g. a schema of columns or preprocessing
+    extras: Json  # the caller's own data, e.g. a schema of columns, preprocessing, or the names of the classes
+    fitted: list[Annotated[str, Meta(max_length=4096)]] = []  # what calibrators and decisions were fitted to, in words
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -19,9 +19,11 @@ from vbdl.artifact.arguments import check_arguments
 from vbdl.artifact.manifest import ArtifactError
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.decision.anomaly import AnomalyFlags
+from vbdl.decision.any_of import AnyOf
 from vbdl.decision.cost import ExpectedCost
 from vbdl.decision.deciding import DecidingLikelihood
 from vbdl.decision.handover import HandOver
+from vbdl.decision.out_of_distribution import OutOfDistribution
 from vbdl.decision.path_risk import PathBounds
 from vbdl.decision.referral import Certificate, Referral
 from vbdl.decision.risk import Risk
@@ -30,11 +32,16 @@ from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from vbdl.ood.knn import KNN
+from vbdl.ood.mahalanobis import Mahalanobis
 from vbdl.types import Json
 
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
-_DECISIONS = (AnomalyFlags, DecidingLikelihood, ExpectedCost, HandOver, PathBounds, Referral, Risk)
+_DECISIONS = (
+    AnomalyFlags, AnyOf, DecidingLikelihood, ExpectedCost, HandOver, KNN, Mahalanobis, OutOfDistribution, PathBounds,
+    Referral, Risk,
+)  # fmt: skip
 # layers and posteriors of vbdl need more than plain arguments: see `vbdl.artifact.layers`, `vbdl.artifact.posteriors`
 _BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS)}
 _FORMER = {"NormalisedIntervals": "NormalizedIntervals"}  # names that version 0.1 stored
@@ -158,6 +165,8 @@ def arguments_of(module: nn.Module) -> Json:
 
 def encode(value: object, name: str) -> object:
     """One constructor argument as JSON: a module as its description, a tensor as its name in the state dict."""
+    if isinstance(value, nn.ModuleList):
+        return {"modules": [describe(module) for module in value]}
     if isinstance(value, nn.Module):
         return {"module": describe(value)}
     if isinstance(value, Tensor):
@@ -194,9 +203,10 @@ def decode(cls: type[nn.Module], stored: Json, state: Mapping[str, Tensor], trus
         if argument not in allowed:
             raise ValueError(f"{cls.__name__} has no argument {argument!r}")
         if isinstance(value, Mapping) and "module" in value:
-            prefix = argument + "."
-            inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            arguments[argument] = rebuild(value["module"], inner, trust)
+            arguments[argument] = rebuild(value["module"], _inside(argument, state), trust)
+        elif isinstance(value, Mapping) and isinstance(value.get("modules"), list):
+            each = enumerate(value["modules"])
+            arguments[argument] = nn.ModuleList(rebuild(m, _inside(f"{argument}.{i}", state), trust) for i, m in each)
         elif isinstance(value, Mapping) and "tensor" in value:
             if argument not in state:
                 raise ValueError(f"the state of {cls.__name__} has no tensor {argument!r}")
@@ -206,6 +216,11 @@ def decode(cls: type[nn.Module], stored: Json, state: Mapping[str, Tensor], trus
             arguments[argument] = value
     check_arguments(cls, {n: v for n, v in arguments.items() if not isinstance(v, Tensor | nn.Module)})
     return arguments
+
+
+def _inside(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the submodule of this name, by their names in it."""
+    return {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:

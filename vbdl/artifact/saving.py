@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -28,17 +29,22 @@ from vbdl.artifact.manifest import (
     Reference,
     Single,
     StoredSettings,
+    Supplied,
     Versions,
     check_json,
     encode,
 )
 from vbdl.artifact.tensors import CODES, entries, to_bytes
+from vbdl.calibration.calibrated import CalibratedLikelihood
 from vbdl.calling.inputs import TENSOR, Container
+from vbdl.decision.deciding import DecidingLikelihood
 from vbdl.engine.predictor import Predictor
+from vbdl.likelihoods.around import layers
+from vbdl.types import Decision, Json, Likelihood, Posterior
 from vbdl.types import Inputs as Batch
-from vbdl.types import Json, Posterior
 
 TRAINING_ROWS = "training_rows"
+_log = logging.getLogger("vbdl")
 
 
 class SaveOptions(TypedDict, total=False):
@@ -46,6 +52,7 @@ class SaveOptions(TypedDict, total=False):
 
     extras: Json | None
     metrics: Json | None
+    classes: Sequence[str | int | bool] | None
     example: Batch | None
     architecture: str | Sequence[str | None] | None
     arguments: Json | Sequence[Json] | None
@@ -57,6 +64,7 @@ def save(
     *,
     extras: Json | None = None,
     metrics: Json | None = None,
+    classes: Sequence[str | int | bool] | None = None,
     example: Batch | None = None,
     architecture: str | Sequence[str | None] | None = None,
     arguments: Json | Sequence[Json] | None = None,
@@ -68,10 +76,14 @@ def save(
         read back as `vbdl.load(folder).manifest.extras`. A predictor that was loaded, or derived from a loaded one,
         keeps its extras, architecture and arguments unless new ones are given.
     metrics: metrics for the model card, {"accuracy": 0.97, ...}, as a dict that JSON can hold.
-    example: one batch of inputs, from which the shapes of a row are recorded; default: the inputs of an earlier call.
+    classes: the names of the classes in the order of the network's outputs, by which a service answers; stored as
+        extras["classes"], which does the same.
+    example: one batch of inputs, from which the shapes of a row are recorded, as `vbdl serve` needs them; default: the
+        inputs of an earlier call of this predictor, or of the one it was made from. A warning is logged if there are none.
     architecture: "module:name" of a function or class that returns the network when called with `arguments`. Not
-        needed for networks of torch.nn's layers; other networks are saved without it, too, but `load` then needs
-        module=. For an ensemble of several architectures a sequence, with None for those that need no name.
+        needed for networks of torch.nn's layers and registered classes (`vbdl.register`); other networks are saved
+        without it, too, with a warning in the log, but `load` then needs module=, and they cannot be served. For an
+        ensemble of several architectures a sequence, with None for those that need no name.
     overwrite: replace an existing artifact.
 
     The folder appears complete or not at all. Raises ValueError if a tensor is not finite or something cannot be
@@ -87,7 +99,13 @@ def save(
     """
     folder = Path(folder)
     files = contents(
-        predictor, extras=extras, metrics=metrics, example=example, architecture=architecture, arguments=arguments
+        predictor,
+        extras=extras,
+        metrics=metrics,
+        classes=classes,
+        example=example,
+        architecture=architecture,
+        arguments=arguments,
     )
     write_folder(folder, files, locate if overwrite else None)
     return folder
@@ -98,6 +116,7 @@ def contents(
     *,
     extras: Json | None = None,
     metrics: Json | None = None,
+    classes: Sequence[str | int | bool] | None = None,
     example: Batch | None = None,
     architecture: str | Sequence[str | None] | None = None,
     arguments: Json | Sequence[Json] | None = None,
@@ -111,11 +130,27 @@ def contents(
     before = predictor.manifest
     if extras is None and before is not None:
         extras = before.extras
+    if classes is not None:
+        extras = {**(extras or {}), "classes": list(classes)}
     if architecture is None and arguments is None and before is not None:
         known = posteriors.architectures(before.posterior)
     else:
         known = [None] * len(predictor.posterior.parts)
     description = _describe(predictor.posterior, architecture, arguments, known)
+    for described, earlier in zip(posteriors.architectures(description), known, strict=True):
+        if isinstance(described, Supplied) and earlier is None:
+            _log.warning(
+                "the artifact does not describe its network, a %s: load needs module=network, and vbdl serve cannot "
+                "load it. Save it with architecture='module:function' of a function that builds the network, or put "
+                "@vbdl.register above the class",
+                described.name,
+            )
+            break
+    inputs = inputs_of(predictor, example)
+    if inputs is None:
+        _log.warning(
+            "the artifact does not say what a row looks like, which vbdl serve needs: save it with example=x, one batch"
+        )
     tensors = {f"posterior.{n}": t for n, t in _state(predictor.posterior).items()}
     tensors |= {f"likelihood.{n}": t for n, t in _state(predictor.likelihood).items()}
     for name, t in tensors.items():
@@ -133,13 +168,14 @@ def contents(
         posterior=description,
         likelihood=check_json(json.loads(json.dumps(modules.describe(predictor.likelihood))), "the likelihood"),
         settings=_settings(predictor),
-        inputs=inputs_of(predictor, example),
+        inputs=inputs,
         tensors=entries(tensors),
         file_bytes=len(data),
         file_sha256=hashlib.sha256(data).hexdigest(),
         training_rows=0 if fingerprints is None else len(fingerprints),
         metrics=check_json(dict(metrics or {}), "metrics"),
         extras=check_json(dict(extras or {}), "extras"),
+        fitted=_fitted(predictor.likelihood),
     )
     encoded = encode(manifest)
     if len(encoded) > MAX_MANIFEST_BYTES:
@@ -185,6 +221,19 @@ def _describe(
         return posteriors.describe(posterior, network)
 
 
+def _fitted(likelihood: Likelihood) -> list[str]:
+    """What the calibrators and the decision inside a likelihood were fitted to, in words, the first fitted first."""
+    texts = []
+    for layer in reversed(list(layers(likelihood))):
+        if isinstance(layer, CalibratedLikelihood):
+            rows, overlap = (int(layer.get_buffer(name)) for name in ("n_rows", "n_overlap"))
+            seen = f", {overlap:,} of which training has seen" if overlap else ""
+            texts.append(f"{type(layer.method).__name__}: {layer.method.fitted}, on {rows:,} rows{seen}")
+        elif isinstance(layer, DecidingLikelihood) and isinstance(layer.decision, Decision) and layer.decision.fitted:
+            texts.append(f"{type(layer.decision).__name__}: {layer.decision.fitted}")
+    return [text[:4096] for text in texts]
+
+
 def _state(module: nn.Module) -> dict[str, Tensor]:
     """The module's tensors by name; a tied tensor appears once, under its first name."""
     tensors, seen = {}, set()
@@ -214,12 +263,13 @@ def _settings(predictor: Predictor) -> StoredSettings:
 
 
 def inputs_of(predictor: Predictor, example: Batch | None) -> Inputs | None:
-    """The inputs of the network: from the example, an earlier prediction, or the artifact the predictor came from."""
+    """The inputs of the network: from the example, an earlier prediction of this predictor or of the one it was made
+    from, or the artifact it came from."""
     if example is not None:
         flat = predictor.check(example)
         structure, rows = flat.structure, [(tuple(t.shape), t.dtype) for t in flat.tensors]
-    elif predictor.executions.by_shape:
-        structure, rows = next(iter(predictor.executions.by_shape))
+    elif (known := next(iter(predictor.executions.by_shape), predictor.known_inputs)) is not None:
+        structure, rows = known
     else:
         return None if predictor.manifest is None else predictor.manifest.inputs
     if isinstance(structure, Container) and any(part != TENSOR for part in structure.parts):

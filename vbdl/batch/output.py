@@ -9,6 +9,8 @@
 | `lower`, `upper` | float32 | the calibrated interval, or the central interval that was asked for |
 | `set` | list of labels | the classes of a conformal set |
 | `action` | int64, float for a position | the decision |
+| `reason` | int64 | the rule that referred the row, counted from 1; 0: none |
+| `distance` | float32 | from the training rows, in the space of features |
 | `confidence`, `standard_error_<class>` | float32 | if asked for by name |
 """
 
@@ -32,7 +34,7 @@ Labels = Sequence[str | int | bool]
 EXTRA = ("confidence", "standard_error")
 COLUMNS = (
     "prediction", "probabilities", "mean", "std", "total", "aleatoric", "epistemic", "lower", "upper", "set", "action",
-    *EXTRA,
+    "reason", "distance", *EXTRA,
 )  # fmt: skip
 _WIDE = 20  # largest number of columns of one field; wider fields become list columns
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vbdl.calibration.calibrated import CalibratedLikelihood, calibrations, is_recalibrated
+from vbdl.calibration.overlap import row_numbers, trained_on
 from vbdl.calling.inputs import flatten
 from vbdl.data.fingerprint import fingerprints
 from vbdl.engine.predictor import Predictor
@@ -26,11 +27,16 @@ def _accepts_x_and_y(function: Callable[_P, Predictor]) -> Callable[_P, Predicto
     old_form = inspect.signature(lambda predictor, x, y, method, *, allow_overlap=False: None)
     new_form: Callable[..., Predictor] = function
 
+    def of_old_form(args: tuple, kwargs: dict[str, object]) -> dict[str, object] | None:
+        try:
+            return old_form.bind(*args, **kwargs).arguments
+        except TypeError:
+            return None
+
     @functools.wraps(function)
     def either(*args, **kwargs):
-        try:
-            old = old_form.bind(*args, **kwargs).arguments
-        except TypeError:
+        old = of_old_form(args, kwargs)
+        if old is None:  # outside the except above, or errors would begin with that TypeError
             return new_form(*args, **kwargs)
         warnings.warn(
             "calibrate(predictor, x, y, method) is deprecated: write calibrate(predictor, (x, y), method)",
@@ -62,8 +68,9 @@ def calibrate(
         allow_overlap: calibrate even if rows were used for training. Their number is recorded in the likelihood
             (n_overlap) and saved with it, as are the fingerprints of all calibration rows (calibration_rows).
 
-    Raises ValueError if rows were used for training, and for data to which the method cannot be fitted. Training rows
-    are known by the fingerprints that vbdl.fit records; a posterior trained in another way cannot be checked.
+    Raises ValueError if rows were used for training (`vbdl.unseen` returns the others), and for data to which the
+    method cannot be fitted. Training rows are known by the fingerprints that vbdl.fit records; a posterior trained in
+    another way cannot be checked.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 4), vbdl.Categorical(), compile=False)
@@ -88,11 +95,13 @@ def calibrate(
     if n_rows == 0:
         raise ValueError("there are no rows to calibrate on")
     rows = fingerprints(x)
-    n_overlap = _overlap(predictor, rows)
+    seen = trained_on(predictor, rows)
+    n_overlap = int(seen.sum())
     if n_overlap and not allow_overlap:
         raise ValueError(
-            f"{n_overlap} of {n_rows} calibration rows were trained on, so the calibration would be too "
-            "optimistic; use rows from vbdl.split, or allow_overlap=True, which is recorded"
+            f"{n_overlap} of {n_rows} calibration rows were trained on ({row_numbers(seen)}), so the calibration would "
+            "be too optimistic. Drop them: rows = vbdl.unseen(predictor, x), then x[rows], y[rows]; or allow them, "
+            "which is recorded: allow_overlap=True"
         )
     needs_samples = method.acts_on == "logits" or method.needs_samples
     # a sealed predictor cannot compile for new shapes, so an unsealed copy with the same draws predicts
@@ -129,15 +138,6 @@ def _check_order(likelihood: Likelihood, method: Calibrator) -> None:
             f"{name} would change the mixture that CDFRecalibration was fitted to: use {name} before "
             f"CDFRecalibration, or only CDFRecalibration, which corrects the scale, too"
         )
-
-
-def _overlap(predictor: Predictor, rows: Tensor) -> int:
-    """The number of rows (fingerprints) that the posterior was trained on."""
-    # an ensemble of several architectures may be trained as a whole or part by part
-    posterior = predictor.posterior
-    seen = [trained.training_rows for trained in (posterior, *posterior.parts)]
-    known = [trained for trained in seen if trained is not None]
-    return int(torch.isin(rows, torch.cat(known)).sum()) if known else 0
 
 
 def _check_kind(method: Calibrator, prediction: Prediction) -> None:

@@ -114,6 +114,10 @@ def _main(argv: Sequence[str] | None) -> int:
             args=arguments or ["--help"],
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if trusted := getattr(command, "trust", ()):
+        from vbdl.artifact.trust import look_here
+
+        look_here(trusted)
     try:
         return command() or 0
     except KeyboardInterrupt:

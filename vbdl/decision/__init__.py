@@ -7,6 +7,8 @@ Into a predictor:  with_decision; its likelihood is then a DecidingLikelihood
 Send uncertain rows to a person (REFER, -1):
     Referral              a threshold for a capacity, a cost, or a guaranteed risk of the rest, with its Certificate
     ReferralBudget        so many a day, row by row
+    OutOfDistribution     rows whose features are far from those of the training rows
+    AnyOf                 by several of these rules
     refer_most_uncertain  so many of this batch
     uncertainty_of        the number of each row that these compare
 
@@ -31,6 +33,7 @@ Flag anomalies:
 
 from vbdl import former
 from vbdl.decision.anomaly import AnomalyFlags as AnomalyFlags
+from vbdl.decision.any_of import AnyOf as AnyOf
 from vbdl.decision.backtest import Backtest as Backtest
 from vbdl.decision.backtest import backtest as backtest
 from vbdl.decision.cost import REFER as REFER
@@ -43,6 +46,7 @@ from vbdl.decision.drive import Drive as Drive
 from vbdl.decision.handover import HandOver as HandOver
 from vbdl.decision.handover import Mode as Mode
 from vbdl.decision.handover import Step as Step
+from vbdl.decision.out_of_distribution import OutOfDistribution as OutOfDistribution
 from vbdl.decision.path_risk import PathBounds as PathBounds
 from vbdl.decision.path_risk import PathRisk as PathRisk
 from vbdl.decision.path_risk import path_risk as path_risk

@@ -57,6 +57,14 @@ class AnomalyFlags(Decision):
             raise RuntimeError("deciding needs a rate of false alarms: AnomalyFlags(false_alarms=0.01)")
         return self._within(uncertainty_of(prediction, self.kind), self.false_alarms)
 
+    @property
+    def fitted(self) -> str:
+        n = 0 if self.scores is None else self.scores.numel()
+        return f"{self.kind} against {n:,} normal rows, false alarms {self.false_alarms}"
+
+    def words(self, action: Tensor) -> list[str]:
+        return ["anomaly" if flagged else "normal" for flagged in action.tolist()]
+
     def p_values(self, scores: Tensor) -> Tensor:
         """The conformal p-values of scores: (batch,) -> (batch,) float64."""
         count, n = self._count(scores)

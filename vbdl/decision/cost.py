@@ -14,6 +14,11 @@ REFER = -1
 """The action that refers a row to a person."""
 
 
+def refer_or_answer(action: Tensor) -> list[str]:
+    """The word "refer" for each row that goes to a person, else "answer"; action: (batch,) int64."""
+    return ["refer" if a == REFER else "answer" for a in action.tolist()]
+
+
 class ExpectedCost(Decision):
     """A decision for the action argmin_a Σ_k p_k cost[k, a], or REFER (-1) if even that costs more than refer_cost.
 
@@ -44,6 +49,18 @@ class ExpectedCost(Decision):
             if refer.ndim or bool(refer.isnan()):
                 raise ValueError(f"refer_cost must be one number, not {refer_cost}")
         self.register_buffer("refer_cost", refer)
+
+    @property
+    def fitted(self) -> str:
+        limit = "" if self.refer_cost is None else f", refer above a cost of {float(self.refer_cost):.6g}"
+        return f"least expected cost of {tuple(self.cost.shape)} classes and actions{limit}"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return ("the expected cost of every action is above that of a referral, or not finite",)
+
+    def words(self, action: Tensor) -> list[str]:
+        return ["refer" if a == REFER else f"action {a}" for a in action.tolist()]
 
     def expected(self, probs: Tensor) -> Tensor:
         """The expected costs: probs (batch, classes), or (batch,) of class 1 -> (batch, actions)."""

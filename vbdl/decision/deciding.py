@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from vbdl.likelihoods.around import Around, layers
 from vbdl.likelihoods.centered import Centered
 from vbdl.likelihoods.moments import merge_mean
 from vbdl.likelihoods.normal_mixture import NormalLikelihood
-from vbdl.types import Decision, Likelihood, State
+from vbdl.model import first_network
+from vbdl.types import Decision, Likelihood, Prediction, State
 
 _PLAIN = Decision()  # the requests of a decision that is a plain module: only the fields of the prediction
 
@@ -52,7 +54,38 @@ class DecidingLikelihood(Around):
         """Set the number of draws that running sums have room for, because a compiled call cannot extend them."""
         self._places = n
 
+    # A distance is the same for every draw. It travels with the parameters of p(y | x), in a further last axis of two.
+
+    @property
+    def reads_layer(self) -> str | None:
+        return self._asks.reads_layer
+
+    def with_features(self, parameters: Tensor, features: Tensor) -> Tensor:
+        distance = self._asks.distance(features).to(parameters.dtype)
+        return torch.stack((parameters, distance.reshape(-1, *[1] * (parameters.ndim - 1)).expand_as(parameters)), -1)
+
+    def _of_draws(self, carried: Tensor) -> Tensor:
+        return carried if self.reads_layer is None else carried[..., 0]
+
+    def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+        return super().check_targets(y, parameters_shape if self.reads_layer is None else parameters_shape[:-1])
+
+    def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return super().nll(self._of_draws(parameters), y)
+
+    def training_loss(self, parameters: Tensor, y: Tensor) -> Tensor:
+        return super().training_loss(self._of_draws(parameters), y)
+
+    def prediction(self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None) -> Prediction:
+        return super().prediction(fields, n_samples, None if samples is None else self._of_draws(samples))
+
     def summarize(self, parameters: Tensor) -> State:
+        if self.reads_layer is None:
+            return self._summarized(parameters)
+        distance = parameters[(0, slice(None), *[0] * (parameters.ndim - 3), 1)]
+        return {**self._summarized(self._of_draws(parameters)), "distance": distance}
+
+    def _summarized(self, parameters: Tensor) -> State:
         summary = self.likelihood.summarize(parameters)
         if self._keeps_draws:
             empty = max(self._places - parameters.shape[0], 0)
@@ -67,6 +100,8 @@ class DecidingLikelihood(Around):
 
     def merge(self, a: State, b: State) -> State:
         merged = self.likelihood.merge(a, b)
+        if "distance" in b:
+            merged["distance"] = b["distance"]  # a may be the sums of no draws
         if "per_draw" in a:
             merged["per_draw"] = merge_mean(a["n"], a["per_draw"], b["n"], b["per_draw"])
         if "draws" in a:
@@ -87,6 +122,8 @@ class DecidingLikelihood(Around):
             evidence.distribution = self._distribution(summary, fields)
         if "per_draw" in summary:
             evidence.per_draw = summary["per_draw"]
+        if "distance" in summary:
+            evidence.distance = fields["distance"] = summary["distance"]
         decided = self.decision(evidence)
         return {**fields, **(decided if isinstance(decided, dict) else {"action": decided})}
 
@@ -124,9 +161,9 @@ def _about(parameters: Tensor, center: float) -> Tensor:
 def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
     """Return a predictor with the same draws whose predictions have the field `action`.
 
-    decision: Referral, ExpectedCost, HandOver, Risk, AnomalyFlags, or any module in plain torch that maps a prediction
-        to (batch,) actions. It can read the fields that the prediction has of probs, label, mean, total, aleatoric and
-        epistemic; to read more, inherit from `vbdl.types.Decision`.
+    decision: Referral, OutOfDistribution, AnyOf (several rules), ExpectedCost, HandOver, Risk, AnomalyFlags, or any
+        module in plain torch that maps a prediction to (batch,) actions. It can read the fields that the prediction has
+        of probs, label, mean, total, aleatoric and epistemic; to read more, inherit from `vbdl.types.Decision`.
 
     Raises ValueError for a decision by epistemic uncertainty on a predictor of a single network, which knows none.
 
@@ -142,6 +179,8 @@ def with_decision(predictor: Predictor, decision: nn.Module) -> Predictor:
         raise TypeError(f"decision must be an nn.Module, got {type(decision).__name__}")
     if isinstance(decision, Decision) and decision.reads_epistemic and predictor.n_samples == 1:
         raise ValueError(f"this decision is by kind='epistemic', which {KNOWS_NONE}")
+    if isinstance(decision, Decision) and decision.reads_layer is not None:
+        first_network(predictor.posterior)  # raises for a posterior without one
     if isinstance(decision, Decision) and decision.caution is not None:
         warnings.warn(decision.caution, stacklevel=2)
     likelihood = copy.deepcopy(predictor.likelihood)

@@ -88,10 +88,12 @@ class Distribution:
 class Evidence(SimpleNamespace):
     """The fields of a prediction that a decision inside a predictor reads, under the prediction's names.
 
-    label: the predicted class, (batch, ...) int64. distribution, per_draw: set only if the decision requests them.
+    label: the predicted class, (batch, ...) int64. distribution, per_draw, distance: set only if the decision requests
+    them.
     """
 
     distribution: Distribution | None = None
+    distance: Tensor | None = None
     per_draw: Tensor | None = None
 
     def __getattr__(self, name: str) -> Tensor:

@@ -115,6 +115,9 @@ class HandOver(Decision):
             raise ValueError("a path risk needs the draws of a prediction: call predict(x, samples=True)")
         return prediction.per_draw
 
+    def words(self, action: Tensor) -> list[str]:
+        return [Mode(mode).name.lower().replace("_", " ") for mode in action.tolist()]
+
     def forward(self, prediction: Prediction | Evidence) -> dict[str, Tensor]:
         """The mode of each row on its own, `action` (batch,) int64, and its `risk` (batch,); non-finite hands over."""
         risk = self.risk(prediction).to(torch.float64)

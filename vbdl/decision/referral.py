@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vbdl.decision.cost import REFER
+from vbdl.decision.cost import REFER, refer_or_answer
 from vbdl.decision.distribution import Evidence
 from vbdl.decision.guarantee import last_passed, lowest_passing, risk_p_value, risk_upper_bound, starting_shares
 from vbdl.metrics._checks import check_rate, check_scores
@@ -89,11 +89,21 @@ class Certificate:
 
     risk: float  # requested upper bound on the mean loss of kept rows
     delta: float  # probability with which the guarantee may fail
-    risk_bound: float  # upper bound on the mean loss of kept rows that holds except with probability delta
+    risk_bound: float  # upper bound on the mean loss of kept rows that holds except with probability delta; 1: none
     coverage: float  # share of the calibration rows that is kept
     n_kept: int
     n: int
     lowest_risk: float | None = None  # the lowest risk that these rows can guarantee; None if not recorded
+    mean_loss: float | None = None  # of all these rows
+    surest_loss: float | None = None  # of the half of them with the lowest uncertainty
+
+    def __str__(self) -> str:
+        if self.n_kept == 0:
+            return f"no guarantee: {self.refusal()}"
+        return (
+            f"keeps {self.n_kept} of {self.n} calibration rows ({self.coverage:.1%}); the mean loss of kept rows is at "
+            f"most {self.risk_bound:.4g}, except with probability {self.delta:g}"
+        )
 
     def refusal(self) -> str:
         """The message that explains why every row is referred."""
@@ -103,9 +113,13 @@ class Certificate:
         )
         if self.lowest_risk is None or self.lowest_risk >= 1:
             return f"{text}. Calibrate on more rows than these {self.n}"
+        text = f"{text}. The lowest risk that these {self.n} rows can guarantee is {self.lowest_risk:.3g}"
+        if self.mean_loss is None or self.surest_loss is None or self.surest_loss <= self.risk:
+            return f"{text}: use that, or calibrate on more rows"
         return (
-            f"{text}. The lowest risk that these {self.n} rows can guarantee is {self.lowest_risk:.3g}: use that, or "
-            f"calibrate on more rows"
+            f"{text}. The predictor is the reason, not the number of rows: its mean loss is {self.mean_loss:.3g}, and "
+            f"{self.surest_loss:.3g} on the half that it is surest of. Use a better network, or an uncertainty that "
+            f"tells its errors apart (another kind, or posterior)"
         )
 
 
@@ -113,7 +127,8 @@ class Referral(Decision):
     """A decision that refers rows whose uncertainty is at least a threshold or NaN.
 
     kind: the uncertainty of a prediction that is compared (see uncertainty_of).
-    threshold: given, or chosen on calibration rows by `for_capacity`, `for_cost` or, with a guarantee, `for_risk`.
+    threshold: given, or chosen by `for_capacity`, `for_cost` or, with a guarantee, `for_risk`, on rows that neither
+        training nor calibration has used.
 
     >>> _ = torch.manual_seed(0)
     >>> uncertainty = torch.rand(1000)
@@ -132,6 +147,7 @@ class Referral(Decision):
         check_kind(kind)
         self.kind = kind
         self.certificate: Certificate | None = None
+        self._told: Certificate | None = None  # the refusal that `for_risk` has warned of
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
 
     def extra_repr(self) -> str:
@@ -143,9 +159,26 @@ class Referral(Decision):
 
     @property
     def caution(self) -> str | None:
-        if self.certificate is None or self.certificate.n_kept > 0:
+        certificate = self.certificate
+        if certificate is None or certificate is self._told or certificate.n_kept > 0:
             return None
-        return self.certificate.refusal()
+        return certificate.refusal()
+
+    @property
+    def fitted(self) -> str:
+        limit = "nothing" if self.threshold == math.inf else f"{self.kind} from {float(self.threshold):.6g}"
+        if self.threshold == -math.inf:
+            limit = "every row"
+        return f"refer {limit}{'' if self.certificate is None else f' ({self.certificate})'}"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        if self.threshold == -math.inf:
+            return ("every row is referred",)
+        return (f"{self.kind} uncertainty is {float(self.threshold):.6g} or more",)
+
+    def words(self, action: Tensor) -> list[str]:
+        return refer_or_answer(action)
 
     def refer(self, prediction: Prediction | Evidence | Tensor) -> Tensor:
         """Whether each row is referred, (batch,) bool. prediction: as in uncertainty_of."""
@@ -199,7 +232,9 @@ class Referral(Decision):
         """Set the threshold of largest coverage that guarantees a mean loss of kept rows <= `risk`; return self.
 
         The guarantee holds except with probability delta over calibration sets, for rows exchangeable with these; use
-        `check` to test it on other rows.
+        `check` to test it on other rows. The network and its calibration must not have been trained or fitted on these
+        rows. A prediction does not know of which rows it is, so this is not checked here: `vbdl.unseen(predictor, x)`
+        returns the rows that training has not seen.
 
         loss: (batch,) bool, or in [0, 1].
         method: "sgr", selection with guaranteed risk, tests thresholds from several starting points, each with a share
@@ -208,7 +243,7 @@ class Referral(Decision):
             strictest threshold, with all of delta, and ends at the first failure.
 
         If no threshold can be guaranteed, every row is referred (threshold -inf), with a warning; the certificate then
-        has n_kept = 0 and the lowest risk that could have been guaranteed.
+        has n_kept = 0, risk_bound = 1 and the lowest risk that could have been guaranteed.
         """
         check_rate(risk, "risk")
         check_rate(delta, "delta")
@@ -229,10 +264,14 @@ class Referral(Decision):
             return (int(kept[last]), level) if last >= 0 else (0, delta)
 
         best, used = find(risk)
-        bound = risk_upper_bound(float(sums[best]) / best, best, used, binary) if best else 0.0
+        bound = risk_upper_bound(float(sums[best]) / best, best, used, binary) if best else 1.0
         lowest = bound if best else lowest_passing(lambda asked: find(asked)[0] > 0, risk)
-        self.certificate = Certificate(risk, delta, bound, best / n, best, n, lowest)
+        half = max(1, n // 2)
+        self.certificate = Certificate(
+            risk, delta, bound, best / n, best, n, lowest, float(sums[n]) / n, float(sums[half]) / half
+        )
         if not best:
+            self._told = self.certificate
             warnings.warn(self.certificate.refusal(), stacklevel=2)
         return self._set(self._keep(ordered, best))
 

@@ -24,7 +24,7 @@ from vbdl.data.tiles import check_inputs, pad
 from vbdl.engine import stepwise
 from vbdl.engine.adaptive import Rule, as_rule
 from vbdl.engine.execution import Execution
-from vbdl.engine.executions import Executions
+from vbdl.engine.executions import Executions, Key
 from vbdl.engine.precision import PrecisionError, against_float32
 from vbdl.engine.predictive_module import PredictiveModule
 from vbdl.engine.program import Ready
@@ -157,6 +157,7 @@ class Predictor:
         ] = {}  # (shape, dtype, device) of a full tile -> its compiled call
         self.clock = time.perf_counter  # seconds; deadlines are measured with it
         self.precision: PrecisionError | None = None  # the error of autocast, once measured
+        self.known_inputs: Key | None = None  # the inputs of the predictor that this one was made from
         self.manifest: Manifest | None = None  # the manifest of the artifact that vbdl.load read this predictor from
 
     @property
@@ -245,7 +246,7 @@ class Predictor:
 
     def warm_up(
         self,
-        batch_sizes: Sequence[int] = (1,),
+        batch_sizes: int | Sequence[int] | None = None,
         *,
         example: Inputs,
         samples: bool = False,
@@ -253,6 +254,7 @@ class Predictor:
     ) -> "Predictor":
         """Compile everything that batches of these sizes need, and return the predictor.
 
+        batch_sizes: one or several; default: a single row, and as many rows as the example has.
         example: inputs of at least one row; later rows must have the same shapes and dtypes.
         samples: also compile calls with samples=True.
         adaptive: also compile calls with a tolerance or a deadline.
@@ -263,6 +265,10 @@ class Predictor:
         flat = self.check(example)
         if flat.rows < 1:
             raise ValueError("warm_up needs an example of at least one row")
+        if batch_sizes is None:
+            batch_sizes = (1, flat.rows)
+        elif isinstance(batch_sizes, int):
+            batch_sizes = (batch_sizes,)
         self.executions.sealed = False
         self.executions.waiting = True
         for size in sorted({self.settings.tile_for(n) for n in batch_sizes}):
@@ -314,6 +320,7 @@ class Predictor:
         options = {**vars(self.settings), "device": self.device, **settings}
         replaced = Predictor(self.posterior, likelihood or self.likelihood, **options)
         replaced.manifest = self.manifest  # the manifest describes the posterior, which both predictors share
+        replaced.known_inputs = next(iter(self.executions.by_shape), self.known_inputs)
         return replaced
 
     def __getstate__(self) -> dict[str, object]:

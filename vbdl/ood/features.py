@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.inputs import arguments, flatten
+from vbdl.calling.layer_inputs import check_layer
+from vbdl.calling.stacking import blueprint
+from vbdl.curvature.choosing import last_layer
 from vbdl.types import Inputs
 
 
@@ -19,24 +22,29 @@ def check_features(features: Tensor, width: int) -> Tensor:
     return features.to(torch.float64)
 
 
-def features(module: nn.Module, layer: str, batches: Iterable[Inputs]) -> Tensor:
+def last_layer_of(module: nn.Module) -> str:
+    """The name of the last linear layer or convolution, whose inputs are the penultimate features."""
+    return last_layer(blueprint(module).requires_grad_())
+
+
+def features(module: nn.Module, layer: str | None, batches: Iterable[Inputs]) -> Tensor:
     """The inputs of a layer over batches, (rows, features) float32; all axes but the rows are flattened.
 
-    layer: its name in `module.named_modules()`; the last layer gives the penultimate features.
+    layer: its name in `module.named_modules()`, which `print(module)` shows in brackets; None: the last linear layer or
+        convolution, which gives the penultimate features.
     batches: an iterable of the module's inputs, [x] for one batch.
 
     The module runs in evaluation mode without gradients; its mode is restored afterwards. Raises ValueError if there is
     no such layer or a forward pass did not call it exactly once.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> vbdl.ood.features(net, "2", [torch.randn(10, 4)]).shape  # the inputs of the last layer
+    >>> vbdl.ood.features(net, None, [torch.randn(10, 4)]).shape  # the inputs of the last layer, here "2"
     torch.Size([10, 8])
     """
     if isinstance(batches, Tensor | np.ndarray | Mapping):
         raise TypeError("batches must be an iterable of batches; write [x] for one batch")
-    submodule = dict(module.named_modules()).get(layer)
-    if submodule is None or layer == "":
-        raise ValueError(f"the module has no layer {layer!r}; it has {[n for n, _ in module.named_modules() if n]}")
+    layer = last_layer_of(module) if layer is None else layer
+    submodule = check_layer(module, layer)
     seen: list[Tensor] = []
     handle = submodule.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     modes = {m: m.training for m in module.modules()}

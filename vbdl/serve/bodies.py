@@ -94,6 +94,24 @@ class Bodies:
     def _json(self, body: bytes, max_rows: int) -> Read:
         if self.schema is not None:
             return self._json_rows(self.schema, body, max_rows)
+        try:
+            return self._json_arrays(body, max_rows)
+        except Refused as refused:
+            if refused.code != "bad_body":
+                raise
+            message = f"{refused.message[:300]}. Send {self.wanted}"
+        raise Refused(422, "bad_body", message)
+
+    @property
+    def wanted(self) -> str:
+        """The body of a model that takes arrays, in words."""
+        if self.inputs is not None and self.inputs.layout == "tensor":
+            return f'{{"inputs": [row, ...]}}, each row {_shaped(self.entries[0])}'
+        named = [(key_of(i, e), _shaped(e)) for i, e in enumerate(self.entries)]
+        arrays = ", ".join(f'"{name}": [row, ...]' for name, _ in named)
+        return f'{{"inputs": {{{arrays}}}}}, each row {", ".join(f"of {name!r} {shape}" for name, shape in named)}'
+
+    def _json_arrays(self, body: bytes, max_rows: int) -> Read:
         entries, named = self.entries, self.inputs is not None and self.inputs.layout != "tensor"
         keys = 1 + len(entries) * named
         if len(body) > LARGE and body.count(b":") > keys:  # counted before an object of a million keys is built
@@ -200,6 +218,12 @@ class Bodies:
         count = rows.pop()
         check_rows(count, max_rows)
         return self.together(converted), count, {}
+
+
+def _shaped(entry: InputEntry) -> str:
+    """The shape of a row of an input in words: "a number", or "an array of shape [1, 28, 28]"."""
+    kind = "boolean" if DTYPES[entry.dtype] == torch.bool else "number"
+    return f"an array of {kind}s of shape {list(entry.shape)}" if entry.shape else f"a {kind}"
 
 
 def _unforeseen(error: Exception) -> NoReturn:

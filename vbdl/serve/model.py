@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from vbdl import tabular
+from vbdl.artifact import card
 from vbdl.artifact.files import locate, read_whole
 from vbdl.artifact.loading import LoadOptions, load
 from vbdl.artifact.manifest import CARD
 from vbdl.artifact.tensors import DTYPES
+from vbdl.calibration.calibrated import calibrations
+from vbdl.decision.cost import REFER
 from vbdl.engine.adaptive import step_size
 from vbdl.serve import json_schema
 from vbdl.serve.bodies import Bodies, Notes
-from vbdl.types import Inputs, Json, Prediction
+from vbdl.types import Decision, Inputs, Json, Prediction
 
 if TYPE_CHECKING:
     from vbdl.batch.output import Columns
@@ -38,14 +41,17 @@ class Model:
         self.schema = tabular.schema_of(self.manifest.extras)
         if self.schema is None and self.manifest.inputs is None:
             raise ValueError(f"{folder} does not say what a row looks like: save it with save(folder, example=x)")
-        card = locate(Path(folder)).get(CARD)
-        self.card = "" if card is None else read_whole(card, 2**20).decode("utf-8", "replace")
+        text = locate(Path(folder)).get(CARD)
+        self.card = "" if text is None else read_whole(text, 2**20).decode("utf-8", "replace")
         self.classes = self._classes()
         self.bodies = Bodies(self.schema, self.manifest.inputs)
 
     def _classes(self) -> list[str | int | bool] | None:
         target = self.schema.target if self.schema else None
-        if target is None or target.classes is None:
+        if target is None:
+            named = self.manifest.extras.get("classes")
+            return named if isinstance(named, list) and all(isinstance(n, str | int | bool) for n in named) else None
+        if target.classes is None:
             return None
         return [target.label(k) for k in range(len(target.classes))]
 
@@ -70,7 +76,15 @@ class Model:
 
     def warm_up(self) -> None:
         """Compile everything that batches and deadlines need; nothing is compiled afterwards."""
-        self.predictor.warm_up(self.predictor.tiles, example=self.example(), adaptive=self.anytime)
+        example = self.example()
+        self.predictor.warm_up(self.predictor.tiles, example=example, adaptive=self.anytime)
+        probs = self.predictor(example).probs
+        count = None if probs is None else 2 if probs.ndim == 1 else probs.shape[-1]
+        if self.classes is not None and len(self.classes) != count:
+            raise ValueError(
+                f"the artifact names {len(self.classes)} classes, but the model predicts {count or 'none'}: save it "
+                f"with classes=[...], one name for each"
+            )
 
     # -- predictions to answers
 
@@ -86,12 +100,34 @@ class Model:
             columns["sets"] = [
                 [classes[k] if classes else k for k, inside in enumerate(row) if inside] for row in columns["sets"]
             ]
+        if self.decision is not None and prediction.action is not None:
+            columns |= self._in_words(self.decision, prediction.action, prediction.reason)
+        if any(layer.method.acts_on == "probs" for layer in calibrations(self.predictor.likelihood)):
+            columns.pop("standard_error", None)  # it is of the mean before that calibration
         names = list(columns)
         predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         answer: Json = {"predictions": predictions, "n_samples": _counts(prediction)}
         if self.classes is not None:
             answer["classes"] = self.classes
         return answer | ({"notes": notes} if notes else {})
+
+    @property
+    def decision(self) -> Decision | None:
+        """The decision inside the predictor, if it has one that says its actions in words."""
+        found = getattr(self.predictor.likelihood, "decision", None)
+        return found if isinstance(found, Decision) else None
+
+    @staticmethod
+    def _in_words(decision: Decision, action: Tensor, reason: Tensor | None) -> dict[str, list[str | None]]:
+        """The action of each row in words, and why it was referred."""
+        words = decision.words(action)
+        if words is None:
+            return {}
+        if reason is None:
+            reason = (action == REFER).to(torch.int64)
+        because = (None, *decision.reasons) if decision.reasons else None
+        named = [] if because is None else [because[min(int(k), len(because) - 1)] for k in reason.tolist()]
+        return {"decision": list(words), **({} if because is None else {"reason": named})}
 
     def columns(self, prediction: Prediction) -> "Columns":
         """Return {name: Arrow array} of the columns that `vbdl predict` writes, and of the number of draws."""
@@ -109,8 +145,9 @@ class Model:
         m = self.manifest
         return {
             "name": self.name,
-            "method": type(m.posterior).__name__,
-            "likelihood": m.likelihood.get("class"),
+            "method": card.method(m),
+            "likelihood": card.likelihood(m.likelihood),
+            "fitted": m.fitted,
             "n_samples": self.predictor.n_samples,
             "tiles": list(self.predictor.tiles),
             "seed": self.predictor.seed,

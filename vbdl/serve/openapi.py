@@ -145,7 +145,16 @@ def document(model: Model, limits: Limits, token: bool) -> Json:
                         "upper": _ANY,
                         "confidence": _NUMBER | {"description": "probability of the label"},
                         "sets": {"type": "array", "description": "classes of the conformal set"},
-                        "action": {"description": "what the decision says"},
+                        "action": {
+                            "description": "what the decision says, as a number; of a referral the number of the class, "
+                            "or -1: refer the row to a person"
+                        },
+                        "decision": {
+                            "type": "string",
+                            "description": "the action in words; of a referral: answer, or refer (to a person)",
+                        },
+                        "reason": {"type": ["string", "null"], "description": "why the row is referred"},
+                        "distance": _NUMBER | {"description": "from the training rows, in the space of features"},
                     },
                     "required": ["total", "aleatoric", "epistemic"],
                 },

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.supervisors import multiprocess
 
+from vbdl.artifact.trust import look_here
 from vbdl.serve import listening
 from vbdl.serve.app import LOOPBACK, app
 from vbdl.serve.limits import Limits
@@ -104,6 +105,7 @@ def _application(server: Server) -> Starlette:
 
     if server.threads:
         torch.set_num_threads(server.threads)
+    look_here(server.settings.get("trust", ()))
     model = Model(server.model, **server.settings)
     hosts = (*LOOPBACK, *server.hosts) if server.loopback or server.hosts else None
     _log.info("serving %s on %s:%d", model.name, server.host, server.port)

@@ -8,6 +8,11 @@ from vbdl.types.prediction import Prediction, Recalibration
 from vbdl.types.values import State
 
 
+def _few(t: Tensor) -> str:
+    """The numbers of a tensor in words, or its shape if they are many."""
+    return ", ".join(f"{v:.6g}" for v in t.flatten().tolist()) if t.numel() <= 4 else f"of shape {tuple(t.shape)}"
+
+
 class Calibrator(nn.Module):
     """A correction of predictions, fitted on rows that training never saw. Subclass it to write a calibrator.
 
@@ -40,6 +45,12 @@ class Calibrator(nn.Module):
     def recalibration(self) -> Recalibration | None:
         """The map of the distribution function of a regression, or None if it does not change."""
         return None
+
+    @property
+    def fitted(self) -> str:
+        """The fitted numbers in words, for the model card: its buffers, unless overridden."""
+        plain = {n.removeprefix("log_"): t.exp() if n.startswith("log_") else t for n, t in self.named_buffers()}
+        return ", ".join(f"{name.replace('_', ' ')} {_few(t)}" for name, t in plain.items()) or "nothing fitted"
 
     def fit(self, outputs: Tensor, y: Tensor) -> Self:
         """Fit to float64 outputs of this stage and (batch,) int64 classes, and return self."""

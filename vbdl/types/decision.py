@@ -1,13 +1,15 @@
 """The base class of decisions: maps from predictions to actions."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
 class Decision(nn.Module):
     """A map from predictions to actions in plain torch, compiled with the predictor. Subclass it to write a decision.
 
-    forward(prediction) returns (batch,) actions, or {"action": ..., and any of "risk", "var", "es"}. The prediction
-    holds probs and label, or mean, and total, aleatoric and epistemic.
+    forward(prediction) returns (batch,) actions, or {"action": ..., and any of "risk", "reason", "var", "es"}. The
+    prediction holds probs and label, or mean, and total, aleatoric and epistemic.
     """
 
     reads_distribution: bool = False
@@ -20,8 +22,18 @@ class Decision(nn.Module):
     reads_epistemic: bool = False
     """Whether it compares prediction.epistemic, which a single network does not know; such a predictor is refused."""
 
+    reads_layer: str | None = None
+    """The name of the network's layer whose inputs `distance` takes; the prediction then has `distance`."""
+
     def __init__(self) -> None:
         super().__init__()
+
+    def distance(self, features: Tensor) -> Tensor:
+        """The distance of each row from the training rows, (batch,), for decisions with `reads_layer`.
+
+        features: (batch, features), the inputs of that layer in the first network of the posterior.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads a layer and needs a method distance(features)")
 
     def per_draw(self, parameters: Tensor) -> Tensor:
         """One number per draw and row, (samples, batch), for decisions that read draws.
@@ -33,4 +45,18 @@ class Decision(nn.Module):
     @property
     def caution(self) -> str | None:
         """The warning to give when this decision is put on a predictor, or None."""
+        return None
+
+    @property
+    def fitted(self) -> str:
+        """The fitted or chosen numbers in words, for the model card; "" if there are none."""
+        return ""
+
+    @property
+    def reasons(self) -> Sequence[str]:
+        """Why rows are referred, in words: `prediction.reason` k is the k-th of them, counted from 1."""
+        return ()
+
+    def words(self, action: Tensor) -> list[str] | None:
+        """Each row's action in words, as a service answers it, or None for a decision without words."""
         return None

@@ -22,6 +22,11 @@ class Likelihood(nn.Module):
     None if all members share the parameters. Buffers are always shared."""
 
     @property
+    def reads_layer(self) -> str | None:
+        """The name of the network's layer whose inputs `with_features` takes, or None if it needs no features."""
+        return None
+
+    @property
     def learned_noise(self) -> int:
         """The number of learned noise levels that are the same for every row: one for each output, or 0.
 
@@ -43,6 +48,13 @@ class Likelihood(nn.Module):
     def forward(self, outputs: Tensor) -> Tensor:
         """The parameters of p(y | x), (batch, ...); outputs: (batch, ...) of the network."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward(outputs)")
+
+    def with_features(self, parameters: Tensor, features: Tensor) -> Tensor:
+        """The parameters of p(y | x), (batch, ...), with what follows from features: called if `reads_layer` is a name.
+
+        features: (batch, features) float32, the inputs of that layer, the same for every draw.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define with_features(parameters, features)")
 
     def check_targets(self, y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
         """The targets in the dtype and shape that `nll` needs. Raises ValueError for invalid targets.

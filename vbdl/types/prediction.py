@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-OUTCOMES = ("sets", "lower", "upper", "action", "risk", "var", "es")
+OUTCOMES = ("sets", "lower", "upper", "action", "reason", "distance", "risk", "var", "es")
 """The fields of a prediction that calibrators and decisions add."""
 
 
@@ -45,6 +45,8 @@ class Prediction:
     upper: Tensor | None = None
     # added by decisions
     action: Tensor | None = None  # (batch,) the decision's action
+    reason: Tensor | None = None  # (batch,) int64, the first rule that referred the row, from 1; 0: none did
+    distance: Tensor | None = None  # (batch,) from the training rows in the space of features
     risk: Tensor | None = None  # (batch,) the number by which the action was chosen
     var: Tensor | None = None  # (batch, ...) value at risk
     es: Tensor | None = None  # (batch, ...) expected shortfall
@@ -80,6 +82,8 @@ class Prediction:
             "upper": self.upper,
             "sets": self.sets,
             "action": self.action,
+            "reason": self.reason,
+            "distance": self.distance,
             "risk": self.risk,
             "var": self.var,
             "es": self.es,

@@ -68,6 +68,8 @@ class MomentExecution:
             )
         if settings.autocast is not None:
             raise ValueError("estimator='moments' computes in the network's own dtype: leave out autocast")
+        if model.features is not None:
+            raise ValueError("a decision by distances needs estimator='sampling': moments are of outputs, not features")
         self.likelihood, self.settings = model.likelihood, settings
         self.n_samples, self._tile = n_samples, tile
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock

@@ -103,9 +103,9 @@ function show(found) {
     shown.push(bars);
   }
   if (p.lower !== undefined) shown.push(make("p", {}, `interval: ${figure(p.lower)} to ${figure(p.upper)}`));
-  for (const name of ["sets", "action", "risk", "var", "es"]) {
-    if (p[name] === undefined) continue;
-    const value = name === "sets" ? p.sets.join(", ") || "empty" : name === "action" && p.probs !== undefined && p.action === -1 ? "refer to a person" : figure(p[name]);
+  for (const name of ["sets", "action", "reason", "distance", "risk", "var", "es"]) {
+    if (p[name] === undefined || p[name] === null) continue;
+    const value = name === "reason" ? p.reason : name === "sets" ? p.sets.join(", ") || "empty" : name === "action" && p.probs !== undefined && p.action === -1 ? "refer to a person" : figure(p[name]);
     shown.push(make("p", {}, `${name === "sets" ? "set" : name}: ${value}`));
   }
   for (const [kind, columns] of Object.entries(found.notes || {})) shown.push(make("p", { class: "quiet" }, `${kind}: ${Object.keys(columns).join(", ")}`));
