@@ -29,7 +29,10 @@ def test_from_a_file_to_a_service_that_refuses(tmp_path, monkeypatch, traced_onl
     assert names["referral"].certificate.n_kept > 0
     decided = names["decide"](x)
     assert names["same"](x).action.equal(decided.action)
-    assert float((names["decide"](noise).action == -1).float().mean()) > 0.5
+    of_noise = names["decide"](noise)
+    assert float((of_noise.action == -1).float().mean()) > 0.5
+    assert float(names["guard"].refers(names["laplace"], noise).float().mean()) > 0.5
+    assert float(names["guard"].refers(names["laplace"], x).float().mean()) < 0.08
     assert "referred" in capsys.readouterr().out
 
     (body,) = re.findall(r'python -c "(.*?)" > row.json', PAGE, flags=re.DOTALL)
@@ -39,4 +42,5 @@ def test_from_a_file_to_a_service_that_refuses(tmp_path, monkeypatch, traced_onl
         while client.get("/ready").status_code != 200:
             time.sleep(0.02)
         (answer,) = client.post("/v1/predict", json=row).json()["predictions"]
-    assert {"probs", "label", "total", "aleatoric", "epistemic", "sets", "action"} <= answer.keys()
+    said = {"probs", "label", "total", "aleatoric", "epistemic", "sets", "action", "decision", "reason", "distance"}
+    assert said <= answer.keys() and answer["label"] == str(answer["action"]) and answer["decision"] == "answer"

@@ -79,7 +79,7 @@ def save(
     classes: the names of the classes in the order of the network's outputs, by which a service answers; stored as
         extras["classes"], which does the same.
     example: one batch of inputs, from which the shapes of a row are recorded, as `vbdl serve` needs them; default: the
-        inputs of an earlier call of this predictor, or of the one it was made from. A warning is logged if there are none.
+        inputs of an earlier call of this predictor, or of the one it was made from. If there are none, the log says so.
     architecture: "module:name" of a function or class that returns the network when called with `arguments`. Not
         needed for networks of torch.nn's layers and registered classes (`vbdl.register`); other networks are saved
         without it, too, with a warning in the log, but `load` then needs module=, and they cannot be served. For an

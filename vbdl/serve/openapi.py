@@ -146,7 +146,7 @@ def document(model: Model, limits: Limits, token: bool) -> Json:
                         "confidence": _NUMBER | {"description": "probability of the label"},
                         "sets": {"type": "array", "description": "classes of the conformal set"},
                         "action": {
-                            "description": "what the decision says, as a number; of a referral the number of the class, "
+                            "description": "what the decision says, as a number; of a referral the class's number, "
                             "or -1: refer the row to a person"
                         },
                         "decision": {
