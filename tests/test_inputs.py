@@ -252,3 +252,18 @@ def test_numbers_of_rows_are_compared_at_any_depth():
     x[1][2, 0] = np.nan
     with pytest.raises(ValueError, match="the first is row 2"):
         nested(nested_rows(x))
+
+
+@pytest.mark.parametrize(
+    "channels, shape, advice",
+    [
+        (1, (5, 8, 8), r"the axis of the channels is missing: use x.unsqueeze\(1\)"),
+        (3, (5, 8, 8, 3), r"use x.movedim\(-1, 1\)"),
+        (3, (5, 1, 8, 8), "its first convolution takes rows of 3 channels and 2 more axes"),
+    ],
+)
+def test_misplaced_channels_come_with_what_to_do(channels, shape, advice):
+    net = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    predict = vbdl.Predictor(vbdl.Deterministic(net), vbdl.Categorical(), compile=False)
+    with pytest.raises(ValueError, match=f"cannot take rows of .*{advice}"):
+        predict(torch.zeros(shape))

@@ -135,7 +135,24 @@ def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) ->
         hint = f"; {_GRAPH}"
     if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
         hint = "; convert integers that are not indices with x.to(torch.float32)"
+    elif module is not None and len(leaves) == 1:
+        hint = _of_channels(tuple(leaves[0].shape[1:]), module)
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")
+
+
+def _of_channels(row: tuple[int, ...], module: nn.Module) -> str:
+    """What to do about a row whose channels are missing or misplaced for the first convolution, or ""."""
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    if first is None:
+        return ""
+    axes, channels = len(first.kernel_size), first.in_channels
+    if len(row) == axes and channels == 1:
+        return "; the axis of the channels is missing: use x.unsqueeze(1), (batch, 1, ...)"
+    if len(row) == axes + 1 and row[0] != channels == row[-1]:
+        return "; the channels are the last axis, and torch has them before height and width: use x.movedim(-1, 1)"
+    if len(row) != axes + 1 or row[0] != channels:
+        return f"; its first convolution takes rows of {channels} channels and {axes} more axes"
+    return ""
 
 
 def kept_tensor(error: Exception) -> ValueError | None:
