@@ -239,6 +239,12 @@ def check_json(value: object, what: str) -> Json:
     return value
 
 
+def class_names(extras: Json) -> list[str | int | bool] | None:
+    """The names of the classes in an artifact's extras, in the order of the network's outputs, or None."""
+    named = extras.get("classes")
+    return named if isinstance(named, list) and all(isinstance(n, str | int | bool) for n in named) else None
+
+
 def strict_object(pairs: list[tuple[str, object]]) -> Json:
     """A JSON object from its pairs; ArtifactError for a repeated key, which JSON readers resolve differently."""
     unique: Json = {}

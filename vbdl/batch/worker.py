@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vbdl import former
 from vbdl.artifact.loading import load
+from vbdl.artifact.manifest import class_names
 from vbdl.batch.encoding import CellCounts, Encoder
 from vbdl.batch.job import Job
 from vbdl.batch.keeping import as_settled
@@ -59,7 +60,8 @@ class Worker:
             self.predictor = load(job.model, trust=job.options.trust, tiles=tiles, compile=compile)
             self._row_shape = row_shape(self.predictor)
         target = None if job.schema is None else job.schema.target
-        self._labels = None
+        manifest = self.predictor.manifest
+        self._labels = None if manifest is None or target is not None else class_names(manifest.extras)
         if target is not None and target.classes is not None:
             self._labels = [target.label(i) for i in range(len(target.classes))]
         self._encoder = Encoder(job.schema, job.options, self._row_shape)

@@ -12,7 +12,7 @@ from vbdl import tabular
 from vbdl.artifact import card
 from vbdl.artifact.files import locate, read_whole
 from vbdl.artifact.loading import LoadOptions, load
-from vbdl.artifact.manifest import CARD
+from vbdl.artifact.manifest import CARD, class_names
 from vbdl.artifact.tensors import DTYPES
 from vbdl.calibration.calibrated import calibrations
 from vbdl.decision.cost import REFER
@@ -49,8 +49,7 @@ class Model:
     def _classes(self) -> list[str | int | bool] | None:
         target = self.schema.target if self.schema else None
         if target is None:
-            named = self.manifest.extras.get("classes")
-            return named if isinstance(named, list) and all(isinstance(n, str | int | bool) for n in named) else None
+            return class_names(self.manifest.extras)
         if target.classes is None:
             return None
         return [target.label(k) for k in range(len(target.classes))]
