@@ -47,9 +47,9 @@ def fields(prediction: Prediction, labels: Labels | None, wanted: Sequence[str] 
     calibration. Raises ValueError for a wanted column that this prediction lacks.
     """
     probs = prediction.probs
-    if labels is not None and probs is not None and probs.ndim == prediction.total.ndim + 1:
-        if len(labels) != (count := probs.shape[-1]):
-            raise ValueError(f"the model names {len(labels)} classes, but predicts {count}: save it with classes=[...]")
+    count = None if probs is None or probs.ndim == prediction.total.ndim else probs.shape[-1]
+    if labels is not None and count is not None and len(labels) != count:
+        raise ValueError(f"the model names {len(labels)} classes, but predicts {count}: save it with classes=[...]")
     columns: Columns = {}
     for name in wanted if wanted is not None else [n for n in COLUMNS if n not in EXTRA]:
         column = _column(name, prediction, labels, interval)
