@@ -77,9 +77,11 @@ class Model:
         """Compile everything that batches and deadlines need; nothing is compiled afterwards."""
         example = self.example()
         self.predictor.warm_up(self.predictor.tiles, example=example, adaptive=self.anytime)
+        if self.schema is not None or self.classes is None:
+            return
         probs = self.predictor(example).probs
         count = None if probs is None else 2 if probs.ndim == 1 else probs.shape[-1]
-        if self.classes is not None and len(self.classes) != count:
+        if len(self.classes) != count:
             raise ValueError(
                 f"the artifact names {len(self.classes)} classes, but the model predicts {count or 'none'}: save it "
                 f"with classes=[...], one name for each"
