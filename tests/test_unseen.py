@@ -52,8 +52,9 @@ def test_no_call_is_forwarded_inside_an_except():
             if not isinstance(handler, ast.ExceptHandler):
                 continue
             for call in ast.walk(ast.Module(handler.body, [])):
-                if isinstance(call, ast.Call) and any(isinstance(a, ast.Starred) for a in call.args):
-                    found.append(f"{path.relative_to(PACKAGE)}:{call.lineno}: {ast.unparse(call)}")
+                forwarded = isinstance(call, ast.Call) and any(isinstance(a, ast.Starred) for a in call.args)
+                if forwarded or isinstance(call, ast.YieldFrom):
+                    found.append(f"{path.relative_to(PACKAGE)}:{handler.lineno}: {ast.unparse(call)}")
     assert not found
 
 

@@ -49,7 +49,10 @@ class CsvFile:
         except arrow().ArrowInvalid as error:
             if "conversion error" not in str(error).lower():
                 raise
-            yield from self._chunks_as(size, lambda number: number <= last or skip(number), text=True)
+        else:
+            return
+        # outside the except, or errors of the rest would begin with that one
+        yield from self._chunks_as(size, lambda number: number <= last or skip(number), text=True)
 
     def _options(self, types: "Mapping[str, pyarrow.DataType]") -> CsvOptions:
         options = csv_options(self.path, types, self.reading)
