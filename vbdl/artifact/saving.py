@@ -228,9 +228,13 @@ def _fitted(likelihood: Likelihood) -> list[str]:
         if isinstance(layer, CalibratedLikelihood):
             rows, overlap = (int(layer.get_buffer(name)) for name in ("n_rows", "n_overlap"))
             seen = f", {overlap:,} of which training has seen" if overlap else ""
-            texts.append(f"{type(layer.method).__name__}: {layer.method.fitted}, on {rows:,} rows{seen}")
-        elif isinstance(layer, DecidingLikelihood) and isinstance(layer.decision, Decision) and layer.decision.fitted:
-            texts.append(f"{type(layer.decision).__name__}: {layer.decision.fitted}")
+            texts.append(f"{type(layer.method).__name__}: {layer.method.fitted_in_words}, on {rows:,} rows{seen}")
+        elif (
+            isinstance(layer, DecidingLikelihood)
+            and isinstance(layer.decision, Decision)
+            and layer.decision.fitted_in_words
+        ):
+            texts.append(f"{type(layer.decision).__name__}: {layer.decision.fitted_in_words}")
     return [text[:4096] for text in texts]
 
 

@@ -58,7 +58,7 @@ class AnomalyFlags(Decision):
         return self._within(uncertainty_of(prediction, self.kind), self.false_alarms)
 
     @property
-    def fitted(self) -> str:
+    def fitted_in_words(self) -> str:
         n = 0 if self.scores is None else self.scores.numel()
         return f"{self.kind} against {n:,} normal rows, false alarms {self.false_alarms}"
 

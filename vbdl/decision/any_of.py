@@ -81,11 +81,11 @@ class AnyOf(Decision):
         return {"action": torch.where(any_refers, REFER, actions[0]), "reason": reason}
 
     @property
-    def fitted(self) -> str:
-        return "; ".join(rule.fitted for rule in self._decisions if rule.fitted)
+    def fitted_in_words(self) -> str:
+        return "; ".join(rule.fitted_in_words for rule in self._decisions if rule.fitted_in_words)
 
     @property
-    def reasons(self) -> tuple[str, ...]:
+    def reasons(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(
             rule.reasons[0] if isinstance(rule, Decision) and rule.reasons else type(rule).__name__
             for rule in self.rules

@@ -51,12 +51,12 @@ class ExpectedCost(Decision):
         self.register_buffer("refer_cost", refer)
 
     @property
-    def fitted(self) -> str:
+    def fitted_in_words(self) -> str:
         limit = "" if self.refer_cost is None else f", refer above a cost of {float(self.refer_cost):.6g}"
         return f"least expected cost of {tuple(self.cost.shape)} classes and actions{limit}"
 
     @property
-    def reasons(self) -> tuple[str, ...]:
+    def reasons(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("the expected cost of every action is above that of a referral, or not finite",)
 
     def words(self, action: Tensor) -> list[str]:

@@ -143,13 +143,13 @@ class OutOfDistribution(Decision):
         return torch.where(refer, REFER, 0 if label is None else label.to(torch.int64))
 
     @property
-    def fitted(self) -> str:
+    def fitted_in_words(self) -> str:
         allowed = "" if self.share is None else f", referring at most {self.share:.1%} of familiar rows"
         name = f"{type(self.detector).__name__} distance of the inputs of layer {self.layer!r}"
         return f"{name}: refer above {float(self.threshold):.6g}{allowed}"
 
     @property
-    def reasons(self) -> tuple[str, ...]:
+    def reasons(self) -> tuple[str, ...]:  # type: ignore[override]
         return (f"farther from the training rows than {float(self.threshold):.6g}",)
 
     def words(self, action: Tensor) -> list[str]:

@@ -165,14 +165,14 @@ class Referral(Decision):
         return certificate.refusal()
 
     @property
-    def fitted(self) -> str:
+    def fitted_in_words(self) -> str:
         limit = "nothing" if self.threshold == math.inf else f"{self.kind} from {float(self.threshold):.6g}"
         if self.threshold == -math.inf:
             limit = "every row"
         return f"refer {limit}{'' if self.certificate is None else f' ({self.certificate})'}"
 
     @property
-    def reasons(self) -> tuple[str, ...]:
+    def reasons(self) -> tuple[str, ...]:  # type: ignore[override]
         if self.threshold == -math.inf:
             return ("every row is referred",)
         return (f"{self.kind} uncertainty is {float(self.threshold):.6g} or more",)

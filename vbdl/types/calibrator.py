@@ -47,7 +47,7 @@ class Calibrator(nn.Module):
         return None
 
     @property
-    def fitted(self) -> str:
+    def fitted_in_words(self) -> str:
         """The fitted numbers in words, for the model card: its buffers, unless overridden."""
         plain = {n.removeprefix("log_"): t.exp() if n.startswith("log_") else t for n, t in self.named_buffers()}
         return ", ".join(f"{name.replace('_', ' ')} {_few(t)}" for name, t in plain.items()) or "nothing fitted"

@@ -25,6 +25,9 @@ class Decision(nn.Module):
     reads_layer: str | None = None
     """The name of the network's layer whose inputs `distance` takes; the prediction then has `distance`."""
 
+    reasons: Sequence[str] = ()
+    """Why rows are referred, in words: `prediction.reason` k is the k-th of them, counted from 1."""
+
     def __init__(self) -> None:
         super().__init__()
 
@@ -48,14 +51,9 @@ class Decision(nn.Module):
         return None
 
     @property
-    def fitted(self) -> str:
+    def fitted_in_words(self) -> str:
         """The fitted or chosen numbers in words, for the model card; "" if there are none."""
         return ""
-
-    @property
-    def reasons(self) -> Sequence[str]:
-        """Why rows are referred, in words: `prediction.reason` k is the k-th of them, counted from 1."""
-        return ()
 
     def words(self, action: Tensor) -> list[str] | None:
         """Each row's action in words, as a service answers it, or None for a decision without words."""
