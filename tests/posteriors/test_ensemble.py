@@ -284,3 +284,12 @@ def test_training_leaves_a_frozen_backbone_as_it_is(compile, traced_only):
         state = q.member(1) if isinstance(q, DeepEnsemble) else q.module.state_dict()
         for name, t in before.items():
             assert torch.equal(state.get(name, state.get(f"inner.{name}")), t), (type(q).__name__, name)
+
+
+def test_a_bias_before_batch_normalization_does_not_stop_mapping():
+    """Its gradient is zero but for rounding, in which a loop and vmap may differ by all of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    q, rows = DeepEnsemble(net, 3), (torch.randn(16, 2, 5, 5), torch.randint(3, (16,)))
+    history = fit(q, rows, Categorical(), epochs=1, compile=False)
+    assert history.one_by_one == "" and q.one_by_one == ""
