@@ -24,9 +24,11 @@ from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.model import Model
+from vbdl.posteriors.batch_ensemble import BatchEnsemble
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.laplace import Laplace
+from vbdl.posteriors.masksembles import Masksembles
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
 from vbdl.posteriors.snapshots import Snapshots
@@ -154,6 +156,9 @@ POSTERIORS = {
     "ensemble of trained networks": lambda make: DeepEnsemble([make() for _ in range(MEMBERS)]),
     "ensemble of two architectures": lambda make: DeepEnsemble([make(), nn.Sequential(make()), make()]),
     "ensemble of dropout": lambda make: DeepEnsemble([MCDropout(make()) for _ in range(MEMBERS)]),
+    "batch ensemble": lambda make: BatchEnsemble(make(), MEMBERS),
+    "tabm": lambda make: BatchEnsemble(make(), MEMBERS, initial="tabm"),
+    "masksembles": lambda make: Masksembles(make(), MEMBERS),
     "laplace": lambda make: fitted(Laplace(make())),
     "ensemble of laplace": lambda make: DeepEnsemble([fitted(Laplace(make())) for _ in range(MEMBERS)]),
     "snapshots": lambda make: trained(Snapshots(make(), MEMBERS)),
@@ -184,7 +189,7 @@ class Cells(Collection):
     def __iter__(self):
         alone = (
             "deterministic", "snapshots", "swag", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
-            "ensemble of two architectures",
+            "ensemble of two architectures", "batch ensemble", "masksembles",
         )  # fmt: skip
         for network in self.networks:
             for posterior in POSTERIORS:
@@ -511,6 +516,8 @@ def test_an_empty_batch_a_row_and_a_sample(posterior, network):
 _FAST = [
     (p, "mlp") for p in ("deterministic", "snapshots", "swag", "dropout", "mean-field", "stochastic", "ensemble")
 ] + [
+    ("batch ensemble", "mlp"),
+    ("masksembles", "mlp"),
     ("dropout", "cnn"),
     ("dropout", "transformer"),
 ]

@@ -7,7 +7,8 @@
     p = predict(x)                                   # p.probs, p.total = p.aleatoric + p.epistemic
     predict = vbdl.calibrate(predict, (x_new, y_new), vbdl.Temperature())
 
-Posteriors:    MCDropout, MeanField, DeepEnsemble, Snapshots, SWAG, Laplace, Stochastic, Deterministic
+Posteriors:    MCDropout, MeanField, DeepEnsemble, BatchEnsemble, Masksembles, Snapshots, SWAG, Laplace, Stochastic,
+               Deterministic
 Likelihoods:   Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian
 Use:           fit, split, inspect, recommend, Predictor, adaptive
 Afterwards:    calibrate, unseen, Temperature, StdScaling, ConformalSets, with_decision; calibration, decision, metrics,
@@ -63,9 +64,11 @@ if TYPE_CHECKING:
     from vbdl.nn.layers import BayesianLinear as BayesianLinear
     from vbdl.nn.priors import Normal as Normal
     from vbdl.nn.priors import ScaleMixture as ScaleMixture
+    from vbdl.posteriors.batch_ensemble import BatchEnsemble as BatchEnsemble
     from vbdl.posteriors.deterministic import Deterministic as Deterministic
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
     from vbdl.posteriors.laplace import Laplace as Laplace
+    from vbdl.posteriors.masksembles import Masksembles as Masksembles
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout
     from vbdl.posteriors.mean_field import MeanField as MeanField
     from vbdl.posteriors.snapshots import Snapshots as Snapshots

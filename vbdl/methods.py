@@ -31,6 +31,7 @@ class Method:
     collects: bool = False  # whether it is made of the weights of many epochs, and predicts only after `fit`
     stops_early: bool = True  # whether `fit` takes patience= for it
     of_new_networks: "Keywords" = field(default_factory=dict)  # further arguments if the network is not trained
+    of_trained_networks: "Keywords" = field(default_factory=dict)  # further arguments if it is, to start from it
     training: "Keywords" = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
     is_one_network: bool = False  # whether its only draw is the network itself
     old_names: tuple[str, ...] = ()  # former names, which still work with a warning
@@ -49,10 +50,11 @@ class Method:
         """Import and return the method's class."""
         return vars(importlib.import_module(self.module))[self.class_name]
 
-    def make(self, network: "nn.Module", **known: object) -> "Posterior":
-        """Build the posterior over this untrained network, from those of the `known` arguments that the class takes."""
+    def make(self, network: "nn.Module", trained: bool = False, **known: object) -> "Posterior":
+        """Build the posterior over this network, trained or not, from the `known` arguments that the class takes."""
         arguments = {name: value for name, value in known.items() if name in self.arguments}
-        return self.load()(network, **{**self.of_new_networks, **arguments})
+        further = self.of_trained_networks if trained else self.of_new_networks
+        return self.load()(network, **{**further, **arguments})
 
 
 METHODS: dict[str, Method] = {
@@ -89,6 +91,27 @@ METHODS: dict[str, Method] = {
             arguments=("n_members", "seed"),
             training={"lr": 1e-3, "patience": 20},
             old_names=("ensemble",),
+        ),
+        Method(
+            name="batch-ensemble",
+            module="vbdl.posteriors.batch_ensemble",
+            class_name="BatchEnsemble",
+            words="BatchEnsemble",
+            when="an ensemble is wanted, and several networks take too much memory or time",
+            arguments=("n_members", "seed"),
+            of_trained_networks={"initial": "normal", "initial_std": 0.1},
+            training={"lr": 3e-3, "patience": 20},
+        ),
+        Method(
+            name="masksembles",
+            module="vbdl.posteriors.masksembles",
+            class_name="Masksembles",
+            words="Masksembles",
+            when="an ensemble is wanted that takes the memory of one network, each member a part of its units",
+            arguments=("n_members", "scale", "seed"),
+            dropout=0.0,
+            of_trained_networks={"rescale": True},
+            training={"lr": 1e-3, "patience": 20},
         ),
         Method(
             name="swag",

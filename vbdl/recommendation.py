@@ -100,7 +100,7 @@ def recommend(
         trained: whether the module is trained already. What a trained network can be used for as it is (MC dropout, a
             Laplace approximation, the network alone) is then not trained.
         train: whether the module may be trained, or trained further; by default if it is not trained. A trained one is
-            the start of methods that go on training (SWAG, snapshots, mean-field).
+            the start of methods that go on training (SWAG, snapshots, mean-field, BatchEnsemble).
         latency: the most seconds that the prediction of one row may take; slower methods are not recommended.
         rows: row numbers of the parts "train", "validation" (for early stopping) and "test" (for the comparison), as
             `vbdl.split` returns them; for rows of one patient, or in time, which must not be divided at random.
@@ -147,10 +147,7 @@ def recommend(
     for method in candidates:
         name = method.class_name
         try:
-            known = {"n_data": n_train, "n_members": _N_MEMBERS, "seed": seed} | (
-                {"collect_from": 0} if trained else {}
-            )
-            posterior = method.make(copied(module), **known)
+            posterior = method.make(copied(module), trained, n_data=n_train, n_members=_N_MEMBERS, seed=seed)
             seconds = 0.0 if method.name in as_they_are else share
             measured[name], scores[name] = _measure(
                 method, posterior, likelihood, parts, seconds, seed, compile, trained
