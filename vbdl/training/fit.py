@@ -60,8 +60,9 @@ def fit(
     validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the state of the epoch with
         its best validation likelihood, and stops after `patience` epochs without improvement. A posterior made of the
         weights of many epochs (`SWAG`, `Snapshots`) stops early only before the first of them, and goes on from the
-        best epoch; after that, validation only records the likelihood of the weights in training.
-    clip_norm: the largest gradient norm of each member.
+        best epoch; after that, validation only records the likelihood of the weights in training. Members that share
+        trained parameters (`BatchEnsemble`, `Masksembles`) stop together, by the likelihood of their mixture.
+    clip_norm: the largest gradient norm of each member, and of the parameters that members share.
     kl_warmup: epochs over which the weight of the KL term rises from 0 to its value.
     bootstrap: train each member on its own bootstrap resample of the rows.
     member_rows: (members, n) row numbers that each member trains on, instead of all rows.
