@@ -99,3 +99,57 @@ def test_masksembles_is_theirs():
     samples = vbdl.Predictor(q, vbdl.Categorical(), compile=False)(x, samples=True).samples
     outputs = theirs(x.repeat(MEMBERS, 1, 1, 1)).view(MEMBERS, ROWS, CLASSES)
     torch.testing.assert_close(samples, outputs.detach(), rtol=1e-5, atol=1e-5)
+
+
+def resnet():
+    import torchvision
+
+    return torchvision.models.resnet18(num_classes=CLASSES), torch.randn(ROWS, 3, 32, 32)
+
+
+def vision_transformer():
+    import timm
+
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=CLASSES)
+    return net, torch.randn(ROWS, 3, 32, 32)
+
+
+def torchvision_transformer():
+    import torchvision
+
+    net = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 48, num_classes=CLASSES)
+    return net, torch.randn(ROWS, 3, 32, 32)
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        num_labels=CLASSES,
+    )  # fmt: skip
+    tokens = torch.randint(1, 100, (ROWS, 9))
+    return BertForSequenceClassification(config), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+@pytest.mark.parametrize("method", ["BatchEnsemble", "Masksembles"])
+@pytest.mark.parametrize("make", [resnet, vision_transformer, torchvision_transformer, bert])
+def test_members_of_known_networks_are_these_networks(make, method):
+    """Predicted together, and trained for an epoch: together, unless torch's fused attention cannot be mapped."""
+    for package in ("torchvision", "timm", "transformers"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    network, x = make()
+    network.eval()
+    q = getattr(vbdl, method)(network, 3)
+    assert len(q.scaled) > 5
+    samples = vbdl.Predictor(q, vbdl.Categorical(), compile=False)(x, samples=True).samples
+    for index in range(3):
+        network.load_state_dict(q.member(index), strict=False)
+        with torch.no_grad():
+            outputs = network(**x) if isinstance(x, dict) else network(x)
+        outputs = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+        scale = float(outputs.abs().max())
+        torch.testing.assert_close(samples[index], outputs, rtol=1e-3, atol=1e-4 * scale)
+    history = vbdl.fit(q, (x, torch.arange(ROWS) % CLASSES), vbdl.Categorical(), epochs=1, compile=False)
+    assert history.one_by_one == "" or (make is vision_transformer and "scaled_dot" in history.one_by_one)
