@@ -7,8 +7,9 @@ features.*        no samples axis, shared                      the first member,
 all others        no samples axis, shared                      the module and the likelihood themselves
 """
 
+import contextlib
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import chain
 
 import torch
@@ -20,7 +21,7 @@ from vbdl.calling.inputs import tensors
 from vbdl.calling.layer_inputs import LayerInputs
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import holding, state_of
-from vbdl.types import Likelihood, Posterior, State
+from vbdl.types import Inputs, Likelihood, Posterior, State
 
 
 class Model(nn.Module):
@@ -113,12 +114,8 @@ class Model(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """The parameters of p(y | x), (batch, ...); the arguments are the network's inputs, (batch, ...) each."""
-        if self._autocast is None:
+        with autocast(self._autocast, [*args, *kwargs.values()]):
             outputs = self.network(*args, **kwargs)
-        else:
-            device = tensors([*args, *kwargs.values()])[0].device.type
-            with torch.autocast(device, dtype=self._autocast, cache_enabled=False), MappedAutocast(self._autocast):
-                outputs = self.network(*args, **kwargs)
         outputs = pick(outputs, self.posterior.output)
         if outputs.dtype in (torch.bfloat16, torch.float16):
             outputs = outputs.float()  # statistics are float32 or better
@@ -144,14 +141,34 @@ def first_network(posterior: Posterior) -> nn.Module:
     return copied.get_submodule(path).eval()
 
 
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+@contextlib.contextmanager
+def autocast(dtype: torch.dtype | None, inputs: Inputs) -> Iterator[None]:
+    """A context in which a network runs in this dtype, also under `vmap`; float32 if it is None."""
+    if dtype is None:
+        yield
+        return
+    device = tensors(inputs)[0].device.type
+    with torch.autocast(device, dtype=dtype, cache_enabled=False), MappedAutocast(dtype):
+        yield
+
+
+_PRODUCTS = {
+    F.linear,
+    F.bilinear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+}
 _NORMALIZATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm}
 
 
 class MappedAutocast(TorchFunctionMode):
-    """A context that applies autocast to convolutions and normalization under `vmap`, whose rules bypass autocast.
+    """A context that applies autocast to layers and normalization under `vmap`, whose rules bypass autocast.
 
-    Otherwise a convolution would stay in float32, and the float32 scale of a normalization would turn everything after
+    Otherwise a layer would stay in float32, and the float32 scale of a normalization would turn everything after
     it into float32 again.
     """
 
@@ -161,7 +178,7 @@ class MappedAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
+        if func in _PRODUCTS:
             low = lambda a: a.to(self._dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
             return func(*map(low, args), **{k: low(a) for k, a in kwargs.items()})
         if func in _NORMALIZATIONS and args and args[0].dtype == self._dtype:

@@ -93,6 +93,9 @@ def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the fo
     `state`, as if the forward pass had written into it.
     """
     args, kwargs = arguments(inputs)
+    if not state:
+        with activations_kept() if torch.is_grad_enabled() else contextlib.nullcontext():
+            return with_gradients_if_needed(lambda: module(*args, **kwargs))
     # functional_call would set a tensor once for each of its names. If a module has two names, the second time it would
     # take the drawn tensor for the module's own and leave it there.
     places = places_of(module)
@@ -109,6 +112,16 @@ def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the fo
                         t.copy_(used[place])
                     break
     return output
+
+
+def call_with_buffer(module: nn.Module, name: str, value: Tensor, inputs: Inputs) -> Any:  # what the forward returns
+    """`call` with one buffer, which the module itself registers and no other module has, without a search for it."""
+    before = module._buffers[name]
+    module._buffers[name] = value
+    try:
+        return call(module, {}, inputs)
+    finally:
+        module._buffers[name] = before
 
 
 def places_of(module: nn.Module) -> dict[str, list[str]]:

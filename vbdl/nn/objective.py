@@ -1,12 +1,17 @@
 """The training objective as a module, so that it can be stacked, mapped and compiled like a network."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import call
+from vbdl.calling.stacking import call, call_with_buffer
+from vbdl.model import autocast
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
@@ -18,7 +23,30 @@ _TRAINING = 1 << 62  # flips a bit of the seed, so that training and prediction 
 
 def training_keys(seed: int, n_members: int, number: Tensor) -> Tensor:
     """The keys of a training step, (members, 2); member m draws from seed + m. number: () first draw of the step."""
-    return torch.cat([make_key((seed + m) ^ _TRAINING, number.reshape(1)) for m in range(n_members)])
+    if not -(2**63) <= seed <= seed + n_members - 1 < 2**63:
+        raise ValueError(f"seed + member must fit in 64 bits, got {seed} for {n_members} members")
+    seeds = (torch.arange(n_members, device=number.device) + seed) ^ _TRAINING
+    return torch.stack([seeds, number.expand(n_members)], dim=-1)
+
+
+class Precision:
+    """The dtype that networks run in during a training step; `used` tells whether an objective ran in it."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.used = dtype, False
+
+
+_precision: contextvars.ContextVar[Precision | None] = contextvars.ContextVar("precision", default=None)
+
+
+@contextlib.contextmanager
+def in_precision(precision: Precision | None) -> Iterator[None]:
+    """A context in which an `Objective` runs its network in a lower precision; its likelihood stays in float32."""
+    token = _precision.set(precision)
+    try:
+        yield
+    finally:
+        _precision.reset(token)
 
 
 class Objective(nn.Module):
@@ -47,19 +75,28 @@ class Objective(nn.Module):
     def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:
         network = self.network
         if not isinstance(network, KeyedNetwork):
-            with CounterDropout(Masks(key, network, per_row=True)):
+            with CounterDropout(Masks(key, network, per_row=True)), self._autocast(inputs):
                 outputs = call(network, {}, inputs)
             return self._nll(outputs, y)
         # `inner`, because `rate` is by the user's module names
-        with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)):
-            outputs = call(network, {"key": key}, inputs)
+        with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)), self._autocast(inputs):
+            outputs = call_with_buffer(network, "key", key, inputs)
         loss = self._nll(outputs, y)
         # with the same key, since the KL of some priors is estimated at the drawn weights
         regularization = network.regularization(key)
         return loss if regularization is None else loss + regularization
 
+    def _autocast(self, inputs: Inputs) -> contextlib.AbstractContextManager[None]:
+        if (precision := _precision.get()) is None:
+            return contextlib.nullcontext()
+        precision.used = True
+        return autocast(precision.dtype, inputs)
+
     def _nll(self, outputs: object, y: Tensor) -> Tensor:
-        return self.likelihood.training_loss(self.likelihood(pick(outputs, self.output)), y).mean()
+        outputs = pick(outputs, self.output)
+        if outputs.dtype in (torch.bfloat16, torch.float16) and _precision.get() is not None:
+            outputs = outputs.float()
+        return self.likelihood.training_loss(self.likelihood(outputs), y).mean()
 
 
 def _later(key: Tensor, k: int) -> Tensor:

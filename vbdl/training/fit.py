@@ -40,6 +40,8 @@ def fit(
     bootstrap: bool = False,
     member_rows: Tensor | None = None,
     seed: int = 0,
+    accumulate: int = 1,
+    precision: str = "float32",
     compile: bool | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
@@ -68,6 +70,10 @@ def fit(
     member_rows: (members, n) row numbers that each member trains on, instead of all rows.
     seed: of the row orders and resamples; member m uses seed + m. (Dropout masks and weights are drawn from the
         posterior's seed.) torch's global generator is left unchanged.
+    accumulate: batches whose gradients are averaged for one update, as of one batch of all their rows; an epoch's last
+        update takes what is left.
+    precision: "bfloat16" runs the network in bfloat16 by autocast where the processor or card has instructions for it;
+        parameters, likelihood and updates stay as they are.
     compile: whether to compile the step. By default it is traced from 1,000 steps on, and compiled if its graph and the
         number of steps say that this repays the time; no clock decides, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
@@ -97,6 +103,8 @@ def fit(
         bootstrap=bootstrap,
         member_rows=member_rows,
         seed=seed,
+        accumulate=accumulate,
+        precision=precision,
         compile=compile,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,

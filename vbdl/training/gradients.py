@@ -1,33 +1,45 @@
 """The gradients that a traced training step returns in the layout of the parameters, and work that changes nothing."""
 
+import enum
 from collections.abc import Sequence
+from operator import getitem
 
 import torch
 from torch import Tensor, fx
 
-from vbdl.compiling.graph import name_of, operator_of
+from vbdl.compiling.graph import name_of, operator_of, own_bytes
 
 aten = torch.ops.aten
 _CREATED = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
 _TRANSPOSED = {aten.t.default, aten.transpose.int, aten.permute.default}
+_PARTS = {"unbind", "split", "split_with_sizes", "chunk"}  # operators that return several views of their input
 _PRODUCTS = {aten.mm.default, aten.bmm.default}
 
 
-def is_zero(gradient: object) -> bool:
-    """Whether the gradient of an entry is a created zero: the loss does not depend on the entry."""
-    return isinstance(gradient, fx.Node) and operator_of(gradient) in _CREATED
+class Use(enum.Enum):
+    """How a gradient that a step returns may be used."""
+
+    NONE = "the loss does not depend on the parameter"
+    ONCE = "as it is"
+    TWICE = "as a copy, because another gradient returned before lies in the same memory"
 
 
-def gradients_like(graph: fx.GraphModule, parameters: Sequence[Tensor]) -> None:
+def gradients_like(graph: fx.GraphModule, parameters: Sequence[Tensor]) -> list[Use]:
     """Make a traced step, (losses, *gradients), return every gradient in the memory layout of its parameter.
+
+    Returns how each gradient may be used.
 
     The gradient of a stacked linear layer is traced as the transpose of a product. Transposed factors in the other
     order give the same numbers in the parameter's layout; any other gradient is copied, inside the graph.
     """
     output = next(n for n in graph.graph.nodes if n.op == "output")
     losses, *gradients = output.args[0]
-    returned = [losses]
+    returned, uses, owners = [losses], [], set()
     for gradient, p in zip(gradients, parameters, strict=True):
+        if operator_of(gradient) in _CREATED:
+            uses.append(Use.NONE)
+            returned.append(gradient)
+            continue
         if not _lies_like(gradient, p):
             gradient = _swapped(graph.graph, gradient) or gradient
         if not _lies_like(gradient, p) and p.is_contiguous():
@@ -38,9 +50,28 @@ def gradients_like(graph: fx.GraphModule, parameters: Sequence[Tensor]) -> None:
             copied.meta["val"] = gradient.meta["val"].contiguous()
             gradient = copied
         returned.append(gradient)
+        owner = _owner(gradient)
+        uses.append(Use.TWICE if owner in owners or owner.op == "placeholder" else Use.ONCE)
+        owners.add(owner)
     output.args = (tuple(returned),)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    return uses
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's value lies in: a view lies in that of its input."""
+    while node.op == "call_function":
+        source = node.args[0] if node.args else None
+        if node.target is getitem and isinstance(source, fx.Node) and name_of(source) in _PARTS:
+            node = source.all_input_nodes[0]
+        elif name_of(node) == "_unsafe_view" or (isinstance(node.meta.get("val"), Tensor) and own_bytes(node) == 0):
+            if not node.all_input_nodes:
+                break
+            node = node.all_input_nodes[0]
+        else:
+            break
+    return node
 
 
 def _lies_like(gradient: fx.Node, p: Tensor) -> bool:

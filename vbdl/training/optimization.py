@@ -89,6 +89,37 @@ def make_schedule(options: TrainingOptions, optimizer: torch.optim.Optimizer) ->
     return schedule
 
 
+class MeanGradients:
+    """The mean of the gradients of several batches, weighted by their rows: that of one batch of all their rows."""
+
+    def __init__(self, trained: Collection[nn.Parameter]):
+        self._trained = trained
+        self._begin()
+
+    @torch.no_grad()
+    def add(self, rows: int) -> None:
+        """Add the gradients of a batch of so many rows, which are in the parameters' `grad`."""
+        for index, p in enumerate(self._trained):
+            if p.grad is None:
+                continue
+            if (so_far := self._sums[index]) is None:
+                self._sums[index] = p.grad * rows
+            else:
+                so_far.add_(p.grad, alpha=rows)
+        self.rows += rows
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put the mean in the parameters' `grad`, and begin anew."""
+        for p, total in zip(self._trained, self._sums, strict=True):
+            p.grad = None if total is None else total.div_(self.rows)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums: list[Tensor | None] = [None] * len(self._trained)
+        self.rows = 0
+
+
 def clip_gradients(trained: Mapping[str, Tensor], largest: float, by_member: Collection[str]) -> None:
     """Scale the gradients of each member down to a norm of at most `largest`, and likewise those of shared tensors.
 

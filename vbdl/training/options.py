@@ -20,6 +20,15 @@ def is_of_each_member(value: object) -> TypeGuard[Sequence[float]]:
     return isinstance(value, Sequence | Tensor | np.ndarray) and not isinstance(value, str)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 by instructions of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """The arguments of `vbdl.fit` with their defaults. Raises ValueError or TypeError for an invalid value."""
@@ -37,6 +46,8 @@ class TrainingOptions:
     bootstrap: bool = False
     member_rows: Tensor | None = None
     seed: int = 0
+    accumulate: int = 1
+    precision: str = "float32"
     compile: bool | None = None
     checkpoint: str | Path | None = None
     checkpoint_every: int = 10
@@ -76,10 +87,30 @@ class TrainingOptions:
             raise ValueError("patience counts epochs without improvement on validation rows: give validation= too")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be a positive gradient norm, got {self.clip_norm}")
+        if self.accumulate < 1:
+            raise ValueError(
+                f"accumulate must be a number of batches for each update, at least 1, got {self.accumulate}"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
         if self.kl_warmup < 0:
             raise ValueError(f"kl_warmup must be a number of epochs, 0 for none, got {self.kl_warmup}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1 epoch, got {self.checkpoint_every}")
+
+    def autocast(self, device: torch.device) -> torch.dtype | None:
+        """The dtype that the network runs in on this device, or None for that of its parameters.
+
+        Raises ValueError if the device has no instructions for it.
+        """
+        if self.precision == "float32":
+            return None
+        if not has_bfloat16(device):
+            raise ValueError(
+                f"precision='bfloat16' needs bfloat16 instructions, which this {device.type} does not have, and would "
+                f"train more slowly without them: leave precision out"
+            )
+        return torch.bfloat16
 
     @property
     def holds_out(self) -> bool:

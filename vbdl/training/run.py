@@ -15,7 +15,7 @@ from vbdl.progress import Progress
 from vbdl.training.batches import TrainingData
 from vbdl.training.checkpoint import load_checkpoint, save_checkpoint
 from vbdl.training.early_stopping import BestEpochs
-from vbdl.training.optimization import clip_gradients, make_optimizer, make_schedule
+from vbdl.training.optimization import MeanGradients, clip_gradients, make_optimizer, make_schedule
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
@@ -56,7 +56,7 @@ class TrainingRun:
         self.model = Model(posterior, likelihood)
         self.device = self.model.device
         self.data = TrainingData(data, options, self.members, separate, RowChecks(self.model, options.seed))
-        self.losses = Losses(posterior, likelihood, self.data.own_rows)
+        self.losses = Losses(posterior, likelihood, self.data.own_rows, options.autocast(self.device))
         self.step = Step(self.losses, options.compile, lambda rows: options.epochs * self.data.steps_with(rows))
         self.trained = self.step.trained
         self.validate = None
@@ -69,6 +69,7 @@ class TrainingRun:
         self._check_course()
         self.schedule = make_schedule(options, self.optimizer)
         self.rates: list[float] = [group["lr"] for group in self.optimizer.param_groups]
+        self._gradients = MeanGradients(self.trained.values())
         self.history = History()
         self.best = BestEpochs(self.members, options.patience, self.model.by_member)
         self.position = 0  # the number of the next epoch
@@ -192,7 +193,7 @@ class TrainingRun:
 
     def _epoch(self, epoch: int) -> None:
         total = torch.zeros(self.members, device=self.device)
-        rows = 0
+        rows, several = 0, self.options.accumulate if self.options.accumulate > 1 else 0
         self.step.begin_epoch()
         for number, (x, y) in enumerate(self.data.epoch(epoch)):
             self._set_rate(epoch, number)
@@ -200,13 +201,17 @@ class TrainingRun:
                 self.posterior.before_training(x, y, self.likelihood, self.data.own_rows)
                 self._begun = True
                 self._say_one_by_one()
-            losses = self.step(x, y)
-            if self.options.clip_norm is not None:
-                clip_gradients(self.trained, self.options.clip_norm, self.model.by_member)
-            self.optimizer.step()
-            n = y.shape[1] if self.data.own_rows else y.shape[0]
+            losses, n = self.step(x, y), self.losses.rows(y)
+            if not several:
+                self._update()
+            else:
+                self._gradients.add(n)
+                if (number + 1) % several == 0:
+                    self._update()
             total += losses * n
             rows += n
+        if several and self._gradients.rows:
+            self._update()
         means = (total / max(rows, 1)).tolist()
         bad = [m for m, value in enumerate(means) if not math.isfinite(value)]
         if bad:
@@ -217,6 +222,14 @@ class TrainingRun:
                 f"standardize inputs and targets, lower lr, or set clip_norm"
             )
         self.history.train_loss.append(means)
+
+    def _update(self) -> None:
+        """Do the optimizer's step, with the gradients of all batches since the last one."""
+        if self._gradients.rows:
+            self._gradients.put()
+        if self.options.clip_norm is not None:
+            clip_gradients(self.trained, self.options.clip_norm, self.model.by_member)
+        self.optimizer.step()
 
     def _set_rate(self, epoch: int, step: int) -> None:
         """Set the learning rate of a step, if the method chooses it."""

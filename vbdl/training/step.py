@@ -14,7 +14,8 @@ from vbdl.calling.stacking import call, state_of
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
-from vbdl.training.gradients import gradients_like, is_zero, without_empty_work
+from vbdl.nn.objective import Precision, in_precision
+from vbdl.training.gradients import Use, gradients_like, without_empty_work
 from vbdl.training.worth import is_worth_compiling, is_worth_tracing
 from vbdl.types import Inputs, Likelihood, Posterior
 
@@ -26,19 +27,27 @@ Call = Callable[..., Sequence[Tensor]]
 class Losses(nn.Module):
     """Posterior and likelihood as one module, whose forward returns the loss of each member, (members,), nats per row.
 
-    own: whether each member has its own batch.
+    own: whether each member has its own batch. dtype: what the network runs in, float32 if None.
     """
 
-    def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool):
+    def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool, dtype: torch.dtype | None = None):
         super().__init__()
         self.posterior, self.likelihood, self._own = posterior, likelihood, own
+        self._precision = None if dtype is None else Precision(dtype)
 
     def rows(self, y: Tensor) -> int:
         """The number of rows of a batch of these targets; those of one member if each has its own."""
         return y.shape[1] if self._own else y.shape[0]
 
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
-        return self.posterior.losses(x, y, self.likelihood, self._own)
+        with in_precision(self._precision):
+            losses = self.posterior.losses(x, y, self.likelihood, self._own)
+        if self._precision is not None and not self._precision.used:
+            raise ValueError(
+                f"{type(self.posterior).__name__} computes its losses without vbdl.nn.objective.Objective, which runs "
+                f"networks in a lower precision: leave precision= out"
+            )
+        return losses
 
 
 class Step:
@@ -56,7 +65,7 @@ class Step:
         if not self.trained:
             raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
         self.compile_seconds = 0.0
-        self._calls: dict[tuple, tuple[Call, list[bool]] | None] = {}  # None: runs as Python code
+        self._calls: dict[tuple, tuple[Call, list[Use]] | None] = {}  # None: runs as Python code
         self._state: tuple[list[Tensor], list[int]] | None = None  # the tensors of a call, and where they lie
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
@@ -74,14 +83,14 @@ class Step:
             self.compile_seconds += time.perf_counter() - begun
         if (made := self._calls[key]) is None:
             return self._plain(x, y)
-        run, used = made
+        run, uses = made
         with torch.no_grad():
             losses, *gradients = run(*self._tensors(), *inputs, y)
-        for p, gradient, is_used in zip(self.trained.values(), gradients, used, strict=True):
+        for p, gradient, use in zip(self.trained.values(), gradients, uses, strict=True):
             # a fused optimizer reads the gradient in memory order and assumes the parameter's layout
-            if is_used and gradient.stride() != p.stride():
+            if use is Use.TWICE or gradient.stride() != p.stride():
                 gradient = torch.empty_like(p).copy_(gradient)
-            p.grad = gradient if is_used else None  # like backward(), which leaves the others without one
+            p.grad = None if use is Use.NONE else gradient  # like backward(), which leaves the others without one
         return losses
 
     def begin_epoch(self) -> None:
@@ -106,8 +115,8 @@ class Step:
         losses.sum().backward()
         return losses.detach()
 
-    def _made(self, x: Inputs, y: Tensor) -> tuple[Call, list[bool]] | None:
-        """The call of a step with such a batch, and whether the loss depends on each trained entry.
+    def _made(self, x: Inputs, y: Tensor) -> tuple[Call, list[Use]] | None:
+        """The call of a step with such a batch, and how each of the gradients that it returns may be used.
 
         None if it runs as Python code.
         """
@@ -119,13 +128,11 @@ class Step:
         if graph is None:
             self.compiled = False
             return None
-        _, *gradients = next(n for n in graph.graph.nodes if n.op == "output").args[0]
-        used = [not is_zero(gradient) for gradient in gradients]
-        gradients_like(graph, list(self.trained.values()))
         without_empty_work(graph)
+        uses = gradients_like(graph, list(self.trained.values()))
         if self.compiled or is_worth_compiling(graph, steps):
-            return compile_graph(graph, flat), used
-        return graph, used
+            return compile_graph(graph, flat), uses
+        return graph, uses
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
         """The graph of the step, or None, after logging a warning, if the network cannot be traced."""

@@ -1,0 +1,185 @@
+"""Steps of training: traced as uncompiled, several batches for one update, and a lower precision."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import vbdl
+from vbdl.training import step as steps
+from vbdl.training import worth
+from vbdl.training.options import TrainingOptions, has_bfloat16
+from vbdl.training.run import TrainingRun
+
+N, FEATURES, OUTPUTS = 72, 5, 2
+ROUNDING = {"rtol": 2e-4, "atol": 2e-5}
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, OUTPUTS))
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(N, FEATURES)
+    return x, torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2]], dim=1) + 0.1 * torch.randn(N, OUTPUTS)
+
+
+def state(q: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in q.state_dict().items()}
+
+
+class Odd(nn.Module):
+    """A network with parameters that get one gradient between them, one that gets none, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(FEATURES, OUTPUTS).T), nn.Parameter(torch.randn(OUTPUTS))
+        self.other, self.third = nn.Parameter(torch.randn(OUTPUTS)), nn.Parameter(torch.randn(1, OUTPUTS))
+        self.unused = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) + (self.bias + self.other) + self.third
+
+
+ODD = {
+    "one": lambda: vbdl.Deterministic(Odd()),
+    "members": lambda: vbdl.DeepEnsemble([Odd(), Odd()]),
+    "convolution": lambda: vbdl.DeepEnsemble(
+        nn.Sequential(nn.Unflatten(1, (1, FEATURES)), nn.Conv1d(1, 3, 2), nn.Flatten(), nn.Linear(12, OUTPUTS)), 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("way", ["traced", "compiled"])
+def test_steps_that_are_traced_are_those_of_the_python_code(name, way, data, monkeypatch, request):
+    """Clipping scales gradients in place, and weight decay shrinks what has one: one in two places shows."""
+    if way == "compiled":
+        request.getfixturevalue("traced_only")
+    else:
+        monkeypatch.setattr(steps, "is_worth_compiling", lambda graph, count: False)
+        monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
+    ends, seconds = [], []
+    for compile in (False, True if way == "compiled" else None):
+        torch.manual_seed(3)
+        q = ODD[name]()
+        options = {"epochs": 4, "batch_size": 17, "lr": 1e-2, "weight_decay": 0.3, "clip_norm": 0.5}
+        history = vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), **options, compile=compile)
+        ends.append(state(q))
+        seconds.append(history.compile_seconds)
+    assert seconds[0] == 0 < seconds[1]
+    for key, t in ends[0].items():
+        torch.testing.assert_close(ends[1][key], t, **ROUNDING)
+
+
+def test_what_is_compiled_follows_from_the_steps_and_the_graph_alone(data, monkeypatch):
+    """No clock decides, a batch of another shape is decided for itself, and few steps run as they are."""
+    asked = []
+    monkeypatch.setattr(steps, "is_worth_compiling", lambda graph, count: asked.append(count) or False)
+    for given, expected in (
+        (data, [1000]),  # 1000 epochs of one batch of 70 rows; those of the two rows left are no more
+        (DataLoader(TensorDataset(*data), batch_size=12), [6000]),
+    ):
+        asked.clear()
+        run = TrainingRun(
+            vbdl.DeepEnsemble(network(), 2), given, vbdl.Gaussian(OUTPUTS), TrainingOptions(epochs=1000, batch_size=70)
+        )
+        with torch.enable_grad():
+            run._epoch(0)
+        assert sorted(set(asked)) == expected
+    asked.clear()
+    vbdl.fit(vbdl.DeepEnsemble(network(), 2), data, vbdl.Gaussian(OUTPUTS), epochs=3, batch_size=12)
+    assert not asked
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_several_batches_for_one_update_are_one_batch_of_all_their_rows(compile, clip_norm, data, traced_only):
+    ends = []
+    # 72 rows: 24 is a third of them; 16 leaves 8 for the last batch, which is weighted by its rows
+    for batch_size, accumulate in ((N, 1), (24, 3), (16, 5), (16, 9)):
+        q, likelihood = vbdl.DeepEnsemble(network(), 3), vbdl.Gaussian(OUTPUTS)
+        options = {"batch_size": batch_size, "accumulate": accumulate, "clip_norm": clip_norm, "compile": compile}
+        history = vbdl.fit(q, data, likelihood, epochs=5, lr=1e-2, **options)
+        ends.append((state(q), state(likelihood), history.train_loss))
+    for members, noise, losses in ends[1:]:
+        for name, t in members.items():
+            if name != "steps":
+                torch.testing.assert_close(t, ends[0][0][name], **ROUNDING)
+        torch.testing.assert_close(noise["log_std"], ends[0][1]["log_std"], **ROUNDING)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(ends[0][2]), **ROUNDING)
+
+
+def test_an_epoch_ends_with_an_update(data):
+    """Two of five batches are left over: the third update of an epoch has one batch."""
+    updates = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            updates.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+            return super().step(closure)
+
+    q = vbdl.DeepEnsemble(network(), 2)
+    optimizer = lambda ps: Counting(ps, lr=0.1)
+    options = {"batch_size": 16, "accumulate": 2, "optimizer": optimizer, "compile": False}
+    vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=2, **options)
+    assert len(updates) == 6
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16 instructions")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        vbdl.Deterministic,
+        lambda net: vbdl.MeanField(net, N),
+        lambda net: vbdl.DeepEnsemble(net, 2),
+        lambda net: vbdl.DeepEnsemble(vbdl.MCDropout(net), 2),
+    ],
+    ids=["deterministic", "mean-field", "ensemble", "ensemble of dropout"],
+)
+def test_bfloat16_trains_float32_parameters_about_as_well(make, compile, data, traced_only):
+    seen, losses = [], {}
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            seen.append((self.weight.dtype, y.dtype))
+            return y
+
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        q = make(nn.Sequential(Spy(FEATURES, 32), nn.Tanh(), nn.Dropout(0.05), nn.Linear(32, OUTPUTS)))
+        seen.clear()
+        options = {"epochs": 40, "batch_size": 24, "lr": 1e-2, "compile": compile, "precision": precision}
+        history = vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), **options)
+        losses[precision] = torch.tensor(history.train_loss)
+        assert all(p.dtype == torch.float32 for p in q.parameters())
+        if not compile:  # a trace casts a copy
+            assert seen[-1] == (torch.float32, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    assert not torch.equal(losses["bfloat16"], losses["float32"])
+    fell = losses["float32"][0] - losses["float32"][-1]
+    assert (fell > 0.3).all()
+    assert ((losses["bfloat16"][-1] - losses["float32"][-1]).abs() < 0.1 * fell).all()
+
+
+def test_a_precision_without_instructions_for_it_is_refused(data, monkeypatch):
+    monkeypatch.setattr("vbdl.training.options.has_bfloat16", lambda device: False)
+    q = vbdl.DeepEnsemble(network(), 2)
+    with pytest.raises(ValueError, match="bfloat16 instructions, which this cpu does not have"):
+        vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=1, precision="bfloat16")
+    for options, words in (({"precision": "float16"}, "'float32' or 'bfloat16'"), ({"accumulate": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=words):
+            vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=1, **options)
+
+
+def test_a_method_with_a_loss_of_its_own_is_refused_a_lower_precision(data, monkeypatch):
+    monkeypatch.setattr("vbdl.training.options.has_bfloat16", lambda device: True)
+
+    class Own(vbdl.Deterministic):
+        def losses(self, x, y, likelihood, own_rows=False):
+            return likelihood.training_loss(likelihood(self.module(x)), y).mean().reshape(1)
+
+    with pytest.raises(ValueError, match="Own computes its losses without"):
+        vbdl.fit(Own(network()), data, vbdl.Gaussian(OUTPUTS), epochs=1, precision="bfloat16", compile=False)
