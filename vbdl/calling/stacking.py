@@ -266,15 +266,16 @@ def forget(module: nn.Module) -> None:
 
 def is_computed(value: object) -> bool:
     """True if a value is a tensor that a forward pass computed, with gradients or in a trace."""
-    return isinstance(value, Tensor) and (not value.is_leaf or _of_a_trace(value))
+    return isinstance(value, Tensor) and (not value.is_leaf or is_of_a_trace(value))
 
 
-def _of_a_trace(t: Tensor) -> bool:
+def is_of_a_trace(t: Tensor) -> bool:
+    """True if a tensor stands for values in a trace or a transform of torch.func."""
     return isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t)
 
 
 def _detached(t: Tensor) -> Tensor | None:
-    return None if _of_a_trace(t) else t.detach()
+    return None if is_of_a_trace(t) else t.detach()
 
 
 def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:

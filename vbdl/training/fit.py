@@ -74,7 +74,7 @@ def fit(
         update takes what is left.
     precision: "bfloat16" runs the network in bfloat16 by autocast where the processor or card has instructions for it;
         parameters, likelihood and updates stay as they are.
-    compile: whether to compile the step. By default it is traced from 1,000 steps on, and compiled if its graph and the
+    compile: whether to compile the step. By default it is traced from 300 steps on, and compiled if its graph and the
         number of steps say that this repays the time; no clock decides, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
         of an uninterrupted run.

@@ -1,6 +1,7 @@
 """The arguments of `vbdl.fit`, checked in one place."""
 
 import math
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -25,7 +26,9 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+        # true for every processor with AVX-512, most of which only emulate it
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return supported and (platform.machine() in ("arm64", "aarch64") or torch.cpu._is_avx512_bf16_supported())
     return False
 
 

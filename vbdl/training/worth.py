@@ -8,8 +8,8 @@ from torch import fx
 from vbdl.compiling.compiler import can_compile
 from vbdl.compiling.graph import flops_of, operator_of, own_bytes
 
-# A trace takes about as long as a thousand steps save by running the graph instead of the Python code.
-_STEPS_WORTH_TRACING = 1000
+# A trace takes about as long as some hundred steps save by running the graph instead of the Python code.
+_STEPS_WORTH_TRACING = 300
 _STEPS_OF_A_CARD = 4000  # steps that repay compiling where kernels are launched on a device
 # Measured on one core of a server processor: what compiling takes, and what one step of compiled code saves.
 _SECONDS, _SECONDS_PER_OPERATION = 2.0, 0.015
