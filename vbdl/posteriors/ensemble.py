@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output
@@ -204,6 +205,14 @@ class DeepEnsemble(StackedPosterior):
         for index in range(self.n_members):
             own = {n: t.detach()[index] if n not in self._shared_names else t for n, t in entries.items()}
             hook(holding(self.base, {f"module.{name}": t for name, t in own.items()}))
+
+    @property
+    def learning_rate(self) -> float:  # type: ignore[override]
+        """The learning rate of `fit` unless `lr=` is given: that of the members."""
+        return Posterior.learning_rate if self.base is None else self.base.learning_rate
+
+    def own_optimizer(self, entries: State, others: Sequence[nn.Parameter], lr: float) -> Optimizer | None:
+        return None if self.base is None else self.base.own_optimizer(entries, others, lr)
 
     def course(self, epochs: int, lr: float) -> Course:
         return Course() if self.base is None else self.base.course(epochs, lr)

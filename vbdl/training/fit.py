@@ -29,7 +29,7 @@ def fit(
     *,
     epochs: int = 100,
     batch_size: int = 128,
-    lr: float | Sequence[float] = 1e-3,
+    lr: float | Sequence[float] | None = None,
     weight_decay: float | Sequence[float] = 0.0,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | str | None = None,
@@ -54,8 +54,8 @@ def fit(
     data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader. All members see the batches of a
         DataLoader; of any other data each member has its own order of the rows.
     optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
-        AdamW(lr, weight_decay) unless given.
-    lr, weight_decay: of AdamW; a sequence gives each member its own, as in hyper-deep ensembles (Wenzel et al. 2020,
+        AdamW(lr, weight_decay) unless given. `IVON` has an update rule of its own, and takes none.
+    lr, weight_decay: of AdamW, by default 1e-3 (`IVON`: 0.1) and 0; a sequence gives each member its own, as in hyper-deep ensembles (Wenzel et al. 2020,
         https://arxiv.org/abs/2006.13570), which train in one stacked step too. A schedule changes every member's rate.
     schedule: function of the optimizer that returns a learning-rate schedule, stepped once per epoch; "cosine" anneals
         to zero. `Snapshots` and a cyclical `SWAG` set the learning rate themselves, and refuse a schedule.

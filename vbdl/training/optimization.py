@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vbdl.training.adamw import FusedAdamW, MembersAdamW
 from vbdl.training.options import TrainingOptions, is_of_each_member
+from vbdl.types import Posterior
 
 
 def make_optimizer(
@@ -71,6 +72,33 @@ def _of_each(name: str, options: TrainingOptions, n_members: int) -> list[float]
     if len(given) != n_members:
         raise ValueError(f"{name} must be one number, or one for each of {n_members} members; got {len(given)}")
     return [float(value) for value in given]
+
+
+def own_optimizer(
+    options: TrainingOptions, posterior: Posterior, trained: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer | None:
+    """The optimizer of a posterior that has an update rule of its own, or None.
+
+    Raises ValueError for options that such a rule does not take.
+    """
+    state = {**posterior.shared(), **posterior.stacked()}
+    parameters = {id(p): p for p in trained.values()}
+    entries = {name: t for name, t in state.items() if id(t) in parameters}
+    inside = {id(t) for t in entries.values()}
+    others = [p for i, p in parameters.items() if i not in inside]
+    lr: Any = posterior.learning_rate if is_of_each_member(options.lr) else options.lr
+    own = posterior.own_optimizer(entries, others, lr)
+    if own is None:
+        return None
+    if is_of_each_member(options.lr):
+        raise ValueError(f"{type(own).__name__} is the posterior's own update rule, with one lr for all members")
+    for name in ("optimizer", "weight_decay", "clip_norm"):
+        if is_of_each_member(value := getattr(options, name)) or value:
+            raise ValueError(
+                f"{type(own).__name__} is the posterior's own update rule and takes no {name}: leave {name}= out, and "
+                f"give the posterior the numbers of its rule"
+            )
+    return own
 
 
 def make_schedule(options: TrainingOptions, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

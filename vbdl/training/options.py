@@ -38,7 +38,7 @@ class TrainingOptions:
 
     epochs: int = 100
     batch_size: int = 128
-    lr: float | Sequence[float] = 1e-3
+    lr: float | Sequence[float] | None = None  # None: `Posterior.learning_rate`
     weight_decay: float | Sequence[float] = 0.0
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | str | None = None

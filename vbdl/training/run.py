@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from vbdl.progress import Progress
 from vbdl.training.batches import TrainingData
 from vbdl.training.checkpoint import load_checkpoint, save_checkpoint
 from vbdl.training.early_stopping import BestEpochs
-from vbdl.training.optimization import MeanGradients, clip_gradients, make_optimizer, make_schedule
+from vbdl.training.optimization import MeanGradients, clip_gradients, make_optimizer, make_schedule, own_optimizer
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
@@ -48,6 +48,8 @@ class TrainingRun:
                 f"epochs must be at least 1 for {type(posterior).__name__}, which has nothing to fit to a trained "
                 f"network: predict with it as it is, or train it"
             )
+        if options.lr is None:
+            options = replace(options, lr=posterior.learning_rate)
         self.posterior, self.likelihood, self.options = posterior, likelihood, options
         self.members: int = posterior.n_members
         separate = bool(posterior.by_member)  # whether members have their own rows, gradient norms and early stopping
@@ -64,7 +66,9 @@ class TrainingRun:
             together = separate and any(name not in self.model.by_member for name in self.trained)
             self.validate = Validation(self.model, options.seed, *self.data.validation, together)
         undecayed = {f"posterior.{name}" for name in posterior.undecayed}
-        self.optimizer = make_optimizer(options, self.trained, undecayed, self.model.by_member, self.members)
+        self.optimizer = own_optimizer(options, posterior, self.trained) or make_optimizer(
+            options, self.trained, undecayed, self.model.by_member, self.members
+        )
         self.course = posterior.course(options.epochs, self.optimizer.param_groups[0]["lr"])
         self._check_course()
         self.schedule = make_schedule(options, self.optimizer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vbdl.types.likelihood import Likelihood
 from vbdl.types.values import Inputs, Json, Output, State
@@ -89,6 +90,9 @@ class Posterior(nn.Module):
 
     kl_weight: float | None = None
     """The weight of the KL term in the loss, which `fit(kl_warmup=...)` raises from 0; None without a KL term."""
+
+    learning_rate: float = 1e-3
+    """The learning rate of `fit` unless `lr=` is given."""
 
     one_by_one: str | None = None
     """The reason why training runs the members one after the other instead of together, or "" or None without one."""
@@ -180,6 +184,16 @@ class Posterior(nn.Module):
         stacked = self.stacked()
         entries = [*self.module.named_parameters(), *self.module.named_buffers()]
         return {name: t for name, t in entries if name not in stacked}
+
+    def own_optimizer(self, entries: State, others: Sequence[nn.Parameter], lr: float) -> Optimizer | None:
+        """The optimizer of a method that has an update rule of its own, or None for the one that `fit` makes.
+
+        `fit` steps it after each gradient, and saves and loads its state dict with the checkpoint. Updates must be
+        elementwise, since entries of an ensemble have a leading members axis.
+
+        entries: the trained entries of `module` by name. others: the other trained parameters, as of the likelihood.
+        """
+        return None
 
     def course(self, epochs: int, lr: float) -> Course:
         """What this method asks of a training of so many epochs; lr: the optimizer's learning rate.
