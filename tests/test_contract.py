@@ -27,6 +27,7 @@ from vbdl.model import Model
 from vbdl.posteriors.batch_ensemble import BatchEnsemble
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.ivon import IVON
 from vbdl.posteriors.laplace import Laplace
 from vbdl.posteriors.masksembles import Masksembles
 from vbdl.posteriors.mc_dropout import MCDropout
@@ -166,6 +167,8 @@ POSTERIORS = {
     "ensemble of stochastic": lambda make: DeepEnsemble([Stochastic(drawing(make())) for _ in range(MEMBERS)]),
     "swag": lambda make: trained(SWAG(make(), n_draws=SAMPLES)),
     "ensemble of swag": lambda make: DeepEnsemble([trained(SWAG(make(), n_draws=SAMPLES)) for _ in range(MEMBERS)]),
+    "ivon": lambda make: IVON(make(), n_data=101),
+    "ensemble of ivon": lambda make: DeepEnsemble(IVON(make(), n_data=101), MEMBERS),
     "ensemble of mean-field": lambda make: DeepEnsemble(MeanField(make(), n_data=101, initial_std=0.1), MEMBERS),
 }
 
@@ -188,7 +191,7 @@ class Cells(Collection):
 
     def __iter__(self):
         alone = (
-            "deterministic", "snapshots", "swag", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
+            "deterministic", "snapshots", "swag", "ivon", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
             "ensemble of two architectures", "batch ensemble", "masksembles",
         )  # fmt: skip
         for network in self.networks:

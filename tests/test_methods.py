@@ -67,7 +67,7 @@ def test_old_names_work_and_warn_and_unknown_ones_are_refused(half):
     for old, name in (("dropout", "mc-dropout"), ("ensemble", "deep-ensemble")):
         with pytest.warns(DeprecationWarning, match=f"'{old}' is called '{name}' now"):
             assert method_of(old) is METHODS[name]
-    known = "mc-dropout, mean-field, deep-ensemble, batch-ensemble, masksembles, swag, snapshots, deterministic"
+    known = "mc-dropout, mean-field, deep-ensemble, batch-ensemble, masksembles, swag, ivon, snapshots, deterministic"
     with pytest.raises(ValueError, match=f"no method 'magic': choose one of {known}, laplace, half-dropout"):
         method_of("magic")
 
@@ -81,8 +81,8 @@ def test_a_new_method_is_an_estimators(half, data):
 def test_a_new_method_is_recommended_among_the_others(half, data):
     tried = recommend(_network(), data, budget=0.5)
     methods = [
-        "MCDropout", "MeanField", "DeepEnsemble", "BatchEnsemble", "Masksembles", "SWAG", "Snapshots", "Deterministic",
-        "Laplace", "HalfDropout",
+        "MCDropout", "MeanField", "DeepEnsemble", "BatchEnsemble", "Masksembles", "SWAG", "IVON", "Snapshots",
+        "Deterministic", "Laplace", "HalfDropout",
     ]  # fmt: skip
     assert [m.method for m in tried.table] == methods
     assert tried.table[-1].nll is not None and "HalfDropout" in str(tried)

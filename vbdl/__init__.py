@@ -7,7 +7,7 @@
     p = predict(x)                                   # p.probs, p.total = p.aleatoric + p.epistemic
     predict = vbdl.calibrate(predict, (x_new, y_new), vbdl.Temperature())
 
-Posteriors:    MCDropout, MeanField, DeepEnsemble, BatchEnsemble, Masksembles, Snapshots, SWAG, Laplace, Stochastic,
+Posteriors:    MCDropout, MeanField, IVON, DeepEnsemble, BatchEnsemble, Masksembles, Snapshots, SWAG, Laplace, Stochastic,
                Deterministic
 Likelihoods:   Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian
 Use:           fit, split, inspect, recommend, Predictor, adaptive
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from vbdl.posteriors.batch_ensemble import BatchEnsemble as BatchEnsemble
     from vbdl.posteriors.deterministic import Deterministic as Deterministic
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
+    from vbdl.posteriors.ivon import IVON as IVON
     from vbdl.posteriors.laplace import Laplace as Laplace
     from vbdl.posteriors.masksembles import Masksembles as Masksembles
     from vbdl.posteriors.mc_dropout import MCDropout as MCDropout

@@ -33,6 +33,7 @@ class Method:
     of_new_networks: "Keywords" = field(default_factory=dict)  # further arguments if the network is not trained
     of_trained_networks: "Keywords" = field(default_factory=dict)  # further arguments if it is, to start from it
     training: "Keywords" = field(default_factory=dict)  # arguments of `fit` that suit it on small tables
+    rate: float = 1.0  # its learning rate, as a multiple of one that suits Adam
     is_one_network: bool = False  # whether its only draw is the network itself
     old_names: tuple[str, ...] = ()  # former names, which still work with a warning
 
@@ -124,6 +125,17 @@ METHODS: dict[str, Method] = {
             collects=True,
             training={"lr": 1e-3, "patience": 20},
             of_new_networks={"collect_from": 0.75},
+        ),
+        Method(
+            name="ivon",
+            module="vbdl.posteriors.ivon",
+            class_name="IVON",
+            words="IVON",
+            when="a normal for every weight is wanted, for the time and the memory of Adam",
+            arguments=("n_data", "seed"),
+            dropout=0.0,
+            rate=30.0,
+            training={"lr": 0.1, "patience": 60, "weight_decay": 0.0, "clip_norm": None},
         ),
         Method(
             name="snapshots",

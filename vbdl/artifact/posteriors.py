@@ -28,6 +28,7 @@ from vbdl.calling.stacking import state_of
 from vbdl.posteriors.batch_ensemble import BatchEnsemble
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.ivon import IVON
 from vbdl.posteriors.laplace import Laplace
 from vbdl.posteriors.masksembles import Masksembles
 from vbdl.posteriors.mc_dropout import MCDropout
@@ -41,7 +42,7 @@ from vbdl.types import Posterior, is_posterior
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
 
-for _method in (SWAG, BatchEnsemble, Deterministic, Laplace, Masksembles, Snapshots, Stochastic):
+for _method in (SWAG, IVON, BatchEnsemble, Deterministic, Laplace, Masksembles, Snapshots, Stochastic):
     modules.register(_method)
 
 _TYPE = "type:"  # prefix that marks the name of a class among the names of submodules

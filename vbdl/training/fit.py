@@ -55,8 +55,9 @@ def fit(
         DataLoader; of any other data each member has its own order of the rows.
     optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
         AdamW(lr, weight_decay) unless given. `IVON` has an update rule of its own, and takes none.
-    lr, weight_decay: of AdamW, by default 1e-3 (`IVON`: 0.1) and 0; a sequence gives each member its own, as in hyper-deep ensembles (Wenzel et al. 2020,
-        https://arxiv.org/abs/2006.13570), which train in one stacked step too. A schedule changes every member's rate.
+    lr, weight_decay: of AdamW, by default 1e-3 (`IVON`: 0.1) and 0; a sequence gives each member its own, as in
+        hyper-deep ensembles (Wenzel et al. 2020, https://arxiv.org/abs/2006.13570), which train in one stacked step
+        too. A schedule changes every member's rate.
     schedule: function of the optimizer that returns a learning-rate schedule, stepped once per epoch; "cosine" anneals
         to zero. `Snapshots` and a cyclical `SWAG` set the learning rate themselves, and refuse a schedule.
     validation: a share of the rows to hold out, or (inputs, targets). Each member keeps the state of the epoch with
