@@ -16,6 +16,7 @@ def test_every_cell_is_measured_once(tmp_path, monkeypatch):
     assert {(r["axis"], r["method"]) for r in found} == {
         ("draws", "mc-dropout"),
         ("draws", "mean-field"),
+        ("draws", "ivon"),
         ("draws", "swag"),
         ("members", "deep-ensemble"),
         ("members", "snapshots"),
