@@ -7,8 +7,8 @@
     p = predict(x)                                   # p.probs, p.total = p.aleatoric + p.epistemic
     predict = vbdl.calibrate(predict, (x_new, y_new), vbdl.Temperature())
 
-Posteriors:    MCDropout, MeanField, IVON, DeepEnsemble, BatchEnsemble, Masksembles, Snapshots, SWAG, Laplace, Stochastic,
-               Deterministic
+Posteriors:    MCDropout, MeanField, IVON, DeepEnsemble, BatchEnsemble, Masksembles, Snapshots, SWAG, Laplace,
+               Stochastic, Deterministic
 Likelihoods:   Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian
 Use:           fit, split, inspect, recommend, Predictor, adaptive
 Afterwards:    calibrate, unseen, Temperature, StdScaling, ConformalSets, with_decision; calibration, decision, metrics,

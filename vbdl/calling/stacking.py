@@ -313,3 +313,20 @@ def replicate(likelihood: Likelihood, n_members: int) -> None:
             copies = p.detach().unsqueeze(0).repeat(n_members, *[1] * p.ndim)
             setattr(owner, name, nn.Parameter(copies, requires_grad=p.requires_grad))
     likelihood.n_members = n_members
+
+
+def of_members(likelihood: Likelihood, members: range) -> Likelihood:
+    """A likelihood of these members alone, whose parameters are parts of this one's: training it trains them.
+
+    A likelihood whose parameters all members share is returned as it is.
+    """
+    if likelihood.n_members is None:
+        return likelihood
+    mine = {n: p.detach()[members.start : members.stop] for n, p in likelihood.named_parameters()}
+    part: Likelihood = holding(likelihood, mine | dict(likelihood.named_buffers()))
+    layer: Likelihood | None = part
+    while layer is not None:  # training set n_members on the layer that it was given, which may be any of them
+        if "n_members" in vars(layer):
+            layer.n_members = len(members)
+        layer = layer.wrapped
+    return part

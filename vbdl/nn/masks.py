@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import keep_mask
 
+from vbdl.nn.part_of_batch import drawn_in_training
+
 
 @dataclass(frozen=True)
 class Site:
@@ -163,12 +165,19 @@ class Masks:
 
         first: the number of the counters' first row.
         """
+        if self.per_row:
+
+            def one_long_row(sizes: tuple[int, ...]) -> Tensor:  # which wastes no random words
+                columns = math.prod(sizes)
+                return keep_mask(self.key.to(device), index, min(columns, 1), columns, p).view(sizes)
+
+            return drawn_in_training(("dropout", index), shape, one_long_row)
         sizes = list(shape)
         if axis is not None:
             sizes[axis] = multiple
         # the counters of a draw index rows and columns, so that the mask of a longer sequence begins with that of a
-        # shorter one; training does not need this and uses one long row, which wastes no random words
-        columns = sizes[-1] if len(sizes) > 1 and not self.per_row else math.prod(sizes)
+        # shorter one; training does not need this
+        columns = sizes[-1] if len(sizes) > 1 else math.prod(sizes)
         rows = math.prod(sizes) // max(columns, 1)
         key = self.key.to(device)
         if key.ndim == 2:

@@ -17,6 +17,7 @@ from vbdl_kernels import normal, words
 from vbdl_kernels.philox import BIAS, UNIFORM, WEIGHT
 
 from vbdl.nn.masks import Masks, Site, described
+from vbdl.nn.part_of_batch import drawn_in_training
 
 # bits of a uniform number, as many as the dtype's fraction holds exactly
 _BITS = {torch.float64: 32, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -170,9 +171,15 @@ class Noise:
             return draw
         key, number = self.key.to(device), self._first + number
         if axis is None:  # as the noise of a parameter: the row is its first axis
-            vector = len(shape) < 2
-            rows = 1 if vector else shape[0]
-            return draw(key, number, vector, rows, math.prod(shape) // max(rows, 1)).view(shape)
+
+            def of_parameter(shape: tuple[int, ...]) -> Tensor:
+                vector = len(shape) < 2
+                rows = 1 if vector else shape[0]
+                return draw(key, number, vector, rows, math.prod(shape) // max(rows, 1)).view(shape)
+
+            if self.masks.per_row:
+                return drawn_in_training(("noise", number), shape, of_parameter)
+            return of_parameter(shape)
         # the batch first, so that a row's noise does not depend on the rows after it
         sizes = [shape[axis] if self._each_row else multiple, *shape[:axis], *shape[axis + 1 :]]
         columns = sizes[-1] if len(sizes) > 1 else 1

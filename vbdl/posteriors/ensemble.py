@@ -179,6 +179,18 @@ class DeepEnsemble(StackedPosterior):
             index -= part.n_members
         raise AssertionError("unreachable")
 
+    def of_members(self, members: range) -> "DeepEnsemble | None":
+        """An ensemble of these members alone, whose tensors are parts of this one's: training it trains them."""
+        if len(self._parts):
+            return None
+        own = self.by_member
+        state = {n: t.detach() for n, t in state_of(self).items()}
+        part = holding(self, {n: t[members.start : members.stop] if n in own else t for n, t in state.items()})
+        part.n_members = len(members)
+        part.n_draws = None if self.n_draws is None else self.n_draws // self.n_members * len(members)
+        part.seed = self.seed + members.start
+        return part
+
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples: sample s is member s % n_members, at draw s of its dropout or weights."""
         entries = super().draws(numbers, seed)

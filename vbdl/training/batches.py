@@ -19,12 +19,15 @@ class TrainingData:
     """The data of one training as batches, checked and moved to the device.
 
     check: moves rows to the device and raises an error for rows that cannot be trained on.
+    members: the numbers of the members that have batches here, of n_members.
     own_rows: whether each member has its own batches, with a leading members axis; always False with a DataLoader.
     validation: (inputs, targets) to validate on, or None.
     fingerprints: hashes of the training rows, one tensor for all rows or one per batch of a DataLoader.
     """
 
-    def __init__(self, data: Data, options: TrainingOptions, n_members: int, stacked: bool, check: Check):
+    def __init__(
+        self, data: Data, options: TrainingOptions, n_members: int, members: range, stacked: bool, check: Check
+    ):
         self._check = check
         self._unseen = True  # until the first epoch of a DataLoader has ended
         self.fingerprints: list[Tensor] = []
@@ -39,10 +42,10 @@ class TrainingData:
                 )
             self._batches: MemberRows | Batches = Batches(data)
         else:
-            self._batches = self._rows(data, options, n_members, stacked)
+            self._batches = self._rows(data, options, n_members, members, stacked)
         self.own_rows = self._batches.own
 
-    def _rows(self, data: Data, options: TrainingOptions, n_members: int, stacked: bool) -> MemberRows:
+    def _rows(self, data: Data, options: TrainingOptions, n_members: int, members: range, stacked: bool) -> MemberRows:
         """The batches of a data set in memory, with the rows of each member."""
         x, y = whole(data)
         check_rows(x, y)
@@ -66,7 +69,17 @@ class TrainingData:
         else:
             chosen = rows.unsqueeze(0)
         self.fingerprints.append(fingerprints(take(x, chosen.unique())))
-        return MemberRows(x, y, chosen, options.batch_size, seeds if stacked else seeds[:1], stacked)
+        if len(chosen) > 1:
+            chosen = chosen[members.start : members.stop]
+        mine = seeds[members.start : members.stop] if stacked else seeds[:1]
+        return MemberRows(x, y, chosen, options.batch_size, mine, stacked)
+
+    def hashes(self) -> list[Tensor]:
+        """Hashes of all training rows and targets, and of the validation rows; empty for a DataLoader."""
+        if not isinstance(self._batches, MemberRows):
+            return []
+        held_out = [] if self.validation is None else [fingerprints(self.validation)]
+        return [*self.fingerprints, fingerprints(self._batches.y), *held_out]
 
     def __len__(self) -> int:
         """The number of batches in an epoch; 1 for a stream of unknown length."""

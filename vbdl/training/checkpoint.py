@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -13,9 +14,25 @@ from vbdl.types import Json
 
 FORMAT = 1
 
+Whole = Callable[[str, Tensor], Tensor]
+"""A function of a tensor's name and the tensor that joins it with the parts of other processes, or takes a part."""
 
-def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, history: object, epoch: int) -> None:
-    """Write a checkpoint to a temporary file and rename it to `path`, so that `path` is always a complete file."""
+
+def save_checkpoint(
+    path,
+    tensors: dict[str, Tensor],
+    optimizer,
+    schedule,
+    history: object,
+    epoch: int,
+    whole: Whole | None = None,
+    writes: bool = True,
+) -> None:
+    """Write a checkpoint to a temporary file and rename it to `path`, so that `path` is always a complete file.
+
+    whole: gathers a tensor by its name, of which this process may hold a part only. writes: whether this process
+    writes the file, or only takes part in the gathering.
+    """
     path = Path(path)
     flat = dict(tensors)
     state = optimizer.state_dict()
@@ -26,6 +43,10 @@ def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, histo
                 flat[f"optimizer.{index}.{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
+    if whole is not None:
+        flat = {name: whole(name, t) for name, t in flat.items()}
+    if not writes:
+        return
     about = {
         "format": FORMAT,
         "epoch": epoch,
@@ -40,14 +61,19 @@ def save_checkpoint(path, tensors: dict[str, Tensor], optimizer, schedule, histo
     os.replace(partial, path)
 
 
-def load_checkpoint(path, optimizer, schedule) -> tuple[dict[str, Tensor], int, Json]:
-    """Restore optimizer and schedule from a checkpoint and return its other tensors, the next epoch and the history."""
+def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tuple[dict[str, Tensor], int, Json]:
+    """Restore optimizer and schedule from a checkpoint and return its other tensors, the next epoch and the history.
+
+    part: takes the part of a tensor, by its name, that this process holds.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("vbdl")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a checkpoint of vbdl ({error}): remove it, or give another path") from error
+    if part is not None:
+        tensors = {name: part(name, t) for name, t in tensors.items()}
     if about is None:
         raise ValueError(f"{path} is not a checkpoint of vbdl: remove it, or give another path")
     about = json.loads(about)

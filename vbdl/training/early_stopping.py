@@ -14,10 +14,12 @@ class BestEpochs:
     by_member: names of entries with a leading members axis. All other entries are shared by the members, and are kept
     from the last epoch at which any member improved. Members that train shared entries all have the loss of their
     mixture (`Validation`), so that they improve, stop and go back together.
+    held: the numbers of the members in the state that `update` and `restore` take; all of them by default.
     """
 
-    def __init__(self, members: int, patience: int | None, by_member: frozenset[str]):
+    def __init__(self, members: int, patience: int | None, by_member: frozenset[str], held: range | None = None):
         self.patience, self.by_member = patience, by_member
+        self._held = slice(None) if held is None else slice(held.start, held.stop)
         self.best = torch.full((members,), math.inf)  # nats per row
         self.epoch = torch.full((members,), -1)
         self.waited = torch.zeros(members, dtype=torch.int64)  # epochs since the last improvement
@@ -37,7 +39,7 @@ class BestEpochs:
             if name not in self.kept:
                 self.kept[name] = t.detach().clone()
             elif name in self.by_member:
-                chosen = better.to(t.device)
+                chosen = better[self._held].to(t.device)
                 self.kept[name][chosen] = t.detach()[chosen]
             elif bool(better.any()):
                 self.kept[name].copy_(t.detach())

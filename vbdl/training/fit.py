@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
@@ -46,6 +48,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
     progress: bool | None = None,
+    processes: "ProcessGroup | DeviceMesh | bool | None" = None,
 ) -> History:
     """Train a posterior and its likelihood in place.
 
@@ -110,6 +113,7 @@ def fit(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         progress=progress,
+        processes=processes,
     )
     if not is_posterior(posterior):
         raise TypeError(

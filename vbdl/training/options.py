@@ -11,6 +11,8 @@ from typing import TypeGuard
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 
 from vbdl.data.rows import Data
@@ -55,6 +57,7 @@ class TrainingOptions:
     checkpoint: str | Path | None = None
     checkpoint_every: int = 10
     progress: bool | None = None
+    processes: "ProcessGroup | DeviceMesh | bool | None" = None
     holdout_seed: int | None = None  # selects the validation rows; `seed` if None
 
     def __post_init__(self) -> None:

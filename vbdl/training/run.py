@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from vbdl.calling.inputs import tensors as tensors_of
 from vbdl.calling.stacking import forget, replicate, state_of
 from vbdl.data.rows import Data
 from vbdl.model import Model
@@ -17,12 +19,21 @@ from vbdl.training.checkpoint import load_checkpoint, save_checkpoint
 from vbdl.training.early_stopping import BestEpochs
 from vbdl.training.optimization import MeanGradients, clip_gradients, make_optimizer, make_schedule, own_optimizer
 from vbdl.training.options import TrainingOptions, is_of_each_member
+from vbdl.training.processes import Processes, Sharing, digest
 from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
 from vbdl.training.validation import Validation
 from vbdl.types import Likelihood, Posterior
 
 logger = logging.getLogger("vbdl")
+
+_EQUAL = (
+    "give fit the same in every process; seed torch with torch.manual_seed before the network and the data are made"
+)
+_BATCHES = (
+    "every process needs the same batches, because vbdl shares out members or rows itself: leave out "
+    "DistributedSampler, and seed what shuffles or draws"
+)
 
 
 @dataclass
@@ -57,28 +68,37 @@ class TrainingRun:
             replicate(likelihood, self.members)
         self.model = Model(posterior, likelihood)
         self.device = self.model.device
-        self.data = TrainingData(data, options, self.members, separate, RowChecks(self.model, options.seed))
-        self.losses = Losses(posterior, likelihood, self.data.own_rows, options.autocast(self.device))
+        self.processes = Processes(options.processes, self.device)
+        self.sharing = sharing = Sharing(self.processes, posterior, likelihood)
+        checks = RowChecks(self.model, options.seed)
+        self.data = TrainingData(data, options, self.members, sharing.members, separate, checks)
+        self.processes.check_alike(sharing.alike(options, self.data.hashes), _EQUAL)
+        self.shown = self.processes.shown(options.progress)
+        # what this process trains: the whole posterior, or its members alone, whose tensors are parts of the whole
+        self.trainee = sharing.posterior
+        precision = options.autocast(self.device)
+        self.losses = Losses(self.trainee, sharing.likelihood, self.data.own_rows, precision)
         self.step = Step(self.losses, options.compile, lambda rows: options.epochs * self.data.steps_with(rows))
         self.trained = self.step.trained
         self.validate = None
         if self.data.validation is not None:
             together = separate and any(name not in self.model.by_member for name in self.trained)
-            self.validate = Validation(self.model, options.seed, *self.data.validation, together)
+            self.validate = Validation(self.model, options.seed, *self.data.validation, sharing, together)
         undecayed = {f"posterior.{name}" for name in posterior.undecayed}
-        self.optimizer = own_optimizer(options, posterior, self.trained) or make_optimizer(
-            options, self.trained, undecayed, self.model.by_member, self.members
+        mine = sharing.of_my_members(options)
+        self.optimizer = own_optimizer(mine, self.trainee, self.trained) or make_optimizer(
+            mine, self.trained, undecayed, self.model.by_member, len(sharing.members)
         )
-        self.course = posterior.course(options.epochs, self.optimizer.param_groups[0]["lr"])
+        self.course = self.trainee.course(options.epochs, self.optimizer.param_groups[0]["lr"])
         self._check_course()
         self.schedule = make_schedule(options, self.optimizer)
         self.rates: list[float] = [group["lr"] for group in self.optimizer.param_groups]
         self._gradients = MeanGradients(self.trained.values())
         self.history = History()
-        self.best = BestEpochs(self.members, options.patience, self.model.by_member)
+        self.best = BestEpochs(self.members, options.patience, self.model.by_member, sharing.members)
         self.position = 0  # the number of the next epoch
         self._begun = False  # whether `before_training` was called
-        self.kl_weight = posterior.kl_weight
+        self.kl_weight = self.trainee.kl_weight
 
     def _check_course(self) -> None:
         """Raise ValueError for options that contradict what the method asks of the epochs."""
@@ -97,13 +117,13 @@ class TrainingRun:
     def _set_kl(self, epoch: int) -> None:
         warm = self.options.kl_warmup
         if self.kl_weight is not None and warm:
-            self.posterior.kl_weight = self.kl_weight * min(1.0, epoch / warm)
+            self.trainee.kl_weight = self.kl_weight * min(1.0, epoch / warm)
 
     def run(self) -> History:
         begun = time.perf_counter()
         options, history = self.options, self.history
         self._resume()
-        self.posterior.train()
+        self.trainee.train()
         try:
             with torch.inference_mode(False), torch.enable_grad():  # also inside a caller's no_grad or inference_mode
                 self._epochs()
@@ -112,9 +132,11 @@ class TrainingRun:
         if options.checkpoint is not None:
             self._save()
         self.best.restore(state_of(self.losses))
-        self.posterior.being_trained(False)
+        self.trainee.being_trained(False)
+        trained = Model(self.trainee, self.sharing.likelihood)
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            self.posterior.after_training(self.model, self.data.passes("pass over the data", options.progress))
+            self.trainee.after_training(trained, self.data.passes("pass over the data", self.shown))
+        self.sharing.complete(self.model.by_member)
         self._record_rows()
         history.best_epoch = self.best.epoch.tolist()
         history.compile_seconds += self.step.compile_seconds
@@ -124,7 +146,7 @@ class TrainingRun:
     def _epochs(self) -> None:
         options, history = self.options, self.history
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), Progress("training", options.epochs, options.progress) as bar:
+        with torch.random.fork_rng(devices=devices), Progress("training", options.epochs, self.shown) as bar:
             bar.done = history.epochs
             while (epoch := self.position) < options.epochs:
                 torch.manual_seed(
@@ -132,7 +154,7 @@ class TrainingRun:
                 )  # for modules that draw from torch's generator
                 self._set_kl(epoch)
                 self._epoch(epoch)
-                self.posterior.after_epoch(epoch)
+                self.trainee.after_epoch(epoch)
                 note = f"loss {sum(history.train_loss[-1]) / self.members:.4g}"
                 if history.one_by_one:
                     note += ", members one by one"
@@ -180,7 +202,8 @@ class TrainingRun:
     def _leave(self) -> None:
         """Put the posterior in evaluation mode, remove what training kept, and record the rows trained on."""
         if self.kl_weight is not None and self.options.kl_warmup:
-            self.posterior.kl_weight = self.kl_weight
+            self.trainee.kl_weight = self.kl_weight
+        self.trainee.eval()
         self.posterior.eval()
         forget(self.posterior.module)
         forget(self.likelihood)
@@ -196,16 +219,20 @@ class TrainingRun:
             self.posterior.training_rows = torch.cat(seen).unique()
 
     def _epoch(self, epoch: int) -> None:
-        total = torch.zeros(self.members, device=self.device)
+        total = torch.zeros(len(self.sharing.members), device=self.device)
         rows, several = 0, self.options.accumulate if self.options.accumulate > 1 else 0
         self.step.begin_epoch()
         for number, (x, y) in enumerate(self.data.epoch(epoch)):
             self._set_rate(epoch, number)
             if not self._begun:
-                self.posterior.before_training(x, y, self.likelihood, self.data.own_rows)
+                if not self.data.own_rows:
+                    self.processes.check_alike({"the first batch": digest(*tensors_of(x), y)}, _BATCHES)
+                self.trainee.before_training(x, y, self.sharing.likelihood, self.data.own_rows)
+                self.sharing.check_step(self.losses, x, y, self.data.own_rows)
                 self._begun = True
                 self._say_one_by_one()
-            losses, n = self.step(x, y), self.losses.rows(y)
+            losses = self.sharing.step(self.step, self.trained, x, y, self.data.own_rows, number)
+            n = self.losses.rows(y)
             if not several:
                 self._update()
             else:
@@ -216,11 +243,11 @@ class TrainingRun:
             rows += n
         if several and self._gradients.rows:
             self._update()
-        means = (total / max(rows, 1)).tolist()
+        means = self.sharing.of_all(total / max(rows, 1)).tolist()
         bad = [m for m, value in enumerate(means) if not math.isfinite(value)]
         if bad:
-            groups = self.optimizer.param_groups
-            lr = groups[bad[0] * len(groups) // self.members if is_of_each_member(self.options.lr) else 0]["lr"]
+            rates = self.options.lr
+            lr = rates[bad[0]] if is_of_each_member(rates) else self.optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"the loss of member {bad[0]} became {means[bad[0]]} in epoch {epoch} (learning rate {lr:g}): "
                 f"standardize inputs and targets, lower lr, or set clip_norm"
@@ -246,7 +273,7 @@ class TrainingRun:
 
     def _say_one_by_one(self) -> None:
         """Log and record why members are trained one after the other, if they are."""
-        reason = self.posterior.one_by_one
+        reason = self.trainee.one_by_one
         if reason and self.members > 1:
             self.history.one_by_one = reason
             logger.info("the members are trained one after the other, which is slower than together: %s", reason)
@@ -257,13 +284,30 @@ class TrainingRun:
         tensors = {f"model.{n}": t for n, t in state_of(self.losses).items()} | self.best.tensors()
         if self.data.fingerprints:
             tensors["rows"] = torch.cat(self.data.fingerprints).unique()
-        save_checkpoint(self.options.checkpoint, tensors, self.optimizer, self.schedule, self.history, self.position)
+        path, first = self.options.checkpoint, self.processes.rank == 0
+        state = self.optimizer, self.schedule, self.history, self.position
+        save_checkpoint(path, tensors, *state, self._whole if self.sharing.by_members else None, first)
+
+    def _by_member(self, name: str, t: Tensor) -> bool:
+        """Whether a tensor of a checkpoint has a leading members axis. name: its name there."""
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            names = {id(p): n for n, p in self.trained.items()}
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            rest = names[id(parameters[int(rest.partition(".")[0])])]
+        return kind in ("model", "kept", "optimizer") and rest in self.model.by_member and t.ndim > 0
+
+    def _whole(self, name: str, t: Tensor) -> Tensor:
+        return self.sharing.to_first(t, self._by_member(name, t))
+
+    def _part(self, name: str, t: Tensor) -> Tensor:
+        return self.sharing.of_mine(t, self._by_member(name, t))
 
     def _resume(self) -> None:
         path = self.options.checkpoint
         if path is None or not Path(path).exists():
             return
-        tensors, epoch, history = load_checkpoint(path, self.optimizer, self.schedule)
+        tensors, epoch, history = load_checkpoint(path, self.optimizer, self.schedule, self._part)
         if (rows := tensors.pop("rows", None)) is not None:  # resuming a finished run reads no batch to fingerprint
             self.data.fingerprints.append(rows)
         state = state_of(self.losses)

@@ -15,6 +15,7 @@ from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
 from vbdl.nn.objective import Precision, in_precision
+from vbdl.nn.part_of_batch import current_part
 from vbdl.training.gradients import Use, gradients_like, without_empty_work
 from vbdl.training.worth import is_worth_compiling, is_worth_tracing
 from vbdl.types import Inputs, Likelihood, Posterior
@@ -76,7 +77,7 @@ class Step:
             structure, inputs = TENSOR, (x,)
         else:
             structure, inputs = (flat := flatten(x)).structure, flat.tensors
-        key = (structure, y.shape, y.dtype, *((t.shape, t.dtype) for t in inputs))
+        key = (structure, current_part(), y.shape, y.dtype, *((t.shape, t.dtype) for t in inputs))
         if key not in self._calls:
             begun = time.perf_counter()
             self._calls[key] = self._made(x, y)
@@ -120,7 +121,8 @@ class Step:
 
         None if it runs as Python code.
         """
-        steps = self._expected(self.losses.rows(y))
+        part = current_part()
+        steps = self._expected(self.losses.rows(y) if part is None else part.total)
         if self.compiled is None and not is_worth_tracing(steps):
             return None
         flat = [*self._tensors(), *flatten(x).tensors, y]

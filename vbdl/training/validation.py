@@ -9,6 +9,7 @@ from torch import Tensor
 from vbdl.calling.stacking import call_each, call_stacked, why_not_mapped
 from vbdl.data.rows import take
 from vbdl.model import Model
+from vbdl.training.processes import Sharing
 from vbdl.types import Inputs
 
 # draws per member of a posterior that samples: validation scores their mixture
@@ -20,12 +21,14 @@ _ROWS_AT_ONCE = 1024
 class Validation:
     """The mean -log p(y | x) of each member on the validation rows, in nats.
 
+    sharing: the members and rows whose losses this process computes.
     together: score the mixture of all members in place of each one. A parameter that they share and train has one best
         epoch, which is that of the mixture.
     """
 
-    def __init__(self, model: Model, seed: int, x: Inputs, y: Tensor, together: bool = False):
+    def __init__(self, model: Model, seed: int, x: Inputs, y: Tensor, sharing: Sharing, together: bool = False):
         self.model, self.seed, self.x, self.y, self._together = model, seed, x, y, together
+        self._sharing = sharing
         self._execute: Callable[..., Tensor] | None = None  # runs all draws, by `vmap` or one by one
 
     @torch.no_grad()
@@ -37,19 +40,21 @@ class Validation:
         model, posterior = self.model, self.model.posterior
         draws = 1 if posterior.n_draws is not None else _DRAWS
         posterior.eval()
-        total = torch.zeros(posterior.n_members)
-        entries = model.entries(torch.arange(posterior.n_members * draws), self.seed)
+        total, members, mine = torch.zeros(posterior.n_members), self._sharing.members, self._sharing.rows(len(self.y))
+        # draw d of member m is number d * n_members + m
+        numbers = torch.arange(posterior.n_members * draws).view(draws, -1)[:, members.start : members.stop].flatten()
+        entries = model.entries(numbers, self.seed)
         shared = model.shared(entries)
-        for start in range(0, len(self.y), _ROWS_AT_ONCE):
-            rows = torch.arange(start, min(start + _ROWS_AT_ONCE, len(self.y)))
+        for start in range(mine.start, mine.stop, _ROWS_AT_ONCE):
+            rows = torch.arange(start, min(start + _ROWS_AT_ONCE, mine.stop))
             if self._execute is None:
                 some = take(self.x, rows[:_ROWS_COMPARED])
                 self._execute = call_each if why_not_mapped(model, entries, shared, some) else call_stacked
             parameters = self._execute(model, entries, shared, take(self.x, rows))
             each = torch.stack([-model.likelihood.nll(p, self.y[rows]) for p in parameters])
-            each = torch.logsumexp(each.view(draws, posterior.n_members, -1), dim=0) - math.log(draws)
-            if self._together:
-                each = torch.logsumexp(each, dim=0, keepdim=True) - math.log(posterior.n_members)
-            total -= each.sum(1).cpu()
+            each = torch.logsumexp(each.view(draws, len(members), -1), dim=0) - math.log(draws)
+            if self._together:  # members that train shared parameters are all in one process
+                each = torch.logsumexp(each, dim=0, keepdim=True) - math.log(len(members))
+            total[members.start : members.stop] -= each.sum(1).cpu()
         posterior.train()
-        return total / len(self.y)
+        return self._sharing.processes.sum(total) / len(self.y)

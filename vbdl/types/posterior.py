@@ -195,6 +195,14 @@ class Posterior(nn.Module):
         """
         return None
 
+    def of_members(self, members: range) -> "Posterior | None":
+        """A posterior of these members alone, whose tensors are parts of this one's: training it trains them.
+
+        Its seeds are those of the members. None if members cannot be trained apart; several processes then share out
+        the rows of each batch instead.
+        """
+        return None
+
     def course(self, epochs: int, lr: float) -> Course:
         """What this method asks of a training of so many epochs; lr: the optimizer's learning rate.
 
