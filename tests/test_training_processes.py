@@ -28,11 +28,13 @@ def said(what, folder, size):
 @pytest.mark.parametrize(
     ("what", "size", "promises"),
     [
-        pytest.param("methods", 2, 32, marks=pytest.mark.long),
+        ("methods", 2, 11),
         ("refused", 2, 14),
         ("resumed", 2, 8),
         ("loaders", 2, 2),
-        pytest.param("methods", 3, 32, marks=pytest.mark.thorough),
+        pytest.param("others", 2, 22, marks=pytest.mark.thorough),
+        pytest.param("methods", 3, 11, marks=pytest.mark.thorough),
+        pytest.param("others", 3, 22, marks=pytest.mark.thorough),
         pytest.param("resumed", 3, 24, marks=pytest.mark.thorough),
         pytest.param("compiled", 2, 3, marks=pytest.mark.thorough),
     ],
