@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vbdl.calling.inputs import map_inputs, tensors
 from vbdl.calling.stacking import check_network, copied
-from vbdl.data.rows import take, whole
+from vbdl.data.rows import check_rows, take, whole
 from vbdl.data.splitting import split
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
@@ -127,6 +127,7 @@ def recommend(
         raise ValueError("a network that is not trained must be trained: give trained=True or train=True")
     check_network(module)
     x, y = whole(data)
+    check_rows(x, y)
     n = len(y)
     if n < 20:
         raise ValueError(f"a comparison needs rows to hold out: give at least 20, got {n}")

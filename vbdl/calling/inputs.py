@@ -72,7 +72,7 @@ def flatten(inputs: object) -> Flat:
 def _structure(value: object, flat: list[Tensor]) -> Structure:
     """The structure of a value; its tensors are appended to `flat`."""
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        value = tensor_of(value)
     if isinstance(value, Tensor):
         flat.append(value)
         return TENSOR
@@ -87,6 +87,21 @@ def _structure(value: object, flat: list[Tensor]) -> Structure:
         f"inputs are tensors or arrays: pass one, a tuple of them, or a dict by argument name, also nested; got "
         f"{type(value).__name__}"
     )
+
+
+class _Writable:
+    """An array's memory without its mark as read-only, of which torch warns; vbdl does not write into inputs."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # which keeps the memory
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """A tensor of an array's memory. A memory-mapped array is not read; others are made contiguous."""
+    if not isinstance(array, np.memmap) or min(array.strides, default=0) < 0:
+        array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
 def rebuilt(structure: Structure, tensors: Sequence[Tensor]) -> Any:  # of the kind that the structure says

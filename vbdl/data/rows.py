@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from vbdl import former
-from vbdl.calling.inputs import flatten, map_inputs, mapping, tensors
+from vbdl.calling.inputs import flatten, map_inputs, mapping, tensor_of, tensors
 from vbdl.types import Inputs
 
 Data = Dataset | DataLoader | Sequence[object]
@@ -21,7 +21,7 @@ Data = Dataset | DataLoader | Sequence[object]
 def as_tensor(value: object) -> Any:  # of the kind of the value
     """The value with every NumPy array in it replaced by a tensor; lists become tuples."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
+        return tensor_of(value)
     if isinstance(value, dict):
         return {k: as_tensor(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -30,7 +30,10 @@ def as_tensor(value: object) -> Any:  # of the kind of the value
 
 
 def whole(data: object) -> tuple[Inputs, Tensor]:
-    """All rows as (inputs, targets), from arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs."""
+    """All rows as (inputs, targets), from arrays, tensors, a TensorDataset or any Dataset of (input, target) pairs.
+
+    Arrays in memory-mapped files are not read; `check_rows` does.
+    """
     if isinstance(data, TensorDataset):
         *x, y = data.tensors
         return (x[0] if len(x) == 1 else tuple(x)), y
@@ -44,11 +47,10 @@ def whole(data: object) -> tuple[Inputs, Tensor]:
     if isinstance(data, DataLoader):
         raise TypeError("all rows are needed at once here, as for validation: give tensors or a Dataset, no DataLoader")
     if isinstance(data, Sequence) and len(data) == 2:
-        x, y = flatten(data[0]).nested, torch.as_tensor(as_tensor(data[1]))
-        check_rows(x, y)
-        return x, y
+        return flatten(data[0]).nested, torch.as_tensor(as_tensor(data[1]))
     raise TypeError(
-        f"data must be (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}"
+        f"data must be (inputs, targets) as tensors or arrays, a Dataset or a DataLoader; got {type(data).__name__}: "
+        f"put other collections, like a dataset of Hugging Face, into a DataLoader"
     )
 
 
@@ -69,19 +71,48 @@ def _collated(rows: list[Any]) -> Any:  # of the structure that all rows have
     return default_collate(rows)
 
 
+TARGETS = ("labels", "label", "targets", "target")
+"""The names under which a dict has its targets; Hugging Face's collators use the first."""
+
+
 def _pair(item: object, source: str) -> tuple[Inputs, Tensor]:
-    """The inputs and the targets of an item. Raises TypeError for an item that is not a pair.
+    """The inputs and the targets of an item: a pair, or a dict with its targets under one of the names in `TARGETS`.
+
+    The other entries of a dict are inputs by argument name. Raises TypeError for anything else, and for a dict that
+    has none of these names, or several.
 
     source: subject and verb of that error, e.g. "a Dataset must have".
     """
-    if isinstance(item, Sequence) and len(item) == 2:
-        return item[0], item[1]
-    kind = f"a dict of {list(item)}" if isinstance(item, Mapping) else type(item).__name__
-    if isinstance(item, Sequence):
-        kind = f"a sequence of {len(item)}"
+    if isinstance(item, Sequence) and len(item) == 2 and not isinstance(item, str):
+        return flatten(item[0]).nested, torch.as_tensor(as_tensor(item[1]))
+    if isinstance(item, Mapping):
+        names = [name for name in TARGETS if name in item]
+        if len(names) == 1:
+            inputs = {name: value for name, value in item.items() if name != names[0]}
+            if not inputs:
+                raise TypeError(f"{source} inputs beside the targets {names[0]!r}, got a dict of nothing else")
+            return flatten(inputs).nested, torch.as_tensor(as_tensor(item[names[0]]))
+        kind = f"a dict of {list(item)}"
+        raise TypeError(
+            f"{source} (inputs, targets), or a dict with its targets under one of the names {', '.join(TARGETS)}; got "
+            f"{kind}: rename the entry that holds the targets to 'labels'"
+            + (f", and take the other away, as both {names} are there" if names else "")
+        )
+    kind = f"a sequence of {len(item)}" if isinstance(item, Sequence) else type(item).__name__
     raise TypeError(
         f"{source} (inputs, targets), got {kind}: put several inputs first, as one tuple or one dict by argument name"
     )
+
+
+_NUMBERS_AT_ONCE = 1 << 20  # of the inputs, when all rows are looked through
+
+
+def blocks(x: Inputs, n: int) -> Iterator[range]:
+    """The numbers of n rows in blocks that are small enough to be held in memory beside the rows."""
+    numbers = sum(t[:1].numel() for t in tensors(x))
+    rows = max(1, _NUMBERS_AT_ONCE // max(1, numbers))
+    for start in range(0, n, rows):
+        yield range(start, min(n, start + rows))
 
 
 def check_rows(x: Inputs, y: Tensor) -> None:
@@ -89,6 +120,12 @@ def check_rows(x: Inputs, y: Tensor) -> None:
 
     Raises TypeError if there is no tensor in the inputs, or anything that cannot be passed on.
     """
+    check_sizes(x, y)
+    check_finite(x)
+
+
+def check_sizes(x: Inputs, y: Tensor) -> None:
+    """Raise ValueError if inputs and targets differ in their number of rows or have none."""
     inputs = tensors(x)
     if not inputs:
         raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; got none")
@@ -97,11 +134,20 @@ def check_rows(x: Inputs, y: Tensor) -> None:
         raise ValueError(f"inputs and targets disagree on the number of rows: {sorted(sizes)}")
     if sizes == {0}:
         raise ValueError("there are no rows to train on")
-    for t in inputs:
-        if t.is_floating_point() and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
-            bad = (~ok).nonzero().flatten()
+
+
+def check_finite(x: Inputs, first: int = 0) -> None:
+    """Raise ValueError if inputs are not finite. first: the number of the first row."""
+    for t in [t for t in tensors(x) if t.is_floating_point()]:
+        bad: list[Tensor] = []
+        for rows in blocks(t, len(t)):
+            finite = t[rows.start : rows.stop].isfinite()
+            if not bool(finite.all()):
+                bad.append((~finite.flatten(1).all(1)).nonzero().flatten() + rows.start + first)
+        if bad:
+            numbers = torch.cat(bad)
             raise ValueError(
-                f"{len(bad)} input rows are not finite, the first is row {int(bad[0])}: remove or impute them"
+                f"{len(numbers)} input rows are not finite, the first is row {int(numbers[0])}: remove or impute them"
             )
 
 
@@ -153,6 +199,17 @@ def _of_channels(row: tuple[int, ...], module: nn.Module) -> str:
     if len(row) != axes + 1 or row[0] != channels:
         return f"; its first convolution takes rows of {channels} channels and {axes} more axes"
     return ""
+
+
+def unknown_argument(x: Inputs, error: Exception) -> ValueError | None:
+    """A ValueError for inputs by name of which a network's forward does not take one, or None for any other error."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found is None or not isinstance(x, Mapping) or found[1] not in x:
+        return None
+    return ValueError(
+        f"the rows have {list(x)}, and the network's forward takes no argument '{found[1]}': leave out that entry, "
+        f"e.g. in the collate_fn of a DataLoader, or name it as the forward does"
+    )
 
 
 def kept_tensor(error: Exception) -> ValueError | None:
@@ -243,8 +300,11 @@ class MemberRows:
             orders.append(self.rows[min(index, len(self.rows) - 1)][torch.randperm(n, generator=generator)])
         order = torch.stack(orders) if self.own else orders[0]
         for start in range(0, n, self.batch_size):
-            picked = order[..., start : start + self.batch_size]
-            yield take(self.x, picked), rows_of(self.y, picked)
+            yield self._batch(order[..., start : start + self.batch_size])
+
+    def _batch(self, picked: Tensor) -> tuple[Inputs, Tensor]:
+        """The rows with these numbers, (batch,), or (members, batch) if each member has its own."""
+        return take(self.x, picked), rows_of(self.y, picked)
 
 
 class Batches:
@@ -266,10 +326,21 @@ class Batches:
         return len(self) if self.loader.batch_size in (None, rows) else 1
 
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
+        if getattr(self.loader, "_iterator", None) is not None:
+            # workers that persist got their seed in an earlier epoch; others draw it before the order of the rows,
+            # which is to be the same in every training and in one that is resumed
+            torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+        empty = True
         for batch in self.loader:
             x, y = _pair(batch, "a DataLoader must yield")
             check_rows(x, y)
             yield x, y
+            empty = False
+        if empty:
+            raise ValueError(
+                f"the DataLoader yielded no batch in epoch {number}: check that it has rows, and that an "
+                f"IterableDataset begins anew in every epoch, with __iter__ that returns a new iterator"
+            )
 
 
 def bootstrap(n: int, seed: int) -> Tensor:

@@ -299,7 +299,11 @@ class _RowsOfMember:
     own = False
 
     def __init__(self, rows: TrainingRows, index: int):
-        self._rows, self._index, self.validation = rows, index, rows.validation
+        self._rows, self._index = rows, index
+
+    @property
+    def validation(self) -> tuple[Inputs, Tensor] | None:
+        return self._rows.validation
 
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         for x, y in self._rows:

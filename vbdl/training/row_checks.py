@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vbdl.calling.inputs import flatten, map_inputs, tensors
 from vbdl.calling.stacking import call, select
-from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take
+from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take, unknown_argument
 from vbdl.engine.predictor import Predictor
 from vbdl.model import Model
 from vbdl.types import Inputs, Likelihood, Posterior, before_training
@@ -26,6 +26,9 @@ def check_predictable(posterior: Posterior, likelihood: Likelihood, x: Inputs) -
         Predictor(posterior, likelihood, n_samples, compile=False, tiles=2).explain(few)
 
 
+_AS_THEY_ARE = {torch.int32, torch.int64, torch.bool}  # dtypes of indices and masks
+
+
 class RowChecks:
     """A callable that checks rows, moves them to the posterior's device, and converts targets for the likelihood.
 
@@ -36,20 +39,62 @@ class RowChecks:
     def __init__(self, model: Model, seed: int):
         self.model, self.seed, self.device = model, seed, model.device
         self._floating = floating_dtype(model.posterior)
+        # the dtype of integers that are no indices as they are, of rows in files; None: unknown
+        self._integers: torch.dtype | None = None
         self._output_shapes: dict[tuple, tuple[int, ...]] = {}  # by structure, shapes and dtypes of a row
 
-    def __call__(self, x: Inputs, y: Tensor) -> tuple[Inputs, Tensor]:
-        """The inputs and targets to train on. Raises ValueError or TypeError for rows that cannot be trained on."""
+    def __call__(self, x: Inputs, y: Tensor, converts: bool = False) -> tuple[Inputs, Tensor]:
+        """The inputs and targets to train on. Raises ValueError or TypeError for rows that cannot be trained on.
+
+        converts: convert floating-point numbers to the dtype of the network, and integers of other dtypes than int32
+            and int64 to int64, if the network takes those, or else to its dtype. For rows of files, which cannot be
+            converted as a whole.
+        """
         # detached from the graph that computed them, e.g. of a network whose features they are
-        x, y = map_inputs(lambda t: t.detach().to(self.device), x), y.detach().to(self.device)
+        x, y = map_inputs(self._moved, x), self._moved(y)
+        if converts:
+            x, y = self._converted(x), y.to(self._dtype(y) if y.is_floating_point() else torch.int64)
         check_dtype(x, self._floating)
         flat = flatten(x)
         row = (flat.structure, tuple((t.shape[1:], t.dtype) for t in flat.tensors))
         if row not in self._output_shapes:
             if not self._output_shapes:
-                check_predictable(self.model.posterior, self.model.likelihood, x)
+                try:
+                    check_predictable(self.model.posterior, self.model.likelihood, x)
+                except TypeError as error:
+                    if (unknown := unknown_argument(x, error)) is None:
+                        raise
+                    raise unknown from error
             self._output_shapes[row] = self._output_shape(take(x, torch.arange(1)))
         return x, self.model.likelihood.check_targets(y, (len(y), *self._output_shapes[row]))
+
+    def too_large(self, x: Inputs) -> bool:
+        """Whether the inputs take more than half of the memory that is free on a GPU, so that they stay outside it."""
+        outside = [t for t in tensors(x) if t.device != self.device]
+        if self.device.type != "cuda" or not outside:
+            return False
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return sum(t.numel() * t.element_size() for t in outside) > free / 2
+
+    def _moved(self, t: Tensor) -> Tensor:
+        return t.detach().to(self.device, non_blocking=t.device.type == "cpu" and t.is_pinned())
+
+    def _dtype(self, t: Tensor) -> torch.dtype:
+        """The dtype to which a tensor is converted."""
+        if t.is_floating_point():
+            return self._floating or t.dtype
+        return t.dtype if t.dtype in _AS_THEY_ARE or self._integers is None else self._integers
+
+    def _converted(self, x: Inputs) -> Inputs:
+        if self._integers is None and any(
+            not t.is_floating_point() and t.dtype not in _AS_THEY_ARE for t in tensors(x)
+        ):
+            self._integers = torch.int64  # as indices have, if the network takes it
+            try:
+                self._output_shape(self._converted(take(x, torch.arange(1))))
+            except ValueError:
+                self._integers = self._floating
+        return map_inputs(lambda t: t.to(self._dtype(t)), x)
 
     @torch.no_grad()
     def _output_shape(self, one: Inputs) -> tuple[int, ...]:

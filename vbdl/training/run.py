@@ -83,7 +83,7 @@ class TrainingRun:
         self.validate = None
         if self.data.validation is not None:
             together = separate and any(name not in self.model.by_member for name in self.trained)
-            self.validate = Validation(self.model, options.seed, *self.data.validation, sharing, together)
+            self.validate = Validation(self.model, options.seed, self.data.validation, sharing, together)
         undecayed = {f"posterior.{name}" for name in posterior.undecayed}
         mine = sharing.of_my_members(options)
         self.optimizer = own_optimizer(mine, self.trainee, self.trained) or make_optimizer(

@@ -16,10 +16,13 @@ from vbdl.types.values import Inputs, Json, Output, State
 class TrainingRows(Protocol):
     """The training rows of a posterior as batches, which can be passed over several times."""
 
-    validation: tuple[Inputs, Tensor] | None
-    """The held-out inputs and targets, or None if there are none."""
     own: bool
     """Whether each member of an ensemble has its own rows, so that batches have a leading members axis."""
+
+    @property
+    def validation(self) -> tuple[Inputs, Tensor] | None:
+        """The held-out inputs and targets, or None if there are none."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield (inputs, targets) as `losses` takes them."""
