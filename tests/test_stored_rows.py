@@ -36,7 +36,7 @@ def trained(data, make=lambda: vbdl.DeepEnsemble(network(), 3), likelihood=vbdl.
 def the_same(a, b):
     assert all(torch.equal(s, t) for s, t in zip(a[0], b[0], strict=True))
     assert (a[1].train_loss, a[1].validation_nll) == (b[1].train_loss, b[1].validation_nll)
-    assert torch.equal(a[2].training_rows, b[2].training_rows)
+    assert torch.equal(a[2].parts[-1].training_rows, b[2].parts[-1].training_rows)
 
 
 @pytest.fixture
@@ -105,6 +105,24 @@ def test_inputs_may_be_a_dict_and_targets_real(rows, tmp_path):
     torch.manual_seed(1)
     one = trained((files, wide), make, vbdl.Gaussian)
     the_same(one, trained((x, wide.astype(np.float32)), make, vbdl.Gaussian))
+
+
+def test_members_of_several_architectures(rows, tmp_path):
+    make = lambda: vbdl.DeepEnsemble([network(), nn.Sequential(nn.Linear(4, 3))])
+    x, y = rows
+    the_same(trained((stored(tmp_path, x.astype(np.float64)), y), make), trained((x, y), make))
+
+
+def test_rows_too_large_for_the_device_stay_outside_it(rows, monkeypatch):
+    in_memory = trained(rows, validation=0.2)
+    taken = []
+    monkeypatch.setattr("vbdl.training.row_checks.RowChecks.too_large", lambda self, x: True)
+    take = vbdl.data.stored.StoredRows.take
+    monkeypatch.setattr(
+        "vbdl.data.stored.StoredRows.take", lambda self, r: taken.append(self.read_when_taken) or take(self, r)
+    )
+    the_same(trained(rows, validation=0.2), in_memory)
+    assert taken and all(taken)
 
 
 @pytest.mark.parametrize("layout", ["columns first", "every second row", "backwards", "big endian"])

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from vbdl.calling.stacking import replicate
 from vbdl.data.rows import Data, check_rows, outside_range, whole
+from vbdl.data.stored import in_file
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.row_checks import check_predictable
 from vbdl.training.run import History, TrainingRun
@@ -54,8 +55,9 @@ def fit(
 
     epochs: passes over the rows. 0 for a posterior of a trained network, such as `vbdl.Laplace`: the network stays as
         it is, and the posterior is fitted to it.
-    data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader. All members see the batches of a
-        DataLoader; of any other data each member has its own order of the rows.
+    data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader of pairs or of dicts with "labels". All
+        members see the batches of a DataLoader; of any other data each member has its own order of the rows.
+        Memory-mapped arrays are read batch by batch, and converted to the network's dtype.
     optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
         AdamW(lr, weight_decay) unless given. `IVON` has an update rule of its own, and takes none.
     lr, weight_decay: of AdamW, by default 1e-3 (`IVON`: 0.1) and 0; a sequence gives each member its own, as in
@@ -169,7 +171,7 @@ def _fit_parts(posterior: Posterior, data: Data, likelihood: Likelihood, options
             raise ValueError(
                 f"{name} must be one number, or one for each of {posterior.n_members} members; got {len(given)}"
             )
-    if not isinstance(data, DataLoader):
+    if not isinstance(data, DataLoader) and not in_file(data):
         data = whole(data)
         check_rows(*data)
         check_predictable(posterior, likelihood, data[0])  # check all architectures before the first is trained
