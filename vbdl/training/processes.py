@@ -11,8 +11,9 @@ gradients are averaged in every step; masks and noise of a row are those that it
 result is that of one process, up to float rounding, and every process has all of it.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -342,8 +343,7 @@ class Sharing:
         generator draws other noise than the members of other processes; all draw the same batches from it.
         """
         if self.by_members:
-            with torch.random.fork_rng(devices=[y.device] if y.device.type == "cuda" else []):
-                torch.manual_seed((torch.initial_seed() + (self.members.start << 32) + number) % 2**63)
+            with _own_noise(y.device, (torch.initial_seed() + (self.members.start << 32) + number) % 2**63):
                 return step(x, y)
         if not self.by_rows:
             return step(x, y)
@@ -377,6 +377,23 @@ class Sharing:
         for p, gradient, by_any in zip(parameters, gradients, used, strict=True):
             p.grad = gradient if by_any else None
         return losses
+
+
+@contextlib.contextmanager
+def _own_noise(device: torch.device, seed: int) -> Iterator[None]:
+    """A context in which torch's generators start from this seed; afterwards they go on as before."""
+    # not torch.random.fork_rng and torch.manual_seed, which take longer than the step of a small network
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _summed_in(t: Tensor) -> torch.dtype:
