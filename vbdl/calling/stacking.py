@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from vbdl.calling.adapters import check_adapters
 from vbdl.calling.autograd import activations_kept, with_gradients_if_needed
 from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import arguments, flatten, rebuilt
@@ -33,8 +34,8 @@ M = TypeVar("M", bound=nn.Module)
 def check_network(module: object, scripted: bool = False) -> None:
     """Raise TypeError or ValueError if a network cannot be called with replaced weights.
 
-    That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm or, unless `scripted`,
-    is a TorchScript module.
+    That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm, idle adapters of peft
+    or, unless `scripted`, is a TorchScript module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"a network must be an nn.Module, got {type(module).__name__}")
@@ -53,6 +54,7 @@ def check_network(module: object, scripted: bool = False) -> None:
                 f"{where} has torch.nn.utils.weight_norm, which torch cannot copy: use "
                 f"torch.nn.utils.parametrizations.weight_norm, which is the same"
             )
+    check_adapters(module)
     if any(is_lazy(t) for t in state_of(module).values()):
         raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
 

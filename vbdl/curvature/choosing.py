@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.adapters import how_to_unfreeze
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import call, check_chosen, places_of, state_of
 from vbdl.curvature.uses import Recorder
@@ -54,8 +55,9 @@ def last_layer(module: nn.Module) -> str:
             return layers[id(head)]
     if not layers:
         raise ValueError(
-            "the network has no linear layer or convolution with a weight that requires a gradient: name the "
-            "parameters of its last layer, Laplace(net, parameters=[...]), or set requires_grad"
+            f"the network has no linear layer or convolution with a weight that requires a gradient: name the "
+            f"parameters of its last layer, Laplace(net, parameters=[...]), or set requires_grad"
+            f"{how_to_unfreeze(module)}"
         )
     return list(layers.values())[-1]
 
@@ -90,6 +92,11 @@ def check_last(module: nn.Module, chosen: Sequence[str], x: Inputs, output: Outp
         return
     layers = [name.rpartition(".")[0] for name in last if name is not None]
     mine = chosen[0].rpartition(".")[0]
+    if layers and not any(p.requires_grad for p in module.get_submodule(layers[-1]).parameters()):
+        raise ValueError(
+            f"the outputs are computed by '{layers[-1]}', which is frozen: give Laplace(net, parameters='all') for all "
+            f"trainable parameters, such as adapters, or set requires_grad on the last layer"
+        )
     if layers:
         raise ValueError(
             f"layer '{mine}' was taken for the last one, but the outputs are computed by '{layers[-1]}': give "

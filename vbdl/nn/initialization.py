@@ -1,7 +1,7 @@
 """A new initialization of a network, by what its classes offer for it.
 
 Each submodule's `reset_parameters` comes first. A network may offer more for all modules inside it: `init_weights()` of
-timm and torch, `_init_weights(module)` of Hugging Face, `reset_lora_parameters` of peft. A parametrized tensor
+timm and torch, `_init_weights(module)` of Hugging Face, the initialization of peft's adapters. A parametrized tensor
 (weight_norm, spectral_norm) is initialized as the layer's own, and its originals are set to give that value. What only
 the constructor of an untrained network has set is read from its numbers (`vbdl/nn/constructed.py`).
 """
@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from vbdl.calling.adapters import how_to_unfreeze, reset_adapters, with_frozen_of
 from vbdl.calling.stacking import copied
 from vbdl.nn.constructed import again, differs, is_constant, is_untrained
 from vbdl.types import is_posterior
@@ -25,27 +26,34 @@ logger = logging.getLogger("vbdl")
 
 
 def fresh(module: nn.Module, seed: int, initialize: Callable[[nn.Module], object]) -> nn.Module:
-    """Copy a module and initialize the copy with this seed; torch's global generator is left unchanged."""
+    """Copy a module and initialize the copy with this seed; torch's global generator is left unchanged.
+
+    Frozen parameters are not copied: they are those of the module.
+    """
     copy = copied(module)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        initialize(copy)
-    return copy
+        if initialize is reset_parameters:
+            reset_parameters(copy, module)
+        else:
+            initialize(copy)
+    return with_frozen_of(copy, module)
 
 
-def reset_parameters(module: nn.Module) -> None:
+def reset_parameters(module: nn.Module, original: nn.Module | None = None) -> None:
     """Initialize a network or a posterior's network anew, and restore frozen parameters and buffers afterwards.
 
+    original: the module that it is a copy of, which holds the frozen tensors; by default they are copied meanwhile.
     Raises ValueError if nothing initializes one of its trainable parameters, or if all parameters are frozen.
     """
     network = module.user_network if is_posterior(module) else module
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError(
-            "every parameter is frozen, so all members would be equal: call requires_grad_(True) on the parameters to "
-            "train, or give DeepEnsemble a list of trained modules"
+            f"every parameter is frozen, so all members would be equal: call requires_grad_(True) on the parameters to "
+            f"train{how_to_unfreeze(network)}, or give DeepEnsemble a list of trained modules"
         )
-    # a submodule's initialization may change other submodules, so frozen tensors are restored at the end
-    kept = {t: t.detach().clone() for m in network.modules() for t in _frozen(m)}
+    # a submodule's initialization may change other submodules, so frozen tensors are restored after it
+    kept = _frozen_values(network, original)
     waiting = {p: (name, owner) for name, owner, p in _without_own_initialization(network)}
     constructed = _constructed(network) if is_untrained(network) else {}
     before = {p: p.detach().clone() for p in waiting}
@@ -55,6 +63,9 @@ def reset_parameters(module: nn.Module) -> None:
         for path, m in network.named_modules():
             _reset(path, m)
         offered = _reset_by_offers(network)
+        for t, value in kept.items():  # adapters may start from the base weights
+            t.copy_(value)
+        offered |= reset_adapters(network)
         taken = _as_constructed(network, offered, constructed)
         for p, (name, owner) in waiting.items():
             if not p.isnan().any():
@@ -71,6 +82,15 @@ def reset_parameters(module: nn.Module) -> None:
             type(network).__name__,
             ", ".join(taken),
         )
+
+
+def _frozen_values(network: nn.Module, original: nn.Module | None) -> dict[Tensor, Tensor]:
+    """The values of frozen tensors: the original's own ones, or copies."""
+    if original is None:
+        return {t: t.detach().clone() for m in network.modules() for t in _frozen(m)}
+    source = original.user_network if is_posterior(original) else original
+    pairs = zip(network.modules(), source.modules(), strict=True)
+    return {t: value.detach() for m, o in pairs for t, value in zip(_frozen(m), _frozen(o), strict=True)}
 
 
 def _constructed(network: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -184,11 +204,6 @@ def _reset_by_offers(network: nn.Module) -> set[nn.Module]:
         if m not in offered and (_takes(m, "init_weights", 0) or _takes(m, "_init_weights", 1)):
             offered.update(m.modules())
             _initialize_by(m)
-    for m in network.modules():
-        if _takes(m, "reset_lora_parameters", 2):
-            for adapter in {*m.lora_A, *m.lora_embedding_A}:  # type: ignore[misc]
-                m.reset_lora_parameters(adapter, True)  # type: ignore[operator]
-            offered.update(m.modules())
     return offered
 
 

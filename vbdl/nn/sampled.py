@@ -7,10 +7,12 @@ the drawn weights take the place of the parameters for one call, so any module w
 import functools
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.adapters import how_to_unfreeze
 from vbdl.calling.stacking import without_dots
 from vbdl.nn.drawn import noise, once
 from vbdl.nn.embedding import padding_rows
@@ -124,21 +126,24 @@ def choose(
 ) -> dict[str, Prior]:
     """The prior of each parameter to sample, by name.
 
-    parameters: modules by name or type, or names of parameters; a module includes everything inside it. By default all
-        floating-point parameters that require a gradient.
-    prior: one for all, or by name of a module or parameter.
+    parameters: modules by name or type, or names of parameters; a module includes everything inside it. A name may be a
+        pattern with *, ? and [...], like "*.lora_A.*". By default all floating-point parameters that require a gradient.
+    prior: one for all, or by name of a module or parameter, or by pattern.
     Raises ValueError for an entry that matches no trainable parameter.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
     names = [n for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not names:
+        raise ValueError(
+            f"the module has no trainable floating-point parameter to put a posterior on: call requires_grad_(True) on "
+            f"some{how_to_unfreeze(module)}"
+        )
     if parameters is not None:
         wanted = [n for n in names if any(_fits(n, owners[n], one) for one in parameters)]
         for one in parameters:
             if not any(_fits(n, owners[n], one) for n in names):
                 raise ValueError(f"no trainable parameter belongs to {one!r}; there are {names}")
         names = wanted
-    if not names:
-        raise ValueError("the module has no trainable floating-point parameter to put a posterior on")
     if isinstance(prior, Mapping):
         for one in prior:
             if not any(_fits(n, owners[n], one) for n in names):
@@ -148,13 +153,18 @@ def choose(
 
 
 def _fits(name: str, owner: nn.Module, one: str | type[nn.Module]) -> bool:
-    if isinstance(one, str):
-        return one == "" or name == one or name.startswith(f"{one}.")
-    return isinstance(owner, one)
+    return _named(name, one) if isinstance(one, str) else isinstance(owner, one)
+
+
+def _named(name: str, one: str) -> bool:
+    """Whether a parameter has this name, is inside the module of this name, or of one that fits it as a pattern."""
+    if one == "" or name == one or name.startswith(f"{one}."):
+        return True
+    return any(c in one for c in "*?[") and (fnmatchcase(name, one) or fnmatchcase(name, f"{one}.*"))
 
 
 def _most_specific(name: str, priors: Mapping[str, Prior | float]) -> Prior | float:
-    fitting = [one for one in priors if one == "" or name == one or name.startswith(f"{one}.")]
+    fitting = [one for one in priors if _named(name, one)]
     return priors[max(fitting, key=len)] if fitting else Normal(1.0)
 
 

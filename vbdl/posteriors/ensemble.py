@@ -39,6 +39,8 @@ class DeepEnsemble(StackedPosterior):
         then run one after the other.
     initialize: function that initializes a copy of the module in place; by default what its classes offer
         (`vbdl.nn.initialization`), while frozen parameters (requires_grad=False), like a pretrained backbone, are kept.
+        Adapters of peft start as their configuration says: with LoRA, members start as one function, because B is 0,
+        and differ in A, so that their first step drives them apart.
     seed: of the initializations and of dropout in training; member m uses seed + m.
     shared: names of parameters and buffers that all members share; by default the frozen parameters, and the buffers
         of frozen layers, that are equal in all members. Layers of shared entries are computed once per batch, and
@@ -349,7 +351,7 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
         return []
     frozen = [frozen_names(module) for module in modules]
     names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
-    equal = [n for n in names if all(torch.equal(states[0][n], s[n]) for s in states[1:])]
+    equal = [n for n in names if all(s[n] is states[0][n] or torch.equal(states[0][n], s[n]) for s in states)]
     return equal if len(equal) < len(states[0]) else []  # at least one entry must be stacked
 
 

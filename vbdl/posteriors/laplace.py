@@ -105,8 +105,9 @@ class Laplace(KeyedPosterior):
 
     module: the trained network. It is copied.
     n_data: number of rows in the training set; needed only by fit(epochs=...) with a number as prior_precision.
-    parameters: "last", the weight and bias of the last linear layer; "all"; or a list of names of modules or
-        parameters, or of module types.
+    parameters: "last", the weight and bias of the last linear layer; "all" that are trainable: of a network with
+        adapters, the adapters (Yang et al. 2024, arXiv:2308.13111); or a list of names of modules or parameters, of
+        patterns such as "*.lora_A.*", or of module types.
     structure: of H. "kronecker", a product of two matrices for each linear layer and convolution (other parameters are
         independent); "diagonal"; "full", one matrix of all chosen parameters, for a few thousand of them.
     linearized: predict with the network linear in the chosen parameters, f(x; w*) + J(x) (w - w*), for which H is exact

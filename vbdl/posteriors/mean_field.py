@@ -29,8 +29,9 @@ class MeanField(KeyedPosterior):
     module: any network, trained or not; it is copied, and its weights are the initial means. In a network with
         `BayesianLinear` or `BayesianConv*d` layers only the weights of those layers are sampled.
     n_data: number of rows in the training set, by which the KL is divided.
-    prior: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name {"": 1.0, "head": 0.1}.
-    parameters: the parameters to sample, by name or module type; by default all trainable ones.
+    prior: std of the normal prior, a `Normal` or `ScaleMixture`, or by module name or pattern {"": 1.0, "head": 0.1}.
+    parameters: the parameters to sample, by name, by a pattern such as "*.lora_A.*", or by module type; a module's name
+        stands for all inside it. By default all trainable ones: of a network with adapters, the adapters.
     initial_std: std of every weight before training.
     n_samples: draws of the weights per training step, averaged.
     seed: of the draws in training; in an ensemble of these, member m uses seed + m.

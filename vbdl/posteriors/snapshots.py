@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.adapters import how_to_unfreeze
 from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
     check_network,
@@ -87,7 +88,8 @@ class Snapshots(PosteriorOfOneNetwork):
         state, frozen = state_of(self.module), frozen_names(self.module)
         self._names = tuple(n for n in state if n not in frozen)
         if not self._names:
-            raise ValueError("every parameter of the network is frozen, so snapshots cannot differ: unfreeze some")
+            unfreeze = f"unfreeze some{how_to_unfreeze(module)}"
+            raise ValueError(f"every parameter of the network is frozen, so snapshots cannot differ: {unfreeze}")
         self.snapshots = nn.Module()
         for name in self._names:
             self.snapshots.register_buffer(
