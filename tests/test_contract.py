@@ -20,10 +20,12 @@ from torch import nn
 from torch.func import functional_call
 
 import vbdl.engine.program
+from vbdl.augmentations import GaussianNoise
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.model import Model
+from vbdl.posteriors.augmentation import TestTimeAugmentation
 from vbdl.posteriors.batch_ensemble import BatchEnsemble
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -164,6 +166,7 @@ POSTERIORS = {
     "ensemble of laplace": lambda make: DeepEnsemble([fitted(Laplace(make())) for _ in range(MEMBERS)]),
     "snapshots": lambda make: trained(Snapshots(make(), MEMBERS)),
     "stochastic": lambda make: Stochastic(drawing(make())),
+    "test-time augmentation": lambda make: TestTimeAugmentation(make(), GaussianNoise(0.5)),
     "ensemble of stochastic": lambda make: DeepEnsemble([Stochastic(drawing(make())) for _ in range(MEMBERS)]),
     "swag": lambda make: trained(SWAG(make(), n_draws=SAMPLES)),
     "ensemble of swag": lambda make: DeepEnsemble([trained(SWAG(make(), n_draws=SAMPLES)) for _ in range(MEMBERS)]),
@@ -192,7 +195,7 @@ class Cells(Collection):
     def __iter__(self):
         alone = (
             "deterministic", "snapshots", "swag", "ivon", "dropout", "mean-field", "laplace", "stochastic", "ensemble",
-            "ensemble of two architectures", "batch ensemble", "masksembles",
+            "ensemble of two architectures", "batch ensemble", "masksembles", "test-time augmentation",
         )  # fmt: skip
         for network in self.networks:
             for posterior in POSTERIORS:
@@ -523,6 +526,7 @@ _FAST = [
     ("masksembles", "mlp"),
     ("dropout", "cnn"),
     ("dropout", "transformer"),
+    ("test-time augmentation", "mlp"),
 ]
 COMPILED = _FAST + [
     pytest.param(p, n, marks=pytest.mark.slow) for p in POSTERIORS for n in NETWORKS if (p, n) not in _FAST

@@ -8,7 +8,7 @@
     predict = vbdl.calibrate(predict, (x_new, y_new), vbdl.Temperature())
 
 Posteriors:    MCDropout, MeanField, IVON, DeepEnsemble, BatchEnsemble, Masksembles, Snapshots, SWAG, Laplace,
-               Stochastic, Deterministic
+               Stochastic, Deterministic, TestTimeAugmentation; augmentations
 Likelihoods:   Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian
 Use:           fit, split, inspect, recommend, Predictor, adaptive
 Afterwards:    calibrate, unseen, Temperature, StdScaling, ConformalSets, with_decision; calibration, decision, metrics,
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vbdl import artifact as artifact
+    from vbdl import augmentations as augmentations
     from vbdl import calibration as calibration
     from vbdl import decision as decision
     from vbdl import export as export
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from vbdl.nn.layers import BayesianLinear as BayesianLinear
     from vbdl.nn.priors import Normal as Normal
     from vbdl.nn.priors import ScaleMixture as ScaleMixture
+    from vbdl.posteriors.augmentation import TestTimeAugmentation as TestTimeAugmentation
     from vbdl.posteriors.batch_ensemble import BatchEnsemble as BatchEnsemble
     from vbdl.posteriors.deterministic import Deterministic as Deterministic
     from vbdl.posteriors.ensemble import DeepEnsemble as DeepEnsemble
@@ -109,7 +111,7 @@ _HOME = {
     "with_decision": "decision.deciding",
 }
 
-_MODULES = {name: name for name in ("artifact", "calibration", "decision", "export", "metrics", "ood")}
+_MODULES = {name: name for name in ("artifact", "augmentations", "calibration", "decision", "export", "metrics", "ood")}
 _MODULES["adaptive"] = "engine.adaptive"
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

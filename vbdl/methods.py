@@ -27,6 +27,7 @@ class Method:
     dropout: float = 0.1  # dropout rate of the networks that vbdl builds for it
     needs_dropout: bool = False  # whether it refuses a network without dropout
     needs_own_noise: bool = False  # whether it takes only a network that draws by itself, which vbdl never builds
+    needs_augmentation: bool = False  # whether it needs changes of inputs that the user knows to keep the target
     takes_trained: bool = False  # whether a trained network can be used without training it again
     collects: bool = False  # whether it is made of the weights of many epochs, and predicts only after `fit`
     stops_early: bool = True  # whether `fit` takes patience= for it
@@ -180,13 +181,23 @@ METHODS: dict[str, Method] = {
             needs_own_noise=True,
             takes_trained=True,
         ),
+        Method(
+            name="tta",
+            module="vbdl.posteriors.augmentation",
+            class_name="TestTimeAugmentation",
+            words="test-time augmentation",
+            when="the network is trained already, and changes of the inputs are known that leave the target as it is",
+            arguments=("seed",),
+            needs_augmentation=True,
+            takes_trained=True,
+        ),
     )
 }
 
 
 def building() -> list[str]:
     """The names of the methods for networks that vbdl builds: those of tables, the estimators and the suite."""
-    return [name for name, method in METHODS.items() if not method.needs_own_noise]
+    return [name for name, m in METHODS.items() if not m.needs_own_noise and not m.needs_augmentation]
 
 
 def words(class_name: str) -> str:
@@ -205,6 +216,11 @@ def method_of(name: str) -> Method:
             raise ValueError(
                 f"the method {name!r} is for a network that draws by itself, and the networks that vbdl builds do not: "
                 f"choose one of {', '.join(building())}, or pass your network to vbdl.{METHODS[name].class_name}"
+            )
+        if METHODS[name].needs_augmentation:
+            raise ValueError(
+                f"the method {name!r} needs changes of the inputs that leave the target as it is: choose one of "
+                f"{', '.join(building())}, or pass your network and them to vbdl.{METHODS[name].class_name}"
             )
         return METHODS[name]
     for method in METHODS.values():

@@ -139,7 +139,8 @@ def recommend(
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
     rule = _rule(n_train, n_weights, budget, trained, train, may_drop(module))
-    candidates = [method for method in METHODS.values() if method.takes_trained or train]
+    known = [method for method in METHODS.values() if not method.needs_augmentation]
+    candidates = [method for method in known if method.takes_trained or train]
     if not draws_noise(module, take(x, rows["test"])):
         candidates = [method for method in candidates if not method.needs_own_noise]
     as_they_are = {method.name for method in candidates if trained and method.takes_trained}

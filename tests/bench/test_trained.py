@@ -129,3 +129,13 @@ def test_a_method_that_calibrates_asks_for_rows(tmp_path):
     registry.load_builtin()
     with pytest.raises(ValueError, match="--hold-out 0.1"):
         Suite(tmp_path, ("iris",), ("temperature",), Source(), SuiteSettings())
+
+
+def test_augmentation_is_for_images():
+    run = Run(effort=0.02, n_samples=4, compile=False, progress=False)
+    with pytest.raises(ValueError, match="tta shifts images"):
+        registry.METHODS["tta"].make(task_of("iris", splits=1), run)
+    images = task_of("digits", rows=60, splits=1)
+    (predictor,) = registry.METHODS["tta"].make(images, run).predictors
+    p = predictor(images.test[0][0, :5])
+    assert p.n_samples == 4 and float(p.epistemic.max()) > 0

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 from torch import Tensor, nn
 
-from vbdl import calibration
+from vbdl import augmentations, calibration
 from vbdl.artifact.arguments import check_arguments
 from vbdl.artifact.manifest import ArtifactError
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
@@ -38,12 +38,14 @@ from vbdl.types import Json
 
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
+_AUGMENTATIONS = tuple(getattr(augmentations, name) for name in augmentations.__all__)
 _DECISIONS = (
     AnomalyFlags, AnyOf, DecidingLikelihood, ExpectedCost, HandOver, KNN, Mahalanobis, OutOfDistribution, PathBounds,
     Referral, Risk,
 )  # fmt: skip
+_OWN = (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS, *_AUGMENTATIONS)
 # layers and posteriors of vbdl need more than plain arguments: see `vbdl.artifact.layers`, `vbdl.artifact.posteriors`
-_BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS)}
+_BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in _OWN}
 _FORMER = {"NormalisedIntervals": "NormalizedIntervals"}  # names that version 0.1 stored
 _REGISTERED: dict[str, type[nn.Module]] = {}  # by "module:Class"
 
@@ -214,7 +216,9 @@ def decode(cls: type[nn.Module], stored: Json, state: Mapping[str, Tensor], trus
             arguments[argument] = t if t.ndim else t.item()
         else:
             arguments[argument] = value
-    check_arguments(cls, {n: v for n, v in arguments.items() if not isinstance(v, Tensor | nn.Module)})
+    several = {n for n, v in stored.items() if isinstance(v, Mapping) and "modules" in v}
+    plain = {n: v for n, v in arguments.items() if n not in several and not isinstance(v, Tensor | nn.Module)}
+    check_arguments(cls, plain)
     return arguments
 
 

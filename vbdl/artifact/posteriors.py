@@ -25,6 +25,7 @@ from vbdl.artifact.manifest import (
 )
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.calling.stacking import state_of
+from vbdl.posteriors.augmentation import TestTimeAugmentation
 from vbdl.posteriors.batch_ensemble import BatchEnsemble
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -42,7 +43,9 @@ from vbdl.types import Posterior, is_posterior
 Describe = Callable[[nn.Module, Mapping[str, Tensor]], Architecture]
 Make = Callable[[Architecture], nn.Module]
 
-for _method in (SWAG, IVON, BatchEnsemble, Deterministic, Laplace, Masksembles, Snapshots, Stochastic):
+for _method in (
+    SWAG, IVON, BatchEnsemble, Deterministic, Laplace, Masksembles, Snapshots, Stochastic, TestTimeAugmentation,
+):  # fmt: skip
     modules.register(_method)
 
 _TYPE = "type:"  # prefix that marks the name of a class among the names of submodules

@@ -1,7 +1,8 @@
-"""Methods for a trained network: as it is, with a temperature, Laplace, SWAG. All start from the same one."""
+"""Methods for a trained network: as it is, a temperature, Laplace, SWAG, augmentation. All start from the same one."""
 
 from collections.abc import Callable
 
+from vbdl.augmentations import RandomShift
 from vbdl.bench.methods.shared import Trained, trained_networks
 from vbdl.bench.methods.training import recipe
 from vbdl.bench.registry import method
@@ -10,13 +11,14 @@ from vbdl.calibration.calibrate import calibrate
 from vbdl.calibration.std_scaling import StdScaling
 from vbdl.calibration.temperature import Temperature
 from vbdl.engine.predictor import Predictor
+from vbdl.posteriors.augmentation import TestTimeAugmentation
 from vbdl.posteriors.deterministic import Deterministic
 from vbdl.posteriors.laplace import Laplace
 from vbdl.posteriors.swag import SWAG
 from vbdl.training.fit import fit
 from vbdl.types import Likelihood, Posterior
 
-_SAMPLES = 100
+_SAMPLES, _AUGMENTED = 100, 16
 _SWAG_EPOCHS = 0.5  # of the epochs of the network
 
 
@@ -106,11 +108,25 @@ def swag(task: Task, run: Run) -> Each:
     return _each(task, run, fitted)
 
 
-def _each(task: Task, run: Run, fitted: Callable[[int, Trained], tuple[Posterior, Likelihood]]) -> Each:
-    """A predictor for each split, of what `fitted` makes of its trained network."""
+@method("tta")
+def augmentation(task: Task, run: Run) -> Each:
+    """the trained network on images shifted by up to 2 pixels, 16 draws"""
+    if task.x.ndim != 5:  # (splits, rows, channels, height, width)
+        raise ValueError("tta shifts images, and these rows are none: choose another method")
+    augmented = lambda split, trained: (
+        TestTimeAugmentation(trained.network, RandomShift(2, "edge")),
+        trained.likelihood,
+    )
+    return _each(task, run, augmented, _AUGMENTED)
+
+
+def _each(
+    task: Task, run: Run, fitted: Callable[[int, Trained], tuple[Posterior, Likelihood]], samples: int = _SAMPLES
+) -> Each:
+    """A predictor for each split, of what `fitted` makes of its trained network; samples: draws, if unlimited."""
     predictors = []
     for split, trained in enumerate(trained_networks(task, run)):
         q, likelihood = fitted(split, trained)
-        draws = run.draws(_SAMPLES) if q.n_draws is None else None
+        draws = run.draws(samples) if q.n_draws is None else None
         predictors.append(Predictor(q, likelihood, draws, run.seed, compile=False, tiles=(256,)))
     return Each(predictors)
