@@ -38,11 +38,11 @@ from vbdl.types import Json
 
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
-_AUGMENTATIONS = tuple(getattr(augmentations, name) for name in augmentations.__all__)
 _DECISIONS = (
     AnomalyFlags, AnyOf, DecidingLikelihood, ExpectedCost, HandOver, KNN, Mahalanobis, OutOfDistribution, PathBounds,
     Referral, Risk,
 )  # fmt: skip
+_AUGMENTATIONS = tuple(getattr(augmentations, name) for name in augmentations.__all__)
 _OWN = (*_LIKELIHOODS, *_CALIBRATIONS, *_DECISIONS, *_AUGMENTATIONS)
 # layers and posteriors of vbdl need more than plain arguments: see `vbdl.artifact.layers`, `vbdl.artifact.posteriors`
 _BUILT_IN: dict[str, type[nn.Module]] = {c.__name__: c for c in _OWN}
@@ -216,9 +216,7 @@ def decode(cls: type[nn.Module], stored: Json, state: Mapping[str, Tensor], trus
             arguments[argument] = t if t.ndim else t.item()
         else:
             arguments[argument] = value
-    several = {n for n, v in stored.items() if isinstance(v, Mapping) and "modules" in v}
-    plain = {n: v for n, v in arguments.items() if n not in several and not isinstance(v, Tensor | nn.Module)}
-    check_arguments(cls, plain)
+    check_arguments(cls, {n: v for n, v in arguments.items() if not isinstance(v, Tensor | nn.Module)})
     return arguments
 
 
