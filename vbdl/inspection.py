@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vbdl import former
+from vbdl.calling.adapters import described_adapters
 from vbdl.calling.inputs import arguments, flatten, tensors
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import check_network, copied
@@ -38,6 +39,7 @@ class ModuleReport:
     noise: list[str] = field(default_factory=list)  # random calls that Stochastic would draw, one per line
     deterministic: list[str] = field(default_factory=list)  # what looks random but would not be drawn, and why
     normalization: list[str] = field(default_factory=list)  # batch and instance normalization, and their state
+    adapters: list[str] = field(default_factory=list)  # LoRA adapters of peft: rank, layers, and numbers
     tied: list[str] = field(default_factory=list)  # names that refer to the same parameter
     flops: int | None = None  # floating-point operations per row; None without an example
     plan: str | None = None  # how a predictor of `planned` would run; None without an example
@@ -57,6 +59,7 @@ class ModuleReport:
             ("draws by itself, as vbdl.Stochastic does from counters", self.noise),
             ("stays deterministic", self.deterministic),
             ("normalization", self.normalization),
+            ("adapters", self.adapters),
             ("tied parameters", self.tied),
             ("notes", self.notes),
         ):
@@ -96,6 +99,7 @@ def inspect(module: nn.Module, example: Inputs | None = None, *, output: Output 
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
         buffers=sum(b.numel() for b in module.buffers()),
         layers=_layers(module),
+        adapters=described_adapters(module),
     )
     _normalization(module, report)
     _tied(module, report)

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vbdl
 from vbdl.nn import initialization
@@ -149,3 +150,37 @@ def test_pretrained_embeddings_to_save_start_as_the_base_and_heads_are_fresh():
     table, head = (q.stacked()[f"{i}.modules_to_save.default.weight"].detach() for i in (0, 2))
     assert torch.equal(table, net[0].original_module.weight.expand_as(table))
     assert not torch.equal(head[0], head[1])
+
+
+def test_inspect_lists_adapters():
+    report = vbdl.inspect(network())
+    assert report.adapters == ["default: LoRA of rank 2 on 2 layers, 42 parameters, trainable"]
+    assert "adapters:" in str(report)
+    assert vbdl.inspect(nn.Linear(2, 2)).adapters == []
+
+
+class Products(TorchDispatchMode):
+    """Counts products with a matrix of this shape, by the number of rows that it is applied to."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.rows = set(shape), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            left, right = (a.shape for a in args)
+            if left[-1] in self.shape and self.shape <= {*left, *right}:
+                self.rows.append(max({*left, *right} - self.shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_base_is_one_product_on_all_members_rows():
+    torch.manual_seed(0)
+    net = nn.Sequential(Adapted(nn.Linear(31, 37), how=False), nn.Tanh(), Adapted(nn.Linear(37, 41), how=False))
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 6), vbdl.Categorical(), compile=False, tiles=(16,))
+    x = torch.randn(16, 31)
+    predict(x)
+    for shape, rows in (((31, 37), 16), ((37, 41), 6 * 16)):
+        with Products(shape) as products:
+            predict(x)
+        assert products.rows == [rows], "the first layer's base has the same inputs in all members"

@@ -1,10 +1,13 @@
 """Posteriors on the adapters of peft, as peft makes them, on a BERT and a Llama without trained weights."""
 
+import collections
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vbdl
 
@@ -53,6 +56,20 @@ METHODS = {
 REFUSED = {("Laplace", "DoRA"): "structure='diagonal'"}
 
 
+class Products(TorchDispatchMode):
+    """Counts the products of two matrices by the number of rows (or columns, where rows are columns)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.rows.update({left.shape[0], right.shape[1]})
+        return func(*args, **(kwargs or {}))
+
+
 def inputs():
     ids = torch.randint(1, WORDS, (ROWS, 7), generator=torch.Generator().manual_seed(0))
     return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -76,8 +93,8 @@ def test_adapters_are_fitted_predicted_saved_and_loaded_and_the_base_stays(metho
         return
     fit()
     predict = vbdl.Predictor(q, likelihood, None if q.n_draws else 4, compile=False)
-    p = predict(x)
-    assert float(p.epistemic.mean()) > 0
+    p = predict(x, samples=True)
+    assert float(p.samples.std(0).max()) > 0  # BLoB's B is still near 0
     held = {n.rpartition("inner.")[2]: t for n, t in q.shared().items()}
     frozen = [n for n, p in net.named_parameters() if not p.requires_grad]
     assert frozen and all(torch.equal(held[n], base[n]) for n in frozen), "the base is held once, as it was"
@@ -93,7 +110,7 @@ def test_an_ensemble_answers_as_the_loop_over_pefts_adapters(name, compile):
     net, x = NETWORKS[name]().eval(), inputs()
     members = [copy.deepcopy(net) for _ in range(3)]
     for member in members:
-        for n, p in member.named_parameters():
+        for p in member.parameters():
             if p.requires_grad:
                 nn.init.normal_(p, std=0.3)
     q = vbdl.DeepEnsemble(members)
@@ -103,8 +120,8 @@ def test_an_ensemble_answers_as_the_loop_over_pefts_adapters(name, compile):
     torch.testing.assert_close(predict(x).probs, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_base_is_one_product_for_all_members():
-    """Layers of the base are computed on (members x rows) in one product, and stored once."""
+def test_the_base_is_one_product_for_all_members_and_stored_once(tmp_path):
+    """Layers of the base are computed on (members x rows) in one product; an artifact has them once."""
     net, x = llama(init_lora_weights=False).eval(), inputs()
     q = vbdl.DeepEnsemble(net, 4)
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
@@ -117,6 +134,12 @@ def test_the_base_is_one_product_for_all_members():
     assert execution.graph_plan.strategy == "stacked" and execution.graph_plan.chunk == 4
     text = execution.explain()
     assert "once for all draws" in text, text
+    with Products() as products:
+        predict(x)
+    assert products.rows[4 * ROWS * 7] >= 4 + 7, "the second layer's 7 base weights, and what is after the first's"
+    predict.save(tmp_path / "saved")
+    stored = sum(f.stat().st_size for f in (tmp_path / "saved").rglob("*.safetensors"))
+    assert stored < 4 * (frozen + 4 * adapters) + 20_000, "numbers, names and shapes"
 
 
 def test_adapters_of_a_saved_folder_are_an_ensemble(tmp_path):
@@ -145,4 +168,23 @@ def test_adapters_of_a_saved_folder_are_an_ensemble(tmp_path):
 def test_inspect_lists_adapters():
     report = vbdl.inspect(NETWORKS["Llama"](), inputs())
     assert report.trainable == 2 * 2 * (4 * 16 + 16 * 4)
+    assert report.adapters == ["default: LoRA of rank 4 on 4 layers, 512 parameters, trainable"]
     assert any("lora_dropout" in line for line in report.stochastic)
+
+
+def test_the_recipe_of_the_tutorial_runs(monkeypatch, tmp_path):
+    """With a model from its configuration in place of the downloaded one."""
+    text = (Path(__file__).parents[2] / "docs" / "tutorials" / "lora.md").read_text()
+    code = text.partition("## With Hugging Face and peft")[2].partition("```python\n")[2].partition("```")[0]
+    config = transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=WORDS, num_labels=2)
+    made = transformers.DistilBertForSequenceClassification(config)
+    tokens = lambda name: lambda texts, **_: inputs()
+    from_pretrained = lambda name, num_labels: made
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokens)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VBDL_COMPILE", "0")
+    names = {"vbdl": vbdl, "texts": ["a"] * ROWS, "labels": torch.tensor([0, 1] * (ROWS // 2))}
+    exec(code, names)  # noqa: S102
+    assert names["predict"].posterior.n_members == 5 and names["p"].probs.shape == (ROWS, 2)
+    torch.testing.assert_close(names["predict"](names["tokens"]).probs, names["p"].probs, rtol=1e-5, atol=1e-6)

@@ -45,6 +45,23 @@ def how_to_unfreeze(network: nn.Module) -> str:
     return " (peft freezes adapters that it loads: PeftModel.from_pretrained(base, folder, is_trainable=True))"
 
 
+def described_adapters(network: nn.Module) -> list[str]:
+    """One line for each LoRA adapter: its rank, how many layers it is on, and how many numbers it has."""
+    layers: dict[str, list[list[nn.Parameter]]] = {}
+    ranks: dict[str, set[int]] = {}
+    for _, layer in adapted_layers(network):
+        for adapter in dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]):
+            layers.setdefault(adapter, []).append(list(_tensors(layer, adapter)))
+            pair = layer.lora_A[adapter].weight if adapter in layer.lora_A else layer.lora_embedding_A[adapter]
+            ranks.setdefault(adapter, set()).add(len(pair))
+    lines = []
+    for adapter, held in layers.items():
+        count, rank = sum(p.numel() for each in held for p in each), ", ".join(map(str, sorted(ranks[adapter])))
+        state = "trainable" if any(p.requires_grad for each in held for p in each) else "frozen"
+        lines.append(f"{adapter}: LoRA of rank {rank} on {len(held)} layers, {count:,} parameters, {state}")
+    return lines
+
+
 def reset_adapters(network: nn.Module) -> set[nn.Module]:
     """Initialize trainable adapters as their configuration says, in place; returns the modules that they are part of.
 

@@ -126,8 +126,9 @@ def choose(
 ) -> dict[str, Prior]:
     """The prior of each parameter to sample, by name.
 
-    parameters: modules by name or type, or names of parameters; a module includes everything inside it. A name may be a
-        pattern with *, ? and [...], like "*.lora_A.*". By default all floating-point parameters that require a gradient.
+    parameters: modules by name or type, or names of parameters; a module includes everything inside it. A name may be
+        a pattern with *, ? and [...], like "*.lora_A.*". By default all floating-point parameters that require a
+        gradient.
     prior: one for all, or by name of a module or parameter, or by pattern.
     Raises ValueError for an entry that matches no trainable parameter.
     """
