@@ -157,6 +157,7 @@ def held(method: str) -> dict[str, Any]:
 
 def resident(what: str) -> float:
     """MiB of resident memory that a network (or a predictor, by its method) adds in this process, after an answer."""
+    import ctypes
     import gc
 
     import peft  # noqa: F401
@@ -177,6 +178,7 @@ def resident(what: str) -> float:
         del made
         predict(x)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of freed tensors
     return (read() - before) / 1024
 
 
@@ -237,7 +239,7 @@ def main() -> None:
     for method in options.methods.split(","):
         memory = held(method) | {"resident_mb": apart(method)}
         keep({"method": method, "cell": "memory", **memory, "resident_ratio": memory["resident_mb"] / one})
-        for cell in options.cells.split(","):
+        for cell in filter(None, options.cells.split(",")):
             n_rows, length = map(int, cell.split("x"))
             keep({"method": method, "cell": cell, **run_cell(method, n_rows, length, options.seconds)})
     print("\n" + report(rows))
