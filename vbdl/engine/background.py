@@ -66,6 +66,13 @@ class _Leaving(BaseException):
 def _leave() -> None:
     """End the running job when the process ends: a thread that Python stops inside of C++ code aborts the process."""
     _leaving.set()
+    print_unraisable = sys.unraisablehook  # in a callback the request is lost, and Python would print it
+
+    def without_requests(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is not _Leaving:
+            print_unraisable(unraisable)
+
+    sys.unraisablehook = without_requests
     waited = 0.0
     while _worker is not None and _worker.is_alive() and not _idle.wait(_ASK) and waited < _LEAVE:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_worker.ident or 0), ctypes.py_object(_Leaving))
