@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import vbdl
+from vbdl.engine.execution import Execution
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.traced import Traced
 
@@ -245,3 +246,68 @@ def test_a_process_ends_while_something_is_compiled(seconds):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "[2, 2]" in done.stdout, done.stderr
     assert "Traceback" not in done.stderr and "terminate" not in done.stderr, done.stderr
+
+
+class Counted(nn.Sequential):
+    calls = 0
+
+    def forward(self, x):
+        Counted.calls += 1
+        return super().forward(x)
+
+
+def test_the_first_row_of_an_ensemble_takes_one_forward_more_than_members(held):
+    Counted.calls, x = 0, torch.randn(1, 3)
+    q = vbdl.DeepEnsemble(Counted(nn.Linear(3, 11), nn.Tanh(), nn.Linear(11, 5)), 4)
+    first = background(q)(x)
+    assert Counted.calls <= 4 + 1 + 1  # and one, if the background is as fast
+    torch.testing.assert_close(first.probs, Predictor(q, vbdl.Categorical(), compile=False)(x).probs, **ROUNDING)
+
+
+class Mixing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) - x.mean()
+
+
+def test_a_network_that_mixes_rows_is_refused_after_a_row_alone(monkeypatch):
+    """A row alone has its answer; what the background finds is raised from then on."""
+    answered, behind = threading.Event(), Execution._compile_behind
+
+    def compile_behind(self):
+        assert answered.wait(60)
+        behind(self)
+
+    monkeypatch.setattr(Execution, "_compile_behind", compile_behind)
+    nets = [Mixing(3, 5).eval() for _ in range(3)]
+    predict, x = background(vbdl.DeepEnsemble(nets)), torch.randn(1, 3)
+    expected = torch.stack([net(x).softmax(-1) for net in nets]).mean(0)
+    torch.testing.assert_close(predict(x).probs, expected, **ROUNDING)
+    answered.set()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="depends on the other rows"):
+            predict.wait()
+    with pytest.raises(ValueError, match="depends on the other rows"):
+        predict(torch.randn(2, 3))
+
+
+class Remembering(nn.Linear):
+    def forward(self, x):
+        self.last = getattr(self, "last", 0.0) + super().forward(x).detach().sum()
+        return super().forward(x) + self.last
+
+
+def test_a_network_that_keeps_a_state_is_refused_at_its_first_row():
+    q = vbdl.DeepEnsemble([Remembering(3, 5).eval() for _ in range(3)])
+    with pytest.raises(ValueError, match="keeps a tensor in an attribute"):
+        background(q)(torch.randn(1, 3))
+
+
+def test_a_network_that_writes_into_a_row_is_refused_at_once():
+    class Writing(nn.Linear):
+        def forward(self, x):
+            x -= 1.0
+            return super().forward(x)
+
+    q = vbdl.DeepEnsemble([Writing(3, 5).eval() for _ in range(3)])
+    with pytest.raises(ValueError, match="writes into its inputs"):
+        background(q)(torch.randn(1, 3))

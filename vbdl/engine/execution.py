@@ -29,7 +29,7 @@ from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
-from vbdl.engine.trial import draws_by_itself, others, try_out
+from vbdl.engine.trial import are_same, check_apart, draws_by_itself, others, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
@@ -76,6 +76,10 @@ class Execution:
         self._starting = threading.Lock()
         self._plain: Plain | None = None
         self._behind = settings.compile == "background"  # whether the graph is still being compiled
+        self._local_layers: Any = ()
+        self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
+        self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
+        self._checking = threading.Lock()
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             self._model = model = prepared(model, tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
@@ -85,6 +89,8 @@ class Execution:
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
             self._way = self._meanwhile()
+            if self._to_check is not None and self._plain is not None:
+                self._plain.first = self._first_draw
         else:
             self._way, self._undecided = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
@@ -97,8 +103,11 @@ class Execution:
         model: a twin for this call alone. own: the names of a draw's entries.
         """
         network, settings, tile = model.network, self._settings, self._tile
-        self._local_layers: Any = ()
-        self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
+        if self._behind and tile.rows == 1 and "network.key" not in own:
+            # a row alone is not mixed with others: that is checked in the background, for the first answer to be fast
+            outputs = try_out(model, state, tile, apart=False)
+            self._to_check = state, outputs
+            return outputs
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
             or settings.largest_tile >= MANY_ROWS or own != ["network.key"]
@@ -245,6 +254,19 @@ class Execution:
                 return _Way(way.plan, way.calls.uncompiled())
         return self._as_it_is("the graph is being compiled")
 
+    def _first_draw(self, outputs: Tensor) -> None:
+        """Check the network at once if it returned other outputs than before for the first draw of the same tile."""
+        if (waiting := self._to_check) is not None and not are_same(waiting[1], outputs):
+            self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Check that the network keeps rows apart and keeps no state, if that was not checked yet."""
+        with self._checking, torch.no_grad():
+            if self._to_check is not None:
+                state, outputs = self._to_check
+                check_apart(outputs, self._model, state, self._tile)
+                self._to_check = None
+
     def _begin(self) -> None:
         """Begin to compile in the background, once: after the first answer, which is then not slowed down by it."""
         if self._behind and self._job is None:
@@ -258,6 +280,7 @@ class Execution:
         Raises ValueError or NotImplementedError for a module that must not be predicted with.
         """
         try:
+            self._check_apart()
             self._way = self._prepared()
             self._behind = False
         except (ValueError, NotImplementedError):
