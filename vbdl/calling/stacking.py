@@ -8,7 +8,7 @@ No other file calls these two functions.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -261,9 +261,23 @@ def forget(module: nn.Module) -> None:
     Such a tensor may hold the autograd graph of a training step. One from a finished trace is replaced by None.
     """
     for m in module.modules():
-        for name, value in list(vars(m).items()):
+        for name, value in list(_attributes(m)):
             if any(map(is_computed, tree_leaves(value))):
                 vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """The attributes of a module that may hold tensors, by name; most of the others are torch's empty tables."""
+    for name, value in vars(module).items():
+        if (
+            name != "_modules"
+            and not isinstance(value, _WITHOUT_TENSORS)
+            and not (isinstance(value, dict) and not value)
+        ):
+            yield name, value
+
+
+_WITHOUT_TENSORS = (type(None), bool, int, float, str, nn.Module)
 
 
 def is_computed(value: object) -> bool:
@@ -285,7 +299,7 @@ def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
 
     kept: tensors in attributes of the module that the copy holds too.
     """
-    stored = [t for m in module.modules() for t in tree_leaves(vars(m)) if is_computed(t)]
+    stored = [t for m in module.modules() for _, v in _attributes(m) for t in tree_leaves(v) if is_computed(t)]
     memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
     for name, tensor in state_of(module).items():
         if name in state:

@@ -29,7 +29,7 @@ from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
-from vbdl.engine.trial import are_same, check_apart, draws_by_itself, others, try_out
+from vbdl.engine.trial import are_same, check_apart, draws_by_itself, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
@@ -115,10 +115,10 @@ class Execution:
         ):  # fmt: skip
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
-            network.kept = {}  # the noise of the draw, made once for all rows
+            network.kept, network.recorded = {}, []  # the noise of the draw is made once for all rows
             outputs = try_out(model, state, tile)
-            network.kept = None
-            layers = network.local_layers(tile.nested, others(tile).nested, tile.rows)
+            first, second = network.recorded[:2]
+            layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
             if layers is not None:
                 self._local_layers, self._local = layers, len(layers)
             return outputs

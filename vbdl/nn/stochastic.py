@@ -34,7 +34,7 @@ class StochasticNetwork(KeyedNetwork):
     draws_weights = True
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
-    found_by_running = ("calls", "sites", "written", "local")
+    found_by_running = ("calls", "sites", "written", "local", "recorded")
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class StochasticNetwork(KeyedNetwork):
         self.calls: tuple[RandomCall, ...] | None = None
         self.sites: tuple[Site, ...] | None = None
         self.local: tuple[LocalLayer, ...] = ()  # the layers that draw their outputs in this network as it is
+        self.recorded: list[Pass] | None = None  # what each forward does is added to this list, if there is one
         self.written: tuple[str, ...] = ()  # buffers that the forward draws or writes into
         device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
         self.register_buffer("kl_weight", torch.ones((), device=device))
@@ -72,9 +73,18 @@ class StochasticNetwork(KeyedNetwork):
         if self.training:
             with without_checks_of_values(), CounterNoise(Noise(self.key, self.inner, training=True)):
                 return self.inner(*args, **kwargs)
+        inputs = kwargs if kwargs else args
+        if self.recorded is not None:
+            self.recorded.append(self._pass(self.key, inputs))
+            return self.recorded[-1].outputs
         drawn_outputs = OwnOutputs(self.key, self.local) if self.local else contextlib.nullcontext()
         with drawn_outputs, self.noise(self.key, dict.fromkeys(self._of_local, 0.0)) as noise:
-            outputs = call(self.inner, self._buffers_of_draw(), kwargs if kwargs else args)
+            outputs = call(self.inner, self._buffers_of_draw(), inputs)
+        self._check_calls(noise)
+        return outputs
+
+    def _check_calls(self, noise: Noise) -> None:
+        """Raise RuntimeError if a forward made fewer random calls than the first one."""
         if self.calls is not None and len(noise.calls) < len(self.calls):
             missing = self.calls[len(noise.calls)]
             raise RuntimeError(
@@ -82,7 +92,6 @@ class StochasticNetwork(KeyedNetwork):
                 f"these rows: a forward whose random calls depend on the data cannot be drawn reproducibly; call the "
                 f"same ones each time"
             )
-        return outputs
 
     @contextlib.contextmanager
     def noise(
@@ -110,36 +119,37 @@ class StochasticNetwork(KeyedNetwork):
         return bool(self.local) and not self.sites and self._of_local == set(range(len(self.calls or ())))
 
     @torch.no_grad()
-    def local_layers(self, inputs: Inputs, others: Inputs, rows: int) -> tuple[LocalLayer, ...] | None:
+    def local_layers(
+        self, key: Tensor, inputs: Inputs, rows: int, drawn: Pass, others: Pass
+    ) -> tuple[LocalLayer, ...] | None:
         """The layers that can draw their outputs in place of their weights; None if it is not clear.
 
-        others: inputs with other rows. rows: of the inputs.
+        drawn: the forward of the draw in `key` on the inputs, of so many rows. others: on other rows.
         """
         if self.calls is None or self.per_row:
             return None
         weights = [number for number, c in enumerate(self.calls) if c.axis is None and len(c.shape)]
-        kept: dict[Hashable, Tensor] = {}
-        drawn = self._pass(inputs, kept)
-        at_zero, at_large = (self._pass(inputs, kept, dict.fromkeys(weights, value)) for value in (0.0, LARGE))
-        layers = local_layers(drawn, at_zero, at_large, self._pass(others, kept), rows)
+        at_zero, at_large = (self._pass(key, inputs, dict.fromkeys(weights, value)) for value in (0.0, LARGE))
+        layers = local_layers(drawn, at_zero, at_large, others, rows)
         if layers:  # the noise of a layer's weight must not enter the output in another way
             given = {layer.call: drawn.linears[layer.call] for layer in layers}
             noises = {number: LARGE / 256 for layer in layers for number in layer.noises}
-            if not _same(drawn.outputs, self._pass(inputs, kept, noises, given).outputs):
+            if not _same(drawn.outputs, self._pass(key, inputs, noises, given).outputs):
                 return None
         return layers
 
     def _pass(
         self,
+        key: Tensor,
         inputs: Inputs,
-        kept: dict[Hashable, Tensor],
         constants: Mapping[int, float] | None = None,
         given: Mapping[int, Linear] | None = None,
     ) -> Pass:
         """Run the network under the draw in `key`, with what it did; given: weights of linear layers to use."""
-        with Linears(given) as linears, self.noise(self.key, constants, kept) as noise:
+        with Linears(given) as linears, self.noise(key, constants) as noise:
             noise.normals = {}
             outputs = call(self.inner, self._buffers_of_draw(), inputs)
+        self._check_calls(noise)
         return Pass(linears.calls, outputs, noise.calls, noise.normals)
 
     def _buffers_of_draw(self) -> State:
@@ -179,18 +189,18 @@ class StochasticNetwork(KeyedNetwork):
         of = lambda rows: map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
         kept: dict[Hashable, Tensor] = {}
         outputs, two, written = self._run(of(2), kept)
-        again, _, _ = self._run(of(2), kept)
-        if not _same(outputs, again):
+        apart, _, _ = self._run(of(2), kept, writes=False)
+        if not _same(outputs, apart):
+            again, _, _ = self._run(of(2), kept)
+            if _same(outputs, again):
+                raise ValueError(
+                    "the module draws into a part or a view of a tensor in place, like x[0].normal_(), which its draws "
+                    "cannot do together: draw a new tensor, e.g. torch.randn(...), and assemble it with torch.cat or "
+                    "torch.stack"
+                )
             raise ValueError(
                 "the module's output differs under the same draw: it draws from another generator than torch's, like "
                 "Python's random or NumPy's, or keeps a state between calls; draw with torch, and keep no state"
-            )
-        apart, _, _ = self._run(of(2), kept, writes=False)
-        if not _same(outputs, apart):
-            raise ValueError(
-                "the module draws into a part or a view of a tensor in place, like x[0].normal_(), which its draws "
-                "cannot do together: draw a new tensor, e.g. torch.randn(...), and assemble it with torch.cat or "
-                "torch.stack"
             )
         _, three, _ = self._run(of(3), kept)
         if _kinds(two) != _kinds(three):
