@@ -29,6 +29,8 @@ POSTERIORS = {
     "ensemble": lambda: vbdl.DeepEnsemble([network() for _ in range(3)]),
     "ensemble of dropout": lambda: vbdl.DeepEnsemble([vbdl.MCDropout(network()) for _ in range(2)]),
     "swag": lambda: vbdl.SWAG(network(), rank=2),
+    "shared weights": lambda: vbdl.BatchEnsemble(network(), 2),
+    "ivon": lambda: vbdl.IVON(network(), n_data=120),
 }
 
 
@@ -131,6 +133,24 @@ def test_the_threshold_keeps_its_share_and_refuses_what_cannot(rows):
     with pytest.raises(ValueError, match="needs estimator='sampling'"):
         laplace = fitted("laplace", rows)
         vbdl.with_decision(laplace, guard).replace(estimator="moments")(rows["new"])
+
+
+def test_a_package_for_onnx_has_the_distance_and_the_reason(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    x = torch.randn(200, 5)
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(net, 3), vbdl.Categorical(), compile=False, tiles=4)
+    guard = OutOfDistribution(Mahalanobis()).fit(predict, x[:100], x[100:], share=0.1)
+    decide = vbdl.with_decision(predict, AnyOf([Referral("total", 1.09), guard]))
+    rows = torch.cat((x[100:106], 30 + x[:1]))
+    fields, p = decide.export(tmp_path / "package", backend="onnx", example=rows)(rows), decide(rows)
+    torch.testing.assert_close(fields["distance"], p.distance, rtol=1e-4, atol=1e-4)
+    assert torch.equal(fields["reason"], p.reason) and torch.equal(fields["action"], p.action)
+    with pytest.raises(ValueError, match="ONNX has no operation"):
+        near = OutOfDistribution(KNN()).fit(predict, x[:100], x[100:], share=0.1)
+        vbdl.with_decision(predict, near).export(tmp_path / "knn", backend="onnx", example=rows)
 
 
 def test_which_rules_can_be_combined():

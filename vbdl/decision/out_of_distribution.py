@@ -27,8 +27,10 @@ class OutOfDistribution(Decision):
     """A decision that refers rows whose features are farther from the training rows than a threshold, or NaN.
 
     It needs no posterior with several draws. Features are those of the network with its trained weights, of an ensemble
-    those of its first member; they are computed in the compiled prediction, once for all draws, by one more pass of the
-    network up to that layer. Predictions have the field `distance`. Combine it with a `Referral` by `AnyOf`.
+    those of its first member, of members that share their weights (BatchEnsemble, Masksembles) those of the shared
+    weights. They are computed in the compiled prediction, once for all draws, by one more pass of the network up to
+    that layer. Predictions have the field `distance`. Combine it with a `Referral` by `AnyOf`. A package for ONNX
+    Runtime needs Mahalanobis, because ONNX has no operation for the distances of KNN.
 
     detector: vbdl.ood.KNN, vbdl.ood.Mahalanobis, or a registered module of yours with `fit(features)`, whose
         forward
