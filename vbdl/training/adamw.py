@@ -66,7 +66,8 @@ class FusedAdamW(torch.optim.AdamW):
             if len({float(counter) for counter in counters}) + (0 < len(counters) < len(states)) > 1:
                 self._apart = True
                 return
-            counter = counters[0] if counters else torch.zeros((), device=group["params"][0].device)
+            start = torch.zeros((), dtype=torch.float32, device=group["params"][0].device)
+            counter = counters[0] if counters else start
             for p, state in zip(group["params"], states, strict=True):
                 state["step"] = counter
                 for name in ("exp_avg", "exp_avg_sq"):
