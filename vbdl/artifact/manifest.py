@@ -7,7 +7,7 @@ registry (`vbdl.artifact.modules`) and in the list of layers (`vbdl.artifact.lay
 import json
 import math
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import msgspec
 from msgspec import Meta, Struct
@@ -106,6 +106,7 @@ class MeanField(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     n_samples: Annotated[int, Meta(ge=1, le=2**20)]
     seed: Seed
     output: Output = None
+    estimator: Literal["shared", "local", "flipout"] = "shared"
 
 
 class Registered(Struct, frozen=True, forbid_unknown_fields=True, tag="registered"):

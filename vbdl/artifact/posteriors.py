@@ -95,6 +95,7 @@ def _single(posterior: Posterior, values: Mapping[str, Tensor], network: Describ
             arguments["n_samples"],
             arguments["seed"],
             _stored(posterior.output),
+            posterior.estimator,
         )
     return _registered(posterior, values, network)
 
@@ -160,7 +161,12 @@ def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Post
         return MCDropout(network, description.p, stays, description.seed, output=output)
     if description.priors is None:
         return MeanFieldPosterior(
-            network, description.n_data, n_samples=description.n_samples, seed=description.seed, output=output
+            network,
+            description.n_data,
+            n_samples=description.n_samples,
+            seed=description.seed,
+            estimator=description.estimator,
+            output=output,
         )
     return MeanFieldPosterior(
         network,
@@ -170,6 +176,7 @@ def _build_single(description: Single, make: Make, trust: Sequence[str]) -> Post
         initial_std=description.initial_std,
         n_samples=description.n_samples,
         seed=description.seed,
+        estimator=description.estimator,
         output=output,
     )
 

@@ -119,6 +119,12 @@ class LayeredNetwork(KeyedNetwork):
         self.register_buffer("kl_weight", torch.ones((), device=device))
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
+    def adopt(self, other: KeyedNetwork) -> None:
+        assert isinstance(other, LayeredNetwork)
+        for path in self.paths:
+            layer = self.inner.get_submodule(path)
+            layer.adopt(other.inner.get_submodule(path))  # type: ignore[operator]
+
     def forward(self, *args, **kwargs):
         draw = {f"{path}.key" if path else "key": self.key for path in self.paths}
         return call(self.inner, draw, kwargs if kwargs else args)

@@ -8,17 +8,22 @@ import functools
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
-from vbdl.calling.stacking import without_dots
-from vbdl.nn.drawn import noise, once
+from vbdl.calling.stacking import call, without_dots
+from vbdl.nn.drawn import drawn, noise, once
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.network import FactoredNetwork
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
+from vbdl.nn.row_estimators import Calls, DrawnLayer, Estimator, RowLayer, RowNoise
+from vbdl.nn.row_estimators import Normal as Drawn
+from vbdl.types import Inputs
 
 LOG_STD_BOUND = 30.0  # exp(2 * 30) is finite in float32
 
@@ -62,9 +67,16 @@ class SampledNetwork(FactoredNetwork):
     The padding row of an embedding is not drawn and not part of the KL.
     chosen: the prior of each parameter to draw; the others stay as they are.
     n_data: number of rows in the training set; the KL term of a row is kl_weight * KL / n_data.
+    estimator: how layers draw in training. row_layers: the weights whose layers draw for every row, which follow from
+        running the network.
+    calls: what each forward does with the drawn parameters is added to this list, if there is one.
     """
 
     kl_weight: Tensor
+    estimator: Estimator = "shared"
+    row_layers: Mapping[str, RowLayer] = {}
+    calls: list[Calls] | None = None
+    found_by_running = (*FactoredNetwork.found_by_running, "row_layers", "calls")
 
     def __init__(
         self,
@@ -94,6 +106,38 @@ class SampledNetwork(FactoredNetwork):
     def factors(self) -> tuple["StdFactor"]:  # type: ignore[override]
         """The one factor of all chosen parameters; it has no tensors of its own."""
         return (StdFactor(self),)
+
+    def adopt(self, other: KeyedNetwork) -> None:
+        assert isinstance(other, SampledNetwork)
+        self.row_layers = other.row_layers
+
+    def forward(self, *args, **kwargs):
+        inputs = kwargs if kwargs else args
+        if self.calls is not None:
+            weights = {name: self.mean(name) for name in self.chosen}
+            with Calls(weights) as calls:
+                outputs = call(self.inner, weights, inputs)
+            self.calls.append(calls)
+            return outputs
+        if self.training and self.row_layers:
+            return self._drawing_rows(inputs)
+        return super().forward(*args, **kwargs)
+
+    def _drawing_rows(self, inputs: Inputs) -> Any:  # what the user's network returns
+        """Run the network with layers that draw for every row; other parameters are drawn once."""
+        (factor,) = self.factors
+        numbers = {name: self.first_layer + number for number, name in enumerate(self.chosen)}
+        of = lambda name: Drawn(factor.std(name), numbers[name])
+        biases = {layer.bias for layer in self.row_layers.values()}
+        weights, layers = {}, {}
+        for name in self.chosen:
+            weights[name] = mean = self.mean(name)
+            if (layer := self.row_layers.get(name)) is not None:
+                layers[id(mean)] = DrawnLayer(of(name), None if layer.bias is None else of(layer.bias), layer.axis)
+            elif name not in biases:
+                weights[name] = drawn(mean, factor.std(name), self.key, numbers[name])
+        with RowNoise(self.estimator, self.key, layers):
+            return call(self.inner, weights, inputs)
 
     def normals(self) -> list[tuple[str, Tensor, Tensor]]:
         """(name, mean, log_std) of each chosen parameter."""

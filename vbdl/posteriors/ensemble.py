@@ -290,9 +290,16 @@ class DeepEnsemble(StackedPosterior):
         return super().losses(x, y, likelihood, own_rows)
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
-        super().before_training(x, y, likelihood, own_rows)
         if self.base is not None and type(self.base).before_training is not Posterior.before_training:
-            self._each_member(lambda member: member.before_training(x, y, likelihood, own_rows))
+            base = self.base
+
+            def begin(member: Any) -> None:
+                member.before_training(x, y, likelihood, own_rows)
+                for found in (self._structure[0], base.module):
+                    found.adopt(member.module)
+
+            self._each_member(begin)
+        super().before_training(x, y, likelihood, own_rows)
 
 
 class _RowsOfMember:

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from vbdl import former
+from vbdl.calling.inputs import flatten, map_inputs
 from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import call, check_chosen, check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.data.rows import take
+from vbdl.nn.interception import CounterDropout
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
+from vbdl.nn.masks import Masks
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.priors import Prior
+from vbdl.nn.row_estimators import ESTIMATORS, Estimator, row_layers
 from vbdl.nn.sampled import SampledNetwork, choose
-from vbdl.types import Output
+from vbdl.types import Inputs, Likelihood, Output
 
 
 class MeanField(KeyedPosterior):
@@ -35,6 +40,14 @@ class MeanField(KeyedPosterior):
     initial_std: std of every weight before training.
     n_samples: draws of the weights per training step, averaged.
     seed: of the draws in training; in an ensemble of these, member m uses seed + m.
+    estimator: how a training step draws. "shared": the weights once, for all rows. "flipout": the weights once, with
+        random signs for every row (Wen et al. 2018, https://arxiv.org/abs/1803.04386). "local": the outputs of layers,
+        for every row (Kingma et al. 2015, https://arxiv.org/abs/1506.02557); exact for linear layers that act once on
+        one vector of a row, approximate for convolutions and linear layers over further axes, since outputs of a row
+        then share no weights. The latter two have a lower variance of the gradient, and take two products a layer
+        in place of one. They apply to `F.linear` and `F.conv1d` to `F.conv3d`; everything else (recurrent layers,
+        attention's projections, embeddings, normalization, own parameters) is drawn once: see `estimators`. Predictions
+        are the same with each.
     output: name or index of the module's output to predict from, or a function that returns it, if it returns several;
         "logits" are found without it.
 
@@ -58,6 +71,7 @@ class MeanField(KeyedPosterior):
         n_samples: int = 1,
         seed: int = 0,
         *,
+        estimator: Estimator = "shared",
         output: Output = None,
     ):
         super().__init__()
@@ -65,6 +79,8 @@ class MeanField(KeyedPosterior):
         check_output(output)
         module = without_data_parallel(module)
         check_chosen("parameters", parameters)
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
         if n_data < 1:
             raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
         if not (initial_std > 0 and math.isfinite(initial_std)):
@@ -83,12 +99,17 @@ class MeanField(KeyedPosterior):
             chosen = choose(module, None if parameters is None else tuple(parameters), prior)
             self._priors = dict(chosen)
             self.module = SampledNetwork(copied(module), chosen, initial_std, n_data)
+        self.estimator: Estimator = estimator
+        for network in self._sampled(self.module):
+            network.estimator = estimator
         self.n_samples, self.seed, self.output = n_samples, seed, output
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def config(self) -> dict[str, Any]:
         """The arguments that make it again, given its network."""
         arguments: dict[str, Any] = {"n_data": self.module.n_data, "n_samples": self.n_samples, "seed": self.seed}
+        if self.estimator != "shared":
+            arguments["estimator"] = self.estimator
         if self.output is not None:
             arguments["output"] = self.output
         if self._priors is None:
@@ -97,6 +118,52 @@ class MeanField(KeyedPosterior):
         return arguments | {
             "prior": dict(self._priors), "parameters": list(self._priors), "initial_std": initial_std,
         }  # fmt: skip
+
+    # -- drawing for every row in training
+
+    @staticmethod
+    def _sampled(module: nn.Module) -> dict[SampledNetwork, str]:
+        """The networks inside that draw weights, with the prefix of their parameters in the user's network."""
+        of = {m: name for name, m in module.named_modules() if isinstance(m, SampledNetwork)}
+        return {m: f"{name.removeprefix('inner').removeprefix('.')}." if name else "" for m, name in of.items()}
+
+    @property
+    def estimators(self) -> dict[str, str]:
+        """How each sampled parameter is drawn in training, by name: "shared", "flipout", "local", "local, approximate".
+
+        Known after training has begun: which layers can draw for every row is found on the first batch.
+        """
+        found = {}
+        for network, prefix in self._sampled(self.module).items():
+            for name in network.chosen:
+                found[f"{prefix}{name}"] = "shared"
+            for name, layer in network.row_layers.items():
+                how = self.estimator if layer.exact else f"{self.estimator}, approximate"
+                found |= {f"{prefix}{n}": how for n in (name, layer.bias) if n is not None}
+        return found
+
+    def _find_row_layers(self, inputs: Inputs) -> None:
+        """Find the layers that can draw for every row, by running the network on 2 and on 3 rows."""
+        networks = self._sampled(self.module)
+        count = flatten(inputs).tensors[0].shape[0]
+        for network in networks:
+            network.calls = []
+        state = {name: b.detach().clone() for name, b in self.module.named_buffers()}  # statistics must not move
+        try:
+            for rows in (2, 3):
+                with torch.no_grad(), CounterDropout(Masks(self.module.key, self.module.inner, per_row=True)):
+                    call(self.module, dict(state), take(inputs, torch.arange(rows) % count))
+            for network in networks:
+                assert network.calls is not None
+                two, three = network.calls
+                network.row_layers = row_layers(two, three, self.estimator)
+        finally:
+            for network in networks:
+                network.calls = None
+
+    def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
+        if self.estimator != "shared":
+            self._find_row_layers(map_inputs(lambda t: t[0], x) if own_rows else x)
 
     @property
     def kl_weight(self) -> float:
