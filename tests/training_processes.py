@@ -108,6 +108,13 @@ methods = {
     "one network": (lambda: vbdl.Deterministic(net()), *categorical, {"schedule": "cosine"}),
     "SWAG": (lambda: vbdl.SWAG(net(), 3), *categorical, {}),
     "snapshots": (lambda: vbdl.Snapshots(net(), 3), *categorical, {}),
+    "IVON": (lambda: vbdl.IVON(net(), 50), *categorical, {}),
+    "an ensemble of IVON": (lambda: vbdl.DeepEnsemble(vbdl.IVON(net(), 50), 3), *categorical, {}),
+    "a batch ensemble": (lambda: vbdl.BatchEnsemble(net(1), 4), *gaussian, {"patience": 2, "clip_norm": 0.5}),
+    "Masksembles": (lambda: vbdl.Masksembles(net(), 3), *categorical, {}),
+    "batches that are accumulated": (lambda: vbdl.MCDropout(net()), *categorical, {"accumulate": 2}),
+    "members with learning rates of their own": (
+        lambda: vbdl.DeepEnsemble(net(), 3), *categorical, {"lr": [1e-3, 1e-2, 2e-2], "weight_decay": [0.0, 0.1, 0.2]}),
     "Laplace": (lambda: vbdl.Laplace(net()), *categorical, {"epochs": 2}),
 }  # fmt: skip
 FIRST = (
@@ -259,6 +266,8 @@ if what in ("dying", "hanging"):
     ended(dies if what == "dying" else hangs)
 elif what in ("methods", "others"):
     numbers(name for name in methods if (name in FIRST) == (what == "methods"))
+elif what in methods:
+    numbers([what])
 else:
     {"loaders": loaders, "compiled": compiled, "resumed": resumed, "refused": refused}[what]()
 dist.barrier()
