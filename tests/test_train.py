@@ -227,7 +227,7 @@ def test_validation_rows_are_not_trained_on(data):
     )
     assert run.data.validation is not None
     trained = {float(v) for x, _ in run.data.epoch(0) for v in x.flatten()}
-    assert trained.isdisjoint(float(v) for v in run.data.validation[0].flatten())
+    assert trained.isdisjoint(float(v) for v in run.data.validation.all()[0].flatten())
 
 
 def test_early_stopping_keeps_the_best_epoch(data):
