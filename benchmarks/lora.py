@@ -15,7 +15,7 @@ layers. A cell is rows x tokens; the answer is the distribution of the next toke
 Before timing, the answers of the loop and of vbdl with the same draws of the adapters are compared: equal to 1e-4 of
 the largest probability. Times are medians of contenders in turn, ratios medians of each round's. Memory: bytes of
 parameters and buffers that the predictor holds over those of one network with one adapter; and resident memory of a
-process of its own with that predictor, after predicting, over one with that network.
+process of its own with that predictor, uncompiled, after predicting, over one with that network.
 """
 
 import argparse
@@ -165,8 +165,6 @@ def resident(what: str) -> float:
 
     x = torch.randint(WORDS, (1, 16))
     read = lambda: int(next(s.split()[1] for s in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in s))
-    small = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))  # what compiling anything takes
-    vbdl.Predictor(vbdl.DeepEnsemble(small, 2), vbdl.Categorical(), compile=True)(torch.randn(1, 2))
     before = read()
     if what == "network":
         net = NextToken(network())
@@ -174,7 +172,7 @@ def resident(what: str) -> float:
     else:
         made = posterior(what, NextToken(network()))
         n = None if what == "DeepEnsemble" else N
-        predict = vbdl.Predictor(made, vbdl.Categorical(), n_samples=n, compile=True)
+        predict = vbdl.Predictor(made, vbdl.Categorical(), n_samples=n, compile=False)
         del made
         predict(x)
     gc.collect()
