@@ -1,5 +1,7 @@
 """One table of methods: an entry more in it is a method more everywhere."""
 
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -8,11 +10,12 @@ import torch
 from torch import nn
 
 import vbdl
+from vbdl import plugins
 from vbdl.bench import Run, registry, scaling
 from vbdl.bench.source import Source
 from vbdl.bench.task import Stacked
 from vbdl.cli import main
-from vbdl.methods import METHODS, Method, method_of
+from vbdl.methods import METHODS, Method, add, method_of
 from vbdl.recommendation import recommend
 
 
@@ -118,3 +121,92 @@ def test_a_new_method_is_an_option_of_the_command_line(half, tmp_path, capsys):
         main(["fit", "--help"])
     help_text = capsys.readouterr().out
     assert all(name in help_text for name in ("mc-dropout", "mean-field", "deep-ensemble"))
+
+
+PLUGIN = """
+import copy
+import vbdl
+from neighbor_of_plugin import SCALE
+from vbdl_kernels import make_key, normal
+
+
+@vbdl.register(name="shaken", words="a shaken network", when="a test", training={"lr": 1e-2})
+class Shaken(vbdl.types.Posterior):
+    def __init__(self, network, n_data=0, scale=SCALE):
+        super().__init__()
+        self.module, self.n_data, self.scale = copy.deepcopy(network), n_data, scale
+
+    def config(self):
+        return {"n_data": self.n_data, "scale": self.scale}
+
+    def draws(self, numbers, seed):
+        key, w = make_key(seed, numbers), self.module
+        noise = lambda i, p: normal(key, i, 0, 1, p.numel()).view(-1, *p.shape)
+        return {n: p + self.scale * noise(i, p) for i, (n, p) in enumerate(w.named_parameters())}
+
+    def losses(self, x, y, likelihood, own_rows=False):
+        return likelihood.training_loss(likelihood(self.module(x)), y).mean().reshape(1)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A file with a method, beside one that it imports, which the process does not find by itself."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "plugin_shaken.py").write_text(PLUGIN)
+    (folder / "neighbor_of_plugin.py").write_text("SCALE = 0.1")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr(plugins, "_LOADED", {})
+    tables = [(table, dict(table)) for table in (METHODS, registry.METHODS)]
+    yield folder / "plugin_shaken.py"
+    for table, before in tables:
+        table.clear()
+        table.update(before)
+    for name in ("plugin_shaken", "neighbor_of_plugin"):
+        sys.modules.pop(name, None)
+
+
+def test_commands_take_a_method_from_a_plugin(plugin, data, tmp_path, capsys):
+    x, y = data
+    table = tmp_path / "rows.csv"
+    rows = [f"{a:.4f},{b:.4f},{'yes' if t else 'no'}" for (a, b, _), t in zip(x.tolist(), y.tolist(), strict=True)]
+    table.write_text("\n".join(["a,b,target", *rows]))
+    usual = ["--target", "target"]
+    out = str(tmp_path / "model.vbdl")
+    assert main(["fit", str(table), *usual, "--method", "shaken", "--out", out]) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "--plugin" in said and "@vbdl.register(name='shaken')" in said
+    options = ["--method", "shaken", "--plugin", str(plugin), "--no-figures", "--epochs", "3", "--width", "8"]
+    assert main(["fit", str(table), *usual, *options, "--out", out]) == 0
+    assert "shaken: 3 epochs" in capsys.readouterr().out
+    assert type(vbdl.load(out, trust=("plugin_shaken",)).posterior).__name__ == "Shaken"
+    assert main(["recommend", str(table), *usual, "--budget", "2", "--width", "8", "--plugin", str(plugin)]) == 0
+    assert "Shaken " in capsys.readouterr().out
+    x, y = x.numpy(), y.numpy()
+    assert vbdl.VBDLClassifier(method="shaken", epochs=3).fit(x, y).score(x, y) > 0.3
+    folder = tmp_path / "results"
+    bench = ["bench", "--sets", "wine", "--methods", "shaken", "--plugin", str(plugin), "--effort", "0.02"]
+    assert main([*bench, "--out", str(folder)]) == 0
+
+
+def test_what_cannot_be_a_plugin_is_said(plugin, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        plugins.load(tmp_path / "none.py")
+    for name, said in (("not a name.py", "cannot be imported"), ("json.py", "rename the file")):
+        (tmp_path / name).write_text("raise AssertionError")
+        with pytest.raises(ValueError, match=said):
+            plugins.load(tmp_path / name)
+    plugins.load(plugin)
+    plugins.load(plugin)  # once is enough
+    assert METHODS["shaken"].arguments == ("n_data",) and METHODS["shaken"].training == {"lr": 1e-2}
+
+
+def test_names_of_methods_that_are_refused():
+    for name, said in (("a b", "letters, digits"), ("dropout", "use another name"), ("swag", "use another name")):
+        with pytest.raises(ValueError, match=said):
+            add(HalfDropout, name)
+    with pytest.raises(TypeError, match="name= is for methods"):
+        vbdl.register(name="likelihood")(vbdl.Gaussian)
+    with pytest.raises(TypeError, match="register takes a class, or name="):
+        vbdl.register()

@@ -136,3 +136,46 @@ def test_the_rows_of_each_part_are_those_given(data, monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             recommend(_network(), data, budget=1.5, rows=wrong)
+
+
+def test_every_method_trains_for_the_same_time(data, monkeypatch):
+    """What happens once, in the first training of a method, is paid by all: none is left with one epoch."""
+    import vbdl.recommendation as recommendation
+
+    first: set[str] = set()
+
+    def fit(posterior, rows, likelihood, epochs, **options):
+        name = type(posterior).__name__
+        now[0] += (5.0 if name == "MCDropout" and name not in first else 0.0) + 0.01 + 0.02 * epochs
+        first.add(name)
+        if "patience" in options:
+            trained[name] = epochs
+        return real(posterior, rows, likelihood, epochs=min(epochs, 4), **options)
+
+    real, now, trained = recommendation.fit, [0.0], {}
+    monkeypatch.setattr(recommendation, "fit", fit)
+    monkeypatch.setattr(recommendation.time, "perf_counter", lambda: now[0])
+    recommend(_network(), data, budget=12.0)
+    assert len(trained) == 7 and len(set(trained.values())) == 1 and min(trained.values()) > 10
+
+
+def test_the_reason_is_true_of_the_table():
+    """The network alone is not among those that the fastest is chosen of, nor is a method that is worse."""
+    from vbdl.metrics.estimate import Interval
+    from vbdl.recommendation import Measured, _decide
+
+    def row(name, latency):
+        return Measured(name, Interval(0.5, 0.4, 0.6, 0.95), None, latency, 1.0, 5, "")
+
+    scores = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    apart = {"MCDropout": scores, "Deterministic": scores + 1e-3 * torch.randn(50), "Laplace": scores + 5}
+    measured = {"MCDropout": row("MCDropout", 0.3), "Deterministic": row("Deterministic", 0.2)}
+    measured["Laplace"] = row("Laplace", 0.1)
+    found = _decide(measured, apart, "a rule", 100, 50, None)
+    assert found.method == "MCDropout" and "it alone of them knows epistemic uncertainty" in found.reason
+    assert "fastest" not in found.reason and "rule of thumb, before measuring: a rule" in str(found)
+    measured["SWAG"] = row("SWAG", 0.25)
+    apart["SWAG"] = scores + 1e-3 * torch.randn(50)
+    found = _decide(measured, apart, "a rule", 100, 50, None)
+    assert found.method == "SWAG"
+    assert "MCDropout and Deterministic, and of those of them that know epistemic" in found.reason

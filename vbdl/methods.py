@@ -1,12 +1,16 @@
 """The table of methods, which the command line, estimators, `recommend`, `inspect`, the suite and model cards read.
 
-A method is one file in `vbdl/posteriors/` and one entry here. Its class is imported on first use.
+A method is one file in `vbdl/posteriors/` and one entry here. Its class is imported on first use. `add` makes an entry
+for a class of the user's own.
 """
 
 import importlib
+import inspect
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # so that the table does not import torch
     from torch import nn
@@ -195,6 +199,63 @@ METHODS: dict[str, Method] = {
 }
 
 
+def add(
+    cls: "type[Posterior]",
+    name: str,
+    *,
+    when: str = "it is your own",
+    words: str | None = None,
+    arguments: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    training: "Keywords | None" = None,
+    **traits: Any,
+) -> Method:
+    """Add a method of your own to the table: `@vbdl.register(name=...)` does this for a class.
+
+    cls: the posterior's class, at the top level of a module; its first argument is the network.
+    name: what commands and estimators call it, of letters, digits and "-".
+    when: when to choose it, and words: what it is called in a sentence; both for people.
+    arguments: the constructor's arguments after the network that vbdl may fill in: those it knows are n_data (the
+        number of training rows), n_members, prior, initial_std and seed. Default: those the constructor has.
+    dropout: the rate of the networks that vbdl builds for it.
+    training: arguments of `fit` that suit it on small tables.
+    traits: further fields of `Method`, like takes_trained.
+
+    Raises ValueError for a name that is taken or is not made of letters, digits and "-".
+
+    >>> @vbdl.register
+    ... class Own(vbdl.MCDropout):
+    ...     pass
+    >>> vbdl.methods.add(Own, "own-dropout", dropout=0.1, needs_dropout=True).arguments
+    ('seed',)
+    >>> vbdl.VBDLClassifier(method="own-dropout").method
+    'own-dropout'
+    """
+    if not re.fullmatch(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*", name):
+        raise ValueError(f"{name!r} cannot be the name of a method: use letters, digits and '-', like 'mc-dropout'")
+    taken = METHODS.get(name) or next((m for m in METHODS.values() if name in m.old_names), None)
+    if taken is not None and (taken.module, taken.class_name) != (cls.__module__, cls.__name__):
+        raise ValueError(f"the method {name!r} is {taken.module}.{taken.class_name} already: use another name")
+    if arguments is None:
+        arguments = [n for n in list(inspect.signature(cls).parameters)[1:] if n in _FILLED_IN]
+    method = Method(
+        name=name,
+        module=cls.__module__,
+        class_name=cls.__name__,
+        words=words or name.replace("-", " "),
+        when=when,
+        arguments=tuple(arguments),
+        dropout=dropout,
+        training={"lr": 1e-3, "patience": 20} if training is None else training,
+        **traits,
+    )
+    METHODS[name] = method
+    return method
+
+
+_FILLED_IN = ("n_data", "n_members", "prior", "initial_std", "seed")
+
+
 def building() -> list[str]:
     """The names of the methods for networks that vbdl builds: those of tables, the estimators and the suite."""
     return [name for name, m in METHODS.items() if not m.needs_own_noise and not m.needs_augmentation]
@@ -227,4 +288,7 @@ def method_of(name: str) -> Method:
         if name in method.old_names:
             warnings.warn(f"the method {name!r} is called {method.name!r} now", DeprecationWarning, stacklevel=2)
             return method
-    raise ValueError(f"there is no method {name!r}: choose one of {', '.join(building())}")
+    raise ValueError(
+        f"there is no method {name!r}: choose one of {', '.join(building())}, or add your own with "
+        f"@vbdl.register(name={name!r}) above its class; a command finds it with --plugin FILE"
+    )

@@ -1,9 +1,10 @@
 """The choice of a method for a network and its data: by rule of thumb, and by measuring small versions of each."""
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of the rows, unless t
 _MAX_EPOCHS = 300
 _LATENCY_CALLS = 20
 _N_MEMBERS = 3  # of an ensemble
+_LEAST = 0.75  # of the budget, for the training that is compared, however long finding the paces took
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Recommendation:
                 f"{m.epochs:6d}"
             )
         lines.append(f"trained on {self.n_train} rows, scored on {self.n_test}")
-        lines.append(f"rule:      {self.rule}")
+        lines.append(f"rule of thumb, before measuring: {self.rule}")
         lines.append(f"recommend: {self.method}. {self.reason}")
         return "\n".join(lines)
 
@@ -139,24 +141,36 @@ def recommend(
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
     rule = _rule(n_train, n_weights, budget, trained, train, may_drop(module))
-    known = [method for method in METHODS.values() if not method.needs_augmentation]
-    candidates = [method for method in known if method.takes_trained or train]
+    candidates = [m for m in METHODS.values() if not m.needs_augmentation and (m.takes_trained or train)]
     if not draws_noise(module, take(x, rows["test"])):
         candidates = [method for method in candidates if not method.needs_own_noise]
     as_they_are = {method.name for method in candidates if trained and method.takes_trained}
-    share = budget / max(1, len(candidates) - len(as_they_are))
+    known: Keywords = {"n_data": n_train, "n_members": _N_MEMBERS, "seed": seed}
     measured, scores = {}, {}
+    paces: dict[str, _Pace | None] = {}
+    begun = time.perf_counter()
+    for method in candidates:
+        with _noted(measured, method):
+            posterior = method.make(copied(module), trained, **known)
+            if method.name in as_they_are:
+                paces[method.name] = None
+            else:
+                share = budget / (len(candidates) - len(as_they_are))
+                paces[method.name] = _pace(method, posterior, likelihood, parts, share, seed)
+    # what finding the paces took is everybody's, so that all methods train for the same time
+    n_trained = sum(pace is not None for pace in paces.values())
+    share = max(budget - (time.perf_counter() - begun), _LEAST * budget) / max(1, n_trained)
     for method in candidates:
         name = method.class_name
-        try:
-            posterior = method.make(copied(module), trained, n_data=n_train, n_members=_N_MEMBERS, seed=seed)
-            seconds = 0.0 if method.name in as_they_are else share
+        if method.name not in paces:
+            continue
+        with _noted(measured, method):
+            posterior, pace = method.make(copied(module), trained, **known), paces[method.name]
+            epochs = 0 if pace is None else pace.epochs(share)
             measured[name], scores[name] = _measure(
-                method, posterior, likelihood, parts, seconds, seed, compile, trained
+                method, posterior, likelihood, parts, epochs, seed, compile, trained
             )
-        except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
-            # e.g. a network without dropout, or a loss that diverges: the other methods can still be compared
-            measured[name] = Measured(name, None, None, math.nan, 0.0, 0, str(error).splitlines()[0])
+    measured = {m.class_name: measured[m.class_name] for m in candidates}
     if not scores:
         notes = "; ".join(f"{m.method}: {m.note}" for m in measured.values())
         raise ValueError(f"no method could be tried on this module. {notes}")
@@ -192,30 +206,83 @@ def _rule(n_train: int, n_weights: int, budget: float, trained: bool, train: boo
     return f"MCDropout, since {budget:.0f} s are little for more than one network"
 
 
-def _measure(
+@contextlib.contextmanager
+def _noted(measured: dict[str, Measured], method: Method) -> Iterator[None]:
+    """A context that notes why a method cannot be tried: the others can still be compared.
+
+    For instance a network has no dropout, or a loss diverges.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
+        name = method.class_name
+        measured[name] = Measured(name, None, None, math.nan, 0.0, 0, (str(error) or repr(error)).splitlines()[0])
+
+
+def _options(parts: Mapping[str, tuple[Inputs, Tensor]], seed: int) -> Keywords:
+    """The arguments of `fit` that all methods share."""
+    batch_size = max(16, min(128, len(parts["train"][1]) // 10))
+    return {
+        "validation": parts["validation"],
+        "batch_size": batch_size,
+        "seed": seed,
+        "progress": False,
+        "compile": False,
+    }
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How long a method trains."""
+
+    epoch: float  # seconds for one epoch
+    setup: float  # seconds for a training beside its epochs
+    few: int  # the fewest epochs it takes
+
+    def epochs(self, seconds: float) -> int:
+        """The number of epochs in so many seconds."""
+        return max(self.few, min(_MAX_EPOCHS, round((seconds - self.setup) / max(self.epoch, 1e-4))))
+
+
+def _pace(
     method: Method,
     posterior: Posterior,
     likelihood: Likelihood,
     parts: Mapping[str, tuple[Inputs, Tensor]],
     share: float,
     seed: int,
+) -> _Pace:
+    """Train a posterior for a few epochs to find out how long one takes; share: seconds, of which this takes a part."""
+    few = max(4, _N_MEMBERS) if method.collects else 1  # epochs to collect
+    likelihood, options = copy.deepcopy(likelihood), _options(parts, seed)
+
+    def seconds(epochs: int) -> float:
+        begun = time.perf_counter()
+        fit(posterior, parts["train"], likelihood, epochs=epochs, **options)
+        return time.perf_counter() - begun
+
+    seconds(few)  # includes what happens once in a process
+    short = seconds(few)
+    if short > share / 3:
+        return _Pace(short / few, 0.0, few)
+    epoch = max(0.0, seconds(4 * few) - short) / (3 * few)
+    return _Pace(epoch, max(0.0, short - few * epoch), few)
+
+
+def _measure(
+    method: Method,
+    posterior: Posterior,
+    likelihood: Likelihood,
+    parts: Mapping[str, tuple[Inputs, Tensor]],
+    epochs: int,
+    seed: int,
     compile: bool,
     trained: bool,
 ) -> tuple[Measured, Tensor]:
-    """Train one method within its share of the budget in seconds; return its Measured and its NLL per test row."""
-    likelihood = copy.deepcopy(likelihood)
-    epochs, training = 0, 0.0
-    if share > 0:
-        options: Keywords = {"validation": parts["validation"], "seed": seed, "progress": False, "compile": False}
-        options["batch_size"] = max(16, min(128, len(parts["train"][1]) // 10))
-        begun = time.perf_counter()
-        # time an epoch on a copy; the first call includes the set-up, so the second is timed
-        pilot, pilot_likelihood = copy.deepcopy(posterior), copy.deepcopy(likelihood)
-        few = max(4, _N_MEMBERS) if method.collects else 1  # epochs to collect
-        for _ in range(2):
-            one_epoch = fit(pilot, parts["train"], pilot_likelihood, epochs=few, **options).seconds / few
-        left = share - (time.perf_counter() - begun)
-        epochs = max(few, min(_MAX_EPOCHS, int(left / max(one_epoch, 1e-4))))
+    """Train one method for so many epochs; return its Measured and its NLL per test row."""
+    likelihood, training = copy.deepcopy(likelihood), 0.0
+    if epochs > 0:
+        options = _options(parts, seed)
         # a trained network is collected from the first epoch on, so no epoch is the best one
         stops = method.stops_early and not (trained and method.collects)
         patience = max(5, epochs // 5) if stops else None
@@ -280,9 +347,14 @@ def _decide(
     elif len(close) == 1:
         reason = "Its held-out likelihood is significantly better than that of every other method."
     else:
-        rest = " and ".join(name for name in close if name != chosen)
-        reason = (
-            f"On {n_test} rows its likelihood does not differ significantly from that of {rest}, and it predicts "
-            f"fastest: {1000 * measured[chosen].latency:.2f} ms for one row."
-        )
+        rest = [name for name in close if name != chosen]
+        alone = [name for name in rest if name in single and chosen not in single]
+        milliseconds = f"{1000 * measured[chosen].latency:.2f} ms for one row"
+        if len(rest) == len(alone):
+            why = f"it alone of them knows epistemic uncertainty ({milliseconds})"
+        else:
+            which = "those of them that know epistemic uncertainty" if alone else "them"
+            why = f"of {which} it predicts fastest: {milliseconds}"
+        same = " and ".join(rest)
+        reason = f"On {n_test} rows its likelihood does not differ significantly from that of {same}, and {why}."
     return Recommendation(chosen, reason, rule, tuple(table), n_train, n_test)

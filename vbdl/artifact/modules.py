@@ -9,12 +9,12 @@ has not registered is imported only from the packages in `trust`.
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import msgspec
 from torch import Tensor, nn
 
-from vbdl import augmentations, calibration
+from vbdl import augmentations, calibration, methods
 from vbdl.artifact.arguments import check_arguments
 from vbdl.artifact.manifest import ArtifactError
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
@@ -34,7 +34,7 @@ from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from vbdl.ood.knn import KNN
 from vbdl.ood.mahalanobis import Mahalanobis
-from vbdl.types import Json
+from vbdl.types import Json, Posterior
 
 _LIKELIHOODS = (Bernoulli, Categorical, Centered, Gaussian, HeteroscedasticGaussian)
 _CALIBRATIONS = tuple(v for v in vars(calibration).values() if inspect.isclass(v) and issubclass(v, nn.Module))
@@ -52,7 +52,15 @@ _REGISTERED: dict[str, type[nn.Module]] = {}  # by "module:Class"
 Class = TypeVar("Class", bound=type[nn.Module])
 
 
-def register(cls: Class) -> Class:
+@overload
+def register(cls: Class) -> Class: ...
+
+
+@overload
+def register(*, name: str, **about: Any) -> Callable[[Class], Class]: ...
+
+
+def register(cls: Class | None = None, *, name: str | None = None, **about: Any) -> Class | Callable[[Class], Class]:
     """Register your own class, so that predictors that contain it can be saved and loaded; use it as a decorator.
 
         @vbdl.register
@@ -64,8 +72,17 @@ def register(cls: Class) -> Class:
         module. It is stored as its name and the arguments of its constructor: what its method `config()` returns, or
         without that method the attributes of the arguments' names. Its parameters and buffers are stored beside it.
 
-    Another process loads such a predictor with `vbdl.load(folder, trust=("package",))`, which imports the class.
-    Raises TypeError if cls is not a subclass of nn.Module, ValueError if it is defined inside a function.
+    name: also make a posterior a method with this name for the commands (`vbdl fit --plugin FILE --method NAME`),
+        `vbdl.VBDLClassifier(method=...)`, `vbdl.recommend` and `vbdl bench`.
+    about: what they should know of the method, as for `vbdl.methods.add`: when, words, arguments, dropout, training.
+
+        @vbdl.register(name="perturbed", when="the weights are certain up to a constant")
+        class Perturbed(vbdl.types.Posterior): ...
+
+    Another process loads such a predictor with `vbdl.load(folder, trust=("package",))`, which imports the class; a
+    single file `perturbed.py` counts as the package "perturbed".
+    Raises TypeError if cls is not a subclass of nn.Module, ValueError if it is defined inside a function or the name
+    is taken.
 
     >>> @vbdl.register
     ... class Double(nn.Module):
@@ -74,6 +91,10 @@ def register(cls: Class) -> Class:
     >>> Double.__name__  # can now be a layer of a saved network
     'Double'
     """
+    if cls is None:
+        if name is None:
+            raise TypeError("register takes a class, or name= to make it a method of the commands too")
+        return lambda decorated: _registered_as_method(decorated, name, about)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register takes a subclass of nn.Module, got {cls!r}")
     if "<locals>" in cls.__qualname__:
@@ -82,6 +103,14 @@ def register(cls: Class) -> Class:
             f"of a module"
         )
     _REGISTERED[f"{cls.__module__}:{cls.__qualname__}"] = cls
+    return cls
+
+
+def _registered_as_method(cls: Class, name: str, about: Mapping[str, Any]) -> Class:
+    if not issubclass(cls, Posterior):
+        raise TypeError(f"name= is for methods, subclasses of vbdl.types.Posterior, and {cls.__name__} is none")
+    register(cls)
+    methods.add(cls, name, **about)
     return cls
 
 

@@ -1,10 +1,11 @@
 """The registry of data sets and methods by name; a plugin file adds to it with the same decorators."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from vbdl import plugins
 
 if TYPE_CHECKING:
     from vbdl.bench.source import Source
@@ -60,27 +61,34 @@ def load_builtin() -> None:
     """Register the data sets and methods of vbdl."""
     from vbdl.bench.datasets import bundled, images, tabular, uci  # noqa: F401
     from vbdl.bench.methods import deep_ensemble, linear, mc_dropout, mean_field, single, trained  # noqa: F401
+
+    _add_methods_of_table()
+
+
+def _add_methods_of_table() -> None:
+    """Register the methods of the table that have no file here, and so no published protocol."""
     from vbdl.bench.methods.training import without_protocol
     from vbdl.methods import METHODS as TABLE
     from vbdl.methods import building
 
-    for name in set(building()) - METHODS.keys():  # methods without a file here have no published protocol
+    for name in set(building()) - METHODS.keys():
         method(name)(without_protocol(TABLE[name]))
 
 
 def load_plugin(path: Path) -> None:
-    """Run a Python file whose decorators register data sets and methods. Its code is executed: use files you trust."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"the plugin file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"vbdl_bench_plugin_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
+    """Run a Python file that registers data sets and methods. Its code is executed: use files you trust.
+
+    It is imported as `vbdl.plugins.load` says. A method is a function with the decorator `method`, or a posterior's
+    class with `@vbdl.register(name=...)`, which is trained without a published protocol.
+    """
     before = len(DATASETS) + len(METHODS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    plugins.load(path)
+    _add_methods_of_table()
     if len(DATASETS) + len(METHODS) == before:
-        raise ValueError(f"{path} registered nothing new: decorate a function with vbdl.bench.dataset or .method")
+        raise ValueError(
+            f"{path} registered nothing new: decorate a function with vbdl.bench.dataset or .method, or a posterior's "
+            f"class with vbdl.register(name=...)"
+        )
 
 
 def suites() -> dict[str, list[str]]:
