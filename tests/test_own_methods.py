@@ -603,3 +603,46 @@ def test_the_command_line_trains_and_predicts_with_it(posterior, in_the_table, t
     assert main(["fit", "table.csv", "--target", "y", "--method", "own", *options]) == 0, capsys.readouterr()
     assert main(["predict", "model.vbdl", "table.csv", "out.csv"]) == 0, capsys.readouterr()
     assert len(Path("out.csv").read_text().splitlines()) == 121
+
+
+def test_what_a_calibrator_needs_of_a_prediction_is_said(data):
+    """A likelihood of one's own that is no mixture of normal distributions."""
+    q, noise, _ = usual("entries made in draws", "own")
+    predict, x = predicted(q, noise), torch.randn(40, FEATURES)
+    rows = (x, x[:, :2])
+    for method in (vbdl.StdScaling(), vbdl.calibration.CDFRecalibration()):
+        with pytest.raises(NotImplementedError, match="LaplacePrediction is no mixture of normal .*AbsoluteIntervals"):
+            vbdl.calibrate(predict, rows, method)
+    assert vbdl.calibrate(predict, rows, vbdl.calibration.AbsoluteIntervals(0.1))(x).lower is not None
+    p = predict(x, samples=True)
+    for name, argument in (("interval", 0.9), ("quantile", 0.5), ("cdf", rows[1]), ("log_prob", rows[1])):
+        with pytest.raises(NotImplementedError, match=f"LaplacePrediction has no .*; give it a method {name}"):
+            getattr(p, name)(argument)
+
+
+class WithoutMean(LaplaceNoise):
+    def finish(self, summary: State) -> State:
+        fields = super().finish(summary)
+        return {"center" if name == "mean" else name: t for name, t in fields.items()}
+
+    def prediction(self, fields: State, n_samples: int, samples: Tensor | None = None) -> LaplacePrediction:
+        mean = fields["center"]
+        fields = {name: t for name, t in fields.items() if name != "center"}
+        return LaplacePrediction(mean=mean, **fields, n_samples=n_samples, samples=samples)
+
+
+def test_intervals_say_that_they_need_a_mean(data):
+    q = DrawnWeights(network())
+    predict, x = predicted(q, WithoutMean(2)), torch.randn(40, FEATURES)
+    calibrated = vbdl.calibrate(predict, (x, x[:, :2]), vbdl.calibration.AbsoluteIntervals(0.1))
+    with pytest.raises(NotImplementedError, match="AbsoluteIntervals reads the mean of each row.*field `mean`"):
+        calibrated(x)
+
+
+def test_a_decision_reads_no_parameters_of_another_meaning(data):
+    """log_scale is no log-variance: risk is that of the mean and the total variance, in the predictor and after it."""
+    q, noise, _ = usual("entries made in draws", "own")
+    predict, x = predicted(q, noise), data[0]
+    risk = vbdl.decision.Risk(0.9)
+    inside = vbdl.with_decision(predict, risk)(x).action
+    assert torch.equal(torch.as_tensor(risk(predict(x, samples=True))["action"]), inside)

@@ -57,6 +57,11 @@ class _Intervals(Calibrator):
 
     def fields(self, fields: State) -> State:
         """The prediction's fields, and `lower` and `upper`, (batch, ...) in units of the target."""
+        if "mean" not in fields:
+            raise NotImplementedError(
+                f"{type(self).__name__} reads the mean of each row, and the likelihood's finish() gives only "
+                f"{', '.join(fields)}: let it return a field `mean` too, and make `mean` a field of the prediction"
+            )
         lower, upper = self(*self.inputs(fields["mean"], fields["total"]))
         return {**fields, "lower": lower, "upper": upper}
 

@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from vbdl.likelihoods.mixture import averaged, mixture_quantile, mixture_score
+from vbdl.likelihoods.normal_mixture import RegressionPrediction
 from vbdl.metrics.intervals import normal_cdf
 from vbdl.types import Prediction, Recalibration
 
@@ -104,9 +105,12 @@ class Evidence(SimpleNamespace):
 
 
 def distribution_of(prediction: Prediction | Evidence) -> Distribution | None:
-    """The predictive distribution of a regression, inside a predictor or from a prediction's samples, or None."""
+    """The predictive distribution of a regression, inside a predictor or from a prediction's samples, or None.
+
+    None for other likelihoods than mixtures of normal distributions, whose parameters mean something else.
+    """
     if isinstance(prediction, Evidence):
         return prediction.distribution
-    if prediction.samples is None:
+    if prediction.samples is None or not isinstance(prediction, RegressionPrediction):
         return None
     return Distribution(prediction.samples, recalibration=prediction.recalibration)

@@ -57,6 +57,7 @@ class Prediction:
     label: ClassVar[Tensor | None] = None  # (batch, ...) the most probable class
     confidence: ClassVar[Tensor | None] = None  # (batch, ...) probability of the label
     std: ClassVar[Tensor | None] = None  # (batch, ...) predictive standard deviation
+    output_axis: ClassVar[int] = -1  # the axis of the outputs in mean, counted from the end
     recalibration: ClassVar[Recalibration | None] = None  # the calibrator's map of the distribution function
 
     @property
@@ -101,3 +102,23 @@ class Prediction:
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The bounds of the central interval that holds y with probability `level`, (batch, ...) each."""
         raise NotImplementedError(f"{type(self).__name__} has no intervals; give it a method interval(level)")
+
+    def quantile(self, q: float | Tensor) -> Tensor:
+        """The quantiles at the level(s) q, () or (levels,): (batch, ...) or (levels, batch, ...)."""
+        raise NotImplementedError(f"{type(self).__name__} has no quantiles; give it a method quantile(q)")
+
+    def normals(self) -> tuple[Tensor, Tensor]:
+        """The means and standard deviations of a mixture of normal distributions, (samples, batch, ...) each."""
+        raise NotImplementedError(self._no_normals("StdScaling scales"))
+
+    def score(self, y: Tensor) -> Tensor:
+        """The normal score Φ⁻¹(cdf(y)), (batch, ...), float64, of a mixture of normal distributions."""
+        raise NotImplementedError(self._no_normals("CDFRecalibration recalibrates"))
+
+    def _no_normals(self, what: str) -> str:
+        return (
+            f"{type(self).__name__} is no mixture of normal distributions, and {what} only these. Use "
+            f"AbsoluteIntervals or NormalizedIntervals of vbdl.calibration, which need mean and total; or inherit from "
+            f"vbdl.likelihoods.normal_mixture.RegressionPrediction, with samples (samples, batch, ..., 2) of means and "
+            f"log-variances"
+        )
