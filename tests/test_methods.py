@@ -174,7 +174,8 @@ def test_commands_take_a_method_from_a_plugin(plugin, data, tmp_path, capsys):
     table.write_text("\n".join(["a,b,target", *rows]))
     usual = ["--target", "target"]
     out = str(tmp_path / "model.vbdl")
-    assert main(["fit", str(table), *usual, "--method", "shaken", "--out", out]) == 2
+    with pytest.raises(SystemExit):
+        main(["fit", str(table), *usual, "--method", "shaken", "--out", out])
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "--plugin" in said and "@vbdl.register(name='shaken')" in said
     options = ["--method", "shaken", "--plugin", str(plugin), "--no-figures", "--epochs", "3", "--width", "8"]
@@ -193,7 +194,7 @@ def test_commands_take_a_method_from_a_plugin(plugin, data, tmp_path, capsys):
 def test_what_cannot_be_a_plugin_is_said(plugin, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         plugins.load(tmp_path / "none.py")
-    for name, said in (("not a name.py", "cannot be imported"), ("json.py", "rename the file")):
+    for name, said in (("not a name.py", "not a Python file that can be"), ("json.py", "rename the file")):
         (tmp_path / name).write_text("raise AssertionError")
         with pytest.raises(ValueError, match=said):
             plugins.load(tmp_path / name)

@@ -3,16 +3,24 @@
 from collections.abc import Hashable, Mapping
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from vbdl.nn.frozen import hold_frozen
 
 
 class KeyedNetwork(nn.Module):
-    """A network whose forward is a pure function of its inputs, its parameters and its `key`.
+    """A network whose forward is a pure function of its inputs, its parameters and its `key`: a method's own part.
+
+    A subclass of your own defines `forward(*args, **kwargs)`, which draws from `self.key` with functions of
+    `vbdl_kernels` and calls `self.inner`, and, if its loss has a KL, `regularization`. Its own parameters and buffers
+    are trained, stacked for ensembles and saved. If it has `reset_parameters()`, each member of an ensemble starts from
+    what that sets. Inside a forward, parameters are replaced by plain tensors, those of one draw: read them as
+    attributes (`self.inner.get_submodule("0").weight`), because torch's `get_parameter` refuses a plain tensor.
 
     inner: the user's network.
     key: (2,) int64 buffer, (seed, draw), from which everything random is drawn.
+    kl_weight: () buffer, the weight of the KL in the loss, if there is one: `fit(kl_warmup=...)` sets it.
     rate: overrides the dropout rates of `inner`, all of them or by module name.
     kept: values that follow from the key alone, such as masks and drawn weights, by a name: the forward adds what it
         makes and reads what is there. None: the forward makes them anew.
@@ -27,6 +35,17 @@ class KeyedNetwork(nn.Module):
     kept: dict[Hashable, Tensor] | None = None
     steps: tuple[int, int] | None = None
 
+    def __init__(self, inner: nn.Module | None = None, *, kl: bool = False):
+        """inner: the user's network, to hold with a key. kl: whether the loss has a KL, which gives a `kl_weight`."""
+        super().__init__()
+        if inner is None:  # the subclass registers them
+            return
+        self.inner = inner
+        device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        if kl:
+            self.register_buffer("kl_weight", torch.ones((), device=device))
+
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen layers keep their statistics in both."""
         super().train(mode)
@@ -40,7 +59,11 @@ class KeyedNetwork(nn.Module):
         return False
 
     def regularization(self, key: Tensor) -> Tensor | None:
-        """The regularization that the loss of a row adds for a draw, in nats (e.g. the KL term), or None."""
+        """The regularization that the loss of a row adds, (), in nats, or None: the KL term, for instance.
+
+        That is self.kl_weight * KL / number of training rows. key: (2,) that of the draw, for a KL that is estimated at
+        the drawn weights.
+        """
         return None
 
     def adopt(self, other: "KeyedNetwork") -> None:

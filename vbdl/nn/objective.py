@@ -126,9 +126,54 @@ class PosteriorOfOneNetwork(Posterior):
 
 
 class KeyedPosterior(PosteriorOfOneNetwork):
-    """A posterior of one network whose draws differ only in their key, in training and in prediction."""
+    """A posterior of one network whose draws differ only in their key, in training and in prediction.
+
+    It defines `draws` and `losses`: a step of training draws from a key of its own, made of seed and `steps`, the
+    number of steps so far, so that a compiled or resumed training draws the same. `vbdl.DeepEnsemble(q, n_members)`
+    takes it as its members, stacked, in which member m draws from seed + m. A method of your own is a `KeyedNetwork`
+    around the user's network and a subclass of this whose constructor makes it, with `config()` for saving.
+
+    module: the network whose forward draws from its key. n_samples: draws per training step, averaged. seed: of the
+    draws in training. output: the output to predict from, if the network returns several.
+
+    >>> from vbdl_kernels import normal
+    >>> from vbdl.nn.keyed import KeyedNetwork
+    >>> class Blurred(KeyedNetwork):
+    ...     def forward(self, *args, **kwargs):
+    ...         out = self.inner(*args, **kwargs)
+    ...         return out + 0.1 * normal(self.key, 0, 0, 1, out.shape[-1]).view(-1)
+    >>> q = KeyedPosterior(Blurred(nn.Linear(4, 1)))
+    >>> p = vbdl.Predictor(vbdl.DeepEnsemble(q, 3), vbdl.Gaussian(), n_samples=30, compile=False)(torch.randn(5, 4))
+    >>> p.mean.shape, bool((p.epistemic > 0).all())
+    (torch.Size([5, 1]), True)
+    """
 
     module: KeyedNetwork
+
+    def __init__(self, module: KeyedNetwork | None = None, *, n_samples: int = 1, seed: int = 0, output: Output = None):
+        super().__init__()
+        if module is None:  # the subclass sets them
+            return
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+        self.module, self.n_samples, self.seed, self.output = module, n_samples, seed, output
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=module.key.device))
+
+    @property
+    def kl_weight(self) -> float | None:  # type: ignore[override]
+        """The weight of the KL term in the loss, which `fit(kl_warmup=...)` raises from 0; None without a KL term."""
+        weight = self.module._buffers.get("kl_weight")
+        return None if weight is None else float(weight)
+
+    @kl_weight.setter
+    def kl_weight(self, value: float) -> None:
+        weight = self.module._buffers.get("kl_weight")
+        if weight is None:
+            raise ValueError(
+                f"{type(self.module).__name__} has no KL term to weigh: give it a buffer kl_weight, as KeyedNetwork("
+                f"inner, kl=True) does, and use it in regularization(key)"
+            )
+        weight.fill_(value)
 
     @property
     def user_network(self) -> nn.Module:

@@ -375,7 +375,8 @@ def _base(member: nn.Module) -> KeyedPosterior | None:
     if is_posterior(member) and not isinstance(member, KeyedPosterior):
         raise TypeError(
             f"members that are posteriors must draw from keys, like vbdl.MCDropout and vbdl.MeanField; got "
-            f"{type(member).__name__}: give DeepEnsemble the networks themselves"
+            f"{type(member).__name__}: let its class inherit from vbdl.nn.objective.KeyedPosterior, or give "
+            f"DeepEnsemble the networks themselves, which loses the method"
         )
     return member if isinstance(member, KeyedPosterior) else None
 

@@ -165,15 +165,6 @@ class MeanField(KeyedPosterior):
         if self.estimator != "shared":
             self._find_row_layers(map_inputs(lambda t: t[0], x) if own_rows else x)
 
-    @property
-    def kl_weight(self) -> float:
-        """The weight of the KL term; below 1 the posterior is tempered, as during a warm-up."""
-        return float(self.module.kl_weight)
-
-    @kl_weight.setter
-    def kl_weight(self, value: float) -> None:
-        self.module.kl_weight.fill_(value)
-
     def kl(self) -> Tensor:
         """KL(q || prior) in nats, summed over every weight."""
         return self.module.kl()
