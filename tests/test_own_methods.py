@@ -646,3 +646,38 @@ def test_a_decision_reads_no_parameters_of_another_meaning(data):
     risk = vbdl.decision.Risk(0.9)
     inside = vbdl.with_decision(predict, risk)(x).action
     assert torch.equal(torch.as_tensor(risk(predict(x, samples=True))["action"]), inside)
+
+
+def test_explain_counts_drawn_weights():
+    """Those that `draws` makes, and products of a single row, which are traced as a sum."""
+    q = DrawnWeights(nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, 2)))
+    said = vbdl.Predictor(q, vbdl.Gaussian(2), compile=False, tiles=1).explain(torch.randn(1, FEATURES))
+    assert f"draws          {(64 * FEATURES + 64 + 2 * 64 + 2) * 4 / 1024:.1f} KiB each" in said
+    assert " 0 flop for each draw" not in said
+    members = vbdl.Predictor(Members(network()), vbdl.Gaussian(2), compile=False)
+    members(torch.randn(1, FEATURES))
+    (execution,) = next(iter(members.executions.by_shape.values()))
+    assert execution.traced.entry_bytes(execution.chunking(MEMBERS).cut) == 0  # members are held anyway
+
+
+def test_moments_say_which_posteriors_they_are_for(data):
+    predict = vbdl.Predictor(DrawnWeights(network()), vbdl.Gaussian(2), estimator="moments", compile=False)
+    with pytest.raises(ValueError, match="DrawnWeights draws network.0.weight.* outside of it: use estimator='sampl"):
+        predict(data[0])
+
+
+def test_a_tolerance_says_that_it_needs_a_standard_error(data):
+    class WithoutError(LaplaceNoise):
+        def finish(self, summary: State) -> State:
+            return {name: t for name, t in super().finish(summary).items() if name != "standard_error"}
+
+    predict = vbdl.Predictor(DrawnWeights(network()), WithoutError(2), compile=False)
+    with pytest.raises(NotImplementedError, match="a field `standard_error`"):
+        predict(data[0], tolerance=0.1)
+
+
+def test_an_ensemble_of_a_plain_posterior_names_what_it_takes():
+    with pytest.raises(
+        TypeError, match="got DrawnWeights: let its class inherit from vbdl.nn.objective.KeyedPosterior"
+    ):
+        vbdl.DeepEnsemble(DrawnWeights(network()), 3)

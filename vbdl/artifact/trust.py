@@ -41,7 +41,7 @@ def untrusted(target: str, otherwise: str = "") -> ArtifactError:
     package = target.partition(":")[0].partition(".")[0]
     return ArtifactError(
         f"the artifact asks to import {target[:120]!r}, which runs code: if you trust it, use "
-        f"load(folder, trust=({package[:60]!r},)){otherwise}"
+        f"load(folder, trust=({package[:60]!r},)), on the command line --trust {package[:60]}{otherwise}"
     )
 
 

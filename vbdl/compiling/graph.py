@@ -203,6 +203,17 @@ class Cut:
                 kept.add(node)
         return sum(own_bytes(node) for node in kept)
 
+    def read_placeholders(self) -> set[str]:
+        """The names of the placeholders that regions with the input read, themselves or as a view."""
+        nodes = [self.values[name] for which in (PREFIX, BODY) for name in self.regions[which].inputs]
+        read = set()
+        for node in nodes:
+            while _is_view(node):
+                node = node.all_input_nodes[0]
+            if node.op == "placeholder":
+                read.add(node.name)
+        return read
+
 
 def dependence(traced: fx.GraphModule, kinds: Sequence[int]) -> dict[fx.Node, int]:
     """The region of every value: ONCE, DRAWN, PREFIX or BODY.
@@ -351,7 +362,22 @@ def _is_view(node: fx.Node) -> bool:
 def flops_of(node: fx.Node) -> int:
     """The number of multiplications and additions of a node that is a matrix product or a convolution; else 0."""
     operator = operator_of(node)
-    if operator is None or operator.overloadpacket not in flop_registry:
+    if operator is None:
+        return 0
+    if name_of(node) == "sum":  # a product with a single row is traced as this
+        return _flops_of_sum(node)
+    if operator.overloadpacket not in flop_registry:
         return 0
     values = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     return flop_registry[operator.overloadpacket](*values[0], **values[1], out_val=node.meta["val"])
+
+
+def _flops_of_sum(node: fx.Node) -> int:
+    """Those of a matrix product that is a sum of outer products: x.unsqueeze(-2) * w, summed over the last axis."""
+    product = node.all_input_nodes[0]
+    factors = [n.meta.get("val") for n in product.all_input_nodes]
+    value = product.meta.get("val")
+    if name_of(product) != "mul" or len(factors) != 2 or not isinstance(value, Tensor):
+        return 0
+    sizes = [f.numel() for f in factors if isinstance(f, Tensor)]
+    return 2 * value.numel() if len(sizes) == 2 and min(sizes) < value.numel() else 0

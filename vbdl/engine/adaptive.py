@@ -93,7 +93,12 @@ class StandardError:
         return state
 
     def settled(self, fields: State, count: int, state: State) -> Tensor:
-        error = fields["standard_error"]
+        error = fields.get("standard_error")
+        if error is None:
+            raise NotImplementedError(
+                f"a tolerance reads the standard error of the mean, and the likelihood's finish() gives only "
+                f"{', '.join(fields)}: let it return a field `standard_error` too, or give a deadline"
+            )
         return (error.flatten(1) if error.ndim > 1 else error.unsqueeze(1)).amax(1).le(self.at_most) & (
             count >= LEAST_DRAWS
         )

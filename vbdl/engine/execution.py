@@ -189,6 +189,7 @@ class Execution:
                 memory_budget=self._settings.memory_budget,
                 chunk_size=self._settings.chunk_size,
                 reasons=(*reasons, *traced.rewrites, *([_ONE_DRAW] if one else [])),
+                entry_bytes=traced.entry_bytes(few),
             )
             calls = Chunking(
                 traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None, bool(self._settings.compile)

@@ -63,13 +63,15 @@ def choose(
     memory_budget: int,
     chunk_size: int | None,
     reasons: tuple[str, ...] = (),
+    entry_bytes: int = 0,
 ) -> Plan:
     """Choose the plan for a graph that was traced with `traced_draws` draws.
 
-    memory_budget: bytes; half is for kept draws, half for activations. Raises ValueError if the activations of a single
+    memory_budget: bytes; half is for kept draws, half for activations. entry_bytes: of a draw's entries that `draws`
+    makes and a call reads. Raises ValueError if the activations of a single
     draw need more than their half.
     """
-    draw_bytes = cut.kept_bytes() // traced_draws
+    draw_bytes = cut.kept_bytes() // traced_draws + entry_bytes
     activation_bytes = max(1, cut.regions[BODY].peak_bytes() // traced_draws)
     half = memory_budget // 2
     if activation_bytes > half:
@@ -138,8 +140,8 @@ def _bytes(n: int) -> str:
 
 def _count(n: int) -> str:
     size = float(n)
-    for unit in ("", " K", " M"):
+    for unit in ("", "K", "M"):
         if size < 1000:
-            return f"{size:.3g}{unit}flop"
+            return f"{size:.3g} {unit}flop"
         size /= 1000
     return f"{size:.3g} Gflop"

@@ -64,6 +64,13 @@ class Traced:
         """
         return self.model.entries(numbers, self.settings.seed)
 
+    def entry_bytes(self, cut: Cut) -> int:
+        """The bytes of one draw's entries that `draws` makes and a call reads; those of members are held anyway."""
+        held = self.model.member_entries()
+        read = cut.read_placeholders()
+        each = zip(self.entries(torch.arange(1)).items(), cut.placeholders, strict=False)
+        return sum(t.numel() * t.itemsize for (name, t), place in each if place in read and name not in held)
+
     # -- graphs
 
     def probe(self) -> tuple[Cut, int, tuple[str, ...]]:

@@ -91,9 +91,9 @@ def fit(
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     >>> x, y = torch.randn(20, 4), torch.randint(3, (20,))
     >>> q, likelihood = vbdl.DeepEnsemble(net, 3), vbdl.Categorical()
-    >>> history = vbdl.fit(q, (x, y), likelihood, epochs=3, compile=False)
-    >>> history.epochs, len(history.train_loss[0])
-    (3, 3)
+    >>> history = vbdl.fit(q, (x, y), likelihood, epochs=10, compile=False)
+    >>> len(history.train_loss), len(history.train_loss[0])  # epochs, members
+    (10, 3)
     """
     options = TrainingOptions(
         epochs=epochs,

@@ -38,7 +38,14 @@ _BATCHES = (
 
 @dataclass
 class History:
-    """The losses and times of a training, one entry per epoch."""
+    """The losses and times of a training, one entry per epoch.
+
+    train_loss, validation_nll: (epochs, members), nats per row; the latter is empty without validation rows.
+    best_epoch: (members,), the number of the epoch whose state was kept, -1 for the last.
+    epochs: those that were trained, fewer than asked for if training stopped early.
+    seconds: of the training; compile_seconds: of them, those for tracing and compiling.
+    one_by_one: why members were trained one after the other, or "".
+    """
 
     train_loss: list[list[float]] = field(default_factory=list)  # (epochs, members) nats per row
     # (epochs, members) nats per row; members that train shared parameters all have the loss of their mixture

@@ -112,7 +112,13 @@ class MomentExecution:
         tile_values = dict(zip(self._inputs, self._tensors(), strict=True))
         outputs = run(self._traced, self._moving, {**self._kept, **tile_values}).get(self._output)
         if not isinstance(outputs, Moments):
-            raise ValueError(f"nothing random reaches the output of this {type(self.model.posterior).__name__}")
+            name = type(self.model.posterior).__name__
+            if list(stacked) != ["network.key"]:
+                raise ValueError(
+                    f"estimator='moments' follows noise that a network draws from its key, as that of MC dropout and "
+                    f"mean-field, and {name} draws {', '.join(stacked)[:80]} outside of it: use estimator='sampling'"
+                )
+            raise ValueError(f"nothing random reaches the output of this {name}")
         self.parameter_shape = outputs.shape
         self.joint = isinstance(outputs, Correlated) and _size(tuple(outputs.shape[1:])) <= MOST_JOINT
         self._points = _normal_points(tuple(outputs.shape[1:]), uncorrelated=self.joint).to(outputs.mean)
