@@ -83,7 +83,8 @@ def test_a_network_with_its_own_scaling_is_served(hospital, tmp_path):
     x = torch.randint(256, (5, 1, 2, 2)).float()
     folder = predict.save(tmp_path / "model", example=x)
     with TestClient(app(Model(folder, trust=(hospital,), compile=False))) as client:
-        while client.get("/ready").status_code != 200:
+        while (ready := client.get("/ready")).status_code != 200:
+            assert "failed" not in ready.text
             time.sleep(0.02)
         rows = client.post("/v1/predict", json={"inputs": x.tolist()}).json()["predictions"]
         wrong = [

@@ -181,7 +181,8 @@ def test_the_service_says_why_in_words_and_names_the_classes(rows, tmp_path):
     asked = torch.cat((rows["new"][:20], rows["far"]))
     expected = vbdl.load(folder, compile=False, batch_invariant=True)(asked)
     with TestClient(app(Model(folder, compile=False))) as client:
-        while client.get("/ready").status_code != 200:
+        while (ready := client.get("/ready")).status_code != 200:
+            assert "failed" not in ready.text
             time.sleep(0.02)
         answer = client.post("/v1/predict", json={"inputs": asked.tolist()}).json()
         about, described = client.get("/v1/model").json(), client.get("/openapi.json").json()
