@@ -89,7 +89,8 @@ REFUSED = ("CDFRecalibration", "StdScaling")
 
 def test_nothing_is_left_out():
     """A new calibration or decision appears in one of the tests below, or fails here."""
-    assert set(DECISIONS) == {"AnomalyFlags", "ExpectedCost", "HandOver", "PathBounds", "Referral", "Risk"}
+    alone = {"AnomalyFlags", "ExpectedCost", "HandOver", "PathBounds", "Referral", "Risk"}
+    assert set(DECISIONS) == alone | {"AnyOf", "OutOfDistribution"}
     for name in CALIBRATIONS:
         assert _made(name)[0].acts_on in ("logits", "probs", "prediction")
 
@@ -118,6 +119,10 @@ def test_decisions_about_classes(classes, name, which, kinds):
         flags = decision.AnomalyFlags(0.1, kind).fit(uncertainty_of(calibrated(x[:300]), kind))
         found = with_decision(calibrated, flags)(new).action
         assert torch.equal(found, torch.stack([(flags.scores >= v).sum() for v in u]) + 1 <= 30)
+        # a distance is of the network, whatever its probabilities are calibrated to
+        guard = decision.OutOfDistribution().fit(calibrated, x[:100], x[100:300], share=0.1)
+        rules = with_decision(calibrated, decision.AnyOf([Referral(kind, middle), guard]))(new)
+        assert torch.equal(rules.action, torch.where(guard.refers(calibrated, new), REFER, referred))
 
 
 def _quantiles(p, levels):
