@@ -15,9 +15,10 @@ import torch
 T = TypeVar("T")
 
 _SWITCH = 0.0005  # seconds; a predicting thread waits at most about this long for the interpreter
+_JOIN = 10.0  # seconds to wait for the thread to end after its last job
 _ASK, _LEAVE = 0.1, 60.0  # seconds from one request to end a job to the next when the process ends, and at most
 
-_jobs: "queue.SimpleQueue[tuple[weakref.ref, Callable, Future[None]]]" = queue.SimpleQueue()
+_jobs: "queue.SimpleQueue[tuple[weakref.ref, Callable, Future[None]] | None]" = queue.SimpleQueue()
 _lock = threading.Lock()
 _worker: threading.Thread | None = None
 _leaving = threading.Event()
@@ -40,7 +41,9 @@ def submit(owner: T, job: Callable[[T], None]) -> "Future[None]":
 def _work() -> None:
     torch.get_num_threads()  # applies the number of threads of the process to this thread
     while not _leaving.is_set():
-        owner, job, done = _jobs.get()
+        if (submitted := _jobs.get()) is None:
+            return
+        owner, job, done = submitted
         alive = owner()
         if alive is None or _leaving.is_set() or not done.set_running_or_notify_cancel():
             done.cancel()
@@ -77,6 +80,9 @@ def _leave() -> None:
     while _worker is not None and _worker.is_alive() and not _idle.wait(_ASK) and waited < _LEAVE:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_worker.ident or 0), ctypes.py_object(_Leaving))
         waited += _ASK
+    if _worker is not None and _idle.is_set():  # it may still free what the job held, in C++ code
+        _jobs.put(None)
+        _worker.join(_JOIN)
 
 
 atexit.register(_leave)
