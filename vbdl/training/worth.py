@@ -11,7 +11,7 @@ from vbdl.compiling.graph import flops_of, operator_of, own_bytes
 # A trace takes about as long as some hundred steps save by running the graph instead of the Python code.
 _STEPS_WORTH_TRACING = 300
 _STEPS_OF_A_CARD = 4000  # steps that repay compiling where kernels are launched on a device
-# Measured on one core of a server processor: what compiling takes, and what one step of compiled code saves.
+# Estimated from a few cells on one core of a server processor: what compiling takes, and what a step then saves.
 _SECONDS, _SECONDS_PER_OPERATION = 2.0, 0.015
 _SAVED_PER_OPERATION = 3e-6  # seconds: the call of an operator from Python
 _SAVED_PER_BYTE = 1e-10  # seconds: a value between two elementwise operations that is not written and read
