@@ -187,7 +187,19 @@ def test_commands_take_a_method_from_a_plugin(plugin, data, tmp_path, capsys):
     x, y = x.numpy(), y.numpy()
     assert vbdl.VBDLClassifier(method="shaken", epochs=3).fit(x, y).score(x, y) > 0.3
     folder = tmp_path / "results"
-    bench = ["bench", "--sets", "wine", "--methods", "shaken", "--plugin", str(plugin), "--effort", "0.02"]
+    bench = [
+        "bench",
+        "--sets",
+        "diabetes",
+        "--methods",
+        "shaken",
+        "--plugin",
+        str(plugin),
+        "--effort",
+        "0.02",
+        "--splits",
+        "1",
+    ]
     assert main([*bench, "--out", str(folder)]) == 0
 
 
