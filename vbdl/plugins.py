@@ -8,12 +8,12 @@ from pathlib import Path
 _LOADED: dict[str, Path] = {}  # the files that were loaded as plugins, by the name of their module
 
 
-def load(path: Path) -> None:
+def load(path: Path) -> bool:
     """Import a Python file as the module of its name, with its folder first on the import path, as `python FILE` does.
 
     Classes of the file, and of files beside it, are then imported by name: to load a saved predictor, for instance.
-    The file's code is executed: use files you trust. Raises FileNotFoundError if there is no such file, ValueError if
-    it is not a Python file or its name is that of another module.
+    The file's code is executed: use files you trust. Returns False if it was loaded before. Raises FileNotFoundError if
+    there is no such file, ValueError if it is not a Python file or its name is that of another module.
     """
     path = Path(path).resolve()
     if not path.is_file():
@@ -22,7 +22,7 @@ def load(path: Path) -> None:
     if path.suffix != ".py" or not name.isidentifier():
         raise ValueError(f"{path} is not a Python file that can be imported: call it something like my_method.py")
     if _LOADED.get(name) == path:
-        return
+        return False
     folder = str(path.parent)
     if name in _LOADED:
         sys.modules.pop(name, None)  # an earlier plugin of the same name
@@ -36,3 +36,4 @@ def load(path: Path) -> None:
     importlib.invalidate_caches()
     importlib.import_module(name)
     _LOADED[name] = path
+    return True

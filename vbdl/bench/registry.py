@@ -82,9 +82,9 @@ def load_plugin(path: Path) -> None:
     class with `@vbdl.register(name=...)`, which is trained without a published protocol.
     """
     before = len(DATASETS) + len(METHODS)
-    plugins.load(path)
+    is_new = plugins.load(path)
     _add_methods_of_table()
-    if len(DATASETS) + len(METHODS) == before:
+    if is_new and len(DATASETS) + len(METHODS) == before:
         raise ValueError(
             f"{path} registered nothing new: decorate a function with vbdl.bench.dataset or .method, or a posterior's "
             f"class with vbdl.register(name=...)"
