@@ -73,7 +73,12 @@ def test_the_layout_of_the_readme_is_that_of_the_tree():
 def test_how_it_works_names_what_the_code_has():
     """Names there are of modules of the engine, and of classes that these modules import."""
     section = CONTRIBUTING.split("\n## How it works\n")[1].split("\n## ")[0]
-    classes = {"Predictor": "engine.predictor", "Execution": "engine.execution", "Likelihood": "types"}
+    classes = {
+        "Predictor": "engine.predictor",
+        "Execution": "engine.execution",
+        "Likelihood": "types",
+        "Model": "model",
+    }
     names = re.findall(r"`([a-zA-Z]\w*(?:\.\w+)+)(?:\(\w+\))?`", section)
     for name in (n for n in names if not n.endswith(".py")):
         first = name.split(".")[0]

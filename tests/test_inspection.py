@@ -68,7 +68,9 @@ def test_other_randomness_is_named():
 
 
 def test_a_module_without_dropout_is_told_what_to_use():
-    assert "use DeepEnsemble or Laplace or MeanField or" in str(vbdl.inspect(nn.Linear(2, 2), torch.randn(3, 2)))
+    assert "use BatchEnsemble or DeepEnsemble or IVON or Laplace" in str(
+        vbdl.inspect(nn.Linear(2, 2), torch.randn(3, 2))
+    )
 
 
 def test_the_module_is_left_as_it_was():

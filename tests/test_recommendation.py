@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from vbdl.methods import METHODS
 from vbdl.recommendation import recommend
+
+# of a network that draws nothing by itself, with no augmentation known
+_TRIED = [m.class_name for m in METHODS.values() if not (m.needs_own_noise or m.needs_augmentation)]
 
 
 def _network(dropout=True):
@@ -22,8 +26,7 @@ def test_measures_all_three_and_gives_a_reason(data):
     network = _network()
     before = [p.clone() for p in network.parameters()]
     found = recommend(network, data, budget=1.5)
-    methods = ["MCDropout", "MeanField", "DeepEnsemble", "SWAG", "Snapshots", "Deterministic", "Laplace"]
-    assert [m.method for m in found.table] == methods
+    assert [m.method for m in found.table] == _TRIED
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     measured = {m.method: m for m in found.table}
     best = min(found.table, key=lambda m: m.nll.value)
@@ -71,7 +74,7 @@ def test_a_trained_network_is_used_as_it_is(dropout, rule, data):
 def test_a_trained_network_that_may_be_trained_is_where_training_starts(data):
     found = recommend(_network(dropout=False), data, trained=True, train=True, budget=4.0)
     epochs = {m.method: m.epochs for m in found.table if m.nll is not None}
-    assert epochs.keys() == {"MeanField", "DeepEnsemble", "SWAG", "Snapshots", "Deterministic", "Laplace"}
+    assert epochs.keys() == set(_TRIED) - {"MCDropout"}
     assert epochs["Deterministic"] == epochs["Laplace"] == 0 and epochs["SWAG"] >= 4 and epochs["Snapshots"] >= 4
     assert found.rule.startswith("SWAG, since")
 
@@ -156,7 +159,8 @@ def test_every_method_trains_for_the_same_time(data, monkeypatch):
     monkeypatch.setattr(recommendation, "fit", fit)
     monkeypatch.setattr(recommendation.time, "perf_counter", lambda: now[0])
     recommend(_network(), data, budget=12.0)
-    assert len(trained) == 7 and len(set(trained.values())) == 1 and min(trained.values()) > 10
+    assert len(trained) == len(_TRIED) and min(trained.values()) > 10
+    assert max(trained.values()) - min(trained.values()) <= 1  # whole epochs of the same time
 
 
 def test_the_reason_is_true_of_the_table():

@@ -39,8 +39,12 @@ NAMES = names.public()
 def run(page: Path, folder: Path, monkeypatch) -> dict:
     monkeypatch.setenv("VBDL_COMPILE", "never")
     monkeypatch.setenv("MPLBACKEND", "agg")
-    session = snippets.Session(str(page.relative_to(ROOT)), folder)
-    session.run_all(page.read_text())
+    session, before = snippets.Session(str(page.relative_to(ROOT)), folder), dict(METHODS)
+    try:
+        session.run_all(page.read_text())
+    finally:  # a page may register a method of its own
+        METHODS.clear()
+        METHODS.update(before)
     return session.names
 
 

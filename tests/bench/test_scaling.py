@@ -20,6 +20,8 @@ def test_every_cell_is_measured_once(tmp_path, monkeypatch):
         ("draws", "swag"),
         ("members", "deep-ensemble"),
         ("members", "snapshots"),
+        ("members", "batch-ensemble"),
+        ("members", "masksembles"),
         ("draws", "laplace"),
         *(("rows", m) for m in building()),
     }

@@ -333,14 +333,17 @@ def fitted(q, data, **options):
     return q, history
 
 
-@pytest.mark.parametrize("network, estimator", [("conv", "local"), ("transformer", "flipout")])
+@pytest.mark.parametrize(
+    "network, estimator", [("conv", "local"), pytest.param("transformer", "flipout", marks=pytest.mark.slow)]
+)
 def test_compiled_and_eager_training_agree(network, estimator, data):
-    """Up to rounding of 6e-8, which 12 steps of Adam enlarge."""
-    eager, _ = fitted(make(network, estimator), data)
-    compiled, history = fitted(make(network, estimator), data, compile=True)
+    """Up to rounding. Adam would make steps of it where a gradient is 0, as of the bias of the keys of attention."""
+    sgd = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.05)}
+    eager, _ = fitted(make(network, estimator), data, **sgd)
+    compiled, history = fitted(make(network, estimator), data, compile=True, **sgd)
     assert history.compile_seconds > 0
     for name, t in eager.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[name], t, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(compiled.state_dict()[name], t, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("estimator", ["local", "flipout"])

@@ -228,9 +228,9 @@ def test_dropped_units_are_left_out():
     torch.testing.assert_close(predict(x).probs, masked(x).probs, rtol=0, atol=1e-6)
     (execution,) = predict.executions.drawing(next(iter(predict.tiles_of(predict.check(x)))))
     kept = -(-kept_units(512, 4, 3.0) // 16) * 16  # rounded up to a multiple of 16
-    regions = execution.traced.probe()[0].regions  # of two members
+    regions = execution.traced.probe()[0].regions  # of all four members
     assert regions[PREFIX].flops() == 2 * 64 * 32 * 512  # the first layer, which has no mask, once for all members
-    assert regions[BODY].flops() == 2 * 2 * 64 * (kept * kept + kept * 10)
+    assert regions[BODY].flops() == 4 * 2 * 64 * (kept * kept + kept * 10)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vbdl.nn.architecture import architecture as described_lines
 from vbdl.nn.architecture import constants
 from vbdl.types import Json
 
-_NUMBERED = "first_layer"  # attribute of Bayesian layers, set by the posterior that contains them
+_OF_POSTERIOR = ("first_layer", "row_estimator")  # attributes of Bayesian layers, set by the posterior around them
 
 
 def describe(
@@ -141,7 +141,7 @@ def settings(network: nn.Module) -> dict[str, str]:
     for name, m in network.named_modules():
         properties[name] = type(m).__qualname__
         for key, value in vars(m).items():
-            if key.startswith("_") or key in ("training", _NUMBERED):
+            if key.startswith("_") or key in ("training", *_OF_POSTERIOR):
                 continue
             if callable(value) and not isinstance(value, type):
                 value = getattr(value, "__qualname__", None)
@@ -177,5 +177,5 @@ def _is_plain(value: object) -> bool:
 def _lines(network: nn.Module) -> list[str]:
     """The lines that must be equal for two architectures to be the same; dtypes are left out."""
     shapes = {f"{name}: {tuple(t.shape)}" for name, t in state_of(network).items()}
-    lines = [line for line in described_lines(network) if f".{_NUMBERED} = " not in line]
+    lines = [line for line in described_lines(network) if not any(f".{key} = " in line for key in _OF_POSTERIOR)]
     return [bare if (bare := line.rpartition(" torch.")[0]) in shapes else line for line in lines]

@@ -92,15 +92,11 @@ def check_last(module: nn.Module, chosen: Sequence[str], x: Inputs, output: Outp
         return
     layers = [name.rpartition(".")[0] for name in last if name is not None]
     mine = chosen[0].rpartition(".")[0]
-    if layers and not any(p.requires_grad for p in module.get_submodule(layers[-1]).parameters()):
-        raise ValueError(
-            f"the outputs are computed by '{layers[-1]}', which is frozen: give Laplace(net, parameters='all') for all "
-            f"trainable parameters, such as adapters, or set requires_grad on the last layer"
-        )
     if layers:
         raise ValueError(
             f"layer '{mine}' was taken for the last one, but the outputs are computed by '{layers[-1]}': give "
-            f"Laplace(net, parameters=[{layers[-1]!r}])"
+            f"Laplace(net, parameters=[{layers[-1]!r}]), or parameters='all' for all trainable parameters, such as "
+            f"adapters, if that layer is frozen"
         )
     raise ValueError(
         f"layer '{mine}' was taken for the last one, but the outputs do not come from a linear layer: name the "

@@ -179,7 +179,7 @@ def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) ->
     hint = ""
     if isinstance(error, IndexError) and "out of bounds for dimension 0" in str(error):
         hint = f"; {_GRAPH}"
-    if not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
+    elif not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
         hint = "; convert integers that are not indices with x.to(torch.float32)"
     elif module is not None and len(leaves) == 1:
         hint = _of_channels(tuple(leaves[0].shape[1:]), module)

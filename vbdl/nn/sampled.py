@@ -67,13 +67,13 @@ class SampledNetwork(FactoredNetwork):
     The padding row of an embedding is not drawn and not part of the KL.
     chosen: the prior of each parameter to draw; the others stay as they are.
     n_data: number of rows in the training set; the KL term of a row is kl_weight * KL / n_data.
-    estimator: how layers draw in training. row_layers: the weights whose layers draw for every row, which follow from
-        running the network.
+    row_estimator: how layers draw in training. row_layers: the weights whose layers draw for every row, which follow
+        from running the network.
     calls: what each forward does with the drawn parameters is added to this list, if there is one.
     """
 
     kl_weight: Tensor
-    estimator: Estimator = "shared"
+    row_estimator: Estimator = "shared"
     row_layers: Mapping[str, RowLayer] = {}
     calls: list[Calls] | None = None
     found_by_running = (*FactoredNetwork.found_by_running, "row_layers", "calls")
@@ -136,7 +136,7 @@ class SampledNetwork(FactoredNetwork):
                 layers[id(mean)] = DrawnLayer(of(name), None if layer.bias is None else of(layer.bias), layer.axis)
             elif name not in biases:
                 weights[name] = drawn(mean, factor.std(name), self.key, numbers[name])
-        with RowNoise(self.estimator, self.key, layers):
+        with RowNoise(self.row_estimator, self.key, layers):
             return call(self.inner, weights, inputs)
 
     def normals(self) -> list[tuple[str, Tensor, Tensor]]:

@@ -101,7 +101,7 @@ class MeanField(KeyedPosterior):
             self.module = SampledNetwork(copied(module), chosen, initial_std, n_data)
         self.estimator: Estimator = estimator
         for network in self._sampled(self.module):
-            network.estimator = estimator
+            network.row_estimator = estimator
         self.n_samples, self.seed, self.output = n_samples, seed, output
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 

@@ -75,7 +75,9 @@ def _stored(values: list, stored: str, entry: InputEntry, name: str) -> np.ndarr
 
 def check_finite(numbers: np.ndarray, name: str, dtype: torch.dtype) -> None:
     """Raise Refused for numbers that are not finite, or too large for a network to compute with in this dtype."""
-    largest = float(np.float32(min(LARGEST, torch.finfo(dtype).max)))  # rounded to float32, which may round up
+    largest = min(LARGEST, torch.finfo(dtype).max)
+    if numbers.dtype != np.float64:
+        largest = float(np.float32(largest))  # numbers that were rounded to float32 may have been rounded up
     # one pass: the comparison is also False for NaN
     if numbers.size and not np.abs(numbers).max() <= largest:
         raise Refused(422, "bad_body", f"{name!r} has a number that is not finite, or beyond {largest:g}")

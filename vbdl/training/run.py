@@ -314,7 +314,9 @@ class TrainingRun:
         path = self.options.checkpoint
         if path is None or not Path(path).exists():
             return
-        tensors, epoch, history = load_checkpoint(path, self.optimizer, self.schedule, self._part)
+        tensors, epoch, history = load_checkpoint(
+            path, self.optimizer, self.schedule, self._part if self.sharing.by_members else None
+        )
         if (rows := tensors.pop("rows", None)) is not None:  # resuming a finished run reads no batch to fingerprint
             self.data.fingerprints.append(rows)
         state = state_of(self.losses)
