@@ -76,8 +76,7 @@ def _stored(values: list, stored: str, entry: InputEntry, name: str) -> np.ndarr
 def check_finite(numbers: np.ndarray, name: str, dtype: torch.dtype) -> None:
     """Raise Refused for numbers that are not finite, or too large for a network to compute with in this dtype."""
     largest = min(LARGEST, torch.finfo(dtype).max)
-    if numbers.dtype != np.float64:
-        largest = float(np.float32(largest))  # numbers that were rounded to float32 may have been rounded up
-    # one pass: the comparison is also False for NaN
-    if numbers.size and not np.abs(numbers).max() <= largest:
+    found = np.abs(numbers).max() if numbers.size else 0.0  # one pass: NaN if there is one, which no bound holds
+    # a number that was float32 before, as in Arrow, may be the largest one rounded up
+    if not (found <= largest or found == np.float32(largest)):
         raise Refused(422, "bad_body", f"{name!r} has a number that is not finite, or beyond {largest:g}")
