@@ -22,7 +22,7 @@ bench: $(VENV)/.ok  ## the suite on data that needs no download, and its page; V
 	$(BIN)/vbdl bench $(BENCH)
 	$(BIN)/vbdl report vbdl-bench
 
-test: $(VENV)/.ok  ## the tests, some 14 minutes on two cores; TORCH=2.11.0 for another torch, TESTS="tests/nn" for some
+test: $(VENV)/.ok  ## the tests, some 12 minutes on two cores; TORCH=2.11.0 for another torch, TESTS="tests/nn" for some
 	$(PYTEST) $(TESTS)
 
 test-thorough: $(VENV)/.ok  ## what is marked thorough: more cases of what `make test` tests; CI runs both
