@@ -34,8 +34,8 @@ class IVON(KeyedPosterior):
     It maximizes the ELBO of the prior N(0, 1 / (n_data weight_decay)). Each step takes the gradient g at drawn weights
     w; g (w - mean) / std^2 estimates the Hessian of the mean loss of a row, whose running mean gives the std and scales
     the step of the mean, as Adam's squared gradients do. The learning rate should fall to 0 in the end
-    (schedule="cosine"): the mean moves with the noise of the batches. The default of 0.1 is the paper's, for long trainings
-    of large networks; few rows or epochs want 0.3 to 1, which a Gaussian likelihood with a learned noise may not bear.
+    (schedule="cosine"): the mean moves with the noise of the batches. The default of 0.1 is the paper's, for long
+    trainings of large networks; few rows or epochs want 0.3 to 1, which a learned Gaussian noise may not bear.
 
     Parameters without a posterior (those of the likelihood, and all that `parameters` leaves out) are trained by Adam
     at a hundredth of the learning rate.
