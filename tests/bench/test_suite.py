@@ -330,3 +330,12 @@ def test_a_task_is_checked():
     ):
         with pytest.raises(ValueError, match=said):
             make(**options)
+
+
+def test_every_file_of_methods_is_registered():
+    """A method whose file is not imported would run without the options that its file gives it."""
+    registry.load_builtin()
+    makers = {entry.make.__module__.rpartition(".")[2] for entry in registry.METHODS.values()}
+    folder = Path(registry.__file__).parent / "methods"
+    files = {path.stem for path in folder.glob("*.py") if "@method(" in path.read_text()}
+    assert "ivon" in files and files <= makers

@@ -60,7 +60,7 @@ def _register(where: dict[str, Entry[Make]], kind: str, name: str, suite: str) -
 def load_builtin() -> None:
     """Register the data sets and methods of vbdl."""
     from vbdl.bench.datasets import bundled, images, tabular, uci  # noqa: F401
-    from vbdl.bench.methods import deep_ensemble, linear, mc_dropout, mean_field, single, trained  # noqa: F401
+    from vbdl.bench.methods import deep_ensemble, ivon, linear, mc_dropout, mean_field, single, trained  # noqa: F401
 
     _add_methods_of_table()
 

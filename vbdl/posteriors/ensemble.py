@@ -326,7 +326,8 @@ def _members(
     initialize: Callable[[nn.Module], object],
 ) -> list[Any]:
     """The members: copies of one network, initialized anew, or the networks as they are."""
-    given = [networks] if isinstance(networks, nn.Module) else list(networks)
+    several = isinstance(networks, Iterable) and not isinstance(networks, nn.Module)
+    given: list[Any] = list(networks) if several else [networks]  # type: ignore[arg-type]  # what is no network is said by check_network
     for network in given:
         check_network(network, scripted=True)
         _base(network)
