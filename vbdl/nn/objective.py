@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from vbdl_kernels import make_key
 
 from vbdl.calling.inputs import map_inputs
-from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import call, call_with_buffer
+from vbdl.calling.outputs import check_output, pick
+from vbdl.calling.stacking import call, call_with_buffer, check_network, parameter_hooks, without_data_parallel
 from vbdl.model import autocast
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.interception import CounterDropout
@@ -102,6 +102,18 @@ class Objective(nn.Module):
 def _later(key: Tensor, k: int) -> Tensor:
     """The key of the k-th draw after this one, (2,); no constant, which would keep a wrapper around a compiled step."""
     return torch.stack([key[0], key[1] + k]) if k else key
+
+
+def take_network(posterior: Posterior, module: nn.Module, output: Output) -> nn.Module:
+    """Check a user's network, and the choice of its output, for a posterior that is being made of it.
+
+    Sets the posterior's `output` and `lost_hooks`. Returns the network itself, without DataParallel around it.
+    """
+    check_network(module)
+    check_output(output)
+    network = without_data_parallel(module)
+    posterior.lost_hooks, posterior.output = parameter_hooks(network), output
+    return network
 
 
 class PosteriorOfOneNetwork(Posterior):

@@ -6,19 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
     blueprint,
-    check_network,
-    parameter_hooks,
     state_of,
-    without_data_parallel,
     without_dots,
 )
 from vbdl.nn.frozen import frozen_names
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.members import StackedPosterior
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
+from vbdl.nn.objective import take_network
 from vbdl.nn.scaled import Layer, ScaledNetwork, multiplied_out
 from vbdl.types import Output, State, is_posterior
 
@@ -31,16 +28,13 @@ class ScaledPosterior(StackedPosterior):
     def _begin(self, module: nn.Module, n_members: int, seed: int, output: Output) -> nn.Module:
         """Check the arguments and set the attributes that every method has; returns the network."""
         name = type(self).__name__
-        check_network(module)
-        check_output(output)
+        network = take_network(self, module, output)
         if is_posterior(module):
             raise TypeError(f"{name} takes a network, got the posterior {type(module).__name__}: pass its network")
         if n_members < 1:
             raise ValueError(f"n_members must be at least 1, got {n_members}")
-        network = without_data_parallel(module)
-        self.lost_hooks = parameter_hooks(network)
         self.n_members = self.n_draws = n_members
-        self.seed, self.output = seed, output
+        self.seed = seed
         return network
 
     def _scale(

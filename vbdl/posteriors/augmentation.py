@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vbdl.augmentations import GaussianNoise
-from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_network, copied, parameter_hooks, without_data_parallel
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.calling.stacking import copied
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import Inputs, Output, State
 
@@ -126,8 +125,7 @@ class TestTimeAugmentation(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
+        network = take_network(self, module, output)
         if augment is None:
             augment = GaussianNoise(0.1)
         if not callable(augment):
@@ -135,10 +133,8 @@ class TestTimeAugmentation(KeyedPosterior):
                 f"augment must be a module of vbdl.augmentations or a function of the inputs, got "
                 f"{type(augment).__name__}: several are vbdl.augmentations.Compose([...])"
             )
-        module = without_data_parallel(module)
-        self.lost_hooks = parameter_hooks(module)
-        self.module = AugmentedNetwork(copied(Augmented(augment, module)), plain_first)
-        self.seed, self.output = seed, output
+        self.module = AugmentedNetwork(copied(Augmented(augment, network)), plain_first)
+        self.seed = seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.module.key.device))
 
     @property

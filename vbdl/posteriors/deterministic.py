@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import copied
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Output
 
 
@@ -58,12 +57,9 @@ class Deterministic(KeyedPosterior):
 
     def __init__(self, module: nn.Module, seed: int = 0, *, output: Output = None):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
-        self.lost_hooks = parameter_hooks(module)
+        module = take_network(self, module, output)
         self.module = PointNetwork(copied(module))
-        self.seed, self.output = seed, output
+        self.seed = seed
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 

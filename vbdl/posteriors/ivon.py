@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import check_chosen, copied
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.gaussian.network import GaussianNetwork
 from vbdl.nn.gaussian.row_hessian import RowHessian
 from vbdl.nn.layers import has_bayesian_layers
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.nn.sampled import choose
 from vbdl.types import Output, State
 
@@ -85,9 +84,7 @@ class IVON(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
+        module = take_network(self, module, output)
         check_chosen("parameters", parameters)
         if n_data < 1:
             raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
@@ -108,7 +105,6 @@ class IVON(KeyedPosterior):
                 "the network has Bayesian layers, which draw their weights by stds of their own: give IVON the network "
                 "with plain layers, or train it with vbdl.MeanField"
             )
-        self.lost_hooks = parameter_hooks(module)
         network = copied(module)
         chosen = tuple(choose(network, None if parameters is None else tuple(parameters), 1.0))
         of_network, padding = dict(network.named_parameters()), padding_rows(network)
@@ -120,7 +116,7 @@ class IVON(KeyedPosterior):
         self.n_data, self.weight_decay = n_data, weight_decay
         self.hess_init, self.beta1, self.beta2 = hess_init, beta1, beta2
         self.clip_radius, self.rescale_lr = clip_radius, rescale_lr
-        self.n_samples, self.seed, self.output = n_samples, seed, output
+        self.n_samples, self.seed = n_samples, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.module.key.device))
 
     def config(self) -> dict[str, Any]:

@@ -14,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.outputs import check_output, pick
+from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import (
     call,
     call_each,
     call_stacked,
     can_map,
-    check_network,
     copied,
-    parameter_hooks,
-    without_data_parallel,
 )
 from vbdl.curvature.blocks import BiasBlock, Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from vbdl.curvature.choosing import STRUCTURES, Group, check_last, chosen_names, grouped
@@ -32,7 +29,7 @@ from vbdl.curvature.gauss_newton import Fit, GaussNewton
 from vbdl.data.rows import take
 from vbdl.model import Model
 from vbdl.nn.gaussian import Dense, Diagonal, Factor, GaussianNetwork, Kronecker
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Inputs, Likelihood, Output, State, TrainingRows
 
 logger = logging.getLogger("vbdl")
@@ -154,9 +151,7 @@ class Laplace(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
+        module = take_network(self, module, output)
         if structure not in STRUCTURES:
             raise ValueError(f"structure must be one of {', '.join(map(repr, STRUCTURES))}, got {structure!r}")
         if isinstance(parameters, str) and parameters not in ("last", "all"):
@@ -174,13 +169,12 @@ class Laplace(KeyedPosterior):
                 "per_layer is chosen by the evidence of structure='kronecker' or 'diagonal': one matrix of all "
                 "parameters, and validation rows, choose one prior precision"
             )
-        self.lost_hooks = parameter_hooks(module)
         names = chosen_names(module, parameters)
         factors = [_factor(group) for group in grouped(module, names, structure, joint_bias)]
         self.structure, self.prior, self.per_layer = structure, prior_precision, per_layer
         self.parameters_chosen = parameters if isinstance(parameters, str) else "some"
         self.joint_bias, self.fisher_samples = joint_bias, fisher_samples
-        self.seed, self.output = seed, output
+        self.seed = seed
         number = prior_precision if isinstance(prior_precision, float) else None
         self.module = LaplaceNetwork(copied(module), factors, linearized, number, n_data)
         for factor in factors:

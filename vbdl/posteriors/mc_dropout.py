@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import check_chosen, copied
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.may_drop import may_drop
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Inputs, Output
 
 
@@ -49,9 +48,7 @@ class MCDropout(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
+        module = take_network(self, module, output)
         for rate in p.values() if isinstance(p, Mapping) else [] if p is None else [p]:
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"a dropout rate must lie in [0, 1), got {rate}")
@@ -65,9 +62,8 @@ class MCDropout(KeyedPosterior):
                 "MCDropout needs a module with dropout and this one has none: add nn.Dropout layers before training, "
                 "or use vbdl.DeepEnsemble or vbdl.MeanField"
             )
-        self.lost_hooks = parameter_hooks(module)
         self.module = DropoutNetwork(copied(module), p, tuple(deterministic))
-        self.seed, self.output = seed, output
+        self.seed = seed
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 

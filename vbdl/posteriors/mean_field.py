@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from vbdl import former
 from vbdl.calling.inputs import flatten, map_inputs
-from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import call, check_chosen, check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import call, check_chosen, copied
 from vbdl.data.rows import take
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers
 from vbdl.nn.masks import Masks
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.nn.priors import Prior
 from vbdl.nn.row_estimators import ESTIMATORS, Estimator, row_layers
 from vbdl.nn.sampled import SampledNetwork, choose
@@ -75,9 +74,7 @@ class MeanField(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
+        module = take_network(self, module, output)
         check_chosen("parameters", parameters)
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
@@ -87,7 +84,6 @@ class MeanField(KeyedPosterior):
             raise ValueError(f"initial_std must be positive and finite, got {initial_std}")
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-        self.lost_hooks = parameter_hooks(module)
         self._priors: dict[str, Prior] | None = None  # of the parameters sampled; None where the layers have them
         if has_bayesian_layers(module):
             if parameters is not None or prior != 1.0 or initial_std != 0.05:
@@ -102,7 +98,7 @@ class MeanField(KeyedPosterior):
         self.estimator: Estimator = estimator
         for network in self._sampled(self.module):
             network.row_estimator = estimator
-        self.n_samples, self.seed, self.output = n_samples, seed, output
+        self.n_samples, self.seed = n_samples, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def config(self) -> dict[str, Any]:

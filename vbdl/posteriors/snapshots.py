@@ -12,17 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
-from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
-    check_network,
     copied,
-    parameter_hooks,
     state_of,
-    without_data_parallel,
     without_dots,
 )
 from vbdl.nn.frozen import frozen_names, hold_frozen
-from vbdl.nn.objective import PosteriorOfOneNetwork
+from vbdl.nn.objective import PosteriorOfOneNetwork, take_network
 from vbdl.types import Course, Inputs, Likelihood, Output, State
 
 
@@ -69,9 +65,7 @@ class Snapshots(PosteriorOfOneNetwork):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
+        module = take_network(self, module, output)
         if n_members < 1:
             raise ValueError(f"n_members must be the number of snapshots, at least 1, got {n_members}")
         if schedule is not None and not callable(schedule):
@@ -79,9 +73,8 @@ class Snapshots(PosteriorOfOneNetwork):
                 f"schedule must be a function of the share of a cycle that is done, e.g. lambda t: 1 - t; got "
                 f"{schedule!r}"
             )
-        self.lost_hooks = parameter_hooks(module)
         self.module = copied(module)
-        self.n_draws, self.seed, self.output = n_members, seed, output
+        self.n_draws, self.seed = n_members, seed
         self._rate = schedule or half_cosine
         self._ends: tuple[int, ...] = ()  # the numbers of the last epoch of each cycle
         self._in_training = False

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_network, copied, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import copied
 from vbdl.nn.collected import CollectedNetwork
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Course, Inputs, Likelihood, Output, State, TrainingRows
 
 _LOWEST = 0.01  # the lowest rate of a cycle, as a fraction of its highest (Izmailov et al. 2018, section 3.2)
@@ -73,9 +72,7 @@ class SWAG(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_network(module)
-        check_output(output)
-        module = without_data_parallel(module)
+        module = take_network(self, module, output)
         if collect_from < 0 or (isinstance(collect_from, float) and collect_from >= 1):
             raise ValueError(
                 f"collect_from must be a number of epochs, like 30, or a share of them between 0 and 1, like 0.75; got "
@@ -87,12 +84,11 @@ class SWAG(KeyedPosterior):
             raise ValueError(f"cycle must be a number of epochs, at least 1, got {cycle}")
         if n_draws < 1:
             raise ValueError(f"n_draws must be at least 1, got {n_draws}")
-        self.lost_hooks = parameter_hooks(module)
         self.module = CollectedNetwork(copied(module), rank, n_draws)
         self.rank, self.collect_from, self.swa_lr, self.cycle = rank, collect_from, swa_lr, cycle
         self._draws = n_draws
         self.n_draws = self._final_draws
-        self.seed, self.output = seed, output
+        self.seed = seed
         self._start = 0  # the first epoch of the cycle at whose end weights are first collected
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.module.key.device))
 
