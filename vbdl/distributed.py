@@ -25,7 +25,7 @@ from vbdl.artifact.files import locate
 from vbdl.artifact.loading import read_parts
 from vbdl.artifact.manifest import Manifest
 from vbdl.calling.inputs import Flat
-from vbdl.calling.stacking import holding
+from vbdl.calling.stacking import holding, of_members
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.settings import PredictorOptions
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -79,7 +79,7 @@ class ShardedPredictor(Predictor):
                 "a decision by distances reads features of the first network, which not every process has: use "
                 "vbdl.Predictor, or a decision without OutOfDistribution"
             )
-        local_likelihood = _of_members(likelihood, local) if sharded else likelihood
+        local_likelihood = of_members(likelihood, local) if sharded else likelihood
         super().__init__(share, local_likelihood, len(local), seed, **options)
         self.likelihood.for_draws(total)  # all draws, because the sums of all processes are merged
         self.mesh, self._group = mesh, mesh.get_group()
@@ -209,25 +209,6 @@ def _share(posterior: Posterior, local: range) -> tuple[_Share, bool]:
         networks = [holding(posterior.module, posterior.member(number)) for number in local]
         return _Share(DeepEnsemble(networks, output=posterior.output), 0, len(local)), True
     return _Share(posterior, local.start, len(local)), False
-
-
-def _of_members(likelihood: Likelihood, members: range) -> Likelihood:
-    """A copy of the likelihood with the parameters of these members only; itself if members share its parameters."""
-    if likelihood.n_members is None:
-        return likelihood
-    import copy
-
-    part: Likelihood = copy.deepcopy(likelihood)
-    inner = part.innermost
-    for name, p in list(inner.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(inner.get_submodule(owner), leaf, nn.Parameter(p.detach()[members.start : members.stop].clone(), False))
-    layer: Likelihood | None = part
-    while layer is not None:  # training set n_members on the layer that it was given, which may be any of them
-        if "n_members" in vars(layer):
-            layer.n_members = len(members)
-        layer = layer.wrapped
-    return part
 
 
 def _gathered(sums: State, size: int, group: dist.ProcessGroup) -> list[State]:

@@ -338,11 +338,19 @@ def of_members(likelihood: Likelihood, members: range) -> Likelihood:
     """
     if likelihood.n_members is None:
         return likelihood
-    mine = {n: p.detach()[members.start : members.stop] for n, p in likelihood.named_parameters()}
-    part: Likelihood = holding(likelihood, mine | dict(likelihood.named_buffers()))
-    layer: Likelihood | None = part
-    while layer is not None:  # training set n_members on the layer that it was given, which may be any of them
-        if "n_members" in vars(layer):
-            layer.n_members = len(members)
-        layer = layer.wrapped
+    of_each = {id(p) for layer in _with_members(likelihood) for p in layer.parameters()}
+    named = likelihood.named_parameters()
+    parts = {n: p.detach()[members.start : members.stop] if id(p) in of_each else p for n, p in named}
+    part: Likelihood = holding(likelihood, parts | dict(likelihood.named_buffers()))
+    for layer in _with_members(part):
+        layer.n_members = len(members)
     return part
+
+
+def _with_members(likelihood: Likelihood) -> Iterator[Likelihood]:
+    """Yield the layers that training set n_members on: those that it was given, inside calibrations made later."""
+    layer: Likelihood | None = likelihood
+    while layer is not None:
+        if "n_members" in vars(layer):
+            yield layer
+        layer = layer.wrapped
