@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vbdl import plugins
 from vbdl.cli.table_file import TableFile, print_columns, print_rows
 from vbdl.methods import building, method_of
 
@@ -23,8 +22,6 @@ class Fit(TableFile):
     """Folder of the model. Its figures are written beside it, to NAME-figures."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(building()))] = "deep-ensemble"
     """Method for the uncertainty of the network's weights."""
-    plugin: tuple[Path, ...] = ()
-    """Python files that register methods of your own with @vbdl.register(name=...). Their code is run."""
     members: int = 5
     """Networks of an ensemble."""
     samples: int = 64
@@ -61,8 +58,7 @@ class Fit(TableFile):
     """Replace an existing model."""
 
     def __post_init__(self) -> None:
-        for path in self.plugin:
-            plugins.load(path)
+        super().__post_init__()
         method_of(self.method)  # ValueError for an unknown name, before anything is read
 
     def __call__(self) -> None:

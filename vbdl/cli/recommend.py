@@ -1,10 +1,7 @@
 """The command `vbdl recommend`."""
 
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
-from vbdl import plugins
 from vbdl.cli.table_file import TableFile, print_columns, print_rows
 
 
@@ -22,8 +19,6 @@ class Recommend(TableFile):
     """Number of hidden layers."""
     seed: int = 0
     """Seed of the split, the training and the draws."""
-    plugin: tuple[Path, ...] = ()
-    """Python files that register methods of your own with @vbdl.register(name=...). Their code is run."""
 
     def __call__(self) -> None:
         import torch
@@ -32,8 +27,6 @@ class Recommend(TableFile):
         from vbdl.tabular.recommending import recommend_table
 
         torch.set_num_threads(1)
-        for path in self.plugin:
-            plugins.load(path)
         found = recommend_table(
             self.data, self.target, self.budget, task=self.task, ignore=self.ignore, width=self.width,
             depth=self.depth, seed=self.seed, latency=self.latency, kinds=self.kinds(), group=self.group,
@@ -43,5 +36,4 @@ class Recommend(TableFile):
         print_rows(found.rows, found.split, found.notes)
         print(f"\n{found.recommendation}")
         name = next(m.name for m in METHODS.values() if m.class_name == found.recommendation.method)
-        plugin = f" --plugin {shlex.join(map(str, self.plugin))}" if self.plugin else ""
-        print(f"to train:  vbdl fit {self.words()} --method {name}{plugin}")
+        print(f"to train:  vbdl fit {self.words()} --method {name}")

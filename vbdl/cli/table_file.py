@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vbdl import plugins
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -50,6 +52,12 @@ class TableFile:
     """Column of groups, like patients or customers: all rows of a group go to one part of the split."""
     time: str | None = None
     """Column of times: split by time, so that each part of the split is later than the one before."""
+    plugin: tuple[Path, ...] = ()
+    """Python files that register methods of your own with @vbdl.register(name=...). Their code is run."""
+
+    def __post_init__(self) -> None:
+        for path in self.plugin:
+            plugins.load(path)
 
     def kinds(self) -> dict[str, str]:
         """The kinds of the columns that an option names, as `vbdl.tabular.infer` takes them."""
@@ -75,7 +83,7 @@ class TableFile:
             value = getattr(self, field.name)
             if value != field.default:
                 words.append(f"--{field.name.replace('_', '-')}")
-                words += [value] if isinstance(value, str) else value
+                words += [value] if isinstance(value, str) else map(str, value)
         return shlex.join(words)
 
 
