@@ -136,7 +136,7 @@ def recommend(
     if likelihood is None:
         outputs = 1 if y.ndim == 1 else y.shape[1]
         likelihood = Gaussian(outputs) if y.is_floating_point() else Categorical()
-    rows = split(n, SHARES, seed=seed) if rows is None else _check_rows(rows, n)
+    rows = split(n, SHARES, seed=seed) if rows is None else _check_parts(rows, n)
     parts = {name: (take(x, r), y[r]) for name, r in rows.items()}
     n_train = len(parts["train"][1])
     n_weights = sum(p.numel() for p in module.parameters())
@@ -177,7 +177,7 @@ def recommend(
     return _decide(measured, scores, rule, n_train, len(parts["test"][1]), latency)
 
 
-def _check_rows(rows: Mapping[str, Tensor], n: int) -> Mapping[str, Tensor]:
+def _check_parts(rows: Mapping[str, Tensor], n: int) -> Mapping[str, Tensor]:
     """The row numbers of each part. Raises ValueError for other parts, empty ones, or rows in two of them."""
     if rows.keys() != SHARES.keys():
         raise ValueError(f"rows must have the parts {', '.join(SHARES)}, got {', '.join(rows) or 'none'}")

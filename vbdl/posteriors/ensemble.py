@@ -327,7 +327,8 @@ def _members(
 ) -> list[Any]:
     """The members: copies of one network, initialized anew, or the networks as they are."""
     several = isinstance(networks, Iterable) and not isinstance(networks, nn.Module)
-    given: list[Any] = list(networks) if several else [networks]  # type: ignore[arg-type]  # what is no network is said by check_network
+    # what is neither is refused by check_network
+    given: list[Any] = list(networks) if several else [networks]  # type: ignore[arg-type]
     for network in given:
         check_network(network, scripted=True)
         _base(network)
