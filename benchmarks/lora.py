@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import speed
 from networks import commit
+from zoo.text import NextToken
 
 import vbdl
 
@@ -42,17 +43,6 @@ N, WORDS, ROWS = 8, 2000, 64
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 METHODS = ("DeepEnsemble", "MeanField", "Laplace")
-
-
-class NextToken(nn.Module):
-    """The logits of the token after each row."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, use_cache=False).logits[:, -1]
 
 
 def network() -> Any:  # a PeftModel

@@ -1,5 +1,8 @@
 """A learning rate and weight decay for each member: each trains as it would alone with its own."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,19 +10,16 @@ from torch import nn
 import vbdl
 from vbdl.training.adamw import FusedAdamW
 
-N, FEATURES, OUTPUTS = 71, 5, 2
+sys.path.insert(0, str(Path(__file__).parent))
+from two_outputs import FEATURES, OUTPUTS, ROUNDING, network, rows  # noqa: E402
+
+N = 71
 RATES, DECAYS = [1e-2, 3e-3, 0.0], [0.0, 0.1, 0.5]
-ROUNDING = {"rtol": 2e-4, "atol": 2e-5}
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, OUTPUTS))
 
 
 @pytest.fixture
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(N, FEATURES)
-    return x, torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2]], dim=1) + 0.1 * torch.randn(N, OUTPUTS)
+    return rows(N)
 
 
 def steps(optimizer):

@@ -1,5 +1,8 @@
 """Steps of training: traced as uncompiled, several batches for one update, and a lower precision."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,18 +14,15 @@ from vbdl.training import worth
 from vbdl.training.options import TrainingOptions, has_bfloat16
 from vbdl.training.run import TrainingRun
 
-N, FEATURES, OUTPUTS = 72, 5, 2
-ROUNDING = {"rtol": 2e-4, "atol": 2e-5}
+sys.path.insert(0, str(Path(__file__).parent))
+from two_outputs import FEATURES, OUTPUTS, ROUNDING, network, rows  # noqa: E402
 
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, OUTPUTS))
+N = 72
 
 
 @pytest.fixture
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(N, FEATURES)
-    return x, torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2]], dim=1) + 0.1 * torch.randn(N, OUTPUTS)
+    return rows(N)
 
 
 def state(q: nn.Module) -> dict[str, torch.Tensor]:

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import vbdl
+from vbdl.types import Posterior
+
 CLASSES = 3
 
 
@@ -150,3 +153,14 @@ def state_of_member(q, network: nn.Module, entries: dict, index: int) -> dict:
             m = network.head
         state[name] = weight_of_member(m, leaf, state[name], own.get(f"r.{key}"), own.get(f"s.{key}"))
     return state
+
+
+def made(name: str):
+    """A network of this name, and rows for it."""
+    torch.manual_seed(4)
+    make, rows = NETWORKS[name]
+    return make(), rows()
+
+
+def predictor(q: Posterior, **settings) -> vbdl.Predictor:
+    return vbdl.Predictor(q, vbdl.Categorical(), **{"compile": False, "tiles": (64,), **settings})

@@ -14,23 +14,12 @@ from torch.func import functional_call
 import vbdl
 from vbdl.compiling.graph import BODY, PREFIX
 from vbdl.posteriors.masksembles import Masksembles, draw_masks, kept_units
-from vbdl.types import Posterior
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scaled_networks import CLASSES, NETWORKS, state_of_member  # noqa: E402
+from scaled_networks import CLASSES, NETWORKS, made, predictor, state_of_member  # noqa: E402
 
 MEMBERS = 3
 each_network = pytest.mark.parametrize("name", NETWORKS)
-
-
-def made(name: str):
-    torch.manual_seed(4)
-    make, rows = NETWORKS[name]
-    return make(), rows()
-
-
-def predictor(q: Posterior, **settings) -> vbdl.Predictor:
-    return vbdl.Predictor(q, vbdl.Categorical(), **{"compile": False, "tiles": (64,), **settings})
 
 
 def mlp(width: int = 64) -> nn.Module:
