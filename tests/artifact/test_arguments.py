@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 
 import pytest
@@ -160,3 +161,37 @@ def test_saves_to_one_name_may_meet(tmp_path):
     assert errors == []
     assert vbdl.load(tmp_path / "m", compile=False).seed in range(4)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_save_lists_a_folder_again_that_another_save_replaced(tmp_path, monkeypatch):
+    """The listing may see the previous artifact while its files are removed."""
+    from vbdl.artifact import files
+
+    first, second, third = (classes().replace(seed=seed) for seed in (1, 2, 3))
+    for predict in (first, second, third):
+        predict(X[:2])
+    folder = first.save(tmp_path / "m")
+    check, replaced = files._check_entry, []
+
+    def check_and_replace(place, entry):
+        check(place, entry)
+        if not replaced:
+            replaced.append(True)
+            second.save(folder, overwrite=True)
+
+    monkeypatch.setattr(files, "_check_entry", check_and_replace)
+    real = os.scandir
+
+    class One:  # of the old folder, as if the others were removed already
+        def __init__(self, place):
+            self.entries = real(place)
+
+        def __enter__(self):
+            return iter([next(self.entries)]) if not replaced else self.entries
+
+        def __exit__(self, *error):
+            self.entries.close()
+
+    monkeypatch.setattr(files.os, "scandir", One)
+    third.save(folder, overwrite=True)  # which lists the folder, to see that it holds an artifact
+    assert replaced and vbdl.load(folder, compile=False).seed == 3

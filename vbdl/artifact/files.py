@@ -8,10 +8,41 @@ import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from vbdl.artifact.manifest import CARD, MANIFEST, TENSORS, ArtifactError
 
 _HIDDEN = {".gitattributes", ".gitignore", ".DS_Store", ".cache"}  # written by git, the Hub and desktops; never opened
+
+
+_READINGS = 50  # attempts: another process may replace the artifact faster than a busy machine reads it
+_LOOKS = 5
+Read = TypeVar("Read")
+
+
+def read_again(folder: Path, read: Callable[[], Read]) -> Read:
+    """Call a function that reads an artifact's folder, again if the folder was replaced while it read.
+
+    Raises the ArtifactError of a reading during which the folder stayed.
+    """
+    for attempt in range(_READINGS):
+        identity = _identity(folder)
+        try:
+            return read()
+        except ArtifactError:
+            # between the two renames of a replacement there is no folder: what is missing is looked for a few times
+            if _identity(folder) == identity and (identity is not None or attempt == _LOOKS):
+                raise
+    raise ArtifactError(f"{folder} was replaced {_READINGS} times while it was read")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """(inode, change time in ns) of the folder; changes when the artifact is replaced, an inode alone may be reused."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def locate(folder: Path) -> dict[str, Path]:
@@ -106,7 +137,7 @@ def _is_taken(folder: Path, replace: Callable[[Path], object] | None) -> bool:
     if taken:
         if replace is None:
             raise FileExistsError(f"{folder} exists already; choose another folder, or overwrite=True (--overwrite)")
-        replace(folder)
+        read_again(folder, lambda: replace(folder))
     return taken
 
 

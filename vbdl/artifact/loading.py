@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vbdl_kernels import CONTRACT
 
 from vbdl.artifact import modules, networks, posteriors
-from vbdl.artifact.files import locate, read_whole
+from vbdl.artifact.files import locate, read_again, read_whole
 from vbdl.artifact.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -72,28 +72,7 @@ def load(
     True
     """
     folder = Path(folder)
-    for attempt in range(_READINGS):
-        identity = _identity(folder)
-        try:
-            return load_files(locate(folder), module=module, trust=trust, **settings)
-        except ArtifactError:
-            # between the two renames of a replacement there is no folder: what is missing is looked for a few times
-            if _identity(folder) == identity and (identity is not None or attempt == _LOOKS):
-                raise
-    raise ArtifactError(f"{folder} was replaced {_READINGS} times while it was read")
-
-
-_LOOKS = 5
-_READINGS = 50  # attempts: another process may replace the artifact faster than a busy machine reads it
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """(inode, change time in ns) of the folder; changes when the artifact is replaced, an inode alone may be reused."""
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_ctime_ns
+    return read_again(folder, lambda: load_files(locate(folder), module=module, trust=trust, **settings))
 
 
 def load_files(
