@@ -294,6 +294,24 @@ def _detached(t: Tensor) -> Tensor | None:
     return None if is_of_a_trace(t) else t.detach()
 
 
+def kept_by(module: nn.Module) -> list[tuple]:
+    """What the modules keep in attributes, apart from parameters and buffers: tensors and their versions, and numbers.
+
+    Two lists are equal if nothing was kept, replaced or written to in between.
+    """
+    kept: list[tuple] = []
+    for i, m in enumerate(module.modules()):
+        for name, value in vars(m).items():
+            if name in ("_parameters", "_buffers", "_modules") or (isinstance(value, dict) and not value):
+                continue
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor):
+                    kept.append((i, name, id(leaf), leaf._version))
+                elif isinstance(leaf, (int, float)):
+                    kept.append((i, name, leaf))
+    return kept
+
+
 def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
     """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied.
 

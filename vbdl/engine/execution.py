@@ -29,7 +29,7 @@ from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
-from vbdl.engine.trial import are_same, check_apart, draws_by_itself, try_out
+from vbdl.engine.trial import check_apart, draws_by_itself, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
@@ -79,7 +79,6 @@ class Execution:
         self._local_layers: Any = ()
         self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
-        self._checking = threading.Lock()
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             self._model = model = prepared(model, tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
@@ -89,8 +88,6 @@ class Execution:
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
             self._way = self._meanwhile()
-            if self._to_check is not None and self._plain is not None:
-                self._plain.first = self._first_draw
         else:
             self._way, self._undecided = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
@@ -255,18 +252,13 @@ class Execution:
                 return _Way(way.plan, way.calls.uncompiled())
         return self._as_it_is("the graph is being compiled")
 
-    def _first_draw(self, outputs: Tensor) -> None:
-        """Check the network at once if it returned other outputs than before for the first draw of the same tile."""
-        if (waiting := self._to_check) is not None and not are_same(waiting[1], outputs):
-            self._check_apart()
-
     def _check_apart(self) -> None:
-        """Check that the network keeps rows apart and keeps no state, if that was not checked yet."""
-        with self._checking, torch.no_grad():
-            if self._to_check is not None:
-                state, outputs = self._to_check
-                check_apart(outputs, self._model, state, self._tile)
-                self._to_check = None
+        """Check that the network keeps rows apart, if that was not checked yet."""
+        if self._to_check is not None:
+            state, outputs = self._to_check
+            with torch.no_grad():
+                check_apart(outputs, self._model.twin(), state, self._tile)
+            self._to_check = None
 
     def _begin(self) -> None:
         """Begin to compile in the background, once: after the first answer, which is then not slowed down by it."""

@@ -10,7 +10,6 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,6 @@ class Plain:
         only_keys = list(first) == ["network.key"]
         self.repeated = only_keys and self._network is not None and self._network.takes_many_keys
         self.mapped = False
-        self.first: Callable[[Tensor], None] | None = None  # called once with the outputs of draw 0, (rows, ...)
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
         self._lock = threading.Lock()
@@ -120,11 +118,7 @@ class Plain:
     def each(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
         entries = self.entries(numbers)
-        outputs = [self._run((int(n),), select(entries, i), tile) for i, n in enumerate(numbers)]
-        if self.first is not None and int(numbers[0]) == 0:
-            first, self.first = self.first, None
-            first(outputs[0].detach())
-        return torch.stack(outputs)
+        return torch.stack([self._run((int(n),), select(entries, i), tile) for i, n in enumerate(numbers)])
 
     def together(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute what `each` does in one call, on the rows repeated once for each draw."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbdl.calling.inputs import Flat
-from vbdl.calling.stacking import call
+from vbdl.calling.stacking import call, kept_by
 from vbdl.types import State
 
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
@@ -14,14 +14,15 @@ _APART = 1e-2  # relative to the largest output: above any rounding error, far b
 def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True) -> Tensor:
     """Run a draw on the tile, check that it draws nothing random, and return its outputs.
 
-    apart: also check that it keeps rows apart and its inputs as they are, by `check_apart`; otherwise only the latter.
+    apart: also check by `check_apart` that it keeps rows apart; otherwise only where the call left a trace, in its
+    inputs or in an attribute of a module.
     """
-    before, versions = torch.get_rng_state(), [t._version for t in tile.tensors]
+    before, versions, kept = torch.get_rng_state(), [t._version for t in tile.tensors], kept_by(model)
     outputs = run_plainly(model, state, tile)
     if not torch.equal(before, torch.get_rng_state()):
         torch.set_rng_state(before)
         raise draws_by_itself("draws")
-    if apart or versions != [t._version for t in tile.tensors]:
+    if apart or versions != [t._version for t in tile.tensors] or kept != kept_by(model):
         check_apart(outputs, model, state, tile)
     return outputs
 
@@ -58,7 +59,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
 
     outputs: the network's outputs on the tile, (rows, ...).
     """
-    if are_same(outputs[:1], run_plainly(network, state, others(tile))[:1]):
+    if _are_same(outputs[:1], run_plainly(network, state, others(tile))[:1]):
         return
     copies = tile.map(Tensor.clone)
     before = [t._version for t in copies.tensors]
@@ -68,7 +69,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
             "the module writes into its inputs (x -= ..., x.div_(...)), so the next draw would read changed rows: "
             "write x = x - ... where it normalizes them"
         )
-    if not are_same(outputs[:1], again[:1]):
+    if not _are_same(outputs[:1], again[:1]):
         raise ValueError(
             "the same rows give another output in the next call: the network keeps a tensor in an attribute. Make it a "
             "buffer with register_buffer(name, tensor), so that each draw has its own"
@@ -76,7 +77,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
     raise _mixing()
 
 
-def are_same(outputs: Tensor, again: Tensor) -> bool:
+def _are_same(outputs: Tensor, again: Tensor) -> bool:
     """Whether outputs of the same rows are equal up to rounding."""
     scale = float(outputs.abs().nan_to_num(posinf=0.0).amax()) if outputs.numel() else 0.0
     return torch.allclose(outputs, again, rtol=_APART, atol=_APART * scale, equal_nan=True)
