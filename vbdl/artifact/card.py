@@ -8,6 +8,7 @@ from vbdl.artifact.manifest import (
     Ensemble,
     Layer,
     Layers,
+    Library,
     Manifest,
     Plain,
     Reference,
@@ -110,6 +111,8 @@ def _imported(manifest: Manifest) -> Iterator[str]:
             yield single.name
         if isinstance(single.network, Reference):
             yield single.network.target
+        if isinstance(single.network, Library):
+            yield from (f"{package}:{single.network.name}" for package in single.network.packages)
         if isinstance(single.network, Layers):
             yield from _classes_of_layers(single.network.root)
     yield from _classes(manifest.likelihood)
@@ -184,6 +187,9 @@ def _architecture(a: Architecture) -> str:
     if isinstance(a, Reference):
         origin = f"made by `{_plain(a.target)}`"
         return origin if a.target.startswith("vbdl.") else f"{origin}; load imports it only with trust="
+    if isinstance(a, Library):
+        inner = "" if a.base is None else f" on {_architecture(a.base)}"
+        return f"`{_plain(a.name)}` of {a.library}{inner}"
     return f"`{_plain(a.name)}`; pass it to load(module=...)"
 
 

@@ -66,6 +66,21 @@ class Reference(Struct, frozen=True, forbid_unknown_fields=True, tag="reference"
     settings: dict[str, str]  # classes, settings and constants that the built network must have
 
 
+class Library(Struct, frozen=True, forbid_unknown_fields=True, tag="library", omit_defaults=True):
+    """A network that a library builds, imported only if the caller of `vbdl.load` trusts it."""
+
+    library: Literal["peft", "timm", "torchvision", "transformers"]
+    name: Annotated[str, Meta(max_length=256, pattern=r"^[\w.]+$")]  # a class of transformers or peft, a model's name
+    arguments: Json
+    settings: dict[str, str]  # classes, settings and constants that the built network must have
+    base: "Architecture | None" = None  # the network that adapters of peft are on
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages that are imported to build it."""
+        return [self.library, *(self.base.packages if isinstance(self.base, Library) else [])]
+
+
 class Supplied(Struct, frozen=True, forbid_unknown_fields=True, tag="supplied"):
     """A network that the caller of `vbdl.load` must pass as module=."""
 
@@ -73,7 +88,7 @@ class Supplied(Struct, frozen=True, forbid_unknown_fields=True, tag="supplied"):
     settings: dict[str, str]
 
 
-Architecture = Layers | Reference | Supplied
+Architecture = Layers | Reference | Library | Supplied
 
 
 class OutputFunction(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):

@@ -7,11 +7,12 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from vbdl.artifact import layers
-from vbdl.artifact.manifest import Architecture, ArtifactError, Layers, Reference, Supplied, check_json
+from vbdl.artifact import layers, libraries
+from vbdl.artifact.manifest import Architecture, ArtifactError, Layers, Library, Reference, Supplied, check_json
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
 from vbdl.calling.stacking import state_of
 from vbdl.nn.architecture import architecture as described_lines
@@ -27,7 +28,9 @@ def describe(
     target: str | None,
     arguments: Json,
 ) -> Architecture:
-    """Describe how to rebuild a network: by `target` ("module:name") if given, else by its layers, else as Supplied.
+    """Describe how to rebuild a network: by `target` ("module:name") if given, else by its layers or its library.
+
+    What none of them describes is Supplied.
 
     values: tensors by name, used instead of the network's own, which may be on the meta device.
     Raises ValueError if `target` builds a different network.
@@ -44,7 +47,38 @@ def describe(
             return layered
     except (layers.Undescribed, ArtifactError):
         pass
+    for call in libraries.calls(network, _described):
+        if _builds(call, network):
+            return msgspec.structs.replace(call, settings=settings(network))
     return Supplied(f"{type(network).__module__}.{type(network).__qualname__}", settings(network))
+
+
+def _described(network: nn.Module) -> Architecture | None:
+    found = describe(network, state_of(network), None, {})
+    return None if isinstance(found, Supplied) else found
+
+
+def _builds(call: Library, network: nn.Module) -> bool:
+    """Whether the call of a library builds this network, up to the values of its parameters."""
+    try:
+        with torch.device("meta"):
+            rebuilt = _of_library(call, _make)
+        check_same(rebuilt, settings(network), "the library builds", ArtifactError)
+    except Exception:  # libraries raise errors of any type
+        return False
+    return {n: t.shape for n, t in state_of(rebuilt).items()} == {n: t.shape for n, t in state_of(network).items()}
+
+
+def _of_library(call: Library, make: Callable[[Architecture], nn.Module]) -> nn.Module:
+    return libraries.build(call, None if call.base is None else make(call.base))
+
+
+def _make(architecture: Architecture) -> nn.Module:
+    """Build a network that is described by its layers or by a library."""
+    if isinstance(architecture, Layers):
+        return _layers(architecture)
+    assert isinstance(architecture, Library)
+    return _of_library(architecture, _make)
 
 
 class Maker:
@@ -74,6 +108,9 @@ class Maker:
             if not isinstance(architecture, Layers):
                 check_same(network, architecture.settings, "module= is", ArtifactError)
             return network
+        return self._build(architecture)
+
+    def _build(self, architecture: Architecture) -> nn.Module:
         if isinstance(architecture, Layers):
             return _layers(architecture, self._trust)
         if isinstance(architecture, Supplied):
@@ -81,11 +118,19 @@ class Maker:
                 f"this artifact does not describe its network, a {architecture.name}: pass such a network to "
                 f"load(folder, module=...), or save it with architecture='module:function'"
             )
-        self._check_trust(architecture.target)
-        network = _import(architecture.target)(**architecture.arguments)
-        if not isinstance(network, nn.Module):
-            raise ArtifactError(f"{architecture.target} returned a {type(network).__name__}, not an nn.Module")
-        check_same(network, architecture.settings, f"{architecture.target} builds", ArtifactError)
+        if isinstance(architecture, Library):
+            packages = architecture.packages
+            if not all(is_trusted(package, self._trust) for package in packages):
+                target = f"{architecture.library}:{architecture.name}"
+                raise untrusted(target, ", or pass the network as module=", packages)
+            network, who = _of_library(architecture, self._build), f"{architecture.library} builds"
+        else:
+            self._check_trust(architecture.target)
+            made, who = _import(architecture.target)(**architecture.arguments), f"{architecture.target} builds"
+            if not isinstance(made, nn.Module):
+                raise ArtifactError(f"{architecture.target} returned a {type(made).__name__}, not an nn.Module")
+            network = made
+        check_same(network, architecture.settings, who, ArtifactError)
         return network
 
     def _check_trust(self, target: str) -> None:
@@ -147,7 +192,8 @@ def settings(network: nn.Module) -> dict[str, str]:
                 value = getattr(value, "__qualname__", None)
             if value is None or _is_plain(value):
                 properties[f"{name}:{key}"] = repr(value)
-    return properties | {f":{path}": value for path, value in constants(network, code=False).items()}
+    found = constants(network, code=False)  # the device that a layer remembers may be another on loading
+    return properties | {f":{path}": value for path, value in found.items() if not value.startswith("device(")}
 
 
 def check_same(network: object, expected: Mapping[str, str], who: str, error: type[ValueError]) -> None:

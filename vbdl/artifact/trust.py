@@ -36,12 +36,15 @@ def look_here(packages: Sequence[str]) -> None:
         sys.meta_path.append(_Here(packages))
 
 
-def untrusted(target: str, otherwise: str = "") -> ArtifactError:
-    """The ArtifactError for a "module:name" outside the trusted packages; otherwise: text of another remedy."""
-    package = target.partition(":")[0].partition(".")[0]
+def untrusted(target: str, otherwise: str = "", packages: Sequence[str] = ()) -> ArtifactError:
+    """The ArtifactError for a "module:name" outside the trusted packages.
+
+    otherwise: text of another remedy. packages: those to trust, default: the one that the target is in.
+    """
+    each = [p[:60] for p in packages or [target.partition(":")[0].partition(".")[0]]]
     return ArtifactError(
         f"the artifact asks to import {target[:120]!r}, which runs code: if you trust it, use "
-        f"load(folder, trust=({package[:60]!r},)), on the command line --trust {package[:60]}{otherwise}"
+        f"load(folder, trust={tuple(each)!r}), on the command line --trust {' '.join(each)}{otherwise}"
     )
 
 
