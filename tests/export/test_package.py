@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from torch import nn
 
 import vbdl
 from vbdl import calibration
+from vbdl.engine import program
 from vbdl.export import ExportError, export, load_package, machine
 from vbdl.export.package import Description, digest_of
 from vbdl.likelihoods.centered import Centered
@@ -151,6 +153,26 @@ def test_a_package_is_a_cache(onnx_packages, monkeypatch):
     with pytest.raises(FileExistsError, match="notes.txt"):
         export(other, folder, backend="onnx", example=rows("ensemble"))
     (folder / "notes.txt").unlink()
+
+
+def test_nothing_is_traced_or_compiled_beside_an_export(tmp_path, monkeypatch):
+    """torch.export sets a flag of the whole process: a trace on another thread then changes what the export reads."""
+    free = []
+
+    def compile_beside(*_):
+        def look():
+            free.extend(lock.acquire(blocking=False) for lock in (program._lock, program._compiling))
+
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("vbdl.export.building._compile", compile_beside)
+    for backend in ("aoti", "onnx"):
+        with pytest.raises(ExportError, match="seen"):
+            export(build("dropout"), tmp_path / backend, backend=backend, example=rows("dropout"))
+    assert free == [False] * 4
 
 
 def test_what_is_needed_to_export(tmp_path):

@@ -167,6 +167,13 @@ _compiling = threading.RLock()  # Inductor compiles in one thread at a time
 
 
 @contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A context in which no other thread traces or compiles: torch's exporters change what traces of others record."""
+    with _compiling, tracing():
+        yield
+
+
+@contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A context for tracing and compiling: one thread at a time, because they change settings of the whole process.
 

@@ -15,6 +15,7 @@ from vbdl.artifact.tensors import CODES, DTYPES
 from vbdl.calling.inputs import Flat, flatten
 from vbdl.data.tiles import pad
 from vbdl.engine.predictor import Predictor
+from vbdl.engine.program import alone
 from vbdl.engine.settings import INVARIANT_TILES, are_default
 from vbdl.export import machine
 from vbdl.export.gate import ExportError, check, exporting
@@ -65,7 +66,7 @@ def export(
                 call = tile_call(predictor, tile, backend)
             fields = list(call.fields)
             path = Path(scratch) / (f"tile_{size}.pt2" if backend == "aoti" else f"tile_{size}.onnx")
-            with exporting(backend):
+            with exporting(backend), alone():
                 _compile(call, tile, path, backend, predictor.seed)
             files[str(size)] = path.name
         description = Description(
