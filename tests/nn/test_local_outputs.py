@@ -8,7 +8,8 @@ from torch import nn
 import vbdl
 from vbdl.compiling.rewrite import layers_that_draw_outputs
 from vbdl.likelihoods.gaussian import Gaussian
-from vbdl.nn.local_outputs import Uses, local_layers
+from vbdl.nn.drawn_uses import DrawnUses
+from vbdl.nn.local_outputs import local_layers
 
 ROWS, WIDTH = 5, 6
 
@@ -115,8 +116,10 @@ def test_joint_draws_weights():
 
 
 def test_equal_rows_do_not_tell_what_depends_on_them():
-    uses = lambda: Uses({"weight": [(torch.ones(ROWS, WIDTH), None)]})
-    assert local_layers(uses(), uses(), ROWS) is None
+    weight = torch.ones(4, WIDTH)
+    with DrawnUses({"weight": weight}) as uses:
+        F.linear(torch.ones(ROWS, WIDTH), weight)
+    assert local_layers(uses, uses, ROWS) is None
 
 
 def test_the_first_answer_is_that_of_the_graph_and_needs_no_trace(monkeypatch):

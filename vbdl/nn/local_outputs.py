@@ -6,69 +6,22 @@ The layers, the formula and the draws are those of the graph (`vbdl/compiling/re
 it is can answer while the graph is being traced. Which layers they are follows from two runs on other rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from vbdl_kernels import normal
 from vbdl_kernels.philox import ACTIVATION
 
-from vbdl.nn.drawn import READS
-from vbdl.types import Arguments, Keywords, State
-
-Function = Callable[..., object]
+from vbdl.nn.drawn_uses import DrawnUses, Function, layer_arguments
+from vbdl.types import Arguments, Keywords
 
 
-@dataclass
-class Uses:
-    """What a forward does with the drawn parameters, by their names."""
-
-    layers: dict[str, list[tuple[Tensor, str | None]]] = field(default_factory=dict)
-    """The calls of `F.linear` with a weight: the layer's input, and the name of its bias if that is drawn too."""
-
-    others: list[str] = field(default_factory=list)
-    """The parameters that other functions take, once for each use."""
-
-
-class Recording(TorchFunctionMode):
-    """A context that records what a forward does with these drawn parameters."""
-
-    def __init__(self, weights: State):
-        super().__init__()
-        self._names = {id(t): name for name, t in weights.items()}
-        self.uses = Uses()
-
-    def __torch_function__(
-        self, func: Function, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if func in READS:
-            return func(*args, **kwargs)
-        if func is F.linear:
-            input, weight, bias = _arguments(*args, **kwargs)
-            name = self._names.get(id(weight))
-            if name is not None and weight.ndim == 2 and input.is_floating_point():
-                of_bias = self._names.get(id(bias))
-                self.uses.layers.setdefault(name, []).append((input, of_bias))
-                self.uses.others += self._named([input])
-                return func(*args, **kwargs)
-        self.uses.others += self._named(tree_leaves((args, kwargs)))
-        return func(*args, **kwargs)
-
-    def _named(self, values: Sequence[object]) -> list[str]:
-        return [self._names[id(value)] for value in values if id(value) in self._names]
-
-
-def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return input, weight, bias
-
-
-def local_layers(first: Uses, second: Uses, rows: int) -> dict[str, str | None] | None:
+def local_layers(first: DrawnUses, second: DrawnUses, rows: int) -> dict[str, str | None] | None:
     """The weights of the layers that draw outputs, each with its bias if that is drawn too; None if it is not clear.
 
     first, second: what two forwards on other rows do. rows: the rows of the first.
@@ -76,11 +29,13 @@ def local_layers(first: Uses, second: Uses, rows: int) -> dict[str, str | None] 
     A layer draws outputs if it acts once on one vector of every row, and its input depends on the rows.
     """
     local: dict[str, str | None] = {}
-    biases = [bias for calls in first.layers.values() for _, bias in calls if bias is not None]
+    biases = [call.bias for calls in first.layers.values() for call in calls if call.bias is not None]
     for name, calls in first.layers.items():
+        if calls[0].axes != 2:
+            continue
         if name in first.others or len(calls) != 1 or len(second.layers.get(name, [])) != 1:
             return None
-        (x, bias), ((other, _),) = calls[0], second.layers[name]
+        x, bias, other = calls[0].x, calls[0].bias, second.layers[name][0].x
         if x.ndim != 2 or x.shape[0] != rows:
             continue
         if x.shape == other.shape and torch.equal(x, other):
@@ -120,7 +75,7 @@ class DrawnOutputs(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight, bias = _arguments(*args, **kwargs)
+            x, weight, bias, _ = layer_arguments(*args, **kwargs)
             if (moments := self._moments.get(id(weight))) is not None:
                 return self._drawn(x, bias, moments)
         return func(*args, **kwargs)

@@ -15,27 +15,22 @@ https://arxiv.org/abs/1506.02557; Wen, Vicol, Ba, Tran and Grosse, Flipout: Effi
 Perturbations on Mini-Batches, ICLR 2018, https://arxiv.org/abs/1803.04386
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from vbdl_kernels import normal, words
 from vbdl_kernels.philox import ACTIVATION, SIGN
 
-from vbdl.nn.drawn import READS, noise
-from vbdl.types import Arguments, Keywords, State
+from vbdl.nn.drawn import noise
+from vbdl.nn.drawn_uses import LAYERS, DrawnUses, Function, LayerCall, layer_arguments
+from vbdl.types import Arguments, Keywords
 
 Estimator = Literal["shared", "local", "flipout"]
 ESTIMATORS: tuple[Estimator, ...] = ("shared", "local", "flipout")
-Function = Callable[..., Any]
-
-# the functions whose layers can draw for every row, with the axes of their weight
-_LAYERS: dict[Function, int] = {F.linear: 2, F.conv1d: 3, F.conv2d: 4, F.conv3d: 5}
 
 
 @dataclass(frozen=True)
@@ -51,48 +46,7 @@ class RowLayer:
     exact: bool
 
 
-@dataclass(frozen=True)
-class _Call:
-    shape: tuple[int, ...]  # of the layer's input
-    bias: str | None
-    axes: int  # of the weight
-
-
-class Calls(TorchFunctionMode):
-    """A context that records which layers a forward calls with these drawn parameters, and where else they go."""
-
-    def __init__(self, weights: State):
-        super().__init__()
-        self._names = {id(t): name for name, t in weights.items()}
-        self.layers: dict[str, list[_Call]] = {}
-        self.others: set[str] = set()
-
-    def __torch_function__(
-        self, func: Function, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if func in READS:
-            return func(*args, **kwargs)
-        inside = {self._names[id(value)] for value in tree_leaves((args, kwargs)) if id(value) in self._names}
-        if inside and func in _LAYERS:
-            x, weight, bias, _ = _arguments(*args, **kwargs)
-            name = self._names.get(id(weight))
-            if name is not None and weight.ndim == _LAYERS[func] and x.is_floating_point():
-                of_bias = self._names.get(id(bias))
-                self.layers.setdefault(name, []).append(_Call(tuple(x.shape), of_bias, weight.ndim))
-                inside -= {name, of_bias}
-        self.others |= inside
-        return func(*args, **kwargs)
-
-
-def _arguments(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Function, Tensor, Tensor, Tensor | None], Tensor]]:
-    """(input, weight, bias) of a layer, and a function that calls it with others: (function, input, weight, bias)."""
-    return input, weight, bias, lambda func, x, w, b: func(x, w, b, *rest, **options)
-
-
-def row_layers(two: Calls, three: Calls, estimator: Estimator) -> dict[str, RowLayer]:
+def row_layers(two: DrawnUses, three: DrawnUses, estimator: Estimator) -> dict[str, RowLayer]:
     """The weights whose layers can draw for every row, by what forwards on 2 and on 3 rows do with them.
 
     A weight must act in layers alone, with a bias that acts with it alone, on inputs with the rows as one axis; for
@@ -112,19 +66,19 @@ def row_layers(two: Calls, three: Calls, estimator: Estimator) -> dict[str, RowL
             continue
         if estimator == "local" and len(calls) != 1:
             continue
-        exact = estimator == "flipout" or (calls[0].axes == 2 and len(calls[0].shape) == 2)
+        exact = estimator == "flipout" or (calls[0].axes == 2 and calls[0].x.ndim == 2)
         found[name] = RowLayer(bias, axis, exact)
     return found
 
 
-def _axis(two: _Call, three: _Call) -> int | None:
+def _axis(two: LayerCall, three: LayerCall) -> int | None:
     """The axis of the rows in the inputs of a layer for 2 and for 3 rows, or None if it is not clear."""
-    if len(two.shape) != len(three.shape):
+    if two.x.ndim != three.x.ndim:
         return None
-    grown = [axis for axis, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
-    if len(grown) != 1 or (two.shape[grown[0]], three.shape[grown[0]]) != (2, 3):
+    grown = [axis for axis, (a, b) in enumerate(zip(two.x.shape, three.x.shape, strict=True)) if a != b]
+    if len(grown) != 1 or (two.x.shape[grown[0]], three.x.shape[grown[0]]) != (2, 3):
         return None
-    features = len(two.shape) - 1 if two.axes == 2 else len(two.shape) - two.axes + 1
+    features = two.x.ndim - 1 if two.axes == 2 else two.x.ndim - two.axes + 1
     return grown[0] if grown[0] < features else None
 
 
@@ -163,8 +117,8 @@ class RowNoise(TorchFunctionMode):
         self, func: Function, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func in _LAYERS:
-            x, weight, bias, call = _arguments(*args, **kwargs)
+        if func in LAYERS:
+            x, weight, bias, call = layer_arguments(*args, **kwargs)
             if (layer := self._layers.get(id(weight))) is not None:
                 run = lambda x, w, b: call(func, x, w, b)
                 return self._draw(run, x, weight, bias, layer, self._key.to(x.device))

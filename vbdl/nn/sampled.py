@@ -21,7 +21,7 @@ from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.priors import Normal, Prior, ScaleMixture, kl_normal, kl_scale_mixture
-from vbdl.nn.row_estimators import Calls, DrawnLayer, Estimator, RowLayer, RowNoise
+from vbdl.nn.row_estimators import DrawnLayer, Estimator, RowLayer, RowNoise
 from vbdl.nn.row_estimators import Normal as Drawn
 from vbdl.types import Inputs
 
@@ -69,14 +69,12 @@ class SampledNetwork(FactoredNetwork):
     n_data: number of rows in the training set; the KL term of a row is kl_weight * KL / n_data.
     row_estimator: how layers draw in training. row_layers: the weights whose layers draw for every row, which follow
         from running the network.
-    calls: what each forward does with the drawn parameters is added to this list, if there is one.
     """
 
     kl_weight: Tensor
     row_estimator: Estimator = "shared"
     row_layers: Mapping[str, RowLayer] = {}
-    calls: list[Calls] | None = None
-    found_by_running = (*FactoredNetwork.found_by_running, "row_layers", "calls")
+    found_by_running = (*FactoredNetwork.found_by_running, "row_layers")
 
     def __init__(
         self,
@@ -113,13 +111,7 @@ class SampledNetwork(FactoredNetwork):
 
     def forward(self, *args, **kwargs):
         inputs = kwargs if kwargs else args
-        if self.calls is not None:
-            weights = {name: self.mean(name) for name in self.chosen}
-            with Calls(weights) as calls:
-                outputs = call(self.inner, weights, inputs)
-            self.calls.append(calls)
-            return outputs
-        if self.training and self.row_layers:
+        if self.training and self.row_layers and self.recorded is None:
             return self._drawing_rows(inputs)
         return super().forward(*args, **kwargs)
 

@@ -143,19 +143,19 @@ class MeanField(KeyedPosterior):
         networks = self._sampled(self.module)
         count = flatten(inputs).tensors[0].shape[0]
         for network in networks:
-            network.calls = []
+            network.recorded = []
         state = {name: b.detach().clone() for name, b in self.module.named_buffers()}  # statistics must not move
         try:
             for rows in (2, 3):
                 with torch.no_grad(), CounterDropout(Masks(self.module.key, self.module.inner, per_row=True)):
                     call(self.module, dict(state), take(inputs, torch.arange(rows) % count))
             for network in networks:
-                assert network.calls is not None
-                two, three = network.calls
+                assert network.recorded is not None
+                two, three = network.recorded
                 network.row_layers = row_layers(two, three, self.estimator)
         finally:
             for network in networks:
-                network.calls = None
+                network.recorded = None
 
     def before_training(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> None:
         if self.estimator != "shared":

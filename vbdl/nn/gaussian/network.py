@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vbdl.calling.graphs import without_fused_attention
 from vbdl.calling.stacking import call
 from vbdl.nn.drawn import drawn
+from vbdl.nn.drawn_uses import DrawnUses
 from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.local_outputs import DrawnOutputs, Moments, Recording, Uses
+from vbdl.nn.local_outputs import DrawnOutputs, Moments
 from vbdl.types import Inputs, State
 
 # torch counts the levels of forward mode once for all threads: one that ends in a thread takes away another's
@@ -36,7 +37,7 @@ class FactoredNetwork(KeyedNetwork):
     draws_weights = True
     linearized: bool = False
     local: Mapping[str, str | None] = {}
-    recorded: list[Uses] | None = None
+    recorded: list[DrawnUses] | None = None
     found_by_running = ("local", "recorded")
     first_layer: int = 0  # the layer number of the first factor
     chosen: tuple[str, ...]
@@ -84,9 +85,9 @@ class FactoredNetwork(KeyedNetwork):
         if self.recorded is None:
             return call(self.inner, self.weights(), inputs)
         weights = self.weights()
-        with Recording(weights) as recording:
+        with DrawnUses(weights) as uses:
             outputs = call(self.inner, weights, inputs)
-        self.recorded.append(recording.uses)
+        self.recorded.append(uses)
         return outputs
 
     @property
