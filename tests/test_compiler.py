@@ -13,12 +13,14 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from vbdl.compiling import compiler
+from vbdl.compiling import compiler, stored
 from vbdl.compiling.compiler import can_compile, compile_graph
 from vbdl.compiling.graph import trace
 
 
-def test_a_graph_is_compiled_once_for_each_shape():
+def test_a_graph_is_compiled_once_for_each_shape(monkeypatch):
+    monkeypatch.setattr(stored, "load", lambda key: None)  # Inductor's own cache is for what is not stored
+
     def function(x, w):
         return (torch.relu(x @ w).sum(0),)
 
@@ -94,6 +96,7 @@ def test_a_cache_that_cannot_be_written_is_as_no_compiler(code, by_compiler, mon
     def fails(*args, **kwargs):
         raise RuntimeError("InductorError") from error
 
+    monkeypatch.setattr(stored, "load", lambda key: None)
     monkeypatch.setattr(compiler, "_from_cache", fails)
     compiler._warned.clear()
     inputs = [torch.randn(4, 5)]

@@ -292,6 +292,7 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so_once(monkeypatch, cap
     def compile(*args, **kwargs):
         raise RuntimeError("inductor") from InvalidCxxCompiler("no g++")
 
+    monkeypatch.setattr("vbdl.compiling.stored.load", lambda key: None)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile)
     vbdl.compiling.compiler._warned.clear()
     x = torch.randn(13, 3)
@@ -306,6 +307,7 @@ def test_another_fault_of_the_compiler_is_not_hidden(monkeypatch):
     def compile(*args, **kwargs):
         raise RuntimeError("out of registers")
 
+    monkeypatch.setattr("vbdl.compiling.stored.load", lambda key: None)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile)
     with pytest.raises((RuntimeError, ValueError), match="out of registers"):
         predictor(compile=True)(torch.randn(13, 3))

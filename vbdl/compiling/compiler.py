@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from vbdl.compiling import stored
 from vbdl.compiling.replay import Replayed, is_worth_replaying
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ _warned = threading.Event()
 def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph at the shapes of these inputs.
 
-    Returns the graph itself, with a warning, if there is no C++ compiler or compiled code cannot be written.
+    A call that another process has compiled is loaded (`vbdl.compiling.stored`), without importing Inductor. Returns
+    the graph itself, with a warning, if there is no C++ compiler or compiled code cannot be written.
     """
     compiled: list[OutputCode] = []
+    key = stored.key_of(graph, inputs) if on_cpu(inputs) else None
+    if key is not None and (found := stored.load(key)) is not None:
+        return _of_arguments(found, _held(graph))
 
     try:
         import torch._inductor.config
@@ -46,7 +51,10 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
             writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to its arguments
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
-            return wrapped if writes else _without_wrappers(wrapped, compiled, inputs) or wrapped
+            held = _held(graph)
+            if writes or (direct := _without_wrappers(wrapped, compiled, [*held, *inputs], len(held), key)) is None:
+                return wrapped
+            return _of_arguments(direct, held)
     except Exception as error:
         if _no_compiler(error):
             _warn("no C++ compiler was found", "Install g++ (or clang++), or set CXX, and start again.")
@@ -89,25 +97,43 @@ def on_cpu(inputs: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in inputs)
 
 
-def _without_wrappers(wrapped: Callable, compiled: "list[OutputCode]", inputs: list[Tensor]) -> Callable | None:
+def _held(graph: fx.GraphModule) -> list[Tensor]:
+    """The graph's own tensors, which Inductor's code takes before the arguments."""
+    return [*graph.parameters(), *graph.buffers()]
+
+
+def _without_wrappers(
+    wrapped: Callable, compiled: "list[OutputCode]", inputs: list[Tensor], held: int, key: str | None
+) -> stored.Direct | None:
     """Inductor's generated code without the wrappers for gradients and mutation, which cost as much as a small network.
 
-    Returns None if the wrappers are needed: on a GPU, or if the two return different outputs for `inputs`.
+    It is stored under `key` for later processes. Returns None if the wrappers are needed: on a GPU, or if the two
+    return different outputs for `inputs`, of which the first `held` are the graph's own tensors.
     """
     direct = getattr(compiled[0], "current_callable", None) if len(compiled) == 1 else None
     if direct is None or not on_cpu(inputs):
         return None
-    expected = wrapped(*inputs)
+    expected = wrapped(*inputs[held:])
+
+    def is_right(outputs: Sequence[Tensor]) -> bool:
+        return len(outputs) == len(expected) and all(
+            isinstance(a, Tensor) and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(outputs, expected, strict=True)
+        )  # fmt: skip
+
     try:
-        outputs = direct(list(inputs))
+        if not is_right(direct(list(inputs))):
+            return None
     except Exception:  # the wrappers change the number or the order of arguments
         return None
-    same = len(outputs) == len(expected) and all(
-        isinstance(a, Tensor) and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(outputs, expected, strict=True)
-    )  # fmt: skip
-    return (lambda *arguments: direct(list(arguments))) if same else None
+    if key is not None:
+        stored.store(key, direct, inputs, is_right)
+    return direct
+
+
+def _of_arguments(direct: stored.Direct, held: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    return lambda *arguments: direct([*held, *arguments])
 
 
 def can_compile() -> bool:
