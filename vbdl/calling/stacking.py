@@ -6,9 +6,8 @@ No other file calls these two functions.
 """
 
 import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.adapters import check_adapters
 from vbdl.calling.autograd import activations_kept, with_gradients_if_needed
+from vbdl.calling.duplicating import duplicate
 from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import arguments, flatten, rebuilt
 from vbdl.types import Inputs, Likelihood, State
@@ -80,7 +80,16 @@ def check_chosen(argument: str, chosen: object) -> None:
 
 def state_of(module: nn.Module) -> State:
     """The parameters and buffers of a module by name; a tied one appears once, under its first name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    parameters: State = {}
+    buffers: State = {}
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for of_kind, tensors in ((parameters, owner._parameters), (buffers, owner._buffers)):
+            for leaf, t in tensors.items():
+                if t is not None and id(t) not in seen:
+                    seen.add(id(t))
+                    of_kind[f"{prefix}.{leaf}" if prefix else leaf] = t
+    return parameters | buffers
 
 
 def without_dots(name: str) -> str:
@@ -262,22 +271,29 @@ def forget(module: nn.Module) -> None:
     """
     for m in module.modules():
         for name, value in list(_attributes(m)):
-            if any(map(is_computed, tree_leaves(value))):
+            if any(map(is_computed, _leaves(name, value))):
                 vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
     """The attributes of a module that may hold tensors, by name; most of the others are torch's empty tables."""
     for name, value in vars(module).items():
-        if (
-            name != "_modules"
-            and not isinstance(value, _WITHOUT_TENSORS)
-            and not (isinstance(value, dict) and not value)
-        ):
+        if name != "_modules" and _may_hold_tensors(value):
             yield name, value
 
 
-_WITHOUT_TENSORS = (type(None), bool, int, float, str, nn.Module)
+def _leaves(name: str, value: Any) -> Iterable[Any]:
+    """The leaves of an attribute."""
+    return value.values() if name in ("_parameters", "_buffers") else tree_leaves(value)
+
+
+def _may_hold_tensors(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_may_hold_tensors, value))
+    return not isinstance(value, _WITHOUT_TENSORS) and not (isinstance(value, dict) and not value)
+
+
+_WITHOUT_TENSORS = (type(None), bool, int, float, str, set, nn.Module)
 
 
 def is_computed(value: object) -> bool:
@@ -302,9 +318,11 @@ def kept_by(module: nn.Module) -> list[tuple]:
     kept: list[tuple] = []
     for i, m in enumerate(module.modules()):
         for name, value in vars(m).items():
-            if name in ("_parameters", "_buffers", "_modules") or (isinstance(value, dict) and not value):
+            if name in ("_parameters", "_buffers", "_modules") or value is None or isinstance(value, str | set):
                 continue
-            for leaf in tree_leaves(value):
+            if isinstance(value, dict) and not value:
+                continue
+            for leaf in (value,) if isinstance(value, int | float) else tree_leaves(value):
                 if isinstance(leaf, Tensor):
                     kept.append((i, name, id(leaf), leaf._version))
                 elif isinstance(leaf, (int, float)):
@@ -317,13 +335,13 @@ def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
 
     kept: tensors in attributes of the module that the copy holds too.
     """
-    stored = [t for m in module.modules() for _, v in _attributes(m) for t in tree_leaves(v) if is_computed(t)]
+    stored = [t for m in module.modules() for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
     memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
     for name, tensor in state_of(module).items():
         if name in state:
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(state[name], tensor.requires_grad) if is_parameter else state[name]
-    return copy.deepcopy(module, memo)
+    return duplicate(module, memo)
 
 
 def blueprint(module: M) -> M:

@@ -23,7 +23,7 @@ from vbdl.calling.stacking import select
 from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
 from vbdl.engine import background
 from vbdl.engine.chunking import Calls, Chunking
-from vbdl.engine.plain import Plain, PlainCalls, PlainPlan
+from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run
 from vbdl.engine.plan import Plan, choose
 from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
@@ -84,7 +84,9 @@ class Execution:
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
             state = {n: t.detach() for n, t in state.items()}
-            outputs = self._tried(model.twin(), state, list(entries))
+            twin = model.twin()
+            outputs = self._tried(twin, state, list(entries))
+        self._run_before: Run | None = Run(twin, tile, outputs)
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
             self._way = self._meanwhile()
@@ -95,9 +97,9 @@ class Execution:
         self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
 
     def _tried(self, model: Model, state: State, own: Sequence[str]) -> Tensor:
-        """Run a draw, check the network by it, and find the layers that draw outputs.
+        """Run draw 0, check the network by it, and find the layers that draw outputs.
 
-        model: a twin for this call alone. own: the names of a draw's entries.
+        model: a twin that no other thread calls. own: the names of a draw's entries.
         """
         network, settings, tile = model.network, self._settings, self._tile
         if self._behind and tile.rows == 1 and "network.key" not in own:
@@ -116,6 +118,7 @@ class Execution:
             outputs = try_out(model, state, tile)
             first, second = network.recorded[:2]
             layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
+            network.kept = network.recorded = None
             if layers is not None:
                 self._local_layers, self._local = layers, len(layers)
             return outputs
@@ -124,6 +127,7 @@ class Execution:
         network.recorded = []
         outputs = try_out(model, state, tile)
         first, second = network.recorded[:2]
+        network.recorded = None
         local = local_layers(first, second, tile.rows)
         if local is not None:
             self._local_layers, self._local = local, len(local)
@@ -156,7 +160,8 @@ class Execution:
         """The way that runs the network as it is, for these reasons; mapping: all draws together if that is faster."""
         with self._starting:
             if self._plain is None:
-                self._plain = Plain(self._model, self._tile, self._settings, self.n_samples, self._local_layers)
+                before, self._run_before = self._run_before, None
+                self._plain = Plain(self._model, self._tile, self._settings, self.n_samples, self._local_layers, before)
             plain = self._plain
         if mapping and (reason := plain.map_if_faster()):
             reasons = (*reasons, reason)

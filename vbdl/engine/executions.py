@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from vbdl.calling.inputs import Flat, Structure
 from vbdl.data.rows import cannot_take
@@ -66,7 +65,7 @@ class Executions:
         executions = []
         start = 0
         kind = MomentExecution if self.settings.estimator == "moments" else Execution
-        tile = tile.map(Tensor.detach)
+        tile = tile.map(lambda t: t.detach() if t.requires_grad else t)
         for part in self.posterior.parts:
             count = min(part.n_draws or self.settings.n_samples, self.settings.n_samples - start)
             if count <= 0:

@@ -1,0 +1,160 @@
+"""A duplicate of a module is what `copy.deepcopy` makes, in a fraction of its time."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vbdl
+from vbdl.calling.duplicating import duplicate
+
+
+class Tied(nn.Module):
+    """Layers that share a weight, a table that is still empty, and modules in a list, a tuple and an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+        self.again = self.a
+        self.register_buffer("scale", torch.ones(3))
+        self.seen: dict[str, int] = {}
+        for layer in (self.a, self.b):
+            vars(layer)["seen"] = self.seen
+        self.listed, self.hidden, self.nothing = [self.a], (nn.Linear(3, 3), self.b), None
+        self.sizes, self.where = [1, [2, 3]], torch.device("cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen["calls"] = self.seen.get("calls", 0) + 1
+        return self.hidden[0](self.listed[0](x) + self.b(x)) * self.scale
+
+
+class CopiesItself(nn.Linear):
+    def __deepcopy__(self, memo):
+        made = CopiesItself(3, 3)
+        made.load_state_dict(self.state_dict())
+        vars(made)["copied"] = True
+        memo[id(self)] = made
+        return made
+
+
+class Restores(nn.Linear):
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.restored = True
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("held",)
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.held = [1]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "tied": Tied,
+    "convolution": lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), nn.Softmax(-1)),
+    "recurrent": lambda: nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3)),
+    "attention": lambda: nn.TransformerEncoderLayer(4, 2, dropout=0.0),
+    "a method of its own": lambda: nn.Sequential(CopiesItself(3, 3)),
+    "a state of its own": lambda: nn.Sequential(Restores(3, 3)),
+    "slots": lambda: nn.Sequential(Slotted()),
+    "hooks": lambda: hooked(nn.Sequential(nn.Linear(3, 3))),
+    "compiled in place": lambda: compiled(nn.Sequential(nn.Linear(3, 3))),
+}
+
+
+def hooked(network: nn.Module) -> nn.Module:
+    network.register_forward_hook(lambda module, args, output: output)
+    return network
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    network.compile(backend="eager")
+    return network
+
+
+def described(value: object, seen: dict[int, int]) -> object:
+    """A value as nested tuples: which objects are the same, of which classes, and with which contents."""
+    if value is None or isinstance(value, bool | int | float | str | type | torch.device):
+        return value
+    if id(value) in seen:
+        return "object", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, Tensor):
+        return type(value), value.requires_grad, value.tolist()
+    if isinstance(value, dict):
+        return type(value), [(k, described(v, seen)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [described(v, seen) for v in value]
+    if isinstance(value, nn.Module):
+        return type(value), [(k, described(v, seen)) for k, v in vars(value).items()], getattr(value, "held", None)
+    return type(value)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_duplicate_is_what_deepcopy_makes(name):
+    network = NETWORKS[name]()
+    expected, made = copy.deepcopy(network), duplicate(network, {})
+    assert described(made, {}) == described(expected, {})
+    assert not {id(m) for m in made.modules()} & {id(m) for m in network.modules()}
+    assert not {id(p) for p in made.parameters()} & {id(p) for p in network.parameters()}
+
+
+def test_objects_with_a_copy_get_it():
+    network = Tied()
+    weight = nn.Parameter(torch.zeros(3, 3))
+    made = duplicate(network, {id(network.a.weight): weight})
+    assert made.a.weight is made.b.weight is weight
+    assert made.listed[0] is made.again is made.a
+    made(torch.ones(2, 3))
+    assert vars(made.a)["seen"] == {"calls": 1} and network.seen == {}
+
+
+def test_modules_of_torch_are_not_copied_by_deepcopy(monkeypatch):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()))
+    copies, of = [], copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda value, memo: copies.append(value) or of(value, memo))
+    duplicate(network, {})
+    assert copies and not any(isinstance(value, nn.Module | dict) for value in copies)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_run_that_checks_a_network_is_a_part_of_the_first_answer(rows):
+    calls = []
+    nets = [nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(3)]
+    nets = [net.eval() for net in nets]
+    nets[0][0].register_forward_hook(count := Counts(calls))
+    for net in nets[1:]:
+        net[0].register_forward_hook(count)
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile="background", tiles=(rows,))
+    x = torch.randn(rows, 4)
+    calls.clear()
+    first = predict(x)
+    assert len(calls) == 3 + (rows > 1)  # one more to check that rows are kept apart
+    torch.testing.assert_close(first.probs, torch.stack([net(x).softmax(-1) for net in nets]).mean(0))
+
+
+def test_a_run_on_a_changed_input_is_no_part_of_an_answer():
+    nets = [nn.Linear(4, 3) for _ in range(2)]
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile="background", tiles=(1,))
+    x = torch.randn(1, 4)
+    predict.explain(x)
+    x.numpy()[:] += 1.0
+    torch.testing.assert_close(predict(x).probs, torch.stack([net(x).softmax(-1) for net in nets]).mean(0))
+
+
+class Counts:
+    """A forward hook that counts, and is the same object in every copy of a network."""
+
+    def __init__(self, calls: list):
+        self.calls = calls
+
+    def __call__(self, module, args, output):
+        self.calls.append(1)
+
+    def __deepcopy__(self, memo):
+        return self
