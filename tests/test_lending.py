@@ -1,8 +1,13 @@
 """A predictor reads its posterior's parameters where they lie, and no later change of the posterior reaches it."""
 
 import copy
+import gc
+import itertools
 import pickle
+import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ import torch.utils.dlpack
 from torch import Tensor, nn
 
 import vbdl
+from vbdl.calling.apart import Apart
+from vbdl.engine import background
 from vbdl.types import Posterior
 
 WIDE = 600  # 600 x 600 numbers are more than a MiB
@@ -38,7 +45,11 @@ def predictor(q: Posterior) -> vbdl.Predictor:
 
 def stored(module: nn.Module) -> dict[int, int]:
     """The bytes of every large parameter by its address, without asking the module for it."""
-    values = [p for m in module.modules() for p in dict.values(vars(m)["_parameters"]) if p is not None]
+    tables = [vars(m)["_parameters"] for m in module.modules()]
+    values = [p for table in tables for p in dict.values(table) if p is not None]
+    for table in tables:
+        if isinstance(table, Apart) and table._own is None:
+            values += [*itertools.chain(*table.source._apart.values()), *table.source._stacked.values()]
     return {p.data_ptr(): p.numel() * p.itemsize for p in values if p.numel() >= WIDE * WIDE}
 
 
@@ -57,6 +68,7 @@ def test_large_parameters_are_held_once(method):
 
 def test_a_posterior_without_predictors_keeps_its_parameters():
     q = POSTERIORS["ensemble"]()
+    list(q.parameters())
     before = stored(q)
     predict = predictor(q)
     del predict
@@ -80,8 +92,12 @@ def trained(q: Posterior) -> None:
 
 
 def largest_owner(q: nn.Module) -> tuple[nn.Module, str]:
-    return next((m, n) for m in q.modules() for n, p in dict.items(vars(m)["_parameters"])
-                if p is not None and p.numel() >= WIDE * WIDE)  # fmt: skip
+    for m in q.modules():
+        table = vars(m)["_parameters"]
+        for name, p in dict.items(table):
+            if p.numel() >= WIDE * WIDE if p is not None else isinstance(table, Apart) and table.is_apart(name):
+                return m, name
+    raise AssertionError("no large parameter")
 
 
 def through_an_attribute(q: Posterior) -> None:
@@ -168,11 +184,10 @@ def test_networks_of_a_generator_are_freed_as_they_are_stacked():
     torch.stack = counted
     try:
         q = vbdl.DeepEnsemble(networks())
+        assert q.n_members == 4 and q.stacked()["0.weight"].shape == (4, WIDE, WIDE)
     finally:
         torch.stack = stack
-    assert q.n_members == 4 and q.stacked()["0.weight"].shape == (4, WIDE, WIDE)
-    alive = sizes[: len(list(network().parameters()))]
-    assert alive == sorted(alive, reverse=True) and alive[-1] == 4, alive
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 4, sizes
     assert all(ref.expired() for ref in made)
 
 
@@ -183,3 +198,155 @@ def test_networks_of_a_list_stay_as_they_are():
     for m, net in enumerate(nets):
         torch.testing.assert_close(q.member(m)["0.weight"], net.state_dict()["0.weight"], rtol=0, atol=0)
         assert type(vars(net[0])["_parameters"]) is dict
+
+
+def ensemble_of(nets: list[nn.Sequential]) -> tuple[vbdl.DeepEnsemble, vbdl.Predictor]:
+    q = vbdl.DeepEnsemble(nets)
+    return q, predictor(q)
+
+
+def lent_by(nets: list[nn.Sequential]) -> dict[int, int]:
+    return {address: size for net in nets for address, size in stored(net).items()}
+
+
+def test_an_ensemble_reads_the_networks_it_was_given(monkeypatch):
+    nets = [network().eval() for _ in range(3)]
+    stacked = []
+    stack = torch.stack
+    monkeypatch.setattr(
+        torch, "stack", lambda tensors, *args: stacked.append(tensors[0].numel()) or stack(tensors, *args)
+    )
+    monkeypatch.setattr(background, "submit", lambda *args: Future())
+    q = vbdl.DeepEnsemble(nets)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), compile="background")
+    x = torch.randn(2, WIDE)
+    probs = predict(x).mean
+    assert lent_by(nets) == stored(q) == stored(predict.posterior)
+    assert max(stacked) < WIDE * WIDE
+    torch.testing.assert_close(probs, stack([net(x).softmax(-1) for net in nets]).mean(0))
+    assert not lent_by(nets).keys() & stored(q).keys()  # the networks were asked for their weights
+
+
+def test_the_stack_is_shared_until_the_ensemble_is_asked_for_it():
+    q, predict = ensemble_of([network().eval() for _ in range(2)])
+    x = torch.randn(2, WIDE)
+    expected = predict(x, samples=True).mean
+    graphs = vbdl.Predictor(q, vbdl.Categorical(), compile=False, tiles=2)
+    graphs(x)
+    assert graphs.executions.by_shape and stored(q) == stored(graphs.posterior) == stored(predict.posterior)
+    assert [size for size in stored(q).values()] == [2 * 4 * WIDE * WIDE]
+    add(list(q.parameters()))
+    assert not stored(q).keys() & stored(predict.posterior).keys()
+    for each in (predict, graphs, graphs.replace(seed=1)):
+        torch.testing.assert_close(each(x).mean, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(predictor(q)(x).mean, expected)
+
+
+@pytest.mark.parametrize("change", CHANGES.keys() - {"fit"})
+def test_no_change_of_the_networks_reaches_an_ensemble(change):
+    nets = [network().eval() for _ in range(2)]
+    x = torch.randn(4, WIDE)
+    expected = torch.stack([copy.deepcopy(net)(x).softmax(-1) for net in nets]).mean(0)
+    q, predict = ensemble_of(nets)
+    assert lent_by(nets) == stored(q)
+    CHANGES[change](nets[0])  # type: ignore[arg-type]
+    later = predictor(q)
+    list(q.parameters())
+    for each in (predict, later, predictor(q)):
+        torch.testing.assert_close(each(x).mean, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_what_somebody_holds_of_a_network_is_copied(holder):
+    nets = [network() for _ in range(2)]
+    held = HOLDERS[holder](nets[1].get_parameter("0.weight"))
+    q = vbdl.DeepEnsemble(nets)
+    assert not stored(q).keys() & lent_by(nets).keys(), held
+
+
+def test_a_lent_parameter_stays_the_same_object():
+    nets = [network() for _ in range(2)]
+    nets[0](torch.randn(3, WIDE)).sum().backward()
+    grads = []
+    nets[0].get_parameter("0.weight").register_hook(grads.append)
+    before, gradient = id(nets[0].get_parameter("0.weight")), nets[0].get_parameter("0.weight").grad
+    q = vbdl.DeepEnsemble(nets)
+    assert lent_by(nets).keys() & stored(q).keys()
+    after = nets[0].get_parameter("0.weight")
+    assert id(after) == before and after.grad is gradient and after.requires_grad
+    after.sum().backward()
+    assert len(grads) == 1
+    assert not lent_by(nets[:1]).keys() & stored(q).keys()
+
+
+def test_networks_may_be_trained_further_and_given_again():
+    nets = [network() for _ in range(2)]
+    x, y = torch.randn(6, WIDE), torch.tensor([0, 1, 2] * 2)
+    q, predict = ensemble_of(nets)
+    first = predict(x).mean
+    optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], lr=0.1)
+    for net in nets:
+        nn.functional.cross_entropy(net.train()(x), y).backward()
+    optimizer.step()
+    del optimizer
+    again, trained = ensemble_of([net.eval() for net in nets])
+    torch.testing.assert_close(predict(x).mean, first, rtol=0, atol=0)
+    assert not torch.allclose(trained(x).mean, first)
+    third = vbdl.DeepEnsemble(nets)  # which still lend their weights to the second
+    assert stored(again) == stored(trained.posterior)
+    torch.testing.assert_close(predictor(third)(x).mean, trained(x).mean, rtol=0, atol=0)
+
+
+def test_networks_of_several_dtypes_are_stacked_at_once():
+    nets = [nn.Sequential(nn.Linear(WIDE, WIDE), nn.Linear(WIDE, 3).double()) for _ in range(2)]
+    q = vbdl.DeepEnsemble(nets)
+    assert not any(isinstance(vars(m)["_parameters"], Apart) for m in q.modules())
+
+
+def test_a_network_that_lends_is_freed_without_the_garbage_collector():
+    nets = [network() for _ in range(2)]
+    q, alive = vbdl.DeepEnsemble(nets), [weakref.ref(net[0]) for net in nets]
+    assert lent_by(nets) == stored(q)
+    gc.disable()
+    try:
+        nets.clear()
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_network_without_small_parameters_has_a_dtype_and_a_device():
+    nets = [nn.Linear(WIDE, WIDE, bias=False) for _ in range(2)]
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=False)
+    with pytest.raises(ValueError, match="inputs are"):
+        predict(torch.randn(2, WIDE).double())
+    assert predict(torch.randn(2, WIDE)).mean.shape == (2, WIDE)
+
+
+def test_threads_get_one_stack():
+    q, predict = ensemble_of([network().eval() for _ in range(2)])
+    found, begin = [], threading.Barrier(4)
+
+    def ask() -> None:
+        begin.wait()
+        found.append([id(p) for p in q.parameters()])
+        predict(torch.randn(2, WIDE))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(each == found[0] for each in found)
+
+
+def test_a_saved_ensemble_and_its_copies_predict_the_same(tmp_path):
+    q, predict = ensemble_of([network().eval() for _ in range(2)])
+    x = torch.randn(3, WIDE)
+    expected = predict(x).mean
+    vbdl.save(predict, tmp_path / "artifact", example=x)
+    torch.testing.assert_close(vbdl.load(tmp_path / "artifact")(x).mean, expected)
+    assert stored(q) == stored(predict.posterior) == stored(copy.deepcopy(q))  # saving asks for no tensors to keep
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.copy(q)):
+        torch.testing.assert_close(predictor(other)(x).mean, expected, rtol=0, atol=0)
+    torch.testing.assert_close(predictor(copy.deepcopy(q).double())(x.double()).mean.float(), expected)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.inputs import tensors
 from vbdl.calling.layer_inputs import LayerInputs
+from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import holding, state_of
 from vbdl.types import Inputs, Likelihood, Posterior, State
@@ -53,7 +54,8 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the posterior's tensors."""
-        return next(chain(self.posterior.parameters(), self.posterior.buffers())).device
+        with only_reading():
+            return next(chain(self.posterior.parameters(), self.posterior.buffers())).device
 
     # -- the entries of draws and members
 

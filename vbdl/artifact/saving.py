@@ -37,6 +37,7 @@ from vbdl.artifact.manifest import (
 from vbdl.artifact.tensors import CODES, entries, to_bytes
 from vbdl.calibration.calibrated import CalibratedLikelihood
 from vbdl.calling.inputs import TENSOR, Container
+from vbdl.calling.lending import only_reading
 from vbdl.decision.deciding import DecidingLikelihood
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.around import layers
@@ -241,7 +242,9 @@ def _fitted(likelihood: Likelihood) -> list[str]:
 def _state(module: nn.Module) -> dict[str, Tensor]:
     """The module's tensors by name; a tied tensor appears once, under its first name."""
     tensors, seen = {}, set()
-    for name, t in module.state_dict(keep_vars=True).items():
+    with only_reading(stacks=True):
+        state = module.state_dict(keep_vars=True)
+    for name, t in state.items():
         if not isinstance(t, Tensor):
             raise ValueError(f"the module cannot be saved: {name} of its state is a {type(t).__name__}, not a tensor")
         if id(t) not in seen:

@@ -10,30 +10,41 @@ import contextlib
 import copy
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vbdl.calling.stacking import holding
+from vbdl.types import State
 
 M = TypeVar("M", bound=nn.Module)
 
-_LEAST = 2**20  # bytes; smaller tensors are copied at once
-_lock = threading.RLock()
+LEAST = 2**20  # bytes; smaller tensors are copied at once
+HELD, ALL = "held", "all"
+lock = threading.RLock()
 _this_thread = threading.local()
 
 
 @contextlib.contextmanager
-def only_reading() -> Iterator[None]:
-    """A context in which this thread reads lent tensors and keeps and changes none: their modules need no copies."""
-    before = getattr(_this_thread, "reads", False)
-    _this_thread.reads = True
+def only_reading(stacks: bool = False) -> Iterator[None]:
+    """A context in which this thread reads lent tensors and keeps and changes none: their modules need no copies.
+
+    stacks: whether to list the parameters that are held apart (`vbdl.calling.apart`) too, which stacks them.
+    """
+    before = reads()
+    _this_thread.reads = ALL if stacks else HELD
     try:
         yield
     finally:
         _this_thread.reads = before
+
+
+def reads() -> str | None:
+    """What this thread lists inside `only_reading`, HELD or ALL; None outside."""
+    return getattr(_this_thread, "reads", None)
 
 
 def lent_copy(module: M) -> M:
@@ -41,25 +52,44 @@ def lent_copy(module: M) -> M:
 
     The copy must not write to its parameters. Buffers, which a forward pass may write to, are copied.
     """
-    with _lock, only_reading():
-        lent: set[int] = set()
-        for owner in module.modules():
-            parameters = vars(owner)["_parameters"]
-            if not isinstance(parameters, _Lent):
-                large = [name for name, p in parameters.items() if p is not None and _is_large(p)]
-                names = {name for name in large if _held_once(parameters, name)}
-                if not names:
-                    continue
-                vars(owner)["_parameters"] = parameters = _Lent(parameters, owner, names)
-            lent |= {id(p) for p in parameters.lent()}
-        return holding(module, {name: p.detach() for name, p in module.named_parameters() if id(p) in lent})
+    with lock, only_reading():
+        return holding(module, lend(module, lendable(module, LEAST)))
 
 
-def _is_large(p: Tensor) -> bool:
+def lendable(module: nn.Module, least: int) -> set[str]:
+    """The names of the parameters of at least so many bytes that a copy of a module could read."""
+    found = set()
+    for prefix, owner in module.named_modules():
+        parameters = vars(owner)["_parameters"]
+        if isinstance(parameters, _Lent):
+            names = set(parameters.lent())
+        elif type(parameters) is dict:
+            large = [name for name, p in parameters.items() if p is not None and _is_large(p, least)]
+            names = {name for name in large if _held_once(parameters, name)}
+        else:
+            continue
+        found |= {f"{prefix}.{name}" if prefix else name for name in names}
+    return found
+
+
+def lend(module: nn.Module, names: Collection[str]) -> State:
+    """Lend parameters that are `lendable` to a copy: tensors to read, by name."""
+    lent = {}
+    for prefix, owner in module.named_modules():
+        start = f"{prefix}." if prefix else ""
+        parameters = vars(owner)["_parameters"]
+        own = {name for name in dict.keys(parameters) if start + name in names}
+        if own and not isinstance(parameters, _Lent):
+            vars(owner)["_parameters"] = parameters = _Lent(parameters, owner, own)
+        lent |= {start + name: dict.__getitem__(parameters, name).detach() for name in own}
+    return lent
+
+
+def _is_large(p: Tensor, least: int) -> bool:
     """Whether it is worth while to lend a parameter, and possible."""
     if type(p) is not nn.Parameter or p.layout != torch.strided or p.device.type == "meta":
         return False
-    return p.numel() * p.itemsize >= _LEAST
+    return p.numel() * p.itemsize >= least
 
 
 def _held_once(tensors: dict[str, Any], name: str) -> bool:
@@ -87,51 +117,71 @@ except AttributeError:  # the counts are torch's own affair: a version without o
     _ONE_HOLDER = ()
 
 
-class _Lent(dict):
-    """The parameters of a module, some of which a copy reads too: the module gets its own when one is asked for.
+class PassedOn(dict):
+    """The parameters of a module, some of which are made when one is asked for.
 
     It is then replaced by a plain dict, to which it passes on whatever is asked of it.
     """
 
-    def __init__(self, tensors: dict[str, Any], owner: nn.Module, names: set[str]):
+    def __init__(self, tensors: dict[str, Any], owner: nn.Module):
         super().__init__(tensors)
-        self._owner, self._names = owner, names
+        self._owner = weakref.ref(owner)  # a cycle would keep the module until the garbage is collected
         self._own: dict[str, Any] | None = None
-
-    def lent(self) -> list[Tensor]:
-        """The tensors that the copy reads."""
-        return [] if self._own is not None else [dict.__getitem__(self, name) for name in self._names]
 
     def _names_now(self) -> dict[str, Any]:
         """A dict with the names that there are now, whose values must not be read."""
         return dict(dict.items(self)) if self._own is None else self._own
 
     def _now(self) -> dict[str, Any]:
-        """The dict that is used now: for a thread that only reads, the lent tensors; for others, the module's own."""
-        if self._own is None and getattr(_this_thread, "reads", False):
-            return dict(dict.items(self))
-        with _lock:
+        """The dict that is used now: for a thread that only reads, what is there; for others, the module's own."""
+        if self._own is None and reads():
+            return self._read()
+        with lock:
             if self._own is None:
-                self._own = {name: self._unlent(name, t) for name, t in dict.items(self)}
-                if vars(self._owner)["_parameters"] is self:
-                    vars(self._owner)["_parameters"] = self._own
+                self._own = self._made()
+                if (owner := self._owner()) is not None and vars(owner)["_parameters"] is self:
+                    vars(owner)["_parameters"] = self._own
             return self._own
+
+    def _made(self) -> dict[str, Any]:
+        """The module's own parameters."""
+        raise NotImplementedError
+
+    def _read(self) -> dict[str, Any]:
+        """The parameters for a thread that only reads."""
+        return dict(dict.items(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self._now()),)
+
+
+class _Lent(PassedOn):
+    """The parameters of a module, some of which a copy reads too: the module gets its own when one is asked for."""
+
+    def __init__(self, tensors: dict[str, Any], owner: nn.Module, names: set[str]):
+        super().__init__(tensors, owner)
+        self._names = names
+
+    def lent(self) -> dict[str, Tensor]:
+        """The tensors that the copy reads, by name."""
+        return {} if self._own is not None else {name: dict.__getitem__(self, name) for name in self._names}
+
+    def _made(self) -> dict[str, Any]:
+        return {name: self._unlent(name, t) for name, t in dict.items(self)}
 
     def _unlent(self, name: str, t: Any) -> Any:
         """The module's own parameter of this name."""
-        if name not in self._names or _uses(t.untyped_storage()) == _ONE_HOLDER[3]:  # the copy is gone
-            return t
-        return nn.Parameter(t.detach().clone(), t.requires_grad)
+        if name in self._names and _uses(t.untyped_storage()) != _ONE_HOLDER[3]:  # the copy is not gone
+            with torch.inference_mode(False):
+                t.data = t.detach().clone()  # it stays the same parameter, with its gradient and its hooks
+        return t
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(self._now(), memo)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return dict, (self._now(),)
-
 
 def _passed_on(name: str, to: Any) -> Any:
-    def method(self: _Lent, *args: Any, **kwargs: Any) -> Any:
+    def method(self: PassedOn, *args: Any, **kwargs: Any) -> Any:
         return getattr(to(self), name)(*args, **kwargs)
 
     return method
@@ -139,6 +189,6 @@ def _passed_on(name: str, to: Any) -> Any:
 
 for _name in """__getitem__ __or__ __ror__ __eq__ __ne__ __repr__ get items values copy __setitem__ __delitem__ __ior__
     clear pop popitem setdefault update""".split():
-    setattr(_Lent, _name, _passed_on(_name, _Lent._now))
+    setattr(PassedOn, _name, _passed_on(_name, PassedOn._now))
 for _name in "__iter__ __reversed__ __len__ __contains__ keys".split():
-    setattr(_Lent, _name, _passed_on(_name, _Lent._names_now))
+    setattr(PassedOn, _name, _passed_on(_name, PassedOn._names_now))

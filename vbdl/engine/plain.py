@@ -27,6 +27,7 @@ from vbdl.nn.recurrent import WholeLayers, runs_whole_layers
 from vbdl.types import State
 
 _ROWS = 4096  # the most rows in one call of repeated rows
+_LARGE = 2**20  # bytes of a draw's entries; larger ones are made for one draw at a time
 _ROUNDS = 3  # the times that a way to run all draws is timed
 _APART = 1e-3  # relative to the largest output: far above rounding errors, far below the effect of a wrong rule
 
@@ -95,6 +96,7 @@ class Plain:
             network: Any = self._twin.network
             network.local = local
         first = model.entries(torch.arange(1), self._seed)
+        self._large = sum(t.numel() * t.itemsize for t in first.values()) > _LARGE
         places = places_of(self._twin)
         owners = dict(self._twin.named_modules())
         self._places = {n: [_slot(owners, place) for place in places[n]] for n in first}
@@ -134,12 +136,14 @@ class Plain:
     def each(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
         before, self._before = self._before, None
-        entries, outputs = self.entries(numbers), []
+        entries = {} if self._large else self.entries(numbers)
+        outputs = []
         for i, n in enumerate(numbers.tolist()):
             if n == 0 and before is not None and before.is_on(tile):
                 outputs.append(before.outputs)
             else:
-                outputs.append(self._run((n,), select(entries, i), tile))
+                own = select(self.entries(numbers[i : i + 1]), 0) if self._large else select(entries, i)
+                outputs.append(self._run((n,), own, tile))
         return torch.stack(outputs)
 
     def together(self, numbers: Tensor, tile: Flat) -> Tensor:

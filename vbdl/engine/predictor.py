@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, SupportsIndex, Ty
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.apart import read_only
 from vbdl.calling.inputs import TENSOR, Flat, flatten
 from vbdl.calling.lending import lent_copy, only_reading
+from vbdl.calling.stacking import state_of
 from vbdl.data.rows import floating_dtype, outside_range
 from vbdl.data.tiles import check_inputs, pad
 from vbdl.engine import stepwise
@@ -124,6 +126,7 @@ class Predictor:
         with only_reading():
             check_ready(posterior)
             own = next(t.device for t in [*posterior.parameters(), *posterior.buffers()])
+            self._floating = floating_dtype(posterior)
         self.settings = PredictorSettings.checked(
             posterior,
             n_samples=n_samples,
@@ -150,7 +153,6 @@ class Predictor:
         self.n_samples, self.seed, self.tiles = self.settings.n_samples, self.settings.seed, self.settings.tiles
         self.estimator = estimator
         self._counted = self.n_samples if estimator == "sampling" else 0
-        self._floating = floating_dtype(self.posterior)
         self.executions = Executions(self.posterior, self.likelihood, self.settings, self.device)
         self._ready: dict[
             tuple[torch.Size, torch.dtype, torch.device], Ready
@@ -430,4 +432,11 @@ def _frozen(module: M, device: torch.device) -> M:
 
     On the module's own device it reads the module's large tensors, as long as the module is not asked for them.
     """
-    return lent_copy(module).to(device).eval().requires_grad_(False)
+    copy = lent_copy(module)
+    read_only(copy)
+    with only_reading():
+        elsewhere = any(t.device != device for t in state_of(copy).values())
+    if elsewhere:
+        copy = copy.to(device)
+    with only_reading():
+        return copy.eval().requires_grad_(False)

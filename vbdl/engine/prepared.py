@@ -1,5 +1,6 @@
 """The model of one execution: of a posterior of its own, which has learned from running on its inputs."""
 
+from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import holding, state_of
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
@@ -13,7 +14,8 @@ def prepared(model: Model, inputs: Inputs) -> Model:
     It gets what the copy found.
     """
     given = model.posterior
-    posterior = holding(given, state_of(given), () if given.training_rows is None else (given.training_rows,))
+    with only_reading():
+        posterior = holding(given, state_of(given), () if given.training_rows is None else (given.training_rows,))
     posterior.prepare(inputs)
     if isinstance(given.module, KeyedNetwork) and isinstance(posterior.module, KeyedNetwork):
         given.module.adopt(posterior.module)

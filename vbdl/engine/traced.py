@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vbdl.calling.autograd import only_forwards
 from vbdl.calling.inputs import Flat, rebuilt
+from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import call_each, call_stacked, forget
 from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.compiling.rewrite import rewrite
@@ -66,7 +67,8 @@ class Traced:
 
     def entry_bytes(self, cut: Cut) -> int:
         """The bytes of one draw's entries that `draws` makes and a call reads; those of members are held anyway."""
-        held = self.model.member_entries()
+        with only_reading():
+            held = self.model.member_entries()
         read = cut.read_placeholders()
         each = zip(self.entries(torch.arange(1)).items(), cut.placeholders, strict=False)
         return sum(t.numel() * t.itemsize for (name, t), place in each if place in read and name not in held)

@@ -13,6 +13,7 @@ from vbdl.artifact.manifest import Inputs
 from vbdl.artifact.saving import inputs_of
 from vbdl.artifact.tensors import CODES, DTYPES
 from vbdl.calling.inputs import Flat, flatten
+from vbdl.calling.lending import only_reading
 from vbdl.data.tiles import pad
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.program import alone
@@ -107,7 +108,9 @@ def identity(predictor: Predictor) -> str:
     """The SHA-256 of everything a prediction depends on: tensors, modules, settings, torch version and device."""
     digest = hashlib.sha256()
     for owner in (predictor.posterior, predictor.likelihood):
-        for name, t in sorted(owner.state_dict().items()):
+        with only_reading(stacks=True):
+            state = owner.state_dict()
+        for name, t in sorted(state.items()):
             digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
             digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         digest.update(str(owner).encode())

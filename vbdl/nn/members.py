@@ -1,19 +1,21 @@
 """Posteriors of several networks of one architecture: what differs between them is stacked, the rest is held once."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.apart import Apart, Source
 from vbdl.calling.inputs import tensors
+from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import (
     call_each,
     call_stacked,
     can_map,
     is_of_a_trace,
     places_of,
-    state_of,
     why_not_mapped,
     without_dots,
 )
@@ -41,11 +43,19 @@ class StackedPosterior(Posterior):
     one_by_one: str | None = None  # None: unknown
     n_samples: int = 1  # draws of a member per training step, averaged
 
-    def _hold(self, network: nn.Module, stacked: State, shared: State, trained: Collection[str]) -> None:
+    def _hold(
+        self,
+        network: nn.Module,
+        stacked: State,
+        shared: State,
+        trained: Collection[str],
+        apart: Mapping[str, list[Tensor]] = MappingProxyType({}),
+    ) -> None:
         """Register the members' tensors as parameters and buffers.
 
         network: the members' common module, with placeholders on the meta device for tensors. stacked: (members, ...)
         each. shared: all its other parameters and buffers. trained: names of the parameters that require a gradient.
+        apart: parameters that are not stacked yet, one tensor for each member.
         """
         # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
         self._structure: tuple[Any] = (network,)
@@ -66,10 +76,15 @@ class StackedPosterior(Posterior):
             else:
                 self.held_once.register_buffer(without_dots(name), tensor.detach().clone())
         self._shared_names = tuple(shared)
-        self._parameter_names = tuple(n for n in stacked if n in parameters)
+        self._parameter_names = tuple(n for n, _ in network.named_parameters() if n in stacked or n in apart)
         self._buffer_names = tuple(n for n in stacked if n not in parameters)
+        if apart:
+            owner, held = self.stacked_parameters, self.stacked_parameters._parameters
+            tensors = {without_dots(n): held.get(without_dots(n)) for n in self._parameter_names}
+            source = Source({without_dots(n): tensors for n, tensors in apart.items()})
+            vars(owner)["_parameters"] = Apart(tensors, owner, source, {without_dots(n) for n in trained})
         self._link()
-        device = next(iter(self.stacked().values())).device
+        device = next(iter(stacked.values())).device
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
@@ -112,12 +127,30 @@ class StackedPosterior(Posterior):
 
     @property
     def by_member(self) -> frozenset[str]:
-        return frozenset(name for name in state_of(self) if name.startswith("stacked_"))
+        kinds = {"stacked_parameters": self._parameter_names, "stacked_buffers": self._buffer_names}
+        return frozenset(f"{kind}.{without_dots(name)}" for kind, names in kinds.items() for name in names)
+
+    def _of_one(self, index: int) -> State:
+        """The parameters and buffers of one member that differ between members, (...) each, to read."""
+        held = vars(self.stacked_parameters)["_parameters"]
+        apart = [n for n in self._parameter_names if isinstance(held, Apart) and held.is_apart(without_dots(n))]
+        of_one = {name: held.source.of_one(without_dots(name), index) for name in apart}
+        with only_reading():
+            for kind, names in (
+                (self.stacked_parameters, self._parameter_names),
+                (self.stacked_buffers, self._buffer_names),
+            ):
+                of_one |= {name: getattr(kind, without_dots(name))[index] for name in names if name not in of_one}
+        return {name: of_one[name] for name in (*self._parameter_names, *self._buffer_names)}
 
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples, (samples, ...) each: sample s is member s % n_members."""
-        stacked, which = self.stacked(), numbers % self.n_members
+        which = numbers % self.n_members
         first, count = int(which[0]), len(which)
+        if count == 1:
+            return {name: aligned(t.unsqueeze(0)) for name, t in self._of_one(first).items()}
+        with only_reading():
+            stacked = self.stacked()
         if torch.equal(which, torch.arange(first, first + count)):
             return {name: aligned(t[first : first + count]) for name, t in stacked.items()}
         return {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vbdl.calling.apart import hold_apart
 from vbdl.calling.inputs import map_inputs
+from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import check_output
 from vbdl.calling.stacking import (
     blueprint,
@@ -34,7 +36,8 @@ class DeepEnsemble(StackedPosterior):
     """A deep ensemble: q(w) is an equal mixture of the members, whose parameters and buffers are stacked.
 
     networks: a module, which is copied and initialized anew n_members times, or (trained) modules: a list, or a
-        generator like `(load(path) for path in paths)`, whose tensors are freed as they are copied. The modules may be
+        generator like `(load(path) for path in paths)`. Training or changing them later does not change the ensemble:
+        they are copied, large parameters when they are next asked for (`vbdl.calling.apart`). The modules may be
         posteriors: an ensemble of dropout or mean-field networks. Modules may differ in architecture; the architectures
         then run one after the other.
     initialize: function that initializes a copy of the module in place; by default what its classes offer
@@ -96,11 +99,13 @@ class DeepEnsemble(StackedPosterior):
         self.seed = seed
         shared_state = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
         trained = {n for n, p in modules[0].named_parameters() if p.requires_grad and n not in shared_state}
-        network, states = blueprint(modules[0]), [state_of(module) for module in modules]
+        apart = hold_apart(modules, shared_state)
+        with only_reading():
+            network, states = blueprint(modules[0]), [state_of(module) for module in modules]
         for held in (members, modules, *groups):  # what a generator made is freed as it is stacked
             held.clear()
         del base
-        self._hold(network, stacks(states, shared_state), shared_state, trained)
+        self._hold(network, stacks(states, {*shared_state, *apart}), shared_state, trained, apart)
 
     @classmethod
     def joined(cls, parts: "Sequence[DeepEnsemble]") -> "DeepEnsemble":
@@ -176,7 +181,7 @@ class DeepEnsemble(StackedPosterior):
             raise IndexError(f"there is no member {index} of {self.n_members}: count from 0")
         for part in self.parts:
             if index < part.n_members:
-                entries = {**part.shared(), **{name: t[index] for name, t in part.stacked().items()}}
+                entries = {**part.shared(), **part._of_one(index)}
                 return {name: t.detach().clone() for name, t in entries.items()}
             index -= part.n_members
         raise AssertionError("unreachable")

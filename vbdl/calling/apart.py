@@ -1,0 +1,135 @@
+"""The parameters of several networks of one architecture, which are stacked when somebody asks for the stack.
+
+An ensemble that predicts member after member needs no stack, and making it takes as much memory as the networks and,
+for large ones, more time than the first prediction. So the members' large parameters stay where they are: an ensemble
+reads those of the networks it was given (`vbdl.calling.lending`), and a predictor those of its ensemble.
+"""
+
+import copy
+import threading
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbdl.calling.lending import HELD, LEAST, PassedOn, lend, lendable, lock, reads
+
+
+class Source:
+    """The parameters of several networks by name, one tensor each, which nobody writes to.
+
+    Several modules may read them. They are stacked once for all, which frees those that no network holds any more.
+    """
+
+    def __init__(self, apart: dict[str, list[Tensor]]):
+        self._apart, self._stacked = apart, {}
+        self._lock = threading.RLock()
+        # by id, because a dict has no hash
+        self._readers: weakref.WeakValueDictionary[int, Apart] = weakref.WeakValueDictionary()
+
+    def add(self, reader: "Apart") -> None:
+        """Count a module that reads these parameters."""
+        self._readers[id(reader)] = reader
+
+    def of_one(self, name: str, index: int) -> Tensor:
+        """The parameter of one network."""
+        with self._lock:
+            return self._apart[name][index] if name in self._apart else self._stacked[name][index]
+
+    def stack(self, name: str) -> Tensor:
+        """The parameter of all networks, (networks, ...), to read."""
+        with self._lock:
+            if name not in self._stacked:
+                self._stacked[name] = torch.stack(self._apart.pop(name))
+            return self._stacked[name]
+
+    def own(self, reader: "Apart", name: str) -> Tensor:
+        """A stack that the reader may write to: a copy if others read it too."""
+        with self._lock:
+            if any(other is not reader for other in list(self._readers.values())):
+                return torch.stack(self._apart[name]) if name in self._apart else self._stacked[name].clone()
+            return self.stack(name)
+
+    def leave(self, reader: "Apart") -> None:
+        """Count a module no more, which has stacks of its own now."""
+        self._readers.pop(id(reader), None)
+
+
+class Apart(PassedOn):
+    """The stacked parameters of a module, some of which are not stacked until one is asked for.
+
+    It is then replaced by a plain dict, to which it passes on whatever is asked of it. A thread that only reads
+    (`lending.only_reading`) gets stacks that all readers share, of what it asks for by name; listing stacks nothing,
+    and leaves out what is held apart, unless the thread says so.
+
+    source: those of the parameters that are not stacked. trained: the names of those that require a gradient.
+    """
+
+    def __init__(self, tensors: dict[str, Any], owner: Any, source: Source, trained: Collection[str]):
+        super().__init__(tensors, owner)
+        self.source, self.trained = source, trained
+        source.add(self)
+
+    def is_apart(self, name: str) -> bool:
+        """Whether the parameter of this name is not stacked."""
+        return self._own is None and dict.__getitem__(self, name) is None
+
+    def _made(self) -> dict[str, Any]:
+        own = {
+            name: nn.Parameter(self.source.own(self, name), name in self.trained) if t is None else t
+            for name, t in dict.items(self)
+        }
+        self.source.leave(self)
+        return own
+
+    def _read(self) -> dict[str, Any]:
+        if reads() == HELD:
+            return _Reading(self)
+        return {name: self.source.stack(name) if t is None else t for name, t in dict.items(self)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        with lock:
+            if self._own is not None:
+                return copy.deepcopy(self._own, memo)
+            tensors = {name: copy.deepcopy(t, memo) for name, t in dict.items(self)}
+            return Apart(tensors, copy.deepcopy(self._owner(), memo), self.source, self.trained)
+
+
+class _Reading(dict):
+    """What a thread sees of `Apart` that only reads, and lists what is held."""
+
+    def __init__(self, held: Apart):
+        super().__init__({name: t for name, t in dict.items(held) if t is not None})
+        self._source, self._names = held.source, dict.keys(held)
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._source.stack(name)
+
+
+def hold_apart(networks: Sequence[nn.Module], without: Collection[str]) -> dict[str, list[Tensor]]:
+    """The large parameters of networks of one architecture by name, as the networks hold them, to read.
+
+    Empty unless each network can lend all of them. without: names to leave out.
+    """
+    with lock:
+        parameters = {n: p for n, p in networks[0].named_parameters() if n not in without and p.is_floating_point()}
+        sizes = {name: p.numel() * p.itemsize for name, p in parameters.items()}
+        kinds = {(p.dtype, p.device) for network in networks for p in network.parameters()}
+        parameters.clear()
+        smallest = min(sizes, key=lambda name: sizes[name], default="")  # one stack shows the dtype and the device
+        large = {n for n, size in sizes.items() if size * len(networks) >= LEAST and n != smallest}
+        if not large or len(kinds) > 1 or any(not large <= lendable(m, LEAST // len(networks)) for m in networks):
+            return {}
+        lent = [lend(network, large) for network in networks]
+        return {name: [one[name] for one in lent] for name in sizes if name in large}
+
+
+def read_only(module: nn.Module) -> None:
+    """Let the parameters that a copy of a module holds apart require no gradient."""
+    for m in module.modules():
+        if isinstance(held := vars(m)["_parameters"], Apart):
+            held.trained = ()
