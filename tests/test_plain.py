@@ -7,6 +7,7 @@ from torch import nn
 import vbdl
 from vbdl.calling.stacking import call
 from vbdl.engine import ways
+from vbdl.engine.execution import Execution
 from vbdl.engine.predictor import Predictor
 
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
@@ -271,3 +272,37 @@ def test_the_faster_way_is_kept_where_both_are_timed(clearly, strategy, compile,
     (execution,) = next(iter(predict.executions.by_shape.values()))
     assert execution.plan.strategy == strategy
     assert "so both were timed" in predict.explain() and "ms as it is" in predict.explain()
+
+
+class Large(nn.Module):
+    """A convolution of so many channels, 3 x 3, on 1 x 1 pixel, and a linear layer."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = nn.Linear(channels, 2)
+
+    def forward(self, x):
+        return self.last(self.convolution(x).flatten(1).relu())
+
+
+@pytest.mark.parametrize(
+    "channels, compile, plain",  # 9 and 17 MiB of weights
+    [(512, False, False), (704, False, True), (704, "background", True)],
+)
+def test_convolutions_with_more_weights_than_a_cache_are_not_traced(channels, compile, plain, monkeypatch):
+    nets = [Large(channels).eval() for _ in range(2)]
+    traced, trace = [], Execution._graph
+    monkeypatch.setattr(Execution, "_graph", lambda self: traced.append(self) or trace(self))
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=compile, tiles=2)
+    x = torch.randn(2, channels, 1, 1)
+    first = predict.warm_up(2, example=x)(x).mean
+    assert bool(traced) == (not plain) == ("more weights than a cache holds" not in predict.explain())
+    torch.testing.assert_close(first, torch.stack([net(x).softmax(-1) for net in nets]).mean(0))
+
+
+def test_one_network_is_traced_whatever_its_weights():
+    predict = vbdl.Predictor(vbdl.Deterministic(Large(704).eval()), vbdl.Categorical(), compile=False)
+    x = torch.randn(2, 704, 1, 1)
+    predict(x)
+    assert "more weights than a cache holds" not in predict.explain()

@@ -85,7 +85,8 @@ class Execution:
             state = {**model.shared(entries), **select(entries, 0)}
             state = {n: t.detach() for n, t in state.items()}
             twin = model.twin()
-            outputs = self._tried(twin, state, list(entries))
+            self._own = list(entries)  # the names of a draw's entries
+            outputs = self._tried(twin, state, self._own)
         self._run_before: Run | None = Run(twin, tile, outputs)
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
@@ -110,7 +111,7 @@ class Execution:
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
             or settings.largest_tile >= MANY_ROWS or own != ["network.key"]
-            or before_tracing(model, settings)[0] == PLAIN
+            or before_tracing(model, settings, own)[0] == PLAIN
         ):  # fmt: skip
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
@@ -205,7 +206,7 @@ class Execution:
         network = self._model.network
         if isinstance(network, KeyedNetwork) and network.row_by_row and not self._settings.keeps_bits:
             return self._as_it_is("rows cannot share masks, so they run one after the other"), None
-        verdict, reason = before_tracing(self._model, self._settings)
+        verdict, reason = before_tracing(self._model, self._settings, self._own)
         if verdict == PLAIN:
             return self._as_it_is(reason), None
         try:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from vbdl.compiling.graph import BODY, DRAWN, Cut, name_of
 from vbdl.compiling.rewrite import draws_outputs
@@ -18,16 +19,28 @@ from vbdl.model import Model
 GRAPH, PLAIN, MEASURE = "graph", "plain", "measure"
 
 _FLOPS = 2e10  # floating-point operations of a core in a second, in products of some size
+_CACHE = 2**24  # bytes; at 10 MiB a draw the graph is as fast as the network as it is, at 40 MiB half as fast
 _LARGE = 1e-4  # seconds; an operation that takes longer gains little by being mapped or compiled
 
 
-def before_tracing(model: Model, settings: PredictorSettings) -> tuple[str, str]:
-    """PLAIN, with the reason, if there is no need to trace the model; GRAPH otherwise."""
+def before_tracing(model: Model, settings: PredictorSettings, own: Collection[str]) -> tuple[str, str]:
+    """PLAIN, with the reason, if there is no need to trace the model; GRAPH otherwise.
+
+    own: the names of a draw's entries.
+    """
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.network.modules())
     whole = model.device.type == "cpu" and settings.autocast is None  # as `vbdl.nn.recurrent_layer` runs them
     if recurrent and not whole and not settings.keeps_bits:
         return PLAIN, "torch's own recurrent layers run a sequence faster than a graph of its steps"
+    if whole and not settings.keeps_bits and model.posterior.n_draws != 1 and _convolution_bytes(model, own) > _CACHE:
+        return PLAIN, "a draw's convolutions have more weights than a cache holds, and read them once in any way"
     return GRAPH, ""
+
+
+def _convolution_bytes(model: Model, own: Collection[str]) -> int:
+    """The bytes of a draw's weights in convolutions."""
+    layers = ((name, m.weight) for name, m in model.network.named_modules() if isinstance(m, _ConvNd))
+    return sum(w.numel() * w.itemsize for name, w in layers if f"network.{name}.weight" in own)
 
 
 def after_tracing(cut: Cut, plan: Plan, drawn: Collection[str], settings: PredictorSettings) -> tuple[str, str]:
