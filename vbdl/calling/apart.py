@@ -118,11 +118,13 @@ def hold_apart(networks: Sequence[nn.Module], without: Collection[str]) -> dict[
     with lock:
         parameters = {n: p for n, p in networks[0].named_parameters() if n not in without and p.is_floating_point()}
         sizes = {name: p.numel() * p.itemsize for name, p in parameters.items()}
-        kinds = {(p.dtype, p.device) for network in networks for p in network.parameters()}
         parameters.clear()
         smallest = min(sizes, key=lambda name: sizes[name], default="")  # one stack shows the dtype and the device
         large = {n for n, size in sizes.items() if size * len(networks) >= LEAST and n != smallest}
-        if not large or len(kinds) > 1 or any(not large <= lendable(m, LEAST // len(networks)) for m in networks):
+        if not large:
+            return {}
+        kinds = {(p.dtype, p.device) for network in networks for p in network.parameters()}
+        if len(kinds) > 1 or any(not large <= lendable(m, LEAST // len(networks)) for m in networks):
             return {}
         lent = [lend(network, large) for network in networks]
         return {name: [one[name] for one in lent] for name in sizes if name in large}

@@ -49,9 +49,10 @@ def stacks(states: Sequence[State], without: Collection[str] = ()) -> State:
 
 def architecture(module: nn.Module) -> list[str]:
     """Describe a module's architecture in lines of text; modules with equal lines can be stacked."""
-    lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in module.named_modules()]
+    modules = list(module.named_modules())
+    lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in modules]
     # settings such as numbers of heads and rates, which show in no tensor and not in every extra_repr
-    for name, m in module.named_modules():
+    for name, m in modules:
         settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
         lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if is_plain(value)]
     lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
@@ -88,14 +89,15 @@ def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
                 for key, value in vars(kind).items():
                     if not key.startswith("__") or key == "__call__":
                         reader.read(f"{name}.{key}" if name else key, value)
+        found_by_running = getattr(m, "found_by_running", ())
         for key, value in vars(m).items():
-            path = f"{name}.{key}" if name else key
-            if key in getattr(m, "found_by_running", ()):
+            if key in _OF_EVERY_MODULE and not (value and key in _HOOKS) or key in found_by_running:
                 continue
+            path = f"{name}.{key}" if name else key
             if key in _HOOKS:
                 for number, hook in enumerate(value.values()):
                     reader.read(f"{path}[{number}]", hook)
-            elif key not in _OF_EVERY_MODULE and (key.startswith("_") or not is_plain(value)):
+            elif key.startswith("_") or not is_plain(value):
                 reader.read(path, value)
     return reader.described
 

@@ -21,6 +21,8 @@ def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def frozen_names(module: nn.Module) -> set[str]:
     """The names of frozen parameters, and of the buffers of layers whose parameters are all frozen."""
     names = {name for name, p in module.named_parameters() if not p.requires_grad}
+    if not names:
+        return names
     for path, m in frozen_modules(module):
         names |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
     return names

@@ -132,16 +132,15 @@ class StackedPosterior(Posterior):
 
     def _of_one(self, index: int) -> State:
         """The parameters and buffers of one member that differ between members, (...) each, to read."""
-        held = vars(self.stacked_parameters)["_parameters"]
-        apart = [n for n in self._parameter_names if isinstance(held, Apart) and held.is_apart(without_dots(n))]
-        of_one = {name: held.source.of_one(without_dots(name), index) for name in apart}
+        parameters, buffers = vars(self.stacked_parameters)["_parameters"], vars(self.stacked_buffers)["_buffers"]
+        of_one = {}
         with only_reading():
-            for kind, names in (
-                (self.stacked_parameters, self._parameter_names),
-                (self.stacked_buffers, self._buffer_names),
-            ):
-                of_one |= {name: getattr(kind, without_dots(name))[index] for name in names if name not in of_one}
-        return {name: of_one[name] for name in (*self._parameter_names, *self._buffer_names)}
+            for table, names in ((parameters, self._parameter_names), (buffers, self._buffer_names)):
+                for name in names:
+                    key = without_dots(name)
+                    apart = isinstance(table, Apart) and table.is_apart(key)
+                    of_one[name] = table.source.of_one(key, index) if apart else table[key][index]
+        return of_one
 
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples, (samples, ...) each: sample s is member s % n_members."""
