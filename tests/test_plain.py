@@ -1,5 +1,8 @@
 """The strategy "plain": what cannot be traced is predicted and trained as it is, with the draws of every strategy."""
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -249,8 +252,6 @@ def test_inputs_get_the_gradient_of_the_loop():
 
 
 def test_threads_get_their_own_rows():
-    from concurrent.futures import ThreadPoolExecutor
-
     predict = Predictor(vbdl.MCDropout(Branching()), vbdl.Categorical(), 5)
     batches = [rows(3, seed) for seed in range(8)]
     alone = [predict(x).probs for x in batches]
@@ -275,7 +276,7 @@ def test_the_faster_way_is_kept_where_both_are_timed(clearly, strategy, compile,
 
 
 class Large(nn.Module):
-    """A convolution of so many channels, 3 x 3, on 1 x 1 pixel, and a linear layer."""
+    """A convolution of so many channels, 3 x 3, and a linear layer."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -283,7 +284,7 @@ class Large(nn.Module):
         self.last = nn.Linear(channels, 2)
 
     def forward(self, x):
-        return self.last(self.convolution(x).flatten(1).relu())
+        return self.last(self.convolution(x).mean((-1, -2)).relu())
 
 
 @pytest.mark.parametrize(
@@ -306,3 +307,124 @@ def test_one_network_is_traced_whatever_its_weights():
     x = torch.randn(2, 704, 1, 1)
     predict(x)
     assert "more weights than a cache holds" not in predict.explain()
+
+
+def laid_out(predict: vbdl.Predictor) -> bool:
+    """Whether the large weights of all members are held with channels last."""
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in held_apart(predict))
+
+
+def held_apart(predict: vbdl.Predictor) -> list[torch.Tensor]:
+    """The large weights of all members."""
+    posterior: Any = predict.posterior
+    return vars(posterior.stacked_parameters)["_parameters"].source._apart["convolution/weight"]
+
+
+def large_ensemble(compile: bool | str, **settings: Any) -> tuple[vbdl.DeepEnsemble, vbdl.Predictor]:
+    torch.manual_seed(0)
+    q = vbdl.DeepEnsemble([Large(704).eval() for _ in range(2)])
+    return q, vbdl.Predictor(q, vbdl.Categorical(), compile=compile, **settings)
+
+
+@pytest.mark.parametrize("compile", [True, "background"])
+def test_weights_of_convolutions_that_nobody_else_holds_are_laid_out_with_channels_last(compile):
+    q, predict = large_ensemble(compile, tiles=(1, 2))
+    x = torch.randn(2, 704, 1, 2)
+    expected = large_ensemble(False)[1](x).mean
+    sizes = [t.untyped_storage().nbytes() for t in held_apart(predict)]
+    assert "with channels last" in predict.warm_up((1, 2), example=x).explain()
+    assert laid_out(predict) and [t.untyped_storage().nbytes() for t in held_apart(predict)] == sizes
+    for rows in (x, x[:1]):
+        torch.testing.assert_close(predict(rows).mean, expected[: len(rows)])
+    plains: list[Any] = [execution._plain for (execution,) in predict.executions.by_shape.values()]  # type: ignore[union-attr]
+    assert len(plains) == 2 and all(plain._convolutions == ["network.convolution.weight"] for plain in plains)
+    weight = q.stacked()["convolution.weight"]
+    assert weight.is_contiguous()
+    with torch.no_grad():
+        weight.add_(1.0)
+    torch.testing.assert_close(predict(x).mean, expected)
+
+
+def test_weights_that_a_network_lends_stay_as_they_are():
+    nets = [Large(704).eval() for _ in range(2)]
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), tiles=1)
+    x = torch.randn(1, 704, 1, 2)
+    assert "with channels last" not in predict.warm_up(1, example=x).explain() and not laid_out(predict)
+    torch.testing.assert_close(predict(x).mean, torch.stack([net(x).softmax(-1) for net in nets]).mean(0))
+
+
+def test_a_predictor_that_compiles_nothing_lays_out_nothing():
+    _, predict = large_ensemble(False, tiles=1)
+    predict(torch.randn(1, 704, 1, 2))
+    assert not laid_out(predict)
+
+
+def test_weights_are_laid_out_while_others_predict():
+    _, predict = large_ensemble("background", tiles=1)
+    x = torch.randn(1, 704, 4, 4)
+    first = predict(x).mean
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(lambda: predict(x).mean) for _ in range(30)]
+        predict.wait()
+        answers += [pool.submit(lambda: predict(x).mean) for _ in range(3)]
+        for answer in answers:
+            torch.testing.assert_close(answer.result(), first)
+    assert laid_out(predict) and "with channels last" in predict.explain()
+
+
+def test_a_laid_out_ensemble_is_saved_and_trained_further(tmp_path):
+    q, predict = large_ensemble("background", tiles=1)
+    x = torch.randn(3, 704, 1, 2)
+    before = predict.warm_up(1, example=x)(x).mean
+    predict.save(tmp_path / "saved", example=x)
+    loaded = vbdl.load(tmp_path / "saved", module=Large(704))
+    torch.testing.assert_close(loaded(x).mean, before)
+    vbdl.fit(q, (x, torch.tensor([0, 1, 0])), vbdl.Categorical(), epochs=1, compile=False, progress=False)
+    torch.testing.assert_close(predict(x).mean, before)
+    assert not torch.allclose(vbdl.Predictor(q, vbdl.Categorical(), compile=False)(x).mean, before)
+
+
+class Flattens(Large):
+    """A network that asks for a view which outputs with channels last do not have."""
+
+    def forward(self, x):
+        outputs = self.convolution(x)
+        return self.last(outputs.view(len(x), -1).view(len(x), 704, -1).mean(-1).relu())
+
+
+class Swapped(Large):
+    """A network whose numbers depend on how memory is laid out."""
+
+    def forward(self, x):
+        outputs = self.convolution(x)
+        return self.last(outputs.as_strided((len(x), 704), (outputs[0].numel(), 1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Flattens, Swapped])
+@pytest.mark.parametrize("compile", [True, "background"])
+def test_a_network_that_needs_its_layout_keeps_it(compile, kind):
+    nets = [kind(704).eval() for _ in range(2)]
+    x = torch.randn(2, 704, 2, 3)
+    expected = torch.stack([net(x).softmax(-1) for net in nets]).mean(0)
+    q = vbdl.DeepEnsemble(nets)
+    del nets
+    predict = vbdl.Predictor(q, vbdl.Categorical(), compile=compile, tiles=2)
+    for _ in range(2):
+        torch.testing.assert_close(predict(x).mean, expected)
+        predict.warm_up(2, example=x)
+    assert not laid_out(predict) and "channels last" not in predict.explain()
+
+
+@torch.no_grad()
+def test_another_shape_that_needs_its_layout_is_predicted_too():
+    nets = [Flattens(704).eval() for _ in range(2)]
+    small, large = torch.randn(2, 704, 1, 1), torch.randn(2, 704, 2, 3)
+    expected = [torch.stack([net(x).softmax(-1) for net in nets]).mean(0) for x in (small, large)]
+    q = vbdl.DeepEnsemble(nets)
+    del nets
+    predict = vbdl.Predictor(q, vbdl.Categorical(), compile=True, tiles=2)
+    for _ in range(2):
+        for x, probs in zip((small, large), expected, strict=True):
+            torch.testing.assert_close(predict(x).mean, probs)
+    assert predict.explain().count("channels last") == 1

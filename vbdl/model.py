@@ -61,7 +61,11 @@ class Model(nn.Module):
 
     def entries(self, numbers: Tensor, seed: int) -> State:
         """The entries that differ between draws, (samples, ...) each, detached; numbers: (samples,) int64 draws."""
-        state = {f"network.{name}": t for name, t in self.posterior.draws(numbers, seed).items()}
+        return self.entries_of(self.posterior.draws(numbers, seed), numbers)
+
+    def entries_of(self, drawn: State, numbers: Tensor) -> State:
+        """The entries of these draws, given those of the posterior, (samples, ...) each."""
+        state = {f"network.{name}": t for name, t in drawn.items()}
         if self.likelihood.n_members is not None:
             member = self._first_member + self.posterior.member_of(numbers)
             for name, p in self.likelihood.named_parameters():

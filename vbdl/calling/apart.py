@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.lending import HELD, LEAST, PassedOn, lend, lendable, lock, reads
+from vbdl.calling.lending import HELD, LEAST, PassedOn, held_by_one, lend, lendable, lock, reads
 
 
 class Source:
@@ -42,14 +42,32 @@ class Source:
         """The parameter of all networks, (networks, ...), to read."""
         with self._lock:
             if name not in self._stacked:
-                self._stacked[name] = torch.stack(self._apart.pop(name))
+                self._stacked[name] = torch.stack(self._apart.pop(name)).contiguous()
             return self._stacked[name]
+
+    def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool) -> bool:
+        """Lay out these parameters in the memory format, one after the other, and return whether they are.
+
+        copying: whether to do so even if a network or another thread holds one, whose memory is not freed then.
+        """
+        with self._lock:
+            if any(name not in self._apart for name in names):
+                return False
+            places = [(self._apart[name], index) for name in names for index in range(len(self._apart[name]))]
+            places = [(t, i) for t, i in places if not t[i].is_contiguous(memory_format=layout)]
+            if not copying and not all(held_by_one(tensors, index) for tensors, index in places):
+                return False
+            for tensors, index in places:
+                tensors[index] = tensors[index].contiguous(memory_format=layout)
+            return True
 
     def own(self, reader: "Apart", name: str) -> Tensor:
         """A stack that the reader may write to: a copy if others read it too."""
         with self._lock:
             if any(other is not reader for other in list(self._readers.values())):
-                return torch.stack(self._apart[name]) if name in self._apart else self._stacked[name].clone()
+                return (
+                    torch.stack(self._apart[name]).contiguous() if name in self._apart else self._stacked[name].clone()
+                )
             return self.stack(name)
 
     def leave(self, reader: "Apart") -> None:

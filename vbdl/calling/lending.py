@@ -11,7 +11,7 @@ import copy
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -109,6 +109,11 @@ def _holders(tensors: dict[str, Any], name: str) -> tuple[int, ...]:
 def _uses(storage: torch.UntypedStorage) -> int:
     """The number of tensors with this memory, and one for the Python object."""
     return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+def held_by_one(tensors: Sequence[Tensor], index: int) -> bool:
+    """Whether no other tensor has the memory of one of these."""
+    return bool(_ONE_HOLDER) and _uses(tensors[index].untyped_storage()) == _ONE_HOLDER[3]
 
 
 try:

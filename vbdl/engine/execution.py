@@ -87,6 +87,7 @@ class Execution:
             twin = model.twin()
             self._own = list(entries)  # the names of a draw's entries
             outputs = self._tried(twin, state, self._own)
+            del entries, state  # whose memory is laid out anew if nobody else holds it
         self._run_before: Run | None = Run(twin, tile, outputs)
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
         if self._behind:
@@ -170,6 +171,13 @@ class Execution:
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
         return _Way(plan, PlainCalls(plain, draws))
 
+    def _of_members(self, way: _Way) -> _Way:
+        """A way that stays, which runs the network as it is, with what it holds of members laid out for it."""
+        assert self._plain is not None and isinstance(way.plan, PlainPlan)
+        if not self._plain.hold_members(lay_out=self._settings.compile is not False):
+            return way
+        return _Way(way.plan.because("weights of convolutions are held with channels last"), way.calls)
+
     def _graph(self) -> tuple[_Way, str, str]:
         """Trace a draw or two; return the way that runs the graph, and what `ways.after_tracing` says of it."""
         with torch.no_grad(), tracing():
@@ -208,7 +216,7 @@ class Execution:
             return self._as_it_is("rows cannot share masks, so they run one after the other"), None
         verdict, reason = before_tracing(self._model, self._settings, self._own)
         if verdict == PLAIN:
-            return self._as_it_is(reason), None
+            return self._of_members(self._as_it_is(reason)), None
         try:
             way, verdict, reason = self._graph()
         except CannotTrace as error:

@@ -23,10 +23,12 @@ from vbdl.engine.program import Ready, ended
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.members import StackedPosterior
 from vbdl.nn.recurrent import WholeLayers, runs_whole_layers
 from vbdl.types import State
 
 _ROWS = 4096  # the most rows in one call of repeated rows
+_LAST = torch.channels_last
 _LARGE = 2**20  # bytes of a draw's entries; larger ones are made for one draw at a time
 _ROUNDS = 3  # the times that a way to run all draws is timed
 _APART = 1e-3  # relative to the largest output: far above rounding errors, far below the effect of a wrong rule
@@ -100,6 +102,10 @@ class Plain:
         places = places_of(self._twin)
         owners = dict(self._twin.named_modules())
         self._places = {n: [_slot(owners, place) for place in places[n]] for n in first}
+        self._empty = [(slots, leaf, slots[leaf]) for n in first for slots, leaf in self._places[n]]
+        self._convolutions: list[str] = []  # the names of weights that are laid out with channels last
+        self._holds_members = False
+        self._members: dict[int, State] = {}
         # a forward may write to buffers, and those of a draw are views of the stack
         self._written = {n for n, _ in self._twin.named_buffers() if n in first and n != "network.key"}
         self._buffers = {n: b for n, b in self._twin.named_buffers() if n not in first}
@@ -111,7 +117,7 @@ class Plain:
         self.mapped = False
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def network(self) -> nn.Module:
@@ -142,9 +148,52 @@ class Plain:
             if n == 0 and before is not None and before.is_on(tile):
                 outputs.append(before.outputs)
             else:
-                own = select(self.entries(numbers[i : i + 1]), 0) if self._large else select(entries, i)
-                outputs.append(self._run((n,), own, tile))
+                with self._lock:
+                    own = self._entries_of(n) if self._large else select(entries, i)
+                    outputs.append(self._run((n,), own, tile))
+                    del own
         return torch.stack(outputs)
+
+    def _entries_of(self, number: int) -> State:
+        """The entries of one draw, (...) each."""
+        if (own := self._members.get(number)) is not None:
+            return own
+        if not self._convolutions:
+            own = select(self.entries(torch.tensor([number])), 0)
+        else:
+            posterior: Any = self.model.posterior
+            own = select(self.model.entries_of(posterior.draw_as_laid_out(number), torch.tensor([number])), 0)
+            own |= {name: own[name].contiguous(memory_format=_LAST) for name in self._convolutions}
+        if self._holds_members:
+            self._members[number] = own
+        return own
+
+    def hold_members(self, lay_out: bool) -> bool:
+        """Hold the entries of members, which are parts of the posterior's tensors, from now on.
+
+        lay_out: whether to lay out the weights of convolutions of images with channels last, with which torch's
+        convolutions are faster, if nobody else holds those of members, so that it takes no memory, and if the network
+        computes the same with them: it may ask for a view that there is not then. Returns whether it did.
+        """
+        posterior = self.model.posterior
+        if not isinstance(posterior, StackedPosterior) or posterior.n_draws != posterior.n_members:
+            return False
+        layers = [name for name, m in self._twin.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        own = [f"{name}.weight" for name in layers if f"{name}.weight" in self._places]
+        names = [name.removeprefix("network.") for name in own]
+        with self._lock, torch.no_grad():
+            expected = self._run((0,), self._entries_of(0), self.tile) if lay_out else None
+            if expected is not None and posterior.lay_out(names, _LAST):
+                self._convolutions = own
+                try:
+                    same = are_same(self._run((0,), self._entries_of(0), self.tile), expected)
+                except Exception:  # of the user's network
+                    same = False
+                if not same:
+                    self._convolutions = []
+                    posterior.lay_out(names, torch.contiguous_format, copying=True)
+            self._holds_members = True
+        return bool(self._convolutions)
 
     def together(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute what `each` does in one call, on the rows repeated once for each draw."""
@@ -172,8 +221,7 @@ class Plain:
         if mapped is None:
             return ""
         expected = self.each(numbers, self.tile)
-        scale = float(expected.abs().nan_to_num(posinf=0.0).max()) if expected.numel() else 0.0
-        if not torch.allclose(mapped, expected, rtol=_APART, atol=_APART * scale, equal_nan=True):
+        if not are_same(mapped, expected):
             return ""
         for run in (self.each, self.under_vmap):
             each = []
@@ -207,7 +255,11 @@ class Plain:
                 kept = self._kept.get(numbers, {} if self._budget > 0 else None)
                 self._network.kept = kept
             versions = [b._version for b in self._buffers.values()]
-            outputs = with_gradients_if_needed(lambda: self._twin(*args, **kwargs))
+            try:
+                outputs = with_gradients_if_needed(lambda: self._twin(*args, **kwargs))
+            finally:
+                for slots, leaf, empty in self._empty:  # a draw's weights must not be kept
+                    slots[leaf] = empty
             if kept and numbers not in self._kept:
                 self._budget -= sum(t.numel() * t.element_size() for t in kept.values())
                 self._kept[numbers] = kept
@@ -220,6 +272,12 @@ class Plain:
         with torch.no_grad():
             for name, b in self._buffers.items():
                 b.copy_(self._originals[name])
+
+
+def are_same(outputs: Tensor, expected: Tensor) -> bool:
+    """Whether outputs that were computed in two ways are equal up to rounding."""
+    scale = float(expected.abs().nan_to_num(posinf=0.0).max()) if expected.numel() else 0.0
+    return torch.allclose(outputs, expected, rtol=_APART, atol=_APART * scale, equal_nan=True)
 
 
 def wants_gradient(tile: Flat) -> bool:

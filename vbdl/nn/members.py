@@ -154,6 +154,19 @@ class StackedPosterior(Posterior):
             return {name: aligned(t[first : first + count]) for name, t in stacked.items()}
         return {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
 
+    def draw_as_laid_out(self, number: int) -> State:
+        """The entries of one sample, (1, ...) each, in the memory formats that `lay_out` gave them."""
+        return {name: t.unsqueeze(0) for name, t in self._of_one(number % self.n_members).items()}
+
+    def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool = False) -> bool:
+        """Lay out those of these parameters in a memory format that are not stacked, and return whether they are.
+
+        copying: whether to do so even if somebody else holds one of them, so that it takes a second copy.
+        """
+        held = vars(self.stacked_parameters)["_parameters"]
+        apart = {without_dots(name) for name in names if isinstance(held, Apart) and held.is_apart(without_dots(name))}
+        return bool(apart) and held.source.lay_out(apart, layout, copying)
+
     # -- training
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:

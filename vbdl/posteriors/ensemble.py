@@ -4,7 +4,7 @@ Lakshminarayanan, Pritzel and Blundell, Simple and Scalable Predictive Uncertain
 NeurIPS 2017, https://arxiv.org/abs/1612.01474
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -206,6 +206,10 @@ class DeepEnsemble(StackedPosterior):
         # draws that are numbered within each member, if they are limited
         numbers = numbers if self.base.n_draws is None else numbers // self.n_members
         return {**entries, **self.base.draws(numbers, seed)}
+
+    def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool = False) -> bool:
+        # members that are posteriors have entries of their own besides
+        return self.base is None and super().lay_out(names, layout, copying)
 
     def prepare(self, inputs: Inputs) -> None:
         for part in self.parts:
