@@ -237,3 +237,18 @@ def test_no_entropy_is_minus_zero(likelihood, draws, compiled):
         for name in ("total", "aleatoric", "epistemic", "entropy", "expected"):
             if name in one:
                 assert (one[name][:3] == 0).all() and not one[name].signbit().any(), (name, one[name])
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 3, 2)])
+def test_the_loss_of_a_class_is_its_log_probability_bit_for_bit(shape):
+    """torch's fused loss is used, which would leave out rows of class -100; members under vmap gather instead."""
+    logits, y = torch.randn(*shape, 5, requires_grad=True), torch.randint(5, shape)
+    found = Categorical().nll(logits, y)
+    expected = -logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1).flatten(1 if len(shape) > 1 else 0)
+    expected = expected.sum(1) if len(shape) > 1 else expected
+    gradients = [torch.autograd.grad(nll.mean(), logits)[0] for nll in (found, expected)]
+    assert torch.equal(found, expected) and torch.equal(*gradients)
+    mapped = torch.func.vmap(Categorical().nll)(torch.stack([logits, -logits]), torch.stack([y, y]))
+    torch.testing.assert_close(mapped[0], found)
+    with pytest.raises((IndexError, RuntimeError)):
+        Categorical().nll(logits, torch.full_like(y, -100))
