@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vbdl
+from vbdl.nn.interception import CounterDropout
 from vbdl.training import step as steps
 from vbdl.training import worth
 from vbdl.training.options import TrainingOptions, has_bfloat16
@@ -183,3 +184,31 @@ def test_a_method_with_a_loss_of_its_own_is_refused_a_lower_precision(data, monk
 
     with pytest.raises(ValueError, match="Own computes its losses without"):
         vbdl.fit(Own(network()), data, vbdl.Gaussian(OUTPUTS), epochs=1, precision="bfloat16", compile=False)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.Dropout(0.0)], ids=["plain", "dropout"])
+def test_functions_of_a_network_of_plain_layers_are_called_as_they_are(layer, data, monkeypatch):
+    """The mode that replaces functions calls each through Python, which takes as long as a small layer."""
+    seen = []
+    through = CounterDropout.__torch_function__
+    monkeypatch.setattr(CounterDropout, "__torch_function__", lambda *a, **k: seen.append(1) or through(*a, **k))
+    q = vbdl.Deterministic(nn.Sequential(nn.Linear(FEATURES, 8), layer, nn.Linear(8, OUTPUTS)))
+    run = TrainingRun(q, data, vbdl.Gaussian(OUTPUTS), TrainingOptions(epochs=1, batch_size=24, compile=False))
+    seen.clear()  # the checks before training call the network too
+    q.train()
+    run._epoch(0)
+    assert bool(seen) == isinstance(layer, nn.Dropout)
+
+
+def test_an_epoch_on_a_processor_seeds_its_generator_alone(data, monkeypatch):
+    """torch.manual_seed also keeps a call for every device that is not there, with its traceback, for good."""
+    calls = []
+    seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda value: calls.append(value) or seed(value))
+    q = vbdl.Deterministic(network())
+    counts = []
+    for epochs in (1, 5):
+        calls.clear()
+        vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=epochs, batch_size=24, compile=False)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]

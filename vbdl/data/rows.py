@@ -263,6 +263,8 @@ def holdout(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def take(x: Inputs, rows: Tensor) -> Inputs:
     """The rows with these numbers of every input; rows: (...) int64, which replace the first axis."""
+    if isinstance(x, Tensor):
+        return rows_of(x, rows)
     return map_inputs(lambda t: rows_of(t, rows), x)
 
 
@@ -270,6 +272,8 @@ def rows_of(t: Tensor, rows: Tensor) -> Tensor:
     """t[rows], (*rows.shape, *t.shape[1:]), by `index_select`, which is many times faster for rows of a few numbers."""
     if not t.is_contiguous():  # as images with channels last, whose layout indexing keeps
         return t[rows]
+    if rows.ndim == 1:
+        return t.index_select(0, rows.to(t.device))
     return t.index_select(0, rows.flatten().to(t.device)).view(*rows.shape, *t.shape[1:])
 
 

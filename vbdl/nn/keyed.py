@@ -29,6 +29,7 @@ class KeyedNetwork(nn.Module):
 
     draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
     row_by_row: bool = False  # whether the forward runs one row after the other
+    only_calls_inner: bool = False  # whether the forward calls `inner` and does nothing else
     inner: nn.Module
     key: Tensor
     rate: float | Mapping[str, float] | None = None

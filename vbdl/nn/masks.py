@@ -103,9 +103,11 @@ class Masks:
 
         axis: the batch axis of `shape`, None if it has none, or -1 to look it up in `sites` (axis 0 without them).
         """
+        index, path = len(self.calls), ""
         if self.per_row:
             axis = None
-        index, path = len(self.calls), self.place()
+        if not self.per_row or self._by_module or isinstance(self.rate, Mapping):
+            path = self.place()  # which takes longer than the operations of a small layer
         p, multiple = self.p(p, path), 1
         if self._alone:
             axis = None

@@ -1,4 +1,4 @@
-"""Whether a network might call dropout, judged without running it."""
+"""Whether a network might call dropout or other functions that vbdl replaces, judged without running it."""
 
 import inspect
 import sys
@@ -6,6 +6,27 @@ import sys
 from torch import nn
 
 DROPOUT_LAYERS = (nn.modules.dropout._DropoutNd,)
+# layers of torch whose forward calls no function that `vbdl.nn.interception` replaces, and draws nothing
+_PLAIN_LAYERS = frozenset(
+    getattr(nn, name)
+    for name in """Sequential ModuleList ModuleDict Identity Flatten Unflatten Linear Bilinear Conv1d Conv2d Conv3d
+    ConvTranspose1d ConvTranspose2d ConvTranspose3d LayerNorm RMSNorm GroupNorm MaxPool1d MaxPool2d MaxPool3d AvgPool1d
+    AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d
+    AdaptiveMaxPool3d ReLU ReLU6 LeakyReLU PReLU ELU SELU CELU GELU SiLU Mish Tanh Sigmoid LogSigmoid Softplus Softsign
+    Softmax LogSoftmax Hardtanh Hardswish Hardsigmoid Tanhshrink""".split()
+)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether all layers are torch's own without dropout, normalization over the batch, attention, recurrence or hooks.
+
+    Only then no function that a forward calls needs the masks of a draw.
+    """
+    for m in module.modules():
+        own = vars(m)
+        if type(m) not in _PLAIN_LAYERS or own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
+            return False
+    return True
 
 
 def is_part_of_torch(module: nn.Module) -> bool:

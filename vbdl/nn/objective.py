@@ -16,6 +16,7 @@ from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks
+from vbdl.nn.may_drop import is_plain
 from vbdl.types import Inputs, Likelihood, Output, Posterior, State
 
 _TRAINING = 1 << 62  # flips a bit of the seed, so that training and prediction never share draws
@@ -68,35 +69,64 @@ class Objective(nn.Module):
 
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:
         """The loss, (), in nats per row."""
-        with draws_of_one_step():
-            terms = [self._at(_later(self.key, k), inputs, y) for k in range(self.n_samples)]
-        return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
+        key = None if _draws_nothing(self.network) else self.key
+        return mean_loss(self.network, self.likelihood, key, (inputs, y), self.n_samples, self.output)
 
-    def _at(self, key: Tensor, inputs: Inputs, y: Tensor) -> Tensor:
-        network = self.network
-        if not isinstance(network, KeyedNetwork):
-            with CounterDropout(Masks(key, network, per_row=True)), self._autocast(inputs):
-                outputs = call(network, {}, inputs)
-            return self._nll(outputs, y)
-        # `inner`, because `rate` is by the user's module names
-        with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)), self._autocast(inputs):
-            outputs = call_with_buffer(network, "key", key, inputs)
-        loss = self._nll(outputs, y)
-        # with the same key, since the KL of some priors is estimated at the drawn weights
-        regularization = network.regularization(key)
-        return loss if regularization is None else loss + regularization
 
-    def _autocast(self, inputs: Inputs) -> contextlib.AbstractContextManager[None]:
-        if (precision := _precision.get()) is None:
-            return contextlib.nullcontext()
+def mean_loss(
+    network: nn.Module,
+    likelihood: Likelihood,
+    key: Tensor | None,
+    batch: tuple[Inputs, Tensor],
+    n_samples: int,
+    output: Output,
+) -> Tensor:
+    """What `Objective` computes, (), in nats per row, without a module, which takes longer to make than a small network
+    to run. key: None for a network that draws nothing.
+    """
+    if key is None:
+        return _at(network, likelihood, None, *batch, output)
+    with draws_of_one_step():
+        terms = [_at(network, likelihood, _later(key, k), *batch, output) for k in range(n_samples)]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
+
+
+def _at(
+    network: nn.Module, likelihood: Likelihood, key: Tensor | None, inputs: Inputs, y: Tensor, output: Output
+) -> Tensor:
+    precision = _precision.get()
+    if precision is not None:
         precision.used = True
-        return autocast(precision.dtype, inputs)
+    dtype = None if precision is None else precision.dtype
+    if key is None or not isinstance(network, KeyedNetwork):
+        masked = contextlib.nullcontext() if key is None else CounterDropout(Masks(key, network, per_row=True))
+        with masked, autocast(dtype, inputs):
+            outputs = call(network, {}, inputs)
+        return _nll(likelihood, outputs, y, output, precision)
+    # `inner`, because `rate` is by the user's module names
+    with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)), autocast(dtype, inputs):
+        outputs = call_with_buffer(network, "key", key, inputs)
+    loss = _nll(likelihood, outputs, y, output, precision)
+    # with the same key, since the KL of some priors is estimated at the drawn weights
+    regularization = network.regularization(key)
+    return loss if regularization is None else loss + regularization
 
-    def _nll(self, outputs: object, y: Tensor) -> Tensor:
-        outputs = pick(outputs, self.output)
-        if outputs.dtype in (torch.bfloat16, torch.float16) and _precision.get() is not None:
-            outputs = outputs.float()
-        return self.likelihood.training_loss(self.likelihood(outputs), y).mean()
+
+def _draws_nothing(network: nn.Module) -> bool:
+    """Whether a network needs no key, known without running it.
+
+    Then no masks are at hand while it runs: each function that it would call with them takes as long as a small layer.
+    """
+    if isinstance(network, KeyedNetwork):
+        return network.only_calls_inner and is_plain(network.inner)
+    return is_plain(network)
+
+
+def _nll(likelihood: Likelihood, outputs: object, y: Tensor, output: Output, precision: Precision | None) -> Tensor:
+    outputs = pick(outputs, output)
+    if precision is not None and outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()
+    return likelihood.training_loss(likelihood(outputs), y).mean()
 
 
 def _later(key: Tensor, k: int) -> Tensor:
@@ -131,10 +161,9 @@ class PosteriorOfOneNetwork(Posterior):
         """The mean over the batch of -log p(y | x, draw) plus the network's regularization, (1,), in nats per row."""
         if own_rows:
             x, y = map_inputs(lambda t: t[0], x), y[0]
-        objective = Objective(self.module, likelihood, self.n_samples, self.output)
-        objective.key = training_keys(self.seed, 1, self.steps * self.n_samples)[0]
-        self.steps += 1
-        return objective(x, y).unsqueeze(0)
+        key = None if _draws_nothing(self.module) else training_keys(self.seed, 1, self.steps * self.n_samples)[0]
+        self.steps.add_(1)  # not +=, for which nn.Module looks through all its tables
+        return mean_loss(self.module, likelihood, key, (x, y), self.n_samples, self.output).unsqueeze(0)
 
 
 class KeyedPosterior(PosteriorOfOneNetwork):

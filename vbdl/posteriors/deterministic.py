@@ -14,6 +14,8 @@ from vbdl.types import Output
 class PointNetwork(KeyedNetwork):
     """A network that is the same in every draw: it ignores its `key`, and its dropout is off in prediction."""
 
+    only_calls_inner = True
+
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner = inner

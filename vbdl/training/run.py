@@ -156,9 +156,7 @@ class TrainingRun:
         with torch.random.fork_rng(devices=devices), Progress("training", options.epochs, self.shown) as bar:
             bar.done = history.epochs
             while (epoch := self.position) < options.epochs:
-                torch.manual_seed(
-                    (options.seed * 1_000_003 + epoch) % 2**63
-                )  # for modules that draw from torch's generator
+                self._seed((options.seed * 1_000_003 + epoch) % 2**63)
                 self._set_kl(epoch)
                 self._epoch(epoch)
                 self.trainee.after_epoch(epoch)
@@ -182,6 +180,13 @@ class TrainingRun:
                 self.position = self._next(epoch)
                 if options.checkpoint is not None and history.epochs % options.checkpoint_every == 0:
                     self._save()
+
+    def _seed(self, seed: int) -> None:
+        """Seed torch's generators, for modules that draw from them."""
+        if self.device.type == "cpu":  # torch.manual_seed takes as long as some steps, to seed devices without a part
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     @property
     def _last(self) -> int:

@@ -41,9 +41,11 @@ class Losses(nn.Module):
         return y.shape[1] if self._own else y.shape[0]
 
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
+        if self._precision is None:
+            return self.posterior.losses(x, y, self.likelihood, self._own)
         with in_precision(self._precision):
             losses = self.posterior.losses(x, y, self.likelihood, self._own)
-        if self._precision is not None and not self._precision.used:
+        if not self._precision.used:
             raise ValueError(
                 f"{type(self.posterior).__name__} computes its losses without vbdl.nn.objective.Objective, which runs "
                 f"networks in a lower precision: leave precision= out"
@@ -67,6 +69,7 @@ class Step:
             raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
         self.compile_seconds = 0.0
         self._calls: dict[tuple, tuple[Call, list[Use]] | None] = {}  # None: runs as Python code
+        self._ones: Tensor | None = None  # (members,)
         self._state: tuple[list[Tensor], list[int]] | None = None  # the tensors of a call, and where they lie
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
@@ -113,7 +116,9 @@ class Step:
         for p in self.trained.values():
             p.grad = None
         losses = self.losses(x, y)
-        losses.sum().backward()
+        if self._ones is None or self._ones.shape != losses.shape:
+            self._ones = torch.ones_like(losses)
+        torch.autograd.backward(losses, self._ones)  # of their sum, without an operation for it
         return losses.detach()
 
     def _made(self, x: Inputs, y: Tensor) -> tuple[Call, list[Use]] | None:
