@@ -1,4 +1,6 @@
-"""Steps of training: traced as uncompiled, several batches for one update, and a lower precision."""
+"""Steps of training: traced as uncompiled, members one after the other, several batches for one update, and a lower
+precision.
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vbdl
+from vbdl.calling import stacking
+from vbdl.nn import members as member_posteriors
 from vbdl.nn.interception import CounterDropout
 from vbdl.training import step as steps
 from vbdl.training import worth
@@ -184,6 +188,88 @@ def test_a_method_with_a_loss_of_its_own_is_refused_a_lower_precision(data, monk
 
     with pytest.raises(ValueError, match="Own computes its losses without"):
         vbdl.fit(Own(network()), data, vbdl.Gaussian(OUTPUTS), epochs=1, precision="bfloat16", compile=False)
+
+
+class Watched(nn.Module):
+    """A linear layer with a shared factor and a parameter that is not used, which writes down when it runs."""
+
+    def __init__(self, events: list[str]):
+        super().__init__()
+        self.layer, self.factor, self.unused = nn.Linear(FEATURES, 1), nn.Parameter(torch.ones(())), nn.Linear(1, 1)
+        self.events = events
+
+    def forward(self, x, y):
+        self.events.append("forward")
+        out = self.layer(x) * self.factor
+        out.register_hook(lambda _: self.events.append("backward"))
+        return (out - y).square().mean()
+
+
+def test_members_one_after_the_other_are_differentiated_one_after_the_other():
+    """So one member's activations are in memory at a time; values and gradients are those of all losses together."""
+    events: list[str] = []
+    members = [Watched(events) for _ in range(3)]
+    x, y, weights = torch.randn(3, 7, FEATURES), torch.randn(3, 7, 1), torch.tensor([1.0, -2.0, 0.5])
+    found = []
+    for run in (stacking.call_each, stacking.losses_of_each):
+        stacked = {
+            name: torch.stack([p.detach() for p in ps]).requires_grad_()
+            for name, ps in (
+                (n, [m.get_parameter(n) for m in members]) for n in ("layer.weight", "layer.bias", "unused.weight")
+            )
+        }
+        shared = {"factor": torch.tensor(2.0, requires_grad=True)}
+        events.clear()
+        losses = run(members[0], stacked, shared, (x, y), inputs_stacked=True)
+        (losses * weights).sum().backward()
+        found.append((losses.detach(), [t.grad for t in (*stacked.values(), *shared.values())]))
+    assert events == ["forward", "backward"] * 3
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for one, other in zip(found[1][1], found[0][1], strict=True):
+        if other is None or not other.any():
+            assert one is None
+        else:
+            torch.testing.assert_close(one, other)
+
+
+def test_members_of_large_values_run_one_after_the_other_as_they_would_together(data, monkeypatch):
+    """The choice follows from the network and the rows in memory; batches of a loader may differ and do not count."""
+    ends, kinds = [], []
+    for largest, given in ((2**17, data), (8, data), (8, DataLoader(TensorDataset(*data), batch_size=24))):
+        monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", largest)
+        q = vbdl.DeepEnsemble(network(), 2)
+        vbdl.fit(q, given, vbdl.Gaussian(OUTPUTS), epochs=3, batch_size=24, lr=1e-2, clip_norm=0.5, compile=False)
+        ends.append(state(q))
+        kinds.append(q._large)
+    assert kinds == [False, True, False]
+    for name, t in ends[0].items():
+        torch.testing.assert_close(ends[1][name], t, **ROUNDING)
+
+
+def test_attention_of_one_member_runs_as_torchs_own_and_draws_the_masks_of_all(data, monkeypatch):
+    """A layer of attention without dropout is counted among the calls that draw, so that others draw alike."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(5)
+        layer = nn.TransformerEncoderLayer(FEATURES, 1, 8, dropout=0.0, batch_first=True)
+        parts = [nn.Unflatten(1, (1, FEATURES)), layer, nn.Flatten(), nn.Dropout(0.3), nn.Linear(FEATURES, OUTPUTS)]
+        return nn.Sequential(*parts)
+
+    fused = []
+    attention = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or attention(*a, **k)
+    )
+    ends = []
+    for largest in (2**17, 8):
+        monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", largest)
+        fused.clear()
+        q = vbdl.DeepEnsemble(make(), 2)
+        vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=2, batch_size=24, lr=1e-2, compile=False)
+        ends.append(state(q))
+    assert len(fused) >= 2 * 2 * 3  # epochs, members and batches
+    for name, t in ends[0].items():
+        torch.testing.assert_close(ends[1][name], t, **ROUNDING)
 
 
 @pytest.mark.parametrize("layer", [nn.ReLU(), nn.Dropout(0.0)], ids=["plain", "dropout"])

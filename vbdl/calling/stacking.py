@@ -1,20 +1,21 @@
-"""Calls of one module with many states (parameters and buffers) at once, by `vmap` and `functional_call`.
+"""Calls of one module with many states (parameters and buffers), at once by `vmap` or one after the other.
 
-    outputs = vmap(lambda state: functional_call(module, {**shared, **state}, inputs))(stacked)
+    outputs = vmap(lambda state: call(module, {**shared, **state}, inputs))(stacked)
 
-No other file calls these two functions.
+No other file calls `vmap`.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
-from torch.func import functional_call, vmap
+from torch.autograd.function import once_differentiable
+from torch.func import vmap
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -107,21 +108,36 @@ def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the fo
     if not state:
         with activations_kept() if torch.is_grad_enabled() else contextlib.nullcontext():
             return with_gradients_if_needed(lambda: module(*args, **kwargs))
-    # functional_call would set a tensor once for each of its names. If a module has two names, the second time it would
-    # take the drawn tensor for the module's own and leave it there.
-    places = places_of(module)
-    used = {place: t for name, t in state.items() for place in places.get(name, ())}
-    with activations_kept() if torch.is_grad_enabled() else contextlib.nullcontext():
-        output = with_gradients_if_needed(
-            lambda: functional_call(module, used, args, kwargs, tie_weights=False, strict=False)
-        )
-    if torch.is_grad_enabled():  # functional_call puts assigned entries into `used`
-        for name, t in state.items():
-            for place in places.get(name, ()):
-                if used[place] is not t and used[place].shape == t.shape:
+    return _call_in(_slots(module, state), module, state, args, kwargs)
+
+
+# a place of a parameter or buffer: the dict of the module that registers it, its name there, and its name in a state
+_Slot = tuple[dict[str, Any], str, str]
+
+
+def _slots(module: nn.Module, names: Collection[str]) -> list[_Slot]:
+    """All places of the parameters and buffers with these names."""
+    return [(tensors, leaf, name) for name, _, tensors, leaf in _registered(module) if name in names]
+
+
+def _call_in(slots: Sequence[_Slot], module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`call` with the tensors of a state in these places."""
+    before = [tensors[leaf] for tensors, leaf, _ in slots]
+    for tensors, leaf, name in slots:
+        tensors[leaf] = state[name]
+    training = torch.is_grad_enabled()
+    try:
+        with activations_kept() if training else contextlib.nullcontext():
+            output = with_gradients_if_needed(lambda: module(*args, **kwargs))
+        if training:
+            for tensors, leaf, name in slots:
+                now, t = tensors.get(leaf), state[name]
+                if now is not t and now is not None and now.shape == t.shape:  # the forward assigned it
                     with torch.no_grad():
-                        t.copy_(used[place])
-                    break
+                        t.copy_(now)
+    finally:
+        for (tensors, leaf, _), t in zip(slots, before, strict=True):
+            tensors[leaf] = t
     return output
 
 
@@ -137,15 +153,23 @@ def call_with_buffer(module: nn.Module, name: str, value: Tensor, inputs: Inputs
 
 def places_of(module: nn.Module) -> dict[str, list[str]]:
     """All names under which each parameter and buffer is registered, by its first name, one for each owning module."""
-    first: dict[int, str] = {}
     places: dict[str, list[str]] = {}
-    for kind in ("_parameters", "_buffers"):
-        for prefix, owner in module.named_modules():  # yields a module that has two names once
-            for leaf, t in vars(owner)[kind].items():
-                if t is not None:
-                    name = f"{prefix}.{leaf}" if prefix else leaf
-                    places.setdefault(first.setdefault(id(t), name), []).append(name)
+    for name, place, _, _ in _registered(module):
+        places.setdefault(name, []).append(place)
     return places
+
+
+def _registered(module: nn.Module) -> Iterator[tuple[str, str, dict[str, Any], str]]:
+    """Yield each place of a parameter or buffer: its first name, this name, and the owner's dict and its name there."""
+    first: dict[int, str] = {}
+    owners = list(module.named_modules())  # a module that has two names once
+    for kind in ("_parameters", "_buffers"):
+        for prefix, owner in owners:
+            tensors = vars(owner)[kind]
+            for leaf, t in tensors.items():
+                if t is not None:
+                    place = f"{prefix}.{leaf}" if prefix else leaf
+                    yield first.setdefault(id(t), place), place, tensors, leaf
 
 
 def call_stacked(
@@ -185,12 +209,97 @@ def call_each(
     inputs_stacked: bool = False,
 ) -> Tensor:
     """`call_stacked` without vmap, one sample after the other, for modules that vmap cannot map."""
-    count = next(iter(stacked.values())).shape[0]
-    outputs, flat = [], flatten(inputs)
-    for index in range(count):
-        sample_inputs = flat.map(lambda t, index=index: t[index]).nested if inputs_stacked else inputs
-        outputs.append(call(module, {**shared, **select(stacked, index)}, sample_inputs))
-    return torch.stack(outputs)
+    run = _one_of(module, [*stacked, *shared], shared, inputs, inputs_stacked)
+    return torch.stack([run(index, select(stacked, index)) for index in range(_count(stacked))])
+
+
+def losses_of_each(
+    module: nn.Module,
+    stacked: State,  # (members, ...) each
+    shared: State,
+    inputs: Inputs,
+    inputs_stacked: bool = False,
+) -> Tensor:
+    """`call_each` for a module that returns a loss, (), each differentiated before the next member runs: (members,).
+
+    So one member's activations are in memory at a time, and near the processor when its gradient needs them. The
+    losses can be differentiated once.
+    """
+    entries = {**shared, **stacked}
+    trained = [name for name, t in entries.items() if t.requires_grad]
+    if not (trained and torch.is_grad_enabled()) or any(map(is_of_a_trace, entries.values())):
+        return call_each(module, stacked, shared, inputs, inputs_stacked)
+    run = _one_of(module, list(entries), shared, inputs, inputs_stacked)
+    parts = {name: t.detach().unbind(0) for name, t in stacked.items() if t.requires_grad}
+    others = {name: t for name, t in stacked.items() if not t.requires_grad}
+
+    def one(index: int) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """A member's loss, and its gradients in the trained entries."""
+        own = {n: (parts[n][index] if n in parts else entries[n].detach()).requires_grad_() for n in trained}
+        loss = run(index, {**select(others, index), **own})
+        return loss.detach(), torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+
+    of_each = [name in parts for name in trained]
+    losses: Tensor = _Differentiated.apply(one, _count(stacked), of_each, *[entries[name] for name in trained])
+    return losses
+
+
+class _Differentiated(torch.autograd.Function):
+    """Losses of members whose gradients are computed together with them, one member after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        one: Callable[[int], tuple[Tensor, Sequence[Tensor | None]]],
+        count: int,
+        of_each: Sequence[bool],
+        *trained: Tensor,
+    ) -> Tensor:
+        """one: a member's loss and its gradients in the trained tensors. of_each: which have a leading members axis."""
+        with torch.enable_grad():
+            losses, gradients = zip(*map(one, range(count)), strict=True)
+        ctx.of_each, ctx.gradients = of_each, [list(g) for g in zip(*gradients, strict=True)]
+        return torch.stack(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # held once, they become the parameters' gradients as they are
+        plain = weights.device.type == "cpu" and bool((weights == 1).all())
+        parts = [_together(g, own, None if plain else weights) for g, own in zip(gradients, ctx.of_each, strict=True)]
+        return None, None, None, *parts
+
+
+def _together(gradients: list[Tensor | None], of_each: bool, weights: Tensor | None) -> Tensor | None:
+    """The gradient in an entry from those of the members' losses, times the weights of the losses.
+
+    of_each: whether the entry has a leading members axis; the gradients in a shared one are added up.
+    """
+    like = next((g for g in gradients if g is not None), None)
+    if like is None:
+        return None
+    stack = torch.stack([torch.zeros_like(like) if g is None else g for g in gradients])
+    if weights is not None:
+        stack = stack * weights.view(-1, *[1] * like.ndim)
+    return stack if of_each else stack.sum(0)
+
+
+def _count(stacked: State) -> int:
+    return next(iter(stacked.values())).shape[0]
+
+
+def _one_of(
+    module: nn.Module, names: Sequence[str], shared: State, inputs: Inputs, inputs_stacked: bool
+) -> Callable[[int, State], Any]:
+    """A function that calls a module with one sample's state, (index, state) -> output. names: those of all entries."""
+    slots, flat = _slots(module, names), flatten(inputs)
+    parts = [t.unbind(0) for t in flat.tensors] if inputs_stacked else []
+
+    def one(index: int, state: State) -> Any:  # what the forward returns
+        own = rebuilt(flat.structure, [part[index] for part in parts]) if inputs_stacked else inputs
+        return _call_in(slots, module, {**shared, **state}, *arguments(own))
+
+    return one
 
 
 def can_map(module: nn.Module) -> bool:
@@ -200,12 +309,19 @@ def can_map(module: nn.Module) -> bool:
 
 
 def why_not_mapped(
-    module: nn.Module, stacked: State, shared: State, inputs: Inputs, inputs_stacked: bool = False
+    module: nn.Module,
+    stacked: State,
+    shared: State,
+    inputs: Inputs,
+    inputs_stacked: bool = False,
+    watch: contextlib.AbstractContextManager[object] | None = None,
 ) -> str | None:
     """The reason why `call_stacked` must not replace `call_each`, or None if both agree in values and gradients.
 
     Both run on these inputs: vmap has no rule for some operations, and incomplete rules for others. The arguments and
     torch's generator stay unchanged. For a module that draws random numbers the two are not compared: returns None.
+
+    watch: a context in which the module is called mapped together.
     """
     if not can_map(module):
         return "recurrent layers and power iterations have no batching rule"
@@ -219,7 +335,10 @@ def why_not_mapped(
         with torch.set_grad_enabled(bool(trained)), warnings.catch_warnings():
             warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
             # a new dict, because the tensors to differentiate must not be replaced in `copies`
-            outputs = execute(module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra)
+            with watch if watch is not None and execute is call_stacked else contextlib.nullcontext():
+                outputs = execute(
+                    module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra
+                )
             gradients = ()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs.sum(), trained, allow_unused=True, materialize_grads=True)

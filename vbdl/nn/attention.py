@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vbdl.calling.stacking import is_of_a_trace
 from vbdl.nn.masks import Masks
 
 
@@ -89,6 +90,20 @@ def multi_head_attention_forward(
             f"attention in module '{masks.place()}' got is_causal=True without attn_mask: pass the causal mask too"
         )
     length, batch, width = query.shape
+    source = key.shape[0] + (bias_k is not None) + add_zero_attn
+    keep = None
+    if training:
+        keep = masks.keep(
+            "multi_head_attention_forward", (batch, num_heads, length, source), dropout_p, query.device, axis=0
+        )
+    masked = attn_mask is not None or key_padding_mask is not None
+    if masks.per_row and keep is None and not masked and not any(map(is_of_a_trace, (query, out_proj_weight))):
+        return func(  # torch's fused kernel, where every member trains by itself
+            query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v,
+            add_zero_attn, 0.0, out_proj_weight, out_proj_bias, False, None, need_weights, None,
+            use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight,
+            average_attn_weights=average_attn_weights,
+        )  # fmt: skip
     if use_separate_proj_weight:
         assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
         weights_in = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -102,7 +117,6 @@ def multi_head_attention_forward(
         v = torch.cat([v, bias_v.expand(1, batch, -1)])
     if add_zero_attn:
         k, v = (torch.cat([t, t.new_zeros(1, batch, t.shape[-1])]) for t in (k, v))
-    source = k.shape[0]
     heads = lambda t: t.reshape(t.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3)
     q, k, v = heads(q), heads(k), heads(v)  # (batch, heads, length | source, head)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
@@ -113,8 +127,8 @@ def multi_head_attention_forward(
         mask = F.pad(key_padding_mask, (0, source - key_padding_mask.shape[-1]))
         scores = _mask(scores, mask[:, None, None, :])
     attention = _softmax(scores)
-    if training:
-        attention = masks.drop(attention, dropout_p, "multi_head_attention_forward", axis=0)
+    if keep is not None:
+        attention = masks.scale(attention, keep)
     out = (attention @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
     out = F.linear(out, out_proj_weight, out_proj_bias)
     if not need_weights:

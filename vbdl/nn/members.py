@@ -6,15 +6,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.apart import Apart, Source
 from vbdl.calling.inputs import tensors
 from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import (
-    call_each,
     call_stacked,
     can_map,
     is_of_a_trace,
+    losses_of_each,
     places_of,
     why_not_mapped,
     without_dots,
@@ -27,6 +29,9 @@ from vbdl.nn.objective import Objective, training_keys
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
 _BYTES_TOGETHER = 2**23  # of the batches of all members
+# of a typical value of one member: with more, stacking loses more time by values that leave the processor's cache than
+# it saves by fewer calls of operators (`python benchmarks/training.py`, "vbdl-uncompiled")
+_BYTES_OF_A_VALUE = 2**17
 
 
 class StackedPosterior(Posterior):
@@ -41,6 +46,7 @@ class StackedPosterior(Posterior):
     seed: int
     steps: Tensor
     one_by_one: str | None = None  # None: unknown
+    _large = False  # whether one member's values are so large that uncompiled steps run one member after the other
     n_samples: int = 1  # draws of a member per training step, averaged
 
     def _hold(
@@ -175,13 +181,14 @@ class StackedPosterior(Posterior):
         own_rows: x and y have a leading members axis, one batch per member.
         """
         objective, state, shared = self._objective(likelihood)
-        self.steps += 1
-        if self.one_by_one is None and not can_map(objective) or self.one_by_one or self._too_large((x, y), own_rows):
-            return call_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
+        self.steps.add_(1)
+        unmapped = not can_map(objective) if self.one_by_one is None else bool(self.one_by_one)
+        if unmapped or self._leaves_the_cache((x, y), own_rows):
+            return losses_of_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
-    def _too_large(self, inputs: Inputs, own_rows: bool) -> bool:
-        """Whether the members' batches together leave the processor's cache, where one after the other is faster.
+    def _leaves_the_cache(self, inputs: Inputs, own_rows: bool) -> bool:
+        """Whether what members compute together leaves the processor's cache, so that one after the other is faster.
 
         A traced step is stacked all the same: compiled, its elementwise operations are fused.
         """
@@ -189,7 +196,7 @@ class StackedPosterior(Posterior):
         if any(t.device.type != "cpu" or is_of_a_trace(t) for t in leaves):
             return False
         copies = 1 if own_rows else self.n_members
-        return copies * sum(t.numel() * t.element_size() for t in leaves) > _BYTES_TOGETHER
+        return self._large or copies * sum(t.numel() * t.element_size() for t in leaves) > _BYTES_TOGETHER
 
     def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
         """The training objective, its entries that differ between members, (members, ...), and its shared entries.
@@ -208,10 +215,36 @@ class StackedPosterior(Posterior):
         Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
         """
         objective, state, shared = self._objective(likelihood)
+        sizes = _Sizes()
+        # batches of a DataLoader may differ in shape, and a resumed training, which begins with another one, must
+        # decide alike
+        watch = sizes if own_rows and y.device.type == "cpu" else None
         try:
-            reason = why_not_mapped(objective, state, shared, (x, y), inputs_stacked=own_rows)
+            reason = why_not_mapped(objective, state, shared, (x, y), own_rows, watch)
         except RuntimeError as error:
             if (kept_error := kept_tensor(error)) is None:
                 raise
             raise kept_error from error
         self.one_by_one = reason or ""
+        self._large = not reason and sizes.typical > _BYTES_OF_A_VALUE * self.n_members
+
+
+class _Sizes(TorchDispatchMode):
+    """A context that measures the floating-point tensors that operators compute; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self._sum, self._of_squares = 0, 0
+
+    @property
+    def typical(self) -> float:
+        """The mean of their bytes, each weighed by its bytes, so that small tensors beside do not count."""
+        return self._of_squares / max(self._sum, 1)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            sizes = [t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+            self._sum += sum(sizes)
+            self._of_squares += sum(size * size for size in sizes)
+        return output
