@@ -14,6 +14,9 @@ own order for each member unless said otherwise:
     torch.func          vmap(grad_and_value(...)) of stacked parameters by hand, one fused optimizer
     vbdl                vbdl.fit as of a long training with default settings
     vbdl-uncompiled     vbdl.fit(compile=False), as of a training too short to compile for
+    vbdl-bfloat16       vbdl.fit(precision="bfloat16") as of a long training
+    products            no training: the loop's matrix products, convolutions and attention kernels alone, which is the
+                        most that a training with the same products can reach
 
 Times are processor seconds of the thread; contenders run in turn in every round, ratios are formed within a round, and
 medians are reported. Every contender trains for the same epochs; its mean validation loss is printed beside, and a
@@ -35,6 +38,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 
 import vbdl
 from vbdl.bench.provenance import provenance
@@ -165,16 +171,52 @@ class Stacked(Loop):
         return super().losses(x, y)
 
 
+class Products(Loop):
+    """The products of the loop alone, on the tensors of one of its steps."""
+
+    def __init__(self, kind: str, members: int, batch: int, data: tuple[Tensor, Tensor]):
+        super().__init__(kind, members, batch, data)
+        recorded = _Recorded()
+        with recorded:
+            F.cross_entropy(self.networks[0](self.x[:batch]), self.y[:batch]).backward()
+        self.calls = recorded.calls
+
+    @torch.no_grad()
+    def epoch(self) -> None:
+        for _ in range(len(self.networks) * -(-len(self.x) // self.batch)):
+            for product, args, kwargs in self.calls:
+                product(*args, **kwargs)
+
+    def losses(self, x: Tensor, y: Tensor) -> list[float]:
+        return [math.nan]
+
+
+class _Recorded(TorchDispatchMode):
+    """A context that records the products that run inside: operators whose floating-point operations torch counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in flop_registry or "attention" in func.overloadpacket.__name__:
+            detached = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, args)
+            self.calls.append((func, detached, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class Vbdl:
     """Epochs of `vbdl.fit`, one at a time; epochs: those of the whole training, by which it decides what to compile."""
 
     def __init__(
         self, kind: str, members: int, batch: int, data: tuple[Tensor, Tensor], compile: bool | None = None,
-        epochs: int = 10_000,
+        epochs: int = 10_000, precision: str = "float32",
     ):  # fmt: skip
         self.kind, self.likelihood = kind, vbdl.Categorical()
         self.q = vbdl.Deterministic(network(kind)) if members == 1 else vbdl.DeepEnsemble(network(kind), members)
-        options = TrainingOptions(epochs=epochs, batch_size=batch, lr=LR, compile=compile, progress=False)
+        options = TrainingOptions(
+            epochs=epochs, batch_size=batch, lr=LR, compile=compile, progress=False, precision=precision
+        )
         self.run, self.number = TrainingRun(self.q, data, self.likelihood, options), 0
         self.q.train()
 
@@ -197,6 +239,8 @@ CONTENDERS: dict[str, Callable[..., Loop | Vbdl]] = {
     "torch.func": Stacked,
     "vbdl": Vbdl,
     "vbdl-uncompiled": lambda *a: Vbdl(*a, compile=False),
+    "vbdl-bfloat16": lambda *a: Vbdl(*a, precision="bfloat16"),
+    "products": Products,
 }
 
 
@@ -231,7 +275,7 @@ def measure(cell: str, names: list[str], rounds: int, warm: int) -> list[dict]:
         results.append({
             "cell": cell, "contender": name, "seconds": statistics.median(times[name]),
             "ratio": statistics.median(ratios), "validation": sum(losses) / len(losses),
-            "spread": statistics.pstdev(losses), "first_epoch": first[name],
+            "spread": float(torch.tensor(losses).std(correction=0)), "first_epoch": first[name],
             "compile_seconds": None if step is None else step.compile_seconds,
         })  # fmt: skip
     return results
@@ -245,25 +289,26 @@ def peak_memory(cell: str, name: str) -> float:
 
 
 def table(path: Path) -> None:
-    """Print a file of results as a Markdown table: ratios to the loop, and seconds to compile."""
+    """Print a file of results as a Markdown table: ratios to the loop, and seconds to compile if that was measured."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     by_cell: dict[str, dict[str, dict]] = {}
     for line in lines:
         by_cell.setdefault(line["cell"], {})[line["contender"]] = line
     names = [n for n in CONTENDERS if n != "loop" and any(n in found for found in by_cell.values())]
-    print(f"| network, members, batch | loop, ms an epoch | {' | '.join(names)} | vbdl compiles, s |")
-    print("| --- " * (len(names) + 3) + "|")
+    last = [" vbdl compiles, s |"] if "vbdl" in names else []
+    print(f"| network, members, batch | loop, ms an epoch | {' | '.join(names)} |", *last, sep="")
+    print("| --- " * (len(names) + 2 + len(last)) + "|")
     for cell, found in by_cell.items():
         ratios = [f"{found[n]['ratio']:.2f}x" if n in found else "" for n in names]
-        compiling = found["vbdl"]["compile_seconds"]
+        compiling = [f"{found['vbdl']['compile_seconds']:.1f}"] if last else []
         loop = f"{1e3 * found['loop']['seconds']:.0f}"
-        print(f"| {' | '.join([cell.replace(':', ', '), loop, *ratios, f'{compiling:.1f}'])} |")
+        print(f"| {' | '.join([cell.replace(':', ', '), loop, *ratios, *compiling])} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells")
-    parser.add_argument("--contenders", default="loop,torch-uncertainty,torch.func,vbdl,vbdl-uncompiled")
+    parser.add_argument("--contenders", default="loop,torch-uncertainty,torch.func,vbdl,vbdl-uncompiled,products")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="three cells, three rounds, the loop and vbdl only")
     parser.add_argument("--memory", action="store_true")
@@ -290,7 +335,7 @@ def main() -> None:
                 r["peak_mib"] = peak_memory(cell, r["contender"])
             # the noise of a mean over members, and for one network a few per cent of the loss
             noise = math.inf if loop is None else max(3 * loop["spread"], 0.05 * loop["validation"])
-            worse = "" if loop is None or r["validation"] <= loop["validation"] + noise else "  TRAINS WORSE"
+            worse = "  TRAINS WORSE" if loop is not None and r["validation"] > loop["validation"] + noise else ""
             print(
                 f"{cell:20} {r['contender']:18} {1e3 * r['seconds']:9.1f} ms {r['ratio']:6.2f}x  validation "
                 f"{r['validation']:.3f}{worse}  first epoch {r['first_epoch']:.1f} s"
