@@ -53,7 +53,7 @@ def _the_graph_if_timed(monkeypatch):
 def traced_only(monkeypatch):
     """Compiled calls run as they were traced: for tests of what is traced and kept, not of Inductor's code."""
     for module in ("vbdl.engine.program", "vbdl.training.step"):
-        monkeypatch.setattr(f"{module}.compile_graph", lambda graph, inputs: graph)
+        monkeypatch.setattr(f"{module}.compile_graph", lambda graph, inputs, whole=False: graph)
 
 
 @pytest.fixture(scope="session")

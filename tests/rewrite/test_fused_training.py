@@ -131,7 +131,7 @@ def test_the_traced_step(kind, forced, monkeypatch):
     """The step that is compiled: differentiated before mutations are removed, buffers changed all the same."""
     graphs = []
     module = importlib.import_module("vbdl.training.step")
-    monkeypatch.setattr(module, "compile_graph", lambda graph, inputs: graphs.append(graph) or graph)
+    monkeypatch.setattr(module, "compile_graph", lambda graph, inputs, whole: graphs.append(graph) or graph)
     steps = []
     for kernels in (False, True):
         if kernels:

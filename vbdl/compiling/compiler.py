@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from vbdl.compiling import stored
+from vbdl.compiling.graph import operator_of
+from vbdl.compiling.repeated import Joined, Part, parts
 from vbdl.compiling.replay import Replayed, is_worth_replaying
 
 if TYPE_CHECKING:
@@ -24,14 +27,43 @@ logger = logging.getLogger("vbdl")
 _warned = threading.Event()
 
 
-def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def compile_graph(graph: fx.GraphModule, inputs: list[Tensor], whole: bool = False) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph at the shapes of these inputs.
 
-    A call that another process has compiled is loaded (`vbdl.compiling.stored`), without importing Inductor. Returns
-    the graph itself, with a warning, if there is no C++ compiler or compiled code cannot be written.
+    Blocks that are repeated in it are compiled once (`vbdl.compiling.repeated`), and a call that another process has
+    compiled is loaded (`vbdl.compiling.stored`), without importing Inductor. Returns the graph itself, with a warning,
+    if there is no C++ compiler or compiled code cannot be written.
+
+    whole: compile the graph in one piece, although blocks are repeated.
     """
-    compiled: list[OutputCode] = []
     key = stored.key_of(graph, inputs) if on_cpu(inputs) else None
+    if key is not None and not whole and not _writes(graph) and (found := parts(graph)):
+        return _compiled_parts(graph, found, inputs)
+    return _compiled(graph, inputs, key)
+
+
+def _compiled_parts(graph: fx.GraphModule, found: Sequence[Part], inputs: list[Tensor]) -> Joined:
+    """Compile the parts of a graph, each on what those before it return for these inputs; equal parts once."""
+    placeholders = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+    own = {n.name: getattr(graph, str(n.target)) for n in graph.graph.find_nodes(op="get_attr")}
+    values = {**dict(zip(placeholders, inputs, strict=True)), **own}
+    compiled: dict[str | None, Callable[..., Sequence[Tensor]]] = {}
+    calls = []
+    with torch.no_grad():
+        for part in found:
+            examples = part.laid_out([values[name] for name in part.region.inputs])
+            key = stored.key_of(part.region.graph, examples)
+            if key not in compiled:
+                compiled[key] = _compiled(part.region.graph, examples, key)
+            calls.append(compiled[key])
+            values.update(zip(part.region.outputs, calls[-1](*examples), strict=True))
+    (end,) = graph.graph.find_nodes(op="output")
+    return Joined(found, calls, own, placeholders, [n.name for n in tree_leaves(end.args)])
+
+
+def _compiled(graph: fx.GraphModule, inputs: list[Tensor], key: str | None) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph as a whole. key: the name under which it is stored, if it may be."""
+    compiled: list[OutputCode] = []
     if key is not None and (found := stored.load(key)) is not None:
         return _of_arguments(found, _held(graph))
 
@@ -48,11 +80,13 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
             wrapped: Any = (
                 _from_cache(graph, inputs, inner) if on_cpu(inputs) else compile_fx(graph, list(inputs), inner)
             )
-            writes = any(n.target is torch.ops.aten.copy_.default for n in graph.graph.nodes)  # to its arguments
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
             held = _held(graph)
-            if writes or (direct := _without_wrappers(wrapped, compiled, [*held, *inputs], len(held), key)) is None:
+            if (
+                _writes(graph)
+                or (direct := _without_wrappers(wrapped, compiled, [*held, *inputs], len(held), key)) is None
+            ):
                 return wrapped
             return _of_arguments(direct, held)
     except Exception as error:
@@ -95,6 +129,12 @@ def _from_cache(graph: fx.GraphModule, inputs: list[Tensor], inner: Callable) ->
 def on_cpu(inputs: Sequence[Tensor]) -> bool:
     """True if all inputs are on the CPU."""
     return all(t.device.type == "cpu" for t in inputs)
+
+
+def _writes(graph: fx.GraphModule) -> bool:
+    """Whether a graph may write to its arguments, so that it must not be run to try it out."""
+    operators = (operator_of(node) for node in graph.graph.nodes)
+    return any(operator is not None and operator._schema.is_mutable for operator in operators)
 
 
 def _held(graph: fx.GraphModule) -> list[Tensor]:

@@ -243,7 +243,7 @@ def part_of(traced: fx.GraphModule, wanted: fx.Node) -> Region:
             stack.extend(node.all_input_nodes)
     ordered = [n for n in traced.graph.nodes if n in needed]
     placeholders = [n for n in ordered if n.op == "placeholder"]
-    return _extract(traced, [n for n in ordered if n.op != "placeholder"], placeholders, [wanted])
+    return extract(traced, [n for n in ordered if n.op != "placeholder"], placeholders, [wanted])
 
 
 def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
@@ -267,11 +267,12 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
                     inputs.append(used)
             if node in returned or any(user not in members for user in node.users if user.op != "output"):
                 outputs.append(node)
-        regions.append(_extract(traced, inside, inputs, outputs))
+        regions.append(extract(traced, inside, inputs, outputs))
     return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
 
 
-def _extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Region:
+def extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Region:
+    """Copy these nodes into a graph of their own, with the given values of the whole graph as inputs and outputs."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in inputs:

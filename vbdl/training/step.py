@@ -138,7 +138,7 @@ class Step:
         without_empty_work(graph)
         uses = gradients_like(graph, list(self.trained.values()))
         if self.compiled or is_worth_compiling(graph, steps):
-            return compile_graph(graph, flat), uses
+            return compile_graph(graph, flat, whole=True), uses
         return graph, uses
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
