@@ -16,7 +16,7 @@ own order for each member unless said otherwise:
     vbdl-uncompiled     vbdl.fit(compile=False), as of a training too short to compile for
     vbdl-bfloat16       vbdl.fit(precision="bfloat16") as of a long training
     products            no training: the loop's matrix products, convolutions and attention kernels alone, which is the
-                        most that a training with the same products can reach
+                        most that a training with the same products can reach, where products take longer than calls
 
 Times are processor seconds of the thread; contenders run in turn in every round, ratios are formed within a round, and
 medians are reported. Every contender trains for the same epochs; its mean validation loss is printed beside, and a
