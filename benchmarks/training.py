@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--quick] [--cells mlp-100:5:256,cnn:5:32] [--contenders loop,vbdl] [--out FILE]
     python benchmarks/training.py --table FILE       the results of a run as a Markdown table
-    python benchmarks/training.py --memory ...       peak resident memory too, each contender in a new process
+    python benchmarks/training.py --memory ...       peak resident memory too, each contender in a new process (Linux)
 
 A cell is network:members:batch. The networks classify rows of 10 classes: an MLP of two hidden layers, a small CNN on
 images of 3x32x32, and a transformer of two layers on sequences of 16. Contenders, all with AdamW and batches of their
@@ -27,7 +27,6 @@ the first step is done include its checks of the rows and compiling.
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -324,7 +323,9 @@ def main() -> None:
     names = ["loop", "vbdl"] if options.quick else options.contenders.split(",")
     if options.peak:
         measure(cells[0], names, 1, 2)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # not ru_maxrss, which a new process inherits from the one that starts it
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(int(peak.split()[1]) / 1024)
         return
     about = provenance()
     for cell in cells:
