@@ -242,7 +242,7 @@ def test_the_stack_is_shared_until_the_ensemble_is_asked_for_it():
     assert not torch.allclose(predictor(q)(x).mean, expected)
 
 
-@pytest.mark.parametrize("change", CHANGES.keys() - {"fit"})
+@pytest.mark.parametrize("change", [change for change in CHANGES if change != "fit"])
 def test_no_change_of_the_networks_reaches_an_ensemble(change):
     nets = [network().eval() for _ in range(2)]
     x = torch.randn(4, WIDE)
