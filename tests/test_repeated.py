@@ -119,6 +119,21 @@ def test_training_steps_are_compiled_in_one_piece(compiled):
     assert not isinstance(compile_graph(graph, [x], whole=True), Joined) and len(compiled) == 1
 
 
+def test_parts_that_nothing_shows_to_be_equal_are_compiled_each(compiled, monkeypatch):
+    network = _Layers(6)
+    graph, inputs = _traced(network, torch.randn(2, 5, 8))
+    key_of, asked = compiler.stored.key_of, []
+
+    def only_the_whole(graph, inputs):
+        asked.append(key_of(graph, inputs))
+        return asked[0] if len(asked) == 1 else None  # as after a setting of the compiler was changed meanwhile
+
+    monkeypatch.setattr(compiler.stored, "key_of", only_the_whole)
+    call = compile_graph(graph, inputs)
+    torch.testing.assert_close(call(*inputs)[0], graph(*inputs)[0], rtol=1e-4, atol=1e-5)
+    assert len(compiled) == len(asked) - 1 > 6
+
+
 def _halve(module, args, output):
     return output * 0.5
 

@@ -47,15 +47,18 @@ def _compiled_parts(graph: fx.GraphModule, found: Sequence[Part], inputs: list[T
     placeholders = [n.name for n in graph.graph.find_nodes(op="placeholder")]
     own = {n.name: getattr(graph, str(n.target)) for n in graph.graph.find_nodes(op="get_attr")}
     values = {**dict(zip(placeholders, inputs, strict=True)), **own}
-    compiled: dict[str | None, Callable[..., Sequence[Tensor]]] = {}
+    compiled: dict[str, Callable[..., Sequence[Tensor]]] = {}
     calls = []
     with torch.no_grad():
         for part in found:
             examples = part.laid_out([values[name] for name in part.region.inputs])
             key = stored.key_of(part.region.graph, examples)
-            if key not in compiled:
-                compiled[key] = _compiled(part.region.graph, examples, key)
-            calls.append(compiled[key])
+            call = None if key is None else compiled.get(key)
+            if call is None:  # without a key nothing tells whether parts are equal
+                call = _compiled(part.region.graph, examples, key)
+                if key is not None:
+                    compiled[key] = call
+            calls.append(call)
             values.update(zip(part.region.outputs, calls[-1](*examples), strict=True))
     (end,) = graph.graph.find_nodes(op="output")
     return Joined(found, calls, own, placeholders, [n.name for n in tree_leaves(end.args)])
