@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.utils.dlpack
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import vbdl
 from vbdl.calling.apart import Apart
@@ -350,3 +351,29 @@ def test_a_saved_ensemble_and_its_copies_predict_the_same(tmp_path):
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.copy(q)):
         torch.testing.assert_close(predictor(other)(x).mean, expected, rtol=0, atol=0)
     torch.testing.assert_close(predictor(copy.deepcopy(q).double())(x.double()).mean.float(), expected)
+
+
+class Copies(TorchFunctionMode):
+    """A context that counts, whenever a large tensor is copied, how many of the memories are still there."""
+
+    def __init__(self, memories: list):
+        super().__init__()
+        self.memories, self.alive = memories, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_ and args[0].numel() >= WIDE * WIDE:
+            self.alive.append(sum(not ref.expired() for ref in self.memories))
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_member_is_freed_when_it_is_stacked():
+    nets = [network() for _ in range(4)]
+    weak = torch.multiprocessing.reductions.StorageWeakRef
+    memories = [weak(net.get_parameter("0.weight").untyped_storage()) for net in nets]
+    expected = [net.get_parameter("0.weight").detach().clone() for net in nets]
+    q = vbdl.DeepEnsemble(nets)
+    nets.clear()
+    with Copies(memories) as copies:
+        stack = q.stacked()["0.weight"]
+    assert copies.alive == [4, 3, 2, 1] and all(ref.expired() for ref in memories)
+    torch.testing.assert_close(stack, torch.stack(expected), rtol=0, atol=0)

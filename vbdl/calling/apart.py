@@ -42,7 +42,7 @@ class Source:
         """The parameter of all networks, (networks, ...), to read."""
         with self._lock:
             if name not in self._stacked:
-                self._stacked[name] = torch.stack(self._apart.pop(name)).contiguous()
+                self._stacked[name] = _stack(self._apart.pop(name))
             return self._stacked[name]
 
     def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool) -> bool:
@@ -73,6 +73,14 @@ class Source:
     def leave(self, reader: "Apart") -> None:
         """Count a module no more, which has stacks of its own now."""
         self._readers.pop(id(reader), None)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Stack tensors, (tensors, ...), removing each from the list when it is copied, which frees it."""
+    stack = tensors[0].new_empty((len(tensors), *tensors[0].shape))
+    for index in reversed(range(len(tensors))):
+        stack[index].copy_(tensors.pop())
+    return stack
 
 
 class Apart(PassedOn):
