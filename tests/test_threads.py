@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import vbdl
 from vbdl.calling.stacking import replicate
@@ -187,3 +189,48 @@ def test_a_first_batch_of_another_shape_disturbs_no_other_thread(posterior, like
         stop.resume()
         thread.join()
     torch.testing.assert_close(other[0].mean, expected["predict"]["mean"][:8], **CLOSE)
+
+
+class Draws(nn.Linear):
+    """Draws from torch's generator itself, or lets another thread draw meanwhile."""
+
+    def __init__(self, draws):
+        super().__init__(4, 3)
+        self.draws = draws
+
+    def forward(self, x):
+        return self.draws(super().forward(x))
+
+
+def beside(x):
+    """Another thread draws, as a data loader or another request does."""
+    other = threading.Thread(target=torch.rand, args=(1,))
+    other.start()
+    other.join()
+    return x
+
+
+def attention(x):
+    x = beside(x)[:, None, None]
+    return F.scaled_dot_product_attention(x, x, x)[:, 0, 0]
+
+
+@pytest.mark.parametrize("innocent", [beside, attention, lambda x: F.rrelu(F.dropout(beside(x), training=False))])
+def test_what_another_thread_draws_is_not_the_networks(innocent):
+    expected = Draws(innocent).eval()
+    q = vbdl.DeepEnsemble([Draws(innocent).eval(), expected])
+    for compile in (False, True):
+        predict = vbdl.Predictor(q, vbdl.Categorical(), compile=compile)
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(predict(x, samples=True).samples[1], expected(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "drawn", [lambda x: x + torch.randn_like(x), lambda x: F.dropout(beside(x), 0.5), lambda x: x * torch.rand(())]
+)
+def test_a_network_that_draws_is_refused(drawn):
+    q = vbdl.DeepEnsemble([Draws(drawn).eval() for _ in range(2)])
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="draws from torch's generator"):
+        vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.ones(2, 4))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,12 +1,16 @@
 """The trial run: one draw of a network runs before tracing, to check that it accepts the rows and does not mix them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import call, kept_by
-from vbdl.types import State
+from vbdl.types import Arguments, Keywords, State
 
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
 
@@ -19,12 +23,36 @@ def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True) -> T
     """
     before, versions, kept = torch.get_rng_state(), [t._version for t in tile.tensors], kept_by(model)
     outputs = run_plainly(model, state, tile)
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
-        raise draws_by_itself("draws")
+    if not torch.equal(before, torch.get_rng_state()):  # by this network, or by another thread
+        with _Draws() as draws:
+            run_plainly(model, state, tile)
+        if draws.seen:
+            torch.set_rng_state(before)
+            raise draws_by_itself("draws")
     if apart or versions != [t._version for t in tile.tensors] or kept != kept_by(model):
         check_apart(outputs, model, state, tile)
     return outputs
+
+
+class _Draws(TorchDispatchMode):
+    """A context that sees whether this thread calls an operation that draws from torch's own generator.
+
+    Operations with dropout that is off, as fused attention in prediction, do not draw.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            of = {argument.name: argument.default_value for argument in func._schema.arguments}
+            given = {**of, **dict(zip(of, args, strict=False)), **(kwargs or {})}
+            idle = any(given.get(n, 1) == 0 for n in ("p", "dropout", "dropout_p", "train", "training"))
+            self.seen |= not idle and given.get("generator") is None
+        return func(*args, **(kwargs or {}))
 
 
 def draws_by_itself(what: str) -> NotImplementedError:

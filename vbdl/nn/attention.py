@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vbdl.calling.stacking import is_of_a_trace
+from vbdl.nn.drawn import Drawn
 from vbdl.nn.masks import Masks
 
 
@@ -97,8 +98,9 @@ def multi_head_attention_forward(
             "multi_head_attention_forward", (batch, num_heads, length, source), dropout_p, query.device, axis=0
         )
     masked = attn_mask is not None or key_padding_mask is not None
-    if masks.per_row and keep is None and not masked and not any(map(is_of_a_trace, (query, out_proj_weight))):
-        return func(  # torch's fused kernel, where every member trains by itself
+    plain = not isinstance(out_proj_weight, Drawn) and not any(map(is_of_a_trace, (query, out_proj_weight)))
+    if masks.per_row and keep is None and not masked and plain:
+        return func(  # torch's fused kernel, where every member trains by itself and no kernel draws the weights
             query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v,
             add_zero_attn, 0.0, out_proj_weight, out_proj_bias, False, None, need_weights, None,
             use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight,
