@@ -377,3 +377,95 @@ def test_each_member_is_freed_when_it_is_stacked():
         stack = q.stacked()["0.weight"]
     assert copies.alive == [4, 3, 2, 1] and all(ref.expired() for ref in memories)
     torch.testing.assert_close(stack, torch.stack(expected), rtol=0, atol=0)
+
+
+def test_a_weak_reference_to_a_parameter_reaches_no_ensemble():
+    nets = [network().eval() for _ in range(2)]
+    references = [weakref.ref(p) for net in nets for p in net.parameters()]  # as moving averages of weights hold them
+    x = torch.randn(3, WIDE)
+    expected = torch.stack([net(x).softmax(-1) for net in nets]).mean(0).detach()
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=False)
+    with torch.no_grad():
+        for reference in references:
+            reference().mul_(2)
+    torch.testing.assert_close(predict(x).probs, expected)
+
+
+@pytest.mark.parametrize("ask", ["parameters", "state_dict", "predict", "member"])
+def test_an_ensemble_that_was_asked_in_inference_mode_can_still_be_trained(ask):
+    q, x, y = vbdl.DeepEnsemble([network() for _ in range(2)]), torch.randn(4, WIDE), torch.zeros(4, dtype=torch.int64)
+    with torch.inference_mode():
+        predict = vbdl.Predictor(q, vbdl.Categorical(), tiles=(8,), compile=False)
+        {
+            "parameters": lambda: list(q.parameters()),
+            "state_dict": q.state_dict,
+            "predict": lambda: predict(x),
+            "member": lambda: (q.member(0), q.state_dict()),
+        }[ask]()
+    rows = x.clone().requires_grad_()
+    vbdl.Predictor(q, vbdl.Categorical(), compile=False)(rows).total.sum().backward()
+    assert rows.grad is not None
+    vbdl.fit(q, (x, y), vbdl.Categorical(), epochs=1, compile=False, progress=False)
+
+
+def test_networks_made_in_inference_mode_stay_as_they_are():
+    with torch.inference_mode():
+        nets = [network().eval() for _ in range(2)]
+        x = torch.randn(3, WIDE)
+        expected = torch.stack([net(x).softmax(-1) for net in nets]).mean(0)
+        q = vbdl.DeepEnsemble(nets)
+        nets[0](x)
+        torch.testing.assert_close(vbdl.Predictor(q, vbdl.Categorical(), compile=False)(x).probs, expected)
+
+
+class Clamped(nn.Module):
+    """Its forward writes to a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.first.weight.clamp_(min=0)
+        return self.last(self.first(x).tanh())
+
+
+class Renormalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.drop, self.last = nn.Embedding(WIDE, WIDE, max_norm=1.0), nn.Dropout(0.2), nn.Linear(WIDE, 3)
+
+    def forward(self, x):
+        return self.last(self.drop(self.words((x[:, :5].abs() * 100).long() % WIDE).mean(1)))
+
+
+@pytest.mark.parametrize("make", [Clamped, Renormalized])
+@pytest.mark.parametrize(
+    "posterior",
+    [
+        lambda nets: vbdl.DeepEnsemble(nets),
+        lambda nets: vbdl.MCDropout(nets[0]),
+        lambda nets: vbdl.Deterministic(nets[0]),
+    ],
+    ids=["ensemble", "dropout", "deterministic"],
+)
+@pytest.mark.parametrize("compile", [False, "background"])
+def test_a_forward_that_writes_to_a_parameter_changes_no_network(compile, posterior, make):
+    if make is Clamped and posterior([make(), make()]).n_draws is None:
+        pytest.skip("it has no dropout")
+    nets = [make().eval() for _ in range(2)]
+    before = [{n: t.clone() for n, t in net.state_dict().items()} for net in nets]
+    q = posterior(nets)
+    entries = {n: t.clone() for n, t in copy.deepcopy(q).state_dict().items()}
+    x = torch.randn(3, WIDE)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), n_samples=q.n_draws or 3, compile=compile)
+    first = predict(x).probs
+    torch.testing.assert_close(predict(x).probs, first)
+    if compile == "background":
+        predict.wait()
+    for net, state in zip(nets, before, strict=True):
+        assert all(torch.equal(t, state[n]) for n, t in net.state_dict().items())
+    assert all(torch.equal(t, entries[n]) for n, t in q.state_dict().items())
+    if q.n_draws == 2:
+        torch.testing.assert_close(first, torch.stack([net(x).softmax(-1) for net in nets]).mean(0))

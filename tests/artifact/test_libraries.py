@@ -27,6 +27,10 @@ class OfALibrary(PreTrainedModel):
     pass
 
 
+class TimmWrapperModel(PreTrainedModel):
+    pass
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of stand-ins for the libraries, with their arguments."""
@@ -48,7 +52,11 @@ def calls(monkeypatch):
         "torchvision": types.SimpleNamespace(models=models),
         "torchvision.models": models,
         "transformers": types.SimpleNamespace(
-            PreTrainedModel=PreTrainedModel, OfALibrary=OfALibrary, pipeline=create, Config=Config
+            PreTrainedModel=PreTrainedModel,
+            OfALibrary=OfALibrary,
+            TimmWrapperModel=TimmWrapperModel,
+            pipeline=create,
+            Config=Config,
         ),
         "peft": types.SimpleNamespace(LoraConfig=LoraConfig, get_peft_model=lambda base, config, name: base),
     }
@@ -68,6 +76,10 @@ REFUSED = {
     "weights of torchvision": ("torchvision", "resnet18", {"weights": "DEFAULT"}, "with the argument 'weights'"),
     "no model of torchvision": ("torchvision", "get_weight", {}, "torchvision has no model 'get_weight'"),
     "a function": ("transformers", "pipeline", {"config": {}}, "transformers has no model 'pipeline'"),
+    "a model of another library": ("transformers", "TimmWrapperModel", {"config": {"size": 3}}, "has no model 'Timm"),
+    "such a part": (
+        "transformers", "OfALibrary", {"config": {"vision": {"model_type": "timm_wrapper"}}}, "of a timm model is not",
+    ),
     "no model": ("transformers", "Config", {"config": {}}, "transformers has no model 'Config'"),
     "kernels of the hub": (
         "transformers", "OfALibrary", {"config": {"size": 3}, "attention": "me/evil"}, "attention= of eager, sdpa",
@@ -94,6 +106,10 @@ ENTRIES = [
     {"use_pretrained_backbone": True},
     {"backbone": "hf-hub:me/evil"},
     {"use_kernels": True},
+    {"architecture": "hf-hub:me/evil"},
+    {"model_args": {"checkpoint_path": "/etc/x"}},
+    {"checkpoint_path": "/etc/x"},
+    {"pretrained_cfg": {"file": "/etc/x"}},
 ]
 
 

@@ -116,7 +116,29 @@ def changed_layer():
     return network
 
 
-@pytest.mark.parametrize("make", [changed_layer, lambda: OfItsOwn(transformers.BertConfig(**SIZES))])
+def hooked():
+    network = torchvision.models.resnet18()
+    network.fc.register_forward_hook(lambda module, args, output: output * 20)
+    return network
+
+
+def other_forward():
+    network = TIMM("vit_tiny_patch16_224", img_size=64)
+    network.head.forward = lambda x: nn.functional.linear(x, network.head.weight) * 2
+    return network
+
+
+def other_order():
+    network = TIMM("vit_tiny_patch16_224", img_size=64)
+    blocks = network.blocks._modules
+    first = next(iter(blocks))
+    blocks[first] = blocks.pop(first)
+    return network
+
+
+@pytest.mark.parametrize(
+    "make", [changed_layer, hooked, other_forward, other_order, lambda: OfItsOwn(transformers.BertConfig(**SIZES))]
+)
 def test_a_network_that_the_library_does_not_build_is_supplied(make, tmp_path):
     network = make().eval()
     vbdl.save(vbdl.Predictor(vbdl.Deterministic(network), vbdl.Categorical(), compile=False), tmp_path / "model")

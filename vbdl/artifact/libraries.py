@@ -21,7 +21,11 @@ from vbdl.artifact.manifest import Architecture, ArtifactError, Library, check_j
 from vbdl.types import Json
 
 _ATTENTION = ("eager", "sdpa")  # other names of transformers' attention load kernels
-_NOT_OF_A_CONFIG = re.compile(r"_.*|auto_map|quantization_config|.*backbone.*|attn_implementation|.*kernel.*|dtype")
+_NOT_OF_A_CONFIG = re.compile(
+    r"_.*|auto_map|quantization_config|.*backbone.*|.*attn_implementation|use_kernel.*|.*kernels|kernel_config|dtype|architecture|model_args"
+    r"|.*pretrained.*|.*checkpoint.*|.*path|.*url|.*file.*|.*repo|trust_remote_code|timm.*",
+    re.IGNORECASE,
+)
 _LORA = {
     "task_type", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias",
     "use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
@@ -107,7 +111,9 @@ def _transformers(network: Any) -> Iterator[tuple[str, Json]]:
 
 def _build_transformers(library: Any, name: str, arguments: Json) -> nn.Module:
     kind = getattr(library, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel) and kind.config_class):
+    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel) and kind.config_class) or (
+        "timm" in f"{kind.__module__} {name}".lower()  # it builds what its configuration names, and loads weights
+    ):
         raise ArtifactError(f"transformers has no model {name[:60]!r}")
     config, attention = arguments.get("config"), arguments.get("attention")
     if set(arguments) - {"config", "attention"} or not isinstance(config, dict) or attention not in (None, *_ATTENTION):
@@ -125,6 +131,8 @@ def _check_config(value: object) -> None:
         for key, inner in value.items():
             if _NOT_OF_A_CONFIG.fullmatch(key) and inner not in (None, False):
                 raise ArtifactError(f"a configuration with the entry {key[:60]!r} is not accepted from an artifact")
+            if key == "model_type" and "timm" in str(inner).lower():
+                raise ArtifactError("a configuration of a timm model is not accepted from an artifact")
             _check_config(inner)
     elif isinstance(value, list):
         for inner in value:

@@ -66,7 +66,18 @@ def _builds(call: Library, network: nn.Module) -> bool:
         check_same(rebuilt, settings(network), "the library builds", ArtifactError)
     except Exception:  # libraries raise errors of any type
         return False
-    return {n: t.shape for n, t in state_of(rebuilt).items()} == {n: t.shape for n, t in state_of(network).items()}
+    return _structure(rebuilt) == _structure(network)
+
+
+def _structure(network: nn.Module) -> list[object]:
+    """The modules in their order with what runs beside their forward, and the shapes of parameters and buffers."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    modules = [
+        (name, [of for kind in hooks for hook in vars(m)[kind].values() for of in [getattr(hook, "__qualname__", "")]])
+        for name, m in network.named_modules()
+    ]
+    replaced = [name for name, m in network.named_modules() if "forward" in vars(m)]
+    return [*modules, *replaced, *((name, t.shape) for name, t in state_of(network).items())]
 
 
 def _of_library(call: Library, make: Callable[[Architecture], nn.Module]) -> nn.Module:

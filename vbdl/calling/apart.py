@@ -5,10 +5,11 @@ for large ones, more time than the first prediction. So the members' large param
 reads those of the networks it was given (`vbdl.calling.lending`), and a predictor those of its ensemble.
 """
 
+import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Source:
 
     def stack(self, name: str) -> Tensor:
         """The parameter of all networks, (networks, ...), to read."""
-        with self._lock:
+        with self._lock, _as_usual():
             if name not in self._stacked:
                 self._stacked[name] = _stack(self._apart.pop(name))
             return self._stacked[name]
@@ -50,7 +51,7 @@ class Source:
 
         copying: whether to do so even if a network or another thread holds one, whose memory is not freed then.
         """
-        with self._lock:
+        with self._lock, _as_usual():
             if any(name not in self._apart for name in names):
                 return False
             places = [(self._apart[name], index) for name in names for index in range(len(self._apart[name]))]
@@ -63,7 +64,7 @@ class Source:
 
     def own(self, reader: "Apart", name: str) -> Tensor:
         """A stack that the reader may write to: a copy if others read it too."""
-        with self._lock:
+        with self._lock, _as_usual():
             if any(other is not reader for other in list(self._readers.values())):
                 return (
                     torch.stack(self._apart[name]).contiguous() if name in self._apart else self._stacked[name].clone()
@@ -73,6 +74,13 @@ class Source:
     def leave(self, reader: "Apart") -> None:
         """Count a module no more, which has stacks of its own now."""
         self._readers.pop(id(reader), None)
+
+
+@contextlib.contextmanager
+def _as_usual() -> Iterator[None]:
+    """A context for tensors that outlive the caller's: of those made in its inference mode no gradient can be taken."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -103,10 +111,11 @@ class Apart(PassedOn):
         return self._own is None and dict.__getitem__(self, name) is None
 
     def _made(self) -> dict[str, Any]:
-        own = {
-            name: nn.Parameter(self.source.own(self, name), name in self.trained) if t is None else t
-            for name, t in dict.items(self)
-        }
+        with _as_usual():
+            own = {
+                name: nn.Parameter(self.source.own(self, name), name in self.trained) if t is None else t
+                for name, t in dict.items(self)
+            }
         self.source.leave(self)
         return own
 

@@ -87,7 +87,7 @@ def lend(module: nn.Module, names: Collection[str]) -> State:
 
 def _is_large(p: Tensor, least: int) -> bool:
     """Whether it is worth while to lend a parameter, and possible."""
-    if type(p) is not nn.Parameter or p.layout != torch.strided or p.device.type == "meta":
+    if type(p) is not nn.Parameter or p.layout != torch.strided or p.device.type == "meta" or p.is_inference():
         return False
     return p.numel() * p.itemsize >= least
 
@@ -103,7 +103,7 @@ def _holders(tensors: dict[str, Any], name: str) -> tuple[int, ...]:
     storage = t.untyped_storage()
     alias = not storage.resizable() or (storage.device.type == "cpu" and storage.is_shared())  # of an array or a file
     of_tensor: int = t._use_count()  # type: ignore[attr-defined]
-    return sys.getrefcount(t), of_tensor, sys.getrefcount(storage), _uses(storage), alias
+    return sys.getrefcount(t), weakref.getweakrefcount(t), of_tensor, sys.getrefcount(storage), _uses(storage), alias
 
 
 def _uses(storage: torch.UntypedStorage) -> int:
@@ -113,9 +113,10 @@ def _uses(storage: torch.UntypedStorage) -> int:
 
 def held_by_one(tensors: Sequence[Tensor], index: int) -> bool:
     """Whether no other tensor has the memory of one of these."""
-    return bool(_ONE_HOLDER) and _uses(tensors[index].untyped_storage()) == _ONE_HOLDER[3]
+    return bool(_ONE_HOLDER) and _uses(tensors[index].untyped_storage()) == _ONE_HOLDER[_USES]
 
 
+_USES = 4  # the place of `_uses` among the numbers
 try:
     _ONE_HOLDER: tuple[int, ...] = _holders({"t": torch.zeros(1)}, "t")
 except AttributeError:  # the counts are torch's own affair: a version without one of them lends nothing
@@ -176,7 +177,7 @@ class _Lent(PassedOn):
 
     def _unlent(self, name: str, t: Any) -> Any:
         """The module's own parameter of this name."""
-        if name in self._names and _uses(t.untyped_storage()) != _ONE_HOLDER[3]:  # the copy is not gone
+        if name in self._names and _uses(t.untyped_storage()) != _ONE_HOLDER[_USES]:  # the copy is not gone
             with torch.inference_mode(False):
                 t.data = t.detach().clone()  # it stays the same parameter, with its gradient and its hooks
         return t

@@ -31,6 +31,7 @@ from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
 from vbdl.engine.trial import check_apart, draws_by_itself, try_out
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
+from vbdl.engine.written import without_writing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
@@ -86,7 +87,8 @@ class Execution:
             state = {n: t.detach() for n, t in state.items()}
             twin = model.twin()
             self._own = list(entries)  # the names of a draw's entries
-            outputs = self._tried(twin, state, self._own)
+            parameters = {n for n, _ in twin.named_parameters()}
+            outputs, self._written = without_writing(lambda s: self._tried(twin, s, self._own), state, parameters)
             del entries, state  # whose memory is laid out anew if nobody else holds it
         self._run_before: Run | None = Run(twin, tile, outputs)
         self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
@@ -163,7 +165,9 @@ class Execution:
         with self._starting:
             if self._plain is None:
                 before, self._run_before = self._run_before, None
-                self._plain = Plain(self._model, self._tile, self._settings, self.n_samples, self._local_layers, before)
+                self._plain = Plain(
+                    self._model, self._tile, self._settings, self.n_samples, self._local_layers, before, self._written
+                )
             plain = self._plain
         if mapping and (reason := plain.map_if_faster()):
             reasons = (*reasons, reason)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from vbdl.calling.inputs import Flat, Structure
 from vbdl.data.rows import cannot_take
@@ -65,7 +66,7 @@ class Executions:
         executions = []
         start = 0
         kind = MomentExecution if self.settings.estimator == "moments" else Execution
-        tile = tile.map(lambda t: t.detach() if t.requires_grad else t)
+        tile = tile.map(_as_usual)
         for part in self.posterior.parts:
             count = min(part.n_draws or self.settings.n_samples, self.settings.n_samples - start)
             if count <= 0:
@@ -119,3 +120,8 @@ def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()  # entering torch.autocast takes 10 us
     return torch.autocast(device.type, enabled=False)
+
+
+def _as_usual(t: Tensor) -> Tensor:
+    """A tensor without gradient, and not of torch's inference mode, whose tensors count no changes."""
+    return t.clone() if t.is_inference() else t.detach() if t.requires_grad else t

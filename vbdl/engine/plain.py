@@ -10,6 +10,7 @@ import dataclasses
 import threading
 import time
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ class Plain:
 
     local: the layers that draw their outputs, as the network's attribute `local` has them.
     before: the run of draw 0 that checked the network. It is a part of the answer on the very tile it ran on.
+    written: the names of the parameters that the forward writes to, of which every draw gets its own.
     repeated: whether draws share a call with repeated rows. mapped: whether they share one under `vmap`.
     """
 
@@ -89,6 +91,7 @@ class Plain:
         n_samples: int,
         local: Any = None,
         before: Run | None = None,
+        written: Collection[str] = (),
     ):
         self.model, self.tile, self.n_samples = model, tile, n_samples
         self._seed = settings.seed
@@ -108,7 +111,13 @@ class Plain:
         self._members: dict[int, State] = {}
         # a forward may write to buffers, and those of a draw are views of the stack
         self._written = {n for n, _ in self._twin.named_buffers() if n in first and n != "network.key"}
+        self._written |= {n for n in written if n in first}
         self._buffers = {n: b for n, b in self._twin.named_buffers() if n not in first}
+        for name in set(written) - set(first):
+            slots = [_slot(owners, place) for place in places[name]]
+            self._buffers[name] = own = slots[0][0][slots[0][1]].detach().clone()
+            for tensors, leaf in slots:
+                tensors[leaf] = own
         self._originals = {n: b.clone() for n, b in self._buffers.items()}
         network = self._twin.network
         self._network = network if isinstance(network, KeyedNetwork) else None
@@ -207,6 +216,8 @@ class Plain:
         model = self._twin
         if self.repeated or self.n_samples == 1 or not runs_whole_layers(model.network, model.device):
             return ""
+        if any(name in self._written or name in self._buffers for name, _ in model.named_parameters()):
+            return ""  # mapped, a forward would write to those of all draws
         numbers, times = torch.arange(min(self.most_draws, max(1, _ROWS // self.tile.rows))), []
         versions = [b._version for b in self._buffers.values()]
         try:

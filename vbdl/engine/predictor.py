@@ -46,10 +46,18 @@ M = TypeVar("M", bound=nn.Module)
 def _ids_in_words(
     method: "Callable[Concatenate[Predictor, Inputs, P], R]",
 ) -> "Callable[Concatenate[Predictor, Inputs, P], R]":
-    """Wrap a method that takes inputs, so that an index error names the ids that are out of an embedding's range."""
+    """Wrap a method that takes inputs, so that an index error names the ids that are out of an embedding's range.
+
+    In torch's inference mode it runs outside of that, without gradients: what a predictor keeps outlives the mode, and
+    no gradient could be taken of it afterwards.
+    """
 
     @functools.wraps(method)
     def call(self: "Predictor", x: Inputs, *args: P.args, **options: P.kwargs) -> R:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                usual = flatten(x).map(lambda t: t.clone() if t.is_inference() else t).nested
+                return call(self, usual, *args, **options)
         try:
             return method(self, x, *args, **options)
         except (IndexError, RuntimeError) as error:

@@ -1,10 +1,14 @@
 """The model of one execution: of a posterior of its own, which has learned from running on its inputs."""
 
+import torch
+from torch import nn
+
 from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import holding, state_of
+from vbdl.engine.written import without_writing
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.types import Inputs
+from vbdl.types import Inputs, Posterior, State
 
 
 def prepared(model: Model, inputs: Inputs) -> Model:
@@ -14,9 +18,21 @@ def prepared(model: Model, inputs: Inputs) -> Model:
     It gets what the copy found.
     """
     given = model.posterior
+
+    def make(state: State) -> Posterior:
+        with only_reading():
+            posterior = holding(given, state, () if given.training_rows is None else (given.training_rows,))
+        posterior.prepare(inputs)
+        return posterior
+
     with only_reading():
-        posterior = holding(given, state_of(given), () if given.training_rows is None else (given.training_rows,))
-    posterior.prepare(inputs)
+        state = state_of(given)
+    posterior, written = without_writing(make, state, {n for n, t in state.items() if isinstance(t, nn.Parameter)})
+    if written:  # `prepare` has changed its copies
+        own = state_of(posterior)
+        with torch.no_grad():
+            for name in written:
+                own[name].copy_(state[name])
     if isinstance(given.module, KeyedNetwork) and isinstance(posterior.module, KeyedNetwork):
         given.module.adopt(posterior.module)
     return model.of(posterior)

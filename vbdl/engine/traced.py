@@ -138,6 +138,7 @@ class Traced:
                 graph = trace(parameters, *self._arguments(entries), aligned=False)
         finally:
             forget(self.called)  # values of the trace that the forward kept in attributes
+        _keep_arguments(graph)
         self.handwritten = sorted(set(names))
         return graph
 
@@ -191,6 +192,17 @@ class Traced:
                 largest.append(of(part.graph(*[values[n] for n in part.inputs])[0]))
             measured[node.name] = max(largest)
         return measured[node.name]
+
+
+def _keep_arguments(graph: fx.GraphModule) -> None:
+    """Let a graph write to no argument, which a forward that writes to a parameter or buffer would do at its end."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        into = node.args[0]
+        if isinstance(into, fx.Node) and into.op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 def _first_line(error: Exception) -> str:

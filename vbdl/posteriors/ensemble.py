@@ -182,7 +182,8 @@ class DeepEnsemble(StackedPosterior):
         for part in self.parts:
             if index < part.n_members:
                 entries = {**part.shared(), **part._of_one(index)}
-                return {name: t.detach().clone() for name, t in entries.items()}
+                # prediction may lay out weights otherwise, which files and `view` do not take
+                return {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in entries.items()}
             index -= part.n_members
         raise AssertionError("unreachable")
 

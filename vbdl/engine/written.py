@@ -1,0 +1,70 @@
+"""Parameters that a forward writes to, as embeddings with `max_norm` do: a prediction gives it copies of them.
+
+The parameters of a predictor may lie in the memory of its posterior and of the networks that the user gave, which no
+prediction may change. So an operation that would write to one is stopped before it does.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vbdl.types import Arguments, Keywords, State
+
+T = TypeVar("T")
+
+
+class _Writes(BaseException):
+    """Ends a run that is about to write to a parameter; no `except Exception` of a network catches it."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+class _Guard(TorchDispatchMode):
+    """A context in which no operation of this thread writes to the memory of these tensors."""
+
+    def __init__(self, tensors: State):
+        super().__init__()
+        self._names = {t.untyped_storage().data_ptr(): name for name, t in tensors.items() if t.numel()}
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                self._check(argument, value)
+            for argument in func._schema.arguments:
+                self._check(argument, kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _check(self, argument: torch.Argument, value: object) -> None:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            return
+        for t in tree_leaves(value):
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                name = self._names.get(t.untyped_storage().data_ptr())
+                if name is not None:
+                    raise _Writes(name)
+
+
+def without_writing(run: Callable[[State], T], state: State, parameters: Collection[str]) -> tuple[T, frozenset[str]]:
+    """Run a function of a state that must not change it; copies take the place of the parameters it writes to.
+
+    parameters: names of the state's entries. Returns what the function returns, and the names of those it writes to.
+    """
+    written: set[str] = set()
+    while True:
+        guarded = {n: t for n, t in state.items() if n in parameters and n not in written}
+        given = {n: t.detach().clone() if n in written else t for n, t in state.items()}
+        try:
+            with _Guard(guarded):
+                return run(given), frozenset(written)
+        except _Writes as error:
+            written.add(error.name)
