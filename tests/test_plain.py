@@ -338,6 +338,7 @@ def test_weights_of_convolutions_that_nobody_else_holds_are_laid_out_with_channe
         torch.testing.assert_close(predict(rows).mean, expected[: len(rows)])
     plains: list[Any] = [execution._plain for (execution,) in predict.executions.by_shape.values()]  # type: ignore[union-attr]
     assert len(plains) == 2 and all(plain._convolutions == ["network.convolution.weight"] for plain in plains)
+    assert all(t.is_contiguous() for t in q.member(0).values())
     weight = q.stacked()["convolution.weight"]
     assert weight.is_contiguous()
     with torch.no_grad():

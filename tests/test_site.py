@@ -106,8 +106,11 @@ def shown() -> list[object]:
         for dotted in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE):
             value, path = vbdl, "vbdl"
             for part in dotted.split(".")[1:]:
-                # a function hides the module of the same name that it is in
-                value = getattr(value if hasattr(value, part) else importlib.import_module(path), part)
+                # a function hides the module of the same name that it is in, and a module may not be imported yet
+                if not hasattr(value, part) and importlib.util.find_spec(path).submodule_search_locations:
+                    value = importlib.import_module(f"{path}.{part}")
+                else:
+                    value = getattr(value if hasattr(value, part) else importlib.import_module(path), part)
                 path = f"{path}.{part}"
             found.append(value)
     return found
