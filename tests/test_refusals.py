@@ -158,3 +158,8 @@ def test_every_frame_that_fails_is_one_line(caplog):
     for record in records:
         assert record.exc_info is None and "\n" not in caplog.handler.format(record)
         assert "a frame could not be predicted: ValueError: " in record.getMessage()
+
+
+def test_the_order_of_rows_and_likelihood_is_said():
+    with pytest.raises(TypeError, match="takes the rows before the likelihood"):
+        _fit(vbdl.MCDropout(_net()), vbdl.Categorical(), (X, torch.zeros(40, dtype=torch.int64)))

@@ -122,6 +122,8 @@ def fit(
             f"fit trains a posterior, got {type(posterior).__name__}: wrap the network in vbdl.MCDropout, "
             f"vbdl.MeanField or vbdl.DeepEnsemble"
         )
+    if isinstance(data, Likelihood):
+        raise TypeError("fit takes the rows before the likelihood: fit(posterior, (x, y), likelihood)")
     check_likelihood(likelihood)
     _check_gradients(posterior)
     try:
