@@ -1,5 +1,6 @@
 """The strategy "plain": what cannot be traced is predicted and trained as it is, with the draws of every strategy."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -344,6 +345,32 @@ def test_weights_of_convolutions_that_nobody_else_holds_are_laid_out_with_channe
     with torch.no_grad():
         weight.add_(1.0)
     torch.testing.assert_close(predict(x).mean, expected)
+
+
+class LargeWithAView(Large):
+    """Wants a view of its weight for some rows, which a weight with channels last does not have."""
+
+    def forward(self, x):
+        if x.max() > 50:
+            return super().forward(x) + self.convolution.weight.view(-1).sum()
+        return super().forward(x)
+
+
+def test_a_network_that_needs_its_own_layout_later_gets_it_back():
+    nets = [LargeWithAView(704).eval() for _ in range(2)]
+    states = [copy.deepcopy(net) for net in nets]
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), tiles=1)
+    del nets
+    x = torch.randn(1, 704, 1, 2)
+    predict.warm_up(1, example=x)
+    assert laid_out(predict)
+    with pytest.raises(ValueError, match="inputs are"):
+        predict(x.double())
+    assert laid_out(predict)
+    for rows in (x, x + 100, x):
+        expected = torch.stack([net(rows).softmax(-1) for net in states]).mean(0)
+        torch.testing.assert_close(predict(rows).mean, expected, rtol=1e-4, atol=1e-5)
+    assert not laid_out(predict)
 
 
 def test_weights_that_a_network_lends_stay_as_they_are():

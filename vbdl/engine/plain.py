@@ -159,7 +159,14 @@ class Plain:
             else:
                 with self._lock:
                     own = self._entries_of(n) if self._large else select(entries, i)
-                    outputs.append(self._run((n,), own, tile))
+                    try:
+                        outputs.append(self._run((n,), own, tile))
+                    except Exception:  # of the user's network, which may want a view that this layout does not have
+                        if not self._convolutions:
+                            raise
+                        own |= {name: own[name].contiguous() for name in self._convolutions}
+                        outputs.append(self._run((n,), own, tile))  # otherwise it is another error, which stays
+                        self._lay_back()
                     del own
         return torch.stack(outputs)
 
@@ -199,10 +206,17 @@ class Plain:
                 except Exception:  # of the user's network
                     same = False
                 if not same:
-                    self._convolutions = []
-                    posterior.lay_out(names, torch.contiguous_format, copying=True)
+                    self._lay_back()
             self._holds_members = True
         return bool(self._convolutions)
+
+    def _lay_back(self) -> None:
+        """Give the weights of convolutions the layout that the networks had."""
+        posterior: Any = self.model.posterior
+        names = [name.removeprefix("network.") for name in self._convolutions]
+        self._convolutions = []
+        self._members.clear()
+        posterior.lay_out(names, torch.contiguous_format, copying=True)
 
     def together(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute what `each` does in one call, on the rows repeated once for each draw."""
