@@ -293,3 +293,8 @@ def test_a_bias_before_batch_normalization_does_not_stop_mapping():
     q, rows = DeepEnsemble(net, 3), (torch.randn(16, 2, 5, 5), torch.randint(3, (16,)))
     history = fit(q, rows, Categorical(), epochs=1, compile=False)
     assert history.one_by_one == "" and q.one_by_one == ""
+
+
+def test_an_ensemble_of_several_architectures_has_no_entries_of_members_itself():
+    q = DeepEnsemble([nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2))])
+    assert q.by_member == frozenset() and all(part.by_member for part in q.parts)

@@ -48,6 +48,8 @@ class StackedPosterior(Posterior):
     one_by_one: str | None = None  # None: unknown
     _large = False  # whether one member's values are so large that uncompiled steps run one member after the other
     n_samples: int = 1  # draws of a member per training step, averaged
+    _parameter_names: tuple[str, ...] = ()  # of those that differ between members; none with several architectures
+    _buffer_names: tuple[str, ...] = ()
 
     def _hold(
         self,
