@@ -56,6 +56,18 @@ def traced_only(monkeypatch):
         monkeypatch.setattr(f"{module}.compile_graph", lambda graph, inputs, whole=False: graph)
 
 
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """The graphs that Inductor is asked for, with no call stored at first."""
+    from vbdl.compiling import cache, compiler
+
+    graphs = []
+    original = compiler._from_cache
+    monkeypatch.setattr(cache, "folder", lambda: str(tmp_path))
+    monkeypatch.setattr(compiler, "_from_cache", lambda *args: graphs.append(args[0]) or original(*args))
+    return graphs
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data sets: VBDL_DATA, or shared/data beside the checkout."""

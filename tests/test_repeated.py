@@ -8,7 +8,7 @@ from torch import nn
 
 import vbdl
 from vbdl.calling.graphs import without_fused_attention
-from vbdl.compiling import cache, compiler, repeated
+from vbdl.compiling import compiler, repeated
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.compiling.repeated import Joined, parts
@@ -18,16 +18,6 @@ from vbdl.compiling.repeated import Joined, parts
 def _small_blocks_too(monkeypatch):
     """Blocks of any work are parts of their own: those of a test are small."""
     monkeypatch.setattr(repeated, "_WORK", 0)
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """The graphs that Inductor is asked for, with no call stored at first."""
-    graphs = []
-    original = compiler._from_cache
-    monkeypatch.setattr(cache, "folder", lambda: str(tmp_path))
-    monkeypatch.setattr(compiler, "_from_cache", lambda *args: graphs.append(args[0]) or original(*args))
-    return graphs
 
 
 _ADD = torch.ops.aten.add.Tensor

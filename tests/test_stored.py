@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
-from vbdl.compiling import cache, compiler, stored
+from vbdl.compiling import cache, stored
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 
@@ -43,16 +42,6 @@ def test_a_second_process_has_the_same_bits_without_the_compiler(tmp_path):
     (*first, compiled), (*second, compiled_again) = (run.stdout.splitlines() for run in runs)
     assert (compiled, compiled_again) == ("True", "False")
     assert first == second and len(first) == 2
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """The graphs that Inductor is asked for, with no call stored at first."""
-    graphs = []
-    original = compiler._from_cache
-    monkeypatch.setattr(cache, "folder", lambda: str(tmp_path))
-    monkeypatch.setattr(compiler, "_from_cache", lambda *args: graphs.append(args[0]) or original(*args))
-    return graphs
 
 
 def _graph(function, *inputs):
