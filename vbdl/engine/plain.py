@@ -22,6 +22,7 @@ from vbdl.calling.inputs import Flat, arguments
 from vbdl.calling.stacking import call_stacked, places_of, select
 from vbdl.engine.program import Ready, ended
 from vbdl.engine.settings import PredictorSettings
+from vbdl.engine.trial import are_same
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.members import StackedPosterior
@@ -202,7 +203,7 @@ class Plain:
             if expected is not None and posterior.lay_out(names, _LAST):
                 self._convolutions = own
                 try:
-                    same = are_same(self._run((0,), self._entries_of(0), self.tile), expected)
+                    same = are_same(self._run((0,), self._entries_of(0), self.tile), expected, _APART)
                 except Exception:  # of the user's network
                     same = False
                 if not same:
@@ -246,7 +247,7 @@ class Plain:
         if mapped is None:
             return ""
         expected = self.each(numbers, self.tile)
-        if not are_same(mapped, expected):
+        if not are_same(mapped, expected, _APART):
             return ""
         for run in (self.each, self.under_vmap):
             each = []
@@ -297,12 +298,6 @@ class Plain:
         with torch.no_grad():
             for name, b in self._buffers.items():
                 b.copy_(self._originals[name])
-
-
-def are_same(outputs: Tensor, expected: Tensor) -> bool:
-    """Whether outputs that were computed in two ways are equal up to rounding."""
-    scale = float(expected.abs().nan_to_num(posinf=0.0).max()) if expected.numel() else 0.0
-    return torch.allclose(outputs, expected, rtol=_APART, atol=_APART * scale, equal_nan=True)
 
 
 def wants_gradient(tile: Flat) -> bool:

@@ -56,8 +56,7 @@ def _ids_in_words(
     def call(self: "Predictor", x: Inputs, *args: P.args, **options: P.kwargs) -> R:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
-                usual = flatten(x).map(lambda t: t.clone() if t.is_inference() else t).nested
-                return call(self, usual, *args, **options)
+                return call(self, x, *args, **options)
         try:
             return method(self, x, *args, **options)
         except (IndexError, RuntimeError) as error:

@@ -196,7 +196,10 @@ class Traced:
 
 def _keep_arguments(graph: fx.GraphModule) -> None:
     """Let a graph write to no argument, which a forward that writes to a parameter or buffer would do at its end."""
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+    writes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    if not writes:
+        return
+    for node in writes:
         into = node.args[0]
         if isinstance(into, fx.Node) and into.op == "placeholder":
             node.replace_all_uses_with(node.args[1])

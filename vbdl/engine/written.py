@@ -1,4 +1,4 @@
-"""Parameters that a forward writes to, as embeddings with `max_norm` do: a prediction gives it copies of them.
+"""A prediction gives a forward copies of the parameters that it writes to, as embeddings with `max_norm` do.
 
 The parameters of a predictor may lie in the memory of its posterior and of the networks that the user gave, which no
 prediction may change. So an operation that would write to one is stopped before it does.
