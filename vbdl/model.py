@@ -64,7 +64,7 @@ class Model(nn.Module):
         return self.entries_of(self.posterior.draws(numbers, seed), numbers)
 
     def entries_of(self, drawn: State, numbers: Tensor) -> State:
-        """The entries of these draws, given those of the posterior, (samples, ...) each."""
+        """Add the likelihood's entries of these draws to those of the posterior, (samples, ...) each."""
         state = {f"network.{name}": t for name, t in drawn.items()}
         if self.likelihood.n_members is not None:
             member = self._first_member + self.posterior.member_of(numbers)

@@ -22,8 +22,8 @@ from vbdl.types import Json
 
 _ATTENTION = ("eager", "sdpa")  # other names of transformers' attention load kernels
 _NOT_OF_A_CONFIG = re.compile(
-    r"_.*|auto_map|quantization_config|.*backbone.*|.*attn_implementation|use_kernel.*|.*kernels|kernel_config|dtype|architecture|model_args"
-    r"|.*pretrained.*|.*checkpoint.*|.*path|.*url|.*file.*|.*repo|trust_remote_code|timm.*",
+    r"_.*|auto_map|quantization_config|.*backbone.*|.*attn_implementation|use_kernel.*|.*kernels|kernel_config|dtype"
+    r"|architecture|model_args|.*pretrained.*|.*checkpoint.*|.*path|.*url|.*file.*|.*repo|trust_remote_code|timm.*",
     re.IGNORECASE,
 )
 _LORA = {
@@ -185,7 +185,7 @@ def _timm(network: Any) -> Iterator[tuple[str, Json]]:
     name = settings.get("architecture")
     if not isinstance(name, str) or not library.is_model(name):
         return
-    recorded = getattr(library.models, "get_model_args", None)  # since timm 1.0.27
+    recorded = getattr(library.models, "get_model_args", None)  # older versions record nothing
     known: Json = (
         recorded(network) if recorded else {"num_classes": network.num_classes, "in_chans": _channels(network)}
     )

@@ -70,7 +70,7 @@ def _builds(call: Library, network: nn.Module) -> bool:
 
 
 def _structure(network: nn.Module) -> list[object]:
-    """The modules in their order with what runs beside their forward, and the shapes of parameters and buffers."""
+    """List the modules in order with their hooks, replaced forwards, and the shapes of parameters and buffers."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     modules = [
         (name, [of for kind in hooks for hook in vars(m)[kind].values() for of in [getattr(hook, "__qualname__", "")]])

@@ -35,12 +35,12 @@ class Source:
         self._readers[id(reader)] = reader
 
     def of_one(self, name: str, index: int) -> Tensor:
-        """The parameter of one network."""
+        """Return the parameter of one network, to read."""
         with self._lock:
             return self._apart[name][index] if name in self._apart else self._stacked[name][index]
 
     def stack(self, name: str) -> Tensor:
-        """The parameter of all networks, (networks, ...), to read."""
+        """Stack the parameter of all networks, (networks, ...), to read."""
         with self._lock, _as_usual():
             if name not in self._stacked:
                 self._stacked[name] = _stack(self._apart.pop(name))
@@ -63,7 +63,7 @@ class Source:
             return True
 
     def own(self, reader: "Apart", name: str) -> Tensor:
-        """A stack that the reader may write to: a copy if others read it too."""
+        """Return a stack that the reader may write to, which is a copy if others read the parameter too."""
         with self._lock, _as_usual():
             if any(other is not reader for other in list(self._readers.values())):
                 return (

@@ -27,7 +27,7 @@ _SET_STATE = (nn.Module.__setstate__, _ConvNd.__setstate__, nn.MultiheadAttentio
 
 
 def duplicate(module: M, memo: dict[int, Any]) -> M:
-    """The deep copy of a module; memo: as of `copy.deepcopy`, the copies of objects that have one already, by id."""
+    """Copy a module deeply; memo: as of `copy.deepcopy`, the copies of objects that have one already, by id."""
     return _duplicated(module, memo, {})
 
 
@@ -69,7 +69,7 @@ def _value(value: Any, memo: dict[int, Any], by_attributes: dict[type, bool]) ->
 
 
 def _copies_by_attributes(kind: type) -> bool:
-    """Whether a deep copy of an object of this class is a new object with copies of the attributes."""
+    """Return whether a new object with copies of the attributes is a deep copy of an object of this class."""
     return (
         issubclass(kind, nn.Module)
         and not hasattr(kind, "__deepcopy__")

@@ -234,7 +234,7 @@ def losses_of_each(
     others = {name: t for name, t in stacked.items() if not t.requires_grad}
 
     def one(index: int) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """A member's loss, and its gradients in the trained entries."""
+        """Compute a member's loss, and its gradients in the trained entries."""
         own = {n: (parts[n][index] if n in parts else entries[n].detach()).requires_grad_() for n in trained}
         loss = run(index, {**select(others, index), **own})
         return loss.detach(), torch.autograd.grad(loss, list(own.values()), allow_unused=True)
@@ -291,7 +291,7 @@ def _count(stacked: State) -> int:
 def _one_of(
     module: nn.Module, names: Sequence[str], shared: State, inputs: Inputs, inputs_stacked: bool
 ) -> Callable[[int, State], Any]:
-    """A function that calls a module with one sample's state, (index, state) -> output. names: those of all entries."""
+    """Make a function that calls a module with one sample's state, (index, state) -> output; names: of all entries."""
     slots, flat = _slots(module, names), flatten(inputs)
     parts = [t.unbind(0) for t in flat.tensors] if inputs_stacked else []
 

@@ -278,7 +278,7 @@ def _parts(call: Any) -> dict[str, Any]:
 
 
 def _global_names(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """The global names that a module's code reads, in functions too, and those that it defines."""
+    """Find the global names that a module's code reads, in functions too, and those that it defines."""
     read, written = set(), set()
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
