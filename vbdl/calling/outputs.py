@@ -66,6 +66,19 @@ def pick(outputs: object, output: Output) -> Tensor:
     )
 
 
+def named_part(outputs: object, name: str | int) -> Tensor:
+    """The tensor of this name or index among several outputs. Raises TypeError, with the outputs, if there is none."""
+    parts = _parts(outputs)
+    by_index = not isinstance(name, str) and isinstance(outputs, tuple | list)
+    chosen = dict(enumerate(parts.values())).get(name) if by_index else parts.get(name)  # type: ignore[call-overload]
+    if isinstance(chosen, Tensor):
+        return chosen
+    raise TypeError(
+        f"the module returned {type(outputs).__name__} without a tensor {name!r} in training{_listed(parts)}: name one "
+        f"of its outputs"
+    )
+
+
 def leaves(outputs: object) -> dict[tuple, object]:
     """The tensors and other objects in a network's outputs, however deep, by their names and indices."""
     parts = _parts(outputs)

@@ -2,14 +2,15 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
 from vbdl.calling.inputs import map_inputs
-from vbdl.calling.outputs import check_output, pick
+from vbdl.calling.outputs import check_output, named_part, pick
 from vbdl.calling.stacking import call, call_with_buffer, check_network, parameter_hooks, without_data_parallel
 from vbdl.model import autocast
 from vbdl.nn.drawn import draws_of_one_step
@@ -30,24 +31,28 @@ def training_keys(seed: int, n_members: int, number: Tensor) -> Tensor:
     return torch.stack([seeds, number.expand(n_members)], dim=-1)
 
 
-class Precision:
-    """The dtype that networks run in during a training step; `used` tells whether an objective ran in it."""
+class StepOptions:
+    """How the networks of a training step run; `used` tells whether an objective ran under these options.
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.used = dtype, False
+    dtype: what a network computes in by autocast, its parameters' if None; its likelihood stays in float32.
+    auxiliary: the weights in the loss of further outputs, by name or index; the chosen output has weight 1.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None, auxiliary: Mapping[str | int, float] = MappingProxyType({})):
+        self.dtype, self.auxiliary, self.used = dtype, auxiliary, False
 
 
-_precision: contextvars.ContextVar[Precision | None] = contextvars.ContextVar("precision", default=None)
+_options: contextvars.ContextVar[StepOptions | None] = contextvars.ContextVar("step_options", default=None)
 
 
 @contextlib.contextmanager
-def in_precision(precision: Precision | None) -> Iterator[None]:
-    """A context in which an `Objective` runs its network in a lower precision; its likelihood stays in float32."""
-    token = _precision.set(precision)
+def under_options(options: StepOptions) -> Iterator[None]:
+    """A context in which every `Objective` runs its network under these options."""
+    token = _options.set(options)
     try:
         yield
     finally:
-        _precision.reset(token)
+        _options.reset(token)
 
 
 class Objective(nn.Module):
@@ -94,19 +99,19 @@ def mean_loss(
 def _at(
     network: nn.Module, likelihood: Likelihood, key: Tensor | None, inputs: Inputs, y: Tensor, output: Output
 ) -> Tensor:
-    precision = _precision.get()
-    if precision is not None:
-        precision.used = True
-    dtype = None if precision is None else precision.dtype
+    options = _options.get()
+    if options is not None:
+        options.used = True
+    dtype = None if options is None else options.dtype
     if key is None or not isinstance(network, KeyedNetwork):
         masked = contextlib.nullcontext() if key is None else CounterDropout(Masks(key, network, per_row=True))
         with masked, autocast(dtype, inputs):
             outputs = call(network, {}, inputs)
-        return _nll(likelihood, outputs, y, output, precision)
+        return _loss(likelihood, outputs, y, output, options)
     # `inner`, because `rate` is by the user's module names
     with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)), autocast(dtype, inputs):
         outputs = call_with_buffer(network, "key", key, inputs)
-    loss = _nll(likelihood, outputs, y, output, precision)
+    loss = _loss(likelihood, outputs, y, output, options)
     # with the same key, since the KL of some priors is estimated at the drawn weights
     regularization = network.regularization(key)
     return loss if regularization is None else loss + regularization
@@ -122,9 +127,21 @@ def _draws_nothing(network: nn.Module) -> bool:
     return is_plain(network)
 
 
-def _nll(likelihood: Likelihood, outputs: object, y: Tensor, output: Output, precision: Precision | None) -> Tensor:
-    outputs = pick(outputs, output)
-    if precision is not None and outputs.dtype in (torch.bfloat16, torch.float16):
+def _loss(likelihood: Likelihood, outputs: object, y: Tensor, output: Output, options: StepOptions | None) -> Tensor:
+    """The loss of the chosen output plus those of the auxiliary ones by their weights, (), in nats per row."""
+    chosen = pick(outputs, output)
+    if options is None:
+        return _nll(likelihood, chosen, y)
+    loss = _nll(likelihood, chosen, y, options.dtype)
+    for name, weight in options.auxiliary.items():
+        if (part := named_part(outputs, name)) is chosen:
+            raise ValueError(f"auxiliary names the output that is predicted from, {name!r}: its weight is 1")
+        loss = loss + weight * _nll(likelihood, part, y, options.dtype)
+    return loss
+
+
+def _nll(likelihood: Likelihood, outputs: Tensor, y: Tensor, autocast_to: torch.dtype | None = None) -> Tensor:
+    if autocast_to is not None and outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()
     return likelihood.training_loss(likelihood(outputs), y).mean()
 

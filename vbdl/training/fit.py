@@ -5,7 +5,7 @@ Members share only the step: each has its own initialization, order of the rows,
 that the result is that of training them one by one, up to float rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def fit(
     seed: int = 0,
     accumulate: int = 1,
     precision: str = "float32",
+    auxiliary: Mapping[str | int, float] | None = None,
     compile: bool | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
@@ -80,6 +81,8 @@ def fit(
         update takes what is left.
     precision: "bfloat16" runs the network in bfloat16 by autocast where the processor or card has instructions for it;
         parameters, likelihood and updates stay as they are.
+    auxiliary: weights in the loss of further outputs that the network returns in training, by name or index, such as
+        {"aux_logits": 0.4} for Inception; each under the same likelihood. `history` has the sum.
     compile: whether to compile the step. By default it is traced from 300 steps on, and compiled if its graph and the
         number of steps say that this repays the time; no clock decides, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
@@ -111,6 +114,7 @@ def fit(
         seed=seed,
         accumulate=accumulate,
         precision=precision,
+        auxiliary=auxiliary,
         compile=compile,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,

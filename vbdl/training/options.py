@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 
 from vbdl.data.rows import Data
+from vbdl.nn.objective import StepOptions
 
 
 def is_of_each_member(value: object) -> TypeGuard[Sequence[float]]:
@@ -53,6 +54,7 @@ class TrainingOptions:
     seed: int = 0
     accumulate: int = 1
     precision: str = "float32"
+    auxiliary: Mapping[str | int, float] | None = None
     compile: bool | None = None
     checkpoint: str | Path | None = None
     checkpoint_every: int = 10
@@ -99,16 +101,35 @@ class TrainingOptions:
             )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
+        self._check_auxiliary()
         if self.kl_warmup < 0:
             raise ValueError(f"kl_warmup must be a number of epochs, 0 for none, got {self.kl_warmup}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1 epoch, got {self.checkpoint_every}")
 
-    def autocast(self, device: torch.device) -> torch.dtype | None:
-        """The dtype that the network runs in on this device, or None for that of its parameters.
+    def _check_auxiliary(self) -> None:
+        if self.auxiliary is None:
+            return
+        if not isinstance(self.auxiliary, Mapping):
+            raise TypeError(
+                f"auxiliary must map outputs to the weights of their losses, like {{'aux_logits': 0.4}}, got "
+                f"{type(self.auxiliary).__name__}"
+            )
+        for name, weight in self.auxiliary.items():
+            if isinstance(name, bool) or not isinstance(name, str | int):
+                raise TypeError(f"auxiliary names an output by its name or index, got {name!r}")
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+                raise ValueError(f"auxiliary[{name!r}] must be a weight, a number of at least 0, got {weight!r}")
 
-        Raises ValueError if the device has no instructions for it.
+    def of_steps(self, device: torch.device) -> StepOptions | None:
+        """How networks run in a step on this device; None for simply as they are.
+
+        Raises ValueError if the device has no instructions for the precision.
         """
+        dtype = self._autocast(device)
+        return StepOptions(dtype, dict(self.auxiliary or {})) if dtype or self.auxiliary else None
+
+    def _autocast(self, device: torch.device) -> torch.dtype | None:
         if self.precision == "float32":
             return None
         if not has_bfloat16(device):

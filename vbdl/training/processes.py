@@ -207,7 +207,7 @@ class Sharing:
             value = getattr(options, name)
             if name in ("lr", "weight_decay") and is_of_each_member(value):
                 value = [float(one) for one in value]
-            if name not in _OWN and (value is None or isinstance(value, str | int | float | bool | list)):
+            if name not in _OWN and (value is None or isinstance(value, str | int | float | bool | list | dict)):
                 about[f"fit({name}=)"] = value
         path = options.checkpoint
         if path is not None:

@@ -83,8 +83,7 @@ class TrainingRun:
         self.shown = self.processes.shown(options.progress)
         # what this process trains: the whole posterior, or its members alone, whose tensors are parts of the whole
         self.trainee = sharing.posterior
-        precision = options.autocast(self.device)
-        self.losses = Losses(self.trainee, sharing.likelihood, self.data.own_rows, precision)
+        self.losses = Losses(self.trainee, sharing.likelihood, self.data.own_rows, options.of_steps(self.device))
         self.step = Step(self.losses, options.compile, lambda rows: options.epochs * self.data.steps_with(rows))
         self.trained = self.step.trained
         self.validate = None

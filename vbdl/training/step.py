@@ -14,7 +14,7 @@ from vbdl.calling.stacking import call, state_of
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
-from vbdl.nn.objective import Precision, in_precision
+from vbdl.nn.objective import StepOptions, under_options
 from vbdl.nn.part_of_batch import current_part
 from vbdl.training.gradients import Use, gradients_like, without_empty_work
 from vbdl.training.worth import is_worth_compiling, is_worth_tracing
@@ -28,27 +28,27 @@ Call = Callable[..., Sequence[Tensor]]
 class Losses(nn.Module):
     """Posterior and likelihood as one module, whose forward returns the loss of each member, (members,), nats per row.
 
-    own: whether each member has its own batch. dtype: what the network runs in, float32 if None.
+    own: whether each member has its own batch. options: how the networks run, if not simply as they are.
     """
 
-    def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool, dtype: torch.dtype | None = None):
+    def __init__(self, posterior: Posterior, likelihood: Likelihood, own: bool, options: StepOptions | None = None):
         super().__init__()
-        self.posterior, self.likelihood, self._own = posterior, likelihood, own
-        self._precision = None if dtype is None else Precision(dtype)
+        self.posterior, self.likelihood, self._own, self._options = posterior, likelihood, own, options
 
     def rows(self, y: Tensor) -> int:
         """The number of rows of a batch of these targets; those of one member if each has its own."""
         return y.shape[1] if self._own else y.shape[0]
 
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
-        if self._precision is None:
+        if self._options is None:
             return self.posterior.losses(x, y, self.likelihood, self._own)
-        with in_precision(self._precision):
+        with under_options(self._options):
             losses = self.posterior.losses(x, y, self.likelihood, self._own)
-        if not self._precision.used:
+        if not self._options.used:
             raise ValueError(
                 f"{type(self.posterior).__name__} computes its losses without vbdl.nn.objective.Objective, which runs "
-                f"networks in a lower precision: leave precision= out"
+                f"networks in a lower precision and adds the losses of auxiliary outputs: leave precision= and "
+                f"auxiliary= out"
             )
         return losses
 
