@@ -84,13 +84,14 @@ def test_other_settings_do_not_mix_into_a_run(tmp_path):
         suite(tmp_path, ("iris",), ("linear",), seed=1).run()
 
 
-def test_a_failure_is_recorded_and_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [FloatingPointError, ValueError, KeyError])
+def test_a_failure_is_recorded_and_tried_again(kind, tmp_path, monkeypatch):
     def fails(task, run):
-        raise FloatingPointError("the loss became nan")
+        raise kind("the loss became nan")
 
     monkeypatch.setitem(registry.METHODS, "fails", registry.Entry("fails", fails))
     found = suite(tmp_path, ("iris",), ("fails", "linear")).run()
-    assert found[0]["error"] == "the loss became nan" and "scores" in found[1]
+    assert "the loss became nan" in found[0]["error"] and "scores" in found[1]
     monkeypatch.setitem(registry.METHODS, "fails", registry.METHODS["linear"])
     assert "scores" in suite(tmp_path, ("iris",), ("fails", "linear")).run()[0]
 
@@ -128,8 +129,8 @@ def test_names_are_checked(tmp_path):
 
 def test_the_wrong_number_of_predictors_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.METHODS, "short", registry.Entry("short", lambda task, run: []))
-    with pytest.raises(ValueError, match="the method returned 0 predictors for 5 splits"):
-        suite(tmp_path, ("iris",), ("short",)).run()
+    (result,) = suite(tmp_path, ("iris",), ("short",)).run()
+    assert result["error"].startswith("the method returned 0 predictors for 5 splits")
     assert isinstance(Each([]), Each)
 
 

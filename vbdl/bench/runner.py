@@ -142,7 +142,7 @@ class Suite:
             ended = time.perf_counter()
             ood = {n: evaluate(task, trained, x) for n, x in task.ood.items()}
             again, outside = time.perf_counter() - ended, sum(x.shape[:2].numel() for x in task.ood.values())
-        except (FloatingPointError, RuntimeError) as error:
+        except Exception as error:  # any method, also a plugin's, must not end a run of hours
             reason = (str(error) or type(error).__name__).splitlines()[0]
             return result | {"error": reason, "traceback": traceback.format_exc(), **self.made_with, "finished": _now()}
         every = scores.regression(task, test_rows) if task.regression else scores.classification(task, test_rows)
