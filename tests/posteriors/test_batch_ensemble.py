@@ -118,6 +118,32 @@ def test_convolutions_of_any_options(seed):
         torch.testing.assert_close(samples[index], expected, rtol=1e-4, atol=1e-5, msg=f"{transposed} {options}")
 
 
+@pytest.mark.parametrize("rows", [2, 60])
+@each_network
+def test_scaling_weights_or_activations_is_the_same(name, rows, monkeypatch):
+    """A member alone scales what has fewer numbers: outputs and gradients do not depend on the choice."""
+    network, x = made(name)
+    x = x.repeat(-(-rows // len(x)), *[1] * (x.ndim - 1))[:rows]
+    x = x.double() if x.is_floating_point() else x
+    q = BatchEnsemble(network.double(), 1, initial="normal").eval()
+    member = {n: t.detach().clone() for n, t in q.shared().items()} | {
+        n: t[0].detach().clone() for n, t in q.stacked().items()
+    }
+    trained = [member[n].requires_grad_() for n, _ in q.module.named_parameters()]
+    results = []
+    for of_weights in (None, False, True):
+        with monkeypatch.context() as patch:
+            if of_weights is not None:
+                patch.setattr("vbdl.nn.scaled._Weight._is_cheaper_scaled", lambda weight, x, way=of_weights: way)
+            out = functional_call(q.module, member, (x,))
+        gradients = torch.autograd.grad(out.square().sum(), trained, allow_unused=True)
+        results.append([out.detach(), *(g for g in gradients if g is not None)])
+    for one in results[1:]:
+        assert len(one) == len(results[0]) > 2
+        for found, expected in zip(one, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_members_that_hold_copies_predict_the_same():
     network, x = made("conv2d")
     q = BatchEnsemble(network, MEMBERS)

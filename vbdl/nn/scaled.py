@@ -1,7 +1,8 @@
 """Networks whose linear and convolutional layers have a factor on every input and output: W_m = W * s_m r_m^T.
 
-A member that differs from others only in these factors shares the weights W. They are never multiplied out in a layer's
-own product, y = (x * r) W^T * s + b: under `vmap`, x of all members is one batch for one product with W.
+A member that differs from others only in these factors shares the weights W. Under `vmap` they are not multiplied out
+in a layer's own product, y = (x * r) W^T * s + b, so that x of all members is one batch for one product with W. A
+member that runs alone multiplies what has fewer numbers, the weights or the inputs and outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
@@ -191,6 +193,8 @@ class _Weight:
 
     def apply(self, func: Callable[..., Tensor], x: Tensor, bias: Tensor | None, rest: Arguments, named: Keywords):
         """The output of the layer: func(x * r, weight) * s + bias."""
+        if self._is_cheaper_scaled(x):
+            return func(x, self.scaled(), bias, *rest, **named)
         after = [1] * (self.weight.ndim - 2)  # the axes after that of features or channels
         if self.r is not None:
             x = x * self.r.to(x.dtype).view(-1, *after)
@@ -199,6 +203,15 @@ class _Weight:
         y = func(x, self.weight, None, *rest, **named)
         y = y * self.s.to(y.dtype).view(-1, *after)
         return y if bias is None else y + bias.to(y.dtype).view(-1, *after)
+
+    def _is_cheaper_scaled(self, x: Tensor) -> bool:
+        """Whether the weight has fewer numbers to multiply than the layer's inputs x and its outputs."""
+        factors = [f for f in (self.r, self.s) if f is not None]
+        if any(map(is_functorch_wrapped_tensor, factors)):  # mapped: all members share one product
+            return False
+        positions = x.numel() // self.layer.inputs  # rows, times places of an image
+        of_x = self.layer.inputs * (self.r is not None) + self.layer.outputs * (self.s is not None)
+        return len(factors) * self.weight.numel() < positions * of_x
 
     def embed(self, index: Tensor, rest: Arguments, named: Keywords) -> Tensor:
         """The rows of an embedding tied to a linear layer: row i of W * s r^T."""
