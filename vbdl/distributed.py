@@ -81,6 +81,7 @@ class ShardedPredictor(Predictor):
             )
         local_likelihood = of_members(likelihood, local) if sharded else likelihood
         super().__init__(share, local_likelihood, len(local), seed, **options)
+        self._tiling.learns = False  # all processes must cut a batch alike
         self.likelihood.for_draws(total)  # all draws, because the sums of all processes are merged
         self.mesh, self._group = mesh, mesh.get_group()
         self.n_draws, self._sharded = total, sharded

@@ -326,8 +326,13 @@ class Execution:
             return f"{plan.explain()}\nuntil then     {way.plan.strategy}, uncompiled: the graph is being compiled"
         return way.plan.explain()
 
-    def check(self, wait: bool) -> None:
-        """Raise what the background found wrong with the module, if it is known; wait: until it is."""
+    def check(self, wait: bool, here: bool = False) -> None:
+        """Raise what the background found wrong with the module, if it is known; wait: until it is.
+
+        here: compile in this thread, which is the background.
+        """
+        if here and self._behind:
+            return self._compile_behind()
         self._waits = wait
         if wait:
             self._begin()
@@ -376,6 +381,11 @@ class Execution:
         """Whether calls run the network as it is, which compiles nothing and needs no lock."""
         return isinstance(self._way.calls, PlainCalls) and self._undecided is None
 
+    @property
+    def stays_as_it_is(self) -> bool:
+        """Whether no graph will take over."""
+        return self.answers_as_it_is and not self._behind
+
     # -- running
 
     def chunking(self, draws: int) -> Calls:
@@ -405,21 +415,29 @@ class Execution:
         """Whether one call executes all draws."""
         return len(self._way.calls) == 1
 
-    def empty_sums(self) -> State:
-        """Running sums of zero draws for one tile, in the shapes and dtypes that the "sums" calls are compiled for."""
-        zeros = torch.zeros((1, *self.parameter_shape), dtype=self._dtype, device=self._tile.tensors[0].device)
+    def empty_sums(self, rows: int | None = None) -> State:
+        """Running sums of zero draws for one tile, in the shapes and dtypes that the "sums" calls are compiled for.
+
+        rows: the number of rows, if not that of a tile.
+        """
+        shape = (1, self.parameter_shape[0] if rows is None else rows, *self.parameter_shape[1:])
+        zeros = torch.zeros(shape, dtype=self._dtype, device=self._tile.tensors[0].device)
         return {n: torch.zeros_like(t) for n, t in self.likelihood.summarize(zeros).items()}
 
-    def fields(self, tile: Flat) -> State:
-        """The prediction's fields for a tile, if this execution has all draws."""
-        fields = self._fields(self._way.calls, tile)
+    def fields(self, tile: Flat, rows: int | None = None) -> State:
+        """The prediction's fields for a tile, if this execution has all draws.
+
+        rows: the number of rows that count. Fields of the others, which pad the tile, may be left out.
+        """
+        calls = self._way.calls
+        fields = self._fields(calls, _unpadded(calls, tile, rows))
         self._begin()
         return fields
 
     def _fields(self, calls: Calls, tile: Flat) -> State:
         if len(calls) == 1:
             return calls.run(0, "fields", calls.inputs(tile))
-        return self.likelihood.finish(self._sums(calls, tile, self.empty_sums()))
+        return self.likelihood.finish(self._sums(calls, tile, self.empty_sums(tile.rows)))
 
     def ready(self) -> Ready | None:
         """The compiled call as a function of the tile alone, or None before it is compiled or if draws are not kept."""
@@ -437,9 +455,17 @@ class Execution:
             carried = calls.run(index, "sums", inputs, carried)
         return carried
 
-    def parameters(self, tile: Flat) -> Tensor:
-        """The parameters of p(y | x) of each draw, (samples, rows, ...)."""
+    def parameters(self, tile: Flat, rows: int | None = None) -> Tensor:
+        """The parameters of p(y | x) of each draw, (samples, rows, ...); rows: as of `fields`."""
         calls = self._way.calls
         calls = self._or_meanwhile("parameters", calls, ("parameters",), lambda: self._as_it_is().calls)
+        tile = _unpadded(calls, tile, rows)
         inputs = calls.inputs(tile)
         return torch.cat([calls.run(index, "parameters", inputs)["parameters"] for index in range(len(calls))])
+
+
+def _unpadded(calls: Calls, tile: Flat, rows: int | None) -> Flat:
+    """A tile without its padding, if these calls take any number of rows."""
+    if rows is None or rows == tile.rows or not (isinstance(calls, PlainCalls) and calls.any_rows):
+        return tile
+    return tile.map(lambda t: t[:rows])

@@ -17,6 +17,9 @@ from vbdl.types import Likelihood, Posterior
 
 Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 
+Row = tuple[
+    Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]
+]  # the structure of inputs, and each tensor's row
 Made = Sequence[Execution] | Sequence[MomentExecution]
 
 
@@ -36,7 +39,7 @@ class Executions:
 
     def of(self, tile: Flat) -> Made:
         """The executions, one for each part, for tiles of this tile's shapes and dtypes; made if there are none yet."""
-        key = (tile.structure, tuple((tuple(t.shape), t.dtype) for t in tile.tensors))
+        key = _key(tile)
         executions = self.by_shape.get(key)
         if executions is not None:
             return self._in_time(executions)
@@ -56,6 +59,30 @@ class Executions:
         for execution in executions:
             execution.check(self.waiting)
         return executions
+
+    def sizes(self, flat: Flat) -> set[int]:
+        """The numbers of rows of the tiles for rows like these that there are executions for."""
+        row = row_of(flat)
+        of = lambda shapes: tuple((shape[1:], dtype) for shape, dtype in shapes)
+        return {shapes[0][0][0] for structure, shapes in list(self.by_shape) if (structure, of(shapes)) == row}
+
+    def make_behind(self, tile: Flat) -> None:
+        """Make executions for such tiles, and compile them in this thread; they are kept in the table when ready.
+
+        Raises what was found wrong with them, and RuntimeError if nothing may be compiled any more.
+        """
+        with self._lock:
+            made = self.make(tile)
+        for execution in made:
+            if isinstance(execution, Execution):
+                execution.check(wait=True, here=True)
+        if self.sealed:
+            raise RuntimeError("the predictor was warmed up meanwhile")
+        self.by_shape[_key(tile)] = made
+
+    def forget(self, tile: Flat) -> None:
+        """Let go of the executions for such tiles."""
+        self.by_shape.pop(_key(tile), None)
 
     def drawing(self, tile: Flat) -> list[Execution]:
         """Those of `of` that draw: all of them, unless moments stand in for draws."""
@@ -113,6 +140,15 @@ class Executions:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update({**state, "_lock": threading.RLock()})
+
+
+def row_of(flat: Flat) -> Row:
+    """What rows must have in common to share a tile."""
+    return flat.structure, tuple((tuple(t.shape[1:]), t.dtype) for t in flat.tensors)
+
+
+def _key(tile: Flat) -> Key:
+    return tile.structure, tuple((tuple(t.shape), t.dtype) for t in tile.tensors)
 
 
 def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -71,8 +71,9 @@ class Run:
     outputs: Tensor  # (rows, ...)
 
     def is_on(self, tile: Flat) -> bool:
-        """Whether it ran on these very tensors: every call of a predictor makes new ones, even of equal rows."""
-        return all(a is b for a, b in zip(tile.tensors, self.tile.tensors, strict=True))
+        """Whether it ran on these very rows in memory: every call of a predictor makes new ones, even of equal rows."""
+        places = lambda t: (t.data_ptr(), t.stride(), t.shape[1:])
+        return all(places(a) == places(b) for a, b in zip(tile.tensors, self.tile.tensors, strict=True))
 
 
 class Plain:
@@ -130,6 +131,11 @@ class Plain:
         self._lock = threading.RLock()
 
     @property
+    def any_rows(self) -> bool:
+        """Whether it takes other numbers of rows than a tile's: unless it may keep what it drew for each row."""
+        return self._network is None or self.repeated
+
+    @property
     def network(self) -> nn.Module:
         """The network that runs, a copy of the posterior's with the same tensors."""
         return self._twin.network
@@ -156,7 +162,7 @@ class Plain:
         outputs = []
         for i, n in enumerate(numbers.tolist()):
             if n == 0 and before is not None and before.is_on(tile):
-                outputs.append(before.outputs)
+                outputs.append(before.outputs[: tile.rows])
             else:
                 with self._lock:
                     own = self._entries_of(n) if self._large else select(entries, i)
@@ -321,6 +327,11 @@ class PlainCalls:
     def __init__(self, plain: Plain, draws: int):
         self._plain, n = plain, plain.n_samples
         self._numbers = [torch.arange(start, min(start + draws, n)) for start in range(0, n, draws)]
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether calls take any number of rows."""
+        return self._plain.any_rows
 
     def of(self, draws: int) -> "PlainCalls":
         """The same draws in steps of at most `draws` each."""

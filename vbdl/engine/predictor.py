@@ -1,7 +1,7 @@
 """The predictor: a posterior and a likelihood as one compiled function of the input.
 
-A batch is cut into tiles of a few fixed sizes and padded, so that a new batch size compiles nothing. With a single tile
-size, 1 or a multiple of 64, a row's result on a CPU is identical bit for bit in every batch.
+A batch is cut into tiles of a few sizes and padded (`tiling.py`). With a single tile size, 1 or a multiple of 64, a
+row's result on a CPU is identical bit for bit in every batch.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, SupportsIndex, TypeVar
@@ -23,7 +24,7 @@ from vbdl.calling.lending import lent_copy, only_reading
 from vbdl.calling.stacking import state_of
 from vbdl.data.rows import floating_dtype, outside_range
 from vbdl.data.tiles import check_inputs, pad
-from vbdl.engine import stepwise
+from vbdl.engine import background, stepwise
 from vbdl.engine.adaptive import Rule, as_rule
 from vbdl.engine.execution import Execution
 from vbdl.engine.executions import Executions, Key
@@ -32,6 +33,7 @@ from vbdl.engine.predictive_module import PredictiveModule
 from vbdl.engine.program import Ready
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.streaming import StreamState
+from vbdl.engine.tiling import Tiling
 from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State, check_likelihood, check_ready, is_posterior
 
 if TYPE_CHECKING:
@@ -76,8 +78,9 @@ class Predictor:
     n_samples: the number of draws. Default: every member of an ensemble, 32 for other posteriors.
     seed: the seed of the draws. Draw s is the same whatever n_samples is: 32 draws are the first 32 of 100.
     tiles: the batch sizes to compile for, each when it is first needed. A batch is padded to the smallest tile that
-        holds it; a batch larger than every tile is cut into tiles of the largest size. Default 1, 8, 32 and 64: a
-        single row costs one row, and its result is the same in every batch up to float rounding.
+        holds it; a batch larger than every tile is cut into tiles of the largest size. Default 1, 8, 32 and 64, and
+        sizes of their own for up to four batch sizes that come often, compiled in the background and kept if they are
+        faster: a single row costs one row, and its result is the same in every batch up to float rounding.
     batch_invariant: guarantee that a row's result is identical bit for bit in every batch and at every place in it
         (on a CPU). Needs a single tile size, 1 or a multiple of 64, by default 64; a single row then costs 64 rows.
     compile: "background", the default, answers at once with the network as it is, compiles beside it, and goes on with
@@ -161,6 +164,8 @@ class Predictor:
         self.estimator = estimator
         self._counted = self.n_samples if estimator == "sampling" else 0
         self.executions = Executions(self.posterior, self.likelihood, self.settings, self.device)
+        self._tiling = Tiling(self.settings)
+        self._learning: list[Future[None]] = []  # of tiles for batch sizes that come often
         self._ready: dict[
             tuple[torch.Size, torch.dtype, torch.device], Ready
         ] = {}  # (shape, dtype, device) of a full tile -> its compiled call
@@ -208,14 +213,17 @@ class Predictor:
             if ready is not None and (fields := ready(x)) is not None:
                 return self.likelihood.prediction(fields, self._counted)
         flat = self.check(x)
-        rows, size = flat.rows, self.settings.tile_for(flat.rows)
-        parts = [self._tile(tile, samples) for tile in self.tiles_of(flat)]
+        rows, sizes = flat.rows, self._sizes(flat)
+        parts = [self._tile(tile, samples, n) for tile, n in self._tiling.tiles(flat, sizes)]
         if len(parts) == 1:
-            fields = parts[0][0] if rows == size else {n: t[:rows] for n, t in parts[0][0].items()}
+            fields = parts[0][0] if rows == sizes[0] else {n: t[:rows] for n, t in parts[0][0].items()}
         else:
             fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
-        if flat.structure == TENSOR and rows >= size:
-            self._remember(flat.tensors[0][:size])
+        if flat.structure == TENSOR and rows >= sizes[0]:
+            self._remember(flat.tensors[0][: sizes[0]])
+        if not self.sealed and self.settings.compile == "background" and self._tiling.comes_often(flat):
+            own = flat.map(lambda t: t.detach().clone())
+            self._learning.append(background.submit(self, lambda self: self._learn(own)))
         kept = torch.cat([p[1] for p in parts if p[1] is not None], dim=1)[:, :rows] if samples else None
         return self.likelihood.prediction(fields, self._counted, kept)
 
@@ -238,19 +246,18 @@ class Predictor:
         x: (batch, ...). y: (batch, ...) targets. Returns (batch,).
         """
         flat = self.check(x)
-        rows, size = flat.rows, self.settings.tile_for(flat.rows)
+        rows = flat.rows
         y = torch.as_tensor(y, device=self.device)
         if y.shape[:1] != (rows,):
             raise ValueError(f"there are {rows} rows and targets {tuple(y.shape)}: pass one target for each row")
-        parts = []
-        for number, tile in enumerate(self.tiles_of(flat)):
-            start = number * size
-            parameters = self._samples(tile)[:, : min(size, rows - start)]
+        parts, start = [], 0
+        for tile, n in self._tiling.tiles(flat, self._sizes(flat)):
+            parameters = self._samples(tile)[:, :n]
             if start == 0:
                 y = self.likelihood.check_targets(y, (rows, *parameters.shape[2:]))
-            target = y[start : start + parameters.shape[1]]
-            each = torch.stack([-self.likelihood.nll(p, target) for p in parameters])
+            each = torch.stack([-self.likelihood.nll(p, y[start : start + n]) for p in parameters])
             parts.append(torch.logsumexp(each, dim=0) - math.log(self.n_samples))
+            start += n
         return torch.cat(parts)
 
     def warm_up(
@@ -280,14 +287,17 @@ class Predictor:
             batch_sizes = (batch_sizes,)
         self.executions.sealed = False
         self.executions.waiting = True
-        for size in sorted({self.settings.tile_for(n) for n in batch_sizes}):
-            self._tile(pad(flat, 0, size), False)
-            if samples:
-                self._tile(pad(flat, 0, size), True)
+        sizes = {n: self._tiling.cut(pad(flat, 0, n)) if n else [self.tiles[0]] for n in batch_sizes}
+        for size in sorted({size for of_batch in sizes.values() for size in of_batch}):
+            self._tile(pad(flat, 0, size), samples)
+        for n in sorted(sizes):
+            if n and self._tiling.could_be_faster(batch := pad(flat, 0, n)):
+                self._learn(batch)
+                self._tile(pad(flat, 0, n), samples)
         if adaptive:
             stepwise.warm_up(self.executions, flat)
         if self.settings.autocast is not None and batch_sizes:
-            tile = pad(flat, 0, self.settings.tile_for(min(batch_sizes)))
+            tile = pad(flat, 0, self._sizes(pad(flat, 0, min(batch_sizes)))[0])
             self.precision = against_float32(self, tile.nested)
         self.executions.sealed = True
         return self
@@ -297,6 +307,8 @@ class Predictor:
         for executions in list(self.executions.by_shape.values()):
             for execution in executions:
                 execution.check(wait=True)
+        while self._learning:
+            self._learning.pop().exception()
         return self
 
     def explain(self, example: Inputs | None = None) -> str:
@@ -334,7 +346,7 @@ class Predictor:
 
     def __getstate__(self) -> dict[str, object]:
         """The state to copy or pickle, without compiled calls: a copy compiles again, even after `warm_up`."""
-        return {**vars(self), "_ready": {}}
+        return {**vars(self), "_ready": {}, "_tiling": Tiling(self.settings), "_learning": []}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple:
         """Pickle with cloudpickle, if installed, if a module's class was defined in a function: pickle cannot."""
@@ -385,25 +397,34 @@ class Predictor:
         return check_inputs(x, self.device, self._floating)
 
     def tiles_of(self, flat: Flat) -> Iterator[Flat]:
-        """Cut the inputs into tiles of one size and pad the last one; a batch of no rows gives one tile of padding."""
-        size = self.settings.tile_for(flat.rows)
-        for start in range(0, max(flat.rows, 1), size):
-            yield pad(flat, start, size)
+        """Cut the inputs into tiles and pad the last one; a batch of no rows gives one tile of padding."""
+        return (tile for tile, _ in self._tiling.tiles(flat, self._sizes(flat)))
 
-    def _tile(self, tile: Flat, samples: bool) -> tuple[State, Tensor | None]:
-        """The prediction's fields for one tile; with `samples`, each draw's parameters too, (samples, rows, ...)."""
+    def _sizes(self, flat: Flat) -> list[int]:
+        """The sizes of the tiles that these inputs are cut into."""
+        return self._tiling.cut(flat, self.executions.sizes(flat) if self.sealed else None)
+
+    def _learn(self, flat: Flat) -> None:
+        self._tiling.learn(flat, self.executions, lambda tile: self._tile(tile, False))
+
+    def _tile(self, tile: Flat, samples: bool, rows: int | None = None) -> tuple[State, Tensor | None]:
+        """The prediction's fields for one tile; with `samples`, each draw's parameters too, (samples, rows, ...).
+
+        rows: the number of rows that count; those that pad the tile may be left out.
+        """
         if tile.structure == TENSOR and not samples and not (x := tile.tensors[0]).requires_grad:
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None:
                 return ready.checked(x), None
         executions = self.executions.of(tile)
         with self.executions.compiling(executions, "sums", *(["parameters"] if samples else [])):
+            if len(executions) == 1 and isinstance(execution := executions[0], Execution):
+                kept = execution.parameters(tile, rows) if samples else None
+                execution.settle(tile)
+                return execution.fields(tile, rows), kept
             kept = torch.cat([e.parameters(tile) for e in executions], dim=0) if samples else None
             if len(executions) == 1:
-                execution = executions[0]
-                if isinstance(execution, Execution):
-                    execution.settle(tile)
-                return execution.fields(tile), kept
+                return executions[0].fields(tile), kept
             drawing = [e for e in executions if isinstance(e, Execution)]
             sums = drawing[0].empty_sums()
             for execution in drawing:
