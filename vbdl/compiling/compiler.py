@@ -37,7 +37,7 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor], whole: bool = Fal
     whole: compile the graph in one piece, although blocks are repeated.
     """
     key = stored.key_of(graph, inputs) if on_cpu(inputs) else None
-    if key is not None and not whole and not _writes(graph) and (found := parts(graph)):
+    if key is not None and not whole and not _writing(graph) and (found := parts(graph)):
         return _compiled_parts(graph, found, inputs)
     return _compiled(graph, inputs, key)
 
@@ -86,12 +86,10 @@ def _compiled(graph: fx.GraphModule, inputs: list[Tensor], key: str | None) -> C
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
             held = _held(graph)
-            if (
-                _writes(graph)
-                or (direct := _without_wrappers(wrapped, compiled, [*held, *inputs], len(held), key)) is None
-            ):
+            if not _writes_arguments_alone(graph):
                 return wrapped
-            return _of_arguments(direct, held)
+            direct = _without_wrappers(wrapped, compiled, [*held, *inputs], len(held), key)
+            return wrapped if direct is None else _of_arguments(direct, held)
     except Exception as error:
         if _no_compiler(error):
             _warn("no C++ compiler was found", "Install g++ (or clang++), or set CXX, and start again.")
@@ -134,10 +132,16 @@ def on_cpu(inputs: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in inputs)
 
 
-def _writes(graph: fx.GraphModule) -> bool:
-    """Whether a graph may write to its arguments, so that it must not be run to try it out."""
-    operators = (operator_of(node) for node in graph.graph.nodes)
-    return any(operator is not None and operator._schema.is_mutable for operator in operators)
+def _writing(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph that may write to an argument or to a tensor of the graph."""
+    operators = ((node, operator_of(node)) for node in graph.graph.nodes)
+    return [node for node, operator in operators if operator is not None and operator._schema.is_mutable]
+
+
+def _writes_arguments_alone(graph: fx.GraphModule) -> bool:
+    """Whether a graph writes to nothing but its arguments, so that it can be tried out on copies of them."""
+    targets = [node.args[0] if node.args else None for node in _writing(graph)]
+    return all(isinstance(target, fx.Node) and target.op == "placeholder" for target in targets)
 
 
 def _held(graph: fx.GraphModule) -> list[Tensor]:
@@ -156,9 +160,12 @@ def _without_wrappers(
     direct = getattr(compiled[0], "current_callable", None) if len(compiled) == 1 else None
     if direct is None or not on_cpu(inputs):
         return None
-    expected = wrapped(*inputs[held:])
+    given = [t.detach().clone() for t in inputs]  # the code may write to them
+    expected = [*wrapped(*given[held:]), *given]
 
-    def is_right(outputs: Sequence[Tensor]) -> bool:
+    def is_right(call: stored.Direct) -> bool:
+        given = [t.detach().clone() for t in inputs]
+        outputs = [*call(list(given)), *given]
         return len(outputs) == len(expected) and all(
             isinstance(a, Tensor) and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
             and torch.equal(a.nan_to_num(), b.nan_to_num())
@@ -166,12 +173,12 @@ def _without_wrappers(
         )  # fmt: skip
 
     try:
-        if not is_right(direct(list(inputs))):
+        if not is_right(direct):
             return None
     except Exception:  # the wrappers change the number or the order of arguments
         return None
     if key is not None:
-        stored.store(key, direct, inputs, is_right)
+        stored.store(key, direct, is_right)
     return direct
 
 

@@ -188,17 +188,17 @@ def load(key: str) -> Direct | None:
         return None
 
 
-def store(key: str, call: Direct, inputs: Sequence[Tensor], is_right: Callable[[Sequence[Tensor]], bool]) -> None:
-    """Store a call that Inductor generated, if another process can load it; what is loaded is tried on these inputs.
+def store(key: str, call: Direct, is_right: Callable[[Direct], bool]) -> None:
+    """Store a call that Inductor generated, if another process can load it.
 
-    is_right: whether outputs for these inputs are what the call returns.
+    is_right: tries out what is loaded; whether it computes what the call does.
     """
     file = _file(key)
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_parts(call), temporary)
-        if is_right(_loaded(temporary)(list(inputs))):
+        if is_right(_loaded(temporary)):
             os.replace(temporary, file)
     except Exception as error:  # then the next process compiles, or finds Inductor's own cache
         logger.debug("a compiled call is not stored: %s", error)
