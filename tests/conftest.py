@@ -52,7 +52,7 @@ def _the_graph_if_timed(monkeypatch):
 @pytest.fixture
 def traced_only(monkeypatch):
     """Compiled calls run as they were traced: for tests of what is traced and kept, not of Inductor's code."""
-    for module in ("vbdl.engine.program", "vbdl.training.step"):
+    for module in ("vbdl.engine.program", "vbdl.training.takeover"):
         monkeypatch.setattr(f"{module}.compile_graph", lambda graph, inputs, whole=False: graph)
 
 

@@ -111,6 +111,12 @@ def call(module: nn.Module, state: State, inputs: Inputs) -> Any:  # what the fo
     return _call_in(_slots(module, state), module, state, args, kwargs)
 
 
+def caller(module: nn.Module, names: Collection[str]) -> Callable[[State, Inputs], Any]:
+    """`call` of one module for several states of tensors with these names, whose places are looked up once."""
+    slots = _slots(module, names)
+    return lambda state, inputs: _call_in(slots, module, state, *arguments(inputs))
+
+
 # a place of a parameter or buffer: the dict of the module that registers it, its name there, and its name in a state
 _Slot = tuple[dict[str, Any], str, str]
 

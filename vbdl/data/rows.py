@@ -297,13 +297,20 @@ class MemberRows:
         return whole if rows == self.batch_size else int(rows == rest)
 
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
-        n = self.rows.shape[1]
-        orders = []
-        for index, seed in enumerate(self.seeds):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-            orders.append(self.rows[min(index, len(self.rows) - 1)][torch.randperm(n, generator=generator)])
-        order = torch.stack(orders) if self.own else orders[0]
-        for start in range(0, n, self.batch_size):
+        orders = [self._order(number, index) for index in range(len(self.seeds))]
+        return self._batches(torch.stack(orders) if self.own else orders[0])
+
+    def epoch_of(self, member: int, number: int) -> Iterator[tuple[Inputs, Tensor]]:
+        """Yield the batches of one member, (batch, ...) each."""
+        return self._batches(self._order(number, member))
+
+    def _order(self, number: int, index: int) -> Tensor:
+        """The numbers of a member's rows in the order of an epoch, (n,)."""
+        generator = torch.Generator().manual_seed((self.seeds[index] * 1_000_003 + number) % 2**63)
+        return self.rows[min(index, len(self.rows) - 1)][torch.randperm(self.rows.shape[1], generator=generator)]
+
+    def _batches(self, order: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
+        for start in range(0, order.shape[-1], self.batch_size):
             yield self._batch(order[..., start : start + self.batch_size])
 
     def _batch(self, picked: Tensor) -> tuple[Inputs, Tensor]:

@@ -66,10 +66,10 @@ class StoredMemberRows(MemberRows):
 
     def __init__(self, stored: StoredRows, rows: Tensor, batch_size: int, seeds: list[int], own: bool):
         super().__init__(stored.x, stored.y, rows, batch_size, seeds, own)
-        self._stored = stored
+        self._stored, self.read_when_taken = stored, stored.read_when_taken
 
     def _batch(self, picked: Tensor) -> tuple[Inputs, Tensor]:
-        return self._stored.take(picked) if self._stored.read_when_taken else super()._batch(picked)
+        return self._stored.take(picked) if self.read_when_taken else super()._batch(picked)
 
 
 def in_file(data: object) -> bool:

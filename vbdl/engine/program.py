@@ -90,7 +90,7 @@ class Program:
                     transpose_last(graph)
             call: Callable[..., Sequence[Tensor]] = graph
             if self._compile:
-                with torch.no_grad(), _compiling:  # not the lock of tracing, which answers meanwhile may need
+                with torch.no_grad(), compiling:  # not the lock of tracing, which answers meanwhile may need
                     call = compile_graph(graph, examples)
             self._graph, self._call, self._dtypes = graph, call, [t.dtype for t in examples]
         if self._dtypes != [t.dtype for t in arguments]:  # compiled code would misread the bytes
@@ -163,13 +163,13 @@ class Ready:
 
 
 _lock = threading.RLock()
-_compiling = threading.RLock()  # Inductor compiles in one thread at a time
+compiling = threading.RLock()  # held by the thread that runs Inductor, which compiles in one at a time
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A context in which no other thread traces or compiles: torch's exporters change what traces of others record."""
-    with _compiling, tracing():
+    with compiling, tracing():
         yield
 
 

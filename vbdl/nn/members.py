@@ -182,12 +182,16 @@ class StackedPosterior(Posterior):
 
         own_rows: x and y have a leading members axis, one batch per member.
         """
-        objective, state, shared = self._objective(likelihood)
+        objective, state, shared = self.objective(likelihood)
         self.steps.add_(1)
         unmapped = not can_map(objective) if self.one_by_one is None else bool(self.one_by_one)
         if unmapped or self._leaves_the_cache((x, y), own_rows):
             return losses_of_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
+
+    def runs_in_turn(self, inputs: Inputs) -> bool:
+        """Whether members of these batches, (members, ...) each, run one after the other; `before_training` tells."""
+        return bool(self.one_by_one) or self._leaves_the_cache(inputs, True)
 
     def _leaves_the_cache(self, inputs: Inputs, own_rows: bool) -> bool:
         """Whether what members compute together leaves the processor's cache, so that one after the other is faster.
@@ -200,7 +204,7 @@ class StackedPosterior(Posterior):
         copies = 1 if own_rows else self.n_members
         return self._large or copies * sum(t.numel() * t.element_size() for t in leaves) > _BYTES_TOGETHER
 
-    def _objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
+    def objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
         """The training objective, its entries that differ between members, (members, ...), and its shared entries.
 
         The keys among them are those of the next step.
@@ -216,7 +220,7 @@ class StackedPosterior(Posterior):
 
         Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
         """
-        objective, state, shared = self._objective(likelihood)
+        objective, state, shared = self.objective(likelihood)
         sizes = _Sizes()
         # batches of a DataLoader may differ in shape, and a resumed training, which begins with another one, must
         # decide alike

@@ -24,6 +24,7 @@ class FusedAdamW(torch.optim.AdamW):
     def __init__(self, groups: Sequence[dict[str, Any]], lr: float, weight_decay: float):
         super().__init__(groups, lr=lr, weight_decay=weight_decay, fused=True)
         self._lists: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] | None = None
+        self._turns: list[Turn] = []
         self._apart = False  # whether parameters have counters of their own, because some had no gradient in a step
 
     @torch.no_grad()
@@ -38,21 +39,36 @@ class FusedAdamW(torch.optim.AdamW):
             self._step_apart(gradients)
             return None
         assert self._lists is not None
-        for group, (averages, squares, steps), of_group in zip(self.param_groups, self._lists, gradients, strict=True):
-            steps[0] += 1  # one tensor, the counter of all
-            beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
-                group["params"], cast(list[Tensor], of_group), averages, squares, [], steps,
-                amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-                eps=group["eps"], maximize=False,
-            )  # fmt: skip
+        for group, lists, of_group in zip(self.param_groups, self._lists, gradients, strict=True):
+            _update(group, group["params"], cast(list[Tensor], of_group), *lists)
         return None
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would wrap it for its profiler, at a third of its cost
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._lists, self._apart = None, False
+        self._lists, self._turns, self._apart = None, [], False
+
+    def turns(self, members: int) -> "list[Turn] | None":
+        """The updates of each member of stacked parameters, to be done one member after the other, then `counted`.
+
+        None if some parameters have counters of their own.
+        """
+        if self._lists is None and not self._apart:
+            self._share_counters()
+        if self._lists is None:
+            return None
+        if not self._turns or not self._turns[0].is_of(self.param_groups):
+            groups = list(zip(self.param_groups, self._lists, strict=True))
+            self._turns = [Turn([_Part(group, *lists, m) for group, lists in groups]) for m in range(members)]
+        return self._turns
+
+    def counted(self, turn: "Turn") -> None:
+        """Count the updates of a turn, of which all members have the same number."""
+        assert self._lists is not None
+        for (_, _, steps), part in zip(self._lists, turn.parts, strict=True):
+            steps[0].copy_(part.steps[0])
+        self._opt_called = True  # schedules of torch warn otherwise
 
     def _gradients(self) -> _Gradients:
         return [[p.grad for p in group["params"]] for group in self.param_groups]
@@ -85,6 +101,59 @@ class FusedAdamW(torch.optim.AdamW):
             for p, g in zip(group["params"], of_group, strict=True):
                 p.grad = g
         super().step()
+
+
+class _Part:
+    """The tensors of one member in a group of stacked parameters."""
+
+    def __init__(
+        self, group: dict[str, Any], averages: list[Tensor], squares: list[Tensor], steps: list[Tensor], member: int
+    ):
+        self.group, self.ids = group, [id(p) for p in group["params"]]
+        self.places = [p.data_ptr() for p in group["params"]]
+        self.parameters, self.averages, self.squares = (
+            [t.detach()[member] for t in tensors] for tensors in (group["params"], averages, squares)
+        )
+        self.steps = [steps[0].clone()] * len(steps)
+
+
+class Turn:
+    """The updates of one member of stacked parameters."""
+
+    def __init__(self, parts: list[_Part]):
+        self.parts = parts
+
+    def is_of(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the parameters of these groups still lie where they did."""
+        return all(
+            p.data_ptr() == place for part, group in zip(self.parts, groups, strict=True)
+            for p, place in zip(group["params"], part.places, strict=True)
+        )  # fmt: skip
+
+    def step(self, gradients: dict[int, Tensor]) -> None:
+        """Update the member by its gradients, which have the ids of the stacked parameters."""
+        for part in self.parts:
+            _update(
+                part.group, part.parameters, [gradients[i] for i in part.ids], part.averages, part.squares, part.steps
+            )
+
+
+def _update(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+) -> None:
+    """Count a step, in the one tensor that is the counter of all parameters, and update them."""
+    steps[0] += 1
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        parameters, gradients, averages, squares, [], steps,
+        amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+        eps=group["eps"], maximize=False,
+    )  # fmt: skip
 
 
 class MembersAdamW(FusedAdamW):

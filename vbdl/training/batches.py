@@ -122,6 +122,16 @@ class TrainingData:
         """The training rows, to be passed over after training with a progress display of this title."""
         return Passes(self, title, shown)
 
+    def of_members(self, number: int) -> list[Iterator[tuple[Inputs, Tensor]]] | None:
+        """The batches of an epoch for each member alone, without a members axis.
+
+        None if members share batches, or if rows are read from a file, once for all members that see them in a step.
+        """
+        batches = self._batches
+        if not isinstance(batches, StoredMemberRows) or not batches.own or batches.read_when_taken:
+            return None
+        return [batches.epoch_of(index, number) for index in range(len(batches.seeds))]
+
     def epoch(self, number: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the checked batches of this epoch, (inputs, targets); a DataLoader's are fingerprinted once."""
         if isinstance(self._batches, MemberRows):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vbdl.types import Json
 
-FORMAT = 1
+FORMAT = 2
 
 Whole = Callable[[str, Tensor], Tensor]
 """A function of a tensor's name and the tensor that joins it with the parts of other processes, or takes a part."""
@@ -25,13 +25,14 @@ def save_checkpoint(
     schedule,
     history: object,
     epoch: int,
+    steps: Json,
     whole: Whole | None = None,
     writes: bool = True,
 ) -> None:
     """Write a checkpoint to a temporary file and rename it to `path`, so that `path` is always a complete file.
 
-    whole: gathers a tensor by its name, of which this process may hold a part only. writes: whether this process
-    writes the file, or only takes part in the gathering.
+    steps: the numbers that tell which code runs which step. whole: gathers a tensor by its name, of which this process
+    may hold a part only. writes: whether this process writes the file, or only takes part in the gathering.
     """
     path = Path(path)
     flat = dict(tensors)
@@ -50,6 +51,7 @@ def save_checkpoint(
     about = {
         "format": FORMAT,
         "epoch": epoch,
+        "steps": steps,
         "history": asdict(history) if is_dataclass(history) and not isinstance(history, type) else history,
         "optimizer": {"plain": plain, "param_groups": state["param_groups"]},
         "schedule": None if schedule is None else _plain(schedule.state_dict()),
@@ -61,8 +63,8 @@ def save_checkpoint(
     os.replace(partial, path)
 
 
-def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tuple[dict[str, Tensor], int, Json]:
-    """Restore optimizer and schedule from a checkpoint and return its other tensors, the next epoch and the history.
+def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tuple[dict[str, Tensor], int, Json, Json]:
+    """Restore optimizer and schedule from a checkpoint; return its tensors, the next epoch, the history and the steps.
 
     part: takes the part of a tensor, by its name, that this process holds.
     """
@@ -97,7 +99,7 @@ def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tup
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and about["schedule"] is not None:
         schedule.load_state_dict(about["schedule"])
-    return tensors, about["epoch"], about["history"]
+    return tensors, about["epoch"], about["history"], about["steps"]
 
 
 def _plain(state: Json) -> Json:

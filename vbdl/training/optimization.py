@@ -1,7 +1,7 @@
 """The optimizer, its learning-rate schedule, and the clipping of gradients."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,8 +157,12 @@ def clip_gradients(trained: Mapping[str, Tensor], largest: float, by_member: Col
     if shared:
         torch.nn.utils.clip_grad_norm_(shared, largest)
     gradients = [p.grad for name, p in trained.items() if name in by_member and p.grad is not None]
-    if not gradients:
-        return
+    if gradients:
+        clip_members(gradients, largest)
+
+
+def clip_members(gradients: Sequence[Tensor], largest: float) -> None:
+    """Scale gradients, (members, ...) each, down in place to a norm of at most `largest` for each member."""
     square = functools.reduce(
         torch.add, [g.abs().flatten(1).square().sum(1) if g.ndim > 1 else g.abs().square() for g in gradients]
     )

@@ -3,7 +3,9 @@
 import logging
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,16 +16,25 @@ from vbdl.calling.stacking import forget, replicate, state_of
 from vbdl.data.rows import Data
 from vbdl.model import Model
 from vbdl.progress import Progress
+from vbdl.training.adamw import FusedAdamW
 from vbdl.training.batches import TrainingData
 from vbdl.training.checkpoint import load_checkpoint, save_checkpoint
 from vbdl.training.early_stopping import BestEpochs
-from vbdl.training.optimization import MeanGradients, clip_gradients, make_optimizer, make_schedule, own_optimizer
+from vbdl.training.in_turn import MemberStep, trains_in_turn
+from vbdl.training.optimization import (
+    MeanGradients,
+    clip_gradients,
+    clip_members,
+    make_optimizer,
+    make_schedule,
+    own_optimizer,
+)
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.processes import Processes, Sharing, digest
 from vbdl.training.row_checks import RowChecks
 from vbdl.training.step import Losses, Step
 from vbdl.training.validation import Validation
-from vbdl.types import Likelihood, Posterior
+from vbdl.types import Inputs, Likelihood, Posterior
 
 logger = logging.getLogger("vbdl")
 
@@ -84,7 +95,8 @@ class TrainingRun:
         # what this process trains: the whole posterior, or its members alone, whose tensors are parts of the whole
         self.trainee = sharing.posterior
         self.losses = Losses(self.trainee, sharing.likelihood, self.data.own_rows, options.of_steps(self.device))
-        self.step = Step(self.losses, options.compile, lambda rows: options.epochs * self.data.steps_with(rows))
+        self._expected = lambda rows: options.epochs * self.data.steps_with(rows)
+        self.step = Step(self.losses, options.compile, self._expected)
         self.trained = self.step.trained
         self.validate = None
         if self.data.validation is not None:
@@ -214,6 +226,7 @@ class TrainingRun:
         """Put the posterior in evaluation mode, remove what training kept, and record the rows trained on."""
         if self.kl_weight is not None and self.options.kl_warmup:
             self.trainee.kl_weight = self.kl_weight
+        self.step.end()
         self.trainee.eval()
         self.posterior.eval()
         forget(self.posterior.module)
@@ -230,18 +243,50 @@ class TrainingRun:
             self.posterior.training_rows = torch.cat(seen).unique()
 
     def _epoch(self, epoch: int) -> None:
+        batches: Iterator[tuple[Inputs, Tensor]] = iter(())
+        if not self._begun:
+            batches = self.data.epoch(epoch)
+            first = next(batches)
+            self._begin(*first)
+            batches = chain([first], batches)
+        elif not isinstance(self.step, MemberStep):
+            batches = self.data.epoch(epoch)
+        self.step.begin_epoch()
+        if isinstance(self.step, MemberStep):
+            mine = self._epoch_in_turn(epoch, self.step)
+        else:
+            mine = self._epoch_together(epoch, batches)
+        means = self.sharing.of_all(mine).tolist()
+        bad = [m for m, value in enumerate(means) if not math.isfinite(value)]
+        if bad:
+            rates = self.options.lr
+            lr = rates[bad[0]] if is_of_each_member(rates) else self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss of member {bad[0]} became {means[bad[0]]} in epoch {epoch} (learning rate {lr:g}): "
+                f"standardize inputs and targets, lower lr, or set clip_norm"
+            )
+        self.history.train_loss.append(means)
+
+    def _begin(self, x: Inputs, y: Tensor) -> None:
+        """Find out on the first batch how the members are trained."""
+        own = self.data.own_rows
+        if not own:
+            self.processes.check_alike({"the first batch": digest(*tensors_of(x), y)}, _BATCHES)
+        self.trainee.before_training(x, y, self.sharing.likelihood, own)
+        self.sharing.check_step(self.losses, x, y, own)
+        self._begun = True
+        self._say_one_by_one()
+        plain = type(self.optimizer) is FusedAdamW and self.options.accumulate == 1 and not self.sharing.by_rows
+        if plain and self.data.of_members(0) and trains_in_turn(self.losses, x, y, self.trained, self.model.by_member):
+            progress, self.step = self.step.progress(), MemberStep(self.losses, self.options.compile, self._expected)
+            self.step.resume(progress)
+
+    def _epoch_together(self, epoch: int, batches: Iterable[tuple[Inputs, Tensor]]) -> Tensor:
+        """Train all members on the batches of an epoch; returns the mean loss of each, (members,)."""
         total = torch.zeros(len(self.sharing.members), device=self.device)
         rows, several = 0, self.options.accumulate if self.options.accumulate > 1 else 0
-        self.step.begin_epoch()
-        for number, (x, y) in enumerate(self.data.epoch(epoch)):
+        for number, (x, y) in enumerate(batches):
             self._set_rate(epoch, number)
-            if not self._begun:
-                if not self.data.own_rows:
-                    self.processes.check_alike({"the first batch": digest(*tensors_of(x), y)}, _BATCHES)
-                self.trainee.before_training(x, y, self.sharing.likelihood, self.data.own_rows)
-                self.sharing.check_step(self.losses, x, y, self.data.own_rows)
-                self._begun = True
-                self._say_one_by_one()
             losses = self.sharing.step(self.step, self.trained, x, y, self.data.own_rows, number)
             n = self.losses.rows(y)
             if not several:
@@ -254,16 +299,29 @@ class TrainingRun:
             rows += n
         if several and self._gradients.rows:
             self._update()
-        means = self.sharing.of_all(total / max(rows, 1)).tolist()
-        bad = [m for m, value in enumerate(means) if not math.isfinite(value)]
-        if bad:
-            rates = self.options.lr
-            lr = rates[bad[0]] if is_of_each_member(rates) else self.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the loss of member {bad[0]} became {means[bad[0]]} in epoch {epoch} (learning rate {lr:g}): "
-                f"standardize inputs and targets, lower lr, or set clip_norm"
-            )
-        self.history.train_loss.append(means)
+        return total / max(rows, 1)
+
+    def _epoch_in_turn(self, epoch: int, step: MemberStep) -> Tensor:
+        """Train one member after the other on its batches of an epoch; returns the mean loss of each, (members,)."""
+        assert isinstance(self.optimizer, FusedAdamW)
+        members, means = self.data.of_members(epoch), []
+        turns = self.optimizer.turns(len(self.sharing.members))
+        assert members is not None and turns is not None
+        for member, (batches, turn) in enumerate(zip(members, turns, strict=True)):
+            total, rows = torch.zeros((), device=self.device), 0
+            step.begin(member)
+            for number, (x, y) in enumerate(batches):
+                self._set_rate(epoch, number)
+                loss, gradients = step.gradients(x, y)
+                if self.options.clip_norm is not None:
+                    clip_members([g.unsqueeze(0) for g in gradients.values()], self.options.clip_norm)
+                turn.step(gradients)
+                total += loss * len(y)
+                rows += len(y)
+            means.append(total / rows)
+        step.end_epoch()
+        self.optimizer.counted(turns[0])
+        return torch.stack(means)
 
     def _update(self) -> None:
         """Do the optimizer's step, with the gradients of all batches since the last one."""
@@ -296,7 +354,7 @@ class TrainingRun:
         if self.data.fingerprints:
             tensors["rows"] = torch.cat(self.data.fingerprints).unique()
         path, first = self.options.checkpoint, self.processes.rank == 0
-        state = self.optimizer, self.schedule, self.history, self.position
+        state = self.optimizer, self.schedule, self.history, self.position, self.step.progress()
         save_checkpoint(path, tensors, *state, self._whole if self.sharing.by_members else None, first)
 
     def _by_member(self, name: str, t: Tensor) -> bool:
@@ -318,7 +376,7 @@ class TrainingRun:
         path = self.options.checkpoint
         if path is None or not Path(path).exists():
             return
-        tensors, epoch, history = load_checkpoint(
+        tensors, epoch, history, steps = load_checkpoint(
             path, self.optimizer, self.schedule, self._part if self.sharing.by_members else None
         )
         if (rows := tensors.pop("rows", None)) is not None:  # resuming a finished run reads no batch to fingerprint
@@ -330,6 +388,7 @@ class TrainingRun:
         with torch.no_grad():
             for name, t in state.items():
                 t.copy_(saved[name])
+        self.step.resume(steps)
         self.best.load(tensors, self.device)
         for name, value in history.items():
             setattr(self.history, name, value)

@@ -1,8 +1,9 @@
-"""One training step, the forward and backward pass and the updates of buffers, compiled once per batch shape."""
+"""One training step: the forward and backward pass and the updates of buffers, traced and compiled per batch shape."""
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,18 +12,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import TENSOR, flatten, rebuild
 from vbdl.calling.stacking import call, state_of
-from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
 from vbdl.nn.objective import StepOptions, under_options
 from vbdl.nn.part_of_batch import current_part
 from vbdl.training.gradients import Use, gradients_like, without_empty_work
-from vbdl.training.worth import is_worth_compiling, is_worth_tracing
-from vbdl.types import Inputs, Likelihood, Posterior
+from vbdl.training.takeover import Takeover
+from vbdl.training.worth import is_worth_tracing, steps_until_compiled
+from vbdl.types import Inputs, Json, Likelihood, Posterior, State
 
 logger = logging.getLogger("vbdl")
 
-Call = Callable[..., Sequence[Tensor]]
+
+@dataclass
+class _Code:
+    """The code of the steps of one batch shape, and how each of the gradients that it returns may be used."""
+
+    call: Takeover | fx.GraphModule
+    uses: list[Use]
 
 
 class Losses(nn.Module):
@@ -40,10 +47,14 @@ class Losses(nn.Module):
         return y.shape[1] if self._own else y.shape[0]
 
     def forward(self, x: Inputs, y: Tensor) -> Tensor:
+        return self.computed(lambda: self.posterior.losses(x, y, self.likelihood, self._own))
+
+    def computed(self, losses_of: Callable[[], Tensor]) -> Tensor:
+        """The losses that a function computes with its network run under the options of the training."""
         if self._options is None:
-            return self.posterior.losses(x, y, self.likelihood, self._own)
+            return losses_of()
         with under_options(self._options):
-            losses = self.posterior.losses(x, y, self.likelihood, self._own)
+            losses = losses_of()
         if not self._options.used:
             raise ValueError(
                 f"{type(self.posterior).__name__} computes its losses without vbdl.nn.objective.Objective, which runs "
@@ -56,10 +67,12 @@ class Losses(nn.Module):
 class Step:
     """A callable that computes the losses of a batch and puts their gradients in the parameters' `grad`.
 
-    compiled: whether to compile the step; None to decide for each batch shape by the number of its steps: for few the
-        step runs as Python code, for more it is traced, and compiled if that repays the time. The choice depends on
-        nothing but this number and the graph, so that the same training gives the same bits.
+    compiled: whether to compile the step before it runs; None to decide for each batch shape by the number of its
+        steps: for few the step runs as Python code, for more it is traced, and if that repays the time, it is compiled
+        in the background, to take over at a step that depends on nothing but this number and the graph. So the same
+        training gives the same bits.
     expected: the number of steps of the training with batches of as many rows.
+    number: of the next step, counted from the beginning of the training.
     """
 
     def __init__(self, losses: Losses, compiled: bool | None, expected: Callable[[int], int] = lambda rows: 0):
@@ -67,42 +80,79 @@ class Step:
         self.trained = {n: p for n, p in losses.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("nothing to train: no parameter of the posterior or the likelihood requires a gradient")
-        self.compile_seconds = 0.0
-        self._calls: dict[tuple, tuple[Call, list[Use]] | None] = {}  # None: runs as Python code
+        self.compile_seconds = 0.0  # that training waited for
+        self.number = 0
+        self._codes: dict[tuple, _Code | None] = {}  # of each batch shape; None: runs as Python code
+        self._begun: dict[str, int] = {}  # the number of the first step of each batch shape
         self._ones: Tensor | None = None  # (members,)
         self._state: tuple[list[Tensor], list[int]] | None = None  # the tensors of a call, and where they lie
 
     def __call__(self, x: Inputs, y: Tensor) -> Tensor:
         """The loss of each member before the optimizer's step, (members,), nats per row."""
-        if self.compiled is False:
+        result = self._run(x, y)
+        if result is None:
             return self._plain(x, y)
-        if isinstance(x, Tensor):
-            structure, inputs = TENSOR, (x,)
-        else:
-            structure, inputs = (flat := flatten(x)).structure, flat.tensors
-        key = (structure, current_part(), y.shape, y.dtype, *((t.shape, t.dtype) for t in inputs))
-        if key not in self._calls:
-            begun = time.perf_counter()
-            self._calls[key] = self._made(x, y)
-            self.compile_seconds += time.perf_counter() - begun
-        if (made := self._calls[key]) is None:
-            return self._plain(x, y)
-        run, uses = made
-        with torch.no_grad():
-            losses, *gradients = run(*self._tensors(), *inputs, y)
-        for p, gradient, use in zip(self.trained.values(), gradients, uses, strict=True):
-            # a fused optimizer reads the gradient in memory order and assumes the parameter's layout
-            if use is Use.TWICE or gradient.stride() != p.stride():
-                gradient = torch.empty_like(p).copy_(gradient)
-            p.grad = None if use is Use.NONE else gradient  # like backward(), which leaves the others without one
+        losses, gradients = result
+        for p, gradient in zip(self.trained.values(), gradients, strict=True):
+            p.grad = gradient
         return losses
 
     def begin_epoch(self) -> None:
         """Look up the tensors of the state again, which a posterior may have replaced after an epoch."""
         self._state = None
 
+    def end(self) -> None:
+        """Leave out what is still to be compiled."""
+        for code in self._codes.values():
+            if code is not None and isinstance(code.call, Takeover):
+                code.call.cancel()
+
+    def progress(self) -> Json:
+        """What a checkpoint holds for a resumed training to run the same code at the same steps."""
+        return {"steps": self.number, "begun": self._begun}
+
+    def resume(self, progress: Json) -> None:
+        """Go on from the progress that a checkpoint holds."""
+        self.number, self._begun = progress["steps"], dict(progress["begun"])
+
+    @property
+    def compiler_seconds(self) -> float:
+        """The seconds that the compiler took in the background, so far."""
+        calls = [code.call for code in self._codes.values() if code is not None]
+        return sum(call.seconds for call in calls if isinstance(call, Takeover))
+
+    def _run(self, x: Inputs, y: Tensor) -> tuple[Tensor, list[Tensor | None]] | None:
+        """The losses of a batch and their gradients, of a traced step; None if it runs as Python code.
+
+        A parameter that the losses do not depend on has no gradient, as after backward().
+        """
+        number, self.number = self.number, self.number + 1
+        if self.compiled is False:
+            return None
+        if isinstance(x, Tensor):
+            structure, inputs = TENSOR, (x,)
+        else:
+            structure, inputs = (flat := flatten(x)).structure, flat.tensors
+        key = (structure, current_part(), y.shape, y.dtype, *((t.shape, t.dtype) for t in inputs))
+        if key not in self._codes:
+            begun = time.perf_counter()
+            self._codes[key] = self._made(x, y, self._begun.setdefault(repr(key), number))
+            self.compile_seconds += time.perf_counter() - begun
+        if (code := self._codes[key]) is None:
+            return None
+        run = code.call
+        if isinstance(run, Takeover):
+            begun = time.perf_counter()
+            run = run.of_step(number)
+            self.compile_seconds += time.perf_counter() - begun
+        with torch.no_grad():
+            losses, *gradients = run(*self._tensors(), *inputs, y)
+        for index, (p, use) in enumerate(zip(self.trained.values(), code.uses, strict=True)):
+            gradients[index] = None if use is Use.NONE else like_parameter(gradients[index], p, use is Use.TWICE)
+        return losses, gradients
+
     def _tensors(self) -> list[Tensor]:
-        """The trained entries and the fixed ones, as the compiled step takes them."""
+        """The trained entries and the fixed ones, as the traced step takes them."""
         parameters = self.trained.values()
         places = [p.data_ptr() for p in parameters]  # an optimizer may replace a parameter's data
         if self._state is None or self._state[1] != places:
@@ -111,6 +161,13 @@ class Step:
 
     def _fixed(self) -> dict[str, Tensor]:
         return {n: t for n, t in state_of(self.losses).items() if n not in self.trained}
+
+    def _rows(self, y: Tensor) -> int:
+        return self.losses.rows(y)
+
+    def _losses_of(self, state: State, inputs: Inputs, targets: Tensor) -> Tensor:
+        """The losses of a batch with these trained and fixed entries."""
+        return call(self.losses, state, (inputs, targets))
 
     def _plain(self, x: Inputs, y: Tensor) -> Tensor:
         for p in self.trained.values():
@@ -121,25 +178,21 @@ class Step:
         torch.autograd.backward(losses, self._ones)  # of their sum, without an operation for it
         return losses.detach()
 
-    def _made(self, x: Inputs, y: Tensor) -> tuple[Call, list[Use]] | None:
-        """The call of a step with such a batch, and how each of the gradients that it returns may be used.
-
-        None if it runs as Python code.
-        """
+    def _made(self, x: Inputs, y: Tensor, number: int) -> "_Code | None":
+        """How steps with such a batch run, of which the first has this number; None: as Python code."""
         part = current_part()
-        steps = self._expected(self.losses.rows(y) if part is None else part.total)
+        steps = self._expected(self._rows(y) if part is None else part.total)
         if self.compiled is None and not is_worth_tracing(steps):
             return None
         flat = [*self._tensors(), *flatten(x).tensors, y]
-        graph = self._traced(self._whole(list(self._fixed()), x), flat)
+        graph = self._traced(self._whole(x), flat)
         if graph is None:
             self.compiled = False
             return None
         without_empty_work(graph)
         uses = gradients_like(graph, list(self.trained.values()))
-        if self.compiled or is_worth_compiling(graph, steps):
-            return compile_graph(graph, flat, whole=True), uses
-        return graph, uses
+        until = 0 if self.compiled else steps_until_compiled(graph, steps)
+        return _Code(graph if until is None else Takeover(graph, flat, number + until), uses)
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
         """The graph of the step, or None, after logging a warning, if the network cannot be traced."""
@@ -158,9 +211,9 @@ class Step:
                 whole = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         return trace(whole, *flat, aligned=False)
 
-    def _whole(self, fixed: list[str], like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
+    def _whole(self, like: Inputs) -> Callable[..., tuple[Tensor, ...]]:
         """A function from the flat list (trained entries, fixed entries, inputs, targets) to (losses, *gradients)."""
-        count = len(self.trained)
+        count, fixed = len(self.trained), list(self._fixed())
 
         def whole(*flat: Tensor) -> tuple[Tensor, ...]:
             *entries, targets = flat
@@ -170,7 +223,7 @@ class Step:
             # torch.func.grad differentiates
             def total(trained: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
                 state = dict(zip([*self.trained, *fixed], [*trained, *others], strict=True))
-                losses = call(self.losses, state, (inputs, targets))
+                losses = self._losses_of(state, inputs, targets)
                 return losses.sum(), losses
 
             trained, others = tuple(entries[:count]), tuple(entries[count : count + len(fixed)])
@@ -178,3 +231,13 @@ class Step:
             return (losses, *gradients)
 
         return whole
+
+
+def like_parameter(gradient: Tensor | None, p: Tensor, copied: bool = False) -> Tensor | None:
+    """A gradient in the memory layout of its parameter, as it is where it has that, unless it is to be copied.
+
+    A fused optimizer reads the gradient in memory order and assumes the parameter's layout.
+    """
+    if gradient is None or not copied and gradient.stride() == p.stride():
+        return gradient
+    return torch.empty_like(p).copy_(gradient)

@@ -1,7 +1,9 @@
-"""Whether compiling a training step repays its time, estimated from the graph and the number of steps alone.
+"""Whether and when to compile a training step, estimated from the graph and the number of steps alone.
 
 No clock decides: a training that is repeated, or resumed from a checkpoint, runs the same code and gives the same bits.
 """
+
+import math
 
 from torch import fx
 
@@ -15,6 +17,9 @@ _STEPS_OF_A_CARD = 4000  # steps that repay compiling where kernels are launched
 _SECONDS, _SECONDS_PER_OPERATION = 2.0, 0.015
 _SAVED_PER_OPERATION = 3e-6  # seconds: the call of an operator from Python
 _SAVED_PER_BYTE = 1e-10  # seconds: a value between two elementwise operations that is not written and read
+# A step beside the compiler: after each operation it waits for the interpreter, which the compiler holds half the time.
+_SECONDS_BESIDE = 1.5e-5
+_SECONDS_PER_FLOP = 2.5e-11
 
 
 def is_worth_tracing(steps: int) -> bool:
@@ -22,12 +27,20 @@ def is_worth_tracing(steps: int) -> bool:
     return steps >= _STEPS_WORTH_TRACING
 
 
-def is_worth_compiling(graph: fx.GraphModule, steps: int) -> bool:
-    """Whether so many steps of a traced graph repay compiling it; False if there is no C++ compiler."""
+def steps_until_compiled(graph: fx.GraphModule, steps: int) -> int | None:
+    """The number of steps that run while a traced step is compiled; None if so many steps do not repay compiling it.
+
+    steps: of the whole training. None too if there is no C++ compiler.
+    """
     operations = [n for n in graph.graph.nodes if operator_of(n) is not None]
-    if any(n.meta["val"].is_cuda for n in graph.graph.nodes if n.op == "placeholder"):
-        return steps >= _STEPS_OF_A_CARD and can_compile()
-    fused = [n for n in operations if not flops_of(n)]
-    saved = _SAVED_PER_OPERATION * len(operations) + _SAVED_PER_BYTE * sum(own_bytes(n) for n in fused)
+    flops = [flops_of(n) for n in operations]
+    moved = sum(own_bytes(n) for n, of_product in zip(operations, flops, strict=True) if not of_product)
+    saved = _SAVED_PER_OPERATION * len(operations) + _SAVED_PER_BYTE * moved
     cost = _SECONDS + _SECONDS_PER_OPERATION * len(operations)
-    return steps * saved > cost and can_compile()
+    beside = _SECONDS_BESIDE * len(operations) + 2 * _SAVED_PER_BYTE * moved + _SECONDS_PER_FLOP * sum(flops)
+    until = math.ceil(cost / beside)
+    if any(n.meta["val"].is_cuda for n in graph.graph.find_nodes(op="placeholder")):
+        worth = steps >= _STEPS_OF_A_CARD + until
+    else:
+        worth = (steps - until) * saved > cost
+    return until if worth and can_compile() else None
