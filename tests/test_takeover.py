@@ -1,5 +1,6 @@
 """Compiled code takes the place of a traced step at a step that no clock decides, and members train in turn."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 def taken_over(monkeypatch):
     """Steps are traced, and code that is marked takes over at step FIRST: its gradients are a per cent larger."""
     monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
-    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count: FIRST)
+    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: FIRST)
     calls: list[str] = []
 
     def compile_graph(graph, like, whole):
@@ -98,7 +99,7 @@ def test_code_takes_over_at_one_step_of_repeated_and_resumed_trainings(
 def test_training_goes_on_while_the_compiler_runs(in_turn, data, monkeypatch):
     """Until the step that waits for it, and steps after it are computed by its code."""
     monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
-    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count: FIRST)
+    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: FIRST)
     may_end, threads = threading.Event(), []
 
     def compile_graph(graph, like, whole):
@@ -126,7 +127,7 @@ def test_training_goes_on_while_the_compiler_runs(in_turn, data, monkeypatch):
 
 def test_the_compiled_step_computes_what_the_python_code_does(in_turn, data, monkeypatch):
     monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
-    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count: FIRST)
+    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: FIRST)
     ends = [trained(data, compile=compile, clip_norm=0.5)[0] for compile in (None, False, True)]
     for end in ends[1:]:
         for name, t in ends[0].items():
@@ -139,6 +140,7 @@ def test_no_code_is_compiled_that_would_take_over_too_late(monkeypatch):
     until = worth.steps_until_compiled(_step(), 10**7)
     assert until is not None and until == worth.steps_until_compiled(_step(), 10**8)
     assert worth.steps_until_compiled(_step(), until) is None
+    assert worth.steps_until_compiled(_step(), 10**7, 5) == math.ceil(until / 5)
     monkeypatch.setattr(worth, "can_compile", lambda: False)
     assert worth.steps_until_compiled(_step(), 10**8) is None
 
@@ -240,7 +242,7 @@ def test_a_process_ends_while_the_compiler_runs():
 import torch, vbdl
 from torch import nn
 from vbdl.training import step
-step.steps_until_compiled = lambda graph, count: 10**9
+step.steps_until_compiled = lambda graph, count, runs: 10**9
 x = torch.randn(64, 5)
 q = vbdl.DeepEnsemble(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)), 3)
 vbdl.fit(q, (x, x[:, :2]), vbdl.Gaussian(2), epochs=310, batch_size=64, progress=False)
@@ -261,7 +263,7 @@ def test_a_later_process_loads_the_code_of_a_step(data, compiled):
 
 def test_an_error_of_the_compiler_is_a_warning_and_the_graph_goes_on(data, monkeypatch, caplog):
     monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
-    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count: FIRST)
+    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: FIRST)
     expected, _ = trained(data, compile=False)
 
     def broken(graph, like, whole):

@@ -63,7 +63,7 @@ def test_steps_that_are_traced_are_those_of_the_python_code(name, way, data, mon
     if way == "compiled":
         request.getfixturevalue("traced_only")
     else:
-        monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count: None)
+        monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: None)
         monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
     ends, seconds = [], []
     for compile in (False, True if way == "compiled" else None):
@@ -81,7 +81,7 @@ def test_steps_that_are_traced_are_those_of_the_python_code(name, way, data, mon
 def test_what_is_compiled_follows_from_the_steps_and_the_graph_alone(data, monkeypatch):
     """No clock decides, a batch of another shape is decided for itself, and few steps run as they are."""
     asked = []
-    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count: asked.append(count))
+    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: asked.append(count))
     for given, expected in (
         (data, [1000]),  # 1000 epochs of one batch of 70 rows; those of the two rows left are no more
         (DataLoader(TensorDataset(*data), batch_size=12), [6000]),

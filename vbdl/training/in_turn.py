@@ -28,7 +28,7 @@ class MemberStep(Step):
     def __init__(self, losses: Losses, compiled: bool | None, expected: Callable[[int], int]):
         super().__init__(losses, compiled, expected)
         assert isinstance(losses.posterior, StackedPosterior)
-        self._posterior = losses.posterior
+        self._posterior, self.runs = losses.posterior, losses.posterior.n_members
         self._member, self._first = 0, 0
 
     def begin_epoch(self) -> None:

@@ -72,8 +72,10 @@ class Step:
         in the background, to take over at a step that depends on nothing but this number and the graph. So the same
         training gives the same bits.
     expected: the number of steps of the training with batches of as many rows.
-    number: of the next step, counted from the beginning of the training.
+    number: of the next step, counted from the beginning of the training. runs: of the traced graph for each step.
     """
+
+    runs = 1
 
     def __init__(self, losses: Losses, compiled: bool | None, expected: Callable[[int], int] = lambda rows: 0):
         self.losses, self.compiled, self._expected = losses, compiled, expected
@@ -103,9 +105,8 @@ class Step:
 
     def end(self) -> None:
         """Leave out what is still to be compiled."""
-        for code in self._codes.values():
-            if code is not None and isinstance(code.call, Takeover):
-                code.call.cancel()
+        for code in self.taking_over():
+            code.cancel()
 
     def progress(self) -> Json:
         """What a checkpoint holds for a resumed training to run the same code at the same steps."""
@@ -115,11 +116,14 @@ class Step:
         """Go on from the progress that a checkpoint holds."""
         self.number, self._begun = progress["steps"], dict(progress["begun"])
 
+    def taking_over(self) -> list[Takeover]:
+        """The code of each batch shape that takes over, or has."""
+        return [code.call for code in self._codes.values() if code is not None and isinstance(code.call, Takeover)]
+
     @property
     def compiler_seconds(self) -> float:
         """The seconds that the compiler took in the background, so far."""
-        calls = [code.call for code in self._codes.values() if code is not None]
-        return sum(call.seconds for call in calls if isinstance(call, Takeover))
+        return sum(code.seconds for code in self.taking_over())
 
     def _run(self, x: Inputs, y: Tensor) -> tuple[Tensor, list[Tensor | None]] | None:
         """The losses of a batch and their gradients, of a traced step; None if it runs as Python code.
@@ -191,7 +195,7 @@ class Step:
             return None
         without_empty_work(graph)
         uses = gradients_like(graph, list(self.trained.values()))
-        until = 0 if self.compiled else steps_until_compiled(graph, steps)
+        until = 0 if self.compiled else steps_until_compiled(graph, steps, self.runs)
         return _Code(graph if until is None else Takeover(graph, flat, number + until), uses)
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:

@@ -27,10 +27,10 @@ def is_worth_tracing(steps: int) -> bool:
     return steps >= _STEPS_WORTH_TRACING
 
 
-def steps_until_compiled(graph: fx.GraphModule, steps: int) -> int | None:
+def steps_until_compiled(graph: fx.GraphModule, steps: int, runs: int = 1) -> int | None:
     """The number of steps that run while a traced step is compiled; None if so many steps do not repay compiling it.
 
-    steps: of the whole training. None too if there is no C++ compiler.
+    steps: of the whole training, each of so many runs of the graph. None too if there is no C++ compiler.
     """
     operations = [n for n in graph.graph.nodes if operator_of(n) is not None]
     flops = [flops_of(n) for n in operations]
@@ -38,9 +38,9 @@ def steps_until_compiled(graph: fx.GraphModule, steps: int) -> int | None:
     saved = _SAVED_PER_OPERATION * len(operations) + _SAVED_PER_BYTE * moved
     cost = _SECONDS + _SECONDS_PER_OPERATION * len(operations)
     beside = _SECONDS_BESIDE * len(operations) + 2 * _SAVED_PER_BYTE * moved + _SECONDS_PER_FLOP * sum(flops)
-    until = math.ceil(cost / beside)
+    until = math.ceil(cost / (runs * beside))
     if any(n.meta["val"].is_cuda for n in graph.graph.find_nodes(op="placeholder")):
         worth = steps >= _STEPS_OF_A_CARD + until
     else:
-        worth = (steps - until) * saved > cost
+        worth = (steps - until) * runs * saved > cost
     return until if worth and can_compile() else None
