@@ -1,6 +1,7 @@
-"""Training of posteriors: each by its own loss, all members of an ensemble in one stacked step.
+"""Training of posteriors: each by its own loss, members of an ensemble in one stacked step or in turn.
 
-The step (forward, backward, and updates of buffers) is traced once per batch shape and compiled like a prediction.
+The step (forward, backward, and updates of buffers) is traced once per batch shape and compiled like a prediction, in
+the background; members with large values pass through each epoch one after the other.
 Members share only the step: each has its own initialization, order of the rows, gradient norm and early stopping, so
 that the result is that of training them one by one, up to float rounding.
 """
@@ -83,8 +84,9 @@ def fit(
         parameters, likelihood and updates stay as they are.
     auxiliary: weights in the loss of further outputs that the network returns in training, by name or index, such as
         {"aux_logits": 0.4} for Inception; each under the same likelihood. `history` has the sum.
-    compile: whether to compile the step. By default it is traced from 300 steps on, and compiled if its graph and the
-        number of steps say that this repays the time; no clock decides, so that a training repeats bit for bit.
+    compile: True compiles the step before it runs, False never. By default the step is traced from 300 steps on, and
+        compiled in the background if its graph and the number of steps say that this repays the time; the compiled
+        code takes over at a step that no clock decides, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
         of an uninterrupted run.
 

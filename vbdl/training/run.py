@@ -54,7 +54,7 @@ class History:
     train_loss, validation_nll: (epochs, members), nats per row; the latter is empty without validation rows.
     best_epoch: (members,), the number of the epoch whose state was kept, -1 for the last.
     epochs: those that were trained, fewer than asked for if training stopped early.
-    seconds: of the training; compile_seconds: of them, those for tracing and compiling.
+    seconds: of the training; compile_seconds: of them, those for tracing and for waiting for the compiler.
     one_by_one: why members were trained one after the other, or "".
     """
 
@@ -64,7 +64,7 @@ class History:
     best_epoch: list[int] = field(default_factory=list)  # (members,) epoch whose state was kept, -1 for the last
     epochs: int = 0
     seconds: float = 0.0
-    compile_seconds: float = 0.0  # time spent tracing and compiling, part of `seconds`
+    compile_seconds: float = 0.0  # time spent tracing and waiting for the compiler, part of `seconds`
     one_by_one: str = ""  # why members were trained one after the other, or "" if they were trained together
 
 
