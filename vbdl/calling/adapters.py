@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vbdl.calling.traversing import modules_of
+
 _RANDOM = (True, False, "gaussian", "orthogonal")  # initializations of LoRA that do not depend on the base weights
 
 
@@ -23,8 +25,8 @@ def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def check_adapters(network: nn.Module) -> None:
     """Raise ValueError if adapters have no effect on the outputs: merged into the base weights, or disabled."""
-    for name, m in network.named_modules():
-        if not hasattr(m, "base_layer") or not isinstance(getattr(m, "merged_adapters", None), list):
+    for name, m in modules_of(network):
+        if "base_layer" not in m._modules or not isinstance(getattr(m, "merged_adapters", None), list):
             continue
         if m.merged_adapters:
             raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.lending import HELD, LEAST, PassedOn, held_by_one, lend, lendable, lock, reads
+from vbdl.calling.traversing import modules_of, parameters_of
 
 
 class Source:
@@ -110,6 +111,13 @@ class Apart(PassedOn):
         """Whether the parameter of this name is not stacked."""
         return self._own is None and dict.__getitem__(self, name) is None
 
+    def of_one(self, name: str, index: int) -> Tensor:
+        """Return the parameter of one network, to read."""
+        if self._own is not None:
+            return self._own[name][index]
+        stacked = dict.__getitem__(self, name)
+        return self.source.of_one(name, index) if stacked is None else stacked[index]
+
     def _made(self) -> dict[str, Any]:
         with _as_usual():
             own = {
@@ -151,14 +159,14 @@ def hold_apart(networks: Sequence[nn.Module], without: Collection[str]) -> dict[
     Empty unless each network can lend all of them. without: names to leave out.
     """
     with lock:
-        parameters = {n: p for n, p in networks[0].named_parameters() if n not in without and p.is_floating_point()}
+        parameters = {n: p for n, p in parameters_of(networks[0]).items() if n not in without and p.is_floating_point()}
         sizes = {name: p.numel() * p.itemsize for name, p in parameters.items()}
         parameters.clear()
         smallest = min(sizes, key=lambda name: sizes[name], default="")  # one stack shows the dtype and the device
         large = {n for n, size in sizes.items() if size * len(networks) >= LEAST and n != smallest}
         if not large:
             return {}
-        kinds = {(p.dtype, p.device) for network in networks for p in network.parameters()}
+        kinds = {(p.dtype, p.device) for network in networks for p in parameters_of(network).values()}
         if len(kinds) > 1 or any(not large <= lendable(m, LEAST // len(networks)) for m in networks):
             return {}
         lent = [lend(network, large) for network in networks]
@@ -167,6 +175,6 @@ def hold_apart(networks: Sequence[nn.Module], without: Collection[str]) -> dict[
 
 def read_only(module: nn.Module) -> None:
     """Let the parameters that a copy of a module holds apart require no gradient."""
-    for m in module.modules():
+    for _, m in modules_of(module):
         if isinstance(held := vars(m)["_parameters"], Apart):
             held.trained = ()

@@ -21,6 +21,7 @@ _ATOMS = frozenset(
 )
 _EMPTY = (dict, OrderedDict, set, list)
 _TABLES = ("_modules", "_parameters", "_buffers")
+_COMPILED = "_compiled_call_impl"  # nn.Module.__getstate__ leaves it out too
 _MISSING = object()
 # what these do in addition is to fill in attributes that modules of older versions lack
 _SET_STATE = (nn.Module.__setstate__, _ConvNd.__setstate__, nn.MultiheadAttention.__setstate__)
@@ -44,22 +45,25 @@ def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, boo
     new = memo[id(module)] = kind.__new__(kind)
     attributes = vars(new)
     for name, value in vars(module).items():
-        if name == "_compiled_call_impl":
-            continue  # as nn.Module.__getstate__ leaves it out
         of = type(value)
-        if of in _ATOMS or (of is tuple and all(type(v) in _ATOMS for v in value)):
+        if of in _ATOMS:
             attributes[name] = value
-        elif id(value) in memo:
-            attributes[name] = memo[id(value)]
+        elif (copied := memo.get(id(value), _MISSING)) is not _MISSING:
+            attributes[name] = copied
         elif of in _EMPTY and not value:
             attributes[name] = memo[id(value)] = of()  # objects that share a table still do
         elif of is dict and name in _TABLES:
             attributes[name] = table = memo[id(value)] = {}
-            table.update((n, _value(v, memo, by_attributes)) for n, v in value.items())
+            for leaf, part in value.items():
+                copied = memo.get(id(part), _MISSING)
+                table[leaf] = _value(part, memo, by_attributes) if copied is _MISSING else copied
+        elif of is tuple and all(type(v) in _ATOMS for v in value):
+            attributes[name] = value
         elif of is tuple and any(isinstance(v, nn.Module) for v in value):
             attributes[name] = memo[id(value)] = tuple(_value(v, memo, by_attributes) for v in value)
-        else:
+        elif name != _COMPILED:
             attributes[name] = copy.deepcopy(value, memo)
+    attributes.pop(_COMPILED, None)
     return new
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.stacking import holding
+from vbdl.calling.traversing import modules_of
 from vbdl.types import State
 
 M = TypeVar("M", bound=nn.Module)
 
-LEAST = 2**20  # bytes; smaller tensors are copied at once
+LEAST = 2**16  # bytes; smaller tensors are copied at once
 HELD, ALL = "held", "all"
 lock = threading.RLock()
 _this_thread = threading.local()
@@ -59,7 +60,7 @@ def lent_copy(module: M) -> M:
 def lendable(module: nn.Module, least: int) -> set[str]:
     """The names of the parameters of at least so many bytes that a copy of a module could read."""
     found = set()
-    for prefix, owner in module.named_modules():
+    for prefix, owner in modules_of(module):
         parameters = vars(owner)["_parameters"]
         if isinstance(parameters, _Lent):
             names = set(parameters.lent())
@@ -75,7 +76,7 @@ def lendable(module: nn.Module, least: int) -> set[str]:
 def lend(module: nn.Module, names: Collection[str]) -> State:
     """Lend parameters that are `lendable` to a copy: tensors to read, by name."""
     lent = {}
-    for prefix, owner in module.named_modules():
+    for prefix, owner in modules_of(module):
         start = f"{prefix}." if prefix else ""
         parameters = vars(owner)["_parameters"]
         own = {name for name in dict.keys(parameters) if start + name in names}

@@ -27,6 +27,8 @@ from vbdl.calling.autograd import activations_kept, with_gradients_if_needed
 from vbdl.calling.duplicating import duplicate
 from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import arguments, flatten, rebuilt
+from vbdl.calling.traversing import modules_of, parameters_of
+from vbdl.calling.traversing import state_of as state_of
 from vbdl.types import Inputs, Likelihood, State
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,7 +42,7 @@ def check_network(module: object, scripted: bool = False) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"a network must be an nn.Module, got {type(module).__name__}")
-    for name, m in module.named_modules():
+    for name, m in modules_of(module):
         where = f"module '{name}'" if name else "the module"
         if hasattr(m, "_orig_mod"):
             raise ValueError(
@@ -69,7 +71,7 @@ def without_data_parallel(module: nn.Module) -> nn.Module:
 
 def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
     """The names of the parameters that have gradient hooks, which a copy of the module would lose."""
-    return tuple(n for n, p in module.named_parameters() if p._backward_hooks)
+    return tuple(n for n, p in parameters_of(module).items() if p._backward_hooks)
 
 
 def check_chosen(argument: str, chosen: object) -> None:
@@ -77,20 +79,6 @@ def check_chosen(argument: str, chosen: object) -> None:
     if isinstance(chosen, str | type):
         one = repr(chosen) if isinstance(chosen, str) else chosen.__name__
         raise TypeError(f"{argument} must be a list of module names or types, got {one}: write [{one}]")
-
-
-def state_of(module: nn.Module) -> State:
-    """The parameters and buffers of a module by name; a tied one appears once, under its first name."""
-    parameters: State = {}
-    buffers: State = {}
-    seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        for of_kind, tensors in ((parameters, owner._parameters), (buffers, owner._buffers)):
-            for leaf, t in tensors.items():
-                if t is not None and id(t) not in seen:
-                    seen.add(id(t))
-                    of_kind[f"{prefix}.{leaf}" if prefix else leaf] = t
-    return parameters | buffers
 
 
 def without_dots(name: str) -> str:
@@ -168,7 +156,7 @@ def places_of(module: nn.Module) -> dict[str, list[str]]:
 def _registered(module: nn.Module) -> Iterator[tuple[str, str, dict[str, Any], str]]:
     """Yield each place of a parameter or buffer: its first name, this name, and the owner's dict and its name there."""
     first: dict[int, str] = {}
-    owners = list(module.named_modules())  # a module that has two names once
+    owners = modules_of(module)  # a module that has two names once
     for kind in ("_parameters", "_buffers"):
         for prefix, owner in owners:
             tensors = vars(owner)[kind]
@@ -400,11 +388,13 @@ def forget(module: nn.Module) -> None:
                 vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+def _attributes(module: nn.Module) -> list[tuple[str, object]]:
     """The attributes of a module that may hold tensors, by name; most of the others are torch's empty tables."""
-    for name, value in vars(module).items():
-        if name != "_modules" and _may_hold_tensors(value):
-            yield name, value
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if type(value) not in _ATOMS and name != "_modules" and _may_hold_tensors(value)
+    ]
 
 
 def _leaves(name: str, value: Any) -> Iterable[Any]:
@@ -415,10 +405,13 @@ def _leaves(name: str, value: Any) -> Iterable[Any]:
 def _may_hold_tensors(value: object) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_may_hold_tensors, value))
-    return not isinstance(value, _WITHOUT_TENSORS) and not (isinstance(value, dict) and not value)
+    if isinstance(value, dict):
+        return bool(value)
+    return not isinstance(value, _WITHOUT_TENSORS)
 
 
-_WITHOUT_TENSORS = (type(None), bool, int, float, str, set, nn.Module)
+_ATOMS = frozenset((type(None), bool, int, float, str, set))
+_WITHOUT_TENSORS = (*_ATOMS, nn.Module)
 
 
 def is_computed(value: object) -> bool:
@@ -435,17 +428,20 @@ def _detached(t: Tensor) -> Tensor | None:
     return None if is_of_a_trace(t) else t.detach()
 
 
+_TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
+
+
 def kept_by(module: nn.Module) -> list[tuple]:
     """What the modules keep in attributes, apart from parameters and buffers: tensors and their versions, and numbers.
 
     Two lists are equal if nothing was kept, replaced or written to in between.
     """
     kept: list[tuple] = []
-    for i, m in enumerate(module.modules()):
+    for i, (_, m) in enumerate(modules_of(module)):
         for name, value in vars(m).items():
-            if name in ("_parameters", "_buffers", "_modules") or value is None or isinstance(value, str | set):
+            if value is None or name in _TABLES:
                 continue
-            if isinstance(value, dict) and not value:
+            if isinstance(value, str | set) or (isinstance(value, dict) and not value):
                 continue
             for leaf in (value,) if isinstance(value, int | float) else tree_leaves(value):
                 if isinstance(leaf, Tensor):
@@ -460,12 +456,13 @@ def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
 
     kept: tensors in attributes of the module that the copy holds too.
     """
-    stored = [t for m in module.modules() for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
+    stored = [t for _, m in modules_of(module) for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
     memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
     for name, tensor in state_of(module).items():
         if name in state:
             is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(state[name], tensor.requires_grad) if is_parameter else state[name]
+            t = state[name]
+            memo[id(tensor)] = nn.Parameter(t, tensor.requires_grad and not t.is_inference()) if is_parameter else t
     return duplicate(module, memo)
 
 

@@ -15,9 +15,11 @@ def prepared(model: Model, inputs: Inputs) -> Model:
     """A model of a copy of the posterior, with the same tensors, whose `prepare` has run on these inputs.
 
     `prepare` calls the module, and other threads may read draws of the given posterior meanwhile: it is never called.
-    It gets what the copy found.
+    It gets what the copy found. A posterior that learns nothing is the model's as it is.
     """
     given = model.posterior
+    if not given.prepares:
+        return model
 
     def make(state: State) -> Posterior:
         with only_reading():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.stacking import is_computed, state_of
+from vbdl.calling.traversing import modules_of
 from vbdl.types import State
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
@@ -49,7 +50,7 @@ def stacks(states: Sequence[State], without: Collection[str] = ()) -> State:
 
 def architecture(module: nn.Module) -> list[str]:
     """Describe a module's architecture in lines of text; modules with equal lines can be stacked."""
-    modules = list(module.named_modules())
+    modules = modules_of(module)
     lines = [f"{name}: {type(m).__qualname__}({m.extra_repr()})" for name, m in modules]
     # settings such as numbers of heads and rates, which show in no tensor and not in every extra_repr
     for name, m in modules:
@@ -57,6 +58,58 @@ def architecture(module: nn.Module) -> list[str]:
         lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if is_plain(value)]
     lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
     return [*lines, *(f"{name} = {value}" for name, value in sorted(constants(module).items()))]
+
+
+_TABLES = (dict, collections.OrderedDict, set)
+
+
+def are_alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks clearly have one architecture and the same frozen parameters, in less time than to describe.
+
+    False if they differ, or hold anything but tensors and plain settings.
+    """
+    modules, others = modules_of(a), modules_of(b)
+    if len(modules) != len(others):
+        return False
+    places: tuple[dict[int, int], dict[int, int]] = {}, {}  # the number of each tensor, by id
+    for (name, m), (other_name, other) in zip(modules, others, strict=True):
+        mine, its = vars(m), vars(other)
+        if name != other_name or type(m) is not type(other) or mine.keys() != its.keys():
+            return False
+        for key, value in mine.items():
+            it = its[key]
+            if value is it or (type(value) in _TABLES and type(value) is type(it) and not value and not it):
+                continue
+            if key in ("_parameters", "_buffers"):
+                if list(value) != list(it) or not _are_tied_alike(value, it, places):
+                    return False
+            elif key == "_modules":
+                if [(n, c is None) for n, c in value.items()] != [(n, c is None) for n, c in it.items()]:
+                    return False
+            elif key != "training" and not (type(value) is type(it) and is_plain(value) and repr(value) == repr(it)):
+                return False
+    return True
+
+
+def _are_tied_alike(
+    tensors: Mapping[str, Tensor | None],
+    others: Mapping[str, Tensor | None],
+    places: tuple[dict[int, int], dict[int, int]],
+) -> bool:
+    """Whether tensors of two modules have equal shapes, dtypes and kinds, and are first seen at the same places."""
+    for t, other in zip(tensors.values(), others.values(), strict=True):
+        if t is None or other is None:
+            if t is not other:
+                return False
+            continue
+        if type(t) is not type(other) or t.requires_grad != other.requires_grad:
+            return False
+        if t.shape != other.shape or t.dtype != other.dtype:
+            return False
+        mine, its = places
+        if mine.setdefault(id(t), len(mine)) != its.setdefault(id(other), len(its)):
+            return False
+    return True
 
 
 def is_plain(value: object) -> bool:
@@ -83,7 +136,7 @@ def constants(module: nn.Module, code: bool = True) -> dict[str, str]:
     between versions of Python.
     """
     reader = _Reader(module, code)
-    for name, m in module.named_modules():
+    for name, m in modules_of(module):
         for kind in type(m).__mro__[: type(m).__mro__.index(nn.Module)]:
             if not _is_named(kind):
                 for key, value in vars(kind).items():
@@ -120,7 +173,7 @@ class _Reader:
     def __init__(self, module: nn.Module, code: bool):
         self.described: dict[str, str] = {}
         self._code = code
-        self._known = {id(t) for t in state_of(module).values()} | {id(m) for m in module.modules()}
+        self._known = {id(t) for t in state_of(module).values()} | {id(m) for _, m in modules_of(module)}
         self._alive: list[object] = []  # objects that were read, kept alive so that no id is reused
 
     def read(self, path: str, value: object, depth: int = 0) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vbdl.calling.traversing import parameters_of
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 
 
@@ -20,7 +21,7 @@ def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def frozen_names(module: nn.Module) -> set[str]:
     """The names of frozen parameters, and of the buffers of layers whose parameters are all frozen."""
-    names = {name for name, p in module.named_parameters() if not p.requires_grad}
+    names = {name for name, p in parameters_of(module).items() if not p.requires_grad}
     if not names:
         return names
     for path, m in frozen_modules(module):

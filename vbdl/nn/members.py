@@ -21,6 +21,7 @@ from vbdl.calling.stacking import (
     why_not_mapped,
     without_dots,
 )
+from vbdl.calling.traversing import parameters_of
 from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
 from vbdl.model import Model
@@ -67,7 +68,7 @@ class StackedPosterior(Posterior):
         """
         # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
         self._structure: tuple[Any] = (network,)
-        parameters = {name for name, _ in network.named_parameters()}
+        parameters = parameters_of(network).keys()
         self.stacked_parameters = nn.Module()  # a ParameterDict cannot hold a parameter named "values"
         self.stacked_buffers = nn.Module()
         self.held_once = nn.Module()
@@ -84,7 +85,7 @@ class StackedPosterior(Posterior):
             else:
                 self.held_once.register_buffer(without_dots(name), tensor.detach().clone())
         self._shared_names = tuple(shared)
-        self._parameter_names = tuple(n for n, _ in network.named_parameters() if n in stacked or n in apart)
+        self._parameter_names = tuple(n for n in parameters if n in stacked or n in apart)
         self._buffer_names = tuple(n for n in stacked if n not in parameters)
         if apart:
             owner, held = self.stacked_parameters, self.stacked_parameters._parameters
@@ -146,9 +147,14 @@ class StackedPosterior(Posterior):
             for table, names in ((parameters, self._parameter_names), (buffers, self._buffer_names)):
                 for name in names:
                     key = without_dots(name)
-                    apart = isinstance(table, Apart) and table.is_apart(key)
-                    of_one[name] = table.source.of_one(key, index) if apart else table[key][index]
+                    of_one[name] = table.of_one(key, index) if isinstance(table, Apart) else table[key][index]
         return of_one
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether some parameters are not stacked yet: drawing several members at once would stack them."""
+        held = vars(self.stacked_parameters)["_parameters"]
+        return isinstance(held, Apart) and any(map(held.is_apart, dict.keys(held)))
 
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples, (samples, ...) each: sample s is member s % n_members."""

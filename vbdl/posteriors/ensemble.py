@@ -23,8 +23,9 @@ from vbdl.calling.stacking import (
     state_of,
     without_data_parallel,
 )
+from vbdl.calling.traversing import parameters_of
 from vbdl.model import Model
-from vbdl.nn.architecture import architecture, difference, stacks
+from vbdl.nn.architecture import architecture, are_alike, difference, stacks
 from vbdl.nn.frozen import frozen_names
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.members import StackedPosterior
@@ -98,7 +99,7 @@ class DeepEnsemble(StackedPosterior):
         self._posterior: tuple[Any] = (blueprint(base) if base is not None else None,)
         self.seed = seed
         shared_state = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
-        trained = {n for n, p in modules[0].named_parameters() if p.requires_grad and n not in shared_state}
+        trained = {n for n, p in parameters_of(modules[0]).items() if p.requires_grad and n not in shared_state}
         apart = hold_apart(modules, shared_state)
         with only_reading():
             network, states = blueprint(modules[0]), [state_of(module) for module in modules]
@@ -211,6 +212,10 @@ class DeepEnsemble(StackedPosterior):
     def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool = False) -> bool:
         # members that are posteriors have entries of their own besides
         return self.base is None and super().lay_out(names, layout, copying)
+
+    @property
+    def prepares(self) -> bool:
+        return any(part.base is not None and part.base.prepares for part in self.parts)
 
     def prepare(self, inputs: Inputs) -> None:
         for part in self.parts:
@@ -342,7 +347,7 @@ def _members(
     for network in given:
         check_network(network, scripted=True)
         _base(network)
-        if not state_of(network):
+        if next(network.parameters(), None) is None and next(network.buffers(), None) is None:
             raise ValueError("the network has no parameter or buffer, so members cannot differ: give another one")
     if isinstance(networks, nn.Module):
         if n_members is None or n_members < 1:
@@ -361,14 +366,14 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
 
     Entries that a posterior adds to the user's network are not shared. chosen: names to share instead.
     """
-    states = [state_of(module) for module in modules]
     if chosen is not None:
-        if missing := [name for name in chosen if name not in states[0]]:
+        own = state_of(modules[0])
+        if missing := [name for name in chosen if name not in own]:
             raise ValueError(f"shared names {missing[0]!r}, which is no parameter or buffer of the network")
         return list(chosen)
-    if len(modules) < 2:
+    if len(modules) < 2 or not frozen_names(modules[0]):
         return []
-    frozen = [frozen_names(module) for module in modules]
+    states, frozen = [state_of(module) for module in modules], [frozen_names(module) for module in modules]
     names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
     equal = [n for n in names if all(s[n] is states[0][n] or torch.equal(states[0][n], s[n]) for s in states)]
     return equal if len(equal) < len(states[0]) else []  # at least one entry must be stacked
@@ -393,16 +398,19 @@ def _base(member: nn.Module) -> KeyedPosterior | None:
     return member if isinstance(member, KeyedPosterior) else None
 
 
+def _stacks_as(network: nn.Module) -> list[str]:
+    """Describe what networks must share to be stacked: the architecture, and which parameters are frozen."""
+    return architecture(network) + [f"{n} is frozen" for n, p in parameters_of(network).items() if not p.requires_grad]
+
+
 def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
     """Group consecutive members of the same architecture, keeping their order."""
     groups: list[list[nn.Module]] = []
-    last: list[str] | None = None
+    last: nn.Module | None = None
     for member in members:
         network = _module_of(member)
-        frozen = [f"{name} is frozen" for name, p in network.named_parameters() if not p.requires_grad]
-        this = architecture(network) + frozen  # members that freeze different parameters cannot be stacked
-        if this != last:
+        if last is None or not (are_alike(last, network) or _stacks_as(last) == _stacks_as(network)):
             groups.append([])
         groups[-1].append(member)
-        last = this
+        last = network
     return groups

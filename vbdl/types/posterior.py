@@ -150,6 +150,11 @@ class Posterior(nn.Module):
 
     # -- prediction
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` learns something by running the module; if not, nobody calls it."""
+        return type(self).prepare is not Posterior.prepare
+
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples, (samples, ...) each: a pure function of numbers, (samples,) int64, and seed."""
         raise NotImplementedError(f"{type(self).__name__} does not define draws(numbers, seed)")
