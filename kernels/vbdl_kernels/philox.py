@@ -137,26 +137,32 @@ def _numpy_noise(
     lines = len(draw) * rows  # the rows of all draws, so that many small draws cost no more than a large one
     out = np.empty((lines, blocks, 4, counters // blocks), np.float32 if normals else np.int64)
     mask, half = np.uint64(_MASK), np.uint64(32)
-    multipliers = [np.uint64(m) for m in _MULTIPLIERS]
+    multiplier0, multiplier1 = (np.uint64(m) for m in _MULTIPLIERS)
     weyl = [np.uint64(w) for w in _WEYL]
     group = np.arange(counters, dtype=np.uint64)[None, :]
     last = np.uint64((layer << 4) | stream)
-    tile = max(1, 16384 // counters)  # lines at a time
+    tile = min(lines, max(1, 16384 // counters))  # lines at a time
+    buffers = np.empty((6, tile, counters), np.uint64)  # written in place: new arrays take longer than the operations
     for start in range(0, lines, tile):
         line = np.arange(start, min(start + tile, lines))
         which = line // rows
-        shape = (len(line), counters)
-        c0: np.ndarray = np.broadcast_to(((first_row + line % rows) & _MASK).astype(np.uint64)[:, None], shape)
-        c1: np.ndarray = np.broadcast_to(group, shape)
-        c2: np.ndarray = np.broadcast_to((draw[which] & mask)[:, None], shape)
-        c3: np.ndarray = np.full(shape, last)
+        c0, c1, c2, c3, product0, product1 = buffers[:, : len(line)]
+        c0[...] = ((first_row + line % rows) & _MASK).astype(np.uint64)[:, None]
+        c1[...] = group
+        c2[...] = (draw[which] & mask)[:, None]
+        c3[...] = last
         k0, k1 = (seed[which] & mask)[:, None], (seed[which] >> half)[:, None]
         for _ in range(ROUNDS):
-            product0, product1 = c0 * multipliers[0], c2 * multipliers[1]
-            c0 = (product1 >> half) ^ c1 ^ k0
-            c1 = product1 & mask
-            c2 = (product0 >> half) ^ c3 ^ k1
-            c3 = product0 & mask
+            np.multiply(c0, multiplier0, out=product0)
+            np.multiply(c2, multiplier1, out=product1)
+            np.right_shift(product1, half, out=c0)
+            c0 ^= c1
+            c0 ^= k0
+            np.right_shift(product0, half, out=c2)
+            c2 ^= c3
+            c2 ^= k1
+            np.bitwise_and(product1, mask, out=c1)
+            np.bitwise_and(product0, mask, out=c3)
             k0, k1 = (k0 + weyl[0]) & mask, (k1 + weyl[1]) & mask
         w = (c0, c1, c2, c3)
         if normals:
