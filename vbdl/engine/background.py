@@ -5,6 +5,7 @@ import ctypes
 import queue
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,10 +16,11 @@ import torch
 T = TypeVar("T")
 
 _SWITCH = 0.0005  # seconds; a predicting thread waits at most about this long for the interpreter
+_DELAY = 0.01  # seconds from a request to the beginning of its job, in which the prediction that made it returns
 _JOIN = 10.0  # seconds to wait for the thread to end after its last job
 _ASK, _LEAVE = 0.1, 60.0  # seconds from one request to end a job to the next when the process ends, and at most
 
-_jobs: "queue.SimpleQueue[tuple[weakref.ref, Callable, Future[None]] | None]" = queue.SimpleQueue()
+_jobs: "queue.SimpleQueue[tuple[weakref.ref, Callable, Future[None], float] | None]" = queue.SimpleQueue()
 _lock = threading.Lock()
 _worker: threading.Thread | None = None
 _leaving = threading.Event()
@@ -30,7 +32,7 @@ def submit(owner: T, job: Callable[[T], None]) -> "Future[None]":
     """Run job(owner) in the background, unless the owner is gone by then. The future holds what the job raised."""
     global _worker
     done: Future[None] = Future()
-    _jobs.put((weakref.ref(owner), job, done))
+    _jobs.put((weakref.ref(owner), job, done, time.monotonic() + _DELAY))
     with _lock:
         if _worker is None or not _worker.is_alive():
             _worker = threading.Thread(target=_work, name="vbdl-compiler", daemon=True)
@@ -43,7 +45,8 @@ def _work() -> None:
     while not _leaving.is_set():
         if (submitted := _jobs.get()) is None:
             return
-        owner, job, done = submitted
+        owner, job, done, begin = submitted
+        _leaving.wait(max(0.0, begin - time.monotonic()))
         alive = owner()
         if alive is None or _leaving.is_set() or not done.set_running_or_notify_cancel():
             done.cancel()

@@ -9,7 +9,7 @@ they read entries from one model, which is never called, and call or trace twins
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from vbdl.calling.stacking import select
 from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
 from vbdl.engine import background
 from vbdl.engine.chunking import Calls, Chunking
-from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run
+from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run, draws_in_a_call, repeated
 from vbdl.engine.plan import Plan, choose
 from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
@@ -85,13 +85,16 @@ class Execution:
             entries = model.entries(torch.arange(1), settings.seed)
             state = {**model.shared(entries), **select(entries, 0)}
             state = {n: t.detach() for n, t in state.items()}
+            noise = {}
+            if isinstance(model.network, StochasticNetwork):  # before it is copied
+                noise = model.network.found(state["network.key"])
             twin = model.twin()
             self._own = list(entries)  # the names of a draw's entries
             parameters = {n for n, _ in twin.named_parameters()}
-            outputs, self._written = without_writing(lambda s: self._tried(twin, s, self._own), state, parameters)
+            outputs, self._written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
             del entries, state  # whose memory is laid out anew if nobody else holds it
         self._run_before: Run | None = Run(twin, tile, outputs)
-        self.parameter_shape, self._dtype = outputs.shape, outputs.dtype
+        self.parameter_shape, self._dtype = outputs.shape[1:], outputs.dtype
         if self._behind:
             self._way = self._meanwhile()
         else:
@@ -100,17 +103,42 @@ class Execution:
         self._waits = False  # whether calls wait for the compiler, as in `Predictor.warm_up`
         self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
 
-    def _tried(self, model: Model, state: State, own: Sequence[str]) -> Tensor:
-        """Run draw 0, check the network by it, and find the layers that draw outputs.
+    def _tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
+        """Run draw 0, or all draws in one call, check the network by it, and find the layers that draw outputs.
 
-        model: a twin that no other thread calls. own: the names of a draw's entries.
+        model: a twin that no other thread calls. noise: what is known of the noise of draw 0 of `vbdl.Stochastic`.
+        Returns (draws, rows, ...).
         """
-        network, settings, tile = model.network, self._settings, self._tile
-        if self._behind and tile.rows == 1 and "network.key" not in own:
+        network, tile, own = model.network, self._tile, self._own
+        mixes_nothing = network.keeps_apart if isinstance(network, KeyedNetwork) else "network.key" not in own
+        if self._behind and tile.rows == 1 and mixes_nothing:
             # a row alone is not mixed with others: that is checked in the background, for the first answer to be fast
-            outputs = try_out(model, state, tile, apart=False)
-            self._to_check = state, outputs
+            outputs = self._all_tried(model, state)
+            if outputs is None:
+                outputs = try_out(model, state, tile, apart=False).unsqueeze(0)
+            self._to_check = state, outputs[0]
             return outputs
+        return self._one_tried(model, state, noise).unsqueeze(0)
+
+    def _all_tried(self, model: Model, state: State) -> Tensor | None:
+        """Run all draws of a row in one call, and check the network by it; None if they cannot be in one call."""
+        network, tile, n = model.network, self._tile, self.n_samples
+        if self._own != ["network.key"] or not isinstance(network, KeyedNetwork) or not network.takes_many_keys:
+            return None
+        if n == 1 or n > draws_in_a_call(network, tile):
+            return None
+        keys = self._model.entries(torch.arange(n), self._settings.seed)
+        try:
+            outputs = try_out(model, {**state, **keys}, repeated(tile, n), apart=False)
+        except NotImplementedError:
+            raise
+        except Exception:  # of the user's network: it is raised by the run of one draw, in words about its rows
+            return None
+        return outputs.unflatten(0, (n, tile.rows))
+
+    def _one_tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
+        """Run draw 0, check the network by it, and find the layers that draw outputs, as `_tried`."""
+        network, settings, tile, own = model.network, self._settings, self._tile, self._own
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
             or settings.largest_tile >= MANY_ROWS or own != ["network.key"]
@@ -118,7 +146,7 @@ class Execution:
         ):  # fmt: skip
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
-            network.kept, network.recorded = {}, []  # the noise of the draw is made once for all rows
+            network.kept, network.recorded = dict(noise), []  # the noise of the draw is made once for all rows
             outputs = try_out(model, state, tile)
             first, second = network.recorded[:2]
             layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)

@@ -30,6 +30,7 @@ from vbdl.nn.recurrent import WholeLayers, runs_whole_layers
 from vbdl.types import State
 
 _ROWS = 4096  # the most rows in one call of repeated rows
+_CACHED = 2**21  # bytes of the largest value of one call, which the cache of a core holds
 _LAST = torch.channels_last
 _LARGE = 2**20  # bytes of a draw's entries; larger ones are made for one draw at a time
 _ROUNDS = 3  # the times that a way to run all draws is timed
@@ -64,11 +65,11 @@ class PlainPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of draw 0 before the first answer: the twin of the model that ran, its tile, and its outputs."""
+    """A run of the first draws before the first answer: the twin of the model that ran, its tile, and its outputs."""
 
     twin: Model
     tile: Flat
-    outputs: Tensor  # (rows, ...)
+    outputs: Tensor  # (draws, rows, ...)
 
     def is_on(self, tile: Flat) -> bool:
         """Whether it ran on these very rows in memory: every call of a predictor makes new ones, even of equal rows."""
@@ -80,7 +81,7 @@ class Plain:
     """A model that runs as it is for tiles of one shape: one call at a time, in any thread.
 
     local: the layers that draw their outputs, as the network's attribute `local` has them.
-    before: the run of draw 0 that checked the network. It is a part of the answer on the very tile it ran on.
+    before: the run that checked the network. It is a part of the answer on the very tile it ran on.
     written: the names of the parameters that the forward writes to, of which every draw gets its own.
     repeated: whether draws share a call with repeated rows. mapped: whether they share one under `vmap`.
     """
@@ -98,7 +99,7 @@ class Plain:
         self.model, self.tile, self.n_samples = model, tile, n_samples
         self._seed = settings.seed
         self._twin = model.twin() if before is None else before.twin
-        self._before = None if isinstance(model.network, KeyedNetwork) else before  # it keeps what it draws
+        self._before = before
         if local:
             network: Any = self._twin.network
             network.local = local
@@ -158,14 +159,17 @@ class Plain:
     def each(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
         before, self._before = self._before, None
-        entries = {} if self._large else self.entries(numbers)
+        posterior = self.model.posterior
+        one_by_one = self._large or (isinstance(posterior, StackedPosterior) and posterior.is_apart)
+        entries = {} if one_by_one else self.entries(numbers)
         outputs = []
         for i, n in enumerate(numbers.tolist()):
-            if n == 0 and before is not None and before.is_on(tile):
-                outputs.append(before.outputs[: tile.rows])
+            # a network with a key keeps what it draws in the run of a draw
+            if n == 0 and before is not None and self._network is None and before.is_on(tile):
+                outputs.append(before.outputs[0, : tile.rows])
             else:
                 with self._lock:
-                    own = self._entries_of(n) if self._large else select(entries, i)
+                    own = self._entries_of(n) if one_by_one else select(entries, i)
                     try:
                         outputs.append(self._run((n,), own, tile))
                     except Exception:  # of the user's network, which may want a view that this layout does not have
@@ -226,10 +230,21 @@ class Plain:
         posterior.lay_out(names, torch.contiguous_format, copying=True)
 
     def together(self, numbers: Tensor, tile: Flat) -> Tensor:
+        """Compute what `each` does on the rows repeated once for each draw, in calls whose values fit into a cache."""
+        before, self._before = self._before, None
+        if before is not None and len(before.outputs) == len(numbers) and before.is_on(tile):
+            return before.outputs[:, : tile.rows]
+        most = draws_in_a_call(self._network, tile)
+        if most < len(numbers):
+            blocks = numbers.split(-(-len(numbers) // -(-len(numbers) // most)))  # of sizes as equal as possible
+            run = self._together if most > 1 else self.each
+            return torch.cat([run(block, tile) for block in blocks])
+        return self._together(numbers, tile)
+
+    def _together(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute what `each` does in one call, on the rows repeated once for each draw."""
         draws = len(numbers)
-        repeated = tile.map(lambda t: t.repeat(draws, *[1] * (t.ndim - 1)))
-        outputs = self._run(tuple(numbers.tolist()), self.entries(numbers), repeated)
+        outputs = self._run(tuple(numbers.tolist()), self.entries(numbers), repeated(tile, draws))
         return outputs.unflatten(0, (draws, tile.rows))
 
     def map_if_faster(self) -> str:
@@ -304,6 +319,17 @@ class Plain:
         with torch.no_grad():
             for name, b in self._buffers.items():
                 b.copy_(self._originals[name])
+
+
+def draws_in_a_call(network: nn.Module | None, tile: Flat) -> int:
+    """The number of draws whose largest value fits into a cache, if a network runs a tile repeated once for each."""
+    row_bytes = network.row_bytes if isinstance(network, KeyedNetwork) else 0
+    return max(1, min(_ROWS, _CACHED // max(1, row_bytes)) // tile.rows)
+
+
+def repeated(tile: Flat, draws: int) -> Flat:
+    """A tile with its rows repeated once for each draw."""
+    return tile.map(lambda t: t.repeat(draws, *[1] * (t.ndim - 1)))
 
 
 def wants_gradient(tile: Flat) -> bool:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import call, kept_by
+from vbdl.calling.traversing import modules_of
 from vbdl.types import Arguments, Keywords, State
 
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
@@ -69,7 +70,7 @@ def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
     Raises ValueError if the number of output rows differs from the tile's or batch normalization mixes rows; torch's
     own error, if the network cannot take the tile, is not caught.
     """
-    if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in network.modules()):
+    if any(isinstance(m, _BatchNorm) and m.running_mean is None for _, m in modules_of(network)):
         raise _mixing()
     buffers = {n for n, _ in network.named_buffers()}  # cloned, because a forward pass may write to them
     outputs = call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile.nested)

@@ -17,6 +17,8 @@ from vbdl.types import Arguments, Keywords, State
 
 T = TypeVar("T")
 
+_SMALL = 2**20  # bytes
+
 
 class _Writes(BaseException):
     """Ends a run that is about to write to a parameter; no `except Exception` of a network catches it."""
@@ -31,13 +33,20 @@ class _Guard(TorchDispatchMode):
 
     def __init__(self, tensors: State):
         super().__init__()
+        self._are_mutable: dict[OpOverload, bool] = {}
         self._names = {t.untyped_storage().data_ptr(): name for name, t in tensors.items() if t.numel()}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would import torch's compiler, and take as long as a small operation
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if (is_mutable := self._are_mutable.get(func)) is None:
+            is_mutable = self._are_mutable[func] = func._schema.is_mutable
+        if is_mutable:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 self._check(argument, value)
             for argument in func._schema.arguments:
@@ -58,7 +67,12 @@ def without_writing(run: Callable[[State], T], state: State, parameters: Collect
     """Run a function of a state that must not change it; copies take the place of the parameters it writes to.
 
     parameters: names of the state's entries. Returns what the function returns, and the names of those it writes to.
+    Small parameters are all copied and compared afterwards, which takes less time than to watch every operation.
     """
+    if sum(state[n].nbytes for n in parameters if n in state) <= _SMALL:
+        copies = {n: t.detach().clone() for n, t in state.items() if n in parameters}
+        returned = run({**state, **copies})
+        return returned, frozenset(n for n, t in copies.items() if t._version or not _equal(t, state[n]))
     written: set[str] = set()
     while True:
         guarded = {n: t for n, t in state.items() if n in parameters and n not in written}
@@ -68,3 +82,7 @@ def without_writing(run: Callable[[State], T], state: State, parameters: Collect
                 return run(given), frozenset(written)
         except _Writes as error:
             written.add(error.name)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -24,7 +24,7 @@ from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, batch_axis, described
 from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
-from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout
+from vbdl.nn.training_reads import EVERY, Place, Reads, are_same, places_of_dropout
 from vbdl.types import Inputs
 
 _ROWS = 8  # of the inputs, at most so many are compared by the dropouts that they call
@@ -47,6 +47,8 @@ class DropoutNetwork(KeyedNetwork):
         "off",
         "by_module",
         "row_by_row",
+        "row_bytes",
+        "keeps_apart",
     )  # not part of the architecture: running the network finds them again
 
     def __init__(
@@ -136,28 +138,35 @@ class DropoutNetwork(KeyedNetwork):
     def _reads(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.on is EVERY else Reads(self.on, self._fixed()).of(self.inner)
 
-    def _find_reads(self, inputs: Inputs) -> None:
-        """Find out which reads of `self.training` are about dropout, by running two different rows."""
+    def _find_reads(self, inputs: Inputs) -> tuple[Masks, Any] | None:
+        """Find out which reads of `self.training` are about dropout, by running two different rows.
+
+        Returns what a prediction of the two rows masks, and its outputs with nothing dropped, if a run was one.
+        """
 
         def two_rows(t: Tensor) -> Tensor:
             other = t[:1] * 0.5 + 0.1 if t.is_floating_point() else t[:1]
             return torch.cat([t[:1], other]).contiguous()
 
-        inputs = map_inputs(two_rows, inputs)
+        inputs, runs = map_inputs(two_rows, inputs), []
 
         def run(reads: Reads) -> tuple[object, list[Tensor], int]:
             buffers = {n: b.clone() for n, b in self.inner.named_buffers()}
             silent = Masks(self.key, self.inner, self.rate, silent=True)
             with torch.random.fork_rng(devices=[]), reads.of(self.inner), CounterDropout(silent):
                 outputs = call(self.inner, buffers, inputs)
+            runs.append((silent, outputs))
             return outputs, list(buffers.values()), sum(site.p > 0 for site in silent.calls)
 
         self.on, self.off = places_of_dropout(run, self._fixed())
+        # the first run has every place on; the places that are on now are all, or those that it read
+        return runs[0] if self.on is EVERY or (self.on and len(runs) <= 2 and not self.off) else None
 
     def adopt(self, other: KeyedNetwork) -> None:
         assert isinstance(other, DropoutNetwork)
         self.sites, self.on, self.off = other.sites, other.on, other.off
         self.by_module, self.row_by_row = other.by_module, other.row_by_row
+        self.row_bytes, self.keeps_apart = other.row_bytes, other.keeps_apart
 
     @torch.no_grad()
     def locate(self, inputs: Inputs) -> tuple[Site, ...]:
@@ -165,20 +174,10 @@ class DropoutNetwork(KeyedNetwork):
 
         Raises NotImplementedError for noise that is not dropout.
         """
-        if self.off is None:
-            self._find_reads(inputs)
-        self.sites, self.by_module, self.row_by_row = None, False, False
-        two, three = (self._calls(_repeated(inputs, rows))[0] for rows in (2, 3))
-        self.by_module = self._leaves_out_dropout(two)
-        if self.by_module:
-            self.row_by_row = self._depends_on_rows(inputs)
-        if not self.row_by_row:
-            try:
-                self.sites = _with_batch_axes(two, three)
-            except ValueError:  # not every call has the batch as one axis
-                self.row_by_row = True
-            else:
-                self.row_by_row = any(s.multiple > 1 for s in self.sites) and not self._keeps_rows_equal(inputs)
+        two = self._find_reads(inputs) if self.off is None else None
+        self.sites, self.by_module, self.row_by_row, self.keeps_apart = None, False, False, False
+        if two is None or not self._is_located_by(inputs, *two):
+            self._locate_by_three(inputs)
         if self.row_by_row:
             masks = self._masks_alone(self.key, None)
             with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 1), masks))
@@ -186,11 +185,46 @@ class DropoutNetwork(KeyedNetwork):
         assert self.sites is not None
         return self.sites
 
-    def _calls(self, inputs: Inputs, rate: float | None = None) -> tuple[list[Site], Any]:
-        """The dropout calls of a forward, and its outputs. rate: for all of them."""
-        masks = self._masks() if rate is None else Masks(self.key, self.inner, rate, self.sites)
-        outputs = with_gradients_if_needed(functools.partial(self._run, inputs, masks))
-        return masks.calls, outputs
+    def _is_located_by(self, inputs: Inputs, two: Masks, outputs_of_two: Any) -> bool:
+        """Whether a run of the first row and `two`, one of it and another, show the batch axis of each dropout call.
+
+        Sets `sites`. That is so for most networks; others are run on more rows.
+        """
+        try:
+            one, outputs = self._located(_repeated(inputs, 1))
+            if _functions(one.calls) != _functions(two.calls) or self._leaves_out_dropout(two.calls):
+                return False
+            sites = _with_batch_axes(one.calls, two.calls, (1, 2))
+        except Exception:  # of the user's network too, which may not take a single row
+            return False
+        if any(site.multiple > 1 for site in sites):
+            return False
+        self.sites, self.row_bytes = sites, _growth(one.sizes, two.sizes)
+        self.keeps_apart = all(t.is_floating_point() for t in flatten(inputs).tensors) and _begins_with(
+            leaves(outputs_of_two), leaves(outputs)
+        )
+        return True
+
+    def _locate_by_three(self, inputs: Inputs) -> None:
+        """Find the dropout calls and their batch axes by running two and three rows; sets `sites` and how to number."""
+        of_two, of_three = (self._located(_repeated(inputs, rows))[0] for rows in (2, 3))
+        self.row_bytes = _growth(of_two.sizes, of_three.sizes)
+        self.by_module = self._leaves_out_dropout(of_two.calls)
+        if self.by_module:
+            self.row_by_row = self._depends_on_rows(inputs)
+        if not self.row_by_row:
+            try:
+                self.sites = _with_batch_axes(of_two.calls, of_three.calls, (2, 3))
+            except ValueError:  # not every call has the batch as one axis
+                self.row_by_row = True
+            else:
+                self.row_by_row = any(s.multiple > 1 for s in self.sites) and not self._keeps_rows_equal(inputs)
+
+    def _located(self, inputs: Inputs) -> tuple[Masks, Any]:
+        """The masks of a forward that drops nothing, with its dropout calls, and its outputs."""
+        silent = Masks(self.key, self.inner, self.rate, silent=True)
+        outputs = with_gradients_if_needed(functools.partial(self._run, inputs, silent))
+        return silent, outputs
 
     def _leaves_out_dropout(self, calls: Sequence[Site]) -> bool:
         """Whether a forward with these calls uses not all of the network's dropout layers; another row's may."""
@@ -203,12 +237,13 @@ class DropoutNetwork(KeyedNetwork):
     def _depends_on_rows(self, inputs: Inputs) -> bool:
         """Whether rows of these inputs call other dropouts than the first one."""
         rows = [map_inputs(lambda t, i=i: t[i : i + 1], inputs) for i in range(min(flatten(inputs).rows, _ROWS))]
-        each = [[(site.path, site.kind) for site in self._calls(row)[0]] for row in rows]
+        each = [_functions(self._located(row)[0].calls) for row in rows]
         return any(calls != each[0] for calls in each)
 
     def _keeps_rows_equal(self, inputs: Inputs) -> bool:
         """Whether equal rows have equal outputs, so that a folded axis holds each row's entries in one block."""
-        _, outputs = self._calls(_repeated(inputs, 3), rate=0.5)
+        masks = Masks(self.key, self.inner, 0.5, self.sites)
+        outputs = with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 3), masks))
         tensors = [t for t in leaves(outputs).values() if isinstance(t, Tensor)]
         return all(torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4) for t in tensors)
 
@@ -218,14 +253,41 @@ def _repeated(inputs: Inputs, rows: int) -> Inputs:
     return map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
 
 
-def _with_batch_axes(two: Sequence[Site], three: Sequence[Site]) -> tuple[Site, ...]:
-    """The dropout calls on 2 rows and on 3 as sites with their batch axes. Raises ValueError if they do not fit."""
-    if [s.kind for s in two] != [s.kind for s in three]:
+def _functions(calls: Sequence[Site]) -> list[tuple[str, str]]:
+    """The dropout functions of these calls, each with the module that called it."""
+    return [(site.path, site.kind) for site in calls]
+
+
+def _begins_with(two: Mapping[tuple, object], one: Mapping[tuple, object]) -> bool:
+    """Whether outputs of two rows begin with those of the first one alone, tensors by their place in the outputs."""
+    if list(two) != list(one):
+        return False
+    for a, b in zip(two.values(), one.values(), strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape[:1] != (2,) or b.shape[:1] != (1,):
+            return False
+        if not are_same(a[:1], b):
+            return False
+    return True
+
+
+def _growth(few: Sequence[int], more: Sequence[int]) -> int:
+    """The most bytes that a value of a forward grows by with a row; sizes: of all values, on one row more in `more`."""
+    if len(few) != len(more):
+        return 0
+    return max((b - a for a, b in zip(few, more, strict=True)), default=0)
+
+
+def _with_batch_axes(few: Sequence[Site], more: Sequence[Site], rows: tuple[int, int]) -> tuple[Site, ...]:
+    """The dropout calls on two batches as sites with their batch axes. Raises ValueError if they do not fit.
+
+    rows: the sizes of the batches.
+    """
+    if [s.kind for s in few] != [s.kind for s in more]:
         raise ValueError("the module calls other dropouts for another batch size")
-    return tuple(_place_batch(a, b) for a, b in zip(two, three, strict=True))
+    return tuple(_place_batch(a, b, rows) for a, b in zip(few, more, strict=True))
 
 
-def _place_batch(two: Site, three: Site) -> Site:
+def _place_batch(few: Site, more: Site, rows: tuple[int, int]) -> Site:
     """The dropout call with its batch axis."""
-    axis, multiple = batch_axis(two.shape, three.shape, f"{two.kind} in {described(two.path)} masks")
-    return Site(two.path, two.kind, two.p, two.shape, axis, multiple)
+    axis, multiple = batch_axis(few.shape, more.shape, f"{few.kind} in {described(few.path)} masks", rows)
+    return Site(few.path, few.kind, few.p, few.shape if rows[0] == 2 else more.shape, axis, multiple)

@@ -6,6 +6,7 @@ other random operation raises an error that names the module, so that nothing ra
 
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
@@ -67,12 +68,23 @@ class CounterDropout(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self._masks.silent:
+            output = _REPLACEMENTS.get(name, _without_masks)(self._masks, func, *args, **kwargs)
+            if isinstance(output, Tensor):
+                self._masks.sizes.append(output.nbytes)
+            return output
         if (replacement := _REPLACEMENTS.get(name)) is not None:
             return replacement(self._masks, func, *args, **kwargs)
-        if name in _RANDOM and not self._masks.per_row:
-            raise NotImplementedError(
-                f"{name} is called in {described(self._masks.place())}: only dropout can be drawn from counters "
-                f"here. Use vbdl.Stochastic(module), which draws a network's own noise, or name that module in "
-                f"deterministic= to keep it in evaluation mode"
-            )
-        return func(*args, **kwargs)
+        return _without_masks(self._masks, func, *args, **kwargs)
+
+
+def _without_masks(masks: Masks, func: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """Call a function that drops nothing. Raises NotImplementedError in prediction if it draws otherwise."""
+    name = getattr(func, "__name__", "")
+    if name in _RANDOM and not masks.per_row:
+        raise NotImplementedError(
+            f"{name} is called in {described(masks.place())}: only dropout can be drawn from counters "
+            f"here. Use vbdl.Stochastic(module), which draws a network's own noise, or name that module in "
+            f"deterministic= to keep it in evaluation mode"
+        )
+    return func(*args, **kwargs)

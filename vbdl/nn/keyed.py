@@ -22,6 +22,8 @@ class KeyedNetwork(nn.Module):
     key: (2,) int64 buffer, (seed, draw), from which everything random is drawn.
     kl_weight: () buffer, the weight of the KL in the loss, if there is one: `fit(kl_warmup=...)` sets it.
     rate: overrides the dropout rates of `inner`, all of them or by module name.
+    keeps_apart: whether running it has shown already that the output of a row does not depend on other rows.
+    row_bytes: the bytes of the largest value that the forward computes for a row; 0 if they are unknown.
     kept: values that follow from the key alone, such as masks and drawn weights, by a name: the forward adds what it
         makes and reads what is there. None: the forward makes them anew.
     steps: (number of the first step, number of steps) if the inputs are a part of longer sequences.
@@ -29,6 +31,8 @@ class KeyedNetwork(nn.Module):
 
     draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
     row_by_row: bool = False  # whether the forward runs one row after the other
+    keeps_apart: bool = False
+    row_bytes: int = 0
     only_calls_inner: bool = False  # whether the forward calls `inner` and does nothing else
     inner: nn.Module
     key: Tensor

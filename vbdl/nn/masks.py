@@ -76,6 +76,7 @@ class Masks:
         self._root = root
         self._names: dict[int, str] | None = None
         self.calls: list[Site] = []
+        self.sizes: list[int] = []  # bytes of what each function of torch returned, if silent
 
     def place(self) -> str:
         """The name of the innermost module of `root` whose method is running."""
@@ -185,7 +186,7 @@ class Masks:
         if key.ndim == 2:
             if axis is None:
                 raise ValueError(f"call {index} of dropout masks no batch, so several draws cannot share one call")
-            keep = torch.stack([keep_mask(one, index, rows, columns, p, first=first).view(sizes) for one in key])
+            keep = keep_mask(key, index, rows, columns, p, first=first).view(len(key), *sizes)
             keep = keep.movedim(0, axis).unsqueeze(axis + 1)  # (..., draws, 1, multiple, ...)
             each = shape[axis] // (len(key) * multiple)
             keep = keep.expand(*keep.shape[: axis + 1], each, *keep.shape[axis + 2 :])
@@ -221,20 +222,23 @@ class Masks:
         return x * (keep.to(x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
 
 
-def batch_axis(two: tuple[int, ...], three: tuple[int, ...], what: str) -> tuple[int | None, int]:
-    """The axis in which the shapes of calls on 2 and on 3 rows differ, or None, and its entries per row.
+def batch_axis(
+    few: tuple[int, ...], more: tuple[int, ...], what: str, rows: tuple[int, int] = (2, 3)
+) -> tuple[int | None, int]:
+    """The axis in which the shapes of calls on batches of two sizes differ, or None, and its entries per row.
 
-    what: subject and verb of the error for shapes that differ otherwise.
+    rows: the sizes of the batches. what: subject and verb of the error for shapes that differ otherwise.
     """
-    grown = [axis for axis, (a, b) in enumerate(zip(two, three, strict=False)) if a != b]
-    if not grown and len(two) == len(three):
+    grown = [axis for axis, (a, b) in enumerate(zip(few, more, strict=False)) if a != b]
+    if not grown and len(few) == len(more):
         return None, 1
     axis = grown[0] if grown else 0
-    multiple = two[axis] // 2 if grown else 0
-    if len(two) != len(three) or len(grown) > 1 or two[axis] != 2 * multiple or three[axis] != 3 * multiple:
+    multiple = few[axis] // rows[0] if grown else 0
+    expected = (rows[0] * multiple, rows[1] * multiple)
+    if len(few) != len(more) or len(grown) > 1 or (few[axis], more[axis]) != expected:
         raise ValueError(
-            f"{what} {two} for 2 rows and {three} for 3, so vbdl cannot tell which part belongs to which row of the "
-            f"batch: use tensors with the batch as one axis"
+            f"{what} {few} for {rows[0]} rows and {more} for {rows[1]}, so vbdl cannot tell which part belongs to "
+            f"which row of the batch: use tensors with the batch as one axis"
         )
     return axis, multiple
 

@@ -34,7 +34,7 @@ class StochasticNetwork(KeyedNetwork):
     draws_weights = True
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
-    found_by_running = ("calls", "sites", "written", "local", "recorded")
+    found_by_running = ("calls", "sites", "written", "local", "recorded", "_found")
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class StochasticNetwork(KeyedNetwork):
         self.calls: tuple[RandomCall, ...] | None = None
         self.sites: tuple[Site, ...] | None = None
         self.local: tuple[LocalLayer, ...] = ()  # the layers that draw their outputs in this network as it is
+        self._found: tuple[Tensor, dict[Hashable, Tensor]] = (torch.empty(0), {})  # a key, and its noise
         self.recorded: list[Pass] | None = None  # what each forward does is added to this list, if there is one
         self.written: tuple[str, ...] = ()  # buffers that the forward draws or writes into
         device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
@@ -176,6 +177,11 @@ class StochasticNetwork(KeyedNetwork):
         assert isinstance(other, StochasticNetwork)
         self.calls, self.sites, self.written = other.calls, other.sites, other.written
 
+    def found(self, key: Tensor) -> dict[Hashable, Tensor]:
+        """Hand over the noise of the draw in `key` that `locate` drew, to keep; it is not held here any longer."""
+        (of, noise), self._found = self._found, (self.key, {})
+        return noise if torch.equal(of, key) else {}
+
     # -- what running the network tells
 
     @torch.no_grad()
@@ -187,7 +193,7 @@ class StochasticNetwork(KeyedNetwork):
         self.calls = self.sites = None
         self.written = ()
         of = lambda rows: map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
-        kept: dict[Hashable, Tensor] = {}
+        kept: dict[Any, Tensor] = {}
         outputs, two, written = self._run(of(2), kept)
         apart, _, _ = self._run(of(2), kept, writes=False)
         if not _same(outputs, apart):
@@ -216,6 +222,8 @@ class StochasticNetwork(KeyedNetwork):
             axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} masks")
             sites.append(Site(a.path, a.kind, a.p, a.shape, *axis))
         self.calls, self.sites, self.written = tuple(calls), tuple(sites), written
+        shared = {number for number, call in enumerate(calls) if call.axis is None}
+        self._found = (self.key.clone(), {k: t for k, t in kept.items() if len(k) == 3 and k[1] in shared})
         for name in written:  # a buffer for noise may be memory that nobody initialized, which cannot be saved
             self.inner.get_buffer(name).nan_to_num_(0.0, 0.0, 0.0)
         if not self.per_row and any(c.multiple > 1 for c in (*calls, *sites)):

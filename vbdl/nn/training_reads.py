@@ -92,10 +92,11 @@ class Run:
             return False
         mine, others = ([*run.outputs.values(), *run.written] for run in (self, other))
         pairs = zip(mine, others, strict=True)
-        return all(_same(a, b) for a, b in pairs)
+        return all(are_same(a, b) for a, b in pairs)
 
 
-def _same(a: object, b: object) -> bool:
+def are_same(a: object, b: object) -> bool:
+    """Whether two outputs of a forward are equal, numbers up to rounding."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         # an object that has no equality, such as a cache of keys, says nothing
         return type(a) is type(b) and (type(a).__eq__ is object.__eq__ or bool(a == b))
