@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.freed import give_back
 from vbdl.calling.lending import HELD, LEAST, PassedOn, held_by_one, lend, lendable, lock, reads
 from vbdl.calling.traversing import modules_of, parameters_of
+
+_FREED = 2**24  # bytes; giving memory back takes about as long as copying a few MiB
 
 
 class Source:
@@ -27,6 +30,7 @@ class Source:
 
     def __init__(self, apart: dict[str, list[Tensor]]):
         self._apart, self._stacked = apart, {}
+        self._freed = 0  # bytes that stacking may have freed since memory was given back
         self._lock = threading.RLock()
         # by id, because a dict has no hash
         self._readers: weakref.WeakValueDictionary[int, Apart] = weakref.WeakValueDictionary()
@@ -44,7 +48,11 @@ class Source:
         """Stack the parameter of all networks, (networks, ...), to read."""
         with self._lock, _as_usual():
             if name not in self._stacked:
-                self._stacked[name] = _stack(self._apart.pop(name))
+                self._stacked[name] = stack = _stack(self._apart.pop(name))
+                self._freed += stack.nbytes
+                if self._freed >= _FREED:
+                    self._freed = 0
+                    give_back()
             return self._stacked[name]
 
     def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool) -> bool:

@@ -1,0 +1,193 @@
+"""What the first prediction does before it answers: how often the network runs, what is imported, what is held."""
+
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vbdl.calling.apart
+from vbdl.calling.freed import give_back
+from vbdl.engine import background
+from vbdl.engine.predictor import Predictor
+from vbdl.likelihoods.categorical import Categorical
+from vbdl.posteriors.ensemble import DeepEnsemble
+from vbdl.posteriors.mc_dropout import MCDropout
+
+_spec = importlib.util.spec_from_file_location(
+    "contract_of_first_answers", Path(__file__).with_name("test_contract.py")
+)
+assert _spec is not None and _spec.loader is not None
+contract = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(contract)
+NETWORKS, POSTERIORS = contract.NETWORKS, contract.POSTERIORS
+
+SAMPLES = 7
+# rows that a network runs on beyond those of the draws: draw 0 on its rows and on others, two rows and one that drop
+# nothing; networks that draw by themselves run on two and on three rows, and with their noise held at constants
+EXTRA, EXTRA_OF_NOISE = 4, 14
+TRACED = ("laplace",)  # linear in its weights: as a graph it answers with one pass
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Nothing is done in the background."""
+    monkeypatch.setattr(background, "submit", lambda owner, job: Future())
+
+
+@pytest.fixture
+def rows_run():
+    """The numbers of rows of each call of a ReLU, of which the networks here have one."""
+    seen: list[int] = []
+
+    def see(module, inputs):
+        if isinstance(module, nn.ReLU):
+            seen.append(len(inputs[0]))
+
+    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_a_network_runs_on_few_rows_more_than_its_draws_have(posterior, later, rows_run):
+    torch.manual_seed(0)
+    q = POSTERIORS[posterior](NETWORKS["mlp"][0])
+    predict = Predictor(q, Categorical(), min(q.n_draws or SAMPLES, SAMPLES), compile="background")
+    rows_run.clear()
+    predict(torch.randn(1, 11))
+    extra = EXTRA_OF_NOISE if "stochastic" in posterior or "augmentation" in posterior else EXTRA
+    least = 1 if posterior in TRACED else predict.n_samples
+    assert least <= sum(rows_run) <= predict.n_samples + extra
+
+
+def test_members_of_an_ensemble_answer_a_row_with_one_pass_each(later, rows_run):
+    predict = Predictor(DeepEnsemble([NETWORKS["mlp"][0]() for _ in range(3)]), Categorical(), compile="background")
+    predict(torch.randn(1, 11))
+    assert rows_run == [1, 1, 1]
+
+
+def test_draws_of_dropout_answer_a_row_in_one_pass(later, rows_run):
+    q = MCDropout(NETWORKS["mlp"][0]())
+    predict = Predictor(q, Categorical(), SAMPLES, compile="background")
+    predict(torch.randn(1, 11))
+    assert rows_run == [2, 1, SAMPLES]
+
+
+class Mixing(nn.Module):
+    """Subtracts the mean of the batch, so that a row's output depends on the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(11, 19), nn.ReLU(), nn.Dropout(0.3), nn.Linear(19, 5))
+
+    def forward(self, x):
+        return self.body(x - 0.5 * x.mean(0))
+
+
+def test_dropout_that_mixes_rows_is_refused_at_its_first_row(later):
+    with pytest.raises(ValueError, match="depends on the other rows"):
+        Predictor(MCDropout(Mixing()), Categorical(), SAMPLES, compile="background")(torch.randn(1, 11))
+
+
+def test_the_first_row_and_later_ones_have_the_draws_of_a_loop(later):
+    q = MCDropout(NETWORKS["mlp"][0]())
+    x = torch.randn(1, 11)
+    plain = Predictor(q, Categorical(), SAMPLES, compile=False)(x, samples=True)
+    predict = Predictor(q, Categorical(), SAMPLES, compile="background")
+    for _ in range(2):
+        torch.testing.assert_close(predict(x).probs, plain.probs, rtol=0.0, atol=1e-6)
+
+
+class Wide(nn.Module):
+    """A network whose values of a row take 1 MiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(2**18, 5)
+
+    def forward(self, x):
+        return self.head(self.drop(x.repeat(1, 2**14).relu_()))
+
+
+def test_draws_share_a_call_only_as_long_as_their_values_fit_into_a_cache(later, monkeypatch):
+    q, x = MCDropout(Wide()), torch.randn(1, 16)
+    seen: list[int] = []
+    monkeypatch.setattr(Wide, "forward", _seeing(Wide.forward, seen))
+    p = Predictor(q, Categorical(), SAMPLES, compile=False)(x)
+    assert max(seen) == 2  # 2 MiB
+    with torch.no_grad():
+        one_by_one = Predictor(q, Categorical(), SAMPLES, chunk_size=1, compile=False)(x)
+    torch.testing.assert_close(p.probs, one_by_one.probs, rtol=0.0, atol=1e-6)
+
+
+def _seeing(forward, seen):
+    def see(self, x):
+        seen.append(len(x))
+        return forward(self, x)
+
+    return see
+
+
+COMPILER = ("torch._inductor", "torch._dynamo", "torch._functorch._aot_autograd", "sympy", "triton")
+FIRST_ANSWERS = """
+    import json, sys
+    from concurrent.futures import Future
+    import torch
+    from test_contract import NETWORKS, POSTERIORS
+    from vbdl.engine import background
+    from vbdl.engine.predictor import Predictor
+    from vbdl.likelihoods.categorical import Categorical
+
+    background.submit = lambda owner, job: Future()
+    imported = {}
+    for name, make in POSTERIORS.items():
+        q = make(NETWORKS["mlp"][0])
+        before = set(sys.modules)
+        predict = Predictor(q, Categorical(), min(q.n_draws or 7, 7), compile="background")
+        predict(torch.randn(1, 11))
+        imported[name] = sorted(set(sys.modules) - before)
+    print(json.dumps(imported))
+"""
+
+
+def test_no_compiler_is_imported_before_the_first_answer():
+    command = [sys.executable, "-c", textwrap.dedent(FIRST_ANSWERS)]
+    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    imported = json.loads(run.stdout.splitlines()[-1])
+    assert list(imported) == list(POSTERIORS)
+    of_compiler = {name: [m for m in new if m.startswith(COMPILER)] for name, new in imported.items()}
+    assert {name: new for name, new in of_compiler.items() if new and name not in TRACED} == {}
+
+
+def test_a_stack_takes_the_place_of_what_it_is_made_of(monkeypatch):
+    calls: list[None] = []
+    monkeypatch.setattr(vbdl.calling.apart, "give_back", lambda: calls.append(None))
+    networks = [nn.Sequential(*(nn.Linear(1024, 1024, bias=i == 0) for i in range(6))) for _ in range(3)]
+    q = DeepEnsemble(networks)
+    networks.clear()
+    members = vars(q.stacked_parameters)["_parameters"].source._apart
+    assert sum(t.nbytes for of_all in members.values() for t in of_all) == 3 * 6 * 1024 * 1024 * 4
+    stacks = q.stacked()
+    assert members == {}
+    assert sum(t.nbytes for t in stacks.values()) == 3 * (6 * 1024 * 1024 + 1024) * 4
+    assert len(calls) == 3  # each stack has 12 MiB, and from 16 MiB on it is worth while
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_given_back():
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    tensors = [torch.ones(2**12) for _ in range(2**12)]  # 16 KiB each, which the system gets back only if asked
+    last = torch.ones(2**12)  # which keeps the heap from shrinking
+    before = resident()
+    tensors.clear()
+    give_back()
+    assert resident() < before - 2**25, last.sum()
