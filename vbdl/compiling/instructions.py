@@ -1,0 +1,47 @@
+"""The processor's instructions that Inductor compiles for, found by fewer trials.
+
+Before its first kernel of a machine, Inductor compiles and loads small programs for each set of instructions that the
+processor has, and then uses the first set that works: with AVX-512 six programs, which takes seconds. Here the trials
+end with that first set, unless a setting asks for another one. The generated code is the same.
+"""
+
+import contextlib
+import functools
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def tried_once() -> Iterator[None]:
+    """A context in which Inductor tries no further sets of instructions after the first that works."""
+    from torch._inductor import config, cpu_vec_isa
+
+    isa: Any = cpu_vec_isa
+    expected = ("valid_vec_isa_list", "supported_vec_isa_list", "x86_isa_checker")  # another torch may lack them
+    if (
+        sys.platform != "linux" or platform.machine() != "x86_64" or config.cpp.simdlen is not None
+        or "ATEN_CPU_CAPABILITY" in os.environ or not all(hasattr(isa, name) for name in expected)
+    ):  # fmt: skip
+        yield
+        return
+    every = isa.valid_vec_isa_list
+    isa.valid_vec_isa_list = _first
+    try:
+        yield
+    finally:
+        isa.valid_vec_isa_list = every
+
+
+@functools.cache
+def _first() -> list[Any]:
+    """The first set of instructions that the processor has and the compiler can use, as a list; [] if there is none."""
+    from torch._inductor import cpu_vec_isa
+
+    isa: Any = cpu_vec_isa
+    has = isa.x86_isa_checker()
+    each = (s for s in isa.supported_vec_isa_list if all(flag in has for flag in str(s).split()) and s)
+    first = next(each, None)
+    return [] if first is None else [first]
