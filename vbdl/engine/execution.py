@@ -21,7 +21,7 @@ from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
 from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
-from vbdl.engine import background
+from vbdl.engine import background, freed
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run, draws_in_a_call, repeated
 from vbdl.engine.plan import Plan, choose
@@ -79,6 +79,7 @@ class Execution:
         self._behind = settings.compile == "background"  # whether the graph is still being compiled
         self._local_layers: Any = ()
         self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
+        freed.keep()
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             self._model = model = prepared(model, tile.nested)
