@@ -49,6 +49,12 @@ def _the_graph_if_timed(monkeypatch):
     monkeypatch.setattr("vbdl.engine.execution._CLEARLY", float("inf"))
 
 
+@pytest.fixture(autouse=True)
+def _no_memories(monkeypatch):
+    """No test finds what another one, or another process, found out about the fastest way to run."""
+    monkeypatch.setattr("vbdl.engine.remembered.load", lambda name: None)
+
+
 @pytest.fixture
 def traced_only(monkeypatch):
     """Compiled calls run as they were traced: for tests of what is traced and kept, not of Inductor's code."""

@@ -172,7 +172,7 @@ def test_a_call_is_stored_only_if_what_is_loaded_computes_the_same(compiled, mon
 
 def test_a_folder_that_cannot_be_written_to_changes_nothing(compiled, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(stored, "_file", lambda key: tmp_path / "file" / "under" / key)
+    monkeypatch.setattr(stored, "file", lambda key: tmp_path / "file" / "under" / key)
     inputs = [torch.randn(6, 7)]
     graph = _graph(lambda x: (x.softmax(-1),), *inputs)
     for _ in range(2):

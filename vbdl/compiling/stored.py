@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class _CannotStore(Exception):
 
 def key_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
     """The name under which the compiled call of a graph at these inputs is stored; None if it cannot be."""
+    return named(lambda: (*map(_described, inputs), *_lines(graph)))
+
+
+def named(lines: Callable[[], Iterable[str]]) -> str | None:
+    """A name for what depends on these lines and on what compiled code depends on; None if nothing may be stored."""
     off = (os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES"), os.environ.get("TORCHINDUCTOR_FX_GRAPH_CACHE"))
     if off[0] == "1" or off[1] == "0":
         return None
@@ -60,7 +65,7 @@ def key_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
         if any(_is_changed(name) for name in _CONFIGS):
             return None
         digest = hashlib.sha256()
-        for line in (*_surroundings(), *map(_described, inputs), *_lines(graph)):
+        for line in (*_surroundings(), *lines()):
             digest.update(f"{line}\n".encode())
         return digest.hexdigest()
     except (_CannotStore, AttributeError):  # AttributeError: another torch keeps its settings in another way
@@ -180,7 +185,7 @@ def _digest(t: Tensor) -> str:
 def load(key: str) -> Direct | None:
     """The call that is stored under this key, as a function of the list of its arguments; None if there is none."""
     try:
-        return _loaded(_file(key))
+        return _loaded(file(key))
     except FileNotFoundError:
         return None
     except Exception as error:  # a file that was cut off, or a kernel that is gone
@@ -193,31 +198,32 @@ def store(key: str, call: Direct, is_right: Callable[[Direct], bool]) -> None:
 
     is_right: tries out what is loaded; whether it computes what the call does.
     """
-    file = _file(key)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    place = file(key)
+    temporary = place.with_name(f"{place.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_parts(call), temporary)
         if is_right(_loaded(temporary)):
-            os.replace(temporary, file)
+            os.replace(temporary, place)
     except Exception as error:  # then the next process compiles, or finds Inductor's own cache
         logger.debug("a compiled call is not stored: %s", error)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _file(key: str) -> Path:
+def file(key: str) -> Path:
+    """The file of this name. Raises FileNotFoundError if there is no folder of compiled code."""
     folder = cache.folder()
     if folder is None:
         raise FileNotFoundError("there is no folder of compiled code")
     return Path(folder) / "vbdl" / key[:2] / key
 
 
-def _loaded(file: Path) -> Direct:
-    parts = torch.load(file, weights_only=True)
+def _loaded(place: Path) -> Direct:
+    parts = torch.load(place, weights_only=True)
     space: dict[str, Any] = {name: _kernel(Path(path)) for name, path in parts["kernels"].items()}
     space["extern_kernels"] = types.SimpleNamespace(**{name: getattr(torch, name) for name in parts["products"]})
-    exec(compile(parts["code"], str(file), "exec"), space)
+    exec(compile(parts["code"], str(place), "exec"), space)
     return space["call"]
 
 

@@ -21,12 +21,13 @@ from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
 from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
-from vbdl.engine import background, freed
+from vbdl.engine import background, freed, remembered
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run, draws_in_a_call, repeated
 from vbdl.engine.plan import Plan, choose
 from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
+from vbdl.engine.remembered import Memory
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
 from vbdl.engine.trial import check_apart, draws_by_itself, try_out
@@ -40,8 +41,8 @@ from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import State
 
 _ONE_DRAW = "the posterior is one network, which knows no epistemic uncertainty: epistemic is 0, aleatoric is total"
-_CLEARLY = 1.1  # how many times faster the network as it is has to be, so that most processes choose alike
-_ROUNDS, _ENOUGH = 9, 200.0  # both ways are timed in turn: so many times, or milliseconds
+_CLEARLY = 0.97  # the graph has to take less than this of the time: it needs the members' weights stacked
+_FEWEST, _ROUNDS, _ENOUGH = 3, 9, 200.0  # both ways are timed in turn: at least and at most so often, or milliseconds
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class Execution:
         self._behind = settings.compile == "background"  # whether the graph is still being compiled
         self._local_layers: Any = ()
         self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
-        freed.keep()
+        self._name: str | None = None  # under which later processes find what this one finds out
+        self._memory: Memory | None = None  # what earlier processes found out
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
+        freed.keep()
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             self._model = model = prepared(model, tile.nested)
             entries = model.entries(torch.arange(1), settings.seed)
@@ -101,6 +104,7 @@ class Execution:
         else:
             self._way, self._undecided = self._chosen()
         self._steps: dict[tuple[bool, int], Calls] = {}
+        self._answered = False
         self._waits = False  # whether calls wait for the compiler, as in `Predictor.warm_up`
         self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
 
@@ -204,17 +208,20 @@ class Execution:
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
         return _Way(plan, PlainCalls(plain, draws))
 
-    def _of_members(self, way: _Way) -> _Way:
-        """A way that stays, which runs the network as it is, with what it holds of members laid out for it."""
-        assert self._plain is not None and isinstance(way.plan, PlainPlan)
-        if not self._plain.hold_members(lay_out=self._settings.compile is not False):
+    def _staying(self, way: _Way, lay_out: bool = False) -> _Way:
+        """A way that stays; the network as it is then holds the entries of members.
+
+        lay_out: whether to lay out weights of convolutions for it.
+        """
+        if self._plain is None or not isinstance(way.plan, PlainPlan) or not self._plain.hold_members(lay_out):
             return way
         return _Way(way.plan.because("weights of convolutions are held with channels last"), way.calls)
 
     def _graph(self) -> tuple[_Way, str, str]:
         """Trace a draw or two; return the way that runs the graph, and what `ways.after_tracing` says of it."""
+        few_draws = None if self._memory is None else self._memory.chunk
         with torch.no_grad(), tracing():
-            traced = Traced(self._model, self._tile, self._settings, self.n_samples)
+            traced = Traced(self._model, self._tile, self._settings, self.n_samples, few_draws)
             few, n_few, reasons = traced.probe()
             if few.random:
                 raise draws_by_itself(f"calls {few.random}, which draws")
@@ -238,9 +245,26 @@ class Execution:
             calls = Chunking(
                 traced, plan.chunk, plan.keep_draws, few if n_few == plan.chunk else None, bool(self._settings.compile)
             )
+            if plan.chunk != n_few and few_draws is not None:  # it is another network after all
+                self._memory = None
+                return self._graph()
+        if plan.chunk != n_few:
+            self._remember(Memory(plan.chunk))
         self._traced, self._graph_plan = traced, plan
         drawn = few.placeholders[: -len(traced.shared) - len(self._tile.tensors)]
         return _Way(plan, calls), *after_tracing(few, plan, drawn, self._settings)
+
+    def _remember(self, memory: Memory) -> None:
+        """Keep what was found out for later processes, if this one compiles."""
+        self._memory = memory
+        if self._name is not None:
+            remembered.store(self._name, memory)
+
+    def _recall(self) -> None:
+        """Look up what an earlier process found out about this model, if it is to be compiled."""
+        if self._settings.compile is not False and self._model.device.type == "cpu":
+            self._name = remembered.name_of(self._model, self._tile, self._settings, self.n_samples)
+            self._memory = None if self._name is None else remembered.load(self._name)
 
     def _chosen(self) -> tuple[_Way, str | None]:
         """Choose the way; if both are to be timed, return the graph, and the reason to time them."""
@@ -249,16 +273,21 @@ class Execution:
             return self._as_it_is("rows cannot share masks, so they run one after the other"), None
         verdict, reason = before_tracing(self._model, self._settings, self._own)
         if verdict == PLAIN:
-            return self._of_members(self._as_it_is(reason)), None
+            return self._staying(self._as_it_is(reason), lay_out=self._settings.compile is not False), None
+        self._recall()
+        if self._memory is not None and self._memory.plain:
+            return self._staying(self._as_it_is(f"{self._memory.words} in an earlier process")), None
         try:
             way, verdict, reason = self._graph()
         except CannotTrace as error:
             with torch.no_grad():
-                return self._as_it_is(str(error), mapping=True), None
+                return self._staying(self._as_it_is(str(error), mapping=True)), None
         if self._local is not None and self._local != layers_that_draw_outputs(way.plan.reasons):
             return self._as_it_is("as a graph, other layers would draw outputs in place of weights"), None
         if verdict == PLAIN:
-            return self._as_it_is(reason), None
+            return self._staying(self._as_it_is(reason)), None
+        if verdict == MEASURE and self._memory is not None and self._memory.plain is False:
+            return _Way(way.plan.because(f"{self._memory.words} in an earlier process"), way.calls), None
         return way, reason if verdict == MEASURE else None
 
     def settle(self, tile: Flat) -> None:
@@ -270,15 +299,16 @@ class Execution:
 
     def _faster(self, graph: _Way, plain: _Way, tile: Flat, reason: str) -> _Way:
         """The faster of the two ways on a tile, with the times as a reason."""
-        ways = (graph, plain)
+        ways = (graph, self._staying(plain))  # holding parts of what is stacked takes no memory
         for way in ways:
             self._once(way, tile)  # compiles, and makes the values that are kept
         rounds: list[tuple[float, ...]] = []
-        while len(rounds) < _ROUNDS and sum(map(sum, rounds)) < _ENOUGH:
+        while len(rounds) < _FEWEST or (len(rounds) < _ROUNDS and sum(map(sum, rounds)) < _ENOUGH):
             rounds.append(tuple(self._once(way, tile) for way in ways))
         times = [min(each) for each in zip(*rounds, strict=True)]
         words = f"{reason}, so both were timed: {times[0]:.3g} ms as a graph, {times[1]:.3g} ms as it is"
         best = ways[times[1] * _CLEARLY < times[0]]
+        self._remember(Memory(self.graph_plan.chunk, best is not graph, words))
         return _Way(best.plan.because(words), best.calls)
 
     def _once(self, way: _Way, tile: Flat) -> float:
@@ -415,6 +445,11 @@ class Execution:
         """Whether no graph will take over."""
         return self.answers_as_it_is and not self._behind
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether calls run the network as it is, now and later, and it has run: another call would change nothing."""
+        return self._answered and self.stays_as_it_is
+
     # -- running
 
     def chunking(self, draws: int) -> Calls:
@@ -460,6 +495,7 @@ class Execution:
         """
         calls = self._way.calls
         fields = self._fields(calls, _unpadded(calls, tile, rows))
+        self._answered = True
         self._begin()
         return fields
 
@@ -475,6 +511,7 @@ class Execution:
     def sums(self, tile: Flat, carried: State) -> State:
         """Add all draws of this execution to a tile's running sums, and return the new sums."""
         sums = self._sums(self._way.calls, tile, carried)
+        self._answered = True
         self._begin()
         return sums
 

@@ -100,6 +100,7 @@ class Plain:
         self._seed = settings.seed
         self._twin = model.twin() if before is None else before.twin
         self._before = before
+        self._expected = before.outputs[0] if before is not None and before.is_on(tile) else None  # of draw 0 on `tile`
         if local:
             network: Any = self._twin.network
             network.local = local
@@ -159,8 +160,8 @@ class Plain:
     def each(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
         before, self._before = self._before, None
-        posterior = self.model.posterior
-        one_by_one = self._large or (isinstance(posterior, StackedPosterior) and posterior.is_apart)
+        posterior, one_by_one = self.model.posterior, self._large or self._holds_members
+        one_by_one = one_by_one or (isinstance(posterior, StackedPosterior) and posterior.is_apart)
         entries = {} if one_by_one else self.entries(numbers)
         outputs = []
         for i, n in enumerate(numbers.tolist()):
@@ -209,7 +210,10 @@ class Plain:
         own = [f"{name}.weight" for name in layers if f"{name}.weight" in self._places]
         names = [name.removeprefix("network.") for name in own]
         with self._lock, torch.no_grad():
-            expected = self._run((0,), self._entries_of(0), self.tile) if lay_out else None
+            expected = self._expected if lay_out else None
+            if lay_out and expected is None:
+                expected = self._run((0,), self._entries_of(0), self.tile)
+            self._expected = None
             if expected is not None and posterior.lay_out(names, _LAST):
                 self._convolutions = own
                 try:

@@ -289,11 +289,13 @@ class Predictor:
         self.executions.waiting = True
         sizes = {n: self._tiling.cut(pad(flat, 0, n)) if n else [self.tiles[0]] for n in batch_sizes}
         for size in sorted({size for of_batch in sizes.values() for size in of_batch}):
-            self._tile(pad(flat, 0, size), samples)
+            tile = pad(flat, 0, size)
+            if samples or not all(isinstance(e, Execution) and e.is_warm for e in self.executions.of(tile)):
+                self._tile(tile, samples)
         for n in sorted(sizes):
             if n and self._tiling.could_be_faster(batch := pad(flat, 0, n)):
                 self._learn(batch)
-                self._tile(pad(flat, 0, n), samples)
+                self._tile(batch, samples)
         if adaptive:
             stepwise.warm_up(self.executions, flat)
         if self.settings.autocast is not None and batch_sizes:

@@ -39,6 +39,7 @@ class Traced:
     `program.tracing`.
     strategy: "stacked" maps the draws together with vmap, "loop" runs one after the other; `probe` decides.
     shared: the parameters and buffers that all draws share; every graph reads these same tensors.
+    few: the number of draws to trace first, if it is known how many one call will have.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Traced:
         tile: Flat,  # (rows, ...) each
         settings: PredictorSettings,
         n_samples: int,
+        few: int | None = None,
     ):
+        self._given_few = few
         self.model, self.tile, self.settings, self.n_samples = model, tile, settings, n_samples
         self.called = model.twin()
         self.device, self.rows = tile.tensors[0].device, tile.rows
@@ -108,6 +111,8 @@ class Traced:
 
     def _few(self) -> int:
         """The number of draws to trace first: all of them, which is mostly the plan, unless they take time to draw."""
+        if self._given_few is not None:
+            return min(self._given_few, self.n_samples)
         entries = self.entries(torch.arange(1))
         drawn = sum(t.numel() * t.itemsize for t in entries.values()) > _KEY_BYTES
         most = _FEW if drawn else self.n_samples if self.settings.chunk_size is None else self.settings.chunk_size
