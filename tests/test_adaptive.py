@@ -59,7 +59,7 @@ def test_a_tolerance_gives_each_row_a_prefix(rule, tiles):
 
 
 def test_equal_steps_are_equal_bit_for_bit():
-    predict, x = predictor(chunk_size=10), 2 * torch.randn(150, 5)
+    predict, x = predictor(chunk_size=10, tiles=64), 2 * torch.randn(150, 5)
     found = predict(x, tolerance=0.02)
     counts = found.n_samples
     for k in counts.unique().tolist():

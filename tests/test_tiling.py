@@ -87,6 +87,21 @@ def test_other_settings_learn_no_tiles(settings):
     assert sizes(predict, 33) == [64]
 
 
+def test_noise_that_depends_on_the_place_in_a_tile_stays():
+    q = vbdl.Stochastic(nn.Sequential(Noisy(), nn.Linear(3, 5)), per_row=True)
+    predict, x = background(q), torch.randn(100, 3)
+    first = predict(x)
+    for _ in range(5):
+        predict.wait()
+        torch.testing.assert_close(predict(x).probs, first.probs, **ROUNDING)
+    assert sizes(predict, 100) == [64, 64]
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
 def test_few_sizes_get_own_tiles():
     predict = background()
     for rows in (2, 3, 4, 5, 6, 33):
@@ -131,8 +146,8 @@ def test_a_copy_learns_again():
 
 
 def test_inputs_of_other_shapes_have_tiles_of_their_own():
-    tiling = Tiling(background().settings)
     predict = background()
+    tiling = Tiling(predict.settings, predict.posterior)
     tiling.learn(predict.check(torch.randn(33, 3)), predict.executions, lambda tile: None)
     assert tiling.cut(predict.check(torch.randn(33, 3))) == [33]
     assert tiling.cut(predict.check(torch.randn(33, 2, 3))) == [64]
@@ -166,3 +181,13 @@ def test_a_network_as_it_is_gets_no_padding(rows):
     expected = Predictor(q, vbdl.Categorical(), compile=False, tiles=rows)(x, samples=True)
     torch.testing.assert_close(answer.samples, expected.samples, **ROUNDING)
     torch.testing.assert_close(answer.epistemic, expected.epistemic, **ROUNDING)
+
+
+def test_warm_up_of_everything_covers_own_tiles():
+    predict, x = background(), torch.randn(33, 3)
+    for _ in range(3):
+        predict(x)
+    predict.warm_up((1, 64), example=x, samples=True, adaptive=True)  # while the own tile is being compiled
+    assert sizes(predict, 33) == [33]
+    predict(x), predict(x, samples=True), predict(x, tolerance=0.05), predict(x, deadline=10.0)
+    predict.log_prob(x, torch.zeros(33, dtype=torch.int64))

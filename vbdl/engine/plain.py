@@ -72,7 +72,12 @@ class Run:
     outputs: Tensor  # (draws, rows, ...)
 
     def is_on(self, tile: Flat) -> bool:
-        """Whether it ran on these very rows in memory: every call of a predictor makes new ones, even of equal rows."""
+        """Whether it ran on these very rows in memory: every call of a predictor makes new ones, even of equal rows.
+
+        It ran without gradients, and is no part of an answer that has one.
+        """
+        if wants_gradient(tile):
+            return False
         places = lambda t: (t.data_ptr(), t.stride(), t.shape[1:])
         return all(places(a) == places(b) for a, b in zip(tile.tensors, self.tile.tensors, strict=True))
 

@@ -164,7 +164,7 @@ class Predictor:
         self.estimator = estimator
         self._counted = self.n_samples if estimator == "sampling" else 0
         self.executions = Executions(self.posterior, self.likelihood, self.settings, self.device)
-        self._tiling = Tiling(self.settings)
+        self._tiling = Tiling(self.settings, self.posterior)
         self._learning: list[Future[None]] = []  # of tiles for batch sizes that come often
         self._ready: dict[
             tuple[torch.Size, torch.dtype, torch.device], Ready
@@ -287,6 +287,7 @@ class Predictor:
             batch_sizes = (batch_sizes,)
         self.executions.sealed = False
         self.executions.waiting = True
+        self._wait_for_learning()
         sizes = {n: self._tiling.cut(pad(flat, 0, n)) if n else [self.tiles[0]] for n in batch_sizes}
         for size in sorted({size for of_batch in sizes.values() for size in of_batch}):
             tile = pad(flat, 0, size)
@@ -295,7 +296,8 @@ class Predictor:
         for n in sorted(sizes):
             if n and self._tiling.could_be_faster(batch := pad(flat, 0, n)):
                 self._learn(batch)
-                self._tile(batch, samples)
+        for size in self._tiling.own(flat):
+            self._tile(pad(flat, 0, size), samples)
         if adaptive:
             stepwise.warm_up(self.executions, flat)
         if self.settings.autocast is not None and batch_sizes:
@@ -309,8 +311,7 @@ class Predictor:
         for executions in list(self.executions.by_shape.values()):
             for execution in executions:
                 execution.check(wait=True)
-        while self._learning:
-            self._learning.pop().exception()
+        self._wait_for_learning()
         return self
 
     def explain(self, example: Inputs | None = None) -> str:
@@ -348,7 +349,7 @@ class Predictor:
 
     def __getstate__(self) -> dict[str, object]:
         """The state to copy or pickle, without compiled calls: a copy compiles again, even after `warm_up`."""
-        return {**vars(self), "_ready": {}, "_tiling": Tiling(self.settings), "_learning": []}
+        return {**vars(self), "_ready": {}, "_tiling": Tiling(self.settings, self.posterior), "_learning": []}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple:
         """Pickle with cloudpickle, if installed, if a module's class was defined in a function: pickle cannot."""
@@ -408,6 +409,10 @@ class Predictor:
 
     def _learn(self, flat: Flat) -> None:
         self._tiling.learn(flat, self.executions, lambda tile: self._tile(tile, False))
+
+    def _wait_for_learning(self) -> None:
+        while self._learning:
+            self._learning.pop().exception()
 
     def _tile(self, tile: Flat, samples: bool, rows: int | None = None) -> tuple[State, Tensor | None]:
         """The prediction's fields for one tile; with `samples`, each draw's parameters too, (samples, rows, ...).

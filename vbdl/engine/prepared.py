@@ -29,12 +29,15 @@ def prepared(model: Model, inputs: Inputs) -> Model:
 
     with only_reading():
         state = state_of(given)
-    posterior, written = without_writing(make, state, {n for n, t in state.items() if isinstance(t, nn.Parameter)})
-    if written:  # `prepare` has changed its copies
-        own = state_of(posterior)
-        with torch.no_grad():
-            for name in written:
+    parameters = {n for n, t in state.items() if isinstance(t, nn.Parameter)}
+    posterior, written = without_writing(make, state, parameters)
+    own = state_of(posterior)
+    with torch.no_grad():
+        for name in parameters:
+            if name in written:  # `prepare` has changed its copy
                 own[name].copy_(state[name])
+            else:  # it may hold a copy that was made to compare
+                own[name].data = state[name].detach()
     if isinstance(given.module, KeyedNetwork) and isinstance(posterior.module, KeyedNetwork):
         given.module.adopt(posterior.module)
     return model.of(posterior)

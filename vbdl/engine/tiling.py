@@ -12,6 +12,8 @@ from vbdl.calling.inputs import Flat
 from vbdl.data.tiles import pad
 from vbdl.engine.executions import Executions, Row, row_of
 from vbdl.engine.settings import PredictorSettings, are_default
+from vbdl.nn.stochastic import StochasticNetwork
+from vbdl.types import Posterior
 
 _OFTEN = 3  # calls with a batch size after which it gets a tile of its own
 _MOST_ROWS, _MOST_SIZES = 512, 4  # of an own tile, and the number of own tiles, which all hold draws
@@ -22,12 +24,15 @@ _ROUNDS = 5  # of timing both ways to cut a batch
 class Tiling:
     """The sizes of the tiles that the batches of a predictor are cut into.
 
-    learns: whether batch sizes may get tiles of their own, which sizes chosen by the user may not.
+    learns: whether batch sizes may get tiles of their own: not beside sizes that the user chose, and not if the noise
+        of a row depends on its place in its tile.
     """
 
-    def __init__(self, settings: PredictorSettings):
+    def __init__(self, settings: PredictorSettings, posterior: Posterior):
         self.sizes = settings.tiles
-        self.learns = are_default(settings.tiles) and settings.estimator == "sampling" and bool(settings.compile)
+        compiles = settings.estimator == "sampling" and bool(settings.compile)
+        by_place = any(isinstance(p.module, StochasticNetwork) and p.module.per_row for p in posterior.parts)
+        self.learns = are_default(settings.tiles) and compiles and not by_place
         self._own: dict[Row, set[int]] = {}
         self._calls: Counter[tuple[Row, int]] = Counter()
 
@@ -69,6 +74,10 @@ class Tiling:
         key = row_of(flat), flat.rows
         self._calls[key] += 1
         return self._calls[key] == _OFTEN
+
+    def own(self, flat: Flat) -> list[int]:
+        """The sizes of the tiles of their own that rows like these have."""
+        return sorted(self._own.get(row_of(flat), ()))
 
     def learn(self, flat: Flat, executions: Executions, run: Callable[[Flat], object]) -> None:
         """Compile a tile for batches of as many rows as these, and cut them into it from now on if that is faster.
