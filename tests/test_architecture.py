@@ -16,7 +16,7 @@ from torch import nn
 
 import vbdl
 from vbdl.artifact.manifest import ArtifactError
-from vbdl.nn.architecture import architecture, constants
+from vbdl.nn.architecture import architecture, are_alike, constants
 
 
 class Scaler:
@@ -260,3 +260,43 @@ def test_a_tensor_kept_from_call_to_call_is_named():
             vbdl.DeepEnsemble(Keeping(), 2), (torch.randn(20, 3), torch.arange(20) % 2), vbdl.Categorical(), epochs=2,
             progress=False,
         )  # fmt: skip
+
+
+SAME = {
+    "layers": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.2)),
+    "lstm": lambda: nn.LSTM(3, 4, num_layers=2),
+    "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16),
+}
+
+
+def _tied():
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+OTHER = {
+    "rate": (lambda: nn.Dropout(0.1), lambda: nn.Dropout(0.2)),
+    "kind": (lambda: nn.Sequential(nn.ReLU()), lambda: nn.Sequential(nn.Tanh())),
+    "shape": (lambda: nn.Linear(3, 4), lambda: nn.Linear(3, 5)),
+    "bias": (lambda: nn.Linear(3, 4), lambda: nn.Linear(3, 4, bias=False)),
+    "tied": (_tied, lambda: nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))),
+    "frozen": (lambda: nn.Linear(3, 4), lambda: nn.Linear(3, 4).requires_grad_(False)),
+    "dtype": (lambda: nn.Linear(3, 4), lambda: nn.Linear(3, 4).double()),
+    "directions": (lambda: nn.LSTM(3, 4), lambda: nn.LSTM(3, 4, bidirectional=True)),
+    "more": (lambda: nn.Sequential(nn.ReLU()), lambda: nn.Sequential(nn.ReLU(), nn.ReLU())),
+    "activation": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("network", SAME)
+def test_networks_of_one_architecture_are_alike(network):
+    assert are_alike(SAME[network](), SAME[network]())
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_networks_that_differ_are_not_alike(other):
+    a, b = (make() for make in OTHER[other])
+    assert not are_alike(a, b)

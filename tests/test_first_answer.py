@@ -121,8 +121,11 @@ def test_draws_share_a_call_only_as_long_as_their_values_fit_into_a_cache(later,
     q, x = MCDropout(Wide()), torch.randn(1, 16)
     seen: list[int] = []
     monkeypatch.setattr(Wide, "forward", _seeing(Wide.forward, seen))
-    p = Predictor(q, Categorical(), SAMPLES, compile=False)(x)
+    predict = Predictor(q, Categorical(), SAMPLES, compile="background")
+    p = predict(x)
     assert max(seen) == 2  # 2 MiB
+    reasons = next(iter(predict.executions.by_shape.values()))[0].plan.reasons
+    assert "at most 2 draws run at once, so that a cache holds their largest value" in reasons
     with torch.no_grad():
         one_by_one = Predictor(q, Categorical(), SAMPLES, chunk_size=1, compile=False)(x)
     torch.testing.assert_close(p.probs, one_by_one.probs, rtol=0.0, atol=1e-6)

@@ -431,6 +431,11 @@ def _detached(t: Tensor) -> Tensor | None:
 _TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
 
 
+def is_cache(module: nn.Module, name: str) -> bool:
+    """Whether torch keeps the parameters of a recurrent layer in this attribute, which it renews when they change."""
+    return name in ("_flat_weights", "_flat_weight_refs") and isinstance(module, nn.RNNBase)
+
+
 def kept_by(module: nn.Module) -> list[tuple]:
     """What the modules keep in attributes, apart from parameters and buffers: tensors and their versions, and numbers.
 
@@ -439,7 +444,7 @@ def kept_by(module: nn.Module) -> list[tuple]:
     kept: list[tuple] = []
     for i, (_, m) in enumerate(modules_of(module)):
         for name, value in vars(m).items():
-            if value is None or name in _TABLES:
+            if value is None or name in _TABLES or is_cache(m, name):
                 continue
             if isinstance(value, str | set) or (isinstance(value, dict) and not value):
                 continue

@@ -205,6 +205,8 @@ class Execution:
         if mapping and (reason := plain.map_if_faster()):
             reasons = (*reasons, reason)
         draws = min(plain.most_draws, self._settings.chunk_size or self.n_samples)
+        if plain.repeated and (most := draws_in_a_call(plain.network, self._tile)) < draws:
+            reasons = (*reasons, f"at most {most} draws run at once, so that a cache holds their largest value")
         plan = PlainPlan(plain.strategy, self.n_samples, draws, self._tile.rows, reasons)
         return _Way(plan, PlainCalls(plain, draws))
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import is_computed, state_of
+from vbdl.calling.stacking import is_cache, is_computed, state_of
 from vbdl.calling.traversing import modules_of
 from vbdl.types import State
 
@@ -86,7 +86,11 @@ def are_alike(a: nn.Module, b: nn.Module) -> bool:
             elif key == "_modules":
                 if [(n, c is None) for n, c in value.items()] != [(n, c is None) for n, c in it.items()]:
                     return False
-            elif key != "training" and not (type(value) is type(it) and is_plain(value) and repr(value) == repr(it)):
+            elif (
+                key != "training"
+                and not is_cache(m, key)
+                and not (type(value) is type(it) and is_plain(value) and repr(value) == repr(it))
+            ):
                 return False
     return True
 
