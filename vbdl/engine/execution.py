@@ -278,7 +278,7 @@ class Execution:
             return self._staying(self._as_it_is(reason), lay_out=self._settings.compile is not False), None
         self._recall()
         if self._memory is not None and self._memory.plain:
-            return self._staying(self._as_it_is(f"{self._memory.words} in an earlier process")), None
+            return self._staying(self._as_it_is(f"{self._memory.words} (in an earlier process)")), None
         try:
             way, verdict, reason = self._graph()
         except CannotTrace as error:
@@ -289,7 +289,7 @@ class Execution:
         if verdict == PLAIN:
             return self._staying(self._as_it_is(reason)), None
         if verdict == MEASURE and self._memory is not None and self._memory.plain is False:
-            return _Way(way.plan.because(f"{self._memory.words} in an earlier process"), way.calls), None
+            return _Way(way.plan.because(f"{self._memory.words} (in an earlier process)"), way.calls), None
         return way, reason if verdict == MEASURE else None
 
     def settle(self, tile: Flat) -> None:
