@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from torch import Tensor, fx
 
 from vbdl.calling.graphs import in_words
-from vbdl.compiling.compiler import compile_graph
+from vbdl.compiling.compiler import compile_graph, copy_as_laid_out
 from vbdl.engine import background
 from vbdl.engine.program import compiling
 
@@ -30,7 +30,7 @@ class Takeover:
         self.first, self.seconds = first, 0.0
         self._graph = graph
         # the compiler runs the code on them to try it out, while training changes the parameters
-        self._like = [t.detach().clone() for t in like]
+        self._like = [copy_as_laid_out(t) for t in like]
         self._compiled: Call | None = None
         self._job: Future[None] | None = background.submit(self, Takeover._compile)
 
