@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbdl.calling import freed
 from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat
 from vbdl.calling.stacking import select
 from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
-from vbdl.engine import background, freed, remembered
+from vbdl.engine import background, remembered
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run, draws_in_a_call, repeated
 from vbdl.engine.plan import Plan, choose
