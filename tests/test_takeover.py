@@ -1,5 +1,6 @@
 """Compiled code takes the place of a traced step at a step that no clock decides, and members train in turn."""
 
+import json
 import math
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import vbdl
@@ -94,6 +97,21 @@ def test_code_takes_over_at_one_step_of_repeated_and_resumed_trainings(
         resumed, history = trained(data, **options)
         assert history.epochs == 5
         assert all(torch.equal(t, resumed[name]) for name, t in expected.items())
+
+
+def test_a_checkpoint_of_the_former_format_goes_on(data, tmp_path):
+    """It does not say which code ran which step, so the rest is equal to rounding."""
+    path = tmp_path / "checkpoint.safetensors"
+    trained(data, epochs=2, checkpoint=path, checkpoint_every=1, compile=False)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["vbdl"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del about["steps"]
+    save_file(tensors, path, {"vbdl": json.dumps(about | {"format": 1})})
+    resumed, history = trained(data, epochs=4, checkpoint=path, checkpoint_every=1, compile=False)
+    whole, _ = trained(data, epochs=4, compile=False)
+    assert len(history.train_loss) == 4
+    torch.testing.assert_close(resumed, whole, **ROUNDING)
 
 
 def test_training_goes_on_while_the_compiler_runs(in_turn, data, monkeypatch):

@@ -13,6 +13,7 @@ from torch import Tensor
 from vbdl.types import Json
 
 FORMAT = 2
+_FORMER = 1  # without the steps, so that a resumed training compiles anew and repeats to rounding
 
 Whole = Callable[[str, Tensor], Tensor]
 """A function of a tensor's name and the tensor that joins it with the parts of other processes, or takes a part."""
@@ -79,7 +80,7 @@ def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tup
     if about is None:
         raise ValueError(f"{path} is not a checkpoint of vbdl: remove it, or give another path")
     about = json.loads(about)
-    if about["format"] != FORMAT:
+    if about["format"] not in (FORMAT, _FORMER):
         raise ValueError(
             f"{path} has checkpoint format {about['format']}, but this version of vbdl reads format {FORMAT}: remove "
             f"it, or give another path"
@@ -99,7 +100,7 @@ def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tup
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     if schedule is not None and about["schedule"] is not None:
         schedule.load_state_dict(about["schedule"])
-    return tensors, about["epoch"], about["history"], about["steps"]
+    return tensors, about["epoch"], about["history"], about.get("steps", {"steps": 0, "begun": {}})
 
 
 def _plain(state: Json) -> Json:
