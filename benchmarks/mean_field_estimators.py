@@ -29,7 +29,8 @@ from speed import machine
 from torch import Tensor, nn
 
 import vbdl
-from vbdl.calling.stacking import call_stacked, state_of
+from vbdl.calling.stacking import call_stacked
+from vbdl.calling.traversing import state_of
 
 ROWS, BATCH, EPOCHS, SEEDS, DRAWS, LR = 1400, 64, 60, 2, 8, 3e-3
 ESTIMATORS: dict[str, dict[str, Any]] = {

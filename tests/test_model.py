@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from vbdl import Categorical
-from vbdl.calling.stacking import call_each, call_stacked, state_of
+from vbdl.calling.each import call_each
+from vbdl.calling.stacking import call_stacked
+from vbdl.calling.traversing import state_of
 from vbdl.compiling.graph import trace
 from vbdl.model import Model
 from vbdl.types import Posterior

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vbdl
-from vbdl.calling.stacking import replicate
+from vbdl.calling.likelihood_members import replicate
 from vbdl.engine import background
 from vbdl.model import Model
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vbdl
-from vbdl.calling import stacking
+from vbdl.calling import each
 from vbdl.nn import members as member_posteriors
 from vbdl.nn.interception import CounterDropout
 from vbdl.training import step as steps
@@ -211,7 +211,7 @@ def test_members_one_after_the_other_are_differentiated_one_after_the_other():
     members = [Watched(events) for _ in range(3)]
     x, y, weights = torch.randn(3, 7, FEATURES), torch.randn(3, 7, 1), torch.tensor([1.0, -2.0, 0.5])
     found = []
-    for run in (stacking.call_each, stacking.losses_of_each):
+    for run in (each.call_each, each.losses_of_each):
         stacked = {
             name: torch.stack([p.detach() for p in ps]).requires_grad_()
             for name, ps in (

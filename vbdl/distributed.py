@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor, Shard
 from vbdl.artifact.files import locate
 from vbdl.artifact.loading import read_parts
 from vbdl.artifact.manifest import Manifest
+from vbdl.calling.copies import holding
 from vbdl.calling.inputs import Flat
-from vbdl.calling.stacking import holding, of_members
+from vbdl.calling.likelihood_members import of_members
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.settings import PredictorOptions
 from vbdl.posteriors.ensemble import DeepEnsemble

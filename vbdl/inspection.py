@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbdl import former
 from vbdl.calling.adapters import described_adapters
+from vbdl.calling.checks import check_network
+from vbdl.calling.copies import copied
 from vbdl.calling.inputs import arguments, flatten, tensors
 from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import check_network, copied
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vbdl.calling.copies import holding
 from vbdl.calling.inputs import tensors
 from vbdl.calling.layer_inputs import LayerInputs
 from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import holding, state_of
+from vbdl.calling.traversing import state_of
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
 

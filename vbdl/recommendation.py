@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.checks import check_network
+from vbdl.calling.copies import copied
 from vbdl.calling.inputs import map_inputs, tensors
-from vbdl.calling.stacking import check_network, copied
 from vbdl.data.rows import check_rows, take, whole
 from vbdl.data.splitting import split
 from vbdl.engine.predictor import Predictor

@@ -23,7 +23,9 @@ from torch import Tensor
 from vbdl.artifact.loading import load
 from vbdl.artifact.modules import is_registered
 from vbdl.artifact.saving import save
-from vbdl.calling.stacking import copied, replicate, state_of
+from vbdl.calling.copies import copied
+from vbdl.calling.likelihood_members import replicate
+from vbdl.calling.traversing import state_of
 from vbdl.data.rows import take
 from vbdl.engine.predictor import Predictor
 from vbdl.training.fit import fit

@@ -12,7 +12,7 @@ from vbdl.bench.methods.mc_dropout import _together
 from vbdl.bench.methods.training import DecayedAdam
 from vbdl.bench.stacked import stacked_parameters
 from vbdl.bench.summary import classified, regressed
-from vbdl.calling.stacking import replicate
+from vbdl.calling.likelihood_members import replicate
 
 
 def network(p: float = 0.0, outputs: int = 1) -> nn.Module:

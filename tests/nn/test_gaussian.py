@@ -10,7 +10,10 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from vbdl_kernels import make_key
 
-from vbdl.calling.stacking import call_each, call_stacked, holding, state_of
+from vbdl.calling.copies import holding
+from vbdl.calling.each import call_each
+from vbdl.calling.stacking import call_stacked
+from vbdl.calling.traversing import state_of
 from vbdl.compiling.graph import trace
 from vbdl.compiling.rewrite.linear import WholeLinears
 from vbdl.nn.gaussian import Dense, Diagonal, Factor, GaussianNetwork, Kronecker, LowRank

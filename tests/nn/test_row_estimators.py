@@ -10,7 +10,8 @@ from torch import nn
 from vbdl_kernels import make_key
 
 import vbdl
-from vbdl.calling.stacking import call, state_of
+from vbdl.calling.stacking import call
+from vbdl.calling.traversing import state_of
 from vbdl.nn.drawn import noise
 from vbdl.nn.objective import Objective
 from vbdl.nn.row_estimators import random_signs

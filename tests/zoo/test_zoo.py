@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import vbdl
-from vbdl.calling.stacking import call, select, without_data_parallel
+from vbdl.calling.checks import without_data_parallel
+from vbdl.calling.stacking import call, select
 
 sys.path.insert(0, str(Path(__file__).parent))
 import zoo_images  # noqa: E402

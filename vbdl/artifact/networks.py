@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vbdl.artifact import layers, libraries
 from vbdl.artifact.manifest import Architecture, ArtifactError, Layers, Library, Reference, Supplied, check_json
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
-from vbdl.calling.stacking import state_of
+from vbdl.calling.traversing import state_of
 from vbdl.nn.architecture import architecture as described_lines
 from vbdl.nn.architecture import constants
 from vbdl.types import Json

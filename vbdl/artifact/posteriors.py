@@ -24,7 +24,7 @@ from vbdl.artifact.manifest import (
     check_json,
 )
 from vbdl.artifact.trust import import_named, is_trusted, untrusted
-from vbdl.calling.stacking import state_of
+from vbdl.calling.traversing import state_of
 from vbdl.posteriors.augmentation import TestTimeAugmentation
 from vbdl.posteriors.batch_ensemble import BatchEnsemble
 from vbdl.posteriors.deterministic import Deterministic

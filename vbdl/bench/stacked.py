@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vbdl.calling.stacking import call_each, call_stacked, can_map
+from vbdl.calling.each import call_each
+from vbdl.calling.mapping import can_map
+from vbdl.calling.stacking import call_stacked
 from vbdl.model import Model
 from vbdl.types import Likelihood, Posterior
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import holding
+from vbdl.calling.copies import holding
 from vbdl.calling.traversing import modules_of
 from vbdl.types import State
 

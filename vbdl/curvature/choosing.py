@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
+from vbdl.calling.checks import check_chosen
 from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import call, check_chosen, places_of, state_of
+from vbdl.calling.stacking import call, places_of
+from vbdl.calling.traversing import state_of
 from vbdl.curvature.uses import Recorder
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.sampled import choose

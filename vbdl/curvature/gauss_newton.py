@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.inputs import flatten
-from vbdl.calling.stacking import state_of
+from vbdl.calling.traversing import state_of
 from vbdl.curvature.blocks import BiasBlock, Block, KroneckerBlock
 from vbdl.curvature.columns import columns
 from vbdl.curvature.uses import Recorded, Use, record

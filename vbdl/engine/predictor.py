@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vbdl.calling.apart import read_only
 from vbdl.calling.inputs import TENSOR, Flat, flatten
 from vbdl.calling.lending import lent_copy, only_reading
-from vbdl.calling.stacking import state_of
+from vbdl.calling.traversing import state_of
 from vbdl.data.rows import floating_dtype, outside_range
 from vbdl.data.tiles import check_inputs, pad
 from vbdl.engine import background, stepwise

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from vbdl.calling.copies import holding
 from vbdl.calling.lending import only_reading
-from vbdl.calling.stacking import holding, state_of
+from vbdl.calling.traversing import state_of
 from vbdl.engine.written import without_writing
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork

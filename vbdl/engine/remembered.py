@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vbdl.calling.inputs import Flat
 from vbdl.calling.lending import only_reading
-from vbdl.calling.stacking import state_of
+from vbdl.calling.traversing import state_of
 from vbdl.compiling import stored
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model

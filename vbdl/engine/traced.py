@@ -9,9 +9,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vbdl.calling.autograd import only_forwards
+from vbdl.calling.copies import forget
+from vbdl.calling.each import call_each
 from vbdl.calling.inputs import Flat, rebuilt
 from vbdl.calling.lending import only_reading
-from vbdl.calling.stacking import call_each, call_stacked, forget
+from vbdl.calling.stacking import call_stacked
 from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout

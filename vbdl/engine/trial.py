@@ -8,8 +8,9 @@ from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vbdl.calling.copies import kept_by
 from vbdl.calling.inputs import Flat
-from vbdl.calling.stacking import call, kept_by
+from vbdl.calling.stacking import call
 from vbdl.calling.traversing import modules_of
 from vbdl.types import Arguments, Keywords, State
 

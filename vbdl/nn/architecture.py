@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import is_cache, is_computed, state_of
-from vbdl.calling.traversing import modules_of
+from vbdl.calling.copies import is_cache, is_computed
+from vbdl.calling.traversing import modules_of, state_of
 from vbdl.types import State
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}

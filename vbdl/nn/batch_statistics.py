@@ -8,8 +8,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.each import call_each
 from vbdl.calling.inputs import tensors
-from vbdl.calling.stacking import call_each, call_stacked, state_of, why_not_mapped
+from vbdl.calling.mapping import why_not_mapped
+from vbdl.calling.stacking import call_stacked
+from vbdl.calling.traversing import state_of
 from vbdl.nn.frozen import frozen_modules
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.types import Inputs, State

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, typ
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from vbdl.calling.adapters import how_to_unfreeze, reset_adapters, with_frozen_of
-from vbdl.calling.stacking import copied
+from vbdl.calling.copies import copied
 from vbdl.nn.constructed import again, differs, is_constant, is_untrained
 from vbdl.types import is_posterior
 

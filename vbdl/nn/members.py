@@ -10,17 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.apart import Apart, Source
+from vbdl.calling.each import losses_of_each
 from vbdl.calling.inputs import tensors
 from vbdl.calling.lending import only_reading
-from vbdl.calling.stacking import (
-    call_stacked,
-    can_map,
-    is_of_a_trace,
-    losses_of_each,
-    places_of,
-    why_not_mapped,
-    without_dots,
-)
+from vbdl.calling.mapping import can_map, why_not_mapped
+from vbdl.calling.stacking import call_stacked, is_of_a_trace, places_of, without_dots
 from vbdl.calling.traversing import parameters_of
 from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned

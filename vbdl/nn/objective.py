@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.calling.checks import check_network, parameter_hooks, without_data_parallel
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output, named_part, pick
-from vbdl.calling.stacking import call, call_with_buffer, check_network, parameter_hooks, without_data_parallel
+from vbdl.calling.stacking import call, call_with_buffer
 from vbdl.model import autocast
 from vbdl.nn.drawn import draws_of_one_step
 from vbdl.nn.interception import CounterDropout

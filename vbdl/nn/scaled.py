@@ -17,7 +17,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
 
-from vbdl.calling.stacking import check_chosen, state_of, without_dots
+from vbdl.calling.checks import check_chosen
+from vbdl.calling.stacking import without_dots
+from vbdl.calling.traversing import state_of
 from vbdl.nn.drawn import READS
 from vbdl.types import Arguments, Keywords, State
 

@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.stacking import (
-    blueprint,
-    state_of,
-    without_dots,
-)
+from vbdl.calling.copies import blueprint
+from vbdl.calling.stacking import without_dots
+from vbdl.calling.traversing import state_of
 from vbdl.nn.frozen import frozen_names
 from vbdl.nn.initialization import fresh, reset_parameters
 from vbdl.nn.members import StackedPosterior

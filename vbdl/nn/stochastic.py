@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vbdl.calling.copies import copied
 from vbdl.calling.inputs import map_inputs, tensors
-from vbdl.calling.stacking import call, copied
+from vbdl.calling.stacking import call
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_noise import LARGE, Linear, Linears, LocalLayer, OwnOutputs, Pass, local_layers
 from vbdl.nn.masks import Site, batch_axis, described

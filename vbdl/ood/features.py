@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.copies import blueprint
 from vbdl.calling.inputs import arguments, flatten
 from vbdl.calling.layer_inputs import check_layer
-from vbdl.calling.stacking import blueprint
 from vbdl.curvature.choosing import last_layer
 from vbdl.types import Inputs
 

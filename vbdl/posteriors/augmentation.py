@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vbdl.augmentations import GaussianNoise
-from vbdl.calling.stacking import copied
+from vbdl.calling.copies import copied
 from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import Inputs, Output, State

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbdl.calling.stacking import copied
+from vbdl.calling.copies import copied
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Output

@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vbdl.calling.apart import hold_apart
+from vbdl.calling.checks import check_network, parameter_hooks, without_data_parallel
+from vbdl.calling.copies import blueprint, holding
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import (
-    blueprint,
-    check_network,
-    holding,
-    parameter_hooks,
-    state_of,
-    without_data_parallel,
-)
-from vbdl.calling.traversing import parameters_of
+from vbdl.calling.traversing import parameters_of, state_of
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, are_alike, difference, stacks
 from vbdl.nn.frozen import frozen_names

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vbdl.calling.stacking import check_chosen, copied
+from vbdl.calling.checks import check_chosen
+from vbdl.calling.copies import copied
 from vbdl.nn.embedding import padding_rows
 from vbdl.nn.gaussian.network import GaussianNetwork
 from vbdl.nn.gaussian.row_hessian import RowHessian

@@ -14,14 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.copies import copied
+from vbdl.calling.each import call_each
+from vbdl.calling.mapping import can_map
 from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import (
-    call,
-    call_each,
-    call_stacked,
-    can_map,
-    copied,
-)
+from vbdl.calling.stacking import call, call_stacked
 from vbdl.curvature.blocks import BiasBlock, Block, DenseBlock, DiagonalBlock, KroneckerBlock
 from vbdl.curvature.choosing import STRUCTURES, Group, check_last, chosen_names, grouped
 from vbdl.curvature.evidence import LARGEST, Part, best_noise, best_precisions, best_with_noise, log_evidence

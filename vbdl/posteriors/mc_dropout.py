@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbdl.calling.stacking import check_chosen, copied
+from vbdl.calling.checks import check_chosen
+from vbdl.calling.copies import copied
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.may_drop import may_drop
 from vbdl.nn.objective import KeyedPosterior, take_network

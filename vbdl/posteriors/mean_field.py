@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vbdl import former
+from vbdl.calling.checks import check_chosen
+from vbdl.calling.copies import copied
 from vbdl.calling.inputs import flatten, map_inputs
-from vbdl.calling.stacking import call, check_chosen, copied
+from vbdl.calling.stacking import call
 from vbdl.data.rows import take
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.layers import LayeredNetwork, has_bayesian_layers

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
-from vbdl.calling.stacking import (
-    copied,
-    state_of,
-    without_dots,
-)
+from vbdl.calling.copies import copied
+from vbdl.calling.stacking import without_dots
+from vbdl.calling.traversing import state_of
 from vbdl.nn.frozen import frozen_names, hold_frozen
 from vbdl.nn.objective import PosteriorOfOneNetwork, take_network
 from vbdl.types import Course, Inputs, Likelihood, Output, State

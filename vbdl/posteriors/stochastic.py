@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
+from vbdl.calling.checks import check_chosen, check_network, parameter_hooks
+from vbdl.calling.copies import copied
 from vbdl.calling.outputs import check_output
-from vbdl.calling.stacking import check_chosen, check_network, copied, parameter_hooks
 from vbdl.nn.objective import KeyedPosterior
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import Inputs, Output

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.stacking import copied
+from vbdl.calling.copies import copied
 from vbdl.nn.collected import CollectedNetwork
 from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Course, Inputs, Likelihood, Output, State, TrainingRows

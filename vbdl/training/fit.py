@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from vbdl.calling.stacking import replicate
+from vbdl.calling.likelihood_members import replicate
 from vbdl.data.rows import Data, check_rows, outside_range, whole
 from vbdl.data.stored import in_file
 from vbdl.training.options import TrainingOptions, is_of_each_member

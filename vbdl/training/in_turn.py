@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.inputs import map_inputs
-from vbdl.calling.stacking import call, caller, state_of
+from vbdl.calling.stacking import call, caller
+from vbdl.calling.traversing import state_of
 from vbdl.nn.members import StackedPosterior
 from vbdl.nn.objective import training_keys
 from vbdl.training.step import Losses, Step, like_parameter

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from vbdl.calling.inputs import map_inputs
-from vbdl.calling.stacking import call, of_members, state_of
+from vbdl.calling.likelihood_members import of_members
+from vbdl.calling.stacking import call
+from vbdl.calling.traversing import state_of
 from vbdl.nn.part_of_batch import Call, PartOfBatch, part_of_batch, recorded_shapes
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.types import Inputs, Likelihood, Posterior, State

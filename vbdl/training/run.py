@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vbdl.calling.copies import forget
 from vbdl.calling.inputs import tensors as tensors_of
-from vbdl.calling.stacking import forget, replicate, state_of
+from vbdl.calling.likelihood_members import replicate
+from vbdl.calling.traversing import state_of
 from vbdl.data.rows import Data
 from vbdl.model import Model
 from vbdl.progress import Progress

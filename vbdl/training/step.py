@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import TENSOR, flatten, rebuild
-from vbdl.calling.stacking import call, state_of
+from vbdl.calling.stacking import call
+from vbdl.calling.traversing import state_of
 from vbdl.compiling.graph import trace
 from vbdl.nn import drawn
 from vbdl.nn.objective import StepOptions, under_options

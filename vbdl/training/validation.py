@@ -6,8 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vbdl.calling.each import call_each
 from vbdl.calling.inputs import map_inputs
-from vbdl.calling.stacking import call_each, call_stacked, why_not_mapped
+from vbdl.calling.mapping import why_not_mapped
+from vbdl.calling.stacking import call_stacked
 from vbdl.data.stored import StoredRows
 from vbdl.model import Model
 from vbdl.training.processes import Sharing

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vbdl.bench.methods.training import DecayedAdam, plain, train
 from vbdl.bench.registry import method
 from vbdl.bench.task import Each, Run, Stacked, Task
-from vbdl.calling.stacking import replicate
+from vbdl.calling.likelihood_members import replicate
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout

@@ -1,0 +1,56 @@
+"""Checks of the networks that users give: whether a network can be called with replaced weights."""
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
+
+from vbdl.calling.adapters import check_adapters
+from vbdl.calling.traversing import modules_of, parameters_of, state_of
+
+
+def check_network(module: object, scripted: bool = False) -> None:
+    """Raise TypeError or ValueError if a network cannot be called with replaced weights.
+
+    That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm, idle adapters of peft
+    or, unless `scripted`, is a TorchScript module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"a network must be an nn.Module, got {type(module).__name__}")
+    for name, m in modules_of(module):
+        where = f"module '{name}'" if name else "the module"
+        if hasattr(m, "_orig_mod"):
+            raise ValueError(
+                f"{where} was returned by torch.compile: pass the module that you compiled, vbdl compiles it itself"
+            )
+        if isinstance(m, torch.jit.ScriptModule) and not scripted:
+            raise ValueError(
+                f"{where} is a TorchScript module, whose layers this method cannot replace: pass the Python module"
+            )
+        if any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{where} has torch.nn.utils.weight_norm, which torch cannot copy: use "
+                f"torch.nn.utils.parametrizations.weight_norm, which is the same"
+            )
+    check_adapters(module)
+    if any(is_lazy(t) for t in state_of(module).values()):
+        raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
+
+
+def without_data_parallel(module: nn.Module) -> nn.Module:
+    """The network inside nn.DataParallel or DistributedDataParallel, which only split rows over devices."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    return module
+
+
+def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters that have gradient hooks, which a copy of the module would lose."""
+    return tuple(n for n, p in parameters_of(module).items() if p._backward_hooks)
+
+
+def check_chosen(argument: str, chosen: object) -> None:
+    """Raise TypeError for a single module name or type in place of a list: a name would be read letter by letter."""
+    if isinstance(chosen, str | type):
+        one = repr(chosen) if isinstance(chosen, str) else chosen.__name__
+        raise TypeError(f"{argument} must be a list of module names or types, got {one}: write [{one}]")

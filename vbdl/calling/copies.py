@@ -1,0 +1,115 @@
+"""Copies of modules, which hold other tensors, and what forward passes leave in the attributes of modules."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from vbdl.calling.duplicating import duplicate
+from vbdl.calling.stacking import is_of_a_trace
+from vbdl.calling.traversing import modules_of, state_of
+from vbdl.types import State
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copied(module: M) -> M:
+    """A deep copy of a module. Tensors that a forward pass stored in attributes are detached, to be copied at all."""
+    return holding(module, {})
+
+
+def forget(module: nn.Module) -> None:
+    """Detach tensors that forward passes stored in attributes, such as attention maps, so that a copy is possible.
+
+    Such a tensor may hold the autograd graph of a training step. One from a finished trace is replaced by None.
+    """
+    for m in module.modules():
+        for name, value in list(_attributes(m)):
+            if any(map(is_computed, _leaves(name, value))):
+                vars(m)[name] = tree_map(lambda t: _detached(t) if is_computed(t) else t, value)
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, object]]:
+    """The attributes of a module that may hold tensors, by name; most of the others are torch's empty tables."""
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if type(value) not in _ATOMS and name != "_modules" and _may_hold_tensors(value)
+    ]
+
+
+def _leaves(name: str, value: Any) -> Iterable[Any]:
+    """The leaves of an attribute."""
+    return value.values() if name in ("_parameters", "_buffers") else tree_leaves(value)
+
+
+def _may_hold_tensors(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_may_hold_tensors, value))
+    if isinstance(value, dict):
+        return bool(value)
+    return not isinstance(value, _WITHOUT_TENSORS)
+
+
+_ATOMS = frozenset((type(None), bool, int, float, str, set))
+
+
+_WITHOUT_TENSORS = (*_ATOMS, nn.Module)
+
+
+def is_computed(value: object) -> bool:
+    """True if a value is a tensor that a forward pass computed, with gradients or in a trace."""
+    return isinstance(value, Tensor) and (not value.is_leaf or is_of_a_trace(value))
+
+
+def _detached(t: Tensor) -> Tensor | None:
+    return None if is_of_a_trace(t) else t.detach()
+
+
+_TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
+
+
+def is_cache(module: nn.Module, name: str) -> bool:
+    """Whether torch keeps the parameters of a recurrent layer in this attribute, which it renews when they change."""
+    return name in ("_flat_weights", "_flat_weight_refs") and isinstance(module, nn.RNNBase)
+
+
+def kept_by(module: nn.Module) -> list[tuple]:
+    """What the modules keep in attributes, apart from parameters and buffers: tensors and their versions, and numbers.
+
+    Two lists are equal if nothing was kept, replaced or written to in between.
+    """
+    kept: list[tuple] = []
+    for i, (_, m) in enumerate(modules_of(module)):
+        for name, value in vars(m).items():
+            if value is None or name in _TABLES or is_cache(m, name):
+                continue
+            if isinstance(value, str | set) or (isinstance(value, dict) and not value):
+                continue
+            for leaf in (value,) if isinstance(value, int | float) else tree_leaves(value):
+                if isinstance(leaf, Tensor):
+                    kept.append((i, name, id(leaf), leaf._version))
+                elif isinstance(leaf, (int, float)):
+                    kept.append((i, name, leaf))
+    return kept
+
+
+def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
+    """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied.
+
+    kept: tensors in attributes of the module that the copy holds too.
+    """
+    stored = [t for _, m in modules_of(module) for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
+    memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
+    for name, tensor in state_of(module).items():
+        if name in state:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            t = state[name]
+            memo[id(tensor)] = nn.Parameter(t, tensor.requires_grad and not t.is_inference()) if is_parameter else t
+    return duplicate(module, memo)
+
+
+def blueprint(module: M) -> M:
+    """A copy of a module's structure, without numbers: its parameters and buffers are on the meta device."""
+    return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
