@@ -95,9 +95,9 @@ def both(q, x, **settings):
 def test_the_network_as_it_is_has_the_draws_of_the_graph(make, rows):
     torch.manual_seed(0)
     graph, plain, execution = both(vbdl.MeanField(make(), 100), torch.randn(rows, WIDTH))
-    assert execution._local == (1 if make is of_a_constant and rows > 1 else NETWORKS[make])
-    if execution._local is not None:
-        assert layers_that_draw_outputs(execution.graph_plan.reasons) == execution._local
+    assert execution._first.local == (1 if make is of_a_constant and rows > 1 else NETWORKS[make])
+    if execution._first.local is not None:
+        assert layers_that_draw_outputs(execution.graph_plan.reasons) == execution._first.local
         torch.testing.assert_close(plain, graph, rtol=1e-4, atol=1e-5)
 
 
@@ -105,13 +105,13 @@ def test_the_network_as_it_is_has_the_draws_of_the_graph(make, rows):
 def test_with_some_parameters_drawn(parameters):
     torch.manual_seed(0)
     graph, plain, execution = both(vbdl.MeanField(dense(), 100, parameters=parameters), torch.randn(ROWS, WIDTH))
-    assert execution._local is not None
+    assert execution._first.local is not None
     torch.testing.assert_close(plain, graph, rtol=1e-4, atol=1e-5)
 
 
 def test_joint_draws_weights():
     graph, plain, execution = both(vbdl.MeanField(dense(), 100), torch.randn(ROWS, WIDTH), joint=True)
-    assert not execution._local_layers
+    assert not execution._first.local_layers
     torch.testing.assert_close(plain, graph, rtol=1e-4, atol=1e-5)
 
 

@@ -9,10 +9,9 @@ they read entries from one model, which is never called, and call or trace twins
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +19,21 @@ from torch import Tensor
 from vbdl.calling import freed
 from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat
-from vbdl.calling.stacking import select
-from vbdl.compiling.rewrite import MANY_ROWS, draws_outputs, layers_that_draw_outputs
+from vbdl.compiling.rewrite import draws_outputs, layers_that_draw_outputs
 from vbdl.engine import background, remembered
 from vbdl.engine.chunking import Calls, Chunking
-from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, Run, draws_in_a_call, repeated
+from vbdl.engine.first_run import FirstRun
+from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, draws_in_a_call
 from vbdl.engine.plan import Plan, choose
 from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
 from vbdl.engine.remembered import Memory
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.traced import CannotTrace, Traced
-from vbdl.engine.trial import check_apart, draws_by_itself, try_out
+from vbdl.engine.trial import draws_by_itself
 from vbdl.engine.ways import MEASURE, PLAIN, after_tracing, before_tracing
-from vbdl.engine.written import without_writing
 from vbdl.model import Model
-from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.local_outputs import local_layers
-from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import State
 
 _ONE_DRAW = "the posterior is one network, which knows no epistemic uncertainty: epistemic is 0, aleatoric is total"
@@ -79,27 +74,13 @@ class Execution:
         self._starting = threading.Lock()
         self._plain: Plain | None = None
         self._behind = settings.compile == "background"  # whether the graph is still being compiled
-        self._local_layers: Any = ()
-        self._local: int | None = None  # number of layers that draw outputs in the network as it is; None: unknown
         self._name: str | None = None  # under which later processes find what this one finds out
         self._memory: Memory | None = None  # what earlier processes found out
-        self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
         freed.keep()
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
-            self._model = model = prepared(model, tile.nested)
-            entries = model.entries(torch.arange(1), settings.seed)
-            state = {**model.shared(entries), **select(entries, 0)}
-            state = {n: t.detach() for n, t in state.items()}
-            noise = {}
-            if isinstance(model.network, StochasticNetwork):  # before it is copied
-                noise = model.network.found(state["network.key"])
-            twin = model.twin()
-            self._own = list(entries)  # the names of a draw's entries
-            parameters = {n for n, _ in twin.named_parameters()}
-            outputs, self._written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
-            del entries, state  # whose memory is laid out anew if nobody else holds it
-        self._run_before: Run | None = Run(twin, tile, outputs)
-        self.parameter_shape, self._dtype = outputs.shape[1:], outputs.dtype
+            self._model = prepared(model, tile.nested)
+            self._first = FirstRun(self._model, tile, settings, n_samples)
+        self.parameter_shape, self._dtype = self._first.shape, self._first.dtype
         if self._behind:
             self._way = self._meanwhile()
         else:
@@ -108,68 +89,6 @@ class Execution:
         self._answered = False
         self._waits = False  # whether calls wait for the compiler, as in `Predictor.warm_up`
         self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
-
-    def _tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
-        """Run draw 0, or all draws in one call, check the network by it, and find the layers that draw outputs.
-
-        model: a twin that no other thread calls. noise: what is known of the noise of draw 0 of `vbdl.Stochastic`.
-        Returns (draws, rows, ...).
-        """
-        network, tile, own = model.network, self._tile, self._own
-        mixes_nothing = network.keeps_apart if isinstance(network, KeyedNetwork) else "network.key" not in own
-        if self._behind and tile.rows == 1 and mixes_nothing:
-            # a row alone is not mixed with others: that is checked in the background, for the first answer to be fast
-            outputs = self._all_tried(model, state)
-            if outputs is None:
-                outputs = try_out(model, state, tile, apart=False).unsqueeze(0)
-            self._to_check = state, outputs[0]
-            return outputs
-        return self._one_tried(model, state, noise).unsqueeze(0)
-
-    def _all_tried(self, model: Model, state: State) -> Tensor | None:
-        """Run all draws of a row in one call, and check the network by it; None if they cannot be in one call."""
-        network, tile, n = model.network, self._tile, self.n_samples
-        if self._own != ["network.key"] or not isinstance(network, KeyedNetwork) or not network.takes_many_keys:
-            return None
-        if n == 1 or n > draws_in_a_call(network, tile):
-            return None
-        keys = self._model.entries(torch.arange(n), self._settings.seed)
-        try:
-            outputs = try_out(model, {**state, **keys}, repeated(tile, n), apart=False)
-        except NotImplementedError:
-            raise
-        except Exception:  # of the user's network: it is raised by the run of one draw, in words about its rows
-            return None
-        return outputs.unflatten(0, (n, tile.rows))
-
-    def _one_tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
-        """Run draw 0, check the network by it, and find the layers that draw outputs, as `_tried`."""
-        network, settings, tile, own = model.network, self._settings, self._tile, self._own
-        if (
-            settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
-            or settings.largest_tile >= MANY_ROWS or own != ["network.key"]
-            or before_tracing(model, settings, own)[0] == PLAIN
-        ):  # fmt: skip
-            return try_out(model, state, tile)
-        if isinstance(network, StochasticNetwork):
-            network.kept, network.recorded = dict(noise), []  # the noise of the draw is made once for all rows
-            outputs = try_out(model, state, tile)
-            first, second = network.recorded[:2]
-            layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
-            network.kept = network.recorded = None
-            if layers is not None:
-                self._local_layers, self._local = layers, len(layers)
-            return outputs
-        if not isinstance(network, FactoredNetwork) or not network.may_draw_outputs:
-            return try_out(model, state, tile)
-        network.recorded = []
-        outputs = try_out(model, state, tile)
-        first, second = network.recorded[:2]
-        network.recorded = None
-        local = local_layers(first, second, tile.rows)
-        if local is not None:
-            self._local_layers, self._local = local, len(local)
-        return outputs
 
     @property
     def plan(self) -> Plan | PlainPlan:
@@ -198,9 +117,15 @@ class Execution:
         """The way that runs the network as it is, for these reasons; mapping: all draws together if that is faster."""
         with self._starting:
             if self._plain is None:
-                before, self._run_before = self._run_before, None
+                before, self._first.run = self._first.run, None
                 self._plain = Plain(
-                    self._model, self._tile, self._settings, self.n_samples, self._local_layers, before, self._written
+                    self._model,
+                    self._tile,
+                    self._settings,
+                    self.n_samples,
+                    self._first.local_layers,
+                    before,
+                    self._first.written,
                 )
             plain = self._plain
         if mapping and (reason := plain.map_if_faster()):
@@ -274,7 +199,7 @@ class Execution:
         network = self._model.network
         if isinstance(network, KeyedNetwork) and network.row_by_row and not self._settings.keeps_bits:
             return self._as_it_is("rows cannot share masks, so they run one after the other"), None
-        verdict, reason = before_tracing(self._model, self._settings, self._own)
+        verdict, reason = before_tracing(self._model, self._settings, self._first.own)
         if verdict == PLAIN:
             return self._staying(self._as_it_is(reason), lay_out=self._settings.compile is not False), None
         self._recall()
@@ -285,7 +210,7 @@ class Execution:
         except CannotTrace as error:
             with torch.no_grad():
                 return self._staying(self._as_it_is(str(error), mapping=True)), None
-        if self._local is not None and self._local != layers_that_draw_outputs(way.plan.reasons):
+        if self._first.local is not None and self._first.local != layers_that_draw_outputs(way.plan.reasons):
             return self._as_it_is("as a graph, other layers would draw outputs in place of weights"), None
         if verdict == PLAIN:
             return self._staying(self._as_it_is(reason)), None
@@ -326,19 +251,11 @@ class Execution:
         """The way that answers while the graph is being compiled: with the draws of the graph, up to rounding."""
         network = self._model.network
         waits = isinstance(network, KeyedNetwork) and network.draws_weights and not self._settings.joint
-        if waits and self._local is None:
+        if waits and self._first.local is None:
             self._traced_before = way, _ = self._chosen()
             if isinstance(way.calls, Chunking) and draws_outputs(way.plan.reasons):
                 return _Way(way.plan, way.calls.uncompiled())
         return self._as_it_is("the graph is being compiled")
-
-    def _check_apart(self) -> None:
-        """Check that the network keeps rows apart, if that was not checked yet."""
-        if self._to_check is not None:
-            state, outputs = self._to_check
-            with torch.no_grad():
-                check_apart(outputs, self._model.twin(), state, self._tile)
-            self._to_check = None
 
     def _begin(self) -> None:
         """Begin to compile in the background, once: after the first answer, which is then not slowed down by it."""
@@ -353,7 +270,7 @@ class Execution:
         Raises ValueError or NotImplementedError for a module that must not be predicted with.
         """
         try:
-            self._check_apart()
+            self._first.check_apart()
             self._way = self._prepared()
             self._behind = False
         except (ValueError, NotImplementedError):
@@ -417,7 +334,7 @@ class Execution:
         """
         if self._settings.compile != "background" or self._behind or not isinstance(calls, Chunking):
             return calls
-        if self._local is None and draws_outputs(self.graph_plan.reasons):
+        if self._first.local is None and draws_outputs(self.graph_plan.reasons):
             return calls  # the network as it is would draw weights
         if what not in self._later:
             if self._waits:

@@ -1,0 +1,120 @@
+"""The run of draw 0 before the first answer, which checks the network, and finds the layers that draw outputs."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vbdl.calling.inputs import Flat
+from vbdl.calling.stacking import select
+from vbdl.compiling.rewrite import MANY_ROWS
+from vbdl.engine.plain import Run, draws_in_a_call, repeated
+from vbdl.engine.settings import PredictorSettings
+from vbdl.engine.trial import check_apart, try_out
+from vbdl.engine.ways import PLAIN, before_tracing
+from vbdl.engine.written import without_writing
+from vbdl.model import Model
+from vbdl.nn.gaussian.network import FactoredNetwork
+from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.local_outputs import local_layers
+from vbdl.nn.stochastic import StochasticNetwork
+from vbdl.types import State
+
+
+class FirstRun:
+    """A run of draw 0 on a tile, or of all draws in one call. Raises ValueError for a network that must not be used.
+
+    run: the run, for whom it is a part of the first answer. own: the names of a draw's entries.
+    written: the names of the parameters that the forward writes to.
+    local_layers, local: the layers that draw outputs in the network as it is, and their number; None: unknown.
+    """
+
+    def __init__(self, model: Model, tile: Flat, settings: PredictorSettings, n_samples: int):
+        self._model, self._tile, self._settings, self._n_samples = model, tile, settings, n_samples
+        self.local_layers: Any = ()
+        self.local: int | None = None
+        self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
+        entries = model.entries(torch.arange(1), settings.seed)
+        state = {**model.shared(entries), **select(entries, 0)}
+        state = {n: t.detach() for n, t in state.items()}
+        noise = {}
+        if isinstance(model.network, StochasticNetwork):  # before it is copied
+            noise = model.network.found(state["network.key"])
+        twin = model.twin()
+        self.own = list(entries)
+        parameters = {n for n, _ in twin.named_parameters()}
+        del entries  # whose memory is laid out anew if nobody else holds it
+        outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
+        self.run: Run | None = Run(twin, tile, outputs)
+        self.shape, self.dtype = outputs.shape[1:], outputs.dtype
+
+    def check_apart(self) -> None:
+        """Check that the network keeps rows apart, if that was not checked yet."""
+        if self._to_check is not None:
+            state, outputs = self._to_check
+            with torch.no_grad():
+                check_apart(outputs, self._model.twin(), state, self._tile)
+            self._to_check = None
+
+    def _tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
+        """Run draw 0, or all draws in one call, check the network by it, and find the layers that draw outputs.
+
+        model: a twin that no other thread calls. noise: what is known of the noise of draw 0 of `vbdl.Stochastic`.
+        Returns (draws, rows, ...).
+        """
+        network, tile, own = model.network, self._tile, self.own
+        mixes_nothing = network.keeps_apart if isinstance(network, KeyedNetwork) else "network.key" not in own
+        if self._settings.compile == "background" and tile.rows == 1 and mixes_nothing:
+            # a row alone is not mixed with others: that is checked in the background, for the first answer to be fast
+            outputs = self._all_tried(model, state)
+            if outputs is None:
+                outputs = try_out(model, state, tile, apart=False).unsqueeze(0)
+            self._to_check = state, outputs[0]
+            return outputs
+        return self._one_tried(model, state, noise).unsqueeze(0)
+
+    def _all_tried(self, model: Model, state: State) -> Tensor | None:
+        """Run all draws of a row in one call, and check the network by it; None if they cannot be in one call."""
+        network, tile, n = model.network, self._tile, self._n_samples
+        if self.own != ["network.key"] or not isinstance(network, KeyedNetwork) or not network.takes_many_keys:
+            return None
+        if n == 1 or n > draws_in_a_call(network, tile):
+            return None
+        keys = self._model.entries(torch.arange(n), self._settings.seed)
+        try:
+            outputs = try_out(model, {**state, **keys}, repeated(tile, n), apart=False)
+        except NotImplementedError:
+            raise
+        except Exception:  # of the user's network: it is raised by the run of one draw, in words about its rows
+            return None
+        return outputs.unflatten(0, (n, tile.rows))
+
+    def _one_tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
+        """Run draw 0, check the network by it, and find the layers that draw outputs, as `_tried`."""
+        network, settings, tile, own = model.network, self._settings, self._tile, self.own
+        if (
+            settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
+            or settings.largest_tile >= MANY_ROWS or own != ["network.key"]
+            or before_tracing(model, settings, own)[0] == PLAIN
+        ):  # fmt: skip
+            return try_out(model, state, tile)
+        if isinstance(network, StochasticNetwork):
+            network.kept, network.recorded = dict(noise), []  # the noise of the draw is made once for all rows
+            outputs = try_out(model, state, tile)
+            first, second = network.recorded[:2]
+            layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
+            network.kept = network.recorded = None
+            if layers is not None:
+                self.local_layers, self.local = layers, len(layers)
+            return outputs
+        if not isinstance(network, FactoredNetwork) or not network.may_draw_outputs:
+            return try_out(model, state, tile)
+        network.recorded = []
+        outputs = try_out(model, state, tile)
+        first, second = network.recorded[:2]
+        network.recorded = None
+        local = local_layers(first, second, tile.rows)
+        if local is not None:
+            self.local_layers, self.local = local, len(local)
+        return outputs
