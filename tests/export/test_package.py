@@ -161,7 +161,7 @@ def test_nothing_is_traced_or_compiled_beside_an_export(tmp_path, monkeypatch):
 
     def compile_beside(*_):
         def look():
-            free.extend(lock.acquire(blocking=False) for lock in (program._lock, program._compiling))
+            free.extend(lock.acquire(blocking=False) for lock in (program._lock, program.compiling))
 
         other = threading.Thread(target=look)
         other.start()

@@ -130,7 +130,7 @@ def test_the_loss_and_its_gradients(kind, n_samples, forced):
 def test_the_traced_step(kind, forced, monkeypatch):
     """The step that is compiled: differentiated before mutations are removed, buffers changed all the same."""
     graphs = []
-    module = importlib.import_module("vbdl.training.step")
+    module = importlib.import_module("vbdl.training.takeover")
     monkeypatch.setattr(module, "compile_graph", lambda graph, inputs, whole: graphs.append(graph) or graph)
     steps = []
     for kernels in (False, True):
