@@ -61,6 +61,20 @@ def test_the_first_answer_does_not_wait(method, held):
         torch.testing.assert_close(getattr(now, field), getattr(expected, field), **ROUNDING)
 
 
+@pytest.mark.parametrize("method", [vbdl.MCDropout, lambda m: vbdl.MeanField(m, 9), lambda m: vbdl.DeepEnsemble(m, 3)])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_buffer_that_is_filled_anew_meanwhile_is_no_fault(method, rows, held):
+    """The background checks the network on the rows of the first call, which the caller has overwritten by then."""
+    q, buffer = method(network()), torch.randn(rows, 3)
+    predict = background(q)
+    predict(buffer)
+    buffer.copy_(5 * torch.randn(rows, 3))
+    held.set()
+    predict.wait()
+    expected = Predictor(q, vbdl.Categorical(), compile=False)(buffer)
+    torch.testing.assert_close(predict(buffer).probs, expected.probs, **ROUNDING)
+
+
 def test_calls_that_are_not_compiled_yet_are_answered_too(held):
     predict, x = background(), torch.randn(4, 3)
     expected = Predictor(predict.posterior, vbdl.Categorical(), compile=False)

@@ -209,7 +209,8 @@ class Variational(nn.Module):
 def test_noise_of_networks_that_draw_is_kept(packed, monkeypatch):
     """By `vbdl.Stochastic`: the draws of a loop over the network, and none is drawn twice as long as memory allows."""
     q, x, draws = vbdl.Stochastic(Variational(packed).eval()), rows(8), []
-    monkeypatch.setattr("vbdl.engine.execution.before_tracing", lambda *_: (ways.PLAIN, "said"))
+    for place in ("execution", "first_run"):
+        monkeypatch.setattr(f"vbdl.engine.{place}.before_tracing", lambda *_: (ways.PLAIN, "said"))
     drawing = noise.normal
     monkeypatch.setattr(noise, "normal", lambda *args: draws.append(args) or drawing(*args))
     expected = in_turn(q, x, 4).detach()

@@ -64,7 +64,6 @@ class Execution:
     ):
         self.likelihood, self.n_samples, self._settings = model.likelihood, n_samples, settings
         self.compiled: set[str] = set()  # names of the calls that are compiled: these need no lock
-        self._tile = tile
         self._traced: Traced | None = None
         self._graph_plan: Plan | None = None
         self._undecided: str | None = None  # why both ways are to be timed
@@ -80,6 +79,7 @@ class Execution:
         with torch.no_grad(), contextlib.nullcontext() if self._behind else tracing():
             self._model = prepared(model, tile.nested)
             self._first = FirstRun(self._model, tile, settings, n_samples)
+        self._tile = self._first.tile
         self.parameter_shape, self._dtype = self._first.shape, self._first.dtype
         if self._behind:
             self._way = self._meanwhile()

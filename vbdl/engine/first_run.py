@@ -26,7 +26,7 @@ class FirstRun:
     """A run of draw 0 on a tile, or of all draws in one call. Raises ValueError for a network that must not be used.
 
     run: the run, for whom it is a part of the first answer. own: the names of a draw's entries.
-    written: the names of the parameters that the forward writes to.
+    written: the names of the parameters that the forward writes to. tile: a copy of the tile.
     local_layers, local: the layers that draw outputs in the network as it is, and their number; None: unknown.
     """
 
@@ -47,6 +47,7 @@ class FirstRun:
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
         self.run: Run | None = Run(twin, tile, outputs)
+        self.tile = self._tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype
 
     def check_apart(self) -> None:

@@ -72,9 +72,9 @@ class Run:
     outputs: Tensor  # (draws, rows, ...)
 
     def is_on(self, tile: Flat) -> bool:
-        """Whether it ran on these very tensors, or on them with padding: every call of a predictor makes new ones.
+        """Whether it ran on these very tensors, or on them with padding; every call of a predictor makes new tensors.
 
-        It ran without gradients, and is no part of an answer that has one.
+        It ran without gradients, and is no part of an answer with a gradient.
         """
         if wants_gradient(tile):
             return False
@@ -104,7 +104,7 @@ class Plain:
         self._seed = settings.seed
         self._twin = model.twin() if before is None else before.twin
         self._before = before
-        self._expected = before.outputs[0] if before is not None and before.is_on(tile) else None  # of draw 0 on `tile`
+        self._expected = None if before is None else before.outputs[0]  # of draw 0 on `tile`
         if local:
             network: Any = self._twin.network
             network.local = local
