@@ -112,6 +112,19 @@ def test_few_sizes_get_own_tiles():
     assert sizes(predict, 33) == [64]
 
 
+def test_rows_of_ever_new_shapes_do_not_compile_for_ever(monkeypatch):
+    clock = iter([0.0, 1.0, 9.0] * 999)  # own tiles are slower
+    monkeypatch.setattr("vbdl.engine.tiling.perf_counter", lambda: next(clock))
+    predict, made = background(), []
+    of = predict.executions.make_behind
+    monkeypatch.setattr(predict.executions, "make_behind", lambda tile: made.append(tile.rows) or of(tile))
+    for rows in range(9, 25):
+        for _ in range(3):
+            predict(torch.randn(rows, 3))
+        predict.wait()
+    assert len(made) == 8
+
+
 def test_every_batch_is_cut_into_tiles_that_hold_it():
     predict = background()
     own = {None, 3, 20, 40}
@@ -191,3 +204,20 @@ def test_warm_up_of_everything_covers_own_tiles():
     assert sizes(predict, 33) == [33]
     predict(x), predict(x, samples=True), predict(x, tolerance=0.05), predict(x, deadline=10.0)
     predict.log_prob(x, torch.zeros(33, dtype=torch.int64))
+
+
+def test_no_more_than_four_sizes_even_if_many_wait():
+    predict = background()
+    for _ in range(3):
+        for rows in (2, 3, 4, 5, 6, 9, 10, 12):
+            predict(torch.randn(rows, 3))
+    predict.wait()
+    assert sum(map(len, predict._tiling._own.values())) == 4
+
+
+def test_explain_while_a_tile_is_learned():
+    predict, x = background(), torch.randn(3, 3)
+    for _ in range(3):
+        predict(x)
+    predict(x[:1])
+    assert predict.explain().count("strategy") >= 2

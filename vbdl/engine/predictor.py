@@ -324,7 +324,7 @@ class Predictor:
         if not self.executions.by_shape:
             raise ValueError("nothing was predicted yet: call explain(example) with one batch of inputs")
         blocks = []
-        for key, executions in self.executions.by_shape.items():
+        for key, executions in list(self.executions.by_shape.items()):
             shapes = ", ".join(f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in key[1])
             for index, execution in enumerate(executions):
                 part = f", part {index + 1} of {len(executions)}" if len(executions) > 1 else ""

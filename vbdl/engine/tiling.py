@@ -17,6 +17,7 @@ from vbdl.types import Posterior
 
 _OFTEN = 3  # calls with a batch size after which it gets a tile of its own
 _MOST_ROWS, _MOST_SIZES = 512, 4  # of an own tile, and the number of own tiles, which all hold draws
+_MOST_TRIALS = 8  # of own tiles, most of which are faster: rows of ever new lengths must not compile for ever
 _WASTE = 1.1  # rows of the tiles for a row of the batch, up to which padding is left alone
 _ROUNDS = 5  # of timing both ways to cut a batch
 
@@ -34,6 +35,7 @@ class Tiling:
         by_place = any(isinstance(p.module, StochasticNetwork) and p.module.per_row for p in posterior.parts)
         self.learns = are_default(settings.tiles) and compiles and not by_place
         self._own: dict[Row, set[int]] = {}
+        self._trials = 0
         self._calls: Counter[tuple[Row, int]] = Counter()
 
     def cut(self, flat: Flat, warmed: Collection[int] | None = None) -> list[int]:
@@ -62,10 +64,16 @@ class Tiling:
     def could_be_faster(self, flat: Flat) -> bool:
         """Whether a tile of its own would save this batch padding or calls."""
         rows, own = flat.rows, self._own.get(row_of(flat), ())
-        if not self.learns or not 1 < rows <= _MOST_ROWS or rows in own or len(own) == _MOST_SIZES:
+        if not self.learns or not 1 < rows <= _MOST_ROWS or rows in own:
+            return False
+        if self._is_full:
             return False
         sizes = self.cut(flat)
         return len(sizes) > 1 or sum(sizes) > _WASTE * rows
+
+    @property
+    def _is_full(self) -> bool:
+        return self._trials >= _MOST_TRIALS or sum(map(len, self._own.values())) >= _MOST_SIZES
 
     def comes_often(self, flat: Flat) -> bool:
         """Count a call with this batch, and return True once: when it is worth a tile of its own."""
@@ -84,6 +92,9 @@ class Tiling:
 
         run: predicts a tile.
         """
+        if self._is_full:  # since the size was submitted
+            return
+        self._trials += 1
         tiles = [tile for tile, _ in self.tiles(flat, self.cut(flat))]
         if len(tiles) == 1 and all(e.stays_as_it_is for e in executions.drawing(tiles[0])):
             return  # the network as it is takes any number of rows
