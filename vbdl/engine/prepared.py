@@ -6,7 +6,7 @@ from torch import nn
 from vbdl.calling.copies import holding
 from vbdl.calling.lending import only_reading
 from vbdl.calling.traversing import state_of
-from vbdl.engine.written import without_writing
+from vbdl.engine.written import are_copied, without_writing
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import Inputs, Posterior, State
@@ -32,13 +32,15 @@ def prepared(model: Model, inputs: Inputs) -> Model:
         state = state_of(given)
     parameters = {n for n, t in state.items() if isinstance(t, nn.Parameter)}
     posterior, written = without_writing(make, state, parameters)
-    own = state_of(posterior)
-    with torch.no_grad():
-        for name in parameters:
-            if name in written:  # `prepare` has changed its copy
-                own[name].copy_(state[name])
-            else:  # it may hold a copy that was made to compare
-                own[name].data = state[name].detach()
+    changed = parameters if are_copied(state, parameters) else written
+    if changed:
+        own = state_of(posterior)
+        with torch.no_grad():
+            for name in changed:
+                if name in written:  # `prepare` has changed its copy
+                    own[name].copy_(state[name])
+                else:  # it holds the copy that was made to compare
+                    own[name].data = state[name].detach()
     if isinstance(given.module, KeyedNetwork) and isinstance(posterior.module, KeyedNetwork):
         given.module.adopt(posterior.module)
     return model.of(posterior)

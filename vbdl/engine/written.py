@@ -69,7 +69,7 @@ def without_writing(run: Callable[[State], T], state: State, parameters: Collect
     parameters: names of the state's entries. Returns what the function returns, and the names of those it writes to.
     Small parameters are all copied and compared afterwards, which takes less time than to watch every operation.
     """
-    if sum(state[n].nbytes for n in parameters if n in state) <= _SMALL:
+    if are_copied(state, parameters):
         copies = {n: t.detach().clone() for n, t in state.items() if n in parameters}
         returned = run({**state, **copies})
         return returned, frozenset(n for n, t in copies.items() if t._version or not _equal(t, state[n]))
@@ -82,6 +82,11 @@ def without_writing(run: Callable[[State], T], state: State, parameters: Collect
                 return run(given), frozenset(written)
         except _Writes as error:
             written.add(error.name)
+
+
+def are_copied(state: State, parameters: Collection[str]) -> bool:
+    """Whether `without_writing` copies all of these parameters."""
+    return sum(state[n].nbytes for n in parameters if n in state) <= _SMALL
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
