@@ -75,7 +75,7 @@ CASES = [(method, kind, False) for method in METHODS for kind in ("named tuple",
 def test_auxiliary_losses_are_those_of_a_loop(method, kind, compiled, data):
     q = METHODS[method](network(kind), **({"output": 0} if kind == "tuple" else {}))
     weights = {1: 0.3, 2: 0.5}
-    named = weights if kind == "tuple" else {"early": 0.3, "late": 0.5}
+    named = {1: 0.3, -1: 0.5} if kind != "named tuple" else {"early": 0.3, "late": 0.5}
     history = vbdl.fit(q, data, vbdl.Categorical(), auxiliary=named, **options(compile=compiled))
     for m in range(q.n_members):
         by_loop, losses = trained_by_a_loop(network(kind, seed=m), *data, weights)
@@ -104,7 +104,7 @@ def test_every_method_trains_auxiliary_heads(method, data):
     ("given", "error", "words"),
     [
         ({"missing": 0.3}, TypeError, "without a tensor 'missing' in training.*early"),
-        ({"logits": 0.3}, ValueError, "its weight is 1"),
+        ({"logits": 0.3}, ValueError, "whose weight is 1: leave it out"),
         ({"early": -1.0}, ValueError, "a number of at least 0"),
         ({"early": float("nan")}, ValueError, "a number of at least 0"),
         ({"early": "much"}, ValueError, "a number of at least 0"),

@@ -44,7 +44,7 @@ def pick(outputs: object, output: Output) -> Tensor:
         tensors = [leaf for leaf in leaves(outputs).values() if isinstance(leaf, Tensor)]
         chosen = parts.get("logits") if len(tensors) != 1 else tensors[0]
     elif isinstance(output, int):
-        chosen = list(parts.values())[output] if -len(parts) <= output < len(parts) else None
+        chosen = _indexed(parts, output)
     else:
         chosen = parts.get(output)
     if isinstance(chosen, Tensor):
@@ -66,11 +66,14 @@ def pick(outputs: object, output: Output) -> Tensor:
     )
 
 
+def _indexed(parts: Mapping[Any, object], index: int) -> object:
+    return list(parts.values())[index] if -len(parts) <= index < len(parts) else None
+
+
 def named_part(outputs: object, name: str | int) -> Tensor:
     """The tensor of this name or index among several outputs. Raises TypeError, with the outputs, if there is none."""
     parts = _parts(outputs)
-    by_index = not isinstance(name, str) and isinstance(outputs, tuple | list)
-    chosen = dict(enumerate(parts.values())).get(name) if by_index else parts.get(name)  # type: ignore[call-overload]
+    chosen = _indexed(parts, name) if isinstance(name, int) else parts.get(name)
     if isinstance(chosen, Tensor):
         return chosen
     raise TypeError(

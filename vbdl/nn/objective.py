@@ -136,7 +136,9 @@ def _loss(likelihood: Likelihood, outputs: object, y: Tensor, output: Output, op
     loss = _nll(likelihood, chosen, y, options.dtype)
     for name, weight in options.auxiliary.items():
         if (part := named_part(outputs, name)) is chosen:
-            raise ValueError(f"auxiliary names the output that is predicted from, {name!r}: its weight is 1")
+            raise ValueError(
+                f"auxiliary names the output that is predicted from, {name!r}, whose weight is 1: leave it out"
+            )
         loss = loss + weight * _nll(likelihood, part, y, options.dtype)
     return loss
 
