@@ -294,3 +294,93 @@ def test_an_error_of_the_compiler_is_a_warning_and_the_graph_goes_on(data, monke
     ]
     for name, t in expected.items():
         torch.testing.assert_close(ends[name], t, **ROUNDING)
+
+
+class Sum(nn.Module):
+    """Two parameters that get one and the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.layer = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8)), nn.Linear(FEATURES, 8)
+        self.head = nn.Linear(8, OUTPUTS)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x) * (self.a + self.b)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(FEATURES, 6, batch_first=True), nn.Linear(6, OUTPUTS)
+
+    def forward(self, x):
+        return self.head(self.layer(x.unsqueeze(1).expand(-1, 4, -1))[0][:, -1])
+
+
+@pytest.mark.parametrize("make", [Sum, Recurrent])
+def test_clipping_scales_every_gradient_once(make, data, monkeypatch):
+    monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", 0)
+    results = []
+    for in_turn in (True, False):
+        if not in_turn:
+            monkeypatch.setattr("vbdl.training.run.trains_in_turn", lambda *arguments: False)
+        torch.manual_seed(0)
+        q = vbdl.DeepEnsemble([make() for _ in range(3)])
+        results.append(trained(data, q=q, clip_norm=0.01, compile=False)[0])
+    torch.testing.assert_close(*results, **ROUNDING)
+
+
+class Penalized(vbdl.DeepEnsemble):
+    """Its losses have a term that is 0 where training begins."""
+
+    def losses(self, x, y, likelihood, own_rows=False):
+        penalty = sum((p.abs() - 1).clamp_min(0).flatten(1).sum(1) for p in self.stacked().values())
+        return super().losses(x, y, likelihood, own_rows) + 10 * penalty
+
+
+def test_losses_of_its_own_train_together_even_if_they_begin_alike(data, monkeypatch):
+    monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", 0)
+    results = []
+    for kind in (vbdl.DeepEnsemble, Penalized):
+        torch.manual_seed(3)
+        results.append(trained(data, q=kind(network(), 3), lr=0.3, compile=False)[0])
+    assert any(not torch.allclose(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+class Constant(nn.Module):
+    """A network with a tensor in an attribute, which a graph of it holds itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head, self.scale = nn.Linear(FEATURES, 8), nn.Linear(8, OUTPUTS), torch.linspace(0.5, 2, 8)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x)) * self.scale)
+
+
+def test_the_graph_runs_while_inductor_compiles_it(data, monkeypatch):
+    """Inductor replaces constants of what it traces: the graph that training runs is another."""
+    monkeypatch.setattr(worth, "_STEPS_WORTH_TRACING", 1)
+    monkeypatch.setattr(steps, "steps_until_compiled", lambda graph, count, runs: 60)
+    given, used = [], []
+    of = takeover.compile_graph
+    monkeypatch.setattr(takeover, "compile_graph", lambda graph, *a, **k: given.append(graph) or of(graph, *a, **k))
+    init = takeover.Takeover.__init__
+    monkeypatch.setattr(
+        takeover.Takeover,
+        "__init__",
+        lambda self, graph, like, first: used.append(graph) or init(self, graph, like, first),
+    )
+    torch.manual_seed(0)
+    made = [Constant() for _ in range(2)]
+    state, history = trained(data, epochs=30, q=vbdl.DeepEnsemble(made))
+    assert given and given[0] is not used[0] and all(math.isfinite(loss) for loss in history.train_loss[-1])
+
+
+def test_a_resumed_training_goes_on_as_it_began(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", 0)
+    whole, _ = trained(data, epochs=4, compile=False)
+    trained(data, epochs=2, compile=False, checkpoint=tmp_path / "c", checkpoint_every=1)
+    monkeypatch.setattr("vbdl.training.run.trains_in_turn", lambda *arguments: pytest.fail("decided anew"))
+    resumed, _ = trained(data, epochs=4, compile=False, checkpoint=tmp_path / "c", checkpoint_every=1)
+    assert all(torch.equal(t, resumed[n]) for n, t in whole.items())

@@ -87,7 +87,7 @@ def _compiled(graph: fx.GraphModule, inputs: list[Tensor], key: str | None) -> C
             if is_worth_replaying(graph, inputs):
                 return Replayed(wrapped)
             held = _held(graph)
-            if not _writes_arguments_alone(graph):
+            if not _writes_arguments_alone(graph) or _draws(graph):
                 return wrapped
             direct = _without_wrappers(wrapped, compiled, [*held, *inputs], len(held), key)
             return wrapped if direct is None else _of_arguments(direct, held)
@@ -150,6 +150,12 @@ def _writes_arguments_alone(graph: fx.GraphModule) -> bool:
     """Whether a graph writes to nothing but its arguments, so that it can be tried out on copies of them."""
     targets = [node.args[0] if node.args else None for node in _writing(graph)]
     return all(isinstance(target, fx.Node) and target.op == "placeholder" for target in targets)
+
+
+def _draws(graph: fx.GraphModule) -> bool:
+    """Whether a graph draws from torch's generators: trying it out would take numbers that others are to get."""
+    operators = map(operator_of, graph.graph.nodes)
+    return any(o is not None and torch.Tag.nondeterministic_seeded in o.tags for o in operators)
 
 
 def _held(graph: fx.GraphModule) -> list[Tensor]:

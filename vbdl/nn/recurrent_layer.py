@@ -55,9 +55,11 @@ class _Layer:
         flags = [stacked] * len(self.tensors)
         return _Layer(x, sizes, list(states), list(weights), self.kind, self.biases, self.bidirectional, flags)
 
-    def sample(self, index: int) -> "_Layer":
-        """The layer of one sample, without the samples axis."""
-        return self.of([t[index] if s else t for t, s in zip(self.tensors, self.stacked, strict=True)], False)
+    def each(self) -> "list[_Layer]":
+        """The layers of all samples, without the samples axis."""
+        n = self.samples or 1
+        parts = [t.unbind(0) if s else (t,) * n for t, s in zip(self.tensors, self.stacked, strict=True)]
+        return [self.of(tensors, False) for tensors in zip(*parts, strict=True)]
 
     def expanded(self) -> "_Layer":
         """The layer with a samples axis in every tensor, without copies."""
@@ -80,7 +82,7 @@ def _one_by_one(layer: _Layer, run: Callable[[_Layer], tuple[Tensor, ...]] = _li
     """torch's own layer for each sample in turn: the reference, which has a derivative."""
     if layer.samples is None:
         return run(layer)
-    outputs = [run(layer.sample(index)) for index in range(layer.samples)]
+    outputs = [run(one) for one in layer.each()]
     return tuple(torch.stack(each) for each in zip(*outputs, strict=True))
 
 

@@ -82,7 +82,7 @@ def load_checkpoint(path, optimizer, schedule, part: Whole | None = None) -> tup
     about = json.loads(about)
     if about["format"] not in (FORMAT, _FORMER):
         raise ValueError(
-            f"{path} has checkpoint format {about['format']}, but this version of vbdl reads format {FORMAT}: remove "
+            f"{path} has checkpoint format {about['format']}, but this version of vbdl reads up to {FORMAT}: remove "
             f"it, or give another path"
         )
     state: dict[int, Json] = {}

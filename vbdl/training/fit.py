@@ -86,7 +86,7 @@ def fit(
         {"aux_logits": 0.4} for Inception; each under the same likelihood. `history` has the sum.
     compile: True compiles the step before it runs, False never. By default the step is traced from 300 steps on, and
         compiled in the background if its graph and the number of steps say that this repays the time; the compiled
-        code takes over at a step that no clock decides, so that a training repeats bit for bit.
+        code takes over at a step that follows from the graph alone, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
         of an uninterrupted run.
 

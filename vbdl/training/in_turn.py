@@ -18,6 +18,7 @@ from vbdl.training.step import Losses, Step, like_parameter
 from vbdl.types import Inputs, State
 
 _APART = 1e-3  # relative to a loss: far above rounding errors
+_LOSSES = ("vbdl.nn.members", "vbdl.posteriors.ensemble")  # where losses are those of the training objective alone
 
 
 class MemberStep(Step):
@@ -76,8 +77,13 @@ class MemberStep(Step):
         state = {**self._others, **self.trained, "key": self._key()}
         loss = self.losses.computed(lambda: self._run_objective(state, (x, y)))
         parameters = list(self.trained.values())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return loss.detach(), [like_parameter(g, p) for g, p in zip(gradients, parameters, strict=True)]
+        gradients: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        seen: set[int] = set()  # two parameters may get one tensor, which clipping would scale twice
+        for index, (gradient, p) in enumerate(zip(gradients, parameters, strict=True)):
+            twice = gradient is not None and gradient.data_ptr() in seen
+            seen |= set() if gradient is None else {gradient.data_ptr()}
+            gradients[index] = like_parameter(gradient, p, twice)
+        return loss.detach(), gradients
 
     # -- what is traced
 
@@ -105,12 +111,14 @@ def trains_in_turn(
     posterior = losses.posterior
     if not isinstance(posterior, StackedPosterior) or posterior.n_members < 2 or not posterior.runs_in_turn((x, y)):
         return False
-    return all(name in by_member for name in trained) and _is_of_members_alone(losses, x, y)
+    if type(posterior).losses.__module__ not in _LOSSES or not all(name in by_member for name in trained):
+        return False
+    return _is_of_members_alone(losses, x, y, by_member)
 
 
-def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor) -> bool:
-    """Whether the losses are those of the training objective, depend on all parameters, and draw nothing from torch's
-    generator, whose numbers would depend on the order of the members.
+def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor, by_member: Collection[str]) -> bool:
+    """Whether the losses are those of the training objective, depend on all parameters, write to no buffer that members
+    share, and draw nothing from torch's generators: numbers would depend on the order of the members.
 
     Computes the losses of a batch on copies of the tensors, for all members and for the first.
     """
@@ -120,10 +128,18 @@ def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor) -> bool:
     objective, of_members, shared = posterior.objective(losses.likelihood)
     first = {n: t.detach()[0].clone() for n, t in of_members.items()} | {n: t.clone() for n, t in shared.items()}
     one = map_inputs(lambda t: t[0], x), y[0]
-    with torch.random.fork_rng(devices=[]):
-        before = torch.get_rng_state()
+    cuda = [y.device] if y.device.type == "cuda" else []
+    generators = lambda: [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+    shared_buffers = {n: t._version for n, t in state.items() if not t.requires_grad and n not in by_member}
+    with torch.random.fork_rng(devices=cuda):
+        before = generators()
         each = call(losses, state, (x, y))
+        mixed = any(state[n]._version != v for n, v in shared_buffers.items() if n != "posterior.steps")
         used = torch.autograd.grad(each.sum(), [t for t in state.values() if t.requires_grad], allow_unused=True)
         alone = losses.computed(lambda: call(objective, first, one))
-        drawn = not torch.equal(before, torch.get_rng_state())
-    return not drawn and all(g is not None for g in used) and torch.allclose(each[0], alone, rtol=_APART, atol=_APART)
+        drawn = not all(map(torch.equal, before, generators()))
+    return (
+        not (drawn or mixed)
+        and all(g is not None for g in used)
+        and torch.allclose(each[0], alone, rtol=_APART, atol=_APART)
+    )

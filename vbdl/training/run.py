@@ -118,6 +118,7 @@ class TrainingRun:
         self.best = BestEpochs(self.members, options.patience, self.model.by_member, sharing.members)
         self.position = 0  # the number of the next epoch
         self._begun = False  # whether `before_training` was called
+        self._in_turn: bool | None = None  # whether members train one after the other; None: not known yet
         self.kl_weight = self.trainee.kl_weight
 
     def _check_course(self) -> None:
@@ -279,7 +280,10 @@ class TrainingRun:
         self._begun = True
         self._say_one_by_one()
         plain = type(self.optimizer) is FusedAdamW and self.options.accumulate == 1 and not self.sharing.by_rows
-        if plain and self.data.of_members(0) and trains_in_turn(self.losses, x, y, self.trained, self.model.by_member):
+        if self._in_turn is None:  # a resumed training goes on as it began, whatever its next batch looks like
+            can = plain and bool(self.data.of_members(0))
+            self._in_turn = can and trains_in_turn(self.losses, x, y, self.trained, self.model.by_member)
+        if self._in_turn:
             progress, self.step = self.step.progress(), MemberStep(self.losses, self.options.compile, self._expected)
             self.step.resume(progress)
 
@@ -356,7 +360,8 @@ class TrainingRun:
         if self.data.fingerprints:
             tensors["rows"] = torch.cat(self.data.fingerprints).unique()
         path, first = self.options.checkpoint, self.processes.rank == 0
-        state = self.optimizer, self.schedule, self.history, self.position, self.step.progress()
+        steps = {**self.step.progress(), "in turn": self._in_turn}
+        state = self.optimizer, self.schedule, self.history, self.position, steps
         save_checkpoint(path, tensors, *state, self._whole if self.sharing.by_members else None, first)
 
     def _by_member(self, name: str, t: Tensor) -> bool:
@@ -391,6 +396,7 @@ class TrainingRun:
             for name, t in state.items():
                 t.copy_(saved[name])
         self.step.resume(steps)
+        self._in_turn = steps.get("in turn")
         self.best.load(tensors, self.device)
         for name, value in history.items():
             setattr(self.history, name, value)

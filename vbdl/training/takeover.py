@@ -3,6 +3,7 @@
 That step does not depend on a clock, so a training that is repeated or resumed runs the same code at the same steps.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class Takeover:
     def _compile(self) -> None:
         begun = time.perf_counter()
         with compiling:
-            self._compiled = compile_graph(self._graph, self._like, whole=True)
+            # of a copy, whose constants Inductor replaces while it traces
+            self._compiled = compile_graph(copy.deepcopy(self._graph), self._like, whole=True)
         self._like = []
         self.seconds = time.perf_counter() - begun
