@@ -384,3 +384,11 @@ def test_a_resumed_training_goes_on_as_it_began(data, monkeypatch, tmp_path):
     monkeypatch.setattr("vbdl.training.run.trains_in_turn", lambda *arguments: pytest.fail("decided anew"))
     resumed, _ = trained(data, epochs=4, compile=False, checkpoint=tmp_path / "c", checkpoint_every=1)
     assert all(torch.equal(t, resumed[n]) for n, t in whole.items())
+
+
+def test_a_training_resumed_with_options_for_stacked_steps_takes_them(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", 0)
+    trained(data, epochs=2, compile=False, checkpoint=tmp_path / "c", checkpoint_every=1)
+    monkeypatch.setattr(MemberStep, "begin_epoch", lambda self: pytest.fail("in turn"))
+    _, history = trained(data, epochs=4, compile=False, checkpoint=tmp_path / "c", checkpoint_every=1, accumulate=3)
+    assert len(history.train_loss) == 4

@@ -43,7 +43,7 @@ class MemberStep(Step):
         self._first = self.number
 
     def begin(self, member: int) -> None:
-        """Begin the epoch of a member."""
+        """Let the next steps train this member, from the first step of the epoch on."""
         self._member, self.number = member, self._first
         self.trained = {n: nn.Parameter(t.detach()[member]) for n, t in self._stacked.items()}
         self._others = {n: t.detach()[member] for n, t in self._buffers.items()} | self._shared

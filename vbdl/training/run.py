@@ -280,10 +280,10 @@ class TrainingRun:
         self._begun = True
         self._say_one_by_one()
         plain = type(self.optimizer) is FusedAdamW and self.options.accumulate == 1 and not self.sharing.by_rows
+        can = plain and bool(self.data.of_members(0))
         if self._in_turn is None:  # a resumed training goes on as it began, whatever its next batch looks like
-            can = plain and bool(self.data.of_members(0))
             self._in_turn = can and trains_in_turn(self.losses, x, y, self.trained, self.model.by_member)
-        if self._in_turn:
+        if can and self._in_turn:
             progress, self.step = self.step.progress(), MemberStep(self.losses, self.options.compile, self._expected)
             self.step.resume(progress)
 
