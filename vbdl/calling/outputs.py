@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vbdl.types import Output
@@ -43,10 +44,8 @@ def pick(outputs: object, output: Output) -> Tensor:
     if output is None:
         tensors = [leaf for leaf in leaves(outputs).values() if isinstance(leaf, Tensor)]
         chosen = parts.get("logits") if len(tensors) != 1 else tensors[0]
-    elif isinstance(output, int):
-        chosen = _indexed(parts, output)
     else:
-        chosen = parts.get(output)
+        chosen = _chosen(parts, output)
     if isinstance(chosen, Tensor):
         return chosen
     if not parts:
@@ -66,20 +65,29 @@ def pick(outputs: object, output: Output) -> Tensor:
     )
 
 
-def _indexed(parts: Mapping[Any, object], index: int) -> object:
-    return list(parts.values())[index] if -len(parts) <= index < len(parts) else None
+def _chosen(parts: Mapping[Any, object], name: str | int) -> object:
+    """The output of this name or index, or None if there is none."""
+    if isinstance(name, str):
+        return parts.get(name)
+    return list(parts.values())[name] if -len(parts) <= name < len(parts) else None
 
 
 def named_part(outputs: object, name: str | int) -> Tensor:
     """The tensor of this name or index among several outputs. Raises TypeError, with the outputs, if there is none."""
     parts = _parts(outputs)
-    chosen = _indexed(parts, name) if isinstance(name, int) else parts.get(name)
+    chosen = _chosen(parts, name)
     if isinstance(chosen, Tensor):
         return chosen
     raise TypeError(
         f"the module returned {type(outputs).__name__} without a tensor {name!r} in training{_listed(parts)}: name one "
         f"of its outputs"
     )
+
+
+def are_same(outputs: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Return whether outputs of the same rows are equal up to a tolerance, relative to the largest expected output."""
+    scale = float(expected.abs().nan_to_num(posinf=0.0).amax()) if expected.numel() else 0.0
+    return torch.allclose(outputs, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def leaves(outputs: object) -> dict[tuple, object]:

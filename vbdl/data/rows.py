@@ -305,7 +305,7 @@ class MemberRows:
         return self._batches(self._order(number, member))
 
     def _order(self, number: int, index: int) -> Tensor:
-        """The numbers of a member's rows in the order of an epoch, (n,)."""
+        """Draw the order in which an epoch takes a member's rows: their numbers, (n,)."""
         generator = torch.Generator().manual_seed((self.seeds[index] * 1_000_003 + number) % 2**63)
         return self.rows[min(index, len(self.rows) - 1)][torch.randperm(self.rows.shape[1], generator=generator)]
 

@@ -15,11 +15,8 @@ from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
 from vbdl.types import Likelihood, Posterior
 
-Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
-
-Row = tuple[
-    Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]
-]  # the structure of inputs, and each tensor's row
+Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]  # of a tile: its structure, each tensor's shape
+Row = Key  # the same of a single row, without the axis of rows
 Made = Sequence[Execution] | Sequence[MomentExecution]
 
 
@@ -63,8 +60,7 @@ class Executions:
     def sizes(self, flat: Flat) -> set[int]:
         """The numbers of rows of the tiles for rows like these that there are executions for."""
         row = row_of(flat)
-        of = lambda shapes: tuple((shape[1:], dtype) for shape, dtype in shapes)
-        return {shapes[0][0][0] for structure, shapes in list(self.by_shape) if (structure, of(shapes)) == row}
+        return {key[1][0][0][0] for key in list(self.by_shape) if _row(key) == row}
 
     def make_behind(self, tile: Flat) -> None:
         """Make executions for such tiles, and compile them in this thread; they are kept in the table when ready.
@@ -144,7 +140,12 @@ class Executions:
 
 def row_of(flat: Flat) -> Row:
     """What rows must have in common to share a tile."""
-    return flat.structure, tuple((tuple(t.shape[1:]), t.dtype) for t in flat.tensors)
+    return _row(_key(flat))
+
+
+def _row(key: Key) -> Row:
+    structure, shapes = key
+    return structure, tuple((shape[1:], dtype) for shape, dtype in shapes)
 
 
 def _key(tile: Flat) -> Key:

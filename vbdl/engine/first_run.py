@@ -31,7 +31,7 @@ class FirstRun:
     """
 
     def __init__(self, model: Model, tile: Flat, settings: PredictorSettings, n_samples: int):
-        self._model, self._tile, self._settings, self._n_samples = model, tile, settings, n_samples
+        self._model, self.tile, self._settings, self._n_samples = model, tile, settings, n_samples
         self.local_layers: Any = ()
         self.local: int | None = None
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
@@ -47,7 +47,7 @@ class FirstRun:
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
         self.run: Run | None = Run(twin, tile, outputs)
-        self.tile = self._tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
+        self.tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype
 
     def check_apart(self) -> None:
@@ -55,7 +55,7 @@ class FirstRun:
         if self._to_check is not None:
             state, outputs = self._to_check
             with torch.no_grad():
-                check_apart(outputs, self._model.twin(), state, self._tile)
+                check_apart(outputs, self._model.twin(), state, self.tile)
             self._to_check = None
 
     def _tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
@@ -64,7 +64,7 @@ class FirstRun:
         model: a twin that no other thread calls. noise: what is known of the noise of draw 0 of `vbdl.Stochastic`.
         Returns (draws, rows, ...).
         """
-        network, tile, own = model.network, self._tile, self.own
+        network, tile, own = model.network, self.tile, self.own
         mixes_nothing = network.keeps_apart if isinstance(network, KeyedNetwork) else "network.key" not in own
         if self._settings.compile == "background" and tile.rows == 1 and mixes_nothing:
             # a row alone is not mixed with others: that is checked in the background, for the first answer to be fast
@@ -77,7 +77,7 @@ class FirstRun:
 
     def _all_tried(self, model: Model, state: State) -> Tensor | None:
         """Run all draws of a row in one call, and check the network by it; None if they cannot be in one call."""
-        network, tile, n = model.network, self._tile, self._n_samples
+        network, tile, n = model.network, self.tile, self._n_samples
         if self.own != ["network.key"] or not isinstance(network, KeyedNetwork) or not network.takes_many_keys:
             return None
         if n == 1 or n > draws_in_a_call(network, tile):
@@ -93,7 +93,7 @@ class FirstRun:
 
     def _one_tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
         """Run draw 0, check the network by it, and find the layers that draw outputs, as `_tried`."""
-        network, settings, tile, own = model.network, self._settings, self._tile, self.own
+        network, settings, tile, own = model.network, self._settings, self.tile, self.own
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None
             or settings.largest_tile >= MANY_ROWS or own != ["network.key"]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
+from vbdl.calling.outputs import are_same
 from vbdl.calling.stacking import call_stacked, places_of, select
 from vbdl.engine.program import Ready, ended
 from vbdl.engine.settings import PredictorSettings
-from vbdl.engine.trial import are_same
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.members import StackedPosterior

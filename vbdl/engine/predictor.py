@@ -221,7 +221,7 @@ class Predictor:
             fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
         if flat.structure == TENSOR and rows >= sizes[0]:
             self._remember(flat.tensors[0][: sizes[0]])
-        if not self.sealed and self.settings.compile == "background" and self._tiling.comes_often(flat):
+        if not self.sealed and self.settings.compile == "background" and self._tiling.comes_often(flat, sizes):
             own = flat.map(lambda t: t.detach().clone())
             self._learning.append(background.submit(self, lambda self: self._learn(own)))
         kept = torch.cat([p[1] for p in parts if p[1] is not None], dim=1)[:, :rows] if samples else None
@@ -294,8 +294,8 @@ class Predictor:
             if samples or not all(isinstance(e, Execution) and e.is_warm for e in self.executions.of(tile)):
                 self._tile(tile, samples)
         for n in sorted(sizes):
-            if n and self._tiling.could_be_faster(batch := pad(flat, 0, n)):
-                self._learn(batch)
+            if self._tiling.could_be_faster(n, sizes[n]):
+                self._learn(pad(flat, 0, n))
         for size in self._tiling.own(flat):
             self._tile(pad(flat, 0, size), samples)
         if adaptive:

@@ -61,23 +61,22 @@ class Tiling:
             yield pad(flat, start, size), min(size, flat.rows - start)
             start += size
 
-    def could_be_faster(self, flat: Flat) -> bool:
-        """Whether a tile of its own would save this batch padding or calls."""
-        rows, own = flat.rows, self._own.get(row_of(flat), ())
-        if not self.learns or not 1 < rows <= _MOST_ROWS or rows in own:
+    def could_be_faster(self, rows: int, sizes: list[int]) -> bool:
+        """Whether a tile of its own would save a batch padding or calls; sizes: of the tiles that it is cut into."""
+        if not self.learns or not 1 < rows <= _MOST_ROWS or self._is_full:
             return False
-        if self._is_full:
-            return False
-        sizes = self.cut(flat)
         return len(sizes) > 1 or sum(sizes) > _WASTE * rows
 
     @property
     def _is_full(self) -> bool:
         return self._trials >= _MOST_TRIALS or sum(map(len, self._own.values())) >= _MOST_SIZES
 
-    def comes_often(self, flat: Flat) -> bool:
-        """Count a call with this batch, and return True once: when it is worth a tile of its own."""
-        if not self.could_be_faster(flat):
+    def comes_often(self, flat: Flat, sizes: list[int]) -> bool:
+        """Count a call with this batch, and return True once: when it is worth a tile of its own.
+
+        sizes: of the tiles that it is cut into.
+        """
+        if not self.could_be_faster(flat.rows, sizes):
             return False
         key = row_of(flat), flat.rows
         self._calls[key] += 1

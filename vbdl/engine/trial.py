@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vbdl.calling.copies import kept_by
 from vbdl.calling.inputs import Flat
+from vbdl.calling.outputs import are_same
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import modules_of
 from vbdl.types import Arguments, Keywords, State
@@ -105,12 +106,6 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
             "buffer with register_buffer(name, tensor), so that each draw has its own"
         )
     raise _mixing()
-
-
-def are_same(outputs: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return whether outputs of the same rows are equal up to a tolerance, relative to the largest expected output."""
-    scale = float(expected.abs().nan_to_num(posinf=0.0).amax()) if expected.numel() else 0.0
-    return torch.allclose(outputs, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def others(tile: Flat) -> Flat:

@@ -24,7 +24,7 @@ from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, batch_axis, described
 from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
-from vbdl.nn.training_reads import EVERY, Place, Reads, are_same, places_of_dropout
+from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout, returned_same
 from vbdl.types import Inputs
 
 _ROWS = 8  # of the inputs, at most so many are compared by the dropouts that they call
@@ -265,13 +265,13 @@ def _begins_with(two: Mapping[tuple, object], one: Mapping[tuple, object]) -> bo
     for a, b in zip(two.values(), one.values(), strict=True):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape[:1] != (2,) or b.shape[:1] != (1,):
             return False
-        if not are_same(a[:1], b):
+        if not returned_same(a[:1], b):
             return False
     return True
 
 
 def _growth(few: Sequence[int], more: Sequence[int]) -> int:
-    """The most bytes that a value of a forward grows by with a row; sizes: of all values, on one row more in `more`."""
+    """Return by how many bytes the value that grows most grows with a row; few, more: bytes of a forward's values."""
     if len(few) != len(more):
         return 0
     return max((b - a for a, b in zip(few, more, strict=True)), default=0)

@@ -179,7 +179,7 @@ class StochasticNetwork(KeyedNetwork):
         self.calls, self.sites, self.written = other.calls, other.sites, other.written
 
     def found(self, key: Tensor) -> dict[Hashable, Tensor]:
-        """Hand over the noise of the draw in `key` that `locate` drew, to keep; it is not held here any longer."""
+        """Return the noise of the draw of this key that `locate` drew, and hold it no longer; {} if it drew another."""
         (of, noise), self._found = self._found, (self.key, {})
         return noise if torch.equal(of, key) else {}
 

@@ -152,7 +152,7 @@ class Posterior(nn.Module):
 
     @property
     def prepares(self) -> bool:
-        """Whether `prepare` learns something by running the module; if not, nobody calls it."""
+        """Whether this posterior has a `prepare` of its own, which predictors call before the first draw."""
         return type(self).prepare is not Posterior.prepare
 
     def draws(self, numbers: Tensor, seed: int) -> State:
