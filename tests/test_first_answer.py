@@ -14,12 +14,15 @@ import torch
 from torch import nn
 
 import vbdl.calling.apart
+import vbdl.nn.drawn
 from vbdl.calling.freed import give_back
 from vbdl.engine import background
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.categorical import Categorical
+from vbdl.nn.sampled import StdFactor
 from vbdl.posteriors.ensemble import DeepEnsemble
 from vbdl.posteriors.mc_dropout import MCDropout
+from vbdl.posteriors.mean_field import MeanField
 
 _spec = importlib.util.spec_from_file_location(
     "contract_of_first_answers", Path(__file__).with_name("test_contract.py")
@@ -90,6 +93,18 @@ class Mixing(nn.Module):
 
     def forward(self, x):
         return self.body(x - 0.5 * x.mean(0))
+
+
+def test_weights_of_a_draw_and_stds_are_made_once_for_an_answer(later, monkeypatch):
+    q = MeanField(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), n_data=10).eval()
+    drawn, stds = [], []
+    normal, masked = vbdl.nn.drawn.normal, StdFactor.masked
+    monkeypatch.setattr(vbdl.nn.drawn, "normal", lambda *a: drawn.append(a[1:3]) or normal(*a))
+    monkeypatch.setattr(StdFactor, "masked", lambda self, name, std: stds.append(name) or masked(self, name, std))
+    # joint predictions draw weights, and no layer its outputs
+    Predictor(q, Categorical(), SAMPLES, joint=True, compile="background")(torch.randn(1, 6))
+    assert len(drawn) == 4 * SAMPLES  # draw 0, with which the network is checked on two tiles, is not drawn again
+    assert len(stds) == 4 + 4  # for draw 0, and for all others
 
 
 def test_dropout_that_mixes_rows_is_refused_at_its_first_row(later):

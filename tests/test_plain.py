@@ -240,6 +240,30 @@ def test_what_a_forward_writes_is_undone():
     assert float(net.calls) == 0
 
 
+class Halves(nn.Module):
+    """Writes into one of its parameters whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.first.weight.mul_(0.5)
+        return self.second(torch.tanh(torch.einsum("bi,oi->bo", x, self.first.weight) + self.first.bias))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_a_forward_writes_into_drawn_weights_is_undone(count):
+    q, x = vbdl.MeanField(Halves(), n_data=10).eval(), rows(count)
+    background = Predictor(q, vbdl.Categorical(), n_samples=5, compile="background")
+    never = Predictor(q, vbdl.Categorical(), n_samples=5, compile=False)
+    expected = never(x, samples=True).samples
+    for _ in range(3):
+        torch.testing.assert_close(background(x, samples=True).samples, expected, **ROUNDING)
+    background.wait()
+
+
 def test_inputs_get_the_gradient_of_the_loop():
     q, x = vbdl.DeepEnsemble(Branching(), 3), rows(5).requires_grad_()
     predict = Predictor(q, vbdl.Categorical())

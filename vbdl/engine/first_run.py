@@ -34,6 +34,7 @@ class FirstRun:
         self._model, self.tile, self._settings, self._n_samples = model, tile, settings, n_samples
         self.local_layers: Any = ()
         self.local: int | None = None
+        self._drawn: dict[Hashable, Tensor] = {}
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
         entries = model.entries(torch.arange(1), settings.seed)
         state = {**model.shared(entries), **select(entries, 0)}
@@ -46,7 +47,8 @@ class FirstRun:
         parameters = {n for n, _ in twin.named_parameters()}
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
-        self.run: Run | None = Run(twin, tile, outputs)
+        is_draw = not self.local_layers and (bool(self._drawn) or not isinstance(twin.network, KeyedNetwork))
+        self.run: Run | None = Run(twin, tile, outputs, self._drawn, is_draw)
         self.tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype
 
@@ -93,6 +95,17 @@ class FirstRun:
 
     def _one_tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
         """Run draw 0, check the network by it, and find the layers that draw outputs, as `_tried`."""
+        network = model.network
+        if not isinstance(network, FactoredNetwork) or network.linearized:
+            return self._located(model, state, noise)
+        network.kept = {}  # the runs that check it have the same weights
+        outputs = self._located(model, state, noise)
+        kept, network.kept = network.kept, None
+        local = {*self.local_layers, *dict(self.local_layers).values()}
+        self._drawn = {name: t for name, t in kept.items() if name not in local}
+        return outputs
+
+    def _located(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
         network, settings, tile, own = model.network, self._settings, self.tile, self.own
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None

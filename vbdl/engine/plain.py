@@ -6,11 +6,12 @@ strategies. Where only masks differ between draws, the rows are repeated once fo
 Recurrent networks that cannot be traced, because they pack their sequences, are mapped without a trace.
 """
 
+import contextlib
 import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from vbdl.calling.stacking import call_stacked, places_of, select
 from vbdl.engine.program import Ready, ended
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
+from vbdl.nn.drawn import draws_together
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.members import StackedPosterior
 from vbdl.nn.recurrent import WholeLayers, runs_whole_layers
@@ -70,6 +72,8 @@ class Run:
     twin: Model
     tile: Flat
     outputs: Tensor  # (draws, rows, ...)
+    kept: dict[Hashable, Tensor]  # what the network may keep of draw 0
+    is_draw: bool  # whether the first outputs are those of draw 0; layers may draw other ones, or keep what they drew
 
     def is_on(self, tile: Flat) -> bool:
         """Whether it ran on these very tensors, or on them with padding; every call of a predictor makes new tensors.
@@ -129,11 +133,13 @@ class Plain:
         self._originals = {n: b.clone() for n, b in self._buffers.items()}
         network = self._twin.network
         self._network = network if isinstance(network, KeyedNetwork) else None
-        only_keys = list(first) == ["network.key"]
-        self.repeated = only_keys and self._network is not None and self._network.takes_many_keys
+        self._only_keys = list(first) == ["network.key"]
+        self.repeated = self._only_keys and self._network is not None and self._network.takes_many_keys
         self.mapped = False
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
+        if before is not None and before.kept and self._budget > 0:
+            self._keep((0,), before.kept)
         self._lock = threading.RLock()
 
     @property
@@ -163,14 +169,17 @@ class Plain:
 
     def each(self, numbers: Tensor, tile: Flat) -> Tensor:
         """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
+        with draws_together() if self._only_keys else contextlib.nullcontext():
+            return self._each(numbers, tile)
+
+    def _each(self, numbers: Tensor, tile: Flat) -> Tensor:
         before, self._before = self._before, None
         posterior, one_by_one = self.model.posterior, self._large or self._holds_members
         one_by_one = one_by_one or (isinstance(posterior, StackedPosterior) and posterior.is_apart)
         entries = {} if one_by_one else self.entries(numbers)
         outputs = []
         for i, n in enumerate(numbers.tolist()):
-            # a network with a key keeps what it draws in the run of a draw
-            if n == 0 and before is not None and self._network is None and before.is_on(tile):
+            if n == 0 and before is not None and before.is_draw and before.is_on(tile):
                 outputs.append(before.outputs[0, : tile.rows])
             else:
                 with self._lock:
@@ -316,11 +325,15 @@ class Plain:
                 for slots, leaf, empty in self._empty:  # a draw's weights must not be kept
                     slots[leaf] = empty
             if kept and numbers not in self._kept:
-                self._budget -= sum(t.numel() * t.element_size() for t in kept.values())
-                self._kept[numbers] = kept
+                self._keep(numbers, kept)
             if versions != [b._version for b in self._buffers.values()]:
                 self._restore()
             return outputs if differentiable else outputs.detach()
+
+    def _keep(self, numbers: tuple[int, ...], kept: dict[Hashable, Tensor]) -> None:
+        """Keep what the network drew in a call of these draws, on account of the memory for it."""
+        self._budget -= sum(t.numel() * t.element_size() for t in kept.values())
+        self._kept[numbers] = kept
 
     def _restore(self) -> None:
         """Undo what a forward pass wrote into shared buffers, so that the next draw finds what this one found."""

@@ -136,7 +136,7 @@ def _fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor 
     )
 
 
-# ---- values shared by the draws of one step
+# ---- values shared by draws
 
 
 _shared: contextvars.ContextVar[dict[tuple[str, int], tuple[Tensor, Tensor]] | None] = contextvars.ContextVar(
@@ -145,8 +145,11 @@ _shared: contextvars.ContextVar[dict[tuple[str, int], tuple[Tensor, Tensor]] | N
 
 
 @contextlib.contextmanager
-def draws_of_one_step() -> Iterator[None]:
-    """Inside this context, `once` computes a value for the first draw and returns it for the others."""
+def draws_together() -> Iterator[None]:
+    """Inside this context, `once` computes a value for the first draw and returns it for the others.
+
+    Parameters must stay as they are inside it, as in a training step, or in an answer.
+    """
     token = _shared.set({})
     try:
         yield

@@ -14,7 +14,7 @@ from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output, named_part, pick
 from vbdl.calling.stacking import call, call_with_buffer
 from vbdl.model import autocast
-from vbdl.nn.drawn import draws_of_one_step
+from vbdl.nn.drawn import draws_together
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks
@@ -92,7 +92,7 @@ def mean_loss(
     """
     if key is None:
         return _at(network, likelihood, None, *batch, output)
-    with draws_of_one_step():
+    with draws_together():
         terms = [_at(network, likelihood, _later(key, k), *batch, output) for k in range(n_samples)]
     return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 

@@ -55,10 +55,10 @@ class StdFactor(Independent):
         self._hidden = (network.log_std,)  # not a submodule, so that its tensors keep their names in artifacts
 
     def std(self, name: str) -> Tensor:
-        """The std of every weight of a parameter, in its shape; computed once for the draws of a training step."""
+        """The std of every weight of a parameter, in its shape; computed once for draws together."""
         log_std = self._hidden[0][name]
-        bounded = log_std.clamp(-LOG_STD_BOUND, LOG_STD_BOUND)
-        return once("std", log_std, lambda: self.masked(name, bounded.exp()))
+        of_draws = lambda: self.masked(name, log_std.clamp(-LOG_STD_BOUND, LOG_STD_BOUND).exp())
+        return once("std", log_std, of_draws)
 
 
 class SampledNetwork(FactoredNetwork):

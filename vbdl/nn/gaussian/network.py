@@ -77,7 +77,13 @@ class FactoredNetwork(KeyedNetwork):
         return values
 
     def forward(self, *args, **kwargs):
-        inputs = kwargs if kwargs else args
+        outputs = self._outputs(kwargs if kwargs else args)
+        if self.kept and any(t._version for t in self.kept.values()):  # the forward wrote to what was drawn
+            self.kept.clear()
+        return outputs
+
+    def _outputs(self, inputs: Inputs) -> Any:  # what the user's network returns
+        """Run the network with the draw in `key`."""
         if self.linearized:
             return self._linear(inputs)
         if self.local:
