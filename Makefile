@@ -62,7 +62,7 @@ format: $(VENV)/.ok
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.ok: pyproject.toml constraints.txt
+$(VENV)/.ok: pyproject.toml constraints.txt hatch_build.py kernels/vbdl_kernels/philox.c
 	@echo "Setting up $(VENV): 3.2 GB on disk with the CPU build of torch, and some GB more where only the CUDA build is offered."
 	$(PYTHON) -m venv $(VENV)
 	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d') constraints.txt > $(VENV)/constraints.txt

@@ -15,7 +15,8 @@ of a counter are 32 columns apart, so that a kernel can use each as a separate t
 
 `words` and `normal` are opaque operators, so that no compiler rewrites their 64-bit integer products in a narrower
 type. Each has a specification in plain torch (`reference_words`, `reference_normal`), for any device and correct under
-`torch.compile` too, and a NumPy implementation for the CPU, which is several times faster.
+`torch.compile` too, and an implementation for the CPU in C (`native.py`) or, where that was not built, in NumPy, which
+has the same bits and takes several times as long.
 """
 
 import math
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vbdl_kernels import native
 from vbdl_kernels.dispatch import has_triton, kernel_of, kernels_in, library
 
 CONTRACT = 1  # the version of the layout above; any change of a bit needs a new one, and artifacts store theirs
@@ -35,6 +37,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _GROUP = 32  # columns between two words of one counter
+
+compiled = native.load(native.PATH)
+"""The compiled functions that draw words on the CPU; None: NumPy draws them."""
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
@@ -174,16 +179,47 @@ def _numpy_noise(
     return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(*key.shape[:-1], rows, columns)
 
 
-def _numpy_words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
-    return _numpy_noise(key, layer, stream, rows, columns, normals=False)
+def _processor_words(key: Tensor, layer: int, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
+    """`reference_words` on the CPU."""
+    if compiled is None:
+        return _numpy_noise(key, layer, stream, rows, columns, normals=False, first_row=first_row)
+    keys = key.reshape(-1, 2).contiguous().numpy()
+    drawn = compiled.words(keys, (layer << 4) | stream, first_row, rows, columns)
+    return torch.from_numpy(drawn).view(*key.shape[:-1], rows, columns)
 
 
-def _numpy_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
-    return _numpy_noise(key, layer, stream, rows, columns, normals=True)
+def _processor_normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+    """`reference_normal` on the CPU."""
+    if compiled is None:
+        return _numpy_noise(key, layer, stream, rows, columns, normals=True)
+    shape = (*key.shape[:-1], rows, columns)
+    keys = key.reshape(-1, 2).contiguous().numpy()
+    lines, last = len(keys) * rows, (layer << 4) | stream
+    out = np.empty((lines, columns), np.float32)
+    if out.size == 0:
+        return torch.from_numpy(out).view(shape)
+    width, pairs = min(columns, _GROUP), 1 if columns <= 2 * _GROUP else 2 * -(-columns // (4 * _GROUP))
+    whole = columns % (2 * _GROUP) == 0 if pairs == 1 else columns % (4 * _GROUP) == 0
+    tile = min(lines, max(1, 8192 // (pairs * width)))  # lines at a time, which the cache of a core holds
+    buffers = np.empty((3, tile, pairs, width), np.float32)
+    normals = None if whole else np.empty((tile, pairs, 2, width), np.float32)
+    for begin in range(0, lines, tile):
+        end = min(begin + tile, lines)
+        radius, angle, wave = buffers[:, : end - begin]
+        compiled.pairs(keys, last, rows, columns, range(begin, end), (radius, angle))
+        np.log(radius, out=radius)
+        np.multiply(radius, np.float32(-2), out=radius)
+        np.sqrt(radius, out=radius)
+        into = out[begin:end].reshape(-1, pairs, 2, width) if normals is None else normals[: end - begin]
+        np.multiply(radius, np.cos(angle, out=wave), out=into[:, :, 0])
+        np.multiply(radius, np.sin(angle, out=wave), out=into[:, :, 1])
+        if normals is not None:
+            out[begin:end] = into.reshape(end - begin, -1)[:, :columns]
+    return torch.from_numpy(out).view(shape)
 
 
 def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
-    """Register an opaque operator: NumPy on the CPU, Triton on an accelerator if installed, otherwise plain torch."""
+    """Register an opaque operator: C or NumPy on the CPU, Triton on an accelerator if installed, else plain torch."""
     operator = f"vbdl::{name}"
     library.define(f"{name}(Tensor key, int layer, int stream, int rows, int columns) -> Tensor")
 
@@ -206,8 +242,8 @@ def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
         return packet(key.movedim(in_dims[0], 0), layer, stream, rows, columns), 0
 
 
-_register("words", reference_words, _numpy_words, torch.int64)
-_register("normal", reference_normal, _numpy_normal, torch.float32)
+_register("words", reference_words, _processor_words, torch.int64)
+_register("normal", reference_normal, _processor_normal, torch.float32)
 
 
 def _check(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> None:
@@ -256,7 +292,7 @@ def keep_mask(
         raise ValueError(f"the dropout rate is a probability from 0 to 1, got {p}")
     if first:
         _check(key, layer, stream, rows, columns)
-        drawn = _numpy_noise(key.cpu(), layer, stream, rows, columns, normals=False, first_row=first).to(key.device)
+        drawn = _processor_words(key.cpu(), layer, stream, rows, columns, first_row=first).to(key.device)
     else:
         drawn = words(key, layer, stream, rows, columns)
     return drawn >= round(p * 2**32)

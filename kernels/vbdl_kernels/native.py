@@ -1,0 +1,60 @@
+"""The random words of `philox.c`, where it was compiled when the package was installed."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1  # of the functions of philox.c and their arguments
+PATH = Path(__file__).with_name("libphilox.so")
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+
+
+class Library:
+    """The functions of a compiled philox.c. Raises OSError for a file that is none, or that is another version's."""
+
+    def __init__(self, path: Path):
+        library: Any = ctypes.CDLL(str(path))
+        try:
+            library.vbdl_philox_version.restype = _LONG
+            version = library.vbdl_philox_version()
+            self._words, self._pairs = library.vbdl_philox_words, library.vbdl_philox_pairs
+        except AttributeError as error:
+            raise OSError(f"{path} lacks a function of philox.c: {error}") from error
+        if version != VERSION:
+            raise OSError(f"{path} is of version {version}, and {VERSION} is wanted: install vbdl again")
+        for function, outputs in ((self._words, 1), (self._pairs, 2)):
+            function.argtypes = [_POINTER, ctypes.c_uint32, *[_LONG] * 5, *[_POINTER] * outputs]
+            function.restype = None
+
+    def words(self, keys: np.ndarray, last: int, first_row: int, rows: int, columns: int) -> np.ndarray:
+        """Uniform 32-bit words, int64, (draws * rows, columns).
+
+        keys: (draws, 2) int64 in one piece, the seed and the number of each draw. last: layer << 4 | stream.
+        """
+        lines = len(keys) * rows
+        out = np.empty((lines, columns), np.int64)
+        self._words(keys.ctypes.data, last, first_row, rows, columns, 0, lines, out.ctypes.data)
+        return out
+
+    def pairs(
+        self, keys: np.ndarray, last: int, rows: int, columns: int, lines: range, out: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        """Fill two float32 arrays in one piece with what makes pairs of normals.
+
+        lines: some of the draws * rows lines. out: numbers in (0, 1] and angles in radians, (lines, pairs, width) each.
+        """
+        uniform, angle = out
+        self._pairs(
+            keys.ctypes.data, last, 0, rows, columns, lines.start, lines.stop, uniform.ctypes.data, angle.ctypes.data
+        )
+
+
+def load(path: Path) -> Library | None:
+    """The library at this path; None if there is none that this processor and system can use."""
+    try:
+        return Library(path) if path.exists() else None
+    except OSError:
+        return None
