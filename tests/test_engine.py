@@ -440,6 +440,28 @@ class Attends(nn.Module):
         return self.head(self.layer(x)[:, -1])
 
 
+class Carries(nn.Module):
+    """A recurrent layer over the rows of the batch, as it is without batch_first: a row gets what came before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1])
+
+
+class Sums(nn.Linear):
+    """A cumulative sum over the rows, forwards or backwards."""
+
+    def __init__(self, step: int):
+        super().__init__(8, 2)
+        self.step = step
+
+    def forward(self, x):
+        return super().forward(x.cumsum(0) if self.step > 0 else x.flip(0).cumsum(0).flip(0))
+
+
 class Centered(nn.Linear):
     def forward(self, x):
         return super().forward(x - x.mean(0))
@@ -455,6 +477,8 @@ def unstable_norm():
         (LastStep, torch.randn(20, 5, 3), "returned 5 rows for a batch of 32: the batch is the first axis"),
         (Attends, torch.randn(20, 5, 8), "depends on the other rows"),
         (lambda: Centered(3, 2), torch.randn(20, 3), "depends on the other rows"),
+        *((Carries, torch.randn(n, 5, 8), "depends on the other rows") for n in (2, 20)),
+        *((lambda s=s: Sums(s), torch.randn(n, 8), "depends on the other rows") for n in (2, 20) for s in (1, -1)),
         (unstable_norm, torch.randn(20, 3), "track_running_stats"),
         (unstable_norm, torch.randn(1, 3), "track_running_stats"),
     ],

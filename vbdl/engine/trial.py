@@ -1,6 +1,6 @@
 """The trial run: one draw of a network runs before tracing, to check that it accepts the rows and does not mix them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,15 @@ def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
 
 
 def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -> None:
-    """Raise ValueError if the output of the first row changes when the other rows do, or if the inputs are written to.
+    """Raise ValueError if the output of a row changes when the other rows do, or if the inputs are written to.
 
-    outputs: the network's outputs on the tile, (rows, ...).
+    outputs: the network's outputs on the tile, (rows, ...). The first and the last row stay in their places, because a
+    network may carry something from each row to the next; of two rows one changes at a time.
     """
-    if are_same(run_plainly(network, state, others(tile))[:1], outputs[:1], _APART):
+    for changed, same in _changed(tile):
+        if not are_same(run_plainly(network, state, changed)[same], outputs[same], _APART):
+            break
+    else:
         return
     copies = tile.map(Tensor.clone)
     before = [t._version for t in copies.tensors]
@@ -100,7 +104,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
             "the module writes into its inputs (x -= ..., x.div_(...)), so the next draw would read changed rows: "
             "write x = x - ... where it normalizes them"
         )
-    if not are_same(again[:1], outputs[:1], _APART):
+    if not are_same(again[same], outputs[same], _APART):
         raise ValueError(
             "the same rows give another output in the next call: the network keeps a tensor in an attribute. Make it a "
             "buffer with register_buffer(name, tensor), so that each draw has its own"
@@ -108,11 +112,16 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
     raise _mixing()
 
 
-def others(tile: Flat) -> Flat:
-    """A tile with the same first row and other rows after it."""
+def _changed(tile: Flat) -> Iterator[tuple[Flat, list[int]]]:
+    """Yield tiles with other rows than the given one, and the places of those that are the same; a row gets another."""
     if tile.rows == 1:
-        return tile.map(lambda t: torch.cat([t, _another(t)]))
-    return tile.map(lambda t: t[:1].expand_as(t).contiguous())
+        yield tile.map(lambda t: torch.cat([t, _another(t)])), [0]
+    elif tile.rows == 2:
+        yield tile.map(lambda t: torch.cat([t[:1], _another(t[1:])])), [0]
+        yield tile.map(lambda t: torch.cat([_another(t[:1]), t[1:]])), [1]
+    else:
+        between = lambda t: torch.cat([_another(t[:1]), t[:1]]).repeat(tile.rows // 2, *[1] * (t.ndim - 1))
+        yield tile.map(lambda t: torch.cat([t[:1], between(t)[: tile.rows - 2], t[-1:]])), [0, -1]
 
 
 def _another(row: Tensor) -> Tensor:
