@@ -341,6 +341,60 @@ def test_the_first_answer_is_not_traced_and_is_that_of_the_graph(layer, rows_of_
     assert "network as it is" not in predict.explain()
 
 
+# forms of a parameter that is affine in its noise: f(mean, std, noise)
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "m + s n": lambda m, s, n: m + s * n,
+    "s n": lambda m, s, n: s * n,
+    "n": lambda m, s, n: n,
+    "2 n": lambda m, s, n: 2.0 * n,
+    "m + n": lambda m, s, n: m + n,
+    "m - s n": lambda m, s, n: m - s * n,
+    "s n - m": lambda m, s, n: s * n - m,
+    "-n": lambda m, s, n: -n,
+    "m + 2 n": lambda m, s, n: m + 2 * n,
+    "m + n / s": lambda m, s, n: m + n / s,
+    "m (1 + s n)": lambda m, s, n: m * (1 + s * n),
+    "(m + n) / s": lambda m, s, n: (m + n) / s,
+    "addcmul": torch.addcmul,
+    "addcmul of value": lambda m, s, n: torch.addcmul(m, s, n, value=0.3),
+    "add of alpha": lambda m, s, n: torch.add(m, n, alpha=0.2),
+    "sub of alpha": lambda m, s, n: torch.sub(m, n, alpha=0.2),
+    "lerp": lambda m, s, n: torch.lerp(m, n, 0.3),
+    "lerp of weights": lambda m, s, n: torch.lerp(n, m, s),
+    "in place": lambda m, s, n: n.mul_(s).add_(m),
+    "triangle": lambda m, s, n: m + s * n.view(1, *n.shape).tril()[0] if n.ndim > 1 else m + n.cumsum(0) * 0,
+    "exponential": lambda m, s, n: m + (s * n).exp(),
+    "square": lambda m, s, n: m + s * n.square(),
+}
+
+
+class OfForms(nn.Linear):
+    """A linear layer whose weight and bias are drawn by two of `FORMS`."""
+
+    def __init__(self, weight: str, bias: str | None):
+        super().__init__(FEATURES, CLASSES)
+        self.std, self.bias_std = (
+            nn.Parameter(torch.rand(CLASSES, FEATURES) + 0.1),
+            nn.Parameter(torch.rand(CLASSES) + 0.1),
+        )
+        self.forms = weight, bias
+
+    def forward(self, x):
+        weight, bias = self.forms
+        drawn = FORMS[weight](self.weight, self.std, torch.randn_like(self.std))
+        of_bias = None if bias is None else FORMS[bias](self.bias, self.bias_std, torch.randn_like(self.bias_std))
+        return F.linear(x, drawn, of_bias)
+
+
+@pytest.mark.parametrize("weight, bias", [*((w, None) for w in FORMS), *(("m + s n", b) for b in FORMS), ("s n", "n")])
+def test_the_network_as_it_is_and_the_graph_have_the_same_draws(weight, bias):
+    q, x = Stochastic(OfForms(weight, bias)), rows(BATCH)
+    behind = vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile="background")
+    first = behind(x, samples=True).samples
+    for predict in (vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile=False), behind):
+        torch.testing.assert_close(predict(x, samples=True).samples, first, rtol=1e-4, atol=3e-5)
+
+
 # -- training
 
 
@@ -447,6 +501,10 @@ def _python(module, x):
     return x + random.random() + torch.randn(FEATURES)
 
 
+def _own_generator(module, x):
+    return x + torch.randn(FEATURES) + torch.randn(FEATURES, generator=torch.Generator().manual_seed(3))
+
+
 def _part(module, x):
     noise = torch.zeros(FEATURES)
     noise[:3].normal_()
@@ -466,6 +524,7 @@ def _part(module, x):
             "_standard_gamma is called",
         ),
         (refused(_python), "another generator than torch's"),
+        (refused(_own_generator), r"randn\(generator=\) is called .* make it a buffer"),
         (refused(_part), "part or a view of a tensor in place"),
     ],
 )

@@ -75,11 +75,15 @@ class Noise:
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._origins: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def refuse(self, name: str) -> None:
-        """Raise NotImplementedError for a random function that cannot be drawn from counters."""
+    def refuse(
+        self,
+        name: str,
+        instead: str = "compute it from torch.rand, torch.randn or torch.bernoulli, whose draws can be",
+    ) -> None:
+        """Raise NotImplementedError for a random function that cannot be drawn from counters; instead: what to do."""
         raise NotImplementedError(
             f"{name} is called in {described(self.masks.place())} and cannot be drawn from counters, so a draw would "
-            f"not be reproducible: compute it from torch.rand, torch.randn or torch.bernoulli, whose draws can be"
+            f"not be reproducible: {instead}"
         )
 
     # -- noise

@@ -42,7 +42,9 @@ class CounterNoise(CounterDropout):
         if (replacement := REPLACEMENTS.get(name)) is not None:
             if kwargs.get("out") is not None or getattr(func, "__module__", "") == "torch.nn.init":
                 self._noise.refuse(f"{func.__module__}.{name}" if kwargs.get("out") is None else f"{name}(out=)")
-            kwargs.pop("generator", None)
+            if kwargs.pop("generator", None) is not None:
+                instead = "leave generator= out or, for a constant, make it a buffer in __init__"
+                self._noise.refuse(f"{name}(generator=)", instead)
             return replacement(self._noise, *args, **kwargs)
         if name in _REFUSED:
             self._noise.refuse(name)

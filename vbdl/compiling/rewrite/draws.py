@@ -4,6 +4,7 @@ A network's own code may write the sum in any order and shape: `torch.exp(rho) *
 one number, as `addcmul`, with the noise copied into a buffer first. The numbers stay the same.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,59 +18,132 @@ _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.defau
 _VIEWS = (_aten.detach.default, _aten.alias.default, *_RESHAPES)
 
 
+@dataclass(frozen=True)
+class _Affine:
+    """mean + std * noise, where mean and std are nodes, numbers, or (function, *arguments) of such."""
+
+    mean: Any
+    std: Any
+    noise: fx.Node
+
+
 def in_one_form(traced: fx.GraphModule) -> None:
-    """Rewrite every sum of a mean and scaled normal noise to add(mean, mul(std, noise)), in place.
+    """Rewrite every value that is affine in normal noise to add(mean, mul(std, noise)), in place; without mean to mul.
 
     There mean and std are tensors with the shape of one draw, and noise is `vbdl::normal`, reshaped and then cast.
+    Noise alone stays as it is.
     """
     graph = traced.graph
     if not any(node.target is _NORMAL for node in graph.nodes):
         return
     graph.eliminate_dead_code()  # values that only attributes of a network held, like the density of a drawn weight
     _drop_views(graph)
-    for node in list(graph.nodes):
-        if (parts := _parts(node)) is None:
+    for node in reversed(list(graph.nodes)):  # a sum before its parts
+        if not node.users or (parts := _affine(node)) is None or parts.noise is node:
             continue
-        mean, std, noise = parts
+        noise, dtype = parts.noise, parts.noise.meta["val"].dtype
         with graph.inserting_before(node):
             shape = noise.meta["val"].shape[1:]
-            mean, std = (_of_shape(graph, t, shape, noise.meta["val"]) for t in (mean, std))
-            noise = _canonical(graph, noise)
-            scaled = _call(graph, _aten.mul.Tensor, std, noise)
-            drawn = _call(graph, _aten.add.Tensor, mean, scaled)
+            mean, std = (_of_shape(graph, _built(graph, t), shape, noise.meta["val"]) for t in (parts.mean, parts.std))
+            if {t.meta["val"].dtype for t in (mean, std)} != {dtype}:
+                continue
+            drawn = _call(graph, _aten.mul.Tensor, std, _canonical(graph, noise))
+            if parts.mean != 0:
+                drawn = _call(graph, _aten.add.Tensor, mean, drawn)
         drawn.meta = dict(node.meta)
         node.replace_all_uses_with(drawn)
     graph.eliminate_dead_code()
     traced.recompile()
 
 
-def _parts(node: fx.Node) -> tuple[Any, Any, fx.Node] | None:
-    """The mean, std and noise of a node that is their sum in any form, or None.
+def _affine(node: Any) -> _Affine | None:
+    """The parts of a node that is affine in normal noise, element by element, or None.
 
-    The noise has all axes of the sum, and neither mean nor std has the axis of draws.
+    The noise has all axes of the node, and neither mean nor std has the axis of draws.
     """
-    if node.op != "call_function" or node.kwargs:
+    if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
+    if _source(node) is not None:
+        return _Affine(0.0, 1.0, node)
     args: Any = node.args
-    candidates: list[tuple[Any, Any, Any]]
-    if node.target is _aten.addcmul.default:
-        candidates = [(args[0], args[1], args[2]), (args[0], args[2], args[1])]
-    elif node.target is _aten.add.Tensor:
-        candidates = [
-            (mean, *factors)
-            for mean, scaled in (args, args[::-1])
-            if _calls(scaled, _aten.mul.Tensor) and len(scaled.users) == 1
-            for factors in (scaled.args, scaled.args[::-1])
-        ]
-    else:
+    alpha, value = node.kwargs.get("alpha", 1), node.kwargs.get("value", 1)
+    if set(node.kwargs) - {"alpha", "value"}:
         return None
-    for mean, std, noise in candidates:
-        if _source(noise) is None or not isinstance(mean, fx.Node) or not isinstance(std, fx.Node | float | int):
-            continue
-        value, shape = noise.meta["val"], node.meta["val"].shape
-        if value.shape == shape and all(_fits(t, value) for t in (mean, std)):
-            return mean, std, noise
+    match node.target:
+        case _aten.add.Tensor:
+            return _sum(node, args[0], _times(args[1], alpha))
+        case _aten.sub.Tensor:
+            return _sum(node, args[0], _times(args[1], -alpha))
+        case _aten.neg.default:
+            return _sum(node, 0.0, _times(args[0], -1.0))
+        case _aten.mul.Tensor:
+            return _product(node, *args)
+        case _aten.div.Tensor:
+            return _product(node, args[0], (_aten.reciprocal.default, args[1]))
+        case _aten.addcmul.default:
+            return _sum(node, args[0], _times((_aten.mul.Tensor, args[1], args[2]), value))
+        case _aten.lerp.Scalar | _aten.lerp.Tensor:
+            start, end, weight = args
+            at_start = (_aten.sub.Tensor, 1.0, weight) if isinstance(weight, fx.Node) else 1.0 - weight
+            return _sum(node, _times(start, at_start), _times(end, weight))
+        case _ if node.target in _SAME:
+            return _sum(node, 0.0, args[0])
     return None
+
+
+def _times(a: Any, b: Any) -> Any:
+    return a if isinstance(b, int | float) and b == 1 else (_aten.mul.Tensor, a, b)
+
+
+def _of_part(part: Any, like: fx.Node) -> _Affine | None:
+    """`_affine` of a part of a node that nothing else uses."""
+    if isinstance(part, fx.Node):
+        return _affine(part) if len(part.users) == 1 else None
+    if isinstance(part, tuple) and part[0] is _aten.mul.Tensor:
+        return _product(like, *part[1:])
+    return None
+
+
+def _sum(node: fx.Node, a: Any, b: Any) -> _Affine | None:
+    """The parts of a + b, of which one is affine in noise, and the other is the same for all draws."""
+    for constant, drawn in ((a, b), (b, a)):
+        parts = _of_part(drawn, node)
+        if parts is not None and _is_same(constant, parts.noise) and _has_shape(node, parts.noise):
+            both = (_aten.add.Tensor, constant, parts.mean)
+            mean = constant if parts.mean == 0 else parts.mean if constant == 0 else both
+            return _Affine(mean, parts.std, parts.noise)
+    return None
+
+
+def _product(node: fx.Node, a: Any, b: Any) -> _Affine | None:
+    """The parts of a * b, of which one is affine in noise, and the other is the same for all draws."""
+    for constant, drawn in ((a, b), (b, a)):
+        parts = _of_part(drawn, node)
+        if parts is not None and _is_same(constant, parts.noise) and _has_shape(node, parts.noise):
+            mean = 0.0 if parts.mean == 0 else _times(parts.mean, constant)
+            return _Affine(mean, constant if parts.std == 1 else _times(parts.std, constant), parts.noise)
+    return None
+
+
+def _is_same(part: Any, noise: fx.Node) -> bool:
+    """Whether a part has no axis of draws, so that it is the same for all of them."""
+    if isinstance(part, tuple):
+        return all(_is_same(p, noise) for p in part[1:])
+    return isinstance(part, fx.Node | float | int) and _fits(part, noise.meta["val"])
+
+
+def _has_shape(node: fx.Node, noise: fx.Node) -> bool:
+    return node.meta["val"].shape == noise.meta["val"].shape
+
+
+def _built(graph: fx.Graph, part: Any) -> Any:
+    """The node, or the number, that computes a part."""
+    if not isinstance(part, tuple):
+        return part
+    target, *arguments = part[0], *(_built(graph, p) for p in part[1:])
+    if any(isinstance(a, fx.Node) for a in arguments):
+        return _call(graph, target, *arguments)
+    return float(target(*(torch.tensor(a, dtype=torch.float64) for a in arguments)))
 
 
 def _fits(part: Any, noise: Tensor) -> bool:

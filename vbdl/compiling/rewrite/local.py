@@ -125,7 +125,9 @@ def _independent(graph: fx.Graph, linear: fx.Node) -> fx.Node | None:
     drawn = drawn_by(weight) or deviation_by(weight)
     if drawn is None:
         return None
-    bias_drawn = None if bias is None else drawn_by(bias) or deviation_by(bias)
+    bias_drawn = None if bias is None else drawn_by(bias) or deviation_by(bias) or _noise_alone(graph, bias)
+    if bias is not None and bias_drawn is None and stacked[2]:
+        return None  # drawn in a way that is not known here, but may be where the network runs as it is
     bias_moments = (bias_drawn.mean, bias_drawn.std) if bias_drawn else (None, None)
     y = graph.call_function(local_linear, (x, drawn.mean, drawn.std, *bias_moments, drawn.key, drawn.layer))
     return y if bias is None or bias_drawn is not None else add_bias(graph, y, bias, stacked[2], axes=1)
@@ -159,21 +161,38 @@ def deviation_by(node: Any) -> Deviation | None:
     return _scaled(node)
 
 
+def _noise_alone(graph: fx.Graph, node: fx.Node) -> Deviation | None:
+    """The parts of a normal of std 1, if a node is one and has one user; otherwise None."""
+    if (counters := _counters(node)) is None:
+        return None
+    value = node.meta["val"]
+    options = {"dtype": value.dtype, "device": value.device}
+    std = graph.call_function(_aten.full.default, (list(value.shape[1:]), 1.0), options)
+    std.meta["val"] = value.new_empty(value.shape[1:])
+    return Deviation(std, *counters)
+
+
 def _scaled(node: Any) -> Deviation | None:
     """The parts of std * normal, with the std of one draw, if it and its parts have one user each; otherwise None."""
     if not _calls(node, _aten.mul.Tensor) or len(node.users) != 1:
         return None
     std, noise = node.args
-    noise = _through(_through(noise, _aten._to_copy.default), _aten.view.default)
-    if not _calls(noise, torch.ops.vbdl.normal.default) or len(noise.users) != 1 or not isinstance(std, fx.Node):
+    if not isinstance(std, fx.Node) or (counters := _counters(noise)) is None:
         return None
-    key, layer, stream, rows, columns = noise.args
-    shared = node.meta["val"].shape[1:]
-    if std.meta["val"].shape != shared:
+    if std.meta["val"].shape != node.meta["val"].shape[1:]:
         return None  # every member has its own std: an ensemble
-    if (rows, columns) != rows_columns(shared):
+    return Deviation(std, *counters)
+
+
+def _counters(noise: Any) -> tuple[Any, Any, Any] | None:
+    """The key, layer and stream of normal noise with one user, cast and reshaped or not; None for anything else."""
+    source = _through(_through(noise, _aten._to_copy.default), _aten.view.default)
+    if not _calls(source, torch.ops.vbdl.normal.default) or len(source.users) != 1:
+        return None
+    key, layer, stream, rows, columns = source.args
+    if (rows, columns) != rows_columns(noise.meta["val"].shape[1:]):
         return None  # noise of another shape, which a network's own code reshaped
-    return Deviation(std, key, layer, stream)
+    return key, layer, stream
 
 
 def _calls(node: object, target: object) -> bool:
