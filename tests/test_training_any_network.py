@@ -298,3 +298,11 @@ def test_a_network_in_data_parallel_is_that_network(method, data):
         likelihood, _ = fit(q, data)
         results.append(vbdl.Predictor(q, likelihood, 1, compile=False)(data[0]).probs)
     assert torch.equal(*results)
+
+
+def test_a_scripted_network_is_trained():
+    net = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    q, x, y = vbdl.DeepEnsemble([net, net]), torch.randn(24, 3), torch.randint(2, (24,))
+    before = [p.clone() for p in q.parameters()]
+    vbdl.fit(q, (x, y), vbdl.Categorical(), epochs=1, progress=False, compile=False)
+    assert all(not torch.equal(a, b) for a, b in zip(before, q.parameters(), strict=True))

@@ -66,7 +66,8 @@ def call_in(slots: Sequence[_Slot], module: nn.Module, state: State, args: tuple
             output = with_gradients_if_needed(lambda: module(*args, **kwargs))
         if training:
             for tensors, leaf, name in slots:
-                now, t = tensors.get(leaf), state[name]
+                # the dictionaries of scripted modules have no `get`
+                now, t = tensors[leaf] if leaf in tensors else None, state[name]  # noqa: SIM401
                 if now is not t and now is not None and now.shape == t.shape:  # the forward assigned it
                     with torch.no_grad():
                         t.copy_(now)

@@ -61,7 +61,39 @@ def make_optimizer(
             "LBFGS evaluates the loss several times per step, which fit does not: use an optimizer with one gradient "
             "per step, like AdamW or SGD"
         )
+    if by_member and n_members > 1 and _mixes_members(options, parameters[0]):
+        raise ValueError(
+            f"{type(optimizer).__name__} updates a number by the gradients of others too, and members are trained "
+            f"stacked in one tensor, so each would change the others' updates: use an optimizer that treats each "
+            f"number alone, like AdamW or SGD, or train the networks one by one and pass them to the ensemble"
+        )
     return optimizer
+
+
+def _mixes_members(options: TrainingOptions, like: Tensor) -> bool:
+    """Whether two steps of an optimizer on a stack of two tensors differ from its steps on each of them.
+
+    False also where that cannot be seen: the optimizer draws random numbers, or it refuses such tensors.
+    """
+    assert options.optimizer is not None
+    begin = torch.linspace(-1.0, 1.0, 48, dtype=like.dtype, device=like.device).view(2, 4, 6)
+    gradients = torch.stack((begin.cos(), 50 * begin.sin()))  # in both steps one tensor's are much larger
+    gradients = torch.stack((gradients[:, 0], gradients.flip(0)[:, 1]), dim=1)
+    before = torch.get_rng_state()
+
+    def trained(part: Any) -> Tensor:
+        p = nn.Parameter(begin[part].clone())
+        optimizer: Any = options.optimizer([p])  # type: ignore[misc]
+        for step in gradients:
+            p.grad = step[part].clone()
+            optimizer.step()
+        return p.detach()
+
+    try:
+        stacked, apart = trained(slice(None)), torch.stack((trained(0), trained(1)))
+    except Exception:  # of an optimizer that somebody wrote
+        return False
+    return torch.equal(before, torch.get_rng_state()) and not torch.allclose(stacked, apart, rtol=1e-4, atol=1e-6)
 
 
 def _of_each(name: str, options: TrainingOptions, n_members: int) -> list[float]:

@@ -66,7 +66,7 @@ def _affine(node: Any) -> _Affine | None:
     if _source(node) is not None:
         return _Affine(0.0, 1.0, node)
     args: Any = node.args
-    alpha, value = node.kwargs.get("alpha", 1), node.kwargs.get("value", 1)
+    alpha, value = (float(node.kwargs.get(name, 1)) for name in ("alpha", "value"))  # type: ignore[arg-type]
     if set(node.kwargs) - {"alpha", "value"}:
         return None
     match node.target:
