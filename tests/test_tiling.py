@@ -182,6 +182,16 @@ class Counting(nn.Module):
 seen: list[int] = []
 
 
+@pytest.mark.parametrize("make", [vbdl.MCDropout, lambda net: vbdl.DeepEnsemble(net, 2)])
+def test_no_rows_have_an_answer_before_and_after_others(make):
+    q = make(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)))
+    predict, x = Predictor(q, vbdl.Categorical(), compile="background"), torch.randn(7, 4)
+    for rows in (0, 7, 0, 1, 0):
+        answer = predict(x[:rows], samples=True)
+        assert answer.probs.shape == (rows, 3)
+        assert answer.samples.shape == (predict.n_samples, rows, 3)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 33, 70])
 def test_a_network_as_it_is_gets_no_padding(rows):
     q = vbdl.DeepEnsemble([Counting() for _ in range(3)])

@@ -58,7 +58,7 @@ class Tiling:
         """Cut the inputs into tiles of these sizes, pad the last, and yield each with the number of its own rows."""
         start = 0
         for size in sizes:
-            yield pad(flat, start, size), min(size, flat.rows - start)
+            yield pad(flat, start, size), max(1, min(size, flat.rows - start))  # of no rows one runs too
             start += size
 
     def could_be_faster(self, rows: int, sizes: list[int]) -> bool:
