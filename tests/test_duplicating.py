@@ -120,7 +120,38 @@ def test_modules_of_torch_are_not_copied_by_deepcopy(monkeypatch):
     copies, of = [], copy.deepcopy
     monkeypatch.setattr(copy, "deepcopy", lambda value, memo: copies.append(value) or of(value, memo))
     duplicate(network, {})
-    assert copies and not any(isinstance(value, nn.Module | dict) for value in copies)
+    assert not copies
+
+
+def views() -> nn.Module:
+    """A network with tensors that share memory, are views of more, or are laid out otherwise."""
+    network, memory = nn.Linear(3, 3), torch.arange(12.0)
+    images = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    for name, t in {
+        "whole": memory, "rows": memory.view(3, 4), "part": memory[3:5], "turned": memory.view(3, 4).t(),
+        "repeated": torch.ones(1).expand(5), "images": images, "trained": torch.ones(2, requires_grad=True),
+        "empty": torch.zeros(0, 3), "number": torch.tensor(3), "noted": torch.ones(2),
+    }.items():  # fmt: skip
+        network.register_buffer(name, t)
+    network.noted.note = "a note"  # type: ignore[union-attr]
+    network.also = network.rows
+    network.weight.grad = torch.ones(3, 3)
+    return network
+
+
+def test_tensors_are_copied_as_deepcopy_does():
+    network = views()
+    expected, made = copy.deepcopy(network), duplicate(network, {})
+    tensors = lambda m: {n: t for n, t in vars(m).items() if isinstance(t, Tensor)} | m._buffers | m._parameters
+    seen = lambda m: {
+        n: (t.tolist(), t.stride(), t.storage_offset(), t.untyped_storage().nbytes(), t.requires_grad, vars(t), t.grad)
+        for n, t in tensors(m).items()
+    }
+    assert seen(made) == seen(expected)
+    places = lambda m: [t.untyped_storage().data_ptr() for t in tensors(m).values() if t.numel()]
+    shared = lambda m: [places(m).index(place) for place in places(m)]
+    assert shared(made) == shared(expected) == shared(network)
+    assert not set(places(made)) & set(places(network))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

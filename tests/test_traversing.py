@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vbdl.calling.traversing import modules_of, parameters_of, state_of
+from vbdl.calling.traversing import buffers_of, device_of, modules_of, parameters_of, state_of
 
 
 class Listed(nn.Module):
@@ -55,6 +55,14 @@ def test_a_list_has_what_the_generators_yield(network):
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     if network == "script":  # whose attributes make a new tensor object every time
         assert list(parameters_of(module)) == list(parameters)
+        assert list(buffers_of(module)) == list(buffers)
         return
     assert [(n, id(t)) for n, t in parameters_of(module).items()] == [(n, id(t)) for n, t in parameters.items()]
+    assert [(n, id(t)) for n, t in buffers_of(module).items()] == [(n, id(t)) for n, t in buffers.items()]
     assert [(n, id(t)) for n, t in state_of(module).items()] == [(n, id(t)) for n, t in (parameters | buffers).items()]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_is_on_the_device_of_its_tensors(network):
+    assert device_of(NETWORKS[network]()) == torch.device("cpu")
+    assert device_of(nn.Sequential(nn.ReLU(), nn.Linear(2, 2, device="meta"))) == torch.device("meta")

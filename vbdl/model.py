@@ -10,7 +10,6 @@ all others        no samples axis, shared                      the module and th
 import contextlib
 import copy
 from collections.abc import Collection, Iterator
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from vbdl.calling.inputs import tensors
 from vbdl.calling.layer_inputs import LayerInputs
 from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import pick
-from vbdl.calling.traversing import state_of
+from vbdl.calling.traversing import device_of, parameters_of, state_of
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
 
@@ -56,7 +55,7 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         """The device of the posterior's tensors."""
         with only_reading():
-            return next(chain(self.posterior.parameters(), self.posterior.buffers())).device
+            return device_of(self.posterior)
 
     # -- the entries of draws and members
 
@@ -66,11 +65,28 @@ class Model(nn.Module):
 
     def entries_of(self, drawn: State, numbers: Tensor) -> State:
         """Add the likelihood's entries of these draws to those of the posterior, (samples, ...) each."""
+        return self._detached({f"network.{name}": t for name, t in drawn.items()} | self._of_likelihood(numbers))
+
+    def one_draw(self, number: int, seed: int) -> State:
+        """The entries of one draw, (...) each, detached."""
+        return self.with_likelihood(self.posterior.one_draw(number, seed), number)
+
+    def with_likelihood(self, drawn: State, number: int) -> State:
+        """Add the likelihood's entries of one draw to those of the posterior, (...) each."""
         state = {f"network.{name}": t for name, t in drawn.items()}
         if self.likelihood.n_members is not None:
-            member = self._first_member + self.posterior.member_of(numbers)
-            for name, p in self.likelihood.named_parameters():
-                state[f"likelihood.{name}"] = p.index_select(0, member.to(p.device))
+            state |= {name: t[0] for name, t in self._of_likelihood(torch.tensor([number])).items()}
+        return self._detached(state)
+
+    def _of_likelihood(self, numbers: Tensor) -> State:
+        """The likelihood's entries of these draws, (samples, ...) each."""
+        if self.likelihood.n_members is None:
+            return {}
+        member = self._first_member + self.posterior.member_of(numbers)
+        named = parameters_of(self.likelihood).items()
+        return {f"likelihood.{name}": p.index_select(0, member.to(p.device)) for name, p in named}
+
+    def _detached(self, state: State) -> State:
         device = self.device
         return {name: t.detach().to(device) for name, t in state.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbdl.calling.traversing import modules_of
+from vbdl.calling.traversing import Modules
 
 _RANDOM = (True, False, "gaussian", "orthogonal")  # initializations of LoRA that do not depend on the base weights
 
@@ -23,9 +23,12 @@ def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, m
 
 
-def check_adapters(network: nn.Module) -> None:
-    """Raise ValueError if adapters have no effect on the outputs: merged into the base weights, or disabled."""
-    for name, m in modules_of(network):
+def check_adapters(modules: Modules) -> None:
+    """Raise ValueError if adapters have no effect on the outputs: merged into the base weights, or disabled.
+
+    modules: those of a network by name.
+    """
+    for name, m in modules:
         if "base_layer" not in m._modules or not isinstance(getattr(m, "merged_adapters", None), list):
             continue
         if m.merged_adapters:

@@ -167,17 +167,20 @@ def hold_apart(networks: Sequence[nn.Module], without: Collection[str]) -> dict[
     Empty unless each network can lend all of them. without: names to leave out.
     """
     with lock:
-        parameters = {n: p for n, p in parameters_of(networks[0]).items() if n not in without and p.is_floating_point()}
-        sizes = {name: p.numel() * p.itemsize for name, p in parameters.items()}
-        parameters.clear()
+        modules = [modules_of(network) for network in networks]
+        named = parameters_of(networks[0])
+        sizes = {n: p.nbytes for n, p in named.items() if n not in without and p.is_floating_point()}
+        named.clear()
         smallest = min(sizes, key=lambda name: sizes[name], default="")  # one stack shows the dtype and the device
         large = {n for n, size in sizes.items() if size * len(networks) >= LEAST and n != smallest}
         if not large:
             return {}
-        kinds = {(p.dtype, p.device) for network in networks for p in parameters_of(network).values()}
-        if len(kinds) > 1 or any(not large <= lendable(m, LEAST // len(networks)) for m in networks):
+        if any(not large <= lendable(of_one, LEAST // len(networks)) for of_one in modules):
             return {}
-        lent = [lend(network, large) for network in networks]
+        tensors = (p for of_one in modules for _, m in of_one for p in m._parameters.values() if p is not None)
+        if len({(p.dtype, p.device) for p in tensors}) > 1:
+            return {}
+        lent = [lend(of_one, large) for of_one in modules]
         return {name: [one[name] for one in lent] for name in sizes if name in large}
 
 

@@ -6,7 +6,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vbdl.calling.adapters import check_adapters
-from vbdl.calling.traversing import modules_of, parameters_of, state_of
+from vbdl.calling.traversing import modules_of, parameters_of, state_in
 
 
 def check_network(module: object, scripted: bool = False) -> None:
@@ -17,9 +17,10 @@ def check_network(module: object, scripted: bool = False) -> None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"a network must be an nn.Module, got {type(module).__name__}")
-    for name, m in modules_of(module):
+    modules = modules_of(module)
+    for name, m in modules:
         where = f"module '{name}'" if name else "the module"
-        if hasattr(m, "_orig_mod"):
+        if "_orig_mod" in m._modules or "_orig_mod" in vars(m):
             raise ValueError(
                 f"{where} was returned by torch.compile: pass the module that you compiled, vbdl compiles it itself"
             )
@@ -27,13 +28,13 @@ def check_network(module: object, scripted: bool = False) -> None:
             raise ValueError(
                 f"{where} is a TorchScript module, whose layers this method cannot replace: pass the Python module"
             )
-        if any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values()):
+        if m._forward_pre_hooks and any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values()):
             raise ValueError(
                 f"{where} has torch.nn.utils.weight_norm, which torch cannot copy: use "
                 f"torch.nn.utils.parametrizations.weight_norm, which is the same"
             )
-    check_adapters(module)
-    if any(is_lazy(t) for t in state_of(module).values()):
+    check_adapters(modules)
+    if any(is_lazy(t) for t in state_in(modules).values()):
         raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
 
 

@@ -1,14 +1,16 @@
 """Copies of modules, which hold other tensors, and what forward passes leave in the attributes of modules."""
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.duplicating import duplicate
 from vbdl.calling.stacking import is_of_a_trace
-from vbdl.calling.traversing import modules_of, state_of
+from vbdl.calling.traversing import Modules, modules_of, state_in
 from vbdl.types import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,11 +34,13 @@ def forget(module: nn.Module) -> None:
 
 def _attributes(module: nn.Module) -> list[tuple[str, object]]:
     """The attributes of a module that may hold tensors, by name; most of the others are torch's empty tables."""
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if type(value) not in _ATOMS and name != "_modules" and _may_hold_tensors(value)
-    ]
+    found = []
+    for name, value in vars(module).items():
+        of = type(value)
+        if of in _ATOMS or name == "_modules" or (not value if of in _TABLE_TYPES else not _may_hold_tensors(value)):
+            continue
+        found.append((name, value))
+    return found
 
 
 def _leaves(name: str, value: Any) -> Iterable[Any]:
@@ -45,6 +49,8 @@ def _leaves(name: str, value: Any) -> Iterable[Any]:
 
 
 def _may_hold_tensors(value: object) -> bool:
+    if type(value) in _ATOMS:
+        return False
     if isinstance(value, tuple | list):
         return any(map(_may_hold_tensors, value))
     if isinstance(value, dict):
@@ -53,6 +59,7 @@ def _may_hold_tensors(value: object) -> bool:
 
 
 _ATOMS = frozenset((type(None), bool, int, float, str, set))
+_TABLE_TYPES = frozenset((dict, OrderedDict))
 
 
 _WITHOUT_TENSORS = (*_ATOMS, nn.Module)
@@ -100,16 +107,23 @@ def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
 
     kept: tensors in attributes of the module that the copy holds too.
     """
-    stored = [t for _, m in modules_of(module) for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
+    modules = modules_of(module)
+    tensors = state_in(modules) if state else {}
+    return _holding(module, modules, [(t, state[name]) for name, t in tensors.items() if name in state], kept)
+
+
+def _holding(module: M, modules: Modules, pairs: Sequence[tuple[Tensor, Tensor]], kept: Sequence[Tensor] = ()) -> M:
+    """`holding`; modules: those of the module. pairs: its tensors, each with the one to hold in its place."""
+    stored = [t for _, m in modules for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
     memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
-    for name, tensor in state_of(module).items():
-        if name in state:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            t = state[name]
-            memo[id(tensor)] = nn.Parameter(t, tensor.requires_grad and not t.is_inference()) if is_parameter else t
+    for tensor, t in pairs:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(t, tensor.requires_grad and not t.is_inference()) if is_parameter else t
     return duplicate(module, memo)
 
 
 def blueprint(module: M) -> M:
     """A copy of a module's structure, without numbers: its parameters and buffers are on the meta device."""
-    return holding(module, {name: t.detach().to("meta") for name, t in state_of(module).items()})
+    modules = modules_of(module)
+    pairs = [(t, torch.empty_like(t, device="meta", requires_grad=False)) for t in state_in(modules).values()]
+    return _holding(module, modules, pairs)

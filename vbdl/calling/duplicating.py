@@ -11,7 +11,7 @@ from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,6 +57,8 @@ def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, boo
             for leaf, part in value.items():
                 copied = memo.get(id(part), _MISSING)
                 table[leaf] = _value(part, memo, by_attributes) if copied is _MISSING else copied
+        elif of is Tensor:
+            attributes[name] = _of_tensor(value, memo)
         elif of is tuple and all(type(v) in _ATOMS for v in value):
             attributes[name] = value
         elif of is tuple and any(isinstance(v, nn.Module) for v in value):
@@ -69,7 +71,27 @@ def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, boo
 
 def _value(value: Any, memo: dict[int, Any], by_attributes: dict[type, bool]) -> Any:
     """The copy of a value in a table of a module."""
-    return _duplicated(value, memo, by_attributes) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+    if isinstance(value, nn.Module):
+        return _duplicated(value, memo, by_attributes)
+    of = type(value)
+    if of is nn.Parameter:
+        return value.__deepcopy__(memo)
+    return _of_tensor(value, memo) if of is Tensor else copy.deepcopy(value, memo)
+
+
+def _of_tensor(t: Tensor, memo: dict[int, Any]) -> Tensor:
+    """The copy of a tensor; tensors of one storage still share one."""
+    if (
+        t.device.type not in ("cpu", "cuda") or t.layout != torch.strided or t.is_quantized or not t.is_leaf
+        or not t.is_contiguous() or t.is_conj() or t.is_neg() or t.requires_grad or vars(t)
+    ):  # fmt: skip
+        return copy.deepcopy(t, memo)
+    storage, storages = t.untyped_storage(), memo.setdefault("torch", {})  # type: ignore[call-overload]
+    if storage._cdata in storages or storage.nbytes() != t.nbytes:
+        return copy.deepcopy(t, memo)
+    memo[id(t)] = new = t.detach().clone()
+    storages[storage._cdata] = new.untyped_storage()
+    return new
 
 
 def _copies_by_attributes(kind: type) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.copies import holding
-from vbdl.calling.traversing import modules_of
+from vbdl.calling.traversing import Modules, modules_of
 from vbdl.types import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,15 +53,20 @@ def lent_copy(module: M) -> M:
 
     The copy must not write to its parameters. Buffers, which a forward pass may write to, are copied.
     """
+    modules = modules_of(module)
     with lock, only_reading():
-        return holding(module, lend(module, lendable(module, LEAST)))
+        return holding(module, lend(modules, lendable(modules, LEAST)))
 
 
-def lendable(module: nn.Module, least: int) -> set[str]:
-    """The names of the parameters of at least so many bytes that a copy of a module could read."""
+def lendable(modules: Modules, least: int) -> set[str]:
+    """The names of the parameters of at least so many bytes that a copy of a module could read.
+
+    modules: its modules by name.
+    """
     found = set()
-    for prefix, owner in modules_of(module):
-        parameters = vars(owner)["_parameters"]
+    for prefix, owner in modules:
+        if not (parameters := vars(owner)["_parameters"]):
+            continue
         if isinstance(parameters, _Lent):
             names = set(parameters.lent())
         elif type(parameters) is dict:
@@ -73,12 +78,13 @@ def lendable(module: nn.Module, least: int) -> set[str]:
     return found
 
 
-def lend(module: nn.Module, names: Collection[str]) -> State:
-    """Lend parameters that are `lendable` to a copy: tensors to read, by name."""
-    lent = {}
-    for prefix, owner in modules_of(module):
+def lend(modules: Modules, names: Collection[str]) -> State:
+    """Lend parameters that are `lendable` to a copy of a module: tensors to read, by name; modules: its modules."""
+    lent: State = {}
+    for prefix, owner in modules if names else ():
+        if not (parameters := vars(owner)["_parameters"]):
+            continue
         start = f"{prefix}." if prefix else ""
-        parameters = vars(owner)["_parameters"]
         own = {name for name in dict.keys(parameters) if start + name in names}
         if own and not isinstance(parameters, _Lent):
             vars(owner)["_parameters"] = parameters = _Lent(parameters, owner, own)

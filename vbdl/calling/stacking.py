@@ -50,9 +50,9 @@ def caller(module: nn.Module, names: Collection[str]) -> Callable[[State, Inputs
 _Slot = tuple[dict[str, Any], str, str]
 
 
-def slots_of(module: nn.Module, names: Collection[str]) -> list[_Slot]:
-    """All places of the parameters and buffers with these names."""
-    return [(tensors, leaf, name) for name, _, tensors, leaf in _registered(module) if name in names]
+def slots_of(module: nn.Module, names: Collection[str] | None = None) -> list[_Slot]:
+    """All places of the parameters and buffers with these names, or of all of them."""
+    return [(tensors, leaf, n) for n, _, tensors, leaf in _registered(module) if names is None or n in names]
 
 
 def call_in(slots: Sequence[_Slot], module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -4,9 +4,14 @@ torch's `named_modules` passes every module through as many generators as it is 
 for the modules and tensors of a network dozens of times.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from vbdl.types import State
+
+Modules = Sequence[tuple[str, nn.Module]]
 
 
 def modules_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -30,10 +35,15 @@ def modules_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def state_of(module: nn.Module) -> State:
     """The parameters and buffers of a module by name; a tied one appears once, under its first name."""
+    return state_in(modules_of(module))
+
+
+def state_in(modules: Modules) -> State:
+    """`state_of` a module whose `modules_of` these are."""
     parameters: State = {}
     buffers: State = {}
     seen: set[int] = set()
-    for prefix, owner in modules_of(module):
+    for prefix, owner in modules:
         for of_kind, tensors in ((parameters, owner._parameters), (buffers, owner._buffers)):
             if not tensors:
                 continue
@@ -46,13 +56,32 @@ def state_of(module: nn.Module) -> State:
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of a module by name, as `dict(module.named_parameters())`."""
+    return _named(module, "_parameters")
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module by name, as `dict(module.named_buffers())`."""
+    return _named(module, "_buffers")
+
+
+def _named(module: nn.Module, kind: str) -> dict[str, Tensor]:
+    """The tensors in the tables of this kind; a tied one appears once, under its first name."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for prefix, owner in modules_of(module):
-        if not owner._parameters:
+        if not (tensors := getattr(owner, kind)):
             continue
-        for leaf, t in owner._parameters.items():
+        for leaf, t in tensors.items():
             if t is not None and id(t) not in seen:
                 seen.add(id(t))
                 found[f"{prefix}.{leaf}" if prefix else leaf] = t
     return found
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first tensor; its buffers are asked first, which are held in plain dicts."""
+    for t in module._buffers.values():
+        if t is not None:
+            return t.device
+    tables = (getattr(m, kind) for kind in ("_buffers", "_parameters") for _, m in modules_of(module))
+    return next(t.device for table in tables for t in table.values() if t is not None)

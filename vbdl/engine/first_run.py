@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vbdl.calling.inputs import Flat
-from vbdl.calling.stacking import select
+from vbdl.calling.traversing import parameters_of
 from vbdl.compiling.rewrite import MANY_ROWS
 from vbdl.engine.plain import Run, draws_in_a_call, repeated
 from vbdl.engine.settings import PredictorSettings
@@ -36,19 +36,19 @@ class FirstRun:
         self.local: int | None = None
         self._drawn: dict[Hashable, Tensor] = {}
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
-        entries = model.entries(torch.arange(1), settings.seed)
-        state = {**model.shared(entries), **select(entries, 0)}
-        state = {n: t.detach() for n, t in state.items()}
+        entries = model.one_draw(0, settings.seed)
+        state = {**{n: t.detach() for n, t in model.shared(entries).items()}, **entries}
         noise = {}
         if isinstance(model.network, StochasticNetwork):  # before it is copied
             noise = model.network.found(state["network.key"])
         twin = model.twin()
         self.own = list(entries)
-        parameters = {n for n, _ in twin.named_parameters()}
+        parameters = parameters_of(twin).keys()
+        sizes = {n: t.nbytes for n, t in entries.items()}
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
         is_draw = not self.local_layers and (bool(self._drawn) or not isinstance(twin.network, KeyedNetwork))
-        self.run: Run | None = Run(twin, tile, outputs, self._drawn, is_draw)
+        self.run: Run | None = Run(twin, tile, outputs, sizes, self._drawn, is_draw)
         self.tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype
 

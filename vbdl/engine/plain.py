@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
 from vbdl.calling.outputs import are_same
-from vbdl.calling.stacking import call_stacked, places_of, select
+from vbdl.calling.stacking import call_stacked, select, slots_of
+from vbdl.calling.traversing import buffers_of
 from vbdl.engine.program import Ready, ended
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
@@ -72,6 +73,7 @@ class Run:
     twin: Model
     tile: Flat
     outputs: Tensor  # (draws, rows, ...)
+    sizes: Mapping[str, int]  # the bytes of each entry of a draw
     kept: dict[Hashable, Tensor]  # what the network may keep of draw 0
     is_draw: bool  # whether the first outputs are those of draw 0; layers may draw other ones, or keep what they drew
 
@@ -112,23 +114,28 @@ class Plain:
         if local:
             network: Any = self._twin.network
             network.local = local
-        first = model.entries(torch.arange(1), self._seed)
-        self._large = sum(t.numel() * t.itemsize for t in first.values()) > _LARGE
-        places = places_of(self._twin)
-        owners = dict(self._twin.named_modules())
-        self._places = {n: [_slot(owners, place) for place in places[n]] for n in first}
+        if before is None:
+            first: Mapping[str, int] = {n: t.nbytes for n, t in model.one_draw(0, self._seed).items()}
+        else:
+            first = before.sizes
+        self._large = sum(first.values()) > _LARGE
+        slots: dict[str, list[tuple[dict, str]]] = {}
+        for tensors, leaf, name in slots_of(self._twin):
+            slots.setdefault(name, []).append((tensors, leaf))
+        self._places = {n: slots[n] for n in first}
         self._empty = [(slots, leaf, slots[leaf]) for n in first for slots, leaf in self._places[n]]
         self._convolutions: list[str] = []  # the names of weights that are laid out with channels last
         self._holds_members = False
         self._members: dict[int, State] = {}
         # a forward may write to buffers, and those of a draw are views of the stack
-        self._written = {n for n, _ in self._twin.named_buffers() if n in first and n != "network.key"}
+        buffers = buffers_of(self._twin)
+        self._written = {n for n in buffers if n in first and n != "network.key"}
         self._written |= {n for n in written if n in first}
-        self._buffers = {n: b for n, b in self._twin.named_buffers() if n not in first}
+        self._buffers = {n: b for n, b in buffers.items() if n not in first}
         for name in set(written) - set(first):
-            slots = [_slot(owners, place) for place in places[name]]
-            self._buffers[name] = own = slots[0][0][slots[0][1]].detach().clone()
-            for tensors, leaf in slots:
+            tensors, leaf = slots[name][0]
+            self._buffers[name] = own = tensors[leaf].detach().clone()
+            for tensors, leaf in slots[name]:
                 tensors[leaf] = own
         self._originals = {n: b.clone() for n, b in self._buffers.items()}
         network = self._twin.network
@@ -163,22 +170,22 @@ class Plain:
         together = self.repeated or self.mapped
         return min(self.n_samples, max(1, _ROWS // self.tile.rows)) if together else self.n_samples
 
-    def entries(self, numbers: Tensor) -> State:
-        """The entries of these draws, (samples, ...) each; numbers: (samples,) int64."""
-        return self.model.entries(numbers, self._seed)
+    def entries(self, numbers: range) -> State:
+        """The entries of these draws, (samples, ...) each."""
+        return self.model.entries(torch.arange(numbers.start, numbers.stop), self._seed)
 
-    def each(self, numbers: Tensor, tile: Flat) -> Tensor:
+    def each(self, numbers: range, tile: Flat) -> Tensor:
         """Compute the parameters of p(y | x) of these draws, (samples, rows, ...), with one call for each draw."""
         with draws_together() if self._only_keys else contextlib.nullcontext():
             return self._each(numbers, tile)
 
-    def _each(self, numbers: Tensor, tile: Flat) -> Tensor:
+    def _each(self, numbers: range, tile: Flat) -> Tensor:
         before, self._before = self._before, None
         posterior, one_by_one = self.model.posterior, self._large or self._holds_members
         one_by_one = one_by_one or (isinstance(posterior, StackedPosterior) and posterior.is_apart)
         entries = {} if one_by_one else self.entries(numbers)
         outputs = []
-        for i, n in enumerate(numbers.tolist()):
+        for i, n in enumerate(numbers):
             if n == 0 and before is not None and before.is_draw and before.is_on(tile):
                 outputs.append(before.outputs[0, : tile.rows])
             else:
@@ -200,10 +207,10 @@ class Plain:
         if (own := self._members.get(number)) is not None:
             return own
         if not self._convolutions:
-            own = select(self.entries(torch.tensor([number])), 0)
+            own = self.model.one_draw(number, self._seed)
         else:
             posterior: Any = self.model.posterior
-            own = select(self.model.entries_of(posterior.draw_as_laid_out(number), torch.tensor([number])), 0)
+            own = self.model.with_likelihood(posterior.draw_as_laid_out(number), number)
             own |= {name: own[name].contiguous(memory_format=_LAST) for name in self._convolutions}
         if self._holds_members:
             self._members[number] = own
@@ -246,22 +253,23 @@ class Plain:
         self._members.clear()
         posterior.lay_out(names, torch.contiguous_format, copying=True)
 
-    def together(self, numbers: Tensor, tile: Flat) -> Tensor:
+    def together(self, numbers: range, tile: Flat) -> Tensor:
         """Compute what `each` does on the rows repeated once for each draw, in calls whose values fit into a cache."""
         before, self._before = self._before, None
         if before is not None and len(before.outputs) == len(numbers) and before.is_on(tile):
             return before.outputs[:, : tile.rows]
         most = draws_in_a_call(self._network, tile)
         if most < len(numbers):
-            blocks = numbers.split(-(-len(numbers) // -(-len(numbers) // most)))  # of sizes as equal as possible
+            size = -(-len(numbers) // -(-len(numbers) // most))  # so that blocks are as equal as possible
+            blocks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
             run = self._together if most > 1 else self.each
             return torch.cat([run(block, tile) for block in blocks])
         return self._together(numbers, tile)
 
-    def _together(self, numbers: Tensor, tile: Flat) -> Tensor:
+    def _together(self, numbers: range, tile: Flat) -> Tensor:
         """Compute what `each` does in one call, on the rows repeated once for each draw."""
         draws = len(numbers)
-        outputs = self._run(tuple(numbers.tolist()), self.entries(numbers), repeated(tile, draws))
+        outputs = self._run(tuple(numbers), self.entries(numbers), repeated(tile, draws))
         return outputs.unflatten(0, (draws, tile.rows))
 
     def map_if_faster(self) -> str:
@@ -271,7 +279,7 @@ class Plain:
             return ""
         if any(name in self._written or name in self._buffers for name, _ in model.named_parameters()):
             return ""  # mapped, a forward would write to those of all draws
-        numbers, times = torch.arange(min(self.most_draws, max(1, _ROWS // self.tile.rows))), []
+        numbers, times = range(min(self.most_draws, max(1, _ROWS // self.tile.rows))), []
         versions = [b._version for b in self._buffers.values()]
         try:
             with warnings.catch_warnings():
@@ -297,7 +305,7 @@ class Plain:
         self.mapped = times[1] < times[0]
         return f"both ways to run all draws were timed: {times[0]:.3g} ms in turn, {times[1]:.3g} ms mapped together"
 
-    def under_vmap(self, numbers: Tensor, tile: Flat) -> Tensor:
+    def under_vmap(self, numbers: range, tile: Flat) -> Tensor:
         """Compute what `each` does in one call under `vmap`, each recurrent layer one operator; without gradients."""
         entries = self.entries(numbers)
         with self._lock, torch.no_grad(), WholeLayers():
@@ -358,13 +366,6 @@ def wants_gradient(tile: Flat) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tile.tensors)
 
 
-def _slot(owners: dict, place: str) -> tuple[dict, str]:
-    """The dictionary of parameters or buffers that holds an entry, and its name there."""
-    prefix, _, leaf = place.rpartition(".")
-    owner = owners[prefix]
-    return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
-
-
 class PlainCalls:
     """All draws of an execution in plain calls, with the interface of `vbdl.engine.chunking.Chunking`.
 
@@ -373,7 +374,7 @@ class PlainCalls:
 
     def __init__(self, plain: Plain, draws: int):
         self._plain, n = plain, plain.n_samples
-        self._numbers = [torch.arange(start, min(start + draws, n)) for start in range(0, n, draws)]
+        self._numbers = [range(start, min(start + draws, n)) for start in range(0, n, draws)]
 
     @property
     def any_rows(self) -> bool:

@@ -183,12 +183,12 @@ class StreamState:
             )
 
 
-def _calls(index: int, plain: Plain) -> list[tuple[str, Tensor]]:
+def _calls(index: int, plain: Plain) -> list[tuple[str, range]]:
     """The calls of a network: (the key of their states, the numbers of their draws)."""
     size = plain.most_draws if plain.repeated else 1
     starts = range(0, plain.n_samples, size)
-    each = [torch.arange(start, min(start + size, plain.n_samples)) for start in starts]
-    return [(f"{index}/{int(numbers[0])}-{int(numbers[-1])}", numbers) for numbers in each]
+    each = [range(start, min(start + size, plain.n_samples)) for start in starts]
+    return [(f"{index}/{numbers[0]}-{numbers[-1]}", numbers) for numbers in each]
 
 
 def _order(name: str) -> tuple[str, int, int]:

@@ -12,7 +12,7 @@ from vbdl.calling.copies import kept_by
 from vbdl.calling.inputs import Flat
 from vbdl.calling.outputs import are_same
 from vbdl.calling.stacking import call
-from vbdl.calling.traversing import modules_of
+from vbdl.calling.traversing import buffers_of, modules_of
 from vbdl.types import Arguments, Keywords, State
 
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
@@ -74,7 +74,7 @@ def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
     """
     if any(isinstance(m, _BatchNorm) and m.running_mean is None for _, m in modules_of(network)):
         raise _mixing()
-    buffers = {n for n, _ in network.named_buffers()}  # cloned, because a forward pass may write to them
+    buffers = buffers_of(network)  # cloned, because a forward pass may write to them
     outputs = call(network, {n: t.clone() if n in buffers else t for n, t in state.items()}, tile.nested)
     rows = tile.rows
     if outputs.shape[0] != rows:

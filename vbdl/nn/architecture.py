@@ -42,9 +42,9 @@ def stacks(states: Sequence[State], without: Collection[str] = ()) -> State:
     """
     together = {}
     for name in list(states[0]):
-        tensors = [state.pop(name).detach() for state in states]
+        tensors = [state.pop(name) for state in states]
         if name not in without:
-            together[name] = torch.stack(tensors)
+            together[name] = torch.stack([t.detach() for t in tensors])
     return together
 
 

@@ -136,13 +136,12 @@ class StackedPosterior(Posterior):
     def _of_one(self, index: int) -> State:
         """The parameters and buffers of one member that differ between members, (...) each, to read."""
         parameters, buffers = vars(self.stacked_parameters)["_parameters"], vars(self.stacked_buffers)["_buffers"]
-        of_one = {}
         with only_reading():
-            for table, names in ((parameters, self._parameter_names), (buffers, self._buffer_names)):
-                for name in names:
-                    key = without_dots(name)
-                    of_one[name] = table.of_one(key, index) if isinstance(table, Apart) else table[key][index]
-        return of_one
+            if isinstance(parameters, Apart):
+                of_one = {name: parameters.of_one(without_dots(name), index) for name in self._parameter_names}
+            else:
+                of_one = {name: parameters[without_dots(name)][index] for name in self._parameter_names}
+            return of_one | {name: buffers[without_dots(name)][index] for name in self._buffer_names}
 
     @property
     def is_apart(self) -> bool:
@@ -155,16 +154,19 @@ class StackedPosterior(Posterior):
         which = numbers % self.n_members
         first, count = int(which[0]), len(which)
         if count == 1:
-            return {name: aligned(t.unsqueeze(0)) for name, t in self._of_one(first).items()}
+            return {name: t.unsqueeze(0) for name, t in StackedPosterior.one_draw(self, first, seed).items()}
         with only_reading():
             stacked = self.stacked()
         if torch.equal(which, torch.arange(first, first + count)):
             return {name: aligned(t[first : first + count]) for name, t in stacked.items()}
         return {name: t.index_select(0, which.to(t.device)) for name, t in stacked.items()}
 
+    def one_draw(self, number: int, seed: int) -> State:
+        return {name: aligned(t) for name, t in self._of_one(number % self.n_members).items()}
+
     def draw_as_laid_out(self, number: int) -> State:
-        """The entries of one sample, (1, ...) each, in the memory formats that `lay_out` gave them."""
-        return {name: t.unsqueeze(0) for name, t in self._of_one(number % self.n_members).items()}
+        """The entries of one sample, (...) each, in the memory formats that `lay_out` gave them."""
+        return self._of_one(number % self.n_members)
 
     def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool = False) -> bool:
         """Lay out those of these parameters in a memory format that are not stacked, and return whether they are.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vbdl.calling.apart import hold_apart
-from vbdl.calling.checks import check_network, parameter_hooks, without_data_parallel
+from vbdl.calling.checks import check_network, without_data_parallel
 from vbdl.calling.copies import blueprint, holding
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.lending import only_reading
@@ -67,8 +67,8 @@ class DeepEnsemble(StackedPosterior):
     ):
         super().__init__()
         check_output(output)
-        members = _members(networks, n_members, seed, initialize or reset_parameters)
-        groups = _consecutive(members)
+        members, alike = _members(networks, n_members, seed, initialize or reset_parameters)
+        groups = _consecutive(members, alike)
         if len(groups) > 1:
             if any(is_posterior(member) for member in members):
                 first, other = (architecture(_module_of(group[0])) for group in groups[:2])
@@ -80,7 +80,6 @@ class DeepEnsemble(StackedPosterior):
             self._join([DeepEnsemble(group, output=output) for group in groups])
             return
         self._parts = nn.ModuleList()
-        self.lost_hooks = tuple(name for member in members for name in parameter_hooks(_module_of(member)))
         self.n_members = len(members)
         self.n_draws = len(members)
 
@@ -97,6 +96,8 @@ class DeepEnsemble(StackedPosterior):
         apart = hold_apart(modules, shared_state)
         with only_reading():
             network, states = blueprint(modules[0]), [state_of(module) for module in modules]
+        hooked = (n for state in states for n, t in state.items() if t._backward_hooks and isinstance(t, nn.Parameter))
+        self.lost_hooks = tuple(hooked)
         for held in (members, modules, *groups):  # what a generator made is freed as it is stacked
             held.clear()
         del base
@@ -202,6 +203,9 @@ class DeepEnsemble(StackedPosterior):
         # draws that are numbered within each member, if they are limited
         numbers = numbers if self.base.n_draws is None else numbers // self.n_members
         return {**entries, **self.base.draws(numbers, seed)}
+
+    def one_draw(self, number: int, seed: int) -> State:
+        return super().one_draw(number, seed) if self.base is None else Posterior.one_draw(self, number, seed)
 
     def lay_out(self, names: Collection[str], layout: torch.memory_format, copying: bool = False) -> bool:
         # members that are posteriors have entries of their own besides
@@ -333,26 +337,39 @@ def _members(
     n_members: int | None,
     seed: int,
     initialize: Callable[[nn.Module], object],
-) -> list[Any]:
-    """The members: copies of one network, initialized anew, or the networks as they are."""
+) -> tuple[list[Any], list[bool]]:
+    """The members: copies of one network, initialized anew, or the networks as they are.
+
+    Also returns whether each clearly has the architecture of the one before it.
+    """
     several = isinstance(networks, Iterable) and not isinstance(networks, nn.Module)
     # what is neither is refused by check_network
     given: list[Any] = list(networks) if several else [networks]  # type: ignore[arg-type]
-    for network in given:
+    alike: list[bool] = []
+    for index, network in enumerate(given):
+        alike.append(index > 0 and isinstance(network, nn.Module) and _are_alike(given[index - 1], network))
+        if alike[-1] and not is_posterior(network):
+            continue  # what is checked here is equal
         check_network(network, scripted=True)
         _base(network)
-        if next(network.parameters(), None) is None and next(network.buffers(), None) is None:
+        if not state_of(network):
             raise ValueError("the network has no parameter or buffer, so members cannot differ: give another one")
     if isinstance(networks, nn.Module):
         if n_members is None or n_members < 1:
             raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
         network = without_data_parallel(networks)
-        return [fresh(network, seed + m, initialize) for m in range(n_members)]
+        members = [fresh(network, seed + m, initialize) for m in range(n_members)]
+        return members, [m > 0 and _are_alike(members[m - 1], members[m]) for m in range(n_members)]
     if not given:
         raise ValueError("an ensemble needs at least one member, got an empty list")
     if n_members not in (None, len(given)):
         raise ValueError(f"n_members is {n_members} but {len(given)} networks were given: leave it out")
-    return [without_data_parallel(network) for network in given]
+    return [without_data_parallel(network) for network in given], alike
+
+
+def _are_alike(member: nn.Module, other: nn.Module) -> bool:
+    """Whether two members clearly have one architecture and the same frozen parameters."""
+    return are_alike(_module_of(without_data_parallel(member)), _module_of(without_data_parallel(other)))
 
 
 def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:
@@ -397,13 +414,13 @@ def _stacks_as(network: nn.Module) -> list[str]:
     return architecture(network) + [f"{n} is frozen" for n, p in parameters_of(network).items() if not p.requires_grad]
 
 
-def _consecutive(members: list[nn.Module]) -> list[list[nn.Module]]:
-    """Group consecutive members of the same architecture, keeping their order."""
+def _consecutive(members: list[nn.Module], alike: list[bool]) -> list[list[nn.Module]]:
+    """Group consecutive members of the same architecture, keeping their order; alike: as `_members` returns it."""
     groups: list[list[nn.Module]] = []
     last: nn.Module | None = None
-    for member in members:
+    for member, is_alike in zip(members, alike, strict=True):
         network = _module_of(member)
-        if last is None or not (are_alike(last, network) or _stacks_as(last) == _stacks_as(network)):
+        if last is None or not (is_alike or _stacks_as(last) == _stacks_as(network)):
             groups.append([])
         groups[-1].append(member)
         last = network

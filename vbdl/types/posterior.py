@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -158,6 +159,10 @@ class Posterior(nn.Module):
     def draws(self, numbers: Tensor, seed: int) -> State:
         """The entries of these samples, (samples, ...) each: a pure function of numbers, (samples,) int64, and seed."""
         raise NotImplementedError(f"{type(self).__name__} does not define draws(numbers, seed)")
+
+    def one_draw(self, number: int, seed: int) -> State:
+        """The entries of one sample, (...) each: those of `draws`, which a posterior may find in less time."""
+        return {name: t[0] for name, t in self.draws(torch.tensor([number]), seed).items()}
 
     def member_of(self, numbers: Tensor) -> Tensor:
         """The member of each sample, (samples,) int64; numbers: (samples,) int64."""
