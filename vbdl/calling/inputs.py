@@ -55,6 +55,8 @@ class Flat:
     @property
     def nested(self) -> Inputs:
         """The tensors in their structure, as a module takes them."""
+        if self.structure is TENSOR:
+            return self.tensors[0]
         return rebuilt(self.structure, self.tensors)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Flat":
@@ -64,6 +66,8 @@ class Flat:
 
 def flatten(inputs: object) -> Flat:
     """Flatten the inputs of a call. Raises TypeError for a value that no structure can hold, such as a number."""
+    if isinstance(inputs, Tensor):
+        return Flat((inputs,), TENSOR)
     flat: list[Tensor] = []
     structure = _structure(inputs, flat)
     return Flat(tuple(flat), structure)

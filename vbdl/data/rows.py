@@ -156,9 +156,9 @@ def floating_dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-def check_dtype(x: Inputs, floating: torch.dtype | None) -> None:
+def check_dtype(tensors: Iterable[Tensor], floating: torch.dtype | None) -> None:
     """Raise ValueError if a floating-point input has another dtype than `floating`, that of the module's parameters."""
-    for t in tensors(x):
+    for t in tensors:
         if floating is not None and t.is_floating_point() and t.dtype != floating:
             raise ValueError(
                 f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating})"

@@ -50,7 +50,8 @@ def aligned(t: Tensor) -> Tensor:
 
 def padded(t: Tensor, start: int, rows: int) -> Tensor:
     """Rows [start, start + rows) of a tensor, contiguous; copies of the last row fill up missing rows."""
-    piece = t[start : start + rows]
+    # an alias, which is a new tensor as a slice is
+    piece = t.detach() if start == 0 and t.shape[0] == rows and not t.requires_grad else t[start : start + rows]
     if piece.shape[0] == rows:
         return aligned(piece)
     tile = t.new_zeros(rows, *t.shape[1:])

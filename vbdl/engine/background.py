@@ -41,12 +41,12 @@ def submit(owner: T, job: Callable[[T], None]) -> "Future[None]":
 
 
 def _work() -> None:
-    torch.get_num_threads()  # applies the number of threads of the process to this thread
     while not _leaving.is_set():
         if (submitted := _jobs.get()) is None:
             return
         owner, job, done, begin = submitted
         _leaving.wait(max(0.0, begin - time.monotonic()))
+        torch.get_num_threads()  # applies the number of threads of the process to this thread
         alive = owner()
         if alive is None or _leaving.is_set() or not done.set_running_or_notify_cancel():
             done.cancel()

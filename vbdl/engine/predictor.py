@@ -135,7 +135,7 @@ class Predictor:
         check_likelihood(likelihood)
         with only_reading():
             check_ready(posterior)
-            own = next(t.device for t in [*posterior.parameters(), *posterior.buffers()])
+            own = next(iter(state_of(posterior).values())).device
             self._floating = floating_dtype(posterior)
         self.settings = PredictorSettings.checked(
             posterior,
@@ -220,7 +220,7 @@ class Predictor:
         else:
             fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
         if flat.structure == TENSOR and rows >= sizes[0]:
-            self._remember(flat.tensors[0][: sizes[0]])
+            self._remember(flat.tensors[0], sizes[0])
         if not self.sealed and self.settings.compile == "background" and self._tiling.comes_often(flat, sizes):
             own = flat.map(lambda t: t.detach().clone())
             self._learning.append(background.submit(self, lambda self: self._learn(own)))
@@ -439,12 +439,12 @@ class Predictor:
                 sums = execution.sums(tile, sums)
             return self.likelihood.finish(sums), kept
 
-    def _remember(self, x: Tensor) -> None:
-        """Send full tiles of this shape straight to the compiled call from now on."""
-        key = (x.shape, x.dtype, x.device)
+    def _remember(self, x: Tensor, rows: int) -> None:
+        """Send full tiles of so many rows like these straight to the compiled call from now on."""
+        key = (torch.Size((rows, *x.shape[1:])), x.dtype, x.device)
         if key in self._ready or x.device != self.device:
             return
-        executions = self.executions.of(Flat((x,), TENSOR))
+        executions = self.executions.of(Flat((x if len(x) == rows else x[:rows],), TENSOR))
         if len(executions) == 1 and executions[0].one_call and (ready := executions[0].ready()) is not None:
             self._ready[key] = ready
 

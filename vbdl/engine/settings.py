@@ -1,10 +1,11 @@
 """The settings of a predictor: the arguments of `vbdl.Predictor` that say how it runs, checked once."""
 
+import contextlib
 import operator
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex, TypedDict
+from typing import Any, SupportsIndex, TypedDict
 
 import torch
 
@@ -78,7 +79,8 @@ class PredictorSettings:
             )
         if tiles is None:
             tiles = INVARIANT_TILES if batch_invariant else DEFAULT_TILES
-        sizes = tiles if isinstance(tiles, Iterable) and not isinstance(tiles, str) else [tiles]
+        several = isinstance(tiles, tuple) or (isinstance(tiles, Iterable) and not isinstance(tiles, str))
+        sizes: Any = tiles if several else [tiles]
         tiles = tuple(whole_number("each size in tiles", size, 1) for size in sizes)
         if not tiles:
             raise ValueError("tiles are batch sizes of at least 1, got none: pass at least one size")
@@ -143,10 +145,10 @@ def is_invariant(tiles: Sequence[int]) -> bool:
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
     """The value as an int. Raises TypeError if it is not a whole number, and ValueError if it is below `least`."""
-    try:
-        number = operator.index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else None
-    except TypeError:
-        number = None
+    number = value if type(value) is int else None  # the check of a protocol takes as long as a small layer
+    if number is None:
+        with contextlib.suppress(TypeError):
+            number = operator.index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else None
     if number is None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if least is not None and number < least:

@@ -54,8 +54,8 @@ class RowChecks:
         x, y = map_inputs(self._moved, x), self._moved(y)
         if converts:
             x, y = self._converted(x), y.to(self._dtype(y) if y.is_floating_point() else torch.int64)
-        check_dtype(x, self._floating)
         flat = flatten(x)
+        check_dtype(flat.tensors, self._floating)
         row = (flat.structure, tuple((t.shape[1:], t.dtype) for t in flat.tensors))
         if row not in self._output_shapes:
             if not self._output_shapes:
