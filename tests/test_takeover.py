@@ -218,6 +218,23 @@ def _noting(kinds):
     return lambda *a: kinds.append(trains_in_turn(*a)) or kinds[-1]
 
 
+@pytest.mark.parametrize(
+    "compile, batch, kind", [(False, 6, True), (True, 6, False), (False, 24, True), (True, 24, True)]
+)
+def test_members_of_large_parameters_train_in_turn_while_nothing_is_traced(
+    compile, batch, kind, data, traced_only, monkeypatch
+):
+    """The gradients of all members leave the cache then; compiled steps are faster stacked, unless values are large."""
+    monkeypatch.setattr(member_posteriors, "_BYTES_OF_A_VALUE", 4 * 64 * 16)  # of a batch of 16
+    q = vbdl.DeepEnsemble(
+        nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, OUTPUTS)), 2
+    )
+    options = TrainingOptions(epochs=1, batch_size=batch, compile=compile)
+    run = TrainingRun(q, data, vbdl.Gaussian(OUTPUTS), options)
+    run.run()
+    assert isinstance(run.step, MemberStep) == kind
+
+
 class _Noisy(nn.Linear):
     def forward(self, x):
         out = super().forward(x)

@@ -310,8 +310,8 @@ class MemberRows:
         return self.rows[min(index, len(self.rows) - 1)][torch.randperm(self.rows.shape[1], generator=generator)]
 
     def _batches(self, order: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
-        for start in range(0, order.shape[-1], self.batch_size):
-            yield self._batch(order[..., start : start + self.batch_size])
+        for picked in order.split(self.batch_size, dim=-1):
+            yield self._batch(picked)
 
     def _batch(self, picked: Tensor) -> tuple[Inputs, Tensor]:
         """The rows with these numbers, (batch,), or (members, batch) if each member has its own."""

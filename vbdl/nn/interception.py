@@ -48,6 +48,8 @@ _REPLACEMENTS: dict[str, Callable[..., object]] = {
     "rnn_relu": recurrent,
 }
 
+_WATCHED = _RANDOM | _REPLACEMENTS.keys()
+
 
 class CounterDropout(TorchFunctionMode):
     """A context in which every dropout uses these masks.
@@ -68,6 +70,8 @@ class CounterDropout(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if not self._masks.silent and name not in _WATCHED:
+            return func(*args, **kwargs)
         if self._masks.silent:
             output = _REPLACEMENTS.get(name, _without_masks)(self._masks, func, *args, **kwargs)
             if isinstance(output, Tensor):

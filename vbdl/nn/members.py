@@ -1,6 +1,6 @@
 """Posteriors of several networks of one architecture: what differs between them is stacked, the rest is held once."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ _BYTES_TOGETHER = 2**23  # of the batches of all members
 # of a typical value of one member: with more, stacking loses more time by values that leave the processor's cache than
 # it saves by fewer calls of operators (`python benchmarks/training.py`, "vbdl-uncompiled")
 _BYTES_OF_A_VALUE = 2**17
+_UNCOMPILED = 0.625  # the same of values and parameters, as a part of that, for steps that run as Python code
 
 
 class StackedPosterior(Posterior):
@@ -41,7 +42,8 @@ class StackedPosterior(Posterior):
     seed: int
     steps: Tensor
     one_by_one: str | None = None  # None: unknown
-    _large = False  # whether one member's values are so large that uncompiled steps run one member after the other
+    _large = False  # whether one member's values are so large that traced steps run one member after the other
+    _large_uncompiled = False  # the same of values and parameters, for steps that run as Python code
     n_samples: int = 1  # draws of a member per training step, averaged
     _parameter_names: tuple[str, ...] = ()  # of those that differ between members; none with several architectures
     _buffer_names: tuple[str, ...] = ()
@@ -191,11 +193,14 @@ class StackedPosterior(Posterior):
             return losses_of_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
-    def runs_in_turn(self, inputs: Inputs) -> bool:
-        """Whether members of these batches, (members, ...) each, run one after the other; `before_training` tells."""
-        return bool(self.one_by_one) or self._leaves_the_cache(inputs, True)
+    def runs_in_turn(self, inputs: Inputs, traced: bool) -> bool:
+        """Whether members of these batches, (members, ...) each, run one after the other; `before_training` tells.
 
-    def _leaves_the_cache(self, inputs: Inputs, own_rows: bool) -> bool:
+        traced: whether steps are traced, so that stacked ones cost less.
+        """
+        return bool(self.one_by_one) or self._leaves_the_cache(inputs, True, traced)
+
+    def _leaves_the_cache(self, inputs: Inputs, own_rows: bool, traced: bool = False) -> bool:
         """Whether what members compute together leaves the processor's cache, so that one after the other is faster.
 
         A traced step is stacked all the same: compiled, its elementwise operations are fused.
@@ -204,7 +209,8 @@ class StackedPosterior(Posterior):
         if any(t.device.type != "cpu" or is_of_a_trace(t) for t in leaves):
             return False
         copies = 1 if own_rows else self.n_members
-        return self._large or copies * sum(t.numel() * t.element_size() for t in leaves) > _BYTES_TOGETHER
+        large = self._large if traced else self._large_uncompiled
+        return large or copies * sum(t.numel() * t.element_size() for t in leaves) > _BYTES_TOGETHER
 
     def objective(self, likelihood: Likelihood) -> tuple[Objective, State, State]:
         """The training objective, its entries that differ between members, (members, ...), and its shared entries.
@@ -234,7 +240,11 @@ class StackedPosterior(Posterior):
                 raise
             raise kept_error from error
         self.one_by_one = reason or ""
-        self._large = not reason and sizes.typical > _BYTES_OF_A_VALUE * self.n_members
+        largest = _BYTES_OF_A_VALUE * self.n_members
+        self._large = not reason and sizes.typical > largest
+        sizes.add([t for t in state.values() if t.requires_grad])
+        known = watch is not None and not reason
+        self._large_uncompiled = self._large or (known and sizes.typical > _UNCOMPILED * largest)
 
 
 class _Sizes(TorchDispatchMode):
@@ -252,7 +262,11 @@ class _Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         if not func.is_view:
-            sizes = [t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-            self._sum += sum(sizes)
-            self._of_squares += sum(size * size for size in sizes)
+            self.add([t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()])
         return output
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Measure these tensors too."""
+        sizes = [t.nbytes for t in tensors]
+        self._sum += sum(sizes)
+        self._of_squares += sum(size * size for size in sizes)

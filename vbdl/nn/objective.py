@@ -72,10 +72,11 @@ class Objective(nn.Module):
         self.network, self.n_samples, self.output = network, n_samples, output
         self.likelihood = likelihood
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64))
+        self._draws = not _draws_nothing(network)
 
     def forward(self, inputs: Inputs, y: Tensor) -> Tensor:
         """The loss, (), in nats per row."""
-        key = None if _draws_nothing(self.network) else self.key
+        key = self.key if self._draws else None
         return mean_loss(self.network, self.likelihood, key, (inputs, y), self.n_samples, self.output)
 
 

@@ -14,7 +14,7 @@ from vbdl.calling.stacking import call, caller
 from vbdl.calling.traversing import state_of
 from vbdl.nn.members import StackedPosterior
 from vbdl.nn.objective import training_keys
-from vbdl.training.step import Losses, Step, like_parameter
+from vbdl.training.step import Losses, Step
 from vbdl.types import Inputs, State
 
 _APART = 1e-3  # relative to a loss: far above rounding errors
@@ -32,6 +32,7 @@ class MemberStep(Step):
         assert isinstance(losses.posterior, StackedPosterior)
         self._posterior, self.runs = losses.posterior, losses.posterior.n_members
         self._member, self._first = 0, 0
+        self._one: Tensor | None = None
 
     def begin_epoch(self) -> None:
         self._objective, state, self._shared = self._posterior.objective(self.losses.likelihood)
@@ -39,7 +40,7 @@ class MemberStep(Step):
         self._stacked = {n: t for n, t in state.items() if t.requires_grad}
         self._buffers = {n: t for n, t in state.items() if not t.requires_grad}
         self._run_objective = caller(self._objective, [*self._shared, *state, "key"])
-        self._keys: list[Tensor] = []  # of the epoch's steps, (members, 2) each
+        self._keys: list[tuple[Tensor, ...]] = []  # of the epoch's steps, (2,) for each member
         self._first = self.number
 
     def begin(self, member: int) -> None:
@@ -63,7 +64,8 @@ class MemberStep(Step):
         self._index = self.number - self._first
         if self._index == len(self._keys):
             q = self._posterior
-            self._keys.append(training_keys(q.seed, q.n_members, (q.steps + self._index) * q.n_samples))
+            keys = training_keys(q.seed, q.n_members, (q.steps + self._index) * q.n_samples)
+            self._keys.append(keys.unbind(0))
         loss, gradients = self._run(x, y) or self._differentiated(x, y)
         each = zip(self._stacked.values(), self.trained.values(), gradients, strict=True)
         return loss, {id(p): torch.zeros_like(own) if g is None else g for p, own, g in each}
@@ -76,14 +78,14 @@ class MemberStep(Step):
         """The loss and its gradients, run as Python code."""
         state = {**self._others, **self.trained, "key": self._key()}
         loss = self.losses.computed(lambda: self._run_objective(state, (x, y)))
-        parameters = list(self.trained.values())
-        gradients: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        seen: set[int] = set()  # two parameters may get one tensor, which clipping would scale twice
-        for index, (gradient, p) in enumerate(zip(gradients, parameters, strict=True)):
-            twice = gradient is not None and gradient.data_ptr() in seen
-            seen |= set() if gradient is None else {gradient.data_ptr()}
-            gradients[index] = like_parameter(gradient, p, twice)
-        return loss.detach(), gradients
+        parameters = self.trained.values()
+        for p in parameters:
+            p.grad = None
+        if self._one is None:
+            self._one = torch.ones_like(loss)
+        # not autograd.grad: gradients that are accumulated have the parameter's layout, and memory of their own
+        torch.autograd.backward(loss, self._one)
+        return loss.detach(), [p.grad for p in parameters]
 
     # -- what is traced
 
@@ -101,15 +103,17 @@ class MemberStep(Step):
 
 
 def trains_in_turn(
-    losses: Losses, x: Inputs, y: Tensor, trained: Mapping[str, Tensor], by_member: Collection[str]
+    losses: Losses, x: Inputs, y: Tensor, trained: Mapping[str, Tensor], by_member: Collection[str], traced: bool
 ) -> bool:
     """Whether members train one after the other: they do not interact, and it is faster than stacked steps.
 
     x, y: the first batch of each member, (members, ...). trained: the parameters in training, by name. by_member: names
-    of tensors with a leading members axis.
+    of tensors with a leading members axis. traced: whether steps are traced.
     """
     posterior = losses.posterior
-    if not isinstance(posterior, StackedPosterior) or posterior.n_members < 2 or not posterior.runs_in_turn((x, y)):
+    if not isinstance(posterior, StackedPosterior) or posterior.n_members < 2:
+        return False
+    if not posterior.runs_in_turn((x, y), traced):
         return False
     if type(posterior).losses.__module__ not in _LOSSES or not all(name in by_member for name in trained):
         return False

@@ -282,7 +282,8 @@ class TrainingRun:
         plain = type(self.optimizer) is FusedAdamW and self.options.accumulate == 1 and not self.sharing.by_rows
         can = plain and bool(self.data.of_members(0))
         if self._in_turn is None:  # a resumed training goes on as it began, whatever its next batch looks like
-            self._in_turn = can and trains_in_turn(self.losses, x, y, self.trained, self.model.by_member)
+            traced = self.step.is_traced(y)
+            self._in_turn = can and trains_in_turn(self.losses, x, y, self.trained, self.model.by_member, traced)
         if can and self._in_turn:
             progress, self.step = self.step.progress(), MemberStep(self.losses, self.options.compile, self._expected)
             self.step.resume(progress)
@@ -301,7 +302,7 @@ class TrainingRun:
                 self._gradients.add(n)
                 if (number + 1) % several == 0:
                     self._update()
-            total += losses * n
+            total.add_(losses, alpha=n)
             rows += n
         if several and self._gradients.rows:
             self._update()
@@ -322,8 +323,9 @@ class TrainingRun:
                 if self.options.clip_norm is not None:
                     clip_members([g.unsqueeze(0) for g in gradients.values()], self.options.clip_norm)
                 turn.step(gradients)
-                total += loss * len(y)
-                rows += len(y)
+                n = y.shape[0]
+                total.add_(loss, alpha=n)
+                rows += n
             means.append(total / rows)
         step.end_epoch()
         self.optimizer.counted(turns[0])

@@ -117,6 +117,15 @@ class Step:
         """Go on from the progress that a checkpoint holds."""
         self.number, self._begun = progress["steps"], dict(progress["begun"])
 
+    def is_traced(self, y: Tensor) -> bool:
+        """Whether steps with batches of these targets are traced."""
+        return bool(self.compiled) or (self.compiled is None and is_worth_tracing(self._steps_with(y)))
+
+    def _steps_with(self, y: Tensor) -> int:
+        """The number of steps of the whole training with batches of as many rows."""
+        part = current_part()
+        return self._expected(self._rows(y) if part is None else part.total)
+
     def taking_over(self) -> list[Takeover]:
         """The code of each batch shape that takes over, or has."""
         return [code.call for code in self._codes.values() if code is not None and isinstance(code.call, Takeover)]
@@ -185,9 +194,7 @@ class Step:
 
     def _made(self, x: Inputs, y: Tensor, number: int) -> "_Code | None":
         """How steps with such a batch run, of which the first has this number; None: as Python code."""
-        part = current_part()
-        steps = self._expected(self._rows(y) if part is None else part.total)
-        if self.compiled is None and not is_worth_tracing(steps):
+        if not self.is_traced(y):
             return None
         flat = [*self._tensors(), *flatten(x).tensors, y]
         graph = self._traced(self._whole(x), flat)
@@ -196,7 +203,7 @@ class Step:
             return None
         without_empty_work(graph)
         uses = gradients_like(graph, list(self.trained.values()))
-        until = 0 if self.compiled else steps_until_compiled(graph, steps, self.runs)
+        until = 0 if self.compiled else steps_until_compiled(graph, self._steps_with(y), self.runs)
         return _Code(graph if until is None else Takeover(graph, flat, number + until), uses)
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
