@@ -60,7 +60,8 @@ def fit(
     data: (inputs, targets) as tensors or arrays, a Dataset, or a DataLoader of pairs or of dicts with "labels". All
         members see the batches of a DataLoader; of any other data each member has its own order of the rows.
         Memory-mapped arrays are read batch by batch, and converted to the network's dtype.
-    optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...);
+    optimizer: function of the parameters that returns an optimizer with elementwise updates (Adam, SGD, ...),
+        because members are stacked; one that torch does not have is tried on two small tensors before.
         AdamW(lr, weight_decay) unless given. `IVON` has an update rule of its own, and takes none.
     lr, weight_decay: of AdamW, by default 1e-3 (`IVON`: 0.1) and 0; a sequence gives each member its own, as in
         hyper-deep ensembles (Wenzel et al. 2020, https://arxiv.org/abs/2006.13570), which train in one stacked step

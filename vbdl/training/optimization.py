@@ -12,6 +12,11 @@ from vbdl.training.adamw import FusedAdamW, MembersAdamW
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.types import Posterior
 
+_ELEMENTWISE = {
+    getattr(torch.optim, name)
+    for name in "SGD ASGD Adam AdamW Adamax NAdam RAdam Adagrad Adadelta RMSprop Rprop".split()
+}
+
 
 def make_optimizer(
     options: TrainingOptions,
@@ -61,7 +66,8 @@ def make_optimizer(
             "LBFGS evaluates the loss several times per step, which fit does not: use an optimizer with one gradient "
             "per step, like AdamW or SGD"
         )
-    if by_member and n_members > 1 and _mixes_members(options, parameters[0]):
+    known = type(optimizer) in _ELEMENTWISE
+    if by_member and n_members > 1 and not known and _mixes_members(options, parameters[0]):
         raise ValueError(
             f"{type(optimizer).__name__} updates a number by the gradients of others too, and members are trained "
             f"stacked in one tensor, so each would change the others' updates: use an optimizer that treats each "
