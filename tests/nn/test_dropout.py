@@ -514,6 +514,20 @@ def test_draws_of_experts_do_not_depend_on_the_rows_that_came_first(first):
     torch.testing.assert_close(predict(x).mean, expected.mean(0))
 
 
+def test_experts_run_once_for_all_rows():
+    net, x, calls = Experts(), rows_of_experts(), []
+    predict = Predictor(MCDropout(net), Gaussian(8), 4, compile=False)
+    expected = predict(x).mean
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda m, _: calls.append(type(m)))
+    for rows in (6, 5):
+        calls.clear()
+        torch.testing.assert_close(predict(x[:rows]).mean, expected[:rows])
+        assert calls.count(Experts) == 4  # one call a draw
+    hook.remove()
+    kept = Predictor(MCDropout(net), Gaussian(8), 4, compile=False, batch_invariant=True)
+    torch.testing.assert_close(kept(x).mean, expected)
+
+
 def of_lengths(m, x, lengths):
     """The mean of each row's first entries, which are dropped in one axis of all rows together."""
     chosen = torch.arange(x.shape[1]) < lengths.unsqueeze(1)
@@ -537,6 +551,7 @@ def test_rows_of_other_lengths_in_one_axis_have_their_own_masks(first):
     with torch.no_grad():
         each = torch.stack([call(q.module, {"key": key}, (x, lengths)) for key in q.draws(torch.arange(4), 0)["key"]])
     predict = Predictor(MCDropout(Calls(of_lengths)), Gaussian(3), 4, compile=False, tiles=4)
+    predict((x, torch.full((4,), 1)))
     predict((x, torch.full((4,), 2)))
     assert "repeated rows" in predict.explain()
     torch.testing.assert_close(predict((x, lengths)).mean, each.mean(0))

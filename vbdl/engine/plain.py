@@ -143,6 +143,8 @@ class Plain:
         self._only_keys = list(first) == ["network.key"]
         self.repeated = self._only_keys and self._network is not None and self._network.takes_many_keys
         self.mapped = False
+        if self._network is not None and self._network.row_by_row and not settings.keeps_bits:
+            self._network.together = None
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
         if before is not None and before.kept and self._budget > 0:
@@ -152,7 +154,7 @@ class Plain:
     @property
     def any_rows(self) -> bool:
         """Whether it takes other numbers of rows than a tile's: unless it may keep what it drew for each row."""
-        return self._network is None or self.repeated
+        return self._network is None or self.repeated or self._network.row_by_row
 
     @property
     def network(self) -> nn.Module:

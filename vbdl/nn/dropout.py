@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import arguments, flatten, map_inputs
-from vbdl.calling.outputs import leaves
+from vbdl.calling.outputs import are_same, leaves
 from vbdl.calling.stacking import call
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
@@ -27,6 +27,7 @@ from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout, returned_same
 from vbdl.types import Inputs
 
+_SAME = 1e-4  # relative to the largest output: above rounding errors, below the effect of another mask
 _ROWS = 8  # of the inputs, at most so many are compared by the dropouts that they call
 
 
@@ -38,8 +39,13 @@ class DropoutNetwork(KeyedNetwork):
     a user's module does in training only (`vbdl/nn/training_reads.py`).
 
     by_module: number masks by the module that drops, because not every row calls the same dropouts.
-    row_by_row: run one row after the other, because masks cannot be shared by the rows of a batch.
+    row_by_row: run one row after the other, because the batch axis of each mask is not known.
+    together: whether rows may run together all the same, each dropout with one mask for the entries of its first axis;
+        None: if that computes the same as one row after the other, as for the experts of a mixture.
     """
+
+    together: bool | None = False
+    _places: dict[int, tuple[str, int]] | None = None  # of the modules of `inner`, as in `Masks`
 
     found_by_running = (
         "sites",
@@ -125,9 +131,30 @@ class DropoutNetwork(KeyedNetwork):
         rows = flatten(inputs).rows
         many = self.key.ndim == 2
         keys = self.key.repeat_interleave(rows // len(self.key), 0) if many else self.key.expand(rows, 2)
+        may = self.together is not False and rows > 1 and not many and self.steps is None
+        if may and self.together and (outputs := self._run_together(inputs)) is not None:
+            return outputs
         masks = [self._masks_alone(key, None if many else self.kept) for key in keys]
         each = [self._run(map_inputs(lambda t, i=i: t[i : i + 1], inputs), masks[i]) for i in range(rows)]
-        return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *each)
+        outputs = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *each)
+        if may:
+            self.together = _are_same(self._run_together(inputs), outputs)
+        return outputs
+
+    def _run_together(self, inputs: Inputs) -> Any:
+        """Run the network on all rows, with masks of single rows; None if it does not take them.
+
+        A dropout with more entries than rows may have several for one of them, each with a mask of its own.
+        """
+        masks = Masks(self.key, self.inner, self.rate, kept=self.kept, by_module=self.by_module)
+        masks.places = self._places
+        try:
+            outputs = self._run(inputs, masks)
+        except Exception:  # of the user's network
+            return None
+        self._places = masks.places
+        rows = flatten(inputs).rows
+        return outputs if all(not site.shape or site.shape[0] <= rows for site in masks.calls) else None
 
     def _run(self, inputs: Inputs, masks: Masks) -> Any:
         """Run the network under these masks."""
@@ -246,6 +273,14 @@ class DropoutNetwork(KeyedNetwork):
         outputs = with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 3), masks))
         tensors = [t for t in leaves(outputs).values() if isinstance(t, Tensor)]
         return all(torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4) for t in tensors)
+
+
+def _are_same(outputs: Any, expected: Any) -> bool:
+    """Whether the tensors of two outputs are the same up to rounding."""
+    if outputs is None or list(a := leaves(outputs)) != list(b := leaves(expected)):
+        return False
+    pairs = [(t, b[place]) for place, t in a.items() if isinstance(t, Tensor)]
+    return all(isinstance(e, Tensor) and t.shape == e.shape and are_same(t, e, _SAME) for t, e in pairs)
 
 
 def _repeated(inputs: Inputs, rows: int) -> Inputs:

@@ -31,6 +31,7 @@ class KeyedNetwork(nn.Module):
 
     draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
     row_by_row: bool = False  # whether the forward runs one row after the other
+    together: bool | None = False  # whether rows then run together all the same; None: if that computes the same
     keeps_apart: bool = False
     row_bytes: int = 0
     only_calls_inner: bool = False  # whether the forward calls `inner` and does nothing else

@@ -74,19 +74,19 @@ class Masks:
         self._kept, self._by_module, self._alone, self._rows, self.steps = kept, by_module, alone, rows, steps
         self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
         self._root = root
-        self._names: dict[int, str] | None = None
+        self.places: dict[int, tuple[str, int]] | None = None  # name and number of each module of `root`, by its id
         self.calls: list[Site] = []
         self.sizes: list[int] = []  # bytes of what each function of torch returned, if silent
 
     def place(self) -> str:
         """The name of the innermost module of `root` whose method is running."""
-        if self._names is None:
-            self._names = {id(module): name for name, module in self._root.named_modules()}
+        if self.places is None:
+            self.places = {id(m): (name, number) for number, (name, m) in enumerate(self._root.named_modules())}
         frame = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and id(owner) in self._names:
-                return self._names[id(owner)]
+            if isinstance(owner, nn.Module) and id(owner) in self.places:
+                return self.places[id(owner)][0]
             frame = frame.f_back
         return ""
 
@@ -131,14 +131,17 @@ class Masks:
             index = self._number_by_module(path)
         if self._kept is None or first:
             return self._made(index, shape, p, device, axis, multiple, first)
-        this = (index, tuple(shape))  # the shape, because a sequence may have another length in the next call
+        of_all_rows = multiple == 1 and self.key.ndim == 1  # one mask that is broadcast, however many rows there are
+        sizes = (1 if place == axis and of_all_rows else size for place, size in enumerate(shape))
+        this = (index, tuple(sizes))  # the shape, because a sequence may have another length in the next call
         if this not in self._kept:
             self._kept[this] = self._made(index, shape, p, device, axis, multiple)
         return self._kept[this]
 
     def _number_by_module(self, path: str) -> int:
         """The number in the counters of the latest call, which is in the module `path`."""
-        module = next(i for i, (name, _) in enumerate(self._root.named_modules()) if name == path)
+        assert self.places is not None  # it was asked for the path
+        module = next(number for name, number in self.places.values() if name == path)
         before = sum(call.path == path for call in self.calls) - 1
         return _FIRST_BY_MODULE + module * _CALLS_OF_A_MODULE + before
 
