@@ -391,8 +391,28 @@ def test_the_network_as_it_is_and_the_graph_have_the_same_draws(weight, bias):
     q, x = Stochastic(OfForms(weight, bias)), rows(BATCH)
     behind = vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile="background")
     first = behind(x, samples=True).samples
-    for predict in (vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile=False), behind):
+    alone = vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile=False, tiles=1)
+    for predict in (vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile=False), behind, alone):
         torch.testing.assert_close(predict(x, samples=True).samples, first, rtol=1e-4, atol=3e-5)
+
+
+class ConstantInput(nn.Module):
+    """A drawn layer of a constant, as that of a recurrent network's first state, and one of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_state, self.of_rows = Textbook(4, CLASSES), Textbook()
+
+    def forward(self, x):
+        return torch.tanh(self.of_rows(x) + self.of_state(x.new_full((len(x), 4), 0.5)))
+
+
+@pytest.mark.parametrize("compile", ["background", False])
+def test_a_row_has_the_same_draws_alone_where_a_drawn_layer_has_a_constant_input(compile):
+    q, x = Stochastic(ConstantInput()), rows(BATCH)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), n_samples=7, compile=compile)
+    alone = torch.cat([predict(row, samples=True).samples for row in x.split(1)], 1)
+    torch.testing.assert_close(alone, predict(x, samples=True).samples, rtol=1e-4, atol=3e-5)
 
 
 # -- training
