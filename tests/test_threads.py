@@ -7,10 +7,12 @@ the forward, with the weights of the trace in the modules, and every public meth
 import copy
 import importlib.util
 import pickle
+import random
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,12 +212,22 @@ def beside(x):
     return x
 
 
+def beside_by_others(x):
+    """Another thread draws from Python's and NumPy's generators, now and then."""
+    other = threading.Thread(target=lambda: (random.random(), np.random.rand() if random.random() < 0.3 else 0))
+    other.start()
+    other.join()
+    return x
+
+
 def attention(x):
     x = beside(x)[:, None, None]
     return F.scaled_dot_product_attention(x, x, x)[:, 0, 0]
 
 
-@pytest.mark.parametrize("innocent", [beside, attention, lambda x: F.rrelu(F.dropout(beside(x), training=False))])
+@pytest.mark.parametrize(
+    "innocent", [beside, beside_by_others, attention, lambda x: F.rrelu(F.dropout(beside(x), training=False))]
+)
 def test_what_another_thread_draws_is_not_the_networks(innocent):
     expected = Draws(innocent).eval()
     q = vbdl.DeepEnsemble([Draws(innocent).eval(), expected])
@@ -234,3 +246,21 @@ def test_a_network_that_draws_is_refused(drawn):
     with pytest.raises(ValueError, match="draws from torch's generator"):
         vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.ones(2, 4))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "drawn, generator",
+    [
+        (lambda x: x if random.random() < 0.9 else -x, "Python's random"),
+        (lambda x: x + random.gauss(0, 1), "Python's random"),
+        (lambda x: x[:, torch.tensor(random.sample(range(3), 3))], "Python's random"),
+        (lambda x: x * float(np.random.rand()), "NumPy's random"),
+        (lambda x: x if np.random.randint(10) else -x, "NumPy's random"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda f: vbdl.DeepEnsemble([Draws(f).eval() for _ in range(2)]), "dropout"])
+def test_a_network_that_draws_by_python_or_numpy_is_refused(make, drawn, generator):
+    dropping = lambda: vbdl.MCDropout(nn.Sequential(nn.Dropout(0.5), Draws(drawn)))
+    q = dropping() if make == "dropout" else make(drawn)
+    with pytest.raises(ValueError, match=f"draws from {generator}"):
+        vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.ones(2, 4))

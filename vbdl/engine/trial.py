@@ -1,7 +1,12 @@
 """The trial run: one draw of a network runs before tracing, to check that it accepts the rows and does not mix them."""
 
-from collections.abc import Iterator, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -25,7 +30,13 @@ def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True) -> T
     inputs or in an attribute of a module.
     """
     before, versions, kept = torch.get_rng_state(), [t._version for t in tile.tensors], kept_by(model)
+    python, numpy = _python_state(), _numpy_state()
     outputs = run_plainly(model, state, tile)
+    if python != _python_state() and _calls_python_random(lambda: run_plainly(model, state, tile)):
+        raise _of_other_generator("Python's random")
+    # another thread may draw meanwhile, but hardly in each of three runs
+    if numpy != _numpy_state() and all(_draws_by_numpy(lambda: run_plainly(model, state, tile)) for _ in range(2)):
+        raise _of_other_generator("NumPy's random numbers")
     if not torch.equal(before, torch.get_rng_state()):  # by this network, or by another thread
         with _Draws() as draws:
             run_plainly(model, state, tile)
@@ -35,6 +46,50 @@ def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True) -> T
     if apart or versions != [t._version for t in tile.tensors] or kept != kept_by(model):
         check_apart(outputs, model, state, tile)
     return outputs
+
+
+def _python_state() -> tuple[object, ...]:
+    """What Python's global generator has drawn: the place in its words, and a kept normal number."""
+    _, words, normal = random.getstate()
+    return words[-1], normal
+
+
+def _numpy_state() -> tuple[object, ...]:
+    """What NumPy's global generator has drawn."""
+    state: Any = np.random.get_state(legacy=True)
+    return tuple(state[2:])
+
+
+def _calls_python_random(run: Callable[[], object]) -> bool:
+    """Whether a function draws from Python's global generator in this thread."""
+    generator, seen = getattr(random.random, "__self__", None), []
+
+    def profile(frame: FrameType, event: str, function: object) -> None:
+        owner = frame.f_locals.get("self") if event == "call" else getattr(function, "__self__", None)
+        if owner is generator:
+            seen.append(event)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return bool(seen)
+
+
+def _draws_by_numpy(run: Callable[[], object]) -> bool:
+    """Whether NumPy's global generator is drawn from while a function runs, by whatever thread."""
+    before = _numpy_state()
+    run()
+    return before != _numpy_state()
+
+
+def _of_other_generator(which: str) -> ValueError:
+    return ValueError(
+        f"in prediction the module draws from {which}, which ignores the predictor's seed: draw with torch, and wrap "
+        f"the module in vbdl.Stochastic, or draw nothing in evaluation mode"
+    )
 
 
 class _Draws(TorchDispatchMode):
