@@ -484,6 +484,66 @@ def test_an_operation_without_a_forward_mode_is_said_with_what_to_do():
     fit(Laplace(Recurrent(), parameters="all", structure="diagonal", linearized=False), (x, y), Categorical())
 
 
+class Sign(torch.autograd.Function):
+    """A step with a straight-through gradient, which torch's transforms do not take."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class AfterSign(nn.Module):
+    """A linear layer after something that has no forward mode; squared: the outputs are not linear in it."""
+
+    def __init__(self, squared: bool = False):
+        super().__init__()
+        self.body, self.head, self.squared = nn.Linear(3, 4), nn.Linear(4, 2), squared
+
+    def forward(self, x):
+        y = self.head(Sign.apply(self.body(x)))
+        return y.square() if self.squared else y
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+def test_a_last_layer_after_an_operation_without_a_forward_mode_draws_weights(compile):
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    torch.manual_seed(0)
+    net, samples = AfterSign(), []
+    for linearized in (True, False):
+        q = Laplace(net, linearized=linearized)
+        fit(q, (x, y), Categorical())
+        predict = vbdl.Predictor(q, Categorical(), n_samples=8, compile=compile, joint=True)
+        samples.append(predict(x, samples=True).samples)
+        predict.wait()
+        samples.append(predict(x, samples=True).samples)
+    for other in samples[1:]:
+        torch.testing.assert_close(other, samples[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"cannot be linearized.*use Laplace\(net, linearized=False\)"):
+        fit(Laplace(AfterSign(squared=True), parameters=["head"]), (x, y), Categorical())
+
+
+def test_layers_that_get_parts_of_the_batch_are_refused_in_words():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(3, 2) for _ in range(2))
+
+        def forward(self, x):
+            outputs = x.new_zeros(len(x), 2)
+            for number, expert in enumerate(self.experts):
+                chosen = ((x[:, 0] > 0) == bool(number)).nonzero().squeeze(-1)
+                outputs = outputs.index_add(0, chosen, expert(x[chosen]))
+            return outputs
+
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    with pytest.raises(NotImplementedError, match="curvature of this network is not known.*parts of the batch.*SWAG"):
+        fit(Laplace(Experts()), (x, y), Categorical())
+
+
 def test_frozen_parameters_are_no_part_of_it():
     x, y = moons()
     net = trained(mlp(), x, y)

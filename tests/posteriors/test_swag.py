@@ -306,3 +306,16 @@ def test_a_saved_predictor_predicts_the_same(ensemble, data, tmp_path):
     predict.save(tmp_path / "model", example=data[0])
     loaded = vbdl.load(tmp_path / "model")
     assert torch.equal(loaded(data[0]).probs, predict(data[0]).probs) and loaded.n_samples == predict.n_samples
+
+
+def test_batch_statistics_of_a_loader_follow_from_the_seed():
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    ends = []
+    for others in (1, 2):
+        torch.manual_seed(0)
+        q = SWAG(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)))
+        torch.manual_seed(others)
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16, shuffle=True)
+        q, likelihood, _ = fitted(q, loader, epochs=3)
+        ends.append(predictor(q, likelihood, n_samples=6)(x, samples=True).samples)
+    assert torch.equal(*ends)

@@ -1,6 +1,7 @@
 """Chooses the parameters of a Laplace approximation (the last layer, some or all) and groups them into factors."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,13 +78,28 @@ def _linear_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+@contextlib.contextmanager
+def curvature_is_known() -> Iterator[None]:
+    """A context that says of torch's errors in it that they are about the curvature, and what else there is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise NotImplementedError(
+            f"the curvature of this network is not known, because its layers get rows in a way that Laplace cannot "
+            f"follow, such as parts of the batch, or its forward takes gradients itself "
+            f"({str(error).splitlines()[0]}): use vbdl.SWAG, vbdl.MCDropout or vbdl.DeepEnsemble"
+        ) from error
+
+
 @torch.no_grad()
 def check_last(module: nn.Module, chosen: Sequence[str], x: Inputs, output: Output) -> None:
     """Raise ValueError unless the outputs depend on the chosen layer with no other linear layer after it."""
     state = {name: t.detach() for name, t in state_of(module).items()}
     parameters = dict(module.named_parameters())
     names = {id(state[name]): name for name in parameters}
-    with torch.enable_grad(), Recorder(names, 1, cut=True) as recorder:
+    with torch.enable_grad(), curvature_is_known(), Recorder(names, 1, cut=True) as recorder:
         outputs = pick(call(module, dict(state), x), output).sum()
     if not outputs.requires_grad:
         return

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from vbdl.calling.copies import copied
 from vbdl.calling.each import call_each
 from vbdl.calling.mapping import can_map
-from vbdl.calling.outputs import pick
-from vbdl.calling.stacking import call, call_stacked
+from vbdl.calling.outputs import leaves, pick
+from vbdl.calling.stacking import call, call_stacked, is_of_a_trace
 from vbdl.curvature.blocks import BiasBlock, Block, DenseBlock, DiagonalBlock, KroneckerBlock
-from vbdl.curvature.choosing import STRUCTURES, Group, check_last, chosen_names, grouped
+from vbdl.curvature.choosing import STRUCTURES, Group, check_last, chosen_names, curvature_is_known, grouped
 from vbdl.curvature.evidence import LARGEST, Part, best_noise, best_precisions, best_with_noise, log_evidence
 from vbdl.curvature.gauss_newton import Fit, GaussNewton
 from vbdl.data.rows import take
@@ -32,6 +32,7 @@ from vbdl.types import Inputs, Likelihood, Output, State, TrainingRows
 logger = logging.getLogger("vbdl")
 
 _GRID = torch.logspace(-4, 5, 37, dtype=torch.float64).tolist()  # prior precisions compared on validation rows
+_ROUNDING, _BEND = 1e-5, 1e-3  # of outputs that are linear, relative to the largest, and to the largest difference
 _DRAWS, _ROWS = 32, 256  # draws for each of them, and rows at once
 
 
@@ -46,6 +47,8 @@ class LaplaceNetwork(GaussianNetwork):
 
     rows: Tensor
     log_likelihood: Tensor
+    is_linear: bool = False  # whether it draws weights, because it cannot be and need not be linearized
+    found_by_running = (*GaussianNetwork.found_by_running, "is_linear")
 
     def __init__(
         self,
@@ -63,15 +66,39 @@ class LaplaceNetwork(GaussianNetwork):
     def forward(self, *args, **kwargs):
         if self.training:
             return call(self.inner, {}, kwargs if kwargs else args)
+        inputs = kwargs if kwargs else args
+        if self.is_linear:
+            return call(self.inner, self.weights(), inputs)
         try:
             return super().forward(*args, **kwargs)
-        except NotImplementedError as error:
-            if "forward AD" not in str(error):
+        except Exception as error:  # torch has many where an operation has no forward mode
+            if not self.linearized or is_of_a_trace(self.key):
                 raise
+            mean = call(self.inner, {}, inputs)  # raises the network's own error, if that was one
+            self.is_linear = self._is_linear(inputs, mean)
+            if self.is_linear:
+                return call(self.inner, self.weights(), inputs)
             raise NotImplementedError(
                 f"the network cannot be linearized, because torch has no forward-mode derivative of one of its "
                 f"operations ({str(error).splitlines()[0]}): use Laplace(net, linearized=False)"
             ) from error
+
+    @torch.no_grad()
+    def _is_linear(self, inputs: Inputs, mean: Any) -> bool:
+        """Whether outputs are linear in the chosen parameters, as in those of a last layer; mean: those at the mean.
+
+        Then outputs at drawn weights are those of the linearized network. The draws of a posterior may be too near to
+        the mean to show that they are not.
+        """
+        waves = lambda w: torch.arange(w.numel(), dtype=w.dtype, device=w.device).mul(1.7).cos().view(w.shape)
+        deviations = {n: (0.1 + w.abs().mean()) * waves(w) for n in self.chosen for w in (self.mean(n),)}
+        up, down = (call(self.inner, {n: self.mean(n) + s * d for n, d in deviations.items()}, inputs) for s in (1, -1))
+        for at, above, below in zip(*(leaves(o).values() for o in (mean, up, down)), strict=True):
+            if isinstance(at, Tensor) and at.is_floating_point():
+                bend, slope = (above + below - 2 * at).abs(), (above - below).abs()
+                if bool((bend > _ROUNDING * at.abs().amax() + _BEND * slope.amax()).any()):
+                    return False
+        return True
 
     def regularization(self, key: Tensor) -> Tensor | None:
         """The prior's part of the loss of a row, precision * |w|^2 / (2 n_data), in nats."""
@@ -229,7 +256,8 @@ class Laplace(KeyedPosterior):
         blocks = [_block(f, {n: means[n] for n in f.names}, self.structure) for f in self.module.factors]
         curvature = GaussNewton(self.module.inner, likelihood, blocks, self.output, self.fisher_samples, self.seed)
         for x, y in data:
-            curvature.add(x, y)
+            with curvature_is_known():
+                curvature.add(x, y)
         with torch.no_grad():
             for factor, block in zip(self.module.factors, blocks, strict=True):
                 for name, value in block.finish().items():

@@ -156,6 +156,7 @@ class TrainingRun:
         self.trainee.being_trained(False)
         trained = Model(self.trainee, self.sharing.likelihood)
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            self._seed((options.seed * 1_000_003 + options.epochs) % 2**63)  # for the order of a DataLoader
             self.trainee.after_training(trained, self.data.passes("pass over the data", self.shown))
         self.sharing.complete(self.model.by_member)
         self._record_rows()
