@@ -15,6 +15,10 @@ from torch import nn
 
 import vbdl.calling.apart
 import vbdl.nn.drawn
+import vbdl.engine.first_run
+import vbdl.engine.prepared
+import vbdl.engine.written
+import vbdl.nn.masks
 from vbdl.calling.freed import give_back
 from vbdl.engine import background
 from vbdl.engine.predictor import Predictor
@@ -82,6 +86,97 @@ def test_draws_of_dropout_answer_a_row_in_one_pass(later, rows_run):
     predict = Predictor(q, Categorical(), SAMPLES, compile="background")
     predict(torch.randn(1, 11))
     assert rows_run == [2, 1, SAMPLES]
+
+
+@pytest.fixture
+def masks_made(monkeypatch):
+    """The numbers of rows of the masks that were drawn."""
+    seen: list[int] = []
+    of = vbdl.nn.masks.keep_mask
+
+    def see(key, *args, **options):
+        seen.append(len(key))
+        return of(key, *args, **options)
+
+    monkeypatch.setattr(vbdl.nn.masks, "keep_mask", see)
+    return seen
+
+
+def test_masks_of_the_first_answer_are_those_of_the_next(later, masks_made):
+    predict = Predictor(MCDropout(NETWORKS["mlp"][0]()), Categorical(), SAMPLES, compile="background")
+    x = torch.randn(1, 11)
+    first, second = predict(x), predict(x)
+    assert masks_made == [SAMPLES]
+    assert torch.equal(first.probs, second.probs)
+
+
+@pytest.fixture
+def parameters_copied(monkeypatch):
+    """The numbers of parameters that were copied for a run, to see whether the run writes to them."""
+    seen: list[int] = []
+    of = vbdl.engine.written.without_writing
+
+    def see(run, state, parameters):
+        seen.append(len(parameters))
+        return of(run, state, parameters)
+
+    for module in (vbdl.engine.first_run, vbdl.engine.prepared):
+        monkeypatch.setattr(module, "without_writing", see)
+    return seen
+
+
+class Clipping(nn.Sequential):
+    """Writes to its weights in prediction."""
+
+    def forward(self, x):
+        self[0].weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def dense(kind=nn.Sequential):
+    return kind(nn.Linear(11, 19), nn.ReLU(), nn.Dropout(0.3), nn.Linear(19, 5))
+
+
+def hooked():
+    def clip(module, x):
+        module.weight.data.clamp_(-0.1, 0.1)
+
+    network = dense()
+    network[0].register_forward_pre_hook(clip)
+    return network
+
+
+WRITING = {"forward": lambda: dense(Clipping), "hook": hooked}
+WRITING["max_norm"] = lambda: nn.Sequential(nn.Unflatten(1, (1, 11)), nn.Flatten(), *dense(), Bounded())
+
+
+class Bounded(nn.Module):
+    """Adds an embedding that torch rescales when it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 5, max_norm=0.1)
+
+    def forward(self, x):
+        return x + self.table((x[:, 0] > 0).long())
+
+
+@pytest.mark.parametrize("method", ["ensemble", "dropout"])
+def test_parameters_that_no_layer_writes_to_are_not_copied(method, later, parameters_copied):
+    q = DeepEnsemble([dense(), dense()]) if method == "ensemble" else MCDropout(dense())
+    Predictor(q, Categorical(), 2, compile="background")(torch.randn(1, 11))
+    assert parameters_copied and set(parameters_copied) == {0}
+
+
+@pytest.mark.parametrize("method", ["ensemble", "dropout"])
+@pytest.mark.parametrize("name", WRITING)
+def test_parameters_that_a_forward_may_write_to_are(name, method, later, parameters_copied):
+    make = WRITING[name]
+    q = DeepEnsemble([make(), make()]) if method == "ensemble" else MCDropout(make())
+    before = {n: t.clone() for n, t in q.state_dict().items()}
+    Predictor(q, Categorical(), 2, compile="background")(torch.randn(1, 11))
+    assert parameters_copied and min(parameters_copied) > 0
+    assert all(torch.equal(t, before[n]) for n, t in q.state_dict().items())
 
 
 class Mixing(nn.Module):

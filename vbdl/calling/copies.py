@@ -89,8 +89,9 @@ def kept_by(module: nn.Module) -> list[tuple]:
     """
     kept: list[tuple] = []
     for i, (_, m) in enumerate(modules_of(module)):
+        on_purpose = getattr(type(m), "keeps_on_purpose", ())
         for name, value in vars(m).items():
-            if value is None or name in _TABLES or is_cache(m, name):
+            if value is None or name in _TABLES or is_cache(m, name) or name in on_purpose:
                 continue
             if isinstance(value, str | set) or (isinstance(value, dict) and not value):
                 continue

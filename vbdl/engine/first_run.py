@@ -13,7 +13,7 @@ from vbdl.engine.plain import Run, draws_in_a_call, repeated
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.trial import check_apart, try_out
 from vbdl.engine.ways import PLAIN, before_tracing
-from vbdl.engine.written import without_writing
+from vbdl.engine.written import only_reads, without_writing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
@@ -34,7 +34,7 @@ class FirstRun:
         self._model, self.tile, self._settings, self._n_samples = model, tile, settings, n_samples
         self.local_layers: Any = ()
         self.local: int | None = None
-        self._drawn: dict[Hashable, Tensor] = {}
+        self._kept: dict[Hashable, Tensor] = {}  # what a network with a key keeps of the draws that ran
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
         entries = model.one_draw(0, settings.seed)
         state = {**{n: t.detach() for n, t in model.shared(entries).items()}, **entries}
@@ -43,12 +43,14 @@ class FirstRun:
             noise = model.network.found(state["network.key"])
         twin = model.twin()
         self.own = list(entries)
-        parameters = parameters_of(twin).keys()
+        # a function that chooses the output is the user's
+        reads = only_reads(twin) and not callable(model.posterior.output)
+        parameters = () if reads else parameters_of(twin).keys()
         sizes = {n: t.nbytes for n, t in entries.items()}
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
-        is_draw = not self.local_layers and (bool(self._drawn) or not isinstance(twin.network, KeyedNetwork))
-        self.run: Run | None = Run(twin, tile, outputs, sizes, self._drawn, is_draw)
+        is_draw = not self.local_layers and (bool(self._kept) or not isinstance(twin.network, KeyedNetwork))
+        self.run: Run | None = Run(twin, tile, outputs, sizes, self._kept, is_draw and len(outputs) == 1)
         self.tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype
 
@@ -85,12 +87,16 @@ class FirstRun:
         if n == 1 or n > draws_in_a_call(network, tile):
             return None
         keys = self._model.entries(torch.arange(n), self._settings.seed)
+        network.kept = {} if self._settings.memory_budget > 1 else None
         try:
             outputs = try_out(model, {**state, **keys}, repeated(tile, n), apart=False)
+            self._kept = network.kept or {}
         except NotImplementedError:
             raise
         except Exception:  # of the user's network: it is raised by the run of one draw, in words about its rows
             return None
+        finally:
+            network.kept = None
         return outputs.unflatten(0, (n, tile.rows))
 
     def _one_tried(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
@@ -102,7 +108,7 @@ class FirstRun:
         outputs = self._located(model, state, noise)
         kept, network.kept = network.kept, None
         local = {*self.local_layers, *dict(self.local_layers).values()}
-        self._drawn = {name: t for name, t in kept.items() if name not in local}
+        self._kept = {name: t for name, t in kept.items() if name not in local}
         return outputs
 
     def _located(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:

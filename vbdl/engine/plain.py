@@ -74,8 +74,8 @@ class Run:
     tile: Flat
     outputs: Tensor  # (draws, rows, ...)
     sizes: Mapping[str, int]  # the bytes of each entry of a draw
-    kept: dict[Hashable, Tensor]  # what the network may keep of draw 0
-    is_draw: bool  # whether the first outputs are those of draw 0; layers may draw other ones, or keep what they drew
+    kept: dict[Hashable, Tensor]  # what a network with a key keeps of these draws, as `KeyedNetwork.kept`
+    is_draw: bool  # whether the outputs are those of draw 0; layers may draw other ones, or keep what they drew
 
     def is_on(self, tile: Flat) -> bool:
         """Whether it ran on these very tensors, or on them with padding; every call of a predictor makes new tensors.
@@ -148,7 +148,7 @@ class Plain:
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
         if before is not None and before.kept and self._budget > 0:
-            self._keep((0,), before.kept)
+            self._keep(tuple(range(len(before.outputs))), before.kept)
         self._lock = threading.RLock()
 
     @property
@@ -341,8 +341,8 @@ class Plain:
             return outputs if differentiable else outputs.detach()
 
     def _keep(self, numbers: tuple[int, ...], kept: dict[Hashable, Tensor]) -> None:
-        """Keep what the network drew in a call of these draws, on account of the memory for it."""
-        self._budget -= sum(t.numel() * t.element_size() for t in kept.values())
+        """Keep what the network drew for these draws."""
+        self._budget -= sum(t.nbytes for t in kept.values())
         self._kept[numbers] = kept
 
     def _restore(self) -> None:

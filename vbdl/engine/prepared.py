@@ -6,7 +6,7 @@ from torch import nn
 from vbdl.calling.copies import holding
 from vbdl.calling.lending import only_reading
 from vbdl.calling.traversing import state_of
-from vbdl.engine.written import are_copied, without_writing
+from vbdl.engine.written import are_copied, only_reads, without_writing
 from vbdl.model import Model
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import Inputs, Posterior, State
@@ -30,7 +30,8 @@ def prepared(model: Model, inputs: Inputs) -> Model:
 
     with only_reading():
         state = state_of(given)
-    parameters = {n for n, t in state.items() if isinstance(t, nn.Parameter)}
+    reads = type(given).__module__.startswith("vbdl.posteriors.") and only_reads(given.module)
+    parameters = set() if reads else {n for n, t in state.items() if isinstance(t, nn.Parameter)}
     posterior, written = without_writing(make, state, parameters)
     changed = parameters if are_copied(state, parameters) else written
     if changed:

@@ -8,16 +8,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vbdl.calling.traversing import modules_of
+from vbdl.nn.may_drop import READING_LAYERS, has_only_its_forward
 from vbdl.types import Arguments, Keywords, State
 
 T = TypeVar("T")
 
 _SMALL = 2**20  # bytes
+_OWN = ("vbdl.model", "vbdl.nn.dropout", "vbdl.likelihoods.")  # the homes of modules that run no function of the user's
 
 
 class _Writes(BaseException):
@@ -82,6 +85,17 @@ def without_writing(run: Callable[[State], T], state: State, parameters: Collect
                 return run(given), frozenset(written)
         except _Writes as error:
             written.add(error.name)
+
+
+def only_reads(module: nn.Module) -> bool:
+    """Whether it is clear that no forward of a module writes to parameters: that of a model, or of its network.
+
+    All layers are torch's own that are known to read them, inside of modules of this library, and there are no hooks.
+    """
+    return all(
+        (type(m) in READING_LAYERS or type(m).__module__.startswith(_OWN)) and has_only_its_forward(m)
+        for _, m in modules_of(module)
+    )
 
 
 def are_copied(state: State, parameters: Collection[str]) -> bool:

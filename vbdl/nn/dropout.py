@@ -19,6 +19,7 @@ from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import arguments, flatten, map_inputs
 from vbdl.calling.outputs import are_same, leaves
 from vbdl.calling.stacking import call
+from vbdl.calling.traversing import buffers_of, modules_of
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, batch_axis, described
@@ -75,7 +76,7 @@ class DropoutNetwork(KeyedNetwork):
     def train(self, mode: bool = True) -> "DropoutNetwork":
         super().train(mode)
         if not mode:
-            for name, module in self.inner.named_modules():
+            for name, module in modules_of(self.inner):
                 module.training = not self._stays_deterministic(name, module)
         return self
 
@@ -97,7 +98,9 @@ class DropoutNetwork(KeyedNetwork):
 
     def _fixed(self) -> set[int]:
         """The ids of the modules that `deterministic` names, whose reads of `training` get the module's flag."""
-        return {id(m) for name, m in self.inner.named_modules() if self._is_named_deterministic(name, m)}
+        if not self.deterministic:
+            return set()
+        return {id(m) for name, m in modules_of(self.inner) if self._is_named_deterministic(name, m)}
 
     def _masks(self, rows: int | None = None) -> Masks:
         options = {"kept": self.kept, "by_module": self.by_module, "rows": rows, "steps": self.steps}
@@ -178,7 +181,7 @@ class DropoutNetwork(KeyedNetwork):
         inputs, runs = map_inputs(two_rows, inputs), []
 
         def run(reads: Reads) -> tuple[object, list[Tensor], int]:
-            buffers = {n: b.clone() for n, b in self.inner.named_buffers()}
+            buffers = {n: b.clone() for n, b in buffers_of(self.inner).items()}
             silent = Masks(self.key, self.inner, self.rate, silent=True)
             with torch.random.fork_rng(devices=[]), reads.of(self.inner), CounterDropout(silent):
                 outputs = call(self.inner, buffers, inputs)
@@ -258,7 +261,7 @@ class DropoutNetwork(KeyedNetwork):
         called, fixed = {site.path for site in calls}, self._fixed()
         return any(
             isinstance(m, DROPOUT_LAYERS) and m.p > 0 and path not in called and id(m) not in fixed
-            for path, m in self.inner.named_modules()
+            for path, m in modules_of(self.inner)
         )
 
     def _depends_on_rows(self, inputs: Inputs) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import keep_mask
 
+from vbdl.calling.traversing import modules_of
 from vbdl.nn.part_of_batch import drawn_in_training
 
 
@@ -26,6 +27,9 @@ class Site:
     shape: tuple[int, ...]  # shape of the masked tensor
     axis: int | None = 0  # the batch axis of that shape, or None if it has none
     multiple: int = 1  # entries of that axis per row of the batch
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Site":
+        return self
 
 
 _CALLS_OF_A_MODULE = 64  # more are numbered with the calls of the next module
@@ -81,7 +85,7 @@ class Masks:
     def place(self) -> str:
         """The name of the innermost module of `root` whose method is running."""
         if self.places is None:
-            self.places = {id(m): (name, number) for number, (name, m) in enumerate(self._root.named_modules())}
+            self.places = {id(m): (name, number) for number, (name, m) in enumerate(modules_of(self._root))}
         frame = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")

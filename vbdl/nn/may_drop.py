@@ -1,9 +1,12 @@
 """Whether a network might call dropout or other functions that vbdl replaces, judged without running it."""
 
+import functools
 import inspect
 import sys
 
 from torch import nn
+
+from vbdl.calling.traversing import modules_of
 
 DROPOUT_LAYERS = (nn.modules.dropout._DropoutNd,)
 # layers of torch whose forward calls no function that `vbdl.nn.interception` replaces, and draws nothing
@@ -22,21 +25,41 @@ def is_plain(module: nn.Module) -> bool:
 
     Only then no function that a forward calls needs the masks of a draw.
     """
-    for m in module.modules():
-        own = vars(m)
-        if type(m) not in _PLAIN_LAYERS or own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
-            return False
-    return True
+    return all(type(m) in _PLAIN_LAYERS and has_only_its_forward(m) for m in module.modules())
+
+
+# layers of torch that read their parameters and never write to them; embeddings with `max_norm` do
+READING_LAYERS = (
+    _PLAIN_LAYERS
+    | {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout}
+    | {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}
+)
+
+
+def runs_code_of_others(module: nn.Module) -> bool:
+    """Whether a forward may run code that is not torch's: of a class of the user's, or of a hook."""
+    return any(not (is_part_of_torch(m) and has_only_its_forward(m)) for _, m in modules_of(module))
+
+
+def has_only_its_forward(module: nn.Module) -> bool:
+    """Whether a module has no hooks, and no forward beside that of its class."""
+    own = vars(module)
+    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own)
 
 
 def is_part_of_torch(module: nn.Module) -> bool:
     """Whether torch defines the module's class and all its base classes."""
-    return all(c.__module__.partition(".")[0] in ("torch", "builtins", "typing") for c in type(module).__mro__)
+    return _is_of_torch(type(module))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of_torch(kind: type) -> bool:
+    return all(c.__module__.partition(".")[0] in ("torch", "builtins", "typing") for c in kind.__mro__)
 
 
 def may_drop(module: nn.Module) -> bool:
     """Whether a forward might call dropout, judged by its layers and source code, without running it."""
-    for m in module.modules():
+    for _, m in modules_of(module):
         if isinstance(m, DROPOUT_LAYERS) or getattr(m, "dropout", None):
             return True
         hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]

@@ -13,6 +13,7 @@ from vbdl.calling.checks import check_network, parameter_hooks, without_data_par
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output, named_part, pick
 from vbdl.calling.stacking import call, call_with_buffer
+from vbdl.calling.traversing import state_of
 from vbdl.model import autocast
 from vbdl.nn.drawn import draws_together
 from vbdl.nn.interception import CounterDropout
@@ -177,6 +178,10 @@ class PosteriorOfOneNetwork(Posterior):
     seed: int
     steps: Tensor
     n_samples: int = 1
+
+    def shared(self) -> State:
+        stacked = self.stacked()
+        return {name: t for name, t in state_of(self.module).items() if name not in stacked}
 
     def losses(self, x: Inputs, y: Tensor, likelihood: Likelihood, own_rows: bool = False) -> Tensor:
         """The mean over the batch of -log p(y | x, draw) plus the network's regularization, (1,), in nats per row."""

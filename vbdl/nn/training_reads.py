@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.outputs import are_same, leaves
+from vbdl.calling.traversing import modules_of
+from vbdl.nn.may_drop import runs_code_of_others
 
 Place = tuple[str, str, int]
 """A place in the code that reads `self.training`: (file, function, instruction)."""
@@ -53,7 +55,9 @@ class Reads:
     @contextmanager
     def of(self, root: nn.Module) -> Iterator[None]:
         """Inside this context, `training` of the modules of `root` reads as `answer` says."""
-        watched = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        watched = [m for _, m in modules_of(root) if not isinstance(m, torch.jit.ScriptModule)]
+        if not runs_code_of_others(root):  # whose reads get the module's flag
+            watched = []
         for m in watched:
             vars(m)[_READS] = self
             m.__class__ = _watching(type(m))

@@ -12,6 +12,7 @@ from torch import nn
 
 from vbdl.calling.checks import check_chosen
 from vbdl.calling.copies import copied
+from vbdl.calling.traversing import modules_of, parameters_of
 from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.may_drop import may_drop
 from vbdl.nn.objective import KeyedPosterior, take_network
@@ -54,7 +55,7 @@ class MCDropout(KeyedPosterior):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"a dropout rate must lie in [0, 1), got {rate}")
         check_chosen("deterministic", deterministic)
-        names = {name for name, _ in module.named_modules()}
+        names = {name for name, _ in modules_of(module)}
         for name in [*(p if isinstance(p, Mapping) else ()), *(d for d in deterministic if isinstance(d, str))]:
             if name not in names:
                 raise ValueError(f"there is no module {name!r}; there are {sorted(names - {''})}")
@@ -65,7 +66,7 @@ class MCDropout(KeyedPosterior):
             )
         self.module = DropoutNetwork(copied(module), p, tuple(deterministic))
         self.seed = seed
-        device = next((p.device for p in module.parameters()), None)
+        device = next((p.device for p in parameters_of(module).values()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     def config(self) -> dict[str, Any]:
@@ -81,11 +82,13 @@ class MCDropout(KeyedPosterior):
     def prepare(self, inputs: Inputs) -> None:
         """Run the module to find every dropout call and its batch axis. Raises ValueError if none drops units."""
         was_training = self.module.training
-        self.module.eval()
+        if was_training:
+            self.module.eval()
         try:
             sites = self.module.locate(inputs)
         finally:
-            self.module.train(was_training)
+            if was_training:
+                self.module.train()
         if not any(site.p > 0 for site in sites):
             off = ""
             if self.module.off:
