@@ -3,6 +3,8 @@
     python benchmarks/training.py [--quick] [--cells mlp-100:5:256,cnn:5:32] [--contenders loop,vbdl] [--out FILE]
     python benchmarks/training.py --table FILE       the results of a run as a Markdown table
     python benchmarks/training.py --memory ...       peak resident memory too, each contender in a new process (Linux)
+    python benchmarks/training.py --compiling ...    seconds to compile vbdl's step too, each in a new process: with an
+                                                     empty cache of compiled code and headers, and then with that cache
 
 A cell is network:members:batch. The networks classify rows of 10 classes: an MLP of two hidden layers, a small CNN on
 images of 3x32x32, and a transformer of two layers on sequences of 16. Contenders, all with AdamW and batches of their
@@ -27,9 +29,11 @@ background of a training; here the step that takes over is the first of the seco
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +297,16 @@ def peak_memory(cell: str, name: str) -> float:
     return float(done.stdout.split()[-1])
 
 
+def compiling_seconds(cell: str) -> list[float]:
+    """The seconds that compiling vbdl's step takes in a new process with an empty cache, and in the next one."""
+    command = [sys.executable, __file__, "--cells", cell, "--contenders", "vbdl", "--compiler"]
+    with tempfile.TemporaryDirectory() as folder:
+        # TMPDIR: precompiled headers are beside the default cache, wherever the cache is
+        places = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache", "TMPDIR": folder}
+        runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=places) for _ in range(2)]
+    return [float(done.stdout.split()[-1]) for done in runs]
+
+
 def table(path: Path) -> None:
     """Print a file of results as a Markdown table: ratios to the loop, and seconds to compile if that was measured."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -300,12 +314,14 @@ def table(path: Path) -> None:
     for line in lines:
         by_cell.setdefault(line["cell"], {})[line["contender"]] = line
     names = [n for n in CONTENDERS if n != "loop" and any(n in found for found in by_cell.values())]
-    last = [" vbdl compiles, s |"] if "vbdl" in names else []
+    compiled = any("compiling" in found.get("vbdl", {}) for found in by_cell.values())
+    last = [" vbdl compiles, s: empty, full cache |"] if compiled else []
     print(f"| network, members, batch | loop, ms an epoch | {' | '.join(names)} |", *last, sep="")
     print("| --- " * (len(names) + 2 + len(last)) + "|")
     for cell, found in by_cell.items():
         ratios = [f"{found[n]['ratio']:.2f}x" if n in found else "" for n in names]
-        compiling = [f"{found['vbdl']['compile_seconds']:.1f}"] if last else []
+        seconds = found.get("vbdl", {}).get("compiling", [])
+        compiling = [", ".join(f"{s:.1f}" if s >= 1 else f"{s:.2f}" for s in seconds)] if last else []
         loop = f"{1e3 * found['loop']['seconds']:.0f}"
         print(f"| {' | '.join([cell.replace(':', ', '), loop, *ratios, *compiling])} |")
 
@@ -317,7 +333,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="three cells, three rounds, the loop and vbdl only")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--compiling", action="store_true")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compiler", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="append one JSON line per cell and contender to this file")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
@@ -327,6 +345,9 @@ def main() -> None:
     torch.set_num_threads(1)
     cells = options.cells.split(",") if options.cells else QUICK if options.quick else CELLS
     names = ["loop", "vbdl"] if options.quick else options.contenders.split(",")
+    if options.compiler:
+        print(measure(cells[0], names, 1, 2)[0]["compile_seconds"])
+        return
     if options.peak:
         measure(cells[0], names, 1, 2)
         # not ru_maxrss, which a new process inherits from the one that starts it
@@ -340,13 +361,16 @@ def main() -> None:
         for r in results:
             if options.memory:
                 r["peak_mib"] = peak_memory(cell, r["contender"])
+            if options.compiling and r["contender"] == "vbdl":
+                r["compiling"] = compiling_seconds(cell)
             # the noise of a mean over members, and for one network a few per cent of the loss
             noise = math.inf if loop is None else max(3 * loop["spread"], 0.05 * loop["validation"])
             worse = "  TRAINS WORSE" if loop is not None and r["validation"] > loop["validation"] + noise else ""
             print(
                 f"{cell:20} {r['contender']:18} {1e3 * r['seconds']:9.1f} ms {r['ratio']:6.2f}x  validation "
                 f"{r['validation']:.3f}{worse}  first epoch {r['first_epoch']:.1f} s"
-                + (f"  peak {r['peak_mib']:.0f} MiB" if options.memory else ""),
+                + (f"  peak {r['peak_mib']:.0f} MiB" if options.memory else "")
+                + (f"  compiles in {r['compiling']} s" if "compiling" in r else ""),
                 flush=True,
             )
             if options.out is not None:

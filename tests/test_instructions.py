@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import threading
 
 import pytest
 from torch._inductor import config, cpu_vec_isa
@@ -34,6 +35,7 @@ def sets(monkeypatch):
     monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2", "avx512", "vnni"])
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", cpu_vec_isa.valid_vec_isa_list.__wrapped__)
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(instructions, "_begin", lambda: None)  # counts of trials are those of this thread
     instructions._first.cache_clear()
     yield each
     instructions._first.cache_clear()
@@ -75,3 +77,35 @@ def test_this_processor_gets_the_set_that_inductor_chooses():
     with instructions.tried_once():
         ours = cpu_vec_isa.pick_vec_isa()
     assert ours is cpu_vec_isa.pick_vec_isa()
+
+
+@linux
+def test_trials_begin_on_another_thread_which_is_waited_for(sets, monkeypatch):
+    """So the set is known earlier, and no trial runs twice at once."""
+    begun, may_end, together = threading.Event(), threading.Event(), []
+    tries = Set.__bool__
+
+    def slowly(self):
+        together.append(threading.current_thread())
+        begun.set()
+        assert may_end.wait(30)
+        together.append(threading.current_thread())
+        return tries(self)
+
+    monkeypatch.setattr(Set, "__bool__", slowly)
+    monkeypatch.setattr("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding_async", lambda *a: None)
+    ahead = threading.Thread(target=instructions._ahead)
+    ahead.start()
+    assert begun.wait(30)
+    threading.Timer(0.05, may_end.set).start()
+    assert instructions._first() == [sets[2]]
+    ahead.join()
+    assert together[0] is ahead and all(a is b for a, b in zip(together[::2], together[1::2], strict=True))
+
+
+@linux
+def test_a_failure_ahead_is_left_to_the_compiler(sets, monkeypatch):
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: 1 / 0)
+    instructions._ahead()
+    with pytest.raises(ZeroDivisionError):
+        instructions._first()

@@ -3,6 +3,9 @@
 Before its first kernel of a machine, Inductor compiles and loads small programs for each set of instructions that the
 processor has, and then uses the first set that works: with AVX-512 six programs, which takes seconds. Here the trials
 end with that first set, unless a setting asks for another one. The generated code is the same.
+
+They begin on a thread of their own, as does the compilation of the headers of all kernels: both take seconds where the
+cache is empty, and need nothing of the graph, which is lowered meanwhile.
 """
 
 import contextlib
@@ -10,8 +13,11 @@ import functools
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
+
+_trials = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -29,6 +35,7 @@ def tried_once() -> Iterator[None]:
         return
     every = isa.valid_vec_isa_list
     isa.valid_vec_isa_list = _first
+    _begin()
     try:
         yield
     finally:
@@ -43,5 +50,22 @@ def _first() -> list[Any]:
     isa: Any = cpu_vec_isa
     has = isa.x86_isa_checker()
     each = (s for s in isa.supported_vec_isa_list if all(flag in has for flag in str(s).split()) and s)
-    first = next(each, None)
+    with _trials:  # a set remembers its trial, so a thread that waited here tries nothing again
+        first = next(each, None)
     return [] if first is None else [first]
+
+
+@functools.cache
+def _begin() -> None:
+    """Begin the trials and the headers on another thread, once, if there is a processor for it."""
+    if len(os.sched_getaffinity(0)) > 1:
+        threading.Thread(target=_ahead, name="vbdl-instructions", daemon=True).start()
+
+
+def _ahead() -> None:
+    """Find the instructions, and compile the headers as for a kernel, which itself is not compiled."""
+    with contextlib.suppress(Exception):  # the compiler does the same, and says what is wrong
+        _first()
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        CppPythonBindingsCodeCache.load_pybinding_async(["float*"], 'extern "C" void kernel(float* unused) {}')
