@@ -16,6 +16,7 @@ from vbdl.nn import members as member_posteriors
 from vbdl.nn.interception import CounterDropout
 from vbdl.training import step as steps
 from vbdl.training import worth
+from vbdl.training.optimization import clip_members
 from vbdl.training.options import TrainingOptions, has_bfloat16
 from vbdl.training.run import TrainingRun
 
@@ -299,3 +300,19 @@ def test_an_epoch_on_a_processor_seeds_its_generator_alone(data, monkeypatch):
         vbdl.fit(q, data, vbdl.Gaussian(OUTPUTS), epochs=epochs, batch_size=24, compile=False)
         counts.append(len(calls))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_clipped_gradients_have_the_direction_and_at_most_the_norm_for_each_member(dtype):
+    """Of all parameters together: one of a number for each member, one not contiguous, and one without elements."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(3, 4, 5, dtype=dtype), torch.randn(3, dtype=dtype), torch.randn(6, 3, dtype=dtype).T]
+    gradients.append(torch.zeros(3, 0, dtype=dtype))
+    gradients = [g * torch.tensor([10.0, 1.0, 1e-4]).view(3, *[1] * (g.ndim - 1)) for g in gradients]
+    before = [g.clone() for g in gradients]
+    clip_members(gradients, 2.0)
+    for member in range(3):
+        whole = torch.cat([g[member].flatten() for g in before])
+        clipped = torch.cat([g[member].flatten() for g in gradients])
+        expected = whole * min(1.0, 2.0 / float(torch.view_as_real(whole + 0j).norm()))
+        torch.testing.assert_close(clipped, expected, rtol=1e-5, atol=0)

@@ -1,6 +1,5 @@
 """The optimizer, its learning-rate schedule, and the clipping of gradients."""
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -201,9 +200,7 @@ def clip_gradients(trained: Mapping[str, Tensor], largest: float, by_member: Col
 
 def clip_members(gradients: Sequence[Tensor], largest: float) -> None:
     """Scale gradients, (members, ...) each, down in place to a norm of at most `largest` for each member."""
-    square = functools.reduce(
-        torch.add, [g.abs().flatten(1).square().sum(1) if g.ndim > 1 else g.abs().square() for g in gradients]
-    )
-    scale = (largest / (square.sqrt() + 1e-6)).clamp_max(1.0)
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) if g.ndim > 1 else g.abs() for g in gradients]
+    scale = (largest / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp_max(1.0)
     for g in gradients:
         g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
