@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import vbdl.calling.apart
-import vbdl.nn.drawn
 import vbdl.engine.first_run
 import vbdl.engine.prepared
 import vbdl.engine.written
+import vbdl.nn.drawn
 import vbdl.nn.masks
 from vbdl.calling.freed import give_back
 from vbdl.engine import background
