@@ -61,6 +61,21 @@ def test_two_threads_trace_one_after_the_other():
     assert torch.nn.Module.__call__ is before
 
 
+def test_modules_run_in_other_threads_during_a_symbolic_trace():
+    """Inductor traces modules symbolically in the background, while uncompiled graphs answer."""
+    graph, x = trace(lambda x: x + 1, torch.zeros(3)), torch.zeros(3)
+    with ThreadPoolExecutor(1) as pool:
+
+        class Waits(torch.nn.Module):
+            def forward(self, y):
+                answer = pool.submit(graph, x).result(10)
+                torch.testing.assert_close(answer, x + 1)
+                return y * 2
+
+        traced = torch.fx.symbolic_trace(Waits())
+    torch.testing.assert_close(traced(x + 3), x + 6)
+
+
 _PREDICT = """
 import torch
 from torch import nn

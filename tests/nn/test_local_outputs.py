@@ -95,7 +95,7 @@ def both(q, x, **settings):
 def test_the_network_as_it_is_has_the_draws_of_the_graph(make, rows):
     torch.manual_seed(0)
     graph, plain, execution = both(vbdl.MeanField(make(), 100), torch.randn(rows, WIDTH))
-    assert execution._first.local == (1 if make is of_a_constant and rows > 1 else NETWORKS[make])
+    assert execution._first.local == NETWORKS[make]
     if execution._first.local is not None:
         assert layers_that_draw_outputs(execution.graph_plan.reasons) == execution._first.local
         torch.testing.assert_close(plain, graph, rtol=1e-4, atol=1e-5)
@@ -130,3 +130,16 @@ def test_the_first_answer_is_that_of_the_graph_and_needs_no_trace(monkeypatch):
     monkeypatch.setattr("vbdl.engine.execution.Execution._begin", lambda self: None)
     monkeypatch.setattr("vbdl.engine.execution.Execution._graph", None)
     torch.testing.assert_close(predict(x).mean, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_a_layer_of_a_constant_has_the_same_draws_alone_and_in_a_batch(of_rows, compile):
+    torch.manual_seed(0)
+    forward = lambda m, x: m.head(x) + m.of(x.new_ones(len(x) if of_rows else 1, 3))
+    net = Calls(forward, head=nn.Linear(WIDTH, 4), of=nn.Linear(3, 4))
+    predict, x = vbdl.Predictor(vbdl.MeanField(net, 100), Gaussian(4), 6, compile=compile), torch.randn(ROWS, WIDTH)
+    for _ in range(2):
+        alone = torch.cat([predict(row, samples=True).samples for row in x.split(1)], 1)
+        torch.testing.assert_close(predict(x, samples=True).samples, alone, rtol=1e-4, atol=1e-5)
+        predict.wait()

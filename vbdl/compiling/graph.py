@@ -9,9 +9,11 @@ The regions follow from the data flow alone, whatever the method and the layers 
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx._symbolic_trace as torchs
@@ -36,9 +38,22 @@ def _patches_of_one_thread() -> Iterator[torchs._Patcher]:
     """The context in which torch.fx replaces methods of nn.Module for a trace, entered by one thread at a time.
 
     torch keeps these replacements in a global variable. If Inductor traces in the background while a prediction is
-    traced, one of the two fails with "CURRENT_PATCHER is None", or the replaced methods stay.
+    traced, one of the two fails with "CURRENT_PATCHER is None", or the replaced methods stay. Modules that another
+    thread calls meanwhile keep their own methods.
     """
     with _one_trace, _patches() as patcher:
+        thread, patch = threading.get_ident(), patcher.patch_method
+
+        def patch_in_this_thread(cls: type, name: str, new_fn: Callable, deduplicate: bool = True) -> None:
+            before = getattr(cls, name)
+
+            @functools.wraps(new_fn)
+            def method(*args, **kwargs):
+                return (new_fn if threading.get_ident() == thread else before)(*args, **kwargs)
+
+            patch(cls, name, method, deduplicate)
+
+        patcher.patch_method = patch_in_this_thread
         yield patcher
 
 
@@ -85,11 +100,36 @@ def _batch_norm(x: Tensor, *args: object) -> object:
     return torch.ops.aten.native_batch_norm.default(x.contiguous(), *args)
 
 
-# rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative
+def _filled(value: float | None, has_size: bool) -> Callable[..., Tensor]:
+    """A tensor of one number that nothing but its shape depends on, in the place of one made `like` another.
+
+    value: the number; None: it is an argument. has_size: whether the size is an argument.
+    """
+
+    def fill(like: Tensor, *args: Any, dtype=None, device=None, layout=None, pin_memory=None, memory_format=None):
+        size, *rest = args if has_size else (like.shape, *args)
+        if layout not in (None, torch.strided) or memory_format not in (None, torch.preserve_format):
+            return NotImplemented
+        if not has_size and not like.is_contiguous():  # whose layout it would have
+            return NotImplemented
+        number: Any = rest[0] if value is None else value
+        return torch.full(tuple(size), number, dtype=dtype or like.dtype, device=device or like.device)
+
+    return fill
+
+
+# rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative; a
+# constant must not look as if it depended on the rows
 _PLAIN = {
     torch.ops.aten.rrelu_with_noise.default: _rrelu,
     torch.ops.aten.copy.default: _copy,
     torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten.new_ones.default: _filled(1, True),
+    torch.ops.aten.new_zeros.default: _filled(0, True),
+    torch.ops.aten.new_full.default: _filled(None, True),
+    torch.ops.aten.ones_like.default: _filled(1, False),
+    torch.ops.aten.zeros_like.default: _filled(0, False),
+    torch.ops.aten.full_like.default: _filled(None, False),
 }
 
 
