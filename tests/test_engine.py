@@ -462,6 +462,13 @@ class Sums(nn.Linear):
         return super().forward(x.cumsum(0) if self.step > 0 else x.flip(0).cumsum(0).flip(0))
 
 
+class Positions(nn.Linear):
+    """A table of positions, sequence first, added to the rows of the batch."""
+
+    def forward(self, x):
+        return super().forward(x + torch.arange(len(x), dtype=x.dtype).sin().view(-1, *[1] * (x.ndim - 1)))
+
+
 class Centered(nn.Linear):
     def forward(self, x):
         return super().forward(x - x.mean(0))
@@ -477,6 +484,7 @@ def unstable_norm():
         (LastStep, torch.randn(20, 5, 3), "returned 5 rows for a batch of 32: the batch is the first axis"),
         (Attends, torch.randn(20, 5, 8), "depends on the other rows"),
         (lambda: Centered(3, 2), torch.randn(20, 3), "depends on the other rows"),
+        *((lambda: Positions(8, 2), torch.randn(n, 8), "or on its place among them") for n in (2, 20)),
         *((Carries, torch.randn(n, 5, 8), "depends on the other rows") for n in (2, 20)),
         *((lambda s=s: Sums(s), torch.randn(n, 8), "depends on the other rows") for n in (2, 20) for s in (1, -1)),
         (unstable_norm, torch.randn(20, 3), "track_running_stats"),

@@ -240,6 +240,49 @@ def test_what_a_forward_writes_is_undone():
     assert float(net.calls) == 0
 
 
+class TopOfThree(nn.Module):
+    """A sparse mixture: each row goes to two of three experts, whose weighted outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        out = x.new_zeros(len(x), 3)
+        for number, expert in enumerate(self.experts):
+            row, place = (chosen == number).nonzero(as_tuple=True)
+            if len(row):
+                out = out.index_add(0, row, weights[row, place, None] * expert(x[row]))
+        return out
+
+
+class EarlyExit(nn.Module):
+    """A row whose first head is sure does not run the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.early, self.late = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        first = self.early(h)
+        unsure = first.detach().softmax(-1).amax(-1) < 0.45
+        return torch.stack([self.late(h[i]) if bool(unsure[i]) else first[i] for i in range(len(x))])
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+@pytest.mark.parametrize("make", [TopOfThree, EarlyExit, Branching, Routed])
+def test_a_row_has_the_same_drawn_weights_alone_and_in_any_batch(make, compile):
+    torch.manual_seed(0)
+    q, x = vbdl.MeanField(make(), n_data=10, initial_std=0.2).eval(), rows(9)
+    predict = Predictor(q, vbdl.Categorical(), n_samples=5, compile=compile)
+    whole = predict(x, samples=True).samples
+    for batch in (x.split(1), x.split(2), (x.flip(0),)):
+        found = torch.cat([predict(part, samples=True).samples for part in batch], 1)
+        torch.testing.assert_close(found.flip(1) if len(batch) == 1 else found, whole, **ROUNDING)
+
+
 class Halves(nn.Module):
     """Writes into one of its parameters whenever it runs."""
 

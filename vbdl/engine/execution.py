@@ -23,7 +23,7 @@ from vbdl.compiling.rewrite import draws_outputs, layers_that_draw_outputs
 from vbdl.engine import background, remembered
 from vbdl.engine.chunking import Calls, Chunking
 from vbdl.engine.first_run import FirstRun
-from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, draws_in_a_call
+from vbdl.engine.plain import Plain, PlainCalls, PlainPlan, draws_in_a_call, wants_gradient
 from vbdl.engine.plan import Plan, choose
 from vbdl.engine.prepared import prepared
 from vbdl.engine.program import Ready, tracing
@@ -413,11 +413,20 @@ class Execution:
 
         rows: the number of rows that count. Fields of the others, which pad the tile, may be left out.
         """
-        calls = self._way.calls
+        calls = self._calls(tile)
         fields = self._fields(calls, _unpadded(calls, tile, rows))
         self._answered = True
         self._begin()
         return fields
+
+    def _calls(self, tile: Flat) -> Calls:
+        """The calls of the chosen way or, for a gradient that is written by hand, those of the network as it is."""
+        calls = self._way.calls
+        if isinstance(calls, PlainCalls) or not wants_gradient(tile) or not self.traced.handwritten:
+            return calls
+        if self._first.local is None and draws_outputs(self.graph_plan.reasons):
+            return calls  # the network as it is has other draws: they raise the error
+        return self._as_it_is().calls
 
     def _fields(self, calls: Calls, tile: Flat) -> State:
         if len(calls) == 1:
@@ -430,7 +439,7 @@ class Execution:
 
     def sums(self, tile: Flat, carried: State) -> State:
         """Add all draws of this execution to a tile's running sums, and return the new sums."""
-        sums = self._sums(self._way.calls, tile, carried)
+        sums = self._sums(self._calls(tile), tile, carried)
         self._answered = True
         self._begin()
         return sums
@@ -443,7 +452,7 @@ class Execution:
 
     def parameters(self, tile: Flat, rows: int | None = None) -> Tensor:
         """The parameters of p(y | x) of each draw, (samples, rows, ...); rows: as of `fields`."""
-        calls = self._way.calls
+        calls = self._calls(tile)
         calls = self._or_meanwhile("parameters", calls, ("parameters",), lambda: self._as_it_is().calls)
         tile = _unpadded(calls, tile, rows)
         inputs = calls.inputs(tile)

@@ -18,6 +18,7 @@ from vbdl.calling.inputs import Flat
 from vbdl.calling.outputs import are_same
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, modules_of
+from vbdl.nn.keyed import KeyedNetwork
 from vbdl.types import Arguments, Keywords, State
 
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
@@ -143,11 +144,11 @@ def run_plainly(network: nn.Module, state: State, tile: Flat) -> Tensor:
 def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -> None:
     """Raise ValueError if the output of a row changes when the other rows do, or if the inputs are written to.
 
-    outputs: the network's outputs on the tile, (rows, ...). The first and the last row stay in their places, because a
-    network may carry something from each row to the next; of two rows one changes at a time.
+    outputs: the network's outputs on the tile, (rows, ...). A row's place must not count either, unless its noise is
+    numbered by places.
     """
-    for changed, same in _changed(tile):
-        if not are_same(run_plainly(network, state, changed)[same], outputs[same], _APART):
+    for changed, at, same in _changed(tile, _numbers_places(network)):
+        if not are_same(run_plainly(network, state, changed)[at], outputs[same], _APART):
             break
     else:
         return
@@ -159,7 +160,7 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
             "the module writes into its inputs (x -= ..., x.div_(...)), so the next draw would read changed rows: "
             "write x = x - ... where it normalizes them"
         )
-    if not are_same(again[same], outputs[same], _APART):
+    if not are_same(again[same], outputs[same], _APART):  # not the place: these are the rows as they were
         raise ValueError(
             "the same rows give another output in the next call: the network keeps a tensor in an attribute. Make it a "
             "buffer with register_buffer(name, tensor), so that each draw has its own"
@@ -167,16 +168,36 @@ def check_apart(outputs: Tensor, network: nn.Module, state: State, tile: Flat) -
     raise _mixing()
 
 
-def _changed(tile: Flat) -> Iterator[tuple[Flat, list[int]]]:
-    """Yield tiles with other rows than the given one, and the places of those that are the same; a row gets another."""
-    if tile.rows == 1:
-        yield tile.map(lambda t: torch.cat([t, _another(t)])), [0]
+def _numbers_places(network: nn.Module) -> bool:
+    """Whether rows at other places have other noise in the same draw."""
+    return any(isinstance(m, KeyedNetwork) and m.numbers_places for _, m in modules_of(network))
+
+
+def _changed(tile: Flat, in_places: bool) -> Iterator[tuple[Flat, list[int], list[int]]]:
+    """Yield tiles with some rows of the given one among others, the places of these rows, and those in the given one.
+
+    The first row comes last and the last one first, because a network may carry something from each row to the next
+    ones only, and a row alone is put between two others. in_places: every row stays in its place; of two rows one
+    changes at a time.
+    """
+    if not in_places:
+        if tile.rows == 1:
+            yield tile.map(lambda t: torch.cat([_another(t), t, _another(_another(t))])), [1], [0]
+            return
+        between = max(1, tile.rows - 2)  # two rows get one between them
+        yield tile.map(lambda t: torch.cat([t[-1:], _others(t, between), t[:1]])), [0, -1], [-1, 0]
+    elif tile.rows == 1:
+        yield tile.map(lambda t: torch.cat([t, _another(t)])), [0], [0]
     elif tile.rows == 2:
-        yield tile.map(lambda t: torch.cat([t[:1], _another(t[1:])])), [0]
-        yield tile.map(lambda t: torch.cat([_another(t[:1]), t[1:]])), [1]
+        yield tile.map(lambda t: torch.cat([t[:1], _another(t[1:])])), [0], [0]
+        yield tile.map(lambda t: torch.cat([_another(t[:1]), t[1:]])), [1], [1]
     else:
-        between = lambda t: torch.cat([_another(t[:1]), t[:1]]).repeat(tile.rows // 2, *[1] * (t.ndim - 1))
-        yield tile.map(lambda t: torch.cat([t[:1], between(t)[: tile.rows - 2], t[-1:]])), [0, -1]
+        yield tile.map(lambda t: torch.cat([t[:1], _others(t, tile.rows - 2), t[-1:]])), [0, -1], [0, -1]
+
+
+def _others(t: Tensor, rows: int) -> Tensor:
+    """So many rows, in turn another one than the first, and the first."""
+    return torch.cat([_another(t[:1]), t[:1]]).repeat(-(-rows // 2), *[1] * (t.ndim - 1))[:rows]
 
 
 def _another(row: Tensor) -> Tensor:
@@ -187,7 +208,7 @@ def _another(row: Tensor) -> Tensor:
 def _mixing() -> ValueError:
     """The error for a network that mixes the rows of a batch."""
     return ValueError(
-        "the output of a row depends on the other rows of its batch, so a row has no prediction of its own: make the "
-        "batch the first axis of every input (batch_first=True in recurrent layers and attention), and give "
-        "batch normalization track_running_stats=True"
+        "the output of a row depends on the other rows of its batch, or on its place among them, so a row has no "
+        "prediction of its own: make the batch the first axis of every input (batch_first=True in recurrent layers and "
+        "attention; positions are those of another axis), and give batch normalization track_running_stats=True"
     )

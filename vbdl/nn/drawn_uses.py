@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -34,7 +35,8 @@ class DrawnUses(TorchFunctionMode):
     """A context that records what a forward does with drawn parameters.
 
     weights: the drawn parameters by name. layers: the calls of layers with each weight, by its name. others: the names
-    of the parameters that go anywhere else.
+    of the parameters that go anywhere else. unused: those of the parameters that nothing uses. by_values: whether the
+    forward looked at values, or chose entries by them, so that other rows may use other parameters.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
@@ -42,6 +44,8 @@ class DrawnUses(TorchFunctionMode):
         self._names = {id(t): name for name, t in weights.items()}
         self.layers: dict[str, list[LayerCall]] = {}
         self.others: set[str] = set()
+        self.unused = set(weights)
+        self.by_values = False
 
     def __torch_function__(
         self, func: Function, types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
@@ -49,7 +53,9 @@ class DrawnUses(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in READS:
             return func(*args, **kwargs)
+        self.by_values |= getattr(func, "__name__", "") in _BY_VALUES or _chooses_by_flags(func, args)
         inside = {self._names[id(value)] for value in tree_leaves((args, kwargs)) if id(value) in self._names}
+        self.unused -= inside
         if inside and func in LAYERS:
             x, weight, bias, _ = layer_arguments(*args, **kwargs)
             name = self._names.get(id(weight))
@@ -59,6 +65,20 @@ class DrawnUses(TorchFunctionMode):
                 inside -= {name, of_bias} - {self._names.get(id(x))}
         self.others |= inside
         return func(*args, **kwargs)
+
+
+_BY_VALUES = frozenset(
+    """__bool__ __int__ __float__ __index__ __contains__ item tolist numpy nonzero argwhere masked_select unique
+    unique_consecutive equal allclose""".split()
+)
+
+
+def _chooses_by_flags(func: Function, args: Arguments) -> bool:
+    """Whether a function indexes a tensor by flags."""
+    if func is not Tensor.__getitem__ or len(args) < 2:
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in index)
 
 
 def layer_arguments(

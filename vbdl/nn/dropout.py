@@ -45,6 +45,7 @@ class DropoutNetwork(KeyedNetwork):
         None: if that computes the same as one row after the other, as for the experts of a mixture.
     """
 
+    numbers_places = False
     together: bool | None = False
     _places: dict[int, tuple[str, int]] | None = None  # of the modules of `inner`, as in `Masks`
 

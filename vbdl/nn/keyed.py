@@ -31,6 +31,7 @@ class KeyedNetwork(nn.Module):
 
     keeps_on_purpose = ("kept",)  # attributes with values that a forward leaves for the next one, which it may use
     draws_weights: bool = False  # whether the key draws weights, so that a graph may draw the outputs of layers instead
+    numbers_places: bool = True  # whether rows at other places in a batch may have other noise in the same draw
     row_by_row: bool = False  # whether the forward runs one row after the other
     together: bool | None = False  # whether rows then run together all the same; None: if that computes the same
     keeps_apart: bool = False

@@ -104,6 +104,7 @@ class LayeredNetwork(KeyedNetwork):
     kl_weight: Tensor
 
     draws_weights = True
+    numbers_places = False
 
     def __init__(self, inner: nn.Module, n_data: int):
         super().__init__()

@@ -127,7 +127,7 @@ def local_layers(drawn: Pass, at_zero: Pass, at_large: Pass, others: Pass, rows:
             continue
         if not any(math.prod(c.shape) == call.weight.numel() for c in drawn.calls):
             continue  # noise of another shape than the weight's, such as of rank one
-        if torch.equal(call.x[min(1, rows - 1)], other.x[1]):  # of the second rows, or of a row alone and another
+        if torch.equal(other.x, call.x[:1].expand_as(other.x)):
             return None  # a constant, or rows that are equal
         of_weight = _affine(call.weight, zero.weight, large.weight, drawn)
         if of_weight is None:

@@ -28,6 +28,8 @@ def local_layers(first: DrawnUses, second: DrawnUses, rows: int) -> dict[str, st
 
     A layer draws outputs if it acts once on one vector of every row, and its input depends on the rows.
     """
+    if (first.unused and first.by_values) or (second.unused and second.by_values):
+        return None  # other rows may use other parameters
     local: dict[str, str | None] = {}
     biases = [call.bias for calls in first.layers.values() for call in calls if call.bias is not None]
     for name, calls in first.layers.items():
@@ -36,9 +38,11 @@ def local_layers(first: DrawnUses, second: DrawnUses, rows: int) -> dict[str, st
         if name in first.others or len(calls) != 1 or len(second.layers.get(name, [])) != 1:
             return None
         x, bias, other = calls[0].x, calls[0].bias, second.layers[name][0].x
+        if x.ndim < 2 or (x.ndim == 2 and x.shape[0] < rows):
+            return None  # it gets some of the rows, or one after the other, and may get others next time
         if x.ndim != 2 or x.shape[0] != rows:
             continue
-        if x.shape == other.shape and torch.equal(x, other):
+        if torch.equal(other, x[:1].expand_as(other)):
             return None  # a constant, or rows that are equal
         if bias is not None and (bias in first.others or biases.count(bias) > 1):
             return None

@@ -60,6 +60,10 @@ class StochasticNetwork(KeyedNetwork):
         self.train(inner.training)
 
     @property
+    def numbers_places(self) -> bool:  # type: ignore[override]
+        return self.per_row
+
+    @property
     def kl(self) -> Callable[[nn.Module], Tensor] | None:
         """The function of the network that returns its KL in nats."""
         return self._kl[0]

@@ -15,6 +15,7 @@ class PointNetwork(KeyedNetwork):
     """A network that is the same in every draw: it ignores its `key`, and its dropout is off in prediction."""
 
     only_calls_inner = True
+    numbers_places = False
 
     def __init__(self, inner: nn.Module):
         super().__init__()

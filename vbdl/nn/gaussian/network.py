@@ -35,6 +35,7 @@ class FactoredNetwork(KeyedNetwork):
     """
 
     draws_weights = True
+    numbers_places = False
     linearized: bool = False
     local: Mapping[str, str | None] = {}
     recorded: list[DrawnUses] | None = None
