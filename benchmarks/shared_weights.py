@@ -139,7 +139,7 @@ def without_gradients(predict: Callable[[Tensor], Any]) -> Callable[[Tensor], An
 def predict_runs(method: str, name: str, count: int) -> dict[str, Callable[[], Any]]:
     members, net = MEMBERS[name], network(name)
     q, x = posterior(method, net, members), rows(name, count)[0]
-    predict = vbdl.Predictor(q, vbdl.Categorical(), tiles=(count,))
+    predict = vbdl.Predictor(q, vbdl.Categorical())  # tiles of 64 and more, if given, would promise equal bits of rows
     predict.warm_up((count,), example=x)
     networks = []
     for member in range(members):
