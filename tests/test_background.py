@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import vbdl
+from vbdl.engine import background as engine
 from vbdl.engine.execution import Execution
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.traced import Traced
@@ -209,6 +211,25 @@ def test_a_graph_that_cannot_be_compiled_leaves_the_network_as_it_is(monkeypatch
     predict.wait()
     torch.testing.assert_close(predict(x).probs, first, rtol=0, atol=0)
     assert "the compiler broke" in predict.explain()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_has_a_thread_of_its_own():
+    engine.submit(engine, lambda owner: None).result(30)
+    worker = engine._worker
+    assert worker is not None and worker.is_alive()
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        try:
+            alive = worker.is_alive()
+            engine.submit(engine, lambda owner: None).result(30)
+            os.write(write, b"no" if alive or engine._worker is worker else b"ok")
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    assert os.read(read, 2) == b"ok"
+    os.close(read)
 
 
 def test_what_nobody_holds_is_not_compiled(held):

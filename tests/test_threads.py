@@ -146,7 +146,7 @@ def test_every_method_answers_while_a_trace_is_inside_the_forward(posterior, lik
     settings = {"n_samples": q.n_draws or SAMPLES, "tiles": 20, "joint": True}
     expected = numbers(vbdl.Predictor(q, noise, compile=False, **settings), x, y)
     predict = vbdl.Predictor(q, noise, compile="background", **settings)
-    stop = Stop(monkeypatch, lambda thread: thread is background._worker)
+    stop = Stop(monkeypatch, lambda thread: thread.ident == background._worker.ident)
     try:
         predict(x)  # begins the trace
         assert stop.inside.wait(WAIT)

@@ -59,6 +59,8 @@ def _may_hold_tensors(value: object) -> bool:
 
 
 _ATOMS = frozenset((type(None), bool, int, float, str, set))
+_NUMBERS = frozenset((bool, int, float))
+_SILENT = _ATOMS - _NUMBERS
 _TABLE_TYPES = frozenset((dict, OrderedDict))
 
 
@@ -91,9 +93,16 @@ def kept_by(module: nn.Module) -> list[tuple]:
     for i, (_, m) in enumerate(modules_of(module)):
         on_purpose = getattr(type(m), "keeps_on_purpose", ())
         for name, value in vars(m).items():
-            if value is None or name in _TABLES or is_cache(m, name) or name in on_purpose:
+            of = type(value)
+            if of in _NUMBERS:
+                kept.append((i, name, value))
                 continue
-            if isinstance(value, str | set) or (isinstance(value, dict) and not value):
+            if of in _SILENT or name in _TABLES or (of in _TABLE_TYPES and not value):
+                continue
+            if name in on_purpose or is_cache(m, name) or isinstance(value, str | set):
+                continue
+            if of in (tuple, list) and all(type(v) in _ATOMS for v in value):
+                kept.append((i, name, tuple(value)))
                 continue
             for leaf in (value,) if isinstance(value, int | float) else tree_leaves(value):
                 if isinstance(leaf, Tensor):

@@ -1,7 +1,9 @@
 """The thread that compiles while predictions are already answered: one job at a time in a process."""
 
+import _thread
 import atexit
 import ctypes
+import os
 import queue
 import sys
 import threading
@@ -22,7 +24,7 @@ _ASK, _LEAVE = 0.1, 60.0  # seconds from one request to end a job to the next wh
 
 _jobs: "queue.SimpleQueue[tuple[weakref.ref, Callable, Future[None], float] | None]" = queue.SimpleQueue()
 _lock = threading.Lock()
-_worker: threading.Thread | None = None
+_worker: "_Worker | None" = None
 _leaving = threading.Event()
 _idle = threading.Event()  # set while no job runs
 _idle.set()
@@ -35,9 +37,31 @@ def submit(owner: T, job: Callable[[T], None]) -> "Future[None]":
     _jobs.put((weakref.ref(owner), job, done, time.monotonic() + _DELAY))
     with _lock:
         if _worker is None or not _worker.is_alive():
-            _worker = threading.Thread(target=_work, name="vbdl-compiler", daemon=True)
-            _worker.start()
+            _worker = _Worker()
     return done
+
+
+class _Worker:
+    """The thread, which begins without anybody waiting until it runs: that takes longer than a small network."""
+
+    def __init__(self) -> None:
+        self._process, self._ended = os.getpid(), threading.Event()
+        self.ident = _thread.start_new_thread(self._run, ())
+
+    def _run(self) -> None:
+        threading.current_thread().name = "vbdl-compiler"
+        try:
+            _work()
+        finally:
+            self._ended.set()
+
+    def is_alive(self) -> bool:
+        """Whether it runs in this process, which may be a fork of the one that began it."""
+        return self._process == os.getpid() and not self._ended.is_set()
+
+    def join(self, timeout: float) -> None:
+        """Wait until it ends, at most so many seconds."""
+        self._ended.wait(timeout)
 
 
 def _work() -> None:
@@ -81,7 +105,7 @@ def _leave() -> None:
     sys.unraisablehook = without_requests
     waited = 0.0
     while _worker is not None and _worker.is_alive() and not _idle.wait(_ASK) and waited < _LEAVE:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_worker.ident or 0), ctypes.py_object(_Leaving))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(_worker.ident), ctypes.py_object(_Leaving))
         waited += _ASK
     if _worker is not None and _idle.is_set():  # it may still free what the job held, in C++ code
         _jobs.put(None)

@@ -86,13 +86,22 @@ def are_alike(a: nn.Module, b: nn.Module) -> bool:
             elif key == "_modules":
                 if [(n, c is None) for n, c in value.items()] != [(n, c is None) for n, c in it.items()]:
                     return False
-            elif (
-                key != "training"
-                and not is_cache(m, key)
-                and not (type(value) is type(it) and is_plain(value) and repr(value) == repr(it))
-            ):
+            elif key != "training" and not _are_equal(value, it) and not is_cache(m, key):
                 return False
     return True
+
+
+def _are_equal(value: object, other: object) -> bool:
+    """Whether two plain settings are described alike."""
+    of = type(value)
+    if of is not type(other):
+        return False
+    if of is int or of is str or of is bool:
+        return value == other
+    if isinstance(value, tuple | list) and of in (tuple, list):
+        assert isinstance(other, tuple | list)
+        return len(value) == len(other) and all(map(_are_equal, value, other))
+    return is_plain(value) and repr(value) == repr(other)
 
 
 def _are_tied_alike(

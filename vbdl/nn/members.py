@@ -15,7 +15,7 @@ from vbdl.calling.inputs import tensors
 from vbdl.calling.lending import only_reading
 from vbdl.calling.mapping import can_map, why_not_mapped
 from vbdl.calling.stacking import call_stacked, is_of_a_trace, places_of, without_dots
-from vbdl.calling.traversing import parameters_of
+from vbdl.calling.traversing import modules_of, parameters_of
 from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
 from vbdl.model import Model
@@ -99,7 +99,8 @@ class StackedPosterior(Posterior):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self._structure[0].train(mode)
+        if mode or any(m.training for _, m in modules_of(self._structure[0])):  # as it takes long where nothing changes
+            self._structure[0].train(mode)
         if mode:
             hold_frozen(self._structure[0])
         return self
