@@ -140,7 +140,8 @@ def _numpy_noise(
         counters = columns
     seed, draw = key.reshape(-1, 2).contiguous().numpy().view(np.uint64).T
     lines = len(draw) * rows  # the rows of all draws, so that many small draws cost no more than a large one
-    out = np.empty((lines, blocks, 4, counters // blocks), np.float32 if normals else np.int64)
+    used = min(4, -(-columns // _GROUP))  # words of a counter
+    out = np.empty((lines, blocks, used, counters // blocks), np.float32 if normals else np.int64)
     mask, half = np.uint64(_MASK), np.uint64(32)
     multiplier0, multiplier1 = (np.uint64(m) for m in _MULTIPLIERS)
     weyl = [np.uint64(w) for w in _WEYL]
@@ -173,7 +174,7 @@ def _numpy_noise(
         if normals:
             first = _numpy_box_muller(c0, c1)
             w = (*first, *(_numpy_box_muller(c2, c3) if columns > 2 * _GROUP else first))
-        for j, word in enumerate(w):
+        for j, word in enumerate(w[:used]):
             out[start : start + len(line), :, j] = word.reshape(len(line), blocks, -1)
     flat_columns = out.reshape(lines, -1)[:, :columns]
     return torch.from_numpy(np.ascontiguousarray(flat_columns)).reshape(*key.shape[:-1], rows, columns)

@@ -74,10 +74,9 @@ def are_alike(a: nn.Module, b: nn.Module) -> bool:
     places: tuple[dict[int, int], dict[int, int]] = {}, {}  # the number of each tensor, by id
     for (name, m), (other_name, other) in zip(modules, others, strict=True):
         mine, its = vars(m), vars(other)
-        if name != other_name or type(m) is not type(other) or mine.keys() != its.keys():
+        if name != other_name or type(m) is not type(other) or list(mine) != list(its):
             return False
-        for key, value in mine.items():
-            it = its[key]
+        for (key, value), it in zip(mine.items(), its.values(), strict=True):
             if value is it or (type(value) in _TABLES and type(value) is type(it) and not value and not it):
                 continue
             if key in ("_parameters", "_buffers"):
