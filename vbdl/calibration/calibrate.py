@@ -108,6 +108,12 @@ def calibrate(
     source = predictor.replace() if predictor.sealed else predictor
     prediction = source(x, samples=needs_samples)
     target = predictor.likelihood.check_targets(y, prediction.parameters_shape)
+    ignored = getattr(predictor.likelihood, "ignore_index", None)
+    if ignored is not None and bool((target == ignored).any()):
+        raise ValueError(
+            f"{int((target == ignored).sum())} targets are {ignored} and do not count, but calibration compares every "
+            f"prediction with a target: calibrate on rows without padding"
+        )
     fitted = copy.deepcopy(method)
     if method.acts_on == "logits":
         _fit_logits(fitted, prediction, target)

@@ -12,7 +12,8 @@ from vbdl.calling.stacking import is_of_a_trace
 from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
 from vbdl.types import Likelihood, Prediction, SoftmaxHessian, State
 
-_NO_CLASS = -(2**62)  # so that torch's loss, which leaves out rows of class -100, refuses it like any other number
+_PADDING = -100  # the number of targets that torch's loss leaves out
+_NO_CLASS = -(2**62)  # so that it refuses that number like any other
 
 
 def _in_one_pass(parameters: Tensor) -> bool:
@@ -53,10 +54,10 @@ class CategoricalPrediction(Prediction):
         return picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
 
 
-def check_classes(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
+def check_classes(y: Tensor, parameters_shape: Sequence[int], ignore_index: int | None = None) -> Tensor:
     """The targets as int64 class numbers, (batch, ...). Raises ValueError for any other dtype, shape or class.
 
-    parameters_shape: (batch, ..., classes).
+    parameters_shape: (batch, ..., classes). ignore_index: a number that is taken besides the classes.
     """
     *shape, classes = parameters_shape
     if y.is_floating_point() or y.dtype == torch.bool:
@@ -66,10 +67,15 @@ def check_classes(y: Tensor, parameters_shape: Sequence[int]) -> Tensor:
             f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes: give one class number "
             f"for each"
         )
-    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+    counted = y if ignore_index is None else y[y != ignore_index]
+    if counted.numel() and not (0 <= int(counted.min()) and int(counted.max()) < classes):
+        padding = (
+            f"; entries of {_PADDING}, by which collators pad targets, do not count in training with "
+            f"vbdl.Categorical(ignore_index={_PADDING})"
+        )
         raise ValueError(
-            f"targets run from {int(y.min())} to {int(y.max())}, but the module returns {classes} classes "
-            f"(0 to {classes - 1})"
+            f"targets run from {int(counted.min())} to {int(counted.max())}, but the module returns {classes} classes "
+            f"(0 to {classes - 1})" + (padding if ignore_index is None and bool((y == _PADDING).any()) else "")
         )
     return y.to(torch.int64)
 
@@ -78,6 +84,7 @@ class Categorical(Likelihood):
     """The likelihood of class targets, whose outputs are logits, (batch, ..., classes).
 
     class_axis: the axis of the classes in the outputs, 1 for images (batch, classes, height, width).
+    ignore_index: the number of targets that do not count in the loss, such as -100 for the padding of sequences.
     Uncertainty: H[E p] = E H[p] + MI (Depeweg et al., Decomposition of Uncertainty in Bayesian Deep Learning, 2018,
     https://arxiv.org/abs/1710.07283).
 
@@ -90,12 +97,13 @@ class Categorical(Likelihood):
     True
     """
 
-    def __init__(self, class_axis: int = -1):
+    def __init__(self, class_axis: int = -1, ignore_index: int | None = None):
         super().__init__()
-        self.class_axis = class_axis
+        self.class_axis, self.ignore_index = class_axis, ignore_index
 
     def extra_repr(self) -> str:
-        return "" if self.class_axis == -1 else f"class_axis={self.class_axis}"
+        given = {"class_axis": (self.class_axis, -1), "ignore_index": (self.ignore_index, None)}
+        return ", ".join(f"{name}={value}" for name, (value, default) in given.items() if value != default)
 
     def forward(self, outputs: Tensor) -> Tensor:
         """The logits with the classes moved last, (batch, ..., classes)."""
@@ -115,7 +123,7 @@ class Categorical(Likelihood):
                         f"targets {tuple(y.shape)} do not fit logits {tuple(shape)} with the classes last, but with "
                         f"the classes on axis {axis}: use vbdl.Categorical(class_axis={axis})"
                     )
-        return check_classes(y, parameters_shape)
+        return check_classes(y, parameters_shape, self.ignore_index)
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The negative log-likelihood, (batch,), in nats, summed over the axes between batch and classes.
@@ -123,15 +131,23 @@ class Categorical(Likelihood):
         parameters: (batch, ..., classes) logits; y: (batch, ...).
         """
         log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
+        ignored = None if self.ignore_index is None else y == self.ignore_index
         if is_of_a_trace(parameters) or y.shape != log_probs.shape[:-1]:
-            return per_row(-log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1))
+            if ignored is None:
+                return per_row(-log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1))
+            each = -log_probs.gather(-1, y.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+            return per_row(each.masked_fill(ignored, 0.0))
         # the same numbers with half the operations, which is what the step of a small network takes
-        each = F.nll_loss(log_probs.flatten(0, -2), y.flatten(), reduction="none", ignore_index=_NO_CLASS)
+        index = _NO_CLASS if self.ignore_index is None else self.ignore_index
+        each = F.nll_loss(log_probs.flatten(0, -2), y.flatten(), reduction="none", ignore_index=index)
         return each if y.ndim == 1 else per_row(each.view(y.shape))
 
     def hessian(self, outputs: Tensor, y: Tensor) -> SoftmaxHessian:
-        """diag(p) - p p^T, which does not depend on the class y."""
-        return SoftmaxHessian(self(outputs).softmax(-1), self.class_axis)
+        """diag(p) - p p^T, which does not depend on the class y; 0 where it does not count."""
+        probs = self(outputs).softmax(-1)
+        if self.ignore_index is not None:
+            probs = probs.masked_fill((y == self.ignore_index).unsqueeze(-1), 0.0)
+        return SoftmaxHessian(probs, self.class_axis)
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples; parameters: (samples, batch, ..., classes) logits."""
