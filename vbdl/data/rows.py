@@ -161,7 +161,8 @@ def check_dtype(tensors: Iterable[Tensor], floating: torch.dtype | None) -> None
     for t in tensors:
         if floating is not None and t.is_floating_point() and t.dtype != floating:
             raise ValueError(
-                f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating})"
+                f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating}), an array "
+                f"with x.astype({str(floating).removeprefix('torch.')!r})"
             )
 
 

@@ -211,7 +211,7 @@ class Execution:
             with torch.no_grad():
                 return self._staying(self._as_it_is(str(error), mapping=True)), None
         if self._first.local is not None and self._first.local != layers_that_draw_outputs(way.plan.reasons):
-            return self._as_it_is("as a graph, other layers would draw outputs in place of weights"), None
+            return self._as_it_is("in a graph other layers would draw outputs than here, with other draws"), None
         if verdict == PLAIN:
             return self._staying(self._as_it_is(reason)), None
         if verdict == MEASURE and self._memory is not None and self._memory.plain is False:
