@@ -26,8 +26,8 @@ class Hook(BuildHookInterface):
         wanted = os.environ.get("VBDL_NATIVE", "")
         folder = Path(self.root) / "kernels" / "vbdl_kernels"
         library = folder / "libphilox.so"
-        library.unlink(missing_ok=True)
         if wanted == "0":
+            library.unlink(missing_ok=True)
             return
         if (why := compiled(folder / "philox.c", library)) is not None:
             if wanted:
@@ -48,7 +48,9 @@ def compiled(source: Path, library: Path) -> str | None:
         return f"there is no C compiler {compiler[0]!r}"
     made = library.with_suffix(f".{os.getpid()}")  # another process may be loading the library
     try:
-        run = subprocess.run([*compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True)
+        run = subprocess.run(
+            [*compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, errors="replace"
+        )
         if run.returncode == 0:
             made.replace(library)
             return None

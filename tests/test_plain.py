@@ -251,10 +251,18 @@ class TopOfThree(nn.Module):
         weights, chosen = self.gate(x).softmax(-1).topk(2)
         out = x.new_zeros(len(x), 3)
         for number, expert in enumerate(self.experts):
-            row, place = (chosen == number).nonzero(as_tuple=True)
+            row, place = self.where(chosen == number)
             if len(row):
                 out = out.index_add(0, row, weights[row, place, None] * expert(x[row]))
         return out
+
+    def where(self, flags):
+        return flags.nonzero(as_tuple=True)
+
+
+class TopByWhere(TopOfThree):
+    def where(self, flags):
+        return torch.where(flags)
 
 
 class EarlyExit(nn.Module):
@@ -272,7 +280,7 @@ class EarlyExit(nn.Module):
 
 
 @pytest.mark.parametrize("compile", [False, "background"])
-@pytest.mark.parametrize("make", [TopOfThree, EarlyExit, Branching, Routed])
+@pytest.mark.parametrize("make", [TopOfThree, TopByWhere, EarlyExit, Branching, Routed])
 def test_a_row_has_the_same_drawn_weights_alone_and_in_any_batch(make, compile):
     torch.manual_seed(0)
     q, x = vbdl.MeanField(make(), n_data=10, initial_std=0.2).eval(), rows(9)
@@ -523,3 +531,57 @@ def test_another_shape_that_needs_its_layout_is_predicted_too():
         for x, probs in zip((small, large), expected, strict=True):
             torch.testing.assert_close(predict(x).mean, probs)
     assert predict.explain().count("channels last") == 1
+
+
+class Sorted(nn.Module):
+    """Packs its sequences, which torch takes by falling length unless told otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.head(self.rnn(packed)[1][0])
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+def test_rows_that_must_keep_their_order_are_predicted(compile):
+    nets, x, lengths = [Sorted().eval(), Sorted().eval()], torch.randn(4, 6, 2), torch.tensor([6, 4, 3, 1])
+    predict = Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=compile, tiles=4)
+    expected = torch.stack([net(x, lengths) for net in nets])
+    torch.testing.assert_close(predict((x, lengths), samples=True).samples, expected)
+
+
+class Columns(nn.Module):
+    """Each column of whole numbers has an embedding of its own, and each row of shares sums to 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.few, self.many, self.head = nn.Embedding(3, 4), nn.Embedding(100, 4), nn.Linear(4, 3)
+
+    def forward(self, ids, shares):
+        if not torch.allclose(shares.sum(-1), torch.ones(len(shares))):
+            raise ValueError("shares must sum to 1")
+        return self.head(self.few(ids[:, 0]) * shares[:, :1] + self.many(ids[:, 1]) * shares[:, 1:])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("compile", [False, "background"])
+def test_networks_are_tried_on_rows_that_they_take(count, compile):
+    ids = torch.stack((torch.arange(count) % 3, torch.arange(count) * 7 + 90 - 7 * (count - 1)), 1)
+    shares = torch.rand(count, 2).softmax(-1)
+    nets = [Columns().eval(), Columns().eval()]
+    predict = Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=compile, tiles=count)
+    expected = torch.stack([net(ids, shares) for net in nets])
+    for _ in range(2):
+        torch.testing.assert_close(predict((ids, shares), samples=True).samples, expected)
+        predict.wait()
+
+
+def test_a_graph_holds_no_weights_of_the_first_run():
+    q = vbdl.MeanField(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), n_data=10).eval()
+    predict = Predictor(q, vbdl.Categorical(), n_samples=5, compile=False, joint=True)
+    predict(rows(2))
+    (execution,) = predict.executions.drawing(next(predict.tiles_of(predict.check(rows(2)))))
+    assert execution._plain is None and execution._first.run is None and not execution._first._kept

@@ -5,6 +5,7 @@ the forward, with the weights of the trace in the modules, and every public meth
 """
 
 import copy
+import cProfile
 import importlib.util
 import pickle
 import random
@@ -264,3 +265,25 @@ def test_a_network_that_draws_by_python_or_numpy_is_refused(make, drawn, generat
     q = dropping() if make == "dropout" else make(drawn)
     with pytest.raises(ValueError, match=f"draws from {generator}"):
         vbdl.Predictor(q, vbdl.Categorical(), compile=False)(torch.ones(2, 4))
+
+
+def test_numpys_generator_may_be_another_one():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        net = nn.Linear(4, 3)
+        predict = vbdl.Predictor(vbdl.DeepEnsemble([net, net]), vbdl.Categorical(), compile=False)
+        torch.testing.assert_close(predict(torch.ones(2, 4)).probs, net(torch.ones(2, 4)).softmax(-1))
+        with pytest.raises(ValueError, match="draws from NumPy's random"):
+            drawn = Draws(lambda x: x * float(np.random.rand())).eval()
+            vbdl.Predictor(vbdl.DeepEnsemble([drawn, drawn]), vbdl.Categorical(), compile=False)(torch.ones(2, 4))
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def test_a_network_that_draws_by_python_is_refused_under_a_profiler():
+    drawn = Draws(lambda x: x * random.random()).eval()
+    predict = vbdl.Predictor(vbdl.DeepEnsemble([drawn, drawn]), vbdl.Categorical(), compile=False)
+    profile = cProfile.Profile()
+    with pytest.raises(ValueError, match="draws from Python's random"):
+        profile.runcall(predict, torch.ones(2, 4))

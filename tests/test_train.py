@@ -374,6 +374,7 @@ def test_bad_data_is_named(data):
         ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau needs.*StepLR"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates.*AdamW or SGD"),
         ({"optimizer": torch.optim.Adafactor}, "Adafactor updates a number by the gradients of others"),
+        ({"optimizer": lambda ps: torch.optim.Adafactor(ps, 1e-5)}, "Adafactor updates a number"),
         ({"optimizer": lambda ps: None}, "must return a torch.optim.Optimizer, got NoneType"),
         ({"validation": (x.double(), y)}, "float64 and the module's parameters torch.float32: convert"),
         ({"validation": DataLoader(TensorDataset(x, y))}, "as for validation"),

@@ -1,6 +1,7 @@
 """The random words of `philox.c`, where it was compiled when the package was installed."""
 
 import ctypes
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ class Library:
         library: Any = ctypes.CDLL(str(path))
         try:
             library.vbdl_philox_version.restype = _LONG
-            version = library.vbdl_philox_version()
+            if library.vbdl_philox_version() != VERSION:
+                warnings.warn(f"{path} is of another version, so NumPy draws noise: install vbdl again", stacklevel=2)
+                raise OSError(f"{path} is not of version {VERSION}")
             self._words, self._pairs = library.vbdl_philox_words, library.vbdl_philox_pairs
         except AttributeError as error:
             raise OSError(f"{path} lacks a function of philox.c: {error}") from error
-        if version != VERSION:
-            raise OSError(f"{path} is of version {version}, and {VERSION} is wanted: install vbdl again")
         for function, outputs in ((self._words, 1), (self._pairs, 2)):
             function.argtypes = [_POINTER, ctypes.c_uint32, *[_LONG] * 5, *[_POINTER] * outputs]
             function.restype = None

@@ -1,5 +1,6 @@
 """The compiled words of `philox.c`: the bits of NumPy's, wherever a library can be built."""
 
+import contextlib
 import importlib.util
 import shutil
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_a_file_that_is_no_library_is_left_alone(tmp_path):
 def test_a_library_of_another_version_is_left_alone(text, build, tmp_path):
     (tmp_path / "other.c").write_text(text)
     assert build.compiled(tmp_path / "other.c", tmp_path / "other.so") is None
-    assert native.load(tmp_path / "other.so") is None
+    with pytest.warns(match="another version") if "version" in text else contextlib.nullcontext():
+        assert native.load(tmp_path / "other.so") is None
 
 
 @needs_compiler

@@ -528,6 +528,31 @@ def test_experts_run_once_for_all_rows():
     torch.testing.assert_close(kept(x).mean, expected)
 
 
+class OfCapacity(Experts):
+    """Experts that take four rows at most, and answer the others with zeros."""
+
+    def forward(self, x):
+        out = x.new_zeros(len(x), 8)
+        chosen = (x[:, 0] > 0).long()
+        for number, expert in enumerate(self.experts[:2]):
+            rows = (chosen == number).nonzero().squeeze(-1)[:4]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+def test_experts_of_a_capacity_answer_each_row_as_alone():
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    x[:, 0] = torch.tensor([-1.0, 1.0]).repeat(4)
+    full = x.clone()
+    full[:, 0] = -1.0  # all rows go to the first expert
+    predict = Predictor(MCDropout(OfCapacity()), Gaussian(8), 4, compile=False, tiles=(1, 8))
+    for batch in (x, full, x):
+        alone = torch.cat([predict(row).mean for row in batch.split(1)])
+        torch.testing.assert_close(predict(batch).mean, alone)
+
+
 def of_lengths(m, x, lengths):
     """The mean of each row's first entries, which are dropped in one axis of all rows together."""
     chosen = torch.arange(x.shape[1]) < lengths.unsqueeze(1)

@@ -118,12 +118,14 @@ def _filled(value: float | None, has_size: bool) -> Callable[..., Tensor]:
     return fill
 
 
-# rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative; a
-# constant must not look as if it depended on the rows
+# rrelu_with_noise counts as random even in evaluation; the copy that functionalization writes has no derivative
 _PLAIN = {
     torch.ops.aten.rrelu_with_noise.default: _rrelu,
     torch.ops.aten.copy.default: _copy,
     torch.ops.aten.native_batch_norm.default: _batch_norm,
+}
+
+CONSTANTS = {
     torch.ops.aten.new_ones.default: _filled(1, True),
     torch.ops.aten.new_zeros.default: _filled(0, True),
     torch.ops.aten.new_full.default: _filled(None, True),
@@ -131,6 +133,7 @@ _PLAIN = {
     torch.ops.aten.zeros_like.default: _filled(0, False),
     torch.ops.aten.full_like.default: _filled(None, False),
 }
+"""Decompositions after which no constant looks as if it depended on the rows. In training zeros_like is no gradient."""
 
 
 # On a CPU the order in which a matrix product sums a row depends on the row's alignment in memory, so the same row can

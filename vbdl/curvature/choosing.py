@@ -83,7 +83,7 @@ def curvature_is_known() -> Iterator[None]:
     """A context that says of torch's errors in it that they are about the curvature, and what else there is."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except (RuntimeError, IndexError) as error:
         raise NotImplementedError(

@@ -51,6 +51,7 @@ class FirstRun:
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
         is_draw = not self.local_layers and (bool(self._kept) or not isinstance(twin.network, KeyedNetwork))
         self.run: Run | None = Run(twin, tile, outputs, sizes, self._kept, is_draw and len(outputs) == 1)
+        self._kept = {}  # held by the run alone
         self.tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype
 

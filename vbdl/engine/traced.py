@@ -14,7 +14,7 @@ from vbdl.calling.each import call_each
 from vbdl.calling.inputs import Flat, rebuilt
 from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import call_stacked
-from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
+from vbdl.compiling.graph import BODY, CONSTANTS, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
 from vbdl.engine.program import tracing
@@ -142,7 +142,7 @@ class Traced:
         try:
             layers = contextlib.nullcontext() if self.settings.keeps_bits else WholeLayers()
             with WholeLinears(), layers, only_forwards() as names:
-                graph = trace(parameters, *self._arguments(entries), aligned=False)
+                graph = trace(parameters, *self._arguments(entries), aligned=False, decompositions=CONSTANTS)
         finally:
             forget(self.called)  # values of the trace that the forward kept in attributes
         _keep_arguments(graph)

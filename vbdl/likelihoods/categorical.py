@@ -69,13 +69,9 @@ def check_classes(y: Tensor, parameters_shape: Sequence[int], ignore_index: int 
         )
     counted = y if ignore_index is None else y[y != ignore_index]
     if counted.numel() and not (0 <= int(counted.min()) and int(counted.max()) < classes):
-        padding = (
-            f"; entries of {_PADDING}, by which collators pad targets, do not count in training with "
-            f"vbdl.Categorical(ignore_index={_PADDING})"
-        )
         raise ValueError(
             f"targets run from {int(counted.min())} to {int(counted.max())}, but the module returns {classes} classes "
-            f"(0 to {classes - 1})" + (padding if ignore_index is None and bool((y == _PADDING).any()) else "")
+            f"(0 to {classes - 1})"
         )
     return y.to(torch.int64)
 
@@ -96,6 +92,8 @@ class Categorical(Likelihood):
     >>> torch.allclose(p.total, p.aleatoric + p.epistemic)
     True
     """
+
+    ignore_index: int | None = None
 
     def __init__(self, class_axis: int = -1, ignore_index: int | None = None):
         super().__init__()
@@ -123,7 +121,15 @@ class Categorical(Likelihood):
                         f"targets {tuple(y.shape)} do not fit logits {tuple(shape)} with the classes last, but with "
                         f"the classes on axis {axis}: use vbdl.Categorical(class_axis={axis})"
                     )
-        return check_classes(y, parameters_shape, self.ignore_index)
+        try:
+            return check_classes(y, parameters_shape, self.ignore_index)
+        except ValueError as error:
+            if self.ignore_index is not None or not bool((y == _PADDING).any()):
+                raise
+            raise ValueError(
+                f"{error}; entries of {_PADDING}, by which collators pad targets, do not count with "
+                f"vbdl.Categorical(ignore_index={_PADDING})"
+            ) from None
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The negative log-likelihood, (batch,), in nats, summed over the axes between batch and classes.

@@ -68,13 +68,15 @@ class DrawnUses(TorchFunctionMode):
 
 
 _BY_VALUES = frozenset(
-    """__bool__ __int__ __float__ __index__ __contains__ item tolist numpy nonzero argwhere masked_select unique
-    unique_consecutive equal allclose""".split()
+    """__bool__ __int__ __float__ __complex__ __index__ __contains__ __array__ item tolist numpy nonzero argwhere
+    masked_select unique unique_consecutive equal allclose is_nonzero repeat_interleave""".split()
 )
 
 
 def _chooses_by_flags(func: Function, args: Arguments) -> bool:
-    """Whether a function indexes a tensor by flags."""
+    """Whether a function indexes a tensor by flags, or asks where they are."""
+    if func in (torch.where, Tensor.where) and len(args) < 2:
+        return True
     if func is not Tensor.__getitem__ or len(args) < 2:
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)

@@ -9,6 +9,7 @@ Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016, https://arxi
 import contextlib
 import functools
 from collections.abc import Hashable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class DropoutNetwork(KeyedNetwork):
 
     numbers_places = False
     together: bool | None = False
+    _per_row: Fraction | None = None  # the entries of dropout calls for each row, when rows were the same together
     _places: dict[int, tuple[str, int]] | None = None  # of the modules of `inner`, as in `Masks`
 
     found_by_running = (
@@ -136,19 +138,24 @@ class DropoutNetwork(KeyedNetwork):
         many = self.key.ndim == 2
         keys = self.key.repeat_interleave(rows // len(self.key), 0) if many else self.key.expand(rows, 2)
         may = self.together is not False and rows > 1 and not many and self.steps is None
-        if may and self.together and (outputs := self._run_together(inputs)) is not None:
-            return outputs
+        whole = self._run_together(inputs) if may and self.together else None
+        if whole is not None and whole[1] == self._per_row:
+            return whole[0]
         masks = [self._masks_alone(key, None if many else self.kept) for key in keys]
         each = [self._run(map_inputs(lambda t, i=i: t[i : i + 1], inputs), masks[i]) for i in range(rows)]
         outputs = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *each)
         if may:
-            self.together = _are_same(self._run_together(inputs), outputs)
+            whole = whole or self._run_together(inputs)
+            self.together = whole is not None and _are_same(whole[0], outputs)
+            self._per_row = None if whole is None else whole[1]
         return outputs
 
-    def _run_together(self, inputs: Inputs) -> Any:
+    def _run_together(self, inputs: Inputs) -> tuple[Any, Fraction] | None:
         """Run the network on all rows, with masks of single rows; None if it does not take them.
 
-        A dropout with more entries than rows may have several for one of them, each with a mask of its own.
+        Returns its outputs, and the entries of all dropout calls for each row: there are fewer where an expert has no
+        place for some rows, and the batch is compared anew. A call with more entries than rows may have several for one
+        of them, each with a mask of its own.
         """
         masks = Masks(self.key, self.inner, self.rate, kept=self.kept, by_module=self.by_module)
         masks.places = self._places
@@ -156,9 +163,9 @@ class DropoutNetwork(KeyedNetwork):
             outputs = self._run(inputs, masks)
         except Exception:  # of the user's network
             return None
-        self._places = masks.places
-        rows = flatten(inputs).rows
-        return outputs if all(not site.shape or site.shape[0] <= rows for site in masks.calls) else None
+        self._places, rows = masks.places, flatten(inputs).rows
+        entries = [site.shape[0] if site.shape else 1 for site in masks.calls]
+        return (outputs, Fraction(sum(entries), rows)) if max(entries, default=0) <= rows else None
 
     def _run(self, inputs: Inputs, masks: Masks) -> Any:
         """Run the network under these masks."""

@@ -72,7 +72,7 @@ class LaplaceNetwork(GaussianNetwork):
         try:
             return super().forward(*args, **kwargs)
         except Exception as error:  # torch has many where an operation has no forward mode
-            if not self.linearized or is_of_a_trace(self.key):
+            if not self.linearized or is_of_a_trace(self.key) or isinstance(error, torch.OutOfMemoryError):
                 raise
             mean = call(self.inner, {}, inputs)  # raises the network's own error, if that was one
             self.is_linear = self._is_linear(inputs, mean)

@@ -1,5 +1,7 @@
 """The optimizer, its learning-rate schedule, and the clipping of gradients."""
 
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +68,7 @@ def make_optimizer(
             "per step, like AdamW or SGD"
         )
     known = type(optimizer) in _ELEMENTWISE
-    if by_member and n_members > 1 and not known and _mixes_members(options, parameters[0]):
+    if by_member and n_members > 1 and not known and _mixes_members(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__} updates a number by the gradients of others too, and members are trained "
             f"stacked in one tensor, so each would change the others' updates: use an optimizer that treats each "
@@ -75,30 +77,38 @@ def make_optimizer(
     return optimizer
 
 
-def _mixes_members(options: TrainingOptions, like: Tensor) -> bool:
+def _mixes_members(optimizer: torch.optim.Optimizer) -> bool:
     """Whether two steps of an optimizer on a stack of two tensors differ from its steps on each of them.
 
-    False also where that cannot be seen: the optimizer draws random numbers, or it refuses such tensors.
+    Steps are those of copies of the optimizer. False also where that cannot be seen: it draws random numbers, refuses
+    such tensors, or holds another optimizer, which the steps would change.
     """
-    assert options.optimizer is not None
-    begin = torch.linspace(-1.0, 1.0, 48, dtype=like.dtype, device=like.device).view(2, 4, 6)
+    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
+        return False
+    begin = torch.linspace(-1.0, 1.0, 48, dtype=torch.float64).view(2, 4, 6)
     gradients = torch.stack((begin.cos(), 50 * begin.sin()))  # in both steps one tensor's are much larger
     gradients = torch.stack((gradients[:, 0], gradients.flip(0)[:, 1]), dim=1)
-    before = torch.get_rng_state()
 
-    def trained(part: Any) -> Tensor:
+    def update(part: Any) -> Tensor:
         p = nn.Parameter(begin[part].clone())
-        optimizer: Any = options.optimizer([p])  # type: ignore[misc]
+        alone: Any = object.__new__(type(optimizer))
+        vars(alone).update(vars(optimizer), state=defaultdict(dict))
+        vars(alone).update({name: copy.copy(v) for name, v in vars(alone).items() if isinstance(v, dict | list | set)})
+        vars(alone).update({name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")})
+        alone.param_groups = [{**optimizer.param_groups[0], "params": [p]}]
         for step in gradients:
             p.grad = step[part].clone()
-            optimizer.step()
-        return p.detach()
+            alone.step()
+        return p.detach() - begin[part]
 
-    try:
-        stacked, apart = trained(slice(None)), torch.stack((trained(0), trained(1)))
-    except Exception:  # of an optimizer that somebody wrote
-        return False
-    return torch.equal(before, torch.get_rng_state()) and not torch.allclose(stacked, apart, rtol=1e-4, atol=1e-6)
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            stacked, apart = update(slice(None)), torch.stack((update(0), update(1)))
+        except Exception:  # of an optimizer that somebody wrote
+            return False
+        draws = not torch.equal(before, torch.get_rng_state())
+    return not draws and not torch.allclose(stacked, apart, rtol=1e-4, atol=1e-4 * float(apart.abs().max()))
 
 
 def _of_each(name: str, options: TrainingOptions, n_members: int) -> list[float]:

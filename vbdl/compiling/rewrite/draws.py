@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 _aten = torch.ops.aten
 _NORMAL = torch.ops.vbdl.normal.default
+_DEEPEST = 50  # functions around noise in a sum; parameters have few
 _SAME = (_aten.clone.default, _aten.detach.default, _aten.alias.default, _aten.lift_fresh.default)
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 _VIEWS = (_aten.detach.default, _aten.alias.default, *_RESHAPES)
@@ -25,6 +26,10 @@ class _Affine:
     mean: Any
     std: Any
     noise: fx.Node
+    depth: int = 0  # of the functions in each other
+
+
+_Parts = dict[fx.Node, "_Affine | None"]
 
 
 def in_one_form(traced: fx.GraphModule) -> None:
@@ -38,8 +43,12 @@ def in_one_form(traced: fx.GraphModule) -> None:
         return
     graph.eliminate_dead_code()  # values that only attributes of a network held, like the density of a drawn weight
     _drop_views(graph)
+    of: _Parts = {}
+    rewritten: set[fx.Node] = set()  # the noise of sums
+    for node in graph.nodes:  # in their order, so that those of its arguments are known
+        of[node] = _affine(node, of)
     for node in reversed(list(graph.nodes)):  # a sum before its parts
-        if not node.users or (parts := _affine(node)) is None or parts.noise is node:
+        if not node.users or (parts := of.get(node)) is None or parts.noise is node or parts.noise in rewritten:
             continue
         noise, dtype = parts.noise, parts.noise.meta["val"].dtype
         with graph.inserting_before(node):
@@ -50,18 +59,20 @@ def in_one_form(traced: fx.GraphModule) -> None:
             drawn = _call(graph, _aten.mul.Tensor, std, _canonical(graph, noise))
             if parts.mean != 0:
                 drawn = _call(graph, _aten.add.Tensor, mean, drawn)
+        rewritten.add(noise)
         drawn.meta = dict(node.meta)
         node.replace_all_uses_with(drawn)
     graph.eliminate_dead_code()
     traced.recompile()
 
 
-def _affine(node: Any) -> _Affine | None:
+def _affine(node: fx.Node, known: _Parts) -> _Affine | None:
     """The parts of a node that is affine in normal noise, element by element, or None.
 
-    The noise has all axes of the node, and neither mean nor std has the axis of draws.
+    The noise has all axes of the node, and neither mean nor std has the axis of draws. known: the parts of the nodes
+    before it.
     """
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    if node.op != "call_function":
         return None
     if _source(node) is not None:
         return _Affine(0.0, 1.0, node)
@@ -71,23 +82,23 @@ def _affine(node: Any) -> _Affine | None:
         return None
     match node.target:
         case _aten.add.Tensor:
-            return _sum(node, args[0], _times(args[1], alpha))
+            return _sum(known, node, args[0], _times(args[1], alpha))
         case _aten.sub.Tensor:
-            return _sum(node, args[0], _times(args[1], -alpha))
+            return _sum(known, node, args[0], _times(args[1], -alpha))
         case _aten.neg.default:
-            return _sum(node, 0.0, _times(args[0], -1.0))
+            return _sum(known, node, 0.0, _times(args[0], -1.0))
         case _aten.mul.Tensor:
-            return _product(node, *args)
+            return _product(known, node, *args)
         case _aten.div.Tensor:
-            return _product(node, args[0], (_aten.reciprocal.default, args[1]))
+            return _product(known, node, args[0], (_aten.reciprocal.default, args[1]))
         case _aten.addcmul.default:
-            return _sum(node, args[0], _times((_aten.mul.Tensor, args[1], args[2]), value))
+            return _sum(known, node, args[0], _times((_aten.mul.Tensor, args[1], args[2]), value))
         case _aten.lerp.Scalar | _aten.lerp.Tensor:
             start, end, weight = args
             at_start = (_aten.sub.Tensor, 1.0, weight) if isinstance(weight, fx.Node) else 1.0 - weight
-            return _sum(node, _times(start, at_start), _times(end, weight))
+            return _sum(known, node, _times(start, at_start), _times(end, weight))
         case _ if node.target in _SAME:
-            return _sum(node, 0.0, args[0])
+            return _sum(known, node, 0.0, args[0])
     return None
 
 
@@ -95,33 +106,36 @@ def _times(a: Any, b: Any) -> Any:
     return a if isinstance(b, int | float) and b == 1 else (_aten.mul.Tensor, a, b)
 
 
-def _of_part(part: Any, like: fx.Node) -> _Affine | None:
-    """`_affine` of a part of a node that nothing else uses."""
-    if isinstance(part, fx.Node):
-        return _affine(part) if len(part.users) == 1 else None
-    if isinstance(part, tuple) and part[0] is _aten.mul.Tensor:
-        return _product(like, *part[1:])
-    return None
+def _of_part(known: _Parts, part: Any, like: fx.Node) -> _Affine | None:
+    """The parts of an argument of a node that nothing else uses, if they are not too deep."""
+    found = None
+    if isinstance(part, fx.Node) and len(part.users) == 1:
+        found = known.get(part)
+    elif isinstance(part, tuple) and part[0] is _aten.mul.Tensor:
+        found = _product(known, like, *part[1:])
+    return found if found is None or found.depth < _DEEPEST else None
 
 
-def _sum(node: fx.Node, a: Any, b: Any) -> _Affine | None:
+def _sum(known: _Parts, node: fx.Node, a: Any, b: Any) -> _Affine | None:
     """The parts of a + b, of which one is affine in noise, and the other is the same for all draws."""
     for constant, drawn in ((a, b), (b, a)):
-        parts = _of_part(drawn, node)
+        parts = _of_part(known, drawn, node)
         if parts is not None and _is_same(constant, parts.noise) and _has_shape(node, parts.noise):
             both = (_aten.add.Tensor, constant, parts.mean)
             mean = constant if parts.mean == 0 else parts.mean if constant == 0 else both
-            return _Affine(mean, parts.std, parts.noise)
+            return _Affine(mean, parts.std, parts.noise, parts.depth + 1)
     return None
 
 
-def _product(node: fx.Node, a: Any, b: Any) -> _Affine | None:
+def _product(known: _Parts, node: fx.Node, a: Any, b: Any) -> _Affine | None:
     """The parts of a * b, of which one is affine in noise, and the other is the same for all draws."""
     for constant, drawn in ((a, b), (b, a)):
-        parts = _of_part(drawn, node)
+        parts = _of_part(known, drawn, node)
         if parts is not None and _is_same(constant, parts.noise) and _has_shape(node, parts.noise):
             mean = 0.0 if parts.mean == 0 else _times(parts.mean, constant)
-            return _Affine(mean, constant if parts.std == 1 else _times(parts.std, constant), parts.noise)
+            return _Affine(
+                mean, constant if parts.std == 1 else _times(parts.std, constant), parts.noise, parts.depth + 1
+            )
     return None
 
 
