@@ -497,15 +497,14 @@ class Sign(torch.autograd.Function):
 
 
 class AfterSign(nn.Module):
-    """A linear layer after something that has no forward mode; squared: the outputs are not linear in it."""
+    """A linear layer after something that has no forward mode; last: a function after it."""
 
-    def __init__(self, squared: bool = False):
+    def __init__(self, last=lambda y: y):
         super().__init__()
-        self.body, self.head, self.squared = nn.Linear(3, 4), nn.Linear(4, 2), squared
+        self.body, self.head, self.last = nn.Linear(3, 4), nn.Linear(4, 2), last
 
     def forward(self, x):
-        y = self.head(Sign.apply(self.body(x)))
-        return y.square() if self.squared else y
+        return self.last(self.head(Sign.apply(self.body(x))))
 
 
 @pytest.mark.parametrize("compile", [False, "background"])
@@ -522,8 +521,9 @@ def test_a_last_layer_after_an_operation_without_a_forward_mode_draws_weights(co
         samples.append(predict(x, samples=True).samples)
     for other in samples[1:]:
         torch.testing.assert_close(other, samples[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"cannot be linearized.*use Laplace\(net, linearized=False\)"):
-        fit(Laplace(AfterSign(squared=True), parameters=["head"]), (x, y), Categorical())
+    for bent in (torch.square, lambda y: torch.relu(y + 20)):  # a kink that no draw reaches
+        with pytest.raises(ValueError, match=r"cannot be linearized.*use Laplace\(net, linearized=False\)"):
+            fit(Laplace(AfterSign(bent), parameters=["head"]), (x, y), Categorical())
 
 
 def test_layers_that_get_parts_of_the_batch_are_refused_in_words():

@@ -88,16 +88,18 @@ class LaplaceNetwork(GaussianNetwork):
         """Whether outputs are linear in the chosen parameters, as in those of a last layer; mean: those at the mean.
 
         Then outputs at drawn weights are those of the linearized network. The draws of a posterior may be too near to
-        the mean to show that they are not.
+        the mean to show that they are not, so far larger changes are made, which a function after the layer bends.
         """
         waves = lambda w: torch.arange(w.numel(), dtype=w.dtype, device=w.device).mul(1.7).cos().view(w.shape)
         deviations = {n: (0.1 + w.abs().mean()) * waves(w) for n in self.chosen for w in (self.mean(n),)}
-        up, down = (call(self.inner, {n: self.mean(n) + s * d for n, d in deviations.items()}, inputs) for s in (1, -1))
-        for at, above, below in zip(*(leaves(o).values() for o in (mean, up, down)), strict=True):
-            if isinstance(at, Tensor) and at.is_floating_point():
-                bend, slope = (above + below - 2 * at).abs(), (above - below).abs()
-                if bool((bend > _ROUNDING * at.abs().amax() + _BEND * slope.amax()).any()):
-                    return False
+        for scale in (1.0, 100.0):
+            states = ({n: self.mean(n) + s * d for n, d in deviations.items()} for s in (scale, -scale))
+            up, down = (call(self.inner, state, inputs) for state in states)
+            for at, above, below in zip(*(leaves(o).values() for o in (mean, up, down)), strict=True):
+                if isinstance(at, Tensor) and at.is_floating_point():
+                    bend, slope = (above + below - 2 * at).abs(), (above - below).abs()
+                    if bool((bend > _ROUNDING * at.abs().amax() + _BEND * slope.amax()).any()):
+                        return False
         return True
 
     def regularization(self, key: Tensor) -> Tensor | None:
