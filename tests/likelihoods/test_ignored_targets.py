@@ -63,5 +63,7 @@ def test_without_it_they_are_refused_with_what_to_do():
     logits, y = padded()
     with pytest.raises(ValueError, match=r"run from -100 to 2.*Categorical\(ignore_index=-100\)"):
         vbdl.Categorical().check_targets(y, logits.shape)
+    with pytest.raises(ValueError, match="run from 156 to 156, but the module returns 3 classes"):
+        LIKELIHOOD.check_targets(torch.full((6, 5), 156, dtype=torch.uint8), logits.shape)
     with pytest.raises(ValueError, match="run from 0 to 3, but the module returns 3 classes"):
         LIKELIHOOD.check_targets(y.clamp_min(0).masked_fill(y == 1, 3), logits.shape)

@@ -85,8 +85,8 @@ class Execution:
             self._way = self._meanwhile()
         else:
             self._way, self._undecided = self._chosen()
-            if self._plain is None and self._undecided is None:
-                self._first.run = None  # which holds weights of a draw
+        if self._plain is None and self._undecided is None:
+            self._first.run = None  # which holds weights of a draw
         self._steps: dict[tuple[bool, int], Calls] = {}
         self._answered = False
         self._waits = False  # whether calls wait for the compiler, as in `Predictor.warm_up`

@@ -67,13 +67,14 @@ def check_classes(y: Tensor, parameters_shape: Sequence[int], ignore_index: int 
             f"targets {tuple(y.shape)} do not fit outputs for {tuple(shape)}, {classes} classes: give one class number "
             f"for each"
         )
+    y = y.to(torch.int64)  # in an integer dtype without a sign, a negative number is another one
     counted = y if ignore_index is None else y[y != ignore_index]
     if counted.numel() and not (0 <= int(counted.min()) and int(counted.max()) < classes):
         raise ValueError(
             f"targets run from {int(counted.min())} to {int(counted.max())}, but the module returns {classes} classes "
             f"(0 to {classes - 1})"
         )
-    return y.to(torch.int64)
+    return y
 
 
 class Categorical(Likelihood):
