@@ -681,3 +681,21 @@ def test_an_ensemble_of_a_plain_posterior_names_what_it_takes():
         TypeError, match="got DrawnWeights: let its class inherit from vbdl.nn.objective.KeyedPosterior"
     ):
         vbdl.DeepEnsemble(DrawnWeights(network()), 3)
+
+
+class Backwards(vbdl.DeepEnsemble):
+    """An ensemble whose draws come in the opposite order."""
+
+    def draws(self, numbers: Tensor, seed: int) -> State:
+        return super().draws(self.n_members - 1 - numbers, seed)
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+@pytest.mark.parametrize("width", [4, 1024])  # members of small entries, and of entries that are made one by one
+def test_a_subclass_that_defines_draws_alone_has_its_own_draws(width, compile):
+    nets = [nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.Linear(width, CLASSES)) for _ in range(3)]
+    predict, x = vbdl.Predictor(Backwards(nets), vbdl.Categorical(), compile=compile), torch.randn(2, FEATURES)
+    for _ in range(2):
+        found = predict(x, samples=True).samples
+        torch.testing.assert_close(found, torch.stack([net(x) for net in reversed(nets)]), rtol=1e-4, atol=1e-5)
+        predict.wait()

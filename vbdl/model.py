@@ -69,7 +69,11 @@ class Model(nn.Module):
 
     def one_draw(self, number: int, seed: int) -> State:
         """The entries of one draw, (...) each, detached."""
-        return self.with_likelihood(self.posterior.one_draw(number, seed), number)
+        q = self.posterior
+        # a class of the user's may define `draws` alone, of which the shortcut of its base knows nothing
+        last = next(c for c in type(q).__mro__ if "draws" in vars(c) or "one_draw" in vars(c))
+        own = q.one_draw(number, seed) if "one_draw" in vars(last) else Posterior.one_draw(q, number, seed)
+        return self.with_likelihood(own, number)
 
     def with_likelihood(self, drawn: State, number: int) -> State:
         """Add the likelihood's entries of one draw to those of the posterior, (...) each."""
