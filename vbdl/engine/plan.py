@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region
+from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region, flops_of
 
 # Activations of a chunk, in bytes. On a CPU, chunks beyond a few MiB save no more overhead and fit into no cache
 # (`docs/speed.md`); an accelerator needs many rows at once and few kernel launches.
@@ -92,6 +92,9 @@ def choose(
         if not keep:  # the draws of a chunk are in memory while its call runs
             most = max(1, min(most, half // draw_bytes))
         chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, of sizes as equal as possible
+        if n_samples % chunk:  # or calls of one size, which share their code, if they are not many more
+            equal = max(size for size in range(1, most + 1) if n_samples % size == 0)
+            chunk = equal if 2 * equal > most else chunk
         if chunk < n_samples:
             reasons_so_far.append(f"chunks keep the activations of a call within {_bytes(min(half, within))}")
     if not keep:
@@ -119,14 +122,20 @@ def _chunk_bytes(body: Region, total: int) -> int:
     """The most bytes that the activations of one call may take.
 
     total: the bytes of the activations of all draws. On a CPU all draws go into one call if their activations fit into
-    8 MiB. Otherwise a call gets 2 MiB, which the cache of a core holds; with convolutions 8 MiB, because a convolution
+    8 MiB. Otherwise a call gets 2 MiB, which the cache of a core holds, or half as much as the weights that all draws
+    share, if that is more: each call reads them from memory. With convolutions it gets 8 MiB, because a convolution
     rearranges its weights in every call. An accelerator gets 256 MiB to be fully used.
     """
     values = [n.meta.get("val") for n in body.nodes]
     if any(v.device.type != "cpu" for v in values if isinstance(v, torch.Tensor)):
         return _ACCELERATOR_CHUNK_BYTES
     convolves = any(n.target is torch.ops.aten.convolution.default for n in body.nodes)
-    return _PRODUCT_BYTES if not convolves and total > _CHUNK_BYTES else _CHUNK_BYTES
+    if convolves or total <= _CHUNK_BYTES:
+        return _CHUNK_BYTES
+    inside = set(body.nodes)
+    factors = {a for n in body.nodes if flops_of(n) for a in n.all_input_nodes if a not in inside}
+    weights = sum(a.meta["val"].nbytes for a in factors if a.meta["val"].ndim == 2)
+    return max(_PRODUCT_BYTES, weights // 2)
 
 
 def _bytes(n: int) -> str:
