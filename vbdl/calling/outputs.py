@@ -96,6 +96,22 @@ def are_same(outputs: Tensor, expected: Tensor, tolerance: float) -> bool:
     return torch.allclose(outputs, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
+def all_same(outputs: object, expected: object, tolerance: float) -> bool:
+    """Return whether two outputs, however deep, hold the same tensors: `are_same`, or equal if they are no reals."""
+    found, wanted = leaves(outputs), leaves(expected)
+    if list(found) != list(wanted):
+        return False
+    for place, t in found.items():
+        other = wanted[place]
+        if not isinstance(t, Tensor) or not isinstance(other, Tensor):
+            continue
+        if t.shape != other.shape:
+            return False
+        if not (are_same(t, other, tolerance) if t.is_floating_point() else torch.equal(t, other)):
+            return False
+    return True
+
+
 def _are_same_numbers(outputs: list[float], expected: list[float], tolerance: float) -> bool:
     """`are_same` of few numbers, for which torch's operators take longer than a small network."""
     scale = max((abs(b) for b in expected if math.isfinite(b)), default=0.0)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import arguments, flatten, map_inputs
-from vbdl.calling.outputs import are_same, leaves
+from vbdl.calling.outputs import all_same, leaves
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, modules_of
 from vbdl.nn.interception import CounterDropout
@@ -146,7 +146,7 @@ class DropoutNetwork(KeyedNetwork):
         outputs = tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *each)
         if may:
             whole = whole or self._run_together(inputs)
-            self.together = whole is not None and _are_same(whole[0], outputs)
+            self.together = whole is not None and all_same(whole[0], outputs, _SAME)
             self._per_row = None if whole is None else whole[1]
         return outputs
 
@@ -284,14 +284,6 @@ class DropoutNetwork(KeyedNetwork):
         outputs = with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 3), masks))
         tensors = [t for t in leaves(outputs).values() if isinstance(t, Tensor)]
         return all(torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4) for t in tensors)
-
-
-def _are_same(outputs: Any, expected: Any) -> bool:
-    """Whether the tensors of two outputs are the same up to rounding."""
-    if outputs is None or list(a := leaves(outputs)) != list(b := leaves(expected)):
-        return False
-    pairs = [(t, b[place]) for place, t in a.items() if isinstance(t, Tensor)]
-    return all(isinstance(e, Tensor) and t.shape == e.shape and are_same(t, e, _SAME) for t, e in pairs)
 
 
 def _repeated(inputs: Inputs, rows: int) -> Inputs:

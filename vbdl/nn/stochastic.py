@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.copies import copied
 from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.outputs import all_same
 from vbdl.calling.stacking import call
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_noise import LARGE, Linear, Linears, LocalLayer, OwnOutputs, Pass, local_layers
@@ -140,7 +141,7 @@ class StochasticNetwork(KeyedNetwork):
         if layers:  # the noise of a layer's weight must not enter the output in another way
             given = {layer.call: drawn.linears[layer.call] for layer in layers}
             noises = {number: LARGE / 256 for layer in layers for number in layer.noises}
-            if not _same(drawn.outputs, self._pass(key, inputs, noises, given).outputs):
+            if not all_same(drawn.outputs, self._pass(key, inputs, noises, given).outputs, _APART):
                 return None
         return layers
 
@@ -201,9 +202,9 @@ class StochasticNetwork(KeyedNetwork):
         kept: dict[Any, Tensor] = {}
         outputs, two, written = self._run(of(2), kept)
         apart, _, _ = self._run(of(2), kept, writes=False)
-        if not _same(outputs, apart):
+        if not all_same(outputs, apart, _APART):
             again, _, _ = self._run(of(2), kept)
-            if _same(outputs, again):
+            if all_same(outputs, again, _APART):
                 raise ValueError(
                     "the module draws into a part or a view of a tensor in place, like x[0].normal_(), which its draws "
                     "cannot do together: draw a new tensor, e.g. torch.randn(...), and assemble it with torch.cat or "
@@ -234,7 +235,7 @@ class StochasticNetwork(KeyedNetwork):
         if not self.per_row and any(c.multiple > 1 for c in (*calls, *sites)):
             # noise is drawn as if a folded axis held each row's entries in one block; equal rows then stay equal
             outputs, _, _ = self._run(of(3), {})
-            if not all(_same(t, t[:1].expand_as(t)) for t in tree_leaves(outputs) if isinstance(t, Tensor)):
+            if not all(all_same(t, t[:1].expand_as(t), _APART) for t in tree_leaves(outputs) if isinstance(t, Tensor)):
                 raise ValueError(
                     "noise runs over an axis that folds the batch behind another axis, so vbdl cannot tell which part "
                     "belongs to which row of the batch: put the batch first when folding"
@@ -276,15 +277,3 @@ def draws_noise(module: nn.Module, example: Inputs) -> bool:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether outputs are equal up to rounding."""
-    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point():
-            scale = float(x.abs().nan_to_num(posinf=0.0).max()) if x.numel() else 0.0
-            if not torch.allclose(x, y, rtol=_APART, atol=_APART * scale, equal_nan=True):
-                return False
-        elif isinstance(x, Tensor) and not torch.equal(x, y):
-            return False
-    return True
