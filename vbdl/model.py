@@ -68,7 +68,7 @@ class Model(nn.Module):
         return self._detached({f"network.{name}": t for name, t in drawn.items()} | self._of_likelihood(numbers))
 
     def one_draw(self, number: int, seed: int) -> State:
-        """The entries of one draw, (...) each, detached."""
+        """Find the entries of one draw, (...) each, without gradients."""
         q = self.posterior
         # a class of the user's may define `draws` alone, of which the shortcut of its base knows nothing
         last = next(c for c in type(q).__mro__ if "draws" in vars(c) or "one_draw" in vars(c))

@@ -51,7 +51,7 @@ _Slot = tuple[dict[str, Any], str, str]
 
 
 def slots_of(module: nn.Module, names: Collection[str] | None = None) -> list[_Slot]:
-    """All places of the parameters and buffers with these names, or of all of them."""
+    """Find all places of the parameters and buffers with these names; None: of all."""
     return [(tensors, leaf, n) for n, _, tensors, leaf in _registered(module) if names is None or n in names]
 
 

@@ -42,7 +42,7 @@ def submit(owner: T, job: Callable[[T], None]) -> "Future[None]":
 
 
 class _Worker:
-    """The thread, which begins without anybody waiting until it runs: that takes longer than a small network."""
+    """Runs the jobs in a thread, and returns before that has begun, which takes longer than a small network."""
 
     def __init__(self) -> None:
         self._process, self._ended = os.getpid(), threading.Event()
@@ -56,11 +56,11 @@ class _Worker:
             self._ended.set()
 
     def is_alive(self) -> bool:
-        """Whether it runs in this process, which may be a fork of the one that began it."""
+        """Return whether the thread runs in this process, which may be a fork of the one that began it."""
         return self._process == os.getpid() and not self._ended.is_set()
 
     def join(self, timeout: float) -> None:
-        """Wait until it ends, at most so many seconds."""
+        """Wait until the thread ends; timeout: seconds, at most."""
         self._ended.wait(timeout)
 
 

@@ -113,6 +113,7 @@ class FirstRun:
         return outputs
 
     def _located(self, model: Model, state: State, noise: Mapping[Hashable, Tensor]) -> Tensor:
+        """Run draw 0 and find the layers that draw outputs, as `_one_tried`, which keeps what is drawn."""
         network, settings, tile, own = model.network, self._settings, self.tile, self.own
         if (
             settings.joint or model.posterior.n_draws is not None or settings.autocast is not None

@@ -91,6 +91,7 @@ def _draws_by_numpy(run: Callable[[], object]) -> bool:
 
 
 def _of_other_generator(which: str) -> ValueError:
+    """The error for a module that draws from a generator that is not torch's; which: its name in words."""
     return ValueError(
         f"in prediction the module draws from {which}, which ignores the predictor's seed: draw with torch, and wrap "
         f"the module in vbdl.Stochastic, or draw nothing in evaluation mode"

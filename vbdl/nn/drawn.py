@@ -146,7 +146,7 @@ _shared: contextvars.ContextVar[dict[tuple[str, int], tuple[Tensor, Tensor]] | N
 
 @contextlib.contextmanager
 def draws_together() -> Iterator[None]:
-    """Inside this context, `once` computes a value for the first draw and returns it for the others.
+    """A context in which `once` computes a value for the first draw, and returns it for the others.
 
     Parameters must stay as they are inside it, as in a training step, or in an answer.
     """

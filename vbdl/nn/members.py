@@ -267,7 +267,7 @@ class _Sizes(TorchDispatchMode):
         return output
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Measure these tensors too."""
+        """Add the sizes of these tensors to what is measured."""
         sizes = [t.nbytes for t in tensors]
         self._sum += sum(sizes)
         self._of_squares += sum(size * size for size in sizes)

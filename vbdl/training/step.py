@@ -118,7 +118,7 @@ class Step:
         self.number, self._begun = progress["steps"], dict(progress["begun"])
 
     def is_traced(self, y: Tensor) -> bool:
-        """Whether steps with batches of these targets are traced."""
+        """Return whether steps with batches of so many targets as these are traced as graphs."""
         return bool(self.compiled) or (self.compiled is None and is_worth_tracing(self._steps_with(y)))
 
     def _steps_with(self, y: Tensor) -> int:
