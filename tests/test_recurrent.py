@@ -1,5 +1,6 @@
 """Recurrent networks: one scan for all samples, or rows of one layer, against torch's layers in a loop over draws."""
 
+import copy
 import itertools
 import re
 
@@ -149,6 +150,30 @@ def test_compiled_predictions_are_those_of_the_draws_in_turn(cell, method):
     expected = in_turn(q, x, 3).softmax(-1).mean(0)
     for _ in range(2):
         torch.testing.assert_close(predict(x).probs, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_linearized_layers_predict_in_float32(cell, packed):
+    """Compiled and not, as in float64; every step of torch's LSTM lacks the derivative, or is in the graph."""
+    torch.manual_seed(0)
+    x, lengths = rows(8)
+    q = vbdl.Laplace(Network(cell, 2, True, True, packed).eval(), parameters="all", structure="diagonal")
+    vbdl.fit(q, ((x, lengths), torch.arange(8) % 3), vbdl.Categorical(), epochs=0, progress=False)
+    predict = Predictor(q, vbdl.Categorical(), 3, compile=False, joint=True)
+    p = predict((x, lengths), samples=True)
+    whole = Predictor(copy.deepcopy(q).double(), vbdl.Categorical(), 3, compile=False, joint=True)
+    expected = whole((x.double(), lengths), samples=True)
+    torch.testing.assert_close(p.samples, expected.samples.float(), rtol=1e-4, atol=1e-4)
+    if not packed:
+        assert "tangents of recurrent layers" in predict.explain()
+        compiled = predict.replace(compile=True)
+        torch.testing.assert_close(compiled((x, lengths)).probs, p.probs, **ROUNDING)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(predict((x, lengths)).mean[:, 0].sum(), x)
+    y = x.detach().double().requires_grad_()
+    (by_hand,) = torch.autograd.grad(whole((y, lengths)).mean[:, 0].sum(), y)
+    torch.testing.assert_close(found, by_hand.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_explain_says_how_recurrent_layers_run():

@@ -176,6 +176,12 @@ def _recurrent(kind, **options):
     return Recurrent()
 
 
+def _linearized(network, rows):
+    posterior, likelihood = vbdl.Laplace(network, parameters="all", structure="diagonal"), vbdl.Categorical()
+    vbdl.fit(posterior, (rows, torch.arange(len(rows)) % 3), likelihood, epochs=0, progress=False)
+    return posterior, likelihood
+
+
 class Unknown(nn.Module):
     """An operation that ONNX has not."""
 
@@ -202,7 +208,7 @@ class InFloat64(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name",
-    ["one network", "GRU", "LSTM", "RNN", "members", "projected", "unknown", "in float64"]
+    ["one network", "GRU", "LSTM", "RNN", "members", "projected", "linearized", "unknown", "in float64"]
     + [pytest.param("risk", marks=pytest.mark.slow)],
 )
 def test_onnx_takes_it_or_says_in_words_what_it_cannot(name, rows, tmp_path):
@@ -216,6 +222,7 @@ def test_onnx_takes_it_or_says_in_words_what_it_cannot(name, rows, tmp_path):
         "RNN": lambda: (vbdl.MCDropout(_recurrent("RNN", nonlinearity="relu", bias=False)), vbdl.Categorical()),
         "members": lambda: (vbdl.DeepEnsemble([_recurrent("GRU", num_layers=2) for _ in range(4)]), vbdl.Categorical()),
         "projected": lambda: (vbdl.MCDropout(_recurrent("LSTM", proj_size=3)), vbdl.Categorical()),
+        "linearized": lambda: _linearized(_recurrent("LSTM"), rows),
         "unknown": lambda: (vbdl.MCDropout(Unknown()), vbdl.Categorical()),
         "in float64": lambda: (vbdl.MCDropout(InFloat64()), vbdl.Categorical()),
         "risk": lambda: (vbdl.MCDropout(net()), vbdl.Gaussian(3)),

@@ -45,17 +45,28 @@ def linear(x, w, b):
         return F.linear(x, w, b)
 
 
-def recurrent(kind):
-    """A layer of 5 inputs and 3 units, on 2 rows of 4 steps."""
-    gates = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[kind]
-    shapes = [(2, 4, 5), (1, 2, 3), (gates * 3, 5), (gates * 3, 3), (gates * 3,), (gates * 3,)]
+def recurrent(kind, biases=True, both=False, packed=False, projected=False):
+    """A layer of 5 inputs and 3 units, or 2 projected ones, on 2 rows of 4 steps, or packed of 4 and 2 steps."""
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    size, directions = (2 if projected else 3), (2 if both else 1)
+    weights = [(gates * 3, 5), (gates * 3, size), *[(gates * 3,)] * (2 * biases), *[(2, 3)] * projected]
+    shapes = [(6, 5) if packed else (2, 4, 5), (directions, 2, size), *weights * directions]
 
     def run(x, h, *weights):
-        states = (h, 0.3 * h) if kind == "lstm" else h
+        c = 0.3 * F.pad(h, (0, 3 - size), value=0.5)
+        states = (h, c) if kind == "lstm" else h
+        sizes, order = ((torch.tensor([2, 2, 1, 1]),), ()) if packed else ((), (True,))
         with WholeLayers():
-            return getattr(torch, kind)(x, states, list(weights), True, 1, 0.0, False, False, True)[0]
+            outputs = getattr(torch, kind)(x, *sizes, states, list(weights), biases, 1, 0.0, False, both, *order)
+        return torch.cat([t.flatten() for t in outputs])
 
     return run, tuple(draw(*shape) for shape in shapes)
+
+
+def recurrent_tangent(x, *tensors):
+    """The tangent of a layer: differentiated once more, it is a forward-mode product in another."""
+    run, _ = recurrent("gru")
+    return jvp(lambda *t: run(x, *t), tensors, tuple(t.cos() for t in tensors))[1]
 
 
 # operator -> a function of tensors that are differentiated, which calls it, and the tensors
@@ -64,6 +75,13 @@ OPERATORS = {
     "recurrent_layer": recurrent("gru"),
     "recurrent_layer of an LSTM": recurrent("lstm"),
     "recurrent_layer of an RNN": recurrent("rnn_tanh"),
+    "recurrent_layer of a rectified RNN": recurrent("rnn_relu", biases=False),
+    "recurrent_layer of both directions": recurrent("gru", both=True),
+    "recurrent_layer of an LSTM without biases": recurrent("lstm", biases=False, both=True),
+    "recurrent_layer with a projection": recurrent("lstm", projected=True),
+    "recurrent_layer of a packed sequence": recurrent("gru", packed=True),
+    "recurrent_layer of a packed sequence in both directions": recurrent("lstm", packed=True, both=True),
+    "recurrent_tangent": (recurrent_tangent, recurrent("gru")[1]),
     "kronecker_noise": (lambda g, a, s: kronecker_noise(g, a, s, KEY, 1), (draw(4, 4), draw(5, 5), W)),
     "dense_noise": (lambda v, s: dense_noise(v, s, KEY, 1), (draw(4, 4), B)),
     "low_rank_noise": (lambda d: low_rank_noise(d, KEY, 1), (W,)),
@@ -162,6 +180,17 @@ class Attention(nn.Module):
         return self.head(F.scaled_dot_product_attention(q, k, v).mean((1, 2))).tanh() + self.head(x[:, :8])
 
 
+class Memory(nn.Module):
+    """Recurrent layers in both directions, of which the second reads the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.head = nn.LSTM(4, 5, 2, bidirectional=True, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(self.steps(x.unflatten(1, (5, 4)))[0][:, -1])
+
+
 class Recurrent(nn.Module):
     """A table with a padding row, and a recurrent layer."""
 
@@ -180,7 +209,7 @@ class Posterior(KeyedPosterior):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
-@pytest.mark.parametrize("make", [Transformer, Convolutional, Attention, Recurrent])
+@pytest.mark.parametrize("make", [Transformer, Convolutional, Attention, Recurrent, Memory])
 def test_predictions_of_a_linearized_network_are_its_taylor_expansion(make):
     """Each draw against central differences at the mean, in float64."""
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_lay
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
+from vbdl.nn import recurrent_layer, recurrent_tangent
 from vbdl.nn.recurrent import WholeLayers
-from vbdl.nn.recurrent_layer import sentences
 from vbdl.types import State
 
 _FEW = 8  # draws whose weights are made once more for tracing
@@ -164,7 +164,8 @@ class Traced:
         """Rewrite a traced graph, lower its linear layers to matrix products and cut it into regions."""
         kinds, measured = self.kinds(entries), {}
         self.rewrites = (
-            *sentences(graph.graph),
+            *recurrent_layer.sentences(graph.graph),
+            *recurrent_tangent.sentences(graph.graph),
             *rewrite(
                 graph,
                 kinds,

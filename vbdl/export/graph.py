@@ -24,10 +24,14 @@ from vbdl.engine.predictor import Predictor
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
 from vbdl.nn.recurrent_layer import lowered, lowered_to_single_layers, recurrent_layer
+from vbdl.nn.recurrent_tangent import plainly, recurrent_tangent
 from vbdl.types import State
 
-# the backend -> what takes the place of recurrent layers, of which only ONNX has operators
-_RECURRENT = {"aoti": lowered, "onnx": lowered_to_single_layers}
+# the backend -> what takes the place of recurrent layers, of which only ONNX has operators; it has none of tangents
+_RECURRENT = {
+    backend: {recurrent_layer: layer, recurrent_tangent: plainly}
+    for backend, layer in (("aoti", lowered), ("onnx", lowered_to_single_layers))
+}
 _NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.default: reference_normal}
 
 
@@ -84,7 +88,7 @@ def tile_call(predictor: Predictor, tile: Flat, backend: str = "aoti") -> TileCa
             seed,
             list(tile.tensors),
             aligned=parts[0].aligned,
-            decompositions={**DECOMPOSITIONS, **_NOISE, recurrent_layer: _RECURRENT[backend]},
+            decompositions={**DECOMPOSITIONS, **_NOISE, **_RECURRENT[backend]},
         )
     _check_plain(graph)
     return TileCall(_closed(graph, constants), tuple(fields))

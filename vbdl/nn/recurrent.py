@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
 from vbdl.nn.masks import Masks
 from vbdl.nn.recurrent_layer import KINDS, recurrent_layer
+from vbdl.nn.recurrent_tangent import is_pushed_once, pushed
 from vbdl.nn.scan import Packing
 
 Outputs = tuple[Tensor, ...]  # the outputs of all steps, then the final h, of an LSTM also the final c
@@ -47,6 +48,11 @@ class Recurrent:
         states = tuple(hidden) if isinstance(hidden, tuple | list) else (hidden,)
         first = any(order)
         return cls(func, input, sizes, states, list(weights), biases, layers, dropout, training, bidirectional, first)
+
+    @property
+    def drops(self) -> bool:
+        """Whether torch's own dropout runs between the layers."""
+        return self.training and self.dropout > 0 and self.layers > 1
 
     def call(self) -> Outputs:
         """Call the function, without dropout."""
@@ -93,20 +99,21 @@ def recurrent(masks: Masks, func: Callable[..., Outputs], input: Tensor, *args) 
 class WholeLayers(TorchFunctionMode):
     """A torch function mode in which each layer of an LSTM, GRU or RNN is one `recurrent_layer`, which vmap maps.
 
-    In a forward-mode product it is torch's own layer, because the operator would lose the tangents without a word.
+    In a forward-mode product, `recurrent_tangent` is beside it; inside another transform of torch.func it is torch's
+    own layer, because the operator would lose the tangents without a word.
 
-    Under vmap, sequences that differ between samples are packed and padded by operations that it maps too.
+    Sequences that differ between samples under vmap, or have tangents, are packed and padded by other operations.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        if name in _PACKING and is_batchedtensor(args[0]) and not kwargs:
+        if name in _PACKING and not kwargs and (is_batchedtensor(args[0]) or holds_tangent(args[0])):
             return _PACKING[name](*args)
         if name in KINDS and not kwargs:
             call = Recurrent.of(func, *args)
             if innermost_is_forward_mode() or any(map(holds_tangent, (call.input, *call.states, *call.weights))):
-                return call.func(*args)
-            if not (call.training and call.dropout > 0 and call.layers > 1):
+                return call.by_layers(_pushed) if is_pushed_once() and not call.drops else call.func(*args)
+            if not call.drops:
                 return call.by_layers(_whole)
         return func(*args, **(kwargs or {}))
 
@@ -134,10 +141,20 @@ _PACKING = {"_pack_padded_sequence": _pack, "_pad_packed_sequence": _pad}
 
 def _whole(call: Recurrent) -> Outputs:
     """One layer as one operator."""
-    x = call.input.transpose(0, 1) if call.batch_first else call.input
     stacked = [False] * (1 + len(call.states) + len(call.weights))
-    options = (call.func.__name__, call.biases, call.bidirectional, stacked)
-    out, *finals = recurrent_layer(x, call.batch_sizes, list(call.states), call.weights, *options)
+    return _by_steps(call, lambda *arguments: recurrent_layer(*arguments, stacked))
+
+
+def _pushed(call: Recurrent) -> Outputs:
+    """One layer and its tangent as two operators."""
+    return _by_steps(call, pushed)
+
+
+def _by_steps(call: Recurrent, run: Callable[..., Outputs]) -> Outputs:
+    """Run one layer with the steps as first axis."""
+    x = call.input.transpose(0, 1) if call.batch_first else call.input
+    options = (call.func.__name__, call.biases, call.bidirectional)
+    out, *finals = run(x, call.batch_sizes, list(call.states), call.weights, *options)
     return (out.transpose(0, 1) if call.batch_first else out, *finals[: len(call.states)])
 
 

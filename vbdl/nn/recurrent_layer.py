@@ -179,8 +179,8 @@ def _scan(layer: _Layer) -> tuple[Tensor, ...]:
 
 # -- the operator, registered in the plain way because torch.library.custom_op takes 0.1 ms of a call
 
-_library_of_vbdl = torch.library.Library("vbdl", "FRAGMENT")
-_library_of_vbdl.define(
+library_of_vbdl = torch.library.Library("vbdl", "FRAGMENT")
+library_of_vbdl.define(
     "recurrent_layer(Tensor x, Tensor? batch_sizes, Tensor[] states, Tensor[] weights, str kind, bool biases, "
     "bool bidirectional, bool[] stacked) -> (Tensor, Tensor, Tensor)"
 )
@@ -199,7 +199,7 @@ def _outputs(x, batch_sizes, states, weights, kind, biases, bidirectional, stack
     return out.contiguous(), finals[0], finals[1] if c else _none(layer)
 
 
-_library_of_vbdl.impl("recurrent_layer", _outputs, "CompositeExplicitAutograd")
+library_of_vbdl.impl("recurrent_layer", _outputs, "CompositeExplicitAutograd")
 
 
 def _none(layer: _Layer) -> Tensor:
@@ -217,7 +217,7 @@ def _shapes(x, batch_sizes, states, weights, kind, biases, bidirectional, stacke
     return (*empty, _none(layer)) if len(states) == 1 else tuple(empty)
 
 
-torch.library.register_fake("vbdl::recurrent_layer", _shapes, lib=_library_of_vbdl)
+torch.library.register_fake("vbdl::recurrent_layer", _shapes, lib=library_of_vbdl)
 
 
 def _mapped(info, in_dims, x, batch_sizes, states, weights, kind, biases, bidirectional, stacked):
@@ -234,7 +234,7 @@ def _mapped(info, in_dims, x, batch_sizes, states, weights, kind, biases, bidire
     return recurrent_layer(*parts, kind, biases, bidirectional, [d is not None for d in dims]), (0, 0, 0)
 
 
-torch.library.register_vmap("vbdl::recurrent_layer", _mapped, lib=_library_of_vbdl)
+torch.library.register_vmap("vbdl::recurrent_layer", _mapped, lib=library_of_vbdl)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -255,7 +255,7 @@ def _backward(ctx, *gradients):
     return found[0], None, list(found[1:n]), list(found[n:]), None, None, None, None
 
 
-torch.library.register_autograd("vbdl::recurrent_layer", _backward, setup_context=_setup, lib=_library_of_vbdl)
+torch.library.register_autograd("vbdl::recurrent_layer", _backward, setup_context=_setup, lib=library_of_vbdl)
 
 
 def lowered(*arguments) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_outputs import DrawnOutputs, Moments
+from vbdl.nn.recurrent import WholeLayers
 from vbdl.types import Inputs, State
 
 # torch counts the levels of forward mode once for all threads: one that ends in a thread takes away another's
@@ -143,7 +144,7 @@ class FactoredNetwork(KeyedNetwork):
             tensors = [t for t in leaves if isinstance(t, Tensor)]
             return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
-        with _forward_mode, without_fused_attention():
+        with _forward_mode, without_fused_attention(), WholeLayers():
             pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
         at_mean, tangents, others = pushed
         linear, rest = iter([f + d for f, d in zip(at_mean, tangents, strict=True)]), iter(others)
