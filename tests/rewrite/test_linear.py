@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vbdl.compiling.graph import trace
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, LINEAR, WholeLinears, _product, lower
@@ -12,6 +14,9 @@ SHAPES = {  # samples, rows, inputs, outputs
     "tiny": (3, 5, 4, 2),
     "few rows, wide": (7, 3, 61, 83),
     "many rows, narrow": (7, 70, 61, 10),
+    "rows that fill a vector worse than the outputs": (7, 31, 61, 64),
+    "outputs that fill a vector worse than the rows": (7, 24, 61, 90),
+    "many layers, rows that fill a vector worse": (90, 31, 30, 61),
     "many rows, more outputs than one product takes": (41, 70, 30, 130),
     "many rows, many narrow layers": (70, 20, 30, 60),
     "one row, weights that no cache holds": (4, 1, 510, 530),
@@ -73,6 +78,39 @@ def test_a_row_is_summed_alike_at_every_place(rows, k):
         x = torch.randn(samples, 1, k).expand(-1, rows, -1).contiguous()
         y = _product(x, torch.randn(samples, n, k))
         assert torch.equal(y, y[:, :1].expand_as(y)), (samples, n)
+
+
+class Attending(torch.nn.Module):
+    """Attention of every kind of argument that torch's layer has, whose batch is not the first axis."""
+
+    def __init__(self, biases=False, apart=False):
+        super().__init__()
+        width = {"kdim": 6, "vdim": 7} if apart else {}
+        self.layer = torch.nn.MultiheadAttention(8, 2, 0.1, True, biases, biases, **width, batch_first=True)
+        self.apart = apart
+
+    def forward(self, x):
+        y = (x[..., :6], x[..., :7]) if self.apart else (x, x)
+        late = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        one, _ = self.layer(x, *y, need_weights=False, attn_mask=late, is_causal=True)
+        two, weights = self.layer(x, *y, key_padding_mask=x[..., 0].abs() > 2)
+        return one, two, weights
+
+
+@pytest.mark.parametrize("biases, apart", list(itertools.product([False, True], repeat=2)))
+def test_layers_inside_attention_stay_whole(biases, apart):
+    """Stacked members as each alone; torch's vmap would copy their weights for every token."""
+    members = [Attending(biases, apart).double().eval() for _ in range(3)]
+    x = torch.randn(4, 5, 8, dtype=torch.float64)
+    stacked, _ = stack_module_state(members)
+    run = vmap(lambda state, x: functional_call(members[0], state, (x,)), in_dims=(0, None))
+    with WholeLinears(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        whole = trace(lambda s: list(run(s, x)), stacked)
+        found = run(stacked, x)
+    linears = [n for n in whole.graph.nodes if n.target is LINEAR]
+    assert len(linears) == (8 if apart else 4)
+    expected = [torch.stack(each) for each in zip(*(m(x) for m in members), strict=True)]
+    torch.testing.assert_close(list(found), expected)
 
 
 def test_layers_stay_whole_until_they_are_lowered():
