@@ -95,3 +95,36 @@ def test_nodes_as_rows_are_refused_with_the_wrapper_to_use(method, data):
 
     with pytest.raises(ValueError, match="make the graph one row"):
         vbdl.fit(method(Nodes()), (data.x, data.y), vbdl.Categorical(), compile=False)
+
+
+class Adjacent(nn.Module):
+    """A graph convolution with a sparse adjacency, as a buffer or as a plain attribute."""
+
+    def __init__(self, adjacency, as_buffer):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 6), nn.Linear(6, 3)
+        if as_buffer:
+            self.register_buffer("adjacency", adjacency)
+        else:
+            self.adjacency = adjacency
+
+    def forward(self, x):  # (batch, nodes, features)
+        h = self.first(x)
+        flat = h.transpose(0, 1).flatten(1)
+        h = torch.sparse.mm(self.adjacency, flat).unflatten(1, h.shape[::2]).transpose(0, 1)
+        return self.head(h.relu().mean(1))
+
+
+@pytest.mark.parametrize("as_buffer", [True, False])
+@pytest.mark.parametrize("equal", [True, False])
+def test_ensembles_take_sparse_tensors(as_buffer, equal):
+    torch.manual_seed(0)
+    adjacency = [(torch.rand(7, 7) < 0.3).float().to_sparse() for _ in range(3)]
+    nets = [Adjacent(adjacency[0].clone() if equal else a, as_buffer).eval() for a in adjacency]
+    x, y = torch.randn(8, 7, 3), torch.arange(8) % 3
+    q = vbdl.DeepEnsemble(nets)
+    expected = torch.stack([net(x).detach().softmax(-1) for net in nets]).mean(0)
+    for compile in (False, True):
+        torch.testing.assert_close(vbdl.Predictor(q, vbdl.Categorical(), compile=compile)(x).probs, expected)
+    vbdl.fit(q, (x, y), vbdl.Categorical(), epochs=1, progress=False)
+    assert not torch.equal(vbdl.Predictor(q, vbdl.Categorical(), compile=False)(x).probs, expected)

@@ -478,7 +478,7 @@ def test_an_operation_without_a_forward_mode_is_said_with_what_to_do():
             return self.head(self.words(x).tanh())
 
     x, y = torch.randint(7, (20, 5)), torch.arange(20) % 2
-    with pytest.raises(ValueError, match=r"cannot be linearized.*use Laplace\(net, linearized=False\)"):
+    with pytest.raises(ValueError, match=r"^the network cannot be linearized.*use Laplace\(net, linearized=False\)$"):
         fit(Laplace(Bag(), parameters="all", structure="diagonal"), (x, y), Categorical())
     fit(Laplace(Bag()), (x, y), Categorical())
     fit(Laplace(Bag(), parameters="all", structure="diagonal", linearized=False), (x, y), Categorical())
@@ -522,7 +522,9 @@ def test_a_last_layer_after_an_operation_without_a_forward_mode_draws_weights(co
     for other in samples[1:]:
         torch.testing.assert_close(other, samples[0], rtol=1e-4, atol=1e-5)
     for bent in (torch.square, lambda y: torch.relu(y + 20)):  # a kink that no draw reaches
-        with pytest.raises(ValueError, match=r"cannot be linearized.*use Laplace\(net, linearized=False\)"):
+        with pytest.raises(
+            ValueError, match=r"^the network cannot be linearized.*use Laplace\(net, linearized=False\)$"
+        ):
             fit(Laplace(AfterSign(bent), parameters=["head"]), (x, y), Categorical())
 
 
@@ -687,3 +689,27 @@ def test_it_is_that_of_laplace_torch(network, parameters, structure):
     found = draws.T @ draws / len(draws)
     error = ((c.diagonal()[:, None] * c.diagonal() + c.square()) / len(draws)).sqrt()
     assert float(((found - c).abs() / error).max()) < 6
+
+
+def test_a_network_that_counts_its_calls_is_linearized():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x).tanh()
+
+    torch.manual_seed(0)
+    net, (x, y) = Counting(), moons()
+    drawn = []
+    for network in (net, nn.Sequential(net.layer, nn.Tanh())):
+        q = Laplace(network, parameters="all", structure="diagonal", prior_precision=1.0)
+        fit(q, (x, y), Categorical())
+        for compile in (False, True):
+            predict = vbdl.Predictor(q, Categorical(), n_samples=4, compile=compile, tiles=(8,))
+            drawn.append(predict(x[:8], samples=True).samples)
+    for other in drawn[1:]:
+        torch.testing.assert_close(other, drawn[0])

@@ -43,7 +43,7 @@ def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) 
 
 def aligned(t: Tensor) -> Tensor:
     """The tensor, contiguous and 64-byte aligned, as torch allocates: the rounding of products depends on alignment."""
-    if t.is_contiguous() and t.data_ptr() % 64 == 0:
+    if t.layout != torch.strided or (t.is_contiguous() and t.data_ptr() % 64 == 0):  # sparse ones have no rows to align
         return t
     return t.clone(memory_format=torch.contiguous_format)
 

@@ -13,6 +13,7 @@ from vbdl.engine.execution import Execution
 from vbdl.engine.moments import MomentExecution
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
+from vbdl.nn.gaussian import CannotLinearize
 from vbdl.types import Likelihood, Posterior
 
 Key = tuple[Structure, tuple[tuple[tuple[int, ...], torch.dtype], ...]]  # of a tile: its structure, each tensor's shape
@@ -98,6 +99,8 @@ class Executions:
             try:
                 with outside_autocast(self.device):
                     executions.append(kind(model, tile, self.settings, count))
+            except CannotLinearize as error:
+                raise ValueError(str(error)) from error
             except (RuntimeError, IndexError, AssertionError) as error:
                 raise cannot_take(tile.tensors, error, part.module) from error
             start += count

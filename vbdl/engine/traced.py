@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -30,6 +30,16 @@ _KEY_BYTES = 1024  # of a draw's entries; more are weights or statistics
 
 class CannotTrace(ValueError):
     """The module runs, but its operations cannot be traced."""
+
+
+def _values(graph: fx.GraphModule) -> Iterator[object]:
+    """Yield the value, or the constant, of every node of a traced graph."""
+    for node in graph.graph.nodes:
+        yield getattr(graph, node.target) if node.op == "get_attr" else node.meta.get("val")
+
+
+def _is_sparse(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout != torch.strided
 
 
 class Traced:
@@ -101,6 +111,8 @@ class Traced:
                     f"shapes of its inputs, but not on their values: remove any `if` on a tensor, .item() and packed "
                     f"sequence"
                 ) from reason
+        if any(map(_is_sparse, _values(graph))):
+            raise CannotTrace("the module runs, but cannot be compiled: it computes with sparse tensors")
         try:
             cut = self._cut(graph, entries)
             cut.regions[BODY].peak_bytes()

@@ -56,7 +56,10 @@ def architecture(module: nn.Module) -> list[str]:
     for name, m in modules:
         settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
         lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if is_plain(value)]
-    lines += [f"{name}: {tuple(t.shape)} {t.dtype}" for name, t in state_of(module).items()]
+    lines += [
+        f"{name}: {tuple(t.shape)} {t.dtype}" if t.layout == torch.strided else f"{name}: {_tensor(t)}"
+        for name, t in state_of(module).items()
+    ]  # sparse tensors cannot be stacked, only shared
     return [*lines, *(f"{name} = {value}" for name, value in sorted(constants(module).items()))]
 
 
@@ -116,7 +119,7 @@ def _are_tied_alike(
             continue
         if type(t) is not type(other) or t.requires_grad != other.requires_grad:
             return False
-        if t.shape != other.shape or t.dtype != other.dtype:
+        if t.shape != other.shape or t.dtype != other.dtype or not t.layout == other.layout == torch.strided:
             return False
         mine, its = places
         if mine.setdefault(id(t), len(mine)) != its.setdefault(id(other), len(its)):
@@ -289,8 +292,11 @@ def _code(code: types.CodeType) -> bytes:
 
 def _tensor(t: Tensor) -> str:
     text = f"Tensor {tuple(t.shape)} {t.dtype}"
-    if t.device.type == "meta" or t.layout != torch.strided or t.is_quantized:
+    if t.device.type == "meta" or t.is_quantized:
         return text
+    if t.layout != torch.strided:
+        t = t.detach().to_sparse_coo().coalesce()
+        return f"sparse {text} {_tensor(t.indices())} {_tensor(t.values())}"
     flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return f"{text} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
 

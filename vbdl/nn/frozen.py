@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
-from vbdl.calling.traversing import parameters_of
+from vbdl.calling.traversing import buffers_of, parameters_of
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 
 
@@ -20,10 +21,15 @@ def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """The names of frozen parameters, and of the buffers of layers whose parameters are all frozen."""
+    """The names of frozen parameters, of the buffers of layers whose parameters are all frozen, and of sparse buffers.
+
+    Sparse ones, such as the adjacency of a graph, have no stacked or averaged form.
+    """
     names = {name for name, p in parameters_of(module).items() if not p.requires_grad}
+    sparse = {name for name, b in buffers_of(module).items() if b.layout != torch.strided}
     if not names:
-        return names
+        return sparse
+    names |= sparse
     for path, m in frozen_modules(module):
         names |= {f"{path}.{leaf}" if path else leaf for leaf, b in m._buffers.items() if b is not None}
     return names

@@ -382,12 +382,19 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
         if missing := [name for name in chosen if name not in own]:
             raise ValueError(f"shared names {missing[0]!r}, which is no parameter or buffer of the network")
         return list(chosen)
-    if len(modules) < 2 or not frozen_names(modules[0]):
+    if not (of_first := frozen_names(modules[0])):
         return []
+    if len(modules) == 1:
+        return [n for n in of_first if state_of(modules[0])[n].layout != torch.strided]
     states, frozen = [state_of(module) for module in modules], [frozen_names(module) for module in modules]
     names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
-    equal = [n for n in names if all(s[n] is states[0][n] or torch.equal(states[0][n], s[n]) for s in states)]
+    equal = [n for n in names if all(_is_equal(states[0][n], s[n]) for s in states)]
     return equal if len(equal) < len(states[0]) else []  # at least one entry must be stacked
+
+
+def _is_equal(t: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; sparse ones of networks that stack do (`_stacks_as`)."""
+    return t is other or t.layout != torch.strided or torch.equal(t, other)
 
 
 def _module_of(member: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from vbdl.curvature.evidence import LARGEST, Part, best_noise, best_precisions, 
 from vbdl.curvature.gauss_newton import Fit, GaussNewton
 from vbdl.data.rows import take
 from vbdl.model import Model
-from vbdl.nn.gaussian import Dense, Diagonal, Factor, GaussianNetwork, Kronecker
+from vbdl.nn.gaussian import CannotLinearize, Dense, Diagonal, Factor, GaussianNetwork, Kronecker
 from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.types import Inputs, Likelihood, Output, State, TrainingRows
 
@@ -78,7 +78,7 @@ class LaplaceNetwork(GaussianNetwork):
             self.is_linear = self._is_linear(inputs, mean)
             if self.is_linear:
                 return call(self.inner, self.weights(), inputs)
-            raise NotImplementedError(
+            raise CannotLinearize(
                 f"the network cannot be linearized, because torch has no forward-mode derivative of one of its "
                 f"operations ({str(error).splitlines()[0]}): use Laplace(net, linearized=False)"
             ) from error

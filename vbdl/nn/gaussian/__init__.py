@@ -14,5 +14,6 @@ from vbdl.nn.gaussian.diagonal import Independent as Independent
 from vbdl.nn.gaussian.factor import Factor as Factor
 from vbdl.nn.gaussian.kronecker import Kronecker as Kronecker
 from vbdl.nn.gaussian.low_rank import LowRank as LowRank
+from vbdl.nn.gaussian.network import CannotLinearize as CannotLinearize
 from vbdl.nn.gaussian.network import GaussianNetwork as GaussianNetwork
 from vbdl.nn.gaussian.row_hessian import RowHessian as RowHessian

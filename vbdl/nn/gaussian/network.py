@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vbdl.calling.graphs import without_fused_attention
 from vbdl.calling.stacking import call
+from vbdl.calling.traversing import buffers_of
 from vbdl.nn.drawn import drawn
 from vbdl.nn.drawn_uses import DrawnUses
 from vbdl.nn.gaussian.diagonal import Independent
@@ -22,6 +23,10 @@ from vbdl.types import Inputs, State
 
 # torch counts the levels of forward mode once for all threads: one that ends in a thread takes away another's
 _forward_mode = threading.RLock()
+
+
+class CannotLinearize(NotImplementedError):
+    """The network has an operation without a forward-mode derivative."""
 
 
 class FactoredNetwork(KeyedNetwork):
@@ -139,7 +144,9 @@ class FactoredNetwork(KeyedNetwork):
         structure: list[Any] = []
 
         def outputs(weights: State) -> tuple[list[Tensor], list[Tensor]]:
-            leaves, spec = tree_flatten(call(self.inner, weights, inputs))
+            # copies, because a forward may write to buffers, and a transform of torch.func refuses to
+            buffers = {name: b.clone() for name, b in buffers_of(self.inner).items()}
+            leaves, spec = tree_flatten(call(self.inner, {**buffers, **weights}, inputs))
             structure[:] = leaves, spec
             tensors = [t for t in leaves if isinstance(t, Tensor)]
             return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
