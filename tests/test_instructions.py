@@ -109,3 +109,13 @@ def test_a_failure_ahead_is_left_to_the_compiler(sets, monkeypatch):
     instructions._ahead()
     with pytest.raises(ZeroDivisionError):
         instructions._first()
+
+
+@linux
+def test_a_set_works_only_if_torch_has_its_functions():
+    """The trial without torch's headers is one of the compiler, the processor and torch's library still."""
+    with instructions.tried_once():
+        chosen = cpu_vec_isa.pick_vec_isa()
+    assert not chosen or chosen.check_build(instructions._TRIAL)
+    assert not chosen.check_build(instructions._TRIAL.replace("_u10", "_u10missing"))
+    assert "vec.h" in cpu_vec_isa.VecISA._avx_code  # outside of the context Inductor tries as before

@@ -148,7 +148,8 @@ def test_what_cannot_be_loaded_is_compiled_again(compiled):
     assert parts["kernels"]
     for broken in (b"", whole[:-100], b"no archive", None):
         if broken is None:
-            torch.save({**parts, "kernels": {name: f"{path}.gone" for name, path in parts["kernels"].items()}}, file)
+            gone = {name: (f"{path}.gone", own) for name, (path, own) in parts["kernels"].items()}
+            torch.save({**parts, "kernels": gone}, file)
         else:
             file.write_bytes(broken)
         before = len(compiled)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from vbdl.compiling import instructions, stored
+from vbdl.compiling import instructions, kernels, stored
 from vbdl.compiling.graph import operator_of
 from vbdl.compiling.repeated import Joined, Part, parts
 from vbdl.compiling.replay import Replayed, is_worth_replaying
@@ -80,7 +80,7 @@ def _compiled(graph: fx.GraphModule, inputs: list[Tensor], key: str | None) -> C
 
         # no assertions on sizes: callers check shapes once, not in every call
         settings = torch._inductor.config.patch(size_asserts=False, alignment_asserts=False)
-        with torch.no_grad(), settings, instructions.tried_once():
+        with torch.no_grad(), settings, instructions.tried_once(), kernels.compiled_together():
             wrapped: Any = (
                 _from_cache(graph, inputs, inner) if on_cpu(inputs) else compile_fx(graph, list(inputs), inner)
             )

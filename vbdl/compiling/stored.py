@@ -221,14 +221,15 @@ def file(key: str) -> Path:
 
 def _loaded(place: Path) -> Direct:
     parts = torch.load(place, weights_only=True)
-    space: dict[str, Any] = {name: _kernel(Path(path)) for name, path in parts["kernels"].items()}
+    modules = {path: _module(Path(path)) for path, _ in parts["kernels"].values()}
+    space: dict[str, Any] = {name: getattr(modules[path], own) for name, (path, own) in parts["kernels"].items()}
     space["extern_kernels"] = types.SimpleNamespace(**{name: getattr(torch, name) for name in parts["products"]})
     exec(compile(parts["code"], str(place), "exec"), space)
     return space["call"]
 
 
-def _kernel(library: Path) -> Callable:
-    """The function of a compiled kernel, loaded as Inductor loads it."""
+def _module(library: Path) -> types.ModuleType:
+    """The module of compiled kernels, loaded as Inductor loads it."""
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(
         torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     )
@@ -236,7 +237,7 @@ def _kernel(library: Path) -> Callable:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.kernel
+    return module
 
 
 def _parts(call: Any) -> dict[str, Any]:
@@ -278,7 +279,7 @@ def _parts(call: Any) -> dict[str, Any]:
         raise _CannotStore(f"it needs {', '.join(sorted(unknown))}")
     return {
         "code": ast.unparse(code),
-        "kernels": {name: str(space[name].__self__.__file__) for name in kernels},
+        "kernels": {name: (str(space[name].__self__.__file__), space[name].__name__) for name in kernels},
         "products": products,
     }
 
