@@ -68,6 +68,17 @@ def test_a_chunk_stays_in_the_caches(body, bytes):
     assert bytes / 2 < plan.chunk * plan.activation_bytes <= bytes
 
 
+@pytest.mark.parametrize("width, alone", [(4, True), (512, False)])
+def test_a_draw_that_fills_the_cache_runs_alone_if_its_convolutions_have_few_weights(width, alone):
+    x = torch.randn(64, 3, 30, 30)
+    end = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, width, 1), nn.Conv2d(width, width, 1), nn.Flatten()]
+    net = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 12, 3), nn.ReLU(), *end)
+    predict = predictor(MCDropout(net), n_samples=8)
+    predict.explain(x)
+    plan = next(iter(predict.executions.by_shape.values()))[0].plan
+    assert 2 * 2**20 <= plan.activation_bytes < 4 * 2**20 and (plan.chunk == 1) == alone
+
+
 def test_draws_that_are_not_kept_are_the_same():
     """Few activations and many weights: no budget keeps them all."""
     q = MeanField(nn.Sequential(nn.Linear(3, 211), nn.ReLU(), nn.Linear(211, 5)), 101, initial_std=0.3)

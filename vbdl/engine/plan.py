@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region, flops_of
 
@@ -15,6 +16,7 @@ from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region, flops_o
 # (`docs/speed.md`); an accelerator needs many rows at once and few kernel launches.
 _CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 8 * 2**20, 256 * 2**20
 _PRODUCT_BYTES = 2 * 2**20  # for a network without convolutions on a CPU that needs several calls: they cost it little
+_FEW = 8  # times the bytes of the convolutions' weights in the activations of a draw, where the weights cost little
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def choose(
     elif strategy == "loop":
         chunk = 1
     else:
-        within = _chunk_bytes(cut.regions[BODY], n_samples * activation_bytes)
+        within = _chunk_bytes(cut.regions[BODY], activation_bytes, n_samples)
         most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
         if not keep:  # the draws of a chunk are in memory while its call runs
             most = max(1, min(most, half // draw_bytes))
@@ -118,21 +120,26 @@ def choose(
     )
 
 
-def _chunk_bytes(body: Region, total: int) -> int:
+def _chunk_bytes(body: Region, alone: int, n_samples: int) -> int:
     """The most bytes that the activations of one call may take.
 
-    total: the bytes of the activations of all draws. On a CPU all draws go into one call if their activations fit into
+    alone: the bytes of the activations of one draw. On a CPU all draws go into one call if their activations fit into
     8 MiB. Otherwise a call gets 2 MiB, which the cache of a core holds, or half as much as the weights that all draws
     share, if that is more: each call reads them from memory. With convolutions it gets 8 MiB, because a convolution
-    rearranges its weights in every call. An accelerator gets 256 MiB to be fully used.
+    rearranges its weights in every call, unless a draw fills the cache alone and its weights are few beside that. An
+    accelerator gets 256 MiB to be fully used.
     """
     values = [n.meta.get("val") for n in body.nodes]
     if any(v.device.type != "cpu" for v in values if isinstance(v, torch.Tensor)):
         return _ACCELERATOR_CHUNK_BYTES
-    convolves = any(n.target is torch.ops.aten.convolution.default for n in body.nodes)
-    if convolves or total <= _CHUNK_BYTES:
-        return _CHUNK_BYTES
     inside = set(body.nodes)
+    convolutions = (n for n in body.nodes if n.target is torch.ops.aten.convolution.default)
+    kernels = {k for n in convolutions if isinstance(k := n.args[1], fx.Node)}
+    if kernels:
+        few = kernels.isdisjoint(inside) and _FEW * sum(k.meta["val"].nbytes for k in kernels) <= alone
+        return _PRODUCT_BYTES if few and alone >= _PRODUCT_BYTES else _CHUNK_BYTES
+    if n_samples * alone <= _CHUNK_BYTES:
+        return _CHUNK_BYTES
     factors = {a for n in body.nodes if flops_of(n) for a in n.all_input_nodes if a not in inside}
     weights = sum(a.meta["val"].nbytes for a in factors if a.meta["val"].ndim == 2)
     return max(_PRODUCT_BYTES, weights // 2)
