@@ -1,9 +1,11 @@
 """The C++ kernels of a graph share files, and compute what they compute in files of their own."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.utils import fresh_cache
 
@@ -92,12 +94,23 @@ _INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
         (["float*"], _INCLUDE + 'void f();\nextern "C" void kernel(float* a) {}'),
     ],
 )
-def test_kernels_with_more_than_pointers_and_a_function_have_their_own_files(monkeypatch, types, source):
-    from torch._inductor.async_compile import AsyncCompile
+def test_kernels_with_more_than_pointers_and_a_function_have_their_own_files(types, source):
+    assert not kernels._can_share(types, source)
 
-    alone = []
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda self, *given: alone.append(given))
-    before = AsyncCompile.cpp_pybinding
+
+def test_another_thread_has_files_of_its_own(files):
+    """A user's torch.compile on another thread, during ours; and ours after the user's own."""
+    source = _INCLUDE + 'extern "C" void kernel(float* a) { a[0] = 3; }'
+    made = []
     with kernels.compiled_together():
-        AsyncCompile().cpp_pybinding(types, source)
-    assert alone == [(types, source)] and AsyncCompile.cpp_pybinding is before
+        kernel = AsyncCompile().cpp_pybinding(["float*"], source)
+        thread = threading.Thread(target=lambda: made.append(AsyncCompile().cpp_pybinding(["float*"], source)))
+        thread.start()
+        thread.join()
+    assert isinstance(kernel, kernels._Kernel) and not isinstance(made[0], kernels._Kernel)
+    scope = {"ours": kernel, "theirs": made[0]}
+    AsyncCompile().wait(scope)  # after the context has ended
+    for name in scope:
+        t = torch.zeros(1)
+        scope[name](t)
+        assert t == 3

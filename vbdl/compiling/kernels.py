@@ -8,6 +8,7 @@ transformer has 22 kernels. Here kernels share as many files as are compiled at 
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,28 +25,52 @@ class _Kernel:
     source: str
 
 
+_this_thread = threading.local()  # .shares: whether this thread's kernels share files
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def compiled_together() -> Iterator[None]:
-    """A context in which the kernels that the code of a graph defines are compiled several in a file."""
-    from torch._inductor.async_compile import AsyncCompile
-
-    alone, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
-
-    def define(self: Any, argtypes: list[str], source_code: str) -> Any:
-        shared = _BEGIN.match(source_code) and source_code.count("#include") == source_code.count('extern "C"') == 1
-        if not shared or not all(t.endswith("*") for t in argtypes):
-            return alone(self, argtypes, source_code)
-        return _Kernel(tuple(argtypes), source_code)
-
-    def compile_defined(self: Any, scope: dict[str, Any]) -> None:
-        _compile({name: value for name, value in scope.items() if isinstance(value, _Kernel)}, scope)
-        wait(self, scope)
-
-    AsyncCompile.cpp_pybinding, AsyncCompile.wait = define, compile_defined
+    """A context in which the kernels that the code of a graph defines on this thread are compiled several in a file."""
+    _replace_once()
+    before, _this_thread.shares = _are_shared(), True
     try:
         yield
     finally:
-        AsyncCompile.cpp_pybinding, AsyncCompile.wait = alone, wait
+        _this_thread.shares = before
+
+
+def _are_shared() -> bool:
+    return getattr(_this_thread, "shares", False)
+
+
+def _replace_once() -> None:
+    """Replace Inductor's functions once, by ones that outside the context, as on other threads, work as before."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    with _lock:
+        if "vbdl_asks" in vars(AsyncCompile):
+            return
+        alone, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+
+        def define(self: Any, argtypes: list[str], source_code: str) -> Any:
+            if _are_shared() and _can_share(argtypes, source_code):
+                return _Kernel(tuple(argtypes), source_code)
+            return alone(self, argtypes, source_code)
+
+        def compile_defined(self: Any, scope: dict[str, Any]) -> None:
+            if defined := {name: value for name, value in scope.items() if isinstance(value, _Kernel)}:
+                _compile(defined, scope)
+            wait(self, scope)
+
+        AsyncCompile.cpp_pybinding, AsyncCompile.wait = define, compile_defined
+        AsyncCompile.vbdl_asks = True  # type: ignore[attr-defined]
+
+
+def _can_share(types: Sequence[str], source: str) -> bool:
+    """Whether a kernel is one function of pointers that needs no header but Inductor's."""
+    one = _BEGIN.match(source) and source.count("#include") == source.count('extern "C"') == 1
+    return bool(one) and all(t.endswith("*") for t in types)
 
 
 def _compile(kernels: dict[str, _Kernel], scope: dict[str, Any]) -> None:
