@@ -262,7 +262,30 @@ def test_a_tensor_kept_from_call_to_call_is_named():
         )  # fmt: skip
 
 
+class Configuration:
+    """Settings as networks of transformers keep them: one object that many modules hold."""
+
+    def __init__(self, **settings):
+        self.names, self.kinds, self.dtype = {0: "a", 1: "b"}, {"x", "y"}, torch.float32
+        self.inner: object = None
+        vars(self).update(settings)
+
+
+def _configured(**settings):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    config = Configuration(inner=Configuration(**settings))
+    config.itself = config
+    for layer in net:
+        layer.config = config
+    return net
+
+
+class Counted(torch.Tensor):
+    """A class of tensors of a user's, whose numbers are no attributes."""
+
+
 SAME = {
+    "configuration": _configured,
     "layers": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.2)),
     "lstm": lambda: nn.LSTM(3, 4, num_layers=2),
     "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16),
@@ -284,6 +307,15 @@ OTHER = {
     "frozen": (lambda: nn.Linear(3, 4), lambda: nn.Linear(3, 4).requires_grad_(False)),
     "dtype": (lambda: nn.Linear(3, 4), lambda: nn.Linear(3, 4).double()),
     "directions": (lambda: nn.LSTM(3, 4), lambda: nn.LSTM(3, 4, bidirectional=True)),
+    "configuration": (_configured, lambda: _configured(width=4)),
+    "key of a setting": (lambda: _configured(names={0: "a"}), lambda: _configured(names={True: "a"})),
+    "tensor of a setting": (lambda: _configured(t=torch.ones(2)), lambda: _configured(t=torch.zeros(2))),
+    "tensor of a class": (
+        lambda: _configured(t=torch.ones(2).as_subclass(Counted)),
+        lambda: _configured(t=torch.zeros(2).as_subclass(Counted)),
+    ),
+    "array of a setting": (lambda: _configured(t=np.ones(2)), lambda: _configured(t=np.zeros(2))),
+    "function of a setting": (lambda: _configured(f=lambda x: x), lambda: _configured(f=lambda x: 2 * x)),
     "more": (lambda: nn.Sequential(nn.ReLU()), lambda: nn.Sequential(nn.ReLU(), nn.ReLU())),
     "activation": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: nn.TransformerEncoderLayer(8, 2, 16, activation="gelu"),
@@ -293,7 +325,9 @@ OTHER = {
 
 @pytest.mark.parametrize("network", SAME)
 def test_networks_of_one_architecture_are_alike(network):
-    assert are_alike(SAME[network](), SAME[network]())
+    a, b = SAME[network](), SAME[network]()
+    assert are_alike(a, b)
+    assert architecture(a) == architecture(b)
 
 
 @pytest.mark.parametrize("other", OTHER)

@@ -15,6 +15,7 @@ import hashlib
 import sys
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,7 @@ def are_alike(a: nn.Module, b: nn.Module) -> bool:
     if len(modules) != len(others):
         return False
     places: tuple[dict[int, int], dict[int, int]] = {}, {}  # the number of each tensor, by id
+    compared: dict[tuple[int, int], bool] = {}
     for (name, m), (other_name, other) in zip(modules, others, strict=True):
         mine, its = vars(m), vars(other)
         if name != other_name or type(m) is not type(other) or list(mine) != list(its):
@@ -88,22 +90,58 @@ def are_alike(a: nn.Module, b: nn.Module) -> bool:
             elif key == "_modules":
                 if [(n, c is None) for n, c in value.items()] != [(n, c is None) for n, c in it.items()]:
                     return False
-            elif key != "training" and not _are_equal(value, it) and not is_cache(m, key):
+            elif key != "training" and not _are_equal(value, it, compared) and not is_cache(m, key):
                 return False
     return True
 
 
-def _are_equal(value: object, other: object) -> bool:
-    """Whether two plain settings are described alike."""
+def _are_equal(value: object, other: object, compared: dict[tuple[int, int], bool]) -> bool:
+    """Whether two settings are described alike: plain ones, or objects of such, as the configurations of networks.
+
+    compared: what is known of pairs of objects, by their ids.
+    """
     of = type(value)
-    if of is not type(other):
-        return False
+    if value is other or of is not type(other):
+        return value is other
     if of is int or of is str or of is bool:
         return value == other
     if isinstance(value, tuple | list) and of in (tuple, list):
         assert isinstance(other, tuple | list)
-        return len(value) == len(other) and all(map(_are_equal, value, other))
-    return is_plain(value) and repr(value) == repr(other)
+        return len(value) == len(other) and all(_are_equal(v, w, compared) for v, w in zip(value, other, strict=True))
+    if of is dict:
+        assert isinstance(value, dict) and isinstance(other, dict)
+        named = all(type(key) is str or type(key) is int for key in (*value, *other))
+        return named and _have_equal_values(value, other, compared)
+    if of is set:
+        assert isinstance(value, set)
+        return all(type(v) is str for v in value) and value == other
+    if isinstance(value, _SCALARS) or is_plain(value):
+        return repr(value) == repr(other)
+    if not _has_only_attributes(of) or callable(value) or hasattr(value, "to_numpy") or hasattr(value, "__wrapped__"):
+        return False
+    pair = id(value), id(other)
+    if pair not in compared:
+        compared[pair] = True  # inside of itself it is as far as known
+        compared[pair] = _have_equal_values(vars(value), vars(other), compared)
+    return compared[pair]
+
+
+def _have_equal_values(
+    values: Mapping[Any, object], others: Mapping[Any, object], compared: dict[tuple[int, int], bool]
+) -> bool:
+    """Whether two tables have equal names in one order, and values that `_are_equal`."""
+    return list(values) == list(others) and all(
+        _are_equal(v, w, compared) for v, w in zip(values.values(), others.values(), strict=True)
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _has_only_attributes(kind: type) -> bool:
+    """Whether an object of this class holds nothing but its attributes, which `_Reader` reads."""
+    libraries = {base.__module__.partition(".")[0] for base in kind.__mro__[:-1]}
+    if libraries & {"builtins", "torch", "numpy"} or any("__slots__" in vars(base) for base in kind.__mro__[:-1]):
+        return False
+    return _is_of_no_library(kind) and not issubclass(kind, (Mapping, Sequence))
 
 
 def _are_tied_alike(
@@ -271,8 +309,12 @@ def _numbers(value: object) -> object:
 
 def _may_hold_numbers(value: object) -> bool:
     """Whether to read an object's attributes; False for loggers, locks and graphs, which do not affect outputs."""
-    home = type(value).__module__
-    return home.partition(".")[0] not in sys.stdlib_module_names - {"types"} and not home.startswith("torch.fx")
+    return _is_of_no_library(type(value)) and not type(value).__module__.startswith("torch.fx")
+
+
+def _is_of_no_library(kind: type) -> bool:
+    """Whether a class is not one of Python's own library."""
+    return kind.__module__.partition(".")[0] not in sys.stdlib_module_names - {"types"}
 
 
 def _attributes(value: object) -> list[tuple[str, object]]:

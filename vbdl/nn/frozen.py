@@ -5,17 +5,26 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vbdl.calling.traversing import buffers_of, parameters_of
+from vbdl.calling.traversing import buffers_of, modules_of, parameters_of
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 
 
 def frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the name and module of every module whose parameters are all frozen, and of the modules inside it."""
+    kinds: dict[int, set[bool]] = {}  # by id of a module, whether parameters in it are trained
+
+    def of(m: nn.Module) -> set[bool]:
+        if id(m) not in kinds:
+            kinds[id(m)] = own = {p.requires_grad for p in m._parameters.values() if p is not None}
+            for child in m._modules.values():
+                if child is not None:
+                    own |= of(child)
+        return kinds[id(m)]
+
     inside: set[int] = set()
-    for name, m in module.named_modules():
-        parameters = list(m.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            inside.update(id(part) for part in m.modules())
+    for name, m in modules_of(module):
+        if id(m) not in inside and of(m) == {False}:
+            inside.update(id(part) for _, part in modules_of(m))
         if id(m) in inside:
             yield name, m
 

@@ -91,7 +91,9 @@ class DeepEnsemble(StackedPosterior):
         # structure only, in a tuple so that it is not registered: all parameters and buffers are in the stacks
         self._posterior: tuple[Any] = (blueprint(base) if base is not None else None,)
         self.seed = seed
-        shared_state = {name: state_of(modules[0])[name] for name in _equal(modules, base is not None, shared)}
+        first = state_of(modules[0])
+        shared_state = {name: first[name] for name in _equal(modules, base is not None, shared)}
+        del first
         trained = {n for n, p in parameters_of(modules[0]).items() if p.requires_grad and n not in shared_state}
         apart = hold_apart(modules, shared_state)
         with only_reading():
@@ -382,12 +384,12 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
         if missing := [name for name in chosen if name not in own]:
             raise ValueError(f"shared names {missing[0]!r}, which is no parameter or buffer of the network")
         return list(chosen)
-    if not (of_first := frozen_names(modules[0])):
+    if not (frozen := frozen_names(modules[0])):  # networks of one architecture have the same
         return []
     if len(modules) == 1:
-        return [n for n in of_first if state_of(modules[0])[n].layout != torch.strided]
-    states, frozen = [state_of(module) for module in modules], [frozen_names(module) for module in modules]
-    names = [n for n in states[0] if all(n in f for f in frozen) and (not are_posteriors or n.startswith("inner."))]
+        return [n for n in frozen if state_of(modules[0])[n].layout != torch.strided]
+    states = [state_of(module) for module in modules]
+    names = [n for n in states[0] if n in frozen and (not are_posteriors or n.startswith("inner."))]
     equal = [n for n in names if all(_is_equal(states[0][n], s[n]) for s in states)]
     return equal if len(equal) < len(states[0]) else []  # at least one entry must be stacked
 
