@@ -39,7 +39,7 @@ NETWORKS, POSTERIORS = contract.NETWORKS, contract.POSTERIORS
 SAMPLES = 7
 # rows that a network runs on beyond those of the draws: draw 0 on its rows and on others, two rows and one that drop
 # nothing; networks that draw by themselves run on two and on three rows, and with their noise held at constants
-EXTRA, EXTRA_OF_NOISE = 5, 14
+EXTRA, EXTRA_OF_NOISE = 5, 11
 TRACED = ("laplace",)  # linear in its weights: as a graph it answers with one pass
 
 
