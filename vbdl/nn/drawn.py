@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from vbdl_kernels import dispatch, normal, sample_weights, sampled_linear
 from vbdl_kernels.philox import BIAS, WEIGHT
 
+from vbdl.calling.stacking import is_of_a_trace
 from vbdl.types import Arguments, Keywords
 
 DEVICES = ("cuda", "xpu")  # device types with kernels for these operators
@@ -39,7 +40,11 @@ def drawn(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
     """mean + std * noise of the draw in `key`, (2,); a `Drawn` tensor if a kernel can draw it when it is used."""
     if _for_kernels(mean):
         return Drawn(mean, std, key, layer)
-    return mean + std * noise(key, layer, mean)
+    normals = noise(key, layer, mean)
+    if torch.is_grad_enabled() or is_of_a_trace(normals) or is_of_a_trace(std):
+        return mean + std * normals
+    # the same numbers, in the memory of the noise; `data` counts no changes yet, by which writes of a forward are seen
+    return normals.mul_(std).add_(mean).data
 
 
 def _for_kernels(mean: Tensor) -> bool:

@@ -52,8 +52,11 @@ class FactoredNetwork(KeyedNetwork):
 
     def mean(self, name: str) -> Tensor:
         """The mean of a parameter: the parameter of the user's network."""
-        owner, _, leaf = name.rpartition(".")
-        return getattr(self.inner.get_submodule(owner), leaf)
+        owner: Any = self.inner
+        *path, leaf = name.split(".")
+        for part in path:  # several times faster than `get_submodule`
+            owner = owner._modules[part]
+        return getattr(owner, leaf)
 
     def numbered(self) -> Iterator[tuple[int, Factor]]:
         """Yield the first layer number of each factor, and the factor."""
