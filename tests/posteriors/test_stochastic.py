@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal
+from torch.overrides import _get_current_function_mode_stack
 
 import vbdl
 from vbdl.engine.traced import Traced
@@ -712,3 +713,17 @@ def test_noise_in_memory_that_nobody_initialized_is_saved(tmp_path):
     vbdl.save(predict, tmp_path / "model", example=x)
     again = vbdl.load(tmp_path / "model", module=Uninitialized())
     torch.testing.assert_close(again(x).probs, probs)
+
+
+def test_a_network_runs_inside_of_one_mode_of_torch():
+    """Each mode takes longer than a small operation, for every function that the network calls."""
+    depths = []
+
+    class Seeing(Textbook):
+        def forward(self, x):
+            depths.append(len(_get_current_function_mode_stack()))
+            return super().forward(x)
+
+    predict = vbdl.Predictor(Stochastic(Seeing()), vbdl.Categorical(), 4, compile="background")
+    predict(torch.randn(1, FEATURES))
+    assert set(depths) == {1}

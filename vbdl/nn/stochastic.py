@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.copies import copied
@@ -85,8 +86,8 @@ class StochasticNetwork(KeyedNetwork):
         if self.recorded is not None:
             self.recorded.append(self._pass(self.key, inputs))
             return self.recorded[-1].outputs
-        drawn_outputs = OwnOutputs(self.key, self.local) if self.local else contextlib.nullcontext()
-        with drawn_outputs, self.noise(self.key, dict.fromkeys(self._of_local, 0.0)) as noise:
+        drawn_outputs = OwnOutputs(self.key, self.local) if self.local else None
+        with self.noise(self.key, dict.fromkeys(self._of_local, 0.0), linears=drawn_outputs) as noise:
             outputs = call(self.inner, self._buffers_of_draw(), inputs)
         self._check_calls(noise)
         return outputs
@@ -107,14 +108,15 @@ class StochasticNetwork(KeyedNetwork):
         key: Tensor,
         constants: Mapping[int, float] | None = None,
         kept: dict[Hashable, Tensor] | None = None,
+        linears: TorchFunctionMode | None = None,
     ) -> Iterator[Noise]:
         """A context in which random functions give the noise of the draw in `key`, (2,) int64.
 
-        constants, kept: as of `Noise`.
+        constants, kept: as of `Noise`. linears: as of `CounterNoise`.
         """
         kept = self.kept if kept is None else kept
         noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row, kept=kept, constants=constants)
-        with without_checks_of_values(), CounterNoise(noise):
+        with without_checks_of_values(), CounterNoise(noise, linears):
             yield noise
 
     @property
@@ -160,7 +162,8 @@ class StochasticNetwork(KeyedNetwork):
         given: Mapping[int, Linear] | None = None,
     ) -> Pass:
         """Run the network under the draw in `key`, with what it did; given: as of `Linears`."""
-        with Linears(given) as linears, self.noise(key, constants) as noise:
+        linears = Linears(given)
+        with self.noise(key, constants, linears=linears) as noise:
             noise.normals = {}
             outputs = call(self.inner, self._buffers_of_draw(), inputs)
         self._check_calls(noise)
