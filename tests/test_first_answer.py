@@ -16,6 +16,7 @@ from torch import nn
 import vbdl.calling.apart
 import vbdl.engine.first_run
 import vbdl.engine.prepared
+import vbdl.engine.trial
 import vbdl.engine.written
 import vbdl.nn.drawn
 import vbdl.nn.masks
@@ -166,6 +167,24 @@ def test_parameters_that_no_layer_writes_to_are_not_copied(method, later, parame
     q = DeepEnsemble([dense(), dense()]) if method == "ensemble" else MCDropout(dense())
     Predictor(q, Categorical(), 2, compile="background")(torch.randn(1, 11))
     assert parameters_copied and set(parameters_copied) == {0}
+
+
+@pytest.mark.parametrize("method", ["ensemble", "dropout"])
+def test_layers_that_can_neither_draw_nor_keep_anything_are_not_watched(method, later, monkeypatch):
+    watched = []
+    monkeypatch.setattr(vbdl.engine.trial, "kept_by", lambda model: watched.append(model) or [])
+    for make in (dense, hooked):
+        q = DeepEnsemble([make(), make()]) if method == "ensemble" else MCDropout(make())
+        Predictor(q, Categorical(), 2, compile="background")(torch.randn(1, 11))
+        assert bool(watched) == (make is hooked)
+
+
+@pytest.mark.parametrize("method", ["ensemble", "dropout"])
+def test_layers_that_write_into_the_inputs_are_refused_all_the_same(method, later):
+    make = lambda: nn.Sequential(nn.LeakyReLU(0.5, inplace=True), *dense())
+    q = DeepEnsemble([make(), make()]) if method == "ensemble" else MCDropout(make())
+    with pytest.raises(ValueError, match="writes into its inputs"):
+        Predictor(q, Categorical(), 2, compile="background")(-torch.ones(1, 11))
 
 
 @pytest.mark.parametrize("method", ["ensemble", "dropout"])

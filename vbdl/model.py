@@ -92,7 +92,7 @@ class Model(nn.Module):
 
     def _detached(self, state: State) -> State:
         device = self.device
-        return {name: t.detach().to(device) for name, t in state.items()}
+        return {name: t.detach() if t.device == device else t.detach().to(device) for name, t in state.items()}
 
     def member_entries(self) -> State:
         """The entries that differ between members, (members, ...) each: the trained tensors, not copies."""

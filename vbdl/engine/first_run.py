@@ -44,8 +44,8 @@ class FirstRun:
         twin = model.twin()
         self.own = list(entries)
         # a function that chooses the output is the user's
-        reads = only_reads(twin) and not callable(model.posterior.output)
-        parameters = () if reads else parameters_of(twin).keys()
+        self._reads = only_reads(twin) and not callable(model.posterior.output)
+        parameters = () if self._reads else parameters_of(twin).keys()
         sizes = {n: t.nbytes for n, t in entries.items()}
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
@@ -75,7 +75,7 @@ class FirstRun:
             # a row alone is not mixed with others: that is checked in the background, for the first answer to be fast
             outputs = self._all_tried(model, state)
             if outputs is None:
-                outputs = try_out(model, state, tile, apart=False).unsqueeze(0)
+                outputs = try_out(model, state, tile, apart=False, reads=self._reads).unsqueeze(0)
             self._to_check = state, outputs[0]
             return outputs
         return self._one_tried(model, state, noise).unsqueeze(0)
@@ -90,7 +90,7 @@ class FirstRun:
         keys = self._model.entries(torch.arange(n), self._settings.seed)
         network.kept = {} if self._settings.memory_budget > 1 else None
         try:
-            outputs = try_out(model, {**state, **keys}, repeated(tile, n), apart=False)
+            outputs = try_out(model, {**state, **keys}, repeated(tile, n), apart=False, reads=self._reads)
             self._kept = network.kept or {}
         except NotImplementedError:
             raise

@@ -24,13 +24,19 @@ from vbdl.types import Arguments, Keywords, State
 _APART = 1e-2  # relative to the largest output: above any rounding error, far below the effect of mixing rows
 
 
-def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True) -> Tensor:
+def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True, reads: bool = False) -> Tensor:
     """Run a draw on the tile, check that it draws nothing random, and return its outputs.
 
     apart: also check by `check_apart` that it keeps rows apart; otherwise only where the call left a trace, in its
-    inputs or in an attribute of a module.
+    inputs or in an attribute of a module. reads: whether `only_reads` holds, so that it draws and keeps nothing.
     """
-    before, versions, kept = torch.get_rng_state(), [t._version for t in tile.tensors], kept_by(model)
+    versions = [t._version for t in tile.tensors]
+    if reads:
+        outputs = run_plainly(model, state, tile)
+        if apart or versions != [t._version for t in tile.tensors]:
+            check_apart(outputs, model, state, tile)
+        return outputs
+    before, kept = torch.get_rng_state(), kept_by(model)
     python, numpy = _python_state(), _numpy_state()
     outputs = run_plainly(model, state, tile)
     if python != _python_state() and _calls_python_random(lambda: run_plainly(model, state, tile)):

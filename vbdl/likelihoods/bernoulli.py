@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
+from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error, wide
 from vbdl.likelihoods.targets import check_labeled
 from vbdl.types import DiagonalHessian, Likelihood, Prediction, State
 
@@ -79,7 +79,7 @@ class Bernoulli(Likelihood):
 
     def nll(self, parameters: Tensor, y: Tensor) -> Tensor:
         """The negative log-likelihood, (batch,), in nats, summed over a row's targets; parameters, y: (batch, ...)."""
-        logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        logits = wide(parameters)
         return per_row(F.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none"))
 
     def hessian(self, outputs: Tensor, y: Tensor) -> DiagonalHessian:
@@ -88,7 +88,7 @@ class Bernoulli(Likelihood):
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples; parameters: (samples, batch, ...) logits."""
-        logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        logits = wide(parameters)
         n, mean, deviation = moments(logits.sigmoid())
         # the mean probability of 0 is kept too: 1 - probs would round it away if it is small
         against = (-logits).sigmoid().mean(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vbdl_kernels import predictive_statistics
 
 from vbdl.calling.stacking import is_of_a_trace
-from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
+from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error, wide
 from vbdl.types import Likelihood, Prediction, SoftmaxHessian, State
 
 _PADDING = -100  # the number of targets that torch's loss leaves out
@@ -137,7 +137,7 @@ class Categorical(Likelihood):
 
         parameters: (batch, ..., classes) logits; y: (batch, ...).
         """
-        log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
+        log_probs = wide(parameters).log_softmax(-1)
         ignored = None if self.ignore_index is None else y == self.ignore_index
         if is_of_a_trace(parameters) or y.shape != log_probs.shape[:-1]:
             if ignored is None:
@@ -164,7 +164,7 @@ class Categorical(Likelihood):
             n = torch.full((), samples, dtype=statistics.mean.dtype, device=parameters.device)
             deviation = statistics.variance * samples
             return {"n": n, "probs": statistics.mean, "deviation": deviation, "entropy": statistics.aleatoric}
-        log_probs = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).log_softmax(-1)
+        log_probs = wide(parameters).log_softmax(-1)
         probs = log_probs.exp()
         n, mean, deviation = moments(probs)
         # a class of probability 0 has log -inf and adds nothing: 0 * -inf would be nan

@@ -10,9 +10,17 @@ from torch import Tensor
 from vbdl.types import State
 
 
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32 or better."""
+    return x if x.dtype in _WIDE else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+_WIDE = (torch.float32, torch.float64)  # torch takes as long to promote a dtype for the first time as for a layer
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The count (), mean (...) and sum of squared deviations (...) over the leading axis, in float32 or better."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     mean = x.mean(0)
     return torch.full((), float(x.shape[0]), dtype=x.dtype, device=x.device), mean, (x - mean).square().sum(0)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vbdl.likelihoods.mixture import mixture_quantile, mixture_score
-from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error
+from vbdl.likelihoods.moments import merge_moments, moments, per_row, standard_error, wide
 from vbdl.likelihoods.targets import check_labeled
 from vbdl.types import Likelihood, Prediction, State
 
@@ -178,7 +178,7 @@ def normal_nll(parameters: Tensor, y: Tensor) -> Tensor:
 
     parameters: (..., 2) mean and log-variance; y: (...).
     """
-    mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
+    mean, log_variance = wide(parameters).unbind(-1)
     return 0.5 * (math.log(2 * math.pi) + log_variance + (y - mean).square() * (-log_variance).exp())
 
 
@@ -237,7 +237,7 @@ class NormalLikelihood(Likelihood):
 
     def summarize(self, parameters: Tensor) -> State:
         """The statistics of these samples; parameters: (samples, batch, ..., 2) mean and log-variance."""
-        mean, log_variance = parameters.to(torch.promote_types(parameters.dtype, torch.float32)).unbind(-1)
+        mean, log_variance = wide(parameters).unbind(-1)
         n, center, deviation = moments(mean)
         summary = {"n": n, "mean": center, "deviation": deviation, "aleatoric": log_variance.exp().mean(0)}
         if self.covariance:
