@@ -12,8 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo import Network
 
-import vbdl
-from vbdl import DeepEnsemble, Gaussian, MCDropout, MeanField, Predictor
+from vbdl import DeepEnsemble, Gaussian, MCDropout, MeanField, Predictor, Stochastic
 
 REFERENCE_DRAWS = 64  # of the loop, where only statistics can be compared
 CHECKED_ROWS = 4  # compared where draws differ
@@ -91,7 +90,7 @@ class Vbdl(Contender):
             "ensemble": lambda: DeepEnsemble(networks),
             "dropout": lambda: MCDropout(networks[0]),
             "mean-field": lambda: cell.mean_field(networks),
-            "stochastic": lambda: vbdl.Stochastic(networks[0]),
+            "stochastic": lambda: Stochastic(networks[0]),
         }[cell.method]()
         networks.clear()  # as a user's function that returns the predictor
         self.predict = Predictor(posterior, cell.likelihood, cell.n_draws, **settings)
