@@ -18,6 +18,7 @@ from vbdl.nn import drawn
 from vbdl.nn.objective import StepOptions, under_options
 from vbdl.nn.part_of_batch import current_part
 from vbdl.training.gradients import Use, gradients_like, without_empty_work
+from vbdl.training.products import faster_products
 from vbdl.training.takeover import Takeover
 from vbdl.training.worth import is_worth_tracing, steps_until_compiled
 from vbdl.types import Inputs, Json, Likelihood, Posterior, State
@@ -204,6 +205,7 @@ class Step:
         without_empty_work(graph)
         uses = gradients_like(graph, list(self.trained.values()))
         until = 0 if self.compiled else steps_until_compiled(graph, self._steps_with(y), self.runs)
+        faster_products(graph)
         return _Code(graph if until is None else Takeover(graph, flat, number + until), uses)
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
