@@ -422,3 +422,20 @@ def test_an_artifact_can_be_read_while_it_is_replaced(replacing, tmp_path):
         os.waitpid(writer, 0)
     assert {p.seed for p in read} == {1, 2}
     assert all(torch.equal(p(x).probs, expected[p.seed]) for p in read[-5:])
+
+
+def test_a_sparse_buffer_is_named(tmp_path):
+    class Adjacent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = torch.nn.Dropout(0.2), torch.nn.Linear(4, 3)
+            self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+        def forward(self, x):
+            return self.head(self.drop(torch.sparse.mm(self.adjacency, x.T).T))
+
+    predict = vbdl.Predictor(vbdl.MCDropout(Adjacent()), vbdl.Categorical(), 4, compile=False)
+    predict(torch.randn(6, 4))
+    with pytest.raises(ValueError, match="nothing was saved: posterior.module.inner.adjacency is a sparse tensor"):
+        predict.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

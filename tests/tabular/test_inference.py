@@ -26,6 +26,8 @@ def one(column, target=None):
         (pa.array([f"id-{i}" for i in range(N)]), "an id or free text"),
         (pa.array([3.0] * N), "it is 3 in every training row"),
         (pa.array(["same"] * N), "it is 'same' in every training row"),
+        (pa.array(["-"] * N), "it is '-' in every training row"),
+        (pa.array([" "] * N), "no value in any training row"),
         (pa.nulls(N), "no value in any row"),
         (pa.array([None] * N, pa.float64()), "no value in any training row"),
     ],

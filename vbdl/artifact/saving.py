@@ -155,6 +155,11 @@ def contents(
     tensors = {f"posterior.{n}": t for n, t in _state(predictor.posterior).items()}
     tensors |= {f"likelihood.{n}": t for n, t in _state(predictor.likelihood).items()}
     for name, t in tensors.items():
+        if t.layout != torch.strided:
+            raise ValueError(
+                f"nothing was saved: {name} is a sparse tensor, which an artifact cannot hold. Register its indices "
+                f"and values as two buffers, and make the sparse tensor of them in forward"
+            )
         # thresholds of a likelihood may be infinite, weights may not
         sound = t.isfinite() if name.startswith("posterior.") else ~t.isnan()
         if t.is_floating_point() and not bool(sound.all()):

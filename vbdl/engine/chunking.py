@@ -135,7 +135,9 @@ class Chunking:
         if key not in self._programs:
             traced = self._traced
             regions = (PREFIX,) if end == "prefix" else (PREFIX, BODY) if len(self) == 1 else (BODY,)
-            program = Program(self.cut, regions, self._compile, traced.aligned, traced.handwritten)
+            program = Program(
+                self.cut, regions, self._compile, traced.aligned, traced.settings.keeps_bits, traced.handwritten
+            )
             if end != "prefix":
                 program.finish(traced.called.likelihood, end, count, carried)
             if end == "fields" and traced.tile.structure == TENSOR:

@@ -13,6 +13,7 @@ from vbdl_kernels.dispatch import with_derivative
 from vbdl.calling.graphs import without_fused_attention
 from vbdl.compiling.compiler import compile_graph, on_cpu
 from vbdl.compiling.graph import Cut, composed, trace
+from vbdl.compiling.products import faster_products
 from vbdl.compiling.rewrite.loops import transpose_last
 from vbdl.data.tiles import aligned
 from vbdl.types import Likelihood, State
@@ -21,13 +22,21 @@ from vbdl.types import Likelihood, State
 class Program:
     """A function from named tensors to named tensors, compiled at its first call.
 
-    regions: the regions of `cut` to run, in order. aligned: see `vbdl.compiling.graph.trace`. handwritten: names of the
-    network's torch.autograd.Functions; if there are any, inputs that require a gradient are refused.
+    regions: the regions of `cut` to run, in order. aligned: see `vbdl.compiling.graph.trace`. keeps_bits: whether a row
+    must have the same bits in every batch. handwritten: names of the network's torch.autograd.Functions; if there are
+    any, inputs that require a gradient are refused.
     """
 
     def __init__(
-        self, cut: Cut, regions: tuple[int, ...], compile: bool, aligned: bool, handwritten: Sequence[str] = ()
+        self,
+        cut: Cut,
+        regions: tuple[int, ...],
+        compile: bool,
+        aligned: bool,
+        keeps_bits: bool,
+        handwritten: Sequence[str] = (),
     ):
+        self._keeps_bits = keeps_bits
         self._handwritten = handwritten
         self._regions = [cut.regions[r] for r in regions if not cut.regions[r].empty]
         computed = {name for region in self._regions for name in region.outputs}
@@ -88,6 +97,8 @@ class Program:
                 graph = self._whole(examples)
                 if self._compile and on_cpu(examples):  # a gain on a CPU; not measured elsewhere
                     transpose_last(graph)
+                    if not self._keeps_bits:
+                        faster_products(graph)
             call: Callable[..., Sequence[Tensor]] = graph
             if self._compile:
                 with torch.no_grad(), compiling:  # not the lock of tracing, which answers meanwhile may need

@@ -110,7 +110,7 @@ def recognize(
     missing = marks(counts)
     rest = [w for w in counts if w not in set(missing)]
     numeric = [w for w in rest if len(w) <= _LONGEST and any(c.isdigit() for c in w)]
-    if len(numeric) < len(rest) / 2:
+    if not rest or len(numeric) < len(rest) / 2:
         return None
     unit = _unit(numeric)
     if unit is None:

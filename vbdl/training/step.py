@@ -14,11 +14,11 @@ from vbdl.calling.inputs import TENSOR, flatten, rebuild
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import state_of
 from vbdl.compiling.graph import trace
+from vbdl.compiling.products import faster_products
 from vbdl.nn import drawn
 from vbdl.nn.objective import StepOptions, under_options
 from vbdl.nn.part_of_batch import current_part
 from vbdl.training.gradients import Use, gradients_like, without_empty_work
-from vbdl.training.products import faster_products
 from vbdl.training.takeover import Takeover
 from vbdl.training.worth import is_worth_tracing, steps_until_compiled
 from vbdl.types import Inputs, Json, Likelihood, Posterior, State

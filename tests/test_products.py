@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 import vbdl
+from vbdl.compiling import products
 from vbdl.compiling.graph import trace
-from vbdl.training import products
+from vbdl.engine import program
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
-_OWN = torch.ops.vbdl.product.default
+_OWN = products.product
 
 
 @pytest.fixture(params=[True, False], ids=["pays", "does not pay"])
@@ -66,3 +67,38 @@ def test_training_gives_the_same_numbers_up_to_rounding(pays, members):
         history = vbdl.fit(q, data, vbdl.Gaussian(), epochs=3, batch_size=256, lr=1e-3, compile=compile, progress=False)
         losses.append(torch.tensor(history.train_loss))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+class Tokens(nn.Module):
+    """Layers on several tokens a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Dropout(0.1), nn.Linear(96, 64))
+
+    def forward(self, x):
+        return self.layers(x).mean(1)
+
+
+@pytest.mark.parametrize("method", ["dropout", "ensemble"])
+@pytest.mark.parametrize("pays", [True], indirect=True)
+def test_predictions_and_their_gradients_are_the_same_up_to_rounding(pays, method, monkeypatch):
+    torch.manual_seed(0)
+    q = vbdl.MCDropout(Tokens()) if method == "dropout" else vbdl.DeepEnsemble([Tokens().eval() for _ in range(3)])
+    x, ran = torch.randn(6, 80, 64, requires_grad=True), []
+    monkeypatch.setattr(products, "faster_products", lambda g, f=products.faster_products: ran.append(f(g)))
+    monkeypatch.setattr(program, "faster_products", products.faster_products)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), 3, compile=True, tiles=6)
+    p = predict(x.detach()).probs
+    (found,) = torch.autograd.grad(predict(x).probs[:, 0].sum(), x)
+    assert ran
+    monkeypatch.setattr(products, "_pays", lambda: False)
+    other = vbdl.Predictor(q, vbdl.Categorical(), 3, compile=False, tiles=6)
+    torch.testing.assert_close(p, other(x.detach()).probs)
+    torch.testing.assert_close(found, torch.autograd.grad(other(x).probs[:, 0].sum(), x)[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("pays", [True], indirect=True)
+def test_rows_that_are_promised_their_bits_keep_their_products(pays, monkeypatch):
+    monkeypatch.setattr(program, "faster_products", lambda graph: pytest.fail("products were replaced"))
+    vbdl.Predictor(vbdl.MCDropout(Tokens()), vbdl.Categorical(), 4, compile=True, tiles=64)(torch.randn(70, 8, 64))
