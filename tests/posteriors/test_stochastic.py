@@ -727,3 +727,17 @@ def test_a_network_runs_inside_of_one_mode_of_torch():
     predict = vbdl.Predictor(Stochastic(Seeing()), vbdl.Categorical(), 4, compile="background")
     predict(torch.randn(1, FEATURES))
     assert set(depths) == {1}
+
+
+def test_a_row_runs_between_two_others_once_before_the_first_answer():
+    """The run shows the batch axes of noise, that it may be drawn apart, that rows are apart, and which layers draw."""
+    rows = []
+
+    class Seeing(Textbook):
+        def forward(self, x):
+            rows.append(len(x))
+            return super().forward(x)
+
+    predict = vbdl.Predictor(Stochastic(Seeing()), vbdl.Categorical(), 4, compile="background")
+    predict(torch.randn(1, FEATURES))
+    assert rows[:6] == [2, 3, 1, 1, 1, 4]  # a draw, with its noise at 0, and large; then all draws

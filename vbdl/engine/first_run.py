@@ -17,6 +17,7 @@ from vbdl.engine.written import only_reads, without_writing
 from vbdl.model import Model
 from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
+from vbdl.nn.local_noise import Pass
 from vbdl.nn.local_outputs import local_layers
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import State
@@ -38,9 +39,11 @@ class FirstRun:
         self._to_check: tuple[State, Tensor] | None = None  # a draw and its outputs, for `check_apart`
         entries = model.one_draw(0, settings.seed)
         state = {**{n: t.detach() for n, t in model.shared(entries).items()}, **entries}
-        noise = {}
+        noise: Mapping[Hashable, Tensor] = {}
+        self._others: Pass | None = None  # a run on other rows that keeps the tile's one row apart from them
         if isinstance(model.network, StochasticNetwork):  # before it is copied
-            noise = model.network.found(state["network.key"])
+            noise, others = model.network.found(state["network.key"])
+            self._others = others if tile.rows == 1 else None
         twin = model.twin()
         self.own = list(entries)
         # a function that chooses the output is the user's
@@ -123,8 +126,9 @@ class FirstRun:
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
             network.kept, network.recorded = dict(noise), []  # the noise of the draw is made once for all rows
-            outputs = try_out(model, state, tile)
-            first, second = network.recorded[:2]
+            outputs = try_out(model, state, tile, apart=self._others is None)
+            first = network.recorded[0]
+            second = network.recorded[1] if self._others is None else self._others
             layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
             network.kept = network.recorded = None
             if layers is not None:

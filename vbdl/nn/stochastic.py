@@ -36,9 +36,10 @@ class StochasticNetwork(KeyedNetwork):
     """
 
     draws_weights = True
+    keeps_on_purpose = (*KeyedNetwork.keeps_on_purpose, "recorded")
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
-    found_by_running = ("calls", "sites", "written", "local", "recorded", "_found")
+    found_by_running = ("calls", "sites", "written", "local", "recorded", "_found", "_others")
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class StochasticNetwork(KeyedNetwork):
         self.sites: tuple[Site, ...] | None = None
         self.local: tuple[LocalLayer, ...] = ()  # the layers that draw their outputs in this network as it is
         self._found: tuple[Tensor, dict[Hashable, Tensor]] | None = None  # a key, and its noise
+        self._others: Pass | None = None  # the forward of the draw in `_found` on the first row between two others
         self.recorded: list[Pass] | None = None  # what each forward does is added to this list, if there is one
         self.written: tuple[str, ...] = ()  # buffers that the forward draws or writes into
         device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
@@ -195,10 +197,14 @@ class StochasticNetwork(KeyedNetwork):
         assert isinstance(other, StochasticNetwork)
         self.calls, self.sites, self.written = other.calls, other.sites, other.written
 
-    def found(self, key: Tensor) -> dict[Hashable, Tensor]:
-        """Return the noise of the draw of this key that `locate` drew, and hold it no longer; {} if it drew another."""
-        found, self._found = self._found, None
-        return found[1] if found is not None and torch.equal(found[0], key) else {}
+    def found(self, key: Tensor) -> tuple[dict[Hashable, Tensor], Pass | None]:
+        """Return what `locate` found in the draw of this key, and hold it no longer; ({}, None) if it drew another.
+
+        That is the noise, and the forward of the first row between two others if its outputs do not depend on them.
+        """
+        found, others = self._found, self._others
+        self._found = self._others = None
+        return ({}, None) if found is None or not torch.equal(found[0], key) else (found[1], others)
 
     # -- what running the network tells
 
@@ -214,10 +220,11 @@ class StochasticNetwork(KeyedNetwork):
         kept: dict[Any, Tensor] = {}
         outputs, two, buffers = self._run(of(2), kept)
         written = tuple(n for n, b in buffers_of(self.inner).items() if not _equal(buffers[n], b))
-        of_three, three, _ = self._run(of(3), kept, writes=False)
-        # most networks compute the same for two of three equal rows; others run again on two
-        of_two = _first_rows(of_three, 2)
-        same = of_two is not None and all_same(leaves(outputs), of_two, _APART)
+        three, same = self._between_others(outputs, two, inputs, kept), True
+        if three is None:
+            of_three, three, _ = self._run(of(3), kept, writes=False)
+            # most networks compute the same for two of three equal rows; others run again on two
+            same = all_same(leaves(outputs), _rows(of_three, 0, 2), _APART)
         if not same and not all_same(outputs, self._run(of(2), kept, writes=False)[0], _APART):
             again, _, _ = self._run(of(2), kept)
             if all_same(outputs, again, _APART):
@@ -257,13 +264,38 @@ class StochasticNetwork(KeyedNetwork):
                 )
         return self.calls
 
-    def _run(self, inputs: Inputs, kept: dict[Hashable, Tensor], writes: bool = True) -> tuple[Any, Noise, State]:
+    def _between_others(self, outputs: Any, two: Noise, inputs: Inputs, kept: dict[Hashable, Tensor]) -> Noise | None:
+        """Run the first row between two others; None unless it has the outputs there that two equal rows have.
+
+        Nothing is drawn in place, so that the outputs show too whether that counts. two: the noise of the equal rows.
+        """
+        self._others, linears, another = None, Linears(), lambda t: t * 0.5 + 0.1
+        floating = all(t.is_floating_point() for t in tensors(inputs))
+        if not floating or any(call.shape[:1] == (2,) for call in two.calls):  # which rows may have of their own
+            return None
+        rows = map_inputs(lambda t: torch.cat([another(t[:1]), t[:1], another(another(t[:1]))]), inputs)
+        try:
+            found, noise, _ = self._run(rows, kept, writes=False, linears=linears)
+        except Exception:  # of the user's network, which may not take rows that nobody gave
+            return None
+        if not all_same(_rows(outputs, 0, 1), _rows(found, 1, 2), _APART):
+            return None
+        self._others = Pass(linears.calls, found, noise.calls)
+        return noise
+
+    def _run(
+        self,
+        inputs: Inputs,
+        kept: dict[Hashable, Tensor],
+        writes: bool = True,
+        linears: TorchFunctionMode | None = None,
+    ) -> tuple[Any, Noise, State]:
         """Run the network; return its outputs, the noise it ran under, and the buffers that it may have changed.
 
-        writes: draw into tensors in place; if False only into buffers, as under `vmap`.
+        writes: draw into tensors in place; if False only into buffers, as under `vmap`. linears: as of `CounterNoise`.
         """
         buffers = {n: b.clone() for n, b in buffers_of(self.inner).items()}
-        with self.noise(self.key, kept=kept) as noise:
+        with self.noise(self.key, kept=kept, linears=linears) as noise:
             address = lambda t: t.untyped_storage().data_ptr()
             noise.watched = {address(p): f"parameter '{n}'" for n, p in parameters_of(self.inner).items()}
             noise.watched |= {address(t): "an input" for t in tensors(inputs)}
@@ -286,12 +318,10 @@ def draws_noise(module: nn.Module, example: Inputs) -> bool:
         return False
 
 
-def _first_rows(outputs: object, rows: int) -> dict[tuple, object] | None:
-    """So many first rows of a network's outputs, however deep, by place; None if a tensor has fewer."""
-    found = leaves(outputs)
-    if any(isinstance(t, Tensor) and (t.ndim < 1 or len(t) < rows) for t in found.values()):
-        return None
-    return {place: t[:rows] if isinstance(t, Tensor) else t for place, t in found.items()}
+def _rows(outputs: object, start: int, stop: int) -> dict[tuple, object]:
+    """These rows of a network's outputs, however deep, by place; None in place of a tensor that does not have them."""
+    of = lambda t: (t[start:stop] if t.ndim and len(t) >= stop else None) if isinstance(t, Tensor) else t
+    return {place: of(t) for place, t in leaves(outputs).items()}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
