@@ -12,6 +12,7 @@ import enum
 import fractions
 import functools
 import hashlib
+import itertools
 import sys
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -107,7 +108,7 @@ def _are_equal(value: object, other: object, compared: dict[tuple[int, int], boo
         return value == other
     if isinstance(value, tuple | list) and of in (tuple, list):
         assert isinstance(other, tuple | list)
-        return len(value) == len(other) and all(_are_equal(v, w, compared) for v, w in zip(value, other, strict=True))
+        return len(value) == len(other) and all(map(_are_equal, value, other, itertools.repeat(compared)))
     if of is dict:
         assert isinstance(value, dict) and isinstance(other, dict)
         named = all(type(key) is str or type(key) is int for key in (*value, *other))
