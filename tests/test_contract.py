@@ -499,6 +499,13 @@ def test_torchscript_is_refused_where_it_would_be_looked_into(wrap):
         WRAPS[wrap](nn.Sequential(torch.jit.script(mlp()), nn.Dropout(0.3)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_traced_modules_are_refused(wrap):
+    with pytest.raises(ValueError, match="TorchScript"):
+        WRAPS[wrap](torch.jit.trace(mlp().eval(), torch.randn(2, 11)))
+
+
 # -- sizes at the edge
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import vbdl
 from vbdl.calling.inputs import flatten, map_inputs, rebuild, tensors
@@ -235,6 +236,7 @@ def test_inputs_nested_in_another_way_have_another_structure(one, other):
         ((A, object()), "got object"),
         ({}, "got none"),
         ((None, "text"), "got none"),
+        (pack_padded_sequence(torch.zeros(3, 2, 4), torch.tensor([3, 2])), "pass the padded rows and their lengths"),
     ],
 )
 def test_what_is_no_input_is_refused(x, message):

@@ -24,7 +24,7 @@ def check_network(module: object, scripted: bool = False) -> None:
             raise ValueError(
                 f"{where} was returned by torch.compile: pass the module that you compiled, vbdl compiles it itself"
             )
-        if isinstance(m, torch.jit.ScriptModule) and not scripted:
+        if isinstance(m, torch.jit.ScriptModule) and (not scripted or "_parameters" not in vars(m)):  # or traced
             raise ValueError(
                 f"{where} is a TorchScript module, whose layers this method cannot replace: pass the Python module"
             )

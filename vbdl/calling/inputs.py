@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from vbdl.types import Inputs, Nested
 
@@ -82,6 +83,10 @@ def _structure(value: object, flat: list[Tensor]) -> Structure:
         return TENSOR
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, PackedSequence):
+        raise TypeError(
+            "a packed sequence has no batch axis: pass the padded rows and their lengths, and pack them in the forward"
+        )
     if isinstance(value, Mapping):
         return Container(type(value), tuple(value), tuple(_structure(part, flat) for part in value.values()))
     if isinstance(value, Sequence):
