@@ -330,6 +330,13 @@ def test_networks_of_one_architecture_are_alike(network):
     assert architecture(a) == architecture(b)
 
 
+def test_ensembles_hold_objects_of_classes_written_in_c():
+    """They have no attributes that could be compared one by one."""
+    nets = [_configured(interval=pandas.Interval(0, 1)) for _ in range(2)]
+    assert vbdl.DeepEnsemble(nets).n_members == 2
+    assert not are_alike(nets[0], _configured(interval=pandas.Interval(0, 2)))
+
+
 @pytest.mark.parametrize("other", OTHER)
 def test_networks_that_differ_are_not_alike(other):
     a, b = (make() for make in OTHER[other])

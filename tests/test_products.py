@@ -49,6 +49,18 @@ def test_other_products_stay(pays):
     assert _replaced(lambda x, w, b: (torch.addmm(b, x, w, beta=2),), x, w, torch.randn(130)) == 0
 
 
+@pytest.mark.parametrize("pays", [True], indirect=True)
+def test_factors_and_biases_may_have_any_strides(pays):
+    x, w, bias = torch.randn(256, 160), torch.randn(160, 130), torch.randn(1)
+    add = lambda x, w, bias: (torch.addmm(bias, x, w),)
+    assert _replaced(lambda x, w, bias: add(x, w, bias.expand(130)), x, w, bias) == 1
+    assert _replaced(lambda x, w, bias: add(x, w, bias[:, 1]), x, w, torch.randn(130, 3)) == 1
+    assert _replaced(add, x, w, bias) == 0
+    for other in (torch.randn(160, 260)[:, ::2], torch.randn(130, 160).t(), torch.randn(160, 1).expand(160, 130)):
+        assert _replaced(add, x, other, torch.randn(130)) == 1
+        assert _replaced(lambda x, w: (x @ w,), torch.randn(512, 160)[::2], other) == 1
+
+
 def test_the_operator_keeps_torchs_rules():
     a, b, bias = torch.randn(64, 48), torch.randn(48, 40), torch.randn(40)
     for given in ((a, b), (a, b, bias), (torch.randn(3, 64, 48), torch.randn(3, 48, 40))):

@@ -246,3 +246,61 @@ def test_noise_of_networks_that_draw_is_kept(packed, monkeypatch):
         for _ in range(2):
             torch.testing.assert_close(predict(x, samples=True).samples, expected, **ROUNDING)
         assert bool(draws) == (budget == 2)
+
+
+class Forecast(nn.Module):
+    """A recurrent layer beside something whose second derivative is not 0."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.layer, self.head = layer(cell, both=True), nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1]) + x.square().sum((1, 2)).unsqueeze(1)
+
+
+def linearized(network, x, **options):
+    q = vbdl.Laplace(network, parameters="all", structure="diagonal")
+    vbdl.fit(q, (x, torch.arange(len(x)) % 2), vbdl.Categorical(), epochs=0, progress=False)
+    return Predictor(q, vbdl.Categorical(), 4, compile=False, **options)
+
+
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+@pytest.mark.parametrize("method", ["linearized", "ensemble"])
+def test_predictions_have_second_derivatives(cell, method):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    nets = [Forecast(cell).double().eval() for _ in range(2)]
+    predict = Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=False)
+    if method == "linearized":
+        predict = linearized(nets[0], x)
+
+    def slope(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(predict(x).probs[:, 0].square().sum(), x, create_graph=True)[0], x
+
+    along, step = torch.randn_like(x), 1e-6
+    gradient, at = slope(x)
+    (found,) = torch.autograd.grad((gradient * along).sum(), at)
+    expected = (slope(x + step * along)[0] - slope(x - step * along)[0]) / (2 * step)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_linearized_layers_run_with_autocast():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6)
+    assert linearized(Forecast("RNN").eval(), x, autocast=torch.bfloat16)(x).probs.isfinite().all()
+
+
+def test_linearized_networks_differentiate_recurrent_layers_themselves():
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.func.grad(lambda z: self.layer(z)[0].square().sum())(x).sum(1))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 4)
+    assert linearized(Slope().eval(), x)(x).probs.isfinite().all()

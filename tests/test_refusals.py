@@ -1,9 +1,11 @@
 """What is refused is refused with its true reason, and with what to do."""
 
+import copy
 import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vbdl
@@ -163,3 +165,45 @@ def test_every_frame_that_fails_is_one_line(caplog):
 def test_the_order_of_rows_and_likelihood_is_said():
     with pytest.raises(TypeError, match="takes the rows before the likelihood"):
         _fit(vbdl.MCDropout(_net()), vbdl.Categorical(), (X, torch.zeros(40, dtype=torch.int64)))
+
+
+class _Drawing(nn.Module):
+    """The textbook variational layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight + 0.1 * torch.randn_like(self.layer.weight), self.layer.bias)
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_output_function_that_mixes_rows_is_refused(rows, compile):
+    q = vbdl.Stochastic(_Drawing(), output=lambda o: o - o.mean(0))
+    with pytest.raises(ValueError, match="depends on the other rows"):
+        vbdl.Predictor(q, vbdl.Categorical(), 8, compile=compile)(torch.randn(rows, 4))
+
+
+@pytest.mark.parametrize("compile", [False, "background"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout])
+def test_dropout_that_stays_in_training_mode_is_refused(rows, compile, kind):
+    net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), kind(0.5), nn.Linear(64, 3))
+    net[2].train = lambda mode=True, layer=net[2]: layer
+    for q in (vbdl.DeepEnsemble([net, copy.deepcopy(net)]), vbdl.MeanField(net, n_data=10)):
+        with pytest.raises(ValueError, match="draws from torch's generator"):
+            vbdl.Predictor(q, vbdl.Categorical(), compile=compile)(torch.ones(rows, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("wrap", [vbdl.MCDropout, vbdl.Deterministic, lambda n: vbdl.DeepEnsemble([n, n])])
+def test_sparse_tensors_that_torch_cannot_copy_are_named(wrap):
+    for adjacency in (torch.eye(4).to_sparse_csr(), nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)):
+        net = _net()
+        (net.register_parameter if isinstance(adjacency, nn.Parameter) else net.register_buffer)("edges", adjacency)
+        with pytest.raises(
+            ValueError, match="'edges' is a sparse .*register it as a buffer of layout torch.sparse_coo"
+        ):
+            wrap(net)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -111,6 +112,15 @@ def test_layers_inside_attention_stay_whole(biases, apart):
     assert len(linears) == (8 if apart else 4)
     expected = [torch.stack(each) for each in zip(*(m(x) for m in members), strict=True)]
     torch.testing.assert_close(list(found), expected)
+
+
+def test_functions_that_a_user_replaced_run_inside_attention(monkeypatch):
+    x, layer = torch.randn(4, 5, 8), torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *args, **kwargs: own(-3 * q, *args, **kwargs))
+    with WholeLinears():
+        found, _ = layer(x, x, x, need_weights=False)
+    torch.testing.assert_close(found, layer(x, x, x, need_weights=False)[0])
 
 
 def test_layers_stay_whole_until_they_are_lowered():

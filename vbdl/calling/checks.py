@@ -12,8 +12,8 @@ from vbdl.calling.traversing import modules_of, parameters_of, state_in
 def check_network(module: object, scripted: bool = False) -> None:
     """Raise TypeError or ValueError if a network cannot be called with replaced weights.
 
-    That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm, idle adapters of peft
-    or, unless `scripted`, is a TorchScript module.
+    That is anything but an nn.Module, or one that is compiled, lazy, has torch's old weight_norm, idle adapters of
+    peft, sparse tensors that torch cannot copy or, unless `scripted`, is a TorchScript module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"a network must be an nn.Module, got {type(module).__name__}")
@@ -34,7 +34,15 @@ def check_network(module: object, scripted: bool = False) -> None:
                 f"torch.nn.utils.parametrizations.weight_norm, which is the same"
             )
     check_adapters(modules)
-    if any(is_lazy(t) for t in state_in(modules).values()):
+    state = state_in(modules)
+    for name, t in state.items():
+        if t.layout != torch.strided and (t.layout != torch.sparse_coo or isinstance(t, nn.Parameter)):
+            kind = "parameter" if isinstance(t, nn.Parameter) else "tensor"
+            raise ValueError(
+                f"'{name}' is a sparse {kind} of layout {t.layout}, which torch cannot copy: register it as a "
+                f"buffer of layout torch.sparse_coo, as t.to_sparse_coo() is"
+            )
+    if any(is_lazy(t) for t in state.values()):
         raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
 
 

@@ -28,6 +28,7 @@ product = torch.ops.vbdl.product.default
 @torch.library.impl(_library, "product", "CPU")
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.ndim == 2:
+        bias = None if bias is None else bias.contiguous()  # it is read as one dense vector, whatever its strides
         return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
     return torch.stack([_product(x, y) for x, y in zip(a.unbind(0), b.unbind(0), strict=True)])
 
@@ -77,8 +78,8 @@ def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     match node.target, node.args:
         case ((aten.mm.default | aten.bmm.default), (fx.Node() as a, fx.Node() as b)):
             return a, b, None
-        case aten.addmm.default, (fx.Node() as bias, fx.Node() as a, fx.Node() as b) if bias.meta["val"].ndim == 1:
-            return a, b, bias
+        case aten.addmm.default, (fx.Node() as bias, fx.Node() as a, fx.Node() as b):
+            return (a, b, bias) if bias.meta["val"].shape == node.meta["val"].shape[-1:] else None
     return None
 
 

@@ -15,12 +15,20 @@ from vbdl.engine.trial import check_apart, try_out
 from vbdl.engine.ways import PLAIN, before_tracing
 from vbdl.engine.written import only_reads, without_writing
 from vbdl.model import Model
+from vbdl.nn.dropout import DropoutNetwork
 from vbdl.nn.gaussian.network import FactoredNetwork
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_noise import Pass
 from vbdl.nn.local_outputs import local_layers
+from vbdl.nn.may_drop import DROPOUT_LAYERS
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import State
+
+
+def _trains(model: Model) -> bool:
+    """Whether a layer stays in training mode, in which it may draw, but for dropout that is drawn from counters."""
+    drawn = DROPOUT_LAYERS if isinstance(model.network, DropoutNetwork) else ()
+    return any(m.training and not isinstance(m, drawn) for m in model.network.modules())
 
 
 class FirstRun:
@@ -43,12 +51,14 @@ class FirstRun:
         self._others: Pass | None = None  # a run on other rows that keeps the tile's one row apart from them
         if isinstance(model.network, StochasticNetwork):  # before it is copied
             noise, others = model.network.found(state["network.key"])
-            self._others = others if tile.rows == 1 else None
+            # a function that chooses the output may mix rows, which a run of the network alone does not tell
+            self._others = others if tile.rows == 1 and not callable(model.posterior.output) else None
         twin = model.twin()
         self.own = list(entries)
         # a function that chooses the output is the user's
-        self._reads = only_reads(twin) and not callable(model.posterior.output)
-        parameters = () if self._reads else parameters_of(twin).keys()
+        reads = only_reads(twin) and not callable(model.posterior.output)
+        self._reads = reads and not _trains(twin)
+        parameters = () if reads else parameters_of(twin).keys()
         sizes = {n: t.nbytes for n, t in entries.items()}
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)

@@ -142,6 +142,8 @@ def _has_only_attributes(kind: type) -> bool:
     libraries = {base.__module__.partition(".")[0] for base in kind.__mro__[:-1]}
     if libraries & {"builtins", "torch", "numpy"} or any("__slots__" in vars(base) for base in kind.__mro__[:-1]):
         return False
+    if not kind.__dictoffset__:  # of a class that is written in C
+        return False
     return _is_of_no_library(kind) and not issubclass(kind, (Mapping, Sequence))
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
+from vbdl.calling.autograd import holds_tangent
 from vbdl.nn.masks import Masks
 from vbdl.nn.recurrent_layer import KINDS, recurrent_layer
-from vbdl.nn.recurrent_tangent import is_pushed_once, pushed
+from vbdl.nn.recurrent_tangent import is_differentiated, is_pushed_once, pushed
 from vbdl.nn.scan import Packing
 
 Outputs = tuple[Tensor, ...]  # the outputs of all steps, then the final h, of an LSTM also the final c
@@ -111,7 +111,7 @@ class WholeLayers(TorchFunctionMode):
             return _PACKING[name](*args)
         if name in KINDS and not kwargs:
             call = Recurrent.of(func, *args)
-            if innermost_is_forward_mode() or any(map(holds_tangent, (call.input, *call.states, *call.weights))):
+            if is_differentiated() or any(map(holds_tangent, (call.input, *call.states, *call.weights))):
                 return call.by_layers(_pushed) if is_pushed_once() and not call.drops else call.func(*args)
             if not call.drops:
                 return call.by_layers(_whole)

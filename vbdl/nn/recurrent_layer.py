@@ -237,6 +237,19 @@ def _mapped(info, in_dims, x, batch_sizes, states, weights, kind, biases, bidire
 torch.library.register_vmap("vbdl::recurrent_layer", _mapped, lib=library_of_vbdl)
 
 
+def with_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a backward pass differentiates by, in the graph of the forward if it is differentiated again."""
+    again = torch.is_grad_enabled()
+    return [t if again and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+
+def gradients_of(pairs: Sequence[tuple[Tensor, Tensor]], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of outputs by tensors; pairs: of outputs and their own gradients."""
+    outputs, own = zip(*pairs, strict=True)
+    again = torch.is_grad_enabled()
+    return torch.autograd.grad(outputs, tensors, own, allow_unused=True, create_graph=again)
+
+
 def _setup(ctx, inputs, output) -> None:
     x, batch_sizes, states, weights, *ctx.options = inputs
     ctx.n_states, ctx.batch_sizes = len(states), batch_sizes
@@ -245,13 +258,13 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, *gradients):
     """The gradient of torch's own layers, which run again here."""
-    tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+    tensors = with_gradients(ctx.saved_tensors)
     n = 1 + ctx.n_states
     with torch.enable_grad():
         layer = _Layer(tensors[0], ctx.batch_sizes, tensors[1:n], tensors[n:], *ctx.options)
         outputs = _one_by_one(layer)
     pairs = [(o, g) for o, g in zip(outputs, gradients, strict=False) if g is not None and o.requires_grad]
-    found = torch.autograd.grad([o for o, _ in pairs], tensors, [g for _, g in pairs], allow_unused=True)
+    found = gradients_of(pairs, tensors)
     return found[0], None, list(found[1:n]), list(found[n:]), None, None, None, None
 
 

@@ -18,7 +18,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from vbdl.nn.recurrent_layer import library_of_vbdl, recurrent_layer
+from vbdl.nn.recurrent_layer import gradients_of, library_of_vbdl, recurrent_layer, with_gradients
 from vbdl.nn.scan import Packing
 
 Dual = tuple[Tensor, Tensor | None]  # a value and its tangent, None for zero; (samples or 1, ...) each
@@ -49,10 +49,19 @@ def pushed(
     return (*made[: 1 + n_states], *outputs[1 + n_states :])
 
 
+def is_differentiated() -> bool:
+    """Return whether a transform of torch.func that differentiates is active on this thread."""
+    return not {TransformType.Jvp, TransformType.Grad}.isdisjoint(_transforms())
+
+
 def is_pushed_once() -> bool:
-    """Return whether the innermost transform on this thread is a forward-mode product, and no other one is outside."""
-    keys = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
-    return bool(keys) and keys[-1] == TransformType.Jvp and keys.count(TransformType.Jvp) == 1
+    """Return whether the innermost transform on this thread is a forward-mode product, and no other differentiates."""
+    keys = _transforms()
+    return keys[-1:] == [TransformType.Jvp] and keys.count(TransformType.Jvp) == 1 and TransformType.Grad not in keys
+
+
+def _transforms() -> list[TransformType]:
+    return [interpreter.key() for interpreter in get_interpreter_stack() or ()]
 
 
 # -- the operator
@@ -137,12 +146,12 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, *gradients):
     """The gradient of the plain operators, which run again here."""
-    tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+    tensors = with_gradients(ctx.saved_tensors)
     (x,), *rest = _parts(tensors, ctx.sizes)
     with torch.enable_grad():
         outputs = plainly(x, ctx.batch_sizes, *rest, *ctx.options)
     pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
-    found = torch.autograd.grad([o for o, _ in pairs], tensors, [g for _, g in pairs], allow_unused=True)
+    found = gradients_of(pairs, tensors)
     (of_x,), *others = _parts(found, ctx.sizes)
     return of_x, None, *others, *[None] * len(ctx.options)
 

@@ -383,7 +383,7 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
         own = state_of(modules[0])
         if missing := [name for name in chosen if name not in own]:
             raise ValueError(f"shared names {missing[0]!r}, which is no parameter or buffer of the network")
-        return list(chosen)
+        return list(dict.fromkeys([*chosen, *(n for n, t in own.items() if t.layout != torch.strided)]))
     if not (frozen := frozen_names(modules[0])):  # networks of one architecture have the same
         return []
     if len(modules) == 1:

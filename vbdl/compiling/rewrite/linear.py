@@ -157,12 +157,16 @@ class WholeLinears(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# torch's own lines, without their question whether a mode would rather replace them
-_attention = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda _: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
+def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Run torch's own lines of attention, without their question whether a mode would rather replace them.
+
+    With the functions that the module has now, of which a user may have replaced some.
+    """
+    own = F.multi_head_attention_forward
+    lines = types.FunctionType(
+        own.__code__, {**vars(F), "has_torch_function": lambda _: False}, argdefs=own.__defaults__
+    )
+    return lines(*args, **kwargs)
 
 
 def _whole(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """A network whose chosen parameters are drawn from a normal distribution N(mean, C), or that is linear in them."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -154,7 +155,9 @@ class FactoredNetwork(KeyedNetwork):
             tensors = [t for t in leaves if isinstance(t, Tensor)]
             return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
-        with _forward_mode, without_fused_attention(), WholeLayers():
+        # autocast runs recurrent layers in other dtypes than their states, which torch's own layers see to
+        casts = torch.is_autocast_enabled(self.key.device.type)
+        with _forward_mode, without_fused_attention(), contextlib.nullcontext() if casts else WholeLayers():
             pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
         at_mean, tangents, others = pushed
         linear, rest = iter([f + d for f, d in zip(at_mean, tangents, strict=True)]), iter(others)
