@@ -330,9 +330,10 @@ def test_networks_of_one_architecture_are_alike(network):
     assert architecture(a) == architecture(b)
 
 
-def test_ensembles_hold_objects_of_classes_written_in_c():
-    """They have no attributes that could be compared one by one."""
-    nets = [_configured(interval=pandas.Interval(0, 1)) for _ in range(2)]
+def test_ensembles_hold_objects_of_classes_written_in_c_and_nested_tensors():
+    """They have no attributes, or numbers, that could be compared one by one."""
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    nets = [_configured(interval=pandas.Interval(0, 1), nested=nested.clone()) for _ in range(2)]
     assert vbdl.DeepEnsemble(nets).n_members == 2
     assert not are_alike(nets[0], _configured(interval=pandas.Interval(0, 2)))
 

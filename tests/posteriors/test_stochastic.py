@@ -741,3 +741,28 @@ def test_a_row_runs_between_two_others_once_before_the_first_answer():
     predict = vbdl.Predictor(Stochastic(Seeing()), vbdl.Categorical(), 4, compile="background")
     predict(torch.randn(1, FEATURES))
     assert rows[:6] == [2, 3, 1, 1, 1, 4]  # a draw, with its noise at 0, and large; then all draws
+
+
+class Hierarchical(nn.Module):
+    """A drawn layer computes the scale of another layer's noise, as hypernetworks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.of_scale = nn.Linear(4, 1), nn.Linear(1, 1)
+        self.one = nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, x):
+        weight = self.of_scale.weight
+        scale = F.linear(self.one, weight + 2 * torch.randn_like(weight)).abs()
+        weight = self.layer.weight
+        return F.linear(x, weight + scale * torch.randn_like(weight), self.layer.bias)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_scale_that_another_drawn_layer_computes_is_drawn_too(rows):
+    torch.manual_seed(0)
+    net, x = Hierarchical(), torch.ones(rows, 4)
+    own = torch.stack([net(x) for _ in range(4096)]).var(0).detach()
+    for seed in range(3):
+        found = vbdl.Predictor(vbdl.Stochastic(net), vbdl.Gaussian(), 4096, seed=seed, compile=False)(x).epistemic
+        torch.testing.assert_close(found, own, rtol=0.2, atol=0)

@@ -38,6 +38,7 @@ from vbdl.artifact.tensors import CODES, entries, to_bytes
 from vbdl.calibration.calibrated import CalibratedLikelihood
 from vbdl.calling.inputs import TENSOR, Container
 from vbdl.calling.lending import only_reading
+from vbdl.calling.traversing import is_sparse
 from vbdl.decision.deciding import DecidingLikelihood
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.around import layers
@@ -155,7 +156,7 @@ def contents(
     tensors = {f"posterior.{n}": t for n, t in _state(predictor.posterior).items()}
     tensors |= {f"likelihood.{n}": t for n, t in _state(predictor.likelihood).items()}
     for name, t in tensors.items():
-        if t.layout != torch.strided:
+        if is_sparse(t):
             raise ValueError(
                 f"nothing was saved: {name} is a sparse tensor, which an artifact cannot hold. Register its indices "
                 f"and values as two buffers, and make the sparse tensor of them in forward"

@@ -6,7 +6,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vbdl.calling.adapters import check_adapters
-from vbdl.calling.traversing import modules_of, parameters_of, state_in
+from vbdl.calling.traversing import is_sparse, modules_of, parameters_of, state_in
 
 
 def check_network(module: object, scripted: bool = False) -> None:
@@ -36,7 +36,7 @@ def check_network(module: object, scripted: bool = False) -> None:
     check_adapters(modules)
     state = state_in(modules)
     for name, t in state.items():
-        if t.layout != torch.strided and (t.layout != torch.sparse_coo or isinstance(t, nn.Parameter)):
+        if is_sparse(t) and (t.layout != torch.sparse_coo or isinstance(t, nn.Parameter)):
             kind = "parameter" if isinstance(t, nn.Parameter) else "tensor"
             raise ValueError(
                 f"'{name}' is a sparse {kind} of layout {t.layout}, which torch cannot copy: register it as a "

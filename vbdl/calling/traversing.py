@@ -85,3 +85,11 @@ def device_of(module: nn.Module) -> torch.device:
             return t.device
     tables = (getattr(m, kind) for kind in ("_buffers", "_parameters") for _, m in modules_of(module))
     return next(t.device for table in tables for t in table.values() if t is not None)
+
+
+def is_sparse(t: Tensor) -> bool:
+    """Whether a tensor holds only its numbers other than 0, and their places; nested tensors have other layouts."""
+    return t.layout in _SPARSE
+
+
+_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}

@@ -64,6 +64,11 @@ def _compiled_parts(graph: fx.GraphModule, found: Sequence[Part], inputs: list[T
     return Joined(found, calls, own, placeholders, [n.name for n in tree_leaves(end.args)])
 
 
+# Whether Inductor keeps Triton's code with a graph's: one list for all threads, so that a user's own torch.compile would
+# fail while this compiles in the background. There is none on a CPU.
+_BUNDLING = "bundle_triton_into_fx_graph_cache"
+
+
 def _compiled(graph: fx.GraphModule, inputs: list[Tensor], key: str | None) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph as a whole. key: the name under which it is stored, if it may be."""
     compiled: list[OutputCode] = []
@@ -79,7 +84,10 @@ def _compiled(graph: fx.GraphModule, inputs: list[Tensor], key: str | None) -> C
             return compiled[-1]
 
         # no assertions on sizes: callers check shapes once, not in every call
-        settings = torch._inductor.config.patch(size_asserts=False, alignment_asserts=False)
+        changed = {"size_asserts": False, "alignment_asserts": False}
+        if on_cpu(inputs) and hasattr(torch._inductor.config, _BUNDLING):
+            changed[_BUNDLING] = False
+        settings = torch._inductor.config.patch(changed)
         with torch.no_grad(), settings, instructions.tried_once(), kernels.compiled_together():
             wrapped: Any = (
                 _from_cache(graph, inputs, inner) if on_cpu(inputs) else compile_fx(graph, list(inputs), inner)

@@ -14,6 +14,7 @@ from vbdl.calling.each import call_each
 from vbdl.calling.inputs import Flat, rebuilt
 from vbdl.calling.lending import only_reading
 from vbdl.calling.stacking import call_stacked
+from vbdl.calling.traversing import is_sparse
 from vbdl.compiling.graph import BODY, CONSTANTS, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
 from vbdl.compiling.rewrite import rewrite
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, WholeLinears, free_layout
@@ -36,10 +37,6 @@ def _values(graph: fx.GraphModule) -> Iterator[object]:
     """Yield the value, or the constant, of every node of a traced graph."""
     for node in graph.graph.nodes:
         yield getattr(graph, node.target) if node.op == "get_attr" else node.meta.get("val")
-
-
-def _is_sparse(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout != torch.strided
 
 
 class Traced:
@@ -111,7 +108,7 @@ class Traced:
                     f"shapes of its inputs, but not on their values: remove any `if` on a tensor, .item() and packed "
                     f"sequence"
                 ) from reason
-        if any(map(_is_sparse, _values(graph))):
+        if any(isinstance(value, Tensor) and is_sparse(value) for value in _values(graph)):
             raise CannotTrace("the module runs, but cannot be compiled: it computes with sparse tensors")
         try:
             cut = self._cut(graph, entries)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.copies import is_cache, is_computed
-from vbdl.calling.traversing import modules_of, state_of
+from vbdl.calling.traversing import is_sparse, modules_of, state_of
 from vbdl.types import State
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
@@ -59,7 +59,7 @@ def architecture(module: nn.Module) -> list[str]:
         settings = {key: value for key, value in vars(m).items() if not key.startswith("_") and key != "training"}
         lines += [f"{name}.{key} = {value!r}" for key, value in sorted(settings.items()) if is_plain(value)]
     lines += [
-        f"{name}: {tuple(t.shape)} {t.dtype}" if t.layout == torch.strided else f"{name}: {_tensor(t)}"
+        f"{name}: {tuple(t.shape)} {t.dtype}" if not is_sparse(t) else f"{name}: {_tensor(t)}"
         for name, t in state_of(module).items()
     ]  # sparse tensors cannot be stacked, only shared
     return [*lines, *(f"{name} = {value}" for name, value in sorted(constants(module).items()))]
@@ -160,7 +160,7 @@ def _are_tied_alike(
             continue
         if type(t) is not type(other) or t.requires_grad != other.requires_grad:
             return False
-        if t.shape != other.shape or t.dtype != other.dtype or not t.layout == other.layout == torch.strided:
+        if t.shape != other.shape or t.dtype != other.dtype or is_sparse(t) or is_sparse(other):
             return False
         mine, its = places
         if mine.setdefault(id(t), len(mine)) != its.setdefault(id(other), len(its)):
@@ -339,9 +339,11 @@ def _tensor(t: Tensor) -> str:
     text = f"Tensor {tuple(t.shape)} {t.dtype}"
     if t.device.type == "meta" or t.is_quantized:
         return text
-    if t.layout != torch.strided:
+    if is_sparse(t):
         t = t.detach().to_sparse_coo().coalesce()
         return f"sparse {text} {_tensor(t.indices())} {_tensor(t.values())}"
+    if t.layout != torch.strided:
+        return text
     flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return f"{text} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
-from vbdl.calling.traversing import buffers_of, modules_of, parameters_of
+from vbdl.calling.traversing import buffers_of, is_sparse, modules_of, parameters_of
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 
 
@@ -35,7 +34,7 @@ def frozen_names(module: nn.Module) -> set[str]:
     Sparse ones, such as the adjacency of a graph, have no stacked or averaged form.
     """
     names = {name for name, p in parameters_of(module).items() if not p.requires_grad}
-    sparse = {name for name, b in buffers_of(module).items() if b.layout != torch.strided}
+    sparse = {name for name, b in buffers_of(module).items() if is_sparse(b)}
     if not names:
         return sparse
     names |= sparse

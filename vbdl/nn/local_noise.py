@@ -53,10 +53,7 @@ class LocalLayer:
 
 
 class Linears(TorchFunctionMode):
-    """A context that records the calls of `F.linear`, with the weights that the forward computes.
-
-    given: the weight and bias to use in place of those of a call.
-    """
+    """A context that records the calls of `F.linear`. given: the weight and bias to use in place of those of a call."""
 
     def __init__(self, given: Mapping[int, Linear] | None = None):
         super().__init__()
@@ -69,11 +66,12 @@ class Linears(TorchFunctionMode):
         if func is not F.linear:
             return func(*args, **(kwargs or {}))
         call = _linear(*args, **(kwargs or {}))
-        used = self._given.get(len(self.calls), call)
+        if (other := self._given.get(len(self.calls))) is not None:
+            call = Linear(call.x, other.weight, other.bias)
         # the forward may draw into its tensors again
         bias = None if call.bias is None else call.bias.detach().clone()
         self.calls.append(Linear(call.x.detach().clone(), call.weight.detach().clone(), bias))
-        return func(call.x, used.weight, used.bias)
+        return func(call.x, call.weight, call.bias)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -114,8 +112,7 @@ def local_layers(drawn: Pass, at_zero: Pass, at_large: Pass, others: Pass, rows:
     """The layers that draw outputs, or None if it is not clear.
 
     drawn: a forward under noise. at_zero, at_large: the same with 0 and `LARGE` as the normal numbers of every random
-    call that has no batch axis; their layers may run with the weights of `drawn`. others: one on other rows. rows: the
-    rows of the first three.
+    call that has no batch axis. others: one on other rows. rows: the rows of the first three.
     """
     count = len(drawn.linears)
     if any(len(p.linears) != count for p in (at_zero, at_large, others)):
@@ -146,17 +143,6 @@ def local_layers(drawn: Pass, at_zero: Pass, at_large: Pass, others: Pass, rows:
         used |= layer.noises
         layers.append(layer)
     return tuple(layers)
-
-
-def drawn_weights(at_zero: Pass, at_large: Pass) -> list[int]:
-    """The numbers of the calls of `F.linear` with a weight or a bias that depends on noise; as of `local_layers`."""
-    pairs = enumerate(zip(at_zero.linears, at_large.linears, strict=True))
-    same = lambda zero, large: _equal(zero.weight, large.weight) and _equal(zero.bias, large.bias)
-    return [number for number, (zero, large) in pairs if not same(zero, large)]
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _affine(value: Tensor, zero: Tensor, large: Tensor, drawn: Pass) -> tuple[int, Tensor] | None:

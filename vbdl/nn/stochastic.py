@@ -15,7 +15,7 @@ from vbdl.calling.outputs import all_same, leaves
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, parameters_of
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.local_noise import LARGE, Linear, Linears, LocalLayer, OwnOutputs, Pass, drawn_weights, local_layers
+from vbdl.nn.local_noise import LARGE, Linear, Linears, LocalLayer, OwnOutputs, Pass, local_layers
 from vbdl.nn.masks import Site, batch_axis, described
 from vbdl.nn.noise import Noise, RandomCall
 from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
@@ -141,15 +141,9 @@ class StochasticNetwork(KeyedNetwork):
         if self.calls is None or self.per_row:
             return None
         weights = [number for number, c in enumerate(self.calls) if c.axis is None and len(c.shape)]
-        at_zero = self._pass(key, inputs, dict.fromkeys(weights, 0.0))
-        as_drawn = dict(enumerate(drawn.linears))
-        at_large = self._pass(key, inputs, dict.fromkeys(weights, LARGE), as_drawn)
+        at_zero, at_large = (self._pass(key, inputs, dict.fromkeys(weights, value)) for value in (0.0, LARGE))
         layers = local_layers(drawn, at_zero, at_large, others, rows)
-        # the noise of a layer's weight must not enter the output in another way
-        if layers and not (
-            all(number in {layer.call for layer in layers} for number in drawn_weights(at_zero, at_large))
-            and all_same(drawn.outputs, at_large.outputs, _APART)
-        ):
+        if layers:  # the noise of a layer's weight must not enter the output in another way
             given = {layer.call: drawn.linears[layer.call] for layer in layers}
             noises = {number: LARGE / 256 for layer in layers for number in layer.noises}
             if not all_same(drawn.outputs, self._pass(key, inputs, noises, given).outputs, _APART):
@@ -163,7 +157,7 @@ class StochasticNetwork(KeyedNetwork):
         constants: Mapping[int, float] | None = None,
         given: Mapping[int, Linear] | None = None,
     ) -> Pass:
-        """Run the network under the draw in `key`, with what it did; given: as of `Linears`."""
+        """Run the network under the draw in `key`, with what it did; given: weights of linear layers to use."""
         linears = Linears(given)
         with self.noise(key, constants, linears=linears) as noise:
             noise.normals = {}

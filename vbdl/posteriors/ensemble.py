@@ -17,7 +17,7 @@ from vbdl.calling.copies import blueprint, holding
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import check_output
-from vbdl.calling.traversing import parameters_of, state_of
+from vbdl.calling.traversing import is_sparse, parameters_of, state_of
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, are_alike, difference, stacks
 from vbdl.nn.frozen import frozen_names
@@ -383,11 +383,11 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
         own = state_of(modules[0])
         if missing := [name for name in chosen if name not in own]:
             raise ValueError(f"shared names {missing[0]!r}, which is no parameter or buffer of the network")
-        return list(dict.fromkeys([*chosen, *(n for n, t in own.items() if t.layout != torch.strided)]))
+        return list(dict.fromkeys([*chosen, *(n for n, t in own.items() if is_sparse(t))]))
     if not (frozen := frozen_names(modules[0])):  # networks of one architecture have the same
         return []
     if len(modules) == 1:
-        return [n for n in frozen if state_of(modules[0])[n].layout != torch.strided]
+        return [n for n in frozen if is_sparse(state_of(modules[0])[n])]
     states = [state_of(module) for module in modules]
     names = [n for n in states[0] if n in frozen and (not are_posteriors or n.startswith("inner."))]
     equal = [n for n in names if all(_is_equal(states[0][n], s[n]) for s in states)]
@@ -396,7 +396,7 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
 
 def _is_equal(t: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same numbers; sparse ones of networks that stack do (`_stacks_as`)."""
-    return t is other or t.layout != torch.strided or torch.equal(t, other)
+    return t is other or is_sparse(t) or torch.equal(t, other)
 
 
 def _module_of(member: nn.Module) -> nn.Module:
