@@ -64,8 +64,8 @@ def _compiled_parts(graph: fx.GraphModule, found: Sequence[Part], inputs: list[T
     return Joined(found, calls, own, placeholders, [n.name for n in tree_leaves(end.args)])
 
 
-# Whether Inductor keeps Triton's code with a graph's: one list for all threads, so that a user's own torch.compile would
-# fail while this compiles in the background. There is none on a CPU.
+# Whether Inductor keeps Triton's code with a graph's, of which a CPU has none. Its list of it is one for all threads: a
+# user's own torch.compile fails while this compiles in the background.
 _BUNDLING = "bundle_triton_into_fx_graph_cache"
 
 
