@@ -740,7 +740,8 @@ def test_a_row_runs_between_two_others_once_before_the_first_answer():
 
     predict = vbdl.Predictor(Stochastic(Seeing()), vbdl.Categorical(), 4, compile="background")
     predict(torch.randn(1, FEATURES))
-    assert rows[:6] == [2, 3, 1, 1, 1, 4]  # a draw, with its noise at 0, and large; then all draws
+    # a draw, its noise at 0 and at three values, other noise of its layers; then all draws
+    assert rows[:9] == [2, 3, 1, 1, 1, 1, 1, 1, 4]
 
 
 class Hierarchical(nn.Module):
@@ -764,5 +765,40 @@ def test_a_scale_that_another_drawn_layer_computes_is_drawn_too(rows):
     net, x = Hierarchical(), torch.ones(rows, 4)
     own = torch.stack([net(x) for _ in range(4096)]).var(0).detach()
     for seed in range(3):
+        found = vbdl.Predictor(vbdl.Stochastic(net), vbdl.Gaussian(), 4096, seed=seed, compile=False)(x).epistemic
+        torch.testing.assert_close(found, own, rtol=0.2, atol=0)
+
+
+GATES = {
+    "uniform": lambda: 3 * torch.rand(1, 1),
+    "bernoulli": lambda: torch.bernoulli(torch.full((1, 1), 0.5)),
+    "sign": lambda: 3 * (torch.randn(1, 1) > 0),
+    "threshold": lambda: 3 * (torch.randn(1, 1).abs() > 0.3),
+    "scalar": lambda: torch.randn(()),
+    "normal": lambda: torch.randn(1, 1),
+    "each weight": lambda: 3 * (torch.randn(1, 4) > 0),
+    "clamped": lambda: torch.randn(1, 1).clamp(0, 1),
+}
+
+
+class Gated(nn.Module):
+    """Noise that multiplies the noise of a weight, as in a spike and slab."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.layer, self.gate = nn.Linear(4, 1), gate
+
+    def forward(self, x):
+        weight = self.layer.weight
+        return F.linear(x, weight + self.gate() * torch.randn_like(weight), self.layer.bias)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("gate", GATES)
+def test_noise_that_multiplies_the_noise_of_a_weight_is_drawn_too(gate, rows):
+    torch.manual_seed(0)
+    net, x = Gated(GATES[gate]), torch.ones(rows, 4)
+    own = torch.stack([net(x) for _ in range(8192)]).var(0).detach()
+    for seed in range(2):
         found = vbdl.Predictor(vbdl.Stochastic(net), vbdl.Gaussian(), 4096, seed=seed, compile=False)(x).epistemic
         torch.testing.assert_close(found, own, rtol=0.2, atol=0)

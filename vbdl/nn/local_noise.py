@@ -20,6 +20,7 @@ from vbdl.nn.noise import RandomCall
 from vbdl.types import Arguments, Keywords
 
 LARGE = 1024.0  # the noise of the run that tells std; a power of two, far above mean / std of most weights
+CHECKED = (-LARGE, -1 / 16)  # under which std is the same, unless noise turns a weight's noise on or off, or its sign
 _APART = 1e-5  # relative to the terms of the sum: some roundings of float32
 _NORMAL = ("randn", "randn_like", "normal", "normal_")  # functions of standard normal numbers
 
@@ -143,6 +144,27 @@ def local_layers(drawn: Pass, at_zero: Pass, at_large: Pass, others: Pass, rows:
         used |= layer.noises
         layers.append(layer)
     return tuple(layers)
+
+
+def only_normal(calls: Sequence[RandomCall]) -> bool:
+    """Whether all noise that rows share, which could enter a weight's std, is an array of normal numbers."""
+    return all(c.kind in _NORMAL and len(c.shape) > 0 for c in calls if c.axis is None)
+
+
+def are_as_found(layers: Sequence[LocalLayer], at_zero: Pass, at_value: Pass, value: float) -> bool:
+    """Whether the weights and biases of layers are mean + std * value under this value as the noise."""
+    if len(at_value.linears) != len(at_zero.linears):
+        return False
+    for layer in layers:
+        zero, found = at_zero.linears[layer.call], at_value.linears[layer.call]
+        parts = [(zero.weight, found.weight, layer.variance)]
+        if layer.of_bias is not None and zero.bias is not None and found.bias is not None:
+            parts.append((zero.bias, found.bias, layer.of_bias[1]))
+        for mean, weight, variance in parts:
+            deviation = value * variance.sqrt()
+            if bool(((weight - mean).abs() - deviation.abs()).abs().gt(_APART * (mean.abs() + deviation.abs())).any()):
+                return False
+    return True
 
 
 def _affine(value: Tensor, zero: Tensor, large: Tensor, drawn: Pass) -> tuple[int, Tensor] | None:

@@ -15,7 +15,18 @@ from vbdl.calling.outputs import all_same, leaves
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, parameters_of
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.local_noise import LARGE, Linear, Linears, LocalLayer, OwnOutputs, Pass, local_layers
+from vbdl.nn.local_noise import (
+    CHECKED,
+    LARGE,
+    Linear,
+    Linears,
+    LocalLayer,
+    OwnOutputs,
+    Pass,
+    are_as_found,
+    local_layers,
+    only_normal,
+)
 from vbdl.nn.masks import Site, batch_axis, described
 from vbdl.nn.noise import Noise, RandomCall
 from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
@@ -143,7 +154,13 @@ class StochasticNetwork(KeyedNetwork):
         weights = [number for number, c in enumerate(self.calls) if c.axis is None and len(c.shape)]
         at_zero, at_large = (self._pass(key, inputs, dict.fromkeys(weights, value)) for value in (0.0, LARGE))
         layers = local_layers(drawn, at_zero, at_large, others, rows)
-        if layers:  # the noise of a layer's weight must not enter the output in another way
+        if layers:
+            if not only_normal(self.calls):
+                return None
+            for value in CHECKED:
+                if not are_as_found(layers, at_zero, self._pass(key, inputs, dict.fromkeys(weights, value)), value):
+                    return None
+            # the noise of a layer's weight must not enter the output in another way
             given = {layer.call: drawn.linears[layer.call] for layer in layers}
             noises = {number: LARGE / 256 for layer in layers for number in layer.noises}
             if not all_same(drawn.outputs, self._pass(key, inputs, noises, given).outputs, _APART):
