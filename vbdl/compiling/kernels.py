@@ -2,7 +2,7 @@
 
 Inductor compiles each kernel in a file of its own. Reading the precompiled headers, Python's and linking then take half
 a second of a core for each, and what the kernel itself takes is mostly a tenth of that: the training step of a small
-transformer has 22 kernels. Here kernels share as many files as are compiled at the same time. Their code is the same.
+transformer has 22 kernels. vbdl compiles as many files as Inductor has threads, and puts several kernels in each.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The matrix products of a traced graph, by the faster of torch's two libraries for them.
+"""The matrix products of a traced graph, by MKL or by oneDNN, whichever is faster on this processor.
 
 torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone. oneDNN, which torch has for
 convolutions, uses it on any: on an AMD EPYC products of 256 by 256 by 256 take half the time.
@@ -17,7 +17,7 @@ from vbdl.compiling.graph import flops_of
 aten = torch.ops.aten
 # Operations of a product. For fewer, calling oneDNN takes what it saves; it copies a first factor that is transposed.
 _FEWEST, _FEWEST_TRANSPOSED = 5e6, 1e7
-_NARROWEST = 32  # of the sizes of the factors
+_NARROWEST = 32  # the least number of rows, columns and terms of a product
 
 _library = torch.library.Library("vbdl", "FRAGMENT")  # in the plain way: torch.library.custom_op takes 0.1 ms of a call
 _library.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor")

@@ -48,7 +48,7 @@ class FirstRun:
         entries = model.one_draw(0, settings.seed)
         state = {**{n: t.detach() for n, t in model.shared(entries).items()}, **entries}
         noise: Mapping[Hashable, Tensor] = {}
-        self._others: Pass | None = None  # a run on other rows that keeps the tile's one row apart from them
+        self._others: Pass | None = None  # a run on other rows, if it shows that rows are apart
         if isinstance(model.network, StochasticNetwork):  # before it is copied
             noise, others = model.network.found(state["network.key"])
             # a function that chooses the output may mix rows, which a run of the network alone does not tell

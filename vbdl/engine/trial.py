@@ -28,7 +28,7 @@ def try_out(model: nn.Module, state: State, tile: Flat, apart: bool = True, read
     """Run a draw on the tile, check that it draws nothing random, and return its outputs.
 
     apart: also check by `check_apart` that it keeps rows apart; otherwise only where the call left a trace, in its
-    inputs or in an attribute of a module. reads: whether `only_reads` holds, so that it draws and keeps nothing.
+    inputs or in an attribute of a module. reads: whether it is clear that the network writes, draws and keeps nothing.
     """
     versions = [t._version for t in tile.tensors]
     if reads:

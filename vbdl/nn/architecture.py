@@ -138,7 +138,7 @@ def _have_equal_values(
 
 @functools.lru_cache(maxsize=256)
 def _has_only_attributes(kind: type) -> bool:
-    """Whether an object of this class holds nothing but its attributes, which `_Reader` reads."""
+    """Whether an object of this class holds nothing but its attributes."""
     libraries = {base.__module__.partition(".")[0] for base in kind.__mro__[:-1]}
     if libraries & {"builtins", "torch", "numpy"} or any("__slots__" in vars(base) for base in kind.__mro__[:-1]):
         return False

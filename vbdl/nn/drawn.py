@@ -41,7 +41,7 @@ def drawn(mean: Tensor, std: Tensor, key: Tensor, layer: int) -> Tensor:
     if _for_kernels(mean):
         return Drawn(mean, std, key, layer)
     normals = noise(key, layer, mean)
-    if torch.is_grad_enabled() or is_of_a_trace(normals) or is_of_a_trace(std):
+    if torch.is_grad_enabled() or any(map(is_of_a_trace, (normals, std, mean))):
         return mean + std * normals
     # the same numbers, in the memory of the noise; `data` counts no changes yet, by which writes of a forward are seen
     return normals.mul_(std).add_(mean).data

@@ -2,8 +2,8 @@
 
 torch's LSTM in float32 (oneDNN) has no forward-mode derivative, and its other recurrent layers would put every step of
 the sequence into a traced graph, which takes minutes to compile. As one operator the tangent stays whole beside the
-layer itself (`recurrent_layer`). Draws of a linearized network have tangents of their own and share the values, so that
-the layer is computed once for all draws, and each step's product with the tangents is one batched product.
+layer itself (`recurrent_layer`). Draws of a linearized network differ in their tangents alone: the layer is computed
+once for all draws, and each step's product with the tangents is one batched product.
 """
 
 import itertools
@@ -44,6 +44,8 @@ def pushed(
     outputs = recurrent_layer(*arguments, *options, [False] * len(values))
     places = [place for place, t in enumerate(tangents) if t is not None]
     given = [t for t in tangents if t is not None]
+    if not given:
+        return outputs
     moved = recurrent_tangent(*arguments, given, places, *options, [False] * (len(values) + len(given)))
     made = [forward_ad.make_dual(o, t) for o, t in zip(outputs, moved, strict=True)]
     return (*made[: 1 + n_states], *outputs[1 + n_states :])
@@ -71,7 +73,7 @@ library_of_vbdl.define(
     "int[] places, str kind, bool biases, bool bidirectional, bool[] stacked) -> (Tensor, Tensor, Tensor)"
 )
 recurrent_tangent = torch.ops.vbdl.recurrent_tangent.default
-"""The tangents of the outputs, the final h and the final c of `recurrent_layer`, whose arguments these are.
+"""The tangents of the outputs, the final h and the final c of `recurrent_layer`, which takes the same arguments.
 
 tangents: those that are not zero, of x, states and weights, whose places are counted in this order.
 stacked: whether x, each state and each weight, then whether each of their tangents, has the samples axis.

@@ -209,7 +209,7 @@ class StochasticNetwork(KeyedNetwork):
         self.calls, self.sites, self.written = other.calls, other.sites, other.written
 
     def found(self, key: Tensor) -> tuple[dict[Hashable, Tensor], Pass | None]:
-        """Return what `locate` found in the draw of this key, and hold it no longer; ({}, None) if it drew another.
+        """Return what `locate` found in the draw of this key, and forget it; ({}, None) if it drew another.
 
         That is the noise, and the forward of the first row between two others if its outputs do not depend on them.
         """
@@ -276,9 +276,10 @@ class StochasticNetwork(KeyedNetwork):
         return self.calls
 
     def _between_others(self, outputs: Any, two: Noise, inputs: Inputs, kept: dict[Hashable, Tensor]) -> Noise | None:
-        """Run the first row between two others; None unless it has the outputs there that two equal rows have.
+        """Run the first row between two others; None if its outputs then differ from those beside an equal row.
 
-        Nothing is drawn in place, so that the outputs show too whether that counts. two: the noise of the equal rows.
+        Nothing is drawn in place, so that outputs also differ if the network needs that. two: the noise of the equal
+        rows.
         """
         self._others, linears, another = None, Linears(), lambda t: t * 0.5 + 0.1
         floating = all(t.is_floating_point() for t in tensors(inputs))

@@ -395,7 +395,7 @@ def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | Non
 
 
 def _is_equal(t: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; sparse ones of networks that stack do (`_stacks_as`)."""
+    """Whether two tensors hold the same numbers; sparse ones do, or their networks were not stacked (`_stacks_as`)."""
     return t is other or is_sparse(t) or torch.equal(t, other)
 
 

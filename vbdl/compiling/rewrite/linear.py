@@ -144,8 +144,8 @@ def spread(bias: Tensor, axes: int) -> Tensor:
 class WholeLinears(TorchFunctionMode):
     """A torch function mode in which every call of `F.linear` is traced as one `stacked_linear`.
 
-    Those inside attention too, of which torch shows a mode only the whole. There, vmap would copy the weights for every
-    token, because the batch is not the first axis.
+    Also those inside `F.multi_head_attention_forward`, which torch hands to a mode as one call. There, vmap would copy
+    the weights for every token, because the batch is not the first axis.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -158,9 +158,9 @@ class WholeLinears(TorchFunctionMode):
 
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Run torch's own lines of attention, without their question whether a mode would rather replace them.
+    """Run torch's own code of attention without its check for torch function modes, so that its layers reach them.
 
-    With the functions that the module has now, of which a user may have replaced some.
+    It calls the functions of `torch.nn.functional` of this moment, of which a user may have replaced some.
     """
     own = F.multi_head_attention_forward
     lines = types.FunctionType(
