@@ -271,4 +271,5 @@ elif what in methods:
 else:
     {"loaders": loaders, "compiled": compiled, "resumed": resumed, "refused": refused}[what]()
 dist.barrier()
-dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # once in some hundred runs torch aborted while gloo ended its threads, after every promise was kept
