@@ -23,6 +23,7 @@ import torch
 import torch.utils.checkpoint as torchs
 from torch._C._functorch import (
     TransformType,
+    get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
@@ -88,6 +89,21 @@ def innermost_is_forward_mode() -> bool:
     """Return whether the innermost transform of torch.func on this thread is a forward-mode product."""
     innermost = peek_interpreter_stack()
     return innermost is not None and innermost.key() == TransformType.Jvp
+
+
+def is_differentiated() -> bool:
+    """Return whether a transform of torch.func that differentiates is active on this thread."""
+    return not {TransformType.Jvp, TransformType.Grad}.isdisjoint(_transforms())
+
+
+def is_pushed_once() -> bool:
+    """Return whether the innermost transform on this thread is a forward-mode product, and no other differentiates."""
+    keys = _transforms()
+    return innermost_is_forward_mode() and keys.count(TransformType.Jvp) == 1 and TransformType.Grad not in keys
+
+
+def _transforms() -> list[TransformType]:
+    return [interpreter.key() for interpreter in get_interpreter_stack() or ()]
 
 
 def holds_tangent(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from vbdl.types import State
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32 or better."""
+    """Convert a tensor to float32, unless it is in float32 or better."""
     return x if x.dtype in _WIDE else x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from vbdl.calling.autograd import holds_tangent
+from vbdl.calling.autograd import holds_tangent, is_differentiated, is_pushed_once
 from vbdl.nn.masks import Masks
 from vbdl.nn.recurrent_layer import KINDS, recurrent_layer
-from vbdl.nn.recurrent_tangent import is_differentiated, is_pushed_once, pushed
+from vbdl.nn.recurrent_tangent import pushed
 from vbdl.nn.scan import Packing
 
 Outputs = tuple[Tensor, ...]  # the outputs of all steps, then the final h, of an LSTM also the final c

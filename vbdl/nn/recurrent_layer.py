@@ -244,7 +244,7 @@ def with_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gradients_of(pairs: Sequence[tuple[Tensor, Tensor]], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of outputs by tensors; pairs: of outputs and their own gradients."""
+    """Differentiate outputs by tensors; pairs: each output and the gradient of what follows by it."""
     outputs, own = zip(*pairs, strict=True)
     again = torch.is_grad_enabled()
     return torch.autograd.grad(outputs, tensors, own, allow_unused=True, create_graph=again)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -49,21 +48,6 @@ def pushed(
     moved = recurrent_tangent(*arguments, given, places, *options, [False] * (len(values) + len(given)))
     made = [forward_ad.make_dual(o, t) for o, t in zip(outputs, moved, strict=True)]
     return (*made[: 1 + n_states], *outputs[1 + n_states :])
-
-
-def is_differentiated() -> bool:
-    """Return whether a transform of torch.func that differentiates is active on this thread."""
-    return not {TransformType.Jvp, TransformType.Grad}.isdisjoint(_transforms())
-
-
-def is_pushed_once() -> bool:
-    """Return whether the innermost transform on this thread is a forward-mode product, and no other differentiates."""
-    keys = _transforms()
-    return keys[-1:] == [TransformType.Jvp] and keys.count(TransformType.Jvp) == 1 and TransformType.Grad not in keys
-
-
-def _transforms() -> list[TransformType]:
-    return [interpreter.key() for interpreter in get_interpreter_stack() or ()]
 
 
 # -- the operator
@@ -239,7 +223,7 @@ def _relu(a: Dual) -> Dual:
 
 
 def _of(a: Dual, change: Callable[[Tensor], Tensor]) -> Dual:
-    """A change that is linear, of value and tangent."""
+    """Apply a linear change to value and tangent."""
     return change(a[0]), None if a[1] is None else change(a[1])
 
 
@@ -260,7 +244,7 @@ class _Layer:
     biases: bool
 
     def tangents(self, bidirectional: bool, samples: int) -> tuple[Tensor, ...]:
-        """The tangents of outputs and final states, (samples, ...) each."""
+        """Compute the tangents of outputs and final states, (samples, ...) each."""
         directions = 2 if bidirectional else 1
         size = len(self.weights) // directions
         packing = None if self.batch_sizes is None else Packing(self.batch_sizes)
@@ -287,7 +271,7 @@ class _Layer:
         return tangent.expand(samples, *tangent.shape[1:])
 
     def _steps(self, x: Dual, weights: list[Dual], states: list[Dual]) -> list[list[Dual]]:
-        """h, of an LSTM also c, after each step of one direction."""
+        """Compute h, of an LSTM also c, after each step of one direction."""
         transposed = lambda w: _of(w, lambda t: t.mT)
         w_input, w_hidden = transposed(weights[0]), transposed(weights[1])
         row = lambda b: _of(b, lambda t: t.unsqueeze(1))
@@ -310,7 +294,7 @@ class _Layer:
 
 
 def _gru(gates: Dual, hidden: Dual, states: list[Dual]) -> list[Dual]:
-    """h after a step: Cho et al. 2014, with the reset gate after the product, as torch."""
+    """Compute h after a step: Cho et al. 2014, with the reset gate after the product, as torch."""
     (x_reset, x_update, x_new), (h_reset, h_update, h_new) = _split(gates, 3), _split(hidden, 3)
     reset, update = _sigmoid(_added(x_reset, h_reset)), _sigmoid(_added(x_update, h_update))
     new = _tanh(_added(x_new, _times(reset, h_new)))
@@ -318,7 +302,7 @@ def _gru(gates: Dual, hidden: Dual, states: list[Dual]) -> list[Dual]:
 
 
 def _lstm(gates: Dual, hidden: Dual, states: list[Dual]) -> list[Dual]:
-    """h, before a projection, and c after a step: Hochreiter and Schmidhuber 1997 with a forget gate."""
+    """Compute h, before a projection, and c after a step: Hochreiter and Schmidhuber 1997 with a forget gate."""
     enter, forget, new, leave = _split(_added(gates, hidden), 4)
     cell = _added(_times(_sigmoid(forget), states[1]), _times(_sigmoid(enter), _tanh(new)))
     return [_times(_sigmoid(leave), _tanh(cell)), cell]
