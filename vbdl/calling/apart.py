@@ -19,6 +19,7 @@ from vbdl.calling.freed import give_back
 from vbdl.calling.lending import HELD, LEAST, PassedOn, held_by_one, lend, lendable, lock, reads
 from vbdl.calling.traversing import modules_of, parameters_of
 
+_ENOUGH = 2**20  # bytes of all networks together; finding out whether fewer can be lent takes longer than to copy them
 _FREED = 2**24  # bytes; giving memory back takes about as long as copying a few MiB
 
 
@@ -171,6 +172,8 @@ def hold_apart(networks: Sequence[nn.Module], without: Collection[str]) -> dict[
         named = parameters_of(networks[0])
         sizes = {n: p.nbytes for n, p in named.items() if n not in without and p.is_floating_point()}
         named.clear()
+        if sum(sizes.values()) * len(networks) < _ENOUGH:
+            return {}
         smallest = min(sizes, key=lambda name: sizes[name], default="")  # one stack shows the dtype and the device
         large = {n for n, size in sizes.items() if size * len(networks) >= LEAST and n != smallest}
         if not large:

@@ -127,8 +127,9 @@ def _holding(module: M, modules: Modules, pairs: Sequence[tuple[Tensor, Tensor]]
     stored = [t for _, m in modules for n, v in _attributes(m) for t in _leaves(n, v) if is_computed(t)]
     memo: dict[int, Tensor | None] = {id(t): _detached(t) for t in stored} | {id(t): t for t in kept}
     for tensor, t in pairs:
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(t, tensor.requires_grad and not t.is_inference()) if is_parameter else t
+        # a parameter that takes no gradient may be in several modules
+        is_new = isinstance(tensor, nn.Parameter) and (t is not tensor or t.requires_grad)
+        memo[id(tensor)] = nn.Parameter(t, tensor.requires_grad and not t.is_inference()) if is_new else t
     return duplicate(module, memo)
 
 

@@ -19,8 +19,10 @@ M = TypeVar("M", bound=nn.Module)
 _ATOMS = frozenset(
     (NoneType, bool, int, float, str, bytes, type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
 )
-_EMPTY = (dict, OrderedDict, set, list)
+_EMPTY = frozenset((dict, OrderedDict, set, list))
 _TABLES = ("_modules", "_parameters", "_buffers")
+# tables that each module makes anew, which no two modules share
+_OF_HOOKS = frozenset(n for n, v in vars(nn.Module()).items() if type(v) in _EMPTY) - {*_TABLES}
 _COMPILED = "_compiled_call_impl"  # nn.Module.__getstate__ leaves it out too
 _MISSING = object()
 # what these do in addition is to fill in attributes that modules of older versions lack
@@ -48,6 +50,8 @@ def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, boo
         of = type(value)
         if of in _ATOMS:
             attributes[name] = value
+        elif name in _OF_HOOKS and of in _EMPTY and not value:
+            attributes[name] = of()
         elif (copied := memo.get(id(value), _MISSING)) is not _MISSING:
             attributes[name] = copied
         elif of in _EMPTY and not value:
@@ -59,8 +63,10 @@ def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, boo
                 table[leaf] = _value(part, memo, by_attributes) if copied is _MISSING else copied
         elif of is Tensor:
             attributes[name] = _of_tensor(value, memo)
-        elif of is tuple and all(type(v) in _ATOMS for v in value):
+        elif of is tuple and _ATOMS.issuperset(map(type, value)):
             attributes[name] = value
+        elif of is list and _ATOMS.issuperset(map(type, value)):
+            attributes[name] = memo[id(value)] = value.copy()
         elif of is tuple and any(isinstance(v, nn.Module) for v in value):
             attributes[name] = memo[id(value)] = tuple(_value(v, memo, by_attributes) for v in value)
         elif name != _COMPILED:
@@ -71,6 +77,8 @@ def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, boo
 
 def _value(value: Any, memo: dict[int, Any], by_attributes: dict[type, bool]) -> Any:
     """The copy of a value in a table of a module."""
+    if value is None:
+        return None
     if isinstance(value, nn.Module):
         return _duplicated(value, memo, by_attributes)
     of = type(value)
