@@ -51,10 +51,7 @@ class Cell:
 
     def mean_field(self, networks: list[nn.Module]) -> MeanField:
         """The mean-field posterior whose means are the network's weights."""
-        q = MeanField(networks[0], n_data=1000).eval()
-        for _, _, log_std in q.module.normals():
-            log_std.fill_(MEAN_FIELD_STD).log_()
-        return q
+        return MeanField(networks[0], n_data=1000, initial_std=MEAN_FIELD_STD).eval()
 
     def each(self, outputs: Tensor) -> Tensor:
         """What a draw says of each row: probabilities, or the mean of a regression."""

@@ -7,18 +7,20 @@ the network takes for a row.
 import copy
 import copyreg
 from collections import OrderedDict
-from types import BuiltinFunctionType, FunctionType, NoneType
+from collections.abc import Iterator
+from types import BuiltinFunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from vbdl.calling.closures import Rebuilt, functions_in
+from vbdl.calling.traversing import modules_of
+
 M = TypeVar("M", bound=nn.Module)
 
-_ATOMS = frozenset(
-    (NoneType, bool, int, float, str, bytes, type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
-)
+_ATOMS = frozenset((NoneType, bool, int, float, str, bytes, type, BuiltinFunctionType, torch.dtype, torch.device))
 _EMPTY = frozenset((dict, OrderedDict, set, list))
 _TABLES = ("_modules", "_parameters", "_buffers")
 # tables that each module makes anew, which no two modules share
@@ -30,61 +32,110 @@ _SET_STATE = (nn.Module.__setstate__, _ConvNd.__setstate__, nn.MultiheadAttentio
 
 
 def duplicate(module: M, memo: dict[int, Any]) -> M:
-    """Copy a module deeply; memo: as of `copy.deepcopy`, the copies of objects that have one already, by id."""
-    return _duplicated(module, memo, {})
+    """Copy a module deeply; memo: as of `copy.deepcopy`, the copies of objects that have one already, by id.
+
+    Unlike there, functions that the module holds and that read modules inside it read the copies of these.
+    """
+    return _Duplicate(module, memo).made()
 
 
-def _duplicated(module: Any, memo: dict[int, Any], by_attributes: dict[type, bool]) -> Any:
-    """`duplicate`; by_attributes: for each class, whether a copy of its attributes is a copy of an object."""
-    found = memo.get(id(module), _MISSING)
-    if found is not _MISSING:
-        return found
-    kind: Any = type(module)
-    if kind not in by_attributes:
-        by_attributes[kind] = _copies_by_attributes(kind)
-    if not by_attributes[kind] or "__deepcopy__" in vars(module):
-        return copy.deepcopy(module, memo)
-    new = memo[id(module)] = kind.__new__(kind)
-    attributes = vars(new)
-    for name, value in vars(module).items():
+class _Duplicate:
+    """A deep copy of a module in the making; memo: as of `duplicate`."""
+
+    def __init__(self, module: Any, memo: dict[int, Any]):
+        self._module, self._memo = module, memo
+        self._by_attributes: dict[type, bool] = {}  # whether a copy of its attributes is a copy of an object, by class
+        self._functions: Rebuilt | None = None  # made once there is a function that may read modules
+
+    def made(self) -> Any:
+        """Return the copy."""
+        made = self._of_module(self._module)
+        if self._functions is not None:
+            self._functions.fill(self._of_value)
+        return made
+
+    def _of_module(self, module: Any) -> Any:
+        memo = self._memo
+        found = memo.get(id(module), _MISSING)
+        if found is not _MISSING:
+            return found
+        kind: Any = type(module)
+        if kind not in self._by_attributes:
+            self._by_attributes[kind] = _copies_by_attributes(kind)
+        if not self._by_attributes[kind] or "__deepcopy__" in vars(module):
+            return self._deep(module)
+        new = memo[id(module)] = kind.__new__(kind)
+        attributes = vars(new)
+        for name, value in vars(module).items():
+            of = type(value)
+            if of in _ATOMS:
+                attributes[name] = value
+            elif name in _OF_HOOKS and of in _EMPTY and not value:
+                attributes[name] = of()
+            elif (copied := memo.get(id(value), _MISSING)) is not _MISSING:
+                attributes[name] = copied
+            elif of in _EMPTY and not value:
+                attributes[name] = memo[id(value)] = of()  # objects that share a table still do
+            elif of is dict and name in _TABLES:
+                attributes[name] = table = memo[id(value)] = {}
+                for leaf, part in value.items():
+                    copied = memo.get(id(part), _MISSING)
+                    table[leaf] = self._of_value(part) if copied is _MISSING else copied
+            elif of is Tensor:
+                attributes[name] = _of_tensor(value, memo)
+            elif of is tuple and _ATOMS.issuperset(map(type, value)):
+                attributes[name] = value
+            elif of is list and _ATOMS.issuperset(map(type, value)):
+                attributes[name] = memo[id(value)] = value.copy()
+            elif of is tuple and any(isinstance(v, nn.Module) for v in value):
+                attributes[name] = memo[id(value)] = tuple(map(self._of_value, value))
+            elif name != _COMPILED:
+                attributes[name] = self._deep(value)
+        attributes.pop(_COMPILED, None)
+        return new
+
+    def _of_value(self, value: Any) -> Any:
+        """The copy of a value in a table of a module."""
+        if value is None:
+            return None
+        if isinstance(value, nn.Module):
+            return self._of_module(value)
         of = type(value)
-        if of in _ATOMS:
-            attributes[name] = value
-        elif name in _OF_HOOKS and of in _EMPTY and not value:
-            attributes[name] = of()
-        elif (copied := memo.get(id(value), _MISSING)) is not _MISSING:
-            attributes[name] = copied
-        elif of in _EMPTY and not value:
-            attributes[name] = memo[id(value)] = of()  # objects that share a table still do
-        elif of is dict and name in _TABLES:
-            attributes[name] = table = memo[id(value)] = {}
-            for leaf, part in value.items():
-                copied = memo.get(id(part), _MISSING)
-                table[leaf] = _value(part, memo, by_attributes) if copied is _MISSING else copied
-        elif of is Tensor:
-            attributes[name] = _of_tensor(value, memo)
-        elif of is tuple and _ATOMS.issuperset(map(type, value)):
-            attributes[name] = value
-        elif of is list and _ATOMS.issuperset(map(type, value)):
-            attributes[name] = memo[id(value)] = value.copy()
-        elif of is tuple and any(isinstance(v, nn.Module) for v in value):
-            attributes[name] = memo[id(value)] = tuple(_value(v, memo, by_attributes) for v in value)
-        elif name != _COMPILED:
-            attributes[name] = copy.deepcopy(value, memo)
-    attributes.pop(_COMPILED, None)
-    return new
+        if of is nn.Parameter:
+            return value.__deepcopy__(self._memo)
+        return _of_tensor(value, self._memo) if of is Tensor else self._deep(value)
+
+    def _deep(self, value: Any) -> Any:
+        """The copy of a value that `copy.deepcopy` makes, but for functions in it that read modules."""
+        inside = (v for m in value.modules() for v in vars(m).values()) if isinstance(value, nn.Module) else (value,)
+        for part in inside:
+            if functions_in(part):
+                if self._functions is None:
+                    self._functions = Rebuilt(_owned_by(self._module, self._memo), self._memo)
+                self._functions.add(part)
+        return copy.deepcopy(value, self._memo)
 
 
-def _value(value: Any, memo: dict[int, Any], by_attributes: dict[type, bool]) -> Any:
-    """The copy of a value in a table of a module."""
-    if value is None:
-        return None
-    if isinstance(value, nn.Module):
-        return _duplicated(value, memo, by_attributes)
-    of = type(value)
-    if of is nn.Parameter:
-        return value.__deepcopy__(memo)
-    return _of_tensor(value, memo) if of is Tensor else copy.deepcopy(value, memo)
+def _owned_by(module: nn.Module, memo: dict[int, Any]) -> set[int]:
+    """The ids of the modules and parameters of a network that its copy has too, those in the memo only with numbers."""
+    owned = set()
+    for m in _all_modules(module):
+        owned.add(id(m))
+        parameters = [p for p in dict.values(vars(m)["_parameters"]) if p is not None]
+        owned |= {id(p) for p in parameters if (p if memo.get(id(p)) is None else memo[id(p)]).device.type != "meta"}
+    return owned
+
+
+def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a network, also those that it holds in tuples and lists, which are not registered."""
+    waiting, seen = [module], set()
+    while waiting:
+        for _, m in modules_of(waiting.pop()):
+            if id(m) not in seen:
+                seen.add(id(m))
+                yield m
+                held = (v for value in vars(m).values() if isinstance(value, tuple | list) for v in value)
+                waiting += [v for v in held if isinstance(v, nn.Module)]
 
 
 def _of_tensor(t: Tensor, memo: dict[int, Any]) -> Tensor:

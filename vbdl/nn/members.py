@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.apart import Apart, Source
+from vbdl.calling.closures import tensors_held
 from vbdl.calling.each import losses_of_each
 from vbdl.calling.inputs import tensors
 from vbdl.calling.lending import only_reading
@@ -229,6 +230,11 @@ class StackedPosterior(Posterior):
 
         Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
         """
+        if any(isinstance(t, nn.Parameter) for _, m in modules_of(self.module) for t in tensors_held(m)):
+            raise ValueError(
+                "a function that the network holds keeps a parameter itself, so it would not use the one that each "
+                "member trains: let it keep the module and read module.weight when it is called"
+            )
         objective, state, shared = self.objective(likelihood)
         sizes = _Sizes()
         # batches of a DataLoader may differ in shape, and a resumed training, which begins with another one, must

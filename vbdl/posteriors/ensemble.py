@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from vbdl.calling.apart import hold_apart
 from vbdl.calling.checks import check_network, without_data_parallel
+from vbdl.calling.closures import tensors_held
 from vbdl.calling.copies import blueprint, holding
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.lending import only_reading
 from vbdl.calling.outputs import check_output
-from vbdl.calling.traversing import is_sparse, parameters_of, state_of
+from vbdl.calling.traversing import is_sparse, modules_of, parameters_of, state_of
 from vbdl.model import Model
 from vbdl.nn.architecture import architecture, are_alike, difference, stacks
 from vbdl.nn.frozen import frozen_names
@@ -419,8 +420,13 @@ def _base(member: nn.Module) -> KeyedPosterior | None:
 
 
 def _stacks_as(network: nn.Module) -> list[str]:
-    """Describe what networks must share to be stacked: the architecture, and which parameters are frozen."""
-    return architecture(network) + [f"{n} is frozen" for n, p in parameters_of(network).items() if not p.requires_grad]
+    """Describe what networks must share to be stacked: the architecture, and which parameters are frozen.
+
+    A function that holds a parameter itself, and not its module, goes on using it, whatever stands in the module.
+    """
+    held = [f"{name} holds a parameter of {id(t)}" for name, m in modules_of(network) for t in tensors_held(m)]
+    frozen = [f"{n} is frozen" for n, p in parameters_of(network).items() if not p.requires_grad]
+    return architecture(network) + frozen + held
 
 
 def _consecutive(members: list[nn.Module], alike: list[bool]) -> list[list[nn.Module]]:

@@ -1,0 +1,153 @@
+"""Functions that a network holds and that read its modules, such as `self.f = lambda x: self.layer(x).sin()` or a hook.
+
+`copy.deepcopy` copies no function, so that in a copy of the network such a function would go on calling the layers of
+the network that was copied, with its weights. Here a copy of the network gets functions that call the copy's layers.
+"""
+
+import functools
+from collections.abc import Collection, Iterable, Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+_SILENT = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
+
+
+def functions_in(value: object) -> list[FunctionType]:
+    """The functions in a value that may read other objects than their arguments, in the order of a deep copy."""
+    found: list[FunctionType] = []
+    _walk(value, found, set())
+    return found
+
+
+def _walk(value: object, found: list[FunctionType], seen: set[int]) -> None:
+    if isinstance(value, (*_SILENT, nn.Module)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, FunctionType):
+        if value.__closure__ or value.__defaults__ or value.__kwdefaults__ or _global_modules(value):
+            found.append(value)
+        return
+    for part in _parts(value):
+        _walk(part, found, seen)
+
+
+def reads(value: object, owned: Collection[int], seen: set[int] | None = None) -> bool:
+    """Whether one of the modules and tensors with these ids is in a value or is read by a function in it."""
+    if isinstance(value, nn.Module | Tensor):
+        return id(value) in owned
+    seen = set() if seen is None else seen
+    if isinstance(value, _SILENT) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    parts = (part for _, part in _read_by(value)) if isinstance(value, FunctionType) else _parts(value)
+    return any(reads(part, owned, seen) for part in parts)
+
+
+def tensors_held(module: nn.Module) -> list[Tensor]:
+    """The tensors that functions of a module hold themselves, not as attributes of a module."""
+    functions = [f for value in vars(module).values() for f in functions_in(value)]
+    return [part for f in functions for _, part in _read_by(f) if isinstance(part, Tensor)]
+
+
+def _parts(value: object) -> Iterable[object]:
+    """What a deep copy of a value copies."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set | frozenset):
+        return value
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    return tuple(vars(value).values()) if hasattr(value, "__dict__") else ()
+
+
+def _read_by(function: FunctionType) -> Iterator[tuple[str, object]]:
+    """Yield what a function reads beside its arguments, with where: its closure, its defaults, and global modules."""
+    for cell in function.__closure__ or ():
+        if (content := _content(cell)) is not _EMPTY:
+            yield "closure", content
+    for default in function.__defaults__ or ():
+        yield "defaults", default
+    for default in (function.__kwdefaults__ or {}).values():
+        yield "defaults", default
+    for name in _global_modules(function):
+        yield "globals", function.__globals__[name]
+
+
+_EMPTY = object()
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is not filled yet
+        return _EMPTY
+
+
+def _global_modules(function: FunctionType) -> list[str]:
+    """The names of the global variables that hold modules and that a function may read."""
+    return [n for n in _names(function.__code__) if isinstance(function.__globals__.get(n), nn.Module)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names of attributes and of global variables in some code and in the functions inside it."""
+    inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+class Rebuilt:
+    """The functions of a network that read its modules or parameters, made anew for a copy of the network.
+
+    owned: the ids of these modules and parameters. memo: as of `copy.deepcopy`; it gets the new functions at once, and
+    what they read once `fill` is called, when the modules have their copies.
+    """
+
+    def __init__(self, owned: Collection[int], memo: dict[int, Any]):
+        self._owned, self._memo = owned, memo
+        self._made: list[tuple[FunctionType, FunctionType]] = []
+
+    def add(self, value: object) -> None:
+        """Make those functions in a value anew that read a part of the network."""
+        for function in functions_in(value):
+            if id(function) not in self._memo and reads(function, self._owned):
+                self._make(function)
+
+    def _make(self, function: FunctionType) -> None:
+        """Make a function anew, with empty cells in place of those that hold something to copy."""
+        cells = tuple(self._cell(cell) for cell in function.__closure__ or ())
+        names = [n for n in _global_modules(function) if id(function.__globals__[n]) in self._owned]
+        values = (
+            dict(function.__globals__) if names else function.__globals__
+        )  # a copy, in which the names are replaced
+        new = FunctionType(function.__code__, values, function.__name__, function.__defaults__, cells)
+        new.__kwdefaults__, new.__qualname__ = function.__kwdefaults__, function.__qualname__
+        new.__doc__, new.__module__ = function.__doc__, function.__module__
+        vars(new).update(vars(function))
+        self._memo[id(function)] = new
+        self._made.append((function, new))
+        for _, part in _read_by(function):
+            self.add(part)
+
+    def _cell(self, cell: CellType) -> CellType:
+        """A cell for the copy, which functions that shared the given one still share."""
+        if not reads(_content(cell), self._owned):
+            return cell
+        return self._memo.setdefault(id(cell), CellType())
+
+    def fill(self, copied: Any) -> None:
+        """Put copies of what the functions read into the new ones; copied: returns the copy of a value."""
+        of = lambda value: copied(value) if reads(value, self._owned) else value
+        for function, new in self._made:
+            for cell, made in zip(function.__closure__ or (), new.__closure__ or (), strict=True):
+                if cell is not made:
+                    made.cell_contents = of(cell.cell_contents)
+            if function.__defaults__:
+                new.__defaults__ = tuple(map(of, function.__defaults__))
+            if function.__kwdefaults__:
+                new.__kwdefaults__ = {name: of(value) for name, value in function.__kwdefaults__.items()}
+            if new.__globals__ is not function.__globals__:
+                new.__globals__.update({n: of(function.__globals__[n]) for n in _global_modules(function)})
