@@ -44,7 +44,7 @@ class Model(nn.Module):
         self.network, self.likelihood = posterior.module, likelihood
         layer = likelihood.reads_layer
         self.features = None if layer is None else LayerInputs(first_network(posterior), layer)
-        self._autocast, self._first_member = autocast, first_member
+        self.precision, self._first_member = autocast, first_member
         self._hidden = (posterior,)  # not a submodule: draws are computed from its tensors, calls do not use them
 
     @property
@@ -119,7 +119,7 @@ class Model(nn.Module):
 
     def of(self, posterior: Posterior) -> "Model":
         """This model with another posterior of the same network."""
-        return Model(posterior, self.likelihood, self._autocast, self._first_member)
+        return Model(posterior, self.likelihood, self.precision, self._first_member)
 
     def twin(self) -> "Model":
         """A model of copies of the modules that hold the same tensors, to run or to trace.
@@ -141,7 +141,7 @@ class Model(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """The parameters of p(y | x), (batch, ...); the arguments are the network's inputs, (batch, ...) each."""
-        with autocast(self._autocast, [*args, *kwargs.values()]):
+        with autocast(self.precision, [*args, *kwargs.values()]):
             outputs = self.network(*args, **kwargs)
         outputs = pick(outputs, self.posterior.output)
         if outputs.dtype in (torch.bfloat16, torch.float16):

@@ -163,3 +163,14 @@ def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 def rebuild(like: Inputs, tensors: Sequence[Tensor]) -> Inputs:
     """Put these tensors into the structure of `like`."""
     return rebuilt(flatten(like).structure, tensors)
+
+
+def another_row(row: Tensor) -> Tensor:
+    """Make up a different row, (1, ...), that a network accepts too: other numbers, or the same ids and flags reversed.
+
+    Each number is changed by another factor: normalization would undo one factor for all of them.
+    """
+    if not row.is_floating_point():
+        return row.flip(-1) if row.ndim > 1 else row
+    factors = torch.linspace(0.25, 0.75, row.numel(), dtype=row.dtype, device=row.device).view(row.shape)
+    return row * factors + 0.2 * (1 - factors)

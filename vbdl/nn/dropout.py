@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vbdl.calling.autograd import with_gradients_if_needed
-from vbdl.calling.inputs import arguments, flatten, map_inputs
+from vbdl.calling.inputs import another_row, arguments, flatten, map_inputs
 from vbdl.calling.outputs import all_same, leaves
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, modules_of
@@ -183,8 +183,7 @@ class DropoutNetwork(KeyedNetwork):
         """
 
         def two_rows(t: Tensor) -> Tensor:
-            other = t[:1] * 0.5 + 0.1 if t.is_floating_point() else t[:1]
-            return torch.cat([t[:1], other]).contiguous()
+            return torch.cat([t[:1], another_row(t[:1]) if t.is_floating_point() else t[:1]]).contiguous()
 
         inputs, runs = map_inputs(two_rows, inputs), []
 

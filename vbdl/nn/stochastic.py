@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.copies import copied
-from vbdl.calling.inputs import map_inputs, tensors
+from vbdl.calling.inputs import another_row, map_inputs, tensors
 from vbdl.calling.outputs import all_same, leaves
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, parameters_of
@@ -281,11 +281,11 @@ class StochasticNetwork(KeyedNetwork):
         Nothing is drawn in place, so that outputs also differ if the network needs that. two: the noise of the equal
         rows.
         """
-        self._others, linears, another = None, Linears(), lambda t: t * 0.5 + 0.1
+        self._others, linears = None, Linears()
         floating = all(t.is_floating_point() for t in tensors(inputs))
         if not floating or any(call.shape[:1] == (2,) for call in two.calls):  # which rows may have of their own
             return None
-        rows = map_inputs(lambda t: torch.cat([another(t[:1]), t[:1], another(another(t[:1]))]), inputs)
+        rows = map_inputs(lambda t: torch.cat([another_row(t[:1]), t[:1], another_row(another_row(t[:1]))]), inputs)
         try:
             found, noise, _ = self._run(rows, kept, writes=False, linears=linears)
         except Exception:  # of the user's network, which may not take rows that nobody gave
