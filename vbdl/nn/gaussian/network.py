@@ -15,6 +15,7 @@ from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of
 from vbdl.nn.drawn import drawn
 from vbdl.nn.drawn_uses import DrawnUses
+from vbdl.nn.functions_tangent import TraceableTangents
 from vbdl.nn.gaussian.diagonal import Independent
 from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
@@ -157,7 +158,12 @@ class FactoredNetwork(KeyedNetwork):
 
         # autocast runs recurrent layers in other dtypes than their states, which torch's own layers see to
         casts = torch.is_autocast_enabled(self.key.device.type)
-        with _forward_mode, without_fused_attention(), contextlib.nullcontext() if casts else WholeLayers():
+        with (
+            _forward_mode,
+            without_fused_attention(),
+            TraceableTangents(),
+            contextlib.nullcontext() if casts else WholeLayers(),
+        ):
             pushed: Any = jvp(outputs, (means,), (deviations,), has_aux=True)
         at_mean, tangents, others = pushed
         linear, rest = iter([f + d for f, d in zip(at_mean, tangents, strict=True)]), iter(others)
