@@ -170,8 +170,8 @@ class DropoutNetwork(KeyedNetwork):
     def _run(self, inputs: Inputs, masks: Masks) -> Any:
         """Run the network under these masks."""
         args, kwargs = arguments(inputs)
-        with CounterDropout(masks), self._reads():
-            return self.inner(*args, **kwargs)
+        with CounterDropout(masks) as dropout, self._reads():
+            return dropout.returned(self.inner(*args, **kwargs))
 
     def _reads(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.on is EVERY else Reads(self.on, self._fixed()).of(self.inner)

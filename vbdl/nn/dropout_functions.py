@@ -24,7 +24,7 @@ def dropout(
     """`F.dropout`: drops elements."""
     if not (training if train is None else train):
         return input
-    return masks.drop(input, p, "dropout")
+    return _written(masks, func, input, masks.drop(input, p, "dropout"), inplace)
 
 
 def channel_dropout(
@@ -40,7 +40,7 @@ def channel_dropout(
     if not (training if train is None else train):
         return input
     keep = _keep_channels(masks, func.__name__, input, p)
-    return input if keep is None else masks.scale(input, keep)
+    return input if keep is None else _written(masks, func, input, masks.scale(input, keep), inplace)
 
 
 def alpha_dropout(
@@ -67,10 +67,17 @@ def alpha_dropout(
         return input
     p = masks.calls[-1].p
     if p == 1.0:
-        return input * 0
+        return _written(masks, func, input, input * 0, inplace)
     a = ((1 - p) * (1 + p * _ALPHA**2)) ** -0.5
     kept = keep.to(input.dtype)
-    return a * (input * kept + _ALPHA * (1 - kept)) - a * p * _ALPHA
+    return _written(masks, func, input, a * (input * kept + _ALPHA * (1 - kept)) - a * p * _ALPHA, inplace)
+
+
+def _written(masks: Masks, func: Callable[..., Tensor], input: Tensor, dropped: Tensor, inplace: bool) -> Tensor:
+    """What a dropout function returns; the input is read as that from then on, if it drops in place."""
+    if inplace or func.__name__.endswith("_"):
+        masks.write(input, dropped)
+    return dropped
 
 
 def _keep_channels(masks: Masks, kind: str, input: Tensor, p: float) -> Tensor | None:

@@ -4,7 +4,8 @@ They are replaced wherever they are called: `nn.Dropout*`, `F.dropout` in a forw
 other random operation raises an error that names the module, so that nothing random is missed or shared by accident.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -61,15 +62,21 @@ class CounterDropout(TorchFunctionMode):
         super().__init__()
         self._masks = masks
 
+    def returned(self, outputs: Any) -> Any:
+        """What the network returned, in which a tensor may have been dropped in place."""
+        return self._masks.now(outputs)
+
     def __torch_function__(
         self,
         func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self._masks.written:
+            args, kwargs = self._masks.now(tuple(args)), self._masks.now(dict(kwargs))
         if not self._masks.silent and name not in _WATCHED:
             return func(*args, **kwargs)
         if self._masks.silent:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class Masks:
         self.places: dict[int, tuple[str, int]] | None = None  # name and number of each module of `root`, by its id
         self.calls: list[Site] = []
         self.sizes: list[int] = []  # bytes of what each function of torch returned, if silent
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors to drop in place, and what they are then, by id
 
     def place(self) -> str:
         """The name of the innermost module of `root` whose method is running."""
@@ -210,6 +212,34 @@ class Masks:
         keep = self.keep(kind, tuple(x.shape), p, x.device, axis)
         return x if keep is None else self.scale(x, keep)
 
+    def write(self, into: Tensor, dropped: Tensor) -> None:
+        """Let a tensor be read as `dropped` from now on, as if it had been dropped in place.
+
+        Its own memory stays as it is: draws that are mapped together share it.
+        """
+        if dropped is not into:
+            self.written[id(into)] = into, dropped
+
+    def now(self, value: Any) -> Any:
+        """A value in which tensors that were dropped in place are what they are now, however deep in lists and tuples.
+
+        Raises ValueError for a tensor that reads the memory of one without being it.
+        """
+        if not self.written:
+            return value
+        if isinstance(value, Tensor):
+            while (written := self.written.get(id(value))) is not None:  # it may have been dropped in place again
+                value = written[1]
+            if any(_share_memory(value, into) for into, _ in self.written.values()):
+                raise ValueError(
+                    f"dropout in {described(self.calls[-1].path)} writes into a tensor in place, of which a view is "
+                    f"read afterwards: go on with the tensor that dropout returns"
+                )
+            return value
+        if isinstance(value, dict):
+            return value if type(value) is not dict else {name: self.now(part) for name, part in value.items()}
+        return type(value)(map(self.now, value)) if type(value) in (list, tuple) else value
+
     def drop_steps(self, data: Tensor, batch_sizes: Tensor, p: float, kind: str) -> Tensor:
         """Units dropped in a packed sequence, with the masks of the padded one, (steps, features) for a draw.
 
@@ -227,6 +257,11 @@ class Masks:
         """x times the mask of the latest dropout call, times 1 / (1 - p) of that call."""
         p = self.calls[-1].p
         return x * (keep.to(x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0))
+
+
+def _share_memory(t: Tensor, other: Tensor) -> bool:
+    """Whether one of two tensors is a view of the other, or both are views of one."""
+    return (t._base if t._is_view() else t) is (other._base if other._is_view() else other)
 
 
 def batch_axis(

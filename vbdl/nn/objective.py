@@ -108,12 +108,13 @@ def _at(
     dtype = None if options is None else options.dtype
     if key is None or not isinstance(network, KeyedNetwork):
         masked = contextlib.nullcontext() if key is None else CounterDropout(Masks(key, network, per_row=True))
-        with masked, autocast(dtype, inputs):
+        with masked as dropout, autocast(dtype, inputs):
             outputs = call(network, {}, inputs)
+            outputs = outputs if dropout is None else dropout.returned(outputs)
         return _loss(likelihood, outputs, y, output, options)
     # `inner`, because `rate` is by the user's module names
-    with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)), autocast(dtype, inputs):
-        outputs = call_with_buffer(network, "key", key, inputs)
+    with CounterDropout(Masks(key, network.inner, network.rate, per_row=True)) as dropout, autocast(dtype, inputs):
+        outputs = dropout.returned(call_with_buffer(network, "key", key, inputs))
     loss = _loss(likelihood, outputs, y, output, options)
     # with the same key, since the KL of some priors is estimated at the drawn weights
     regularization = network.regularization(key)

@@ -93,15 +93,15 @@ class StochasticNetwork(KeyedNetwork):
 
     def forward(self, *args, **kwargs):
         if self.training:
-            with without_checks_of_values(), CounterNoise(Noise(self.key, self.inner, training=True)):
-                return self.inner(*args, **kwargs)
+            with without_checks_of_values(), CounterNoise(Noise(self.key, self.inner, training=True)) as drawn:
+                return drawn.returned(self.inner(*args, **kwargs))
         inputs = kwargs if kwargs else args
         if self.recorded is not None:
             self.recorded.append(self._pass(self.key, inputs))
             return self.recorded[-1].outputs
         drawn_outputs = OwnOutputs(self.key, self.local) if self.local else None
         with self.noise(self.key, dict.fromkeys(self._of_local, 0.0), linears=drawn_outputs) as noise:
-            outputs = call(self.inner, self._buffers_of_draw(), inputs)
+            outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
         self._check_calls(noise)
         return outputs
 
@@ -178,7 +178,7 @@ class StochasticNetwork(KeyedNetwork):
         linears = Linears(given)
         with self.noise(key, constants, linears=linears) as noise:
             noise.normals = {}
-            outputs = call(self.inner, self._buffers_of_draw(), inputs)
+            outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
         self._check_calls(noise)
         return Pass(linears.calls, outputs, noise.calls, noise.normals)
 
@@ -313,7 +313,7 @@ class StochasticNetwork(KeyedNetwork):
             noise.watched |= {address(t): "an input" for t in tensors(inputs)}
             if not writes:
                 noise.writable = {address(b) for b in buffers.values()}
-            outputs = call(self.inner, buffers, inputs)
+            outputs = noise.masks.now(call(self.inner, buffers, inputs))
         return outputs, noise, buffers
 
 
