@@ -1,6 +1,6 @@
 """The run of draw 0 before the first answer, which checks the network, and finds the layers that draw outputs."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vbdl.nn.local_noise import Pass
 from vbdl.nn.local_outputs import local_layers
 from vbdl.nn.may_drop import DROPOUT_LAYERS
 from vbdl.nn.stochastic import StochasticNetwork
+from vbdl.nn.value_reads import ValueReads
 from vbdl.types import State
 
 
@@ -136,10 +137,12 @@ class FirstRun:
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
             network.kept, network.recorded = dict(noise), []  # the noise of the draw is made once for all rows
-            outputs = try_out(model, state, tile, apart=self._others is None)
+            outputs = self._watched(network, lambda: try_out(model, state, tile, apart=self._others is None))
             first = network.recorded[0]
             second = network.recorded[1] if self._others is None else self._others
-            layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
+            layers = None
+            if not network.reads_values:  # draws that are put together would be decided for together
+                layers = network.local_layers(state["network.key"], tile.nested, tile.rows, first, second)
             network.kept = network.recorded = None
             if layers is not None:
                 self.local_layers, self.local = layers, len(layers)
@@ -147,10 +150,19 @@ class FirstRun:
         if not isinstance(network, FactoredNetwork) or not network.may_draw_outputs:
             return try_out(model, state, tile)
         network.recorded = []
-        outputs = try_out(model, state, tile)
+        outputs = self._watched(network, lambda: try_out(model, state, tile))
         first, second = network.recorded[:2]
         network.recorded = None
-        local = local_layers(first, second, tile.rows)
+        local = None if network.reads_values else local_layers(first, second, tile.rows)
         if local is not None:
             self.local_layers, self.local = local, len(local)
+        return outputs
+
+    def _watched(self, network: KeyedNetwork, run: Callable[[], Tensor]) -> Tensor:
+        """Run a network, and note whether it reads numbers that it computes."""
+        with ValueReads() as reads:
+            outputs = run()
+        for one in (network, self._model.network):
+            assert isinstance(one, KeyedNetwork)
+            one.reads_values = reads.followed.read
         return outputs

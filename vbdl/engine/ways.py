@@ -15,6 +15,7 @@ from vbdl.compiling.rewrite import draws_outputs
 from vbdl.engine.plan import Plan
 from vbdl.engine.settings import PredictorSettings
 from vbdl.model import Model
+from vbdl.nn.keyed import KeyedNetwork
 
 GRAPH, PLAIN, MEASURE = "graph", "plain", "measure"
 
@@ -28,6 +29,8 @@ def before_tracing(model: Model, settings: PredictorSettings, own: Collection[st
 
     own: the names of a draw's entries.
     """
+    if isinstance(model.network, KeyedNetwork) and model.network.reads_values:
+        return PLAIN, "the network reads numbers that differ between draws (an `if` on a tensor, .item(), NumPy)"
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.network.modules())
     whole = model.device.type == "cpu" and settings.autocast is None  # as `vbdl.nn.recurrent_layer` runs them
     if recurrent and not whole and not settings.keeps_bits:

@@ -59,6 +59,7 @@ class DropoutNetwork(KeyedNetwork):
         "row_by_row",
         "row_bytes",
         "keeps_apart",
+        "reads_values",
     )  # not part of the architecture: running the network finds them again
 
     def __init__(
@@ -115,7 +116,7 @@ class DropoutNetwork(KeyedNetwork):
 
     @property
     def takes_many_keys(self) -> bool:
-        if self.sites is None or self.row_by_row:
+        if self.sites is None or self.row_by_row or self.reads_values:
             return False
         return all(site.axis is not None for site in self.sites if site.p > 0)
 
@@ -203,7 +204,7 @@ class DropoutNetwork(KeyedNetwork):
         assert isinstance(other, DropoutNetwork)
         self.sites, self.on, self.off = other.sites, other.on, other.off
         self.by_module, self.row_by_row = other.by_module, other.row_by_row
-        self.row_bytes, self.keeps_apart = other.row_bytes, other.keeps_apart
+        self.row_bytes, self.keeps_apart, self.reads_values = other.row_bytes, other.keeps_apart, other.reads_values
 
     @torch.no_grad()
     def locate(self, inputs: Inputs) -> tuple[Site, ...]:
@@ -237,6 +238,7 @@ class DropoutNetwork(KeyedNetwork):
         if any(site.multiple > 1 for site in sites):
             return False
         self.sites, self.row_bytes = sites, _growth(one.sizes, two.sizes)
+        self.reads_values = _reads_values(one, two)
         self.keeps_apart = all(t.is_floating_point() for t in flatten(inputs).tensors) and _begins_with(
             leaves(outputs_of_two), leaves(outputs)
         )
@@ -245,7 +247,7 @@ class DropoutNetwork(KeyedNetwork):
     def _locate_by_three(self, inputs: Inputs) -> None:
         """Find the dropout calls and their batch axes by running two and three rows; sets `sites` and how to number."""
         of_two, of_three = (self._located(_repeated(inputs, rows))[0] for rows in (2, 3))
-        self.row_bytes = _growth(of_two.sizes, of_three.sizes)
+        self.row_bytes, self.reads_values = _growth(of_two.sizes, of_three.sizes), _reads_values(of_two, of_three)
         self.by_module = self._leaves_out_dropout(of_two.calls)
         if self.by_module:
             self.row_by_row = self._depends_on_rows(inputs)
@@ -305,6 +307,11 @@ def _begins_with(two: Mapping[tuple, object], one: Mapping[tuple, object]) -> bo
         if not returned_same(a[:1], b):
             return False
     return True
+
+
+def _reads_values(*runs: Masks) -> bool:
+    """Whether these silent runs read a number that follows from what is dropped."""
+    return any(run.followed is not None and run.followed.read for run in runs)
 
 
 def _growth(few: Sequence[int], more: Sequence[int]) -> int:

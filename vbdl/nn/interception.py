@@ -79,10 +79,14 @@ class CounterDropout(TorchFunctionMode):
             args, kwargs = self._masks.now(tuple(args)), self._masks.now(dict(kwargs))
         if not self._masks.silent and name not in _WATCHED:
             return func(*args, **kwargs)
-        if self._masks.silent:
+        if self._masks.followed is not None:
+            before = len(self._masks.calls)
             output = _REPLACEMENTS.get(name, _without_masks)(self._masks, func, *args, **kwargs)
             if isinstance(output, Tensor):
                 self._masks.sizes.append(output.nbytes)
+            if any(site.p > 0 for site in self._masks.calls[before:]):
+                self._masks.followed.begin(output)
+            self._masks.followed.go_on(name, args, kwargs, output)
             return output
         if (replacement := _REPLACEMENTS.get(name)) is not None:
             return replacement(self._masks, func, *args, **kwargs)

@@ -23,6 +23,7 @@ class KeyedNetwork(nn.Module):
     kl_weight: () buffer, the weight of the KL in the loss, if there is one: `fit(kl_warmup=...)` sets it.
     rate: overrides the dropout rates of `inner`, all of them or by module name.
     keeps_apart: whether running it has shown already that the output of a row does not depend on other rows.
+    reads_values: whether running it has shown that it reads numbers that differ between draws, as an `if` does.
     row_bytes: the bytes of the largest value that the forward computes for a row; 0 if they are unknown.
     kept: values that follow from the key alone, such as masks and drawn weights, by a name: the forward adds what it
         makes and reads what is there. None: the forward makes them anew.
@@ -35,6 +36,7 @@ class KeyedNetwork(nn.Module):
     row_by_row: bool = False  # whether the forward runs one row after the other
     together: bool | None = False  # whether rows then run together all the same; None: if that computes the same
     keeps_apart: bool = False
+    reads_values: bool = False
     row_bytes: int = 0
     only_calls_inner: bool = False  # whether the forward calls `inner` and does nothing else
     inner: nn.Module

@@ -16,6 +16,7 @@ from vbdl_kernels import keep_mask
 
 from vbdl.calling.traversing import modules_of
 from vbdl.nn.part_of_batch import drawn_in_training
+from vbdl.nn.value_reads import Followed
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Masks:
         self.places: dict[int, tuple[str, int]] | None = None  # name and number of each module of `root`, by its id
         self.calls: list[Site] = []
         self.sizes: list[int] = []  # bytes of what each function of torch returned, if silent
+        self.followed = Followed() if silent else None  # what follows from what would be dropped
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors to drop in place, and what they are then, by id
 
     def place(self) -> str:

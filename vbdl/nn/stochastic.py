@@ -50,7 +50,7 @@ class StochasticNetwork(KeyedNetwork):
     keeps_on_purpose = (*KeyedNetwork.keeps_on_purpose, "recorded")
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
-    found_by_running = ("calls", "sites", "written", "local", "recorded", "_found", "_others")
+    found_by_running = ("calls", "sites", "written", "local", "recorded", "reads_values", "_found", "_others")
 
     def __init__(
         self,
