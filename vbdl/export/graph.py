@@ -23,14 +23,16 @@ from vbdl.engine.executions import Executions
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.program import tracing
 from vbdl.engine.settings import PredictorSettings
-from vbdl.nn.recurrent_layer import lowered, lowered_to_single_layers, recurrent_layer
-from vbdl.nn.recurrent_tangent import plainly, recurrent_tangent
+from vbdl.nn import recurrent_layer, recurrent_tangent
 from vbdl.types import State
 
 # the backend -> what takes the place of recurrent layers, of which only ONNX has operators; it has none of tangents
 _RECURRENT = {
-    backend: {recurrent_layer: layer, recurrent_tangent: plainly}
-    for backend, layer in (("aoti", lowered), ("onnx", lowered_to_single_layers))
+    backend: {recurrent_layer.recurrent_layer: layer, recurrent_tangent.recurrent_tangent: recurrent_tangent.lowered}
+    for backend, layer in (
+        ("aoti", recurrent_layer.lowered),
+        ("onnx", recurrent_layer.lowered_to_single_layers),
+    )
 }
 _NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.default: reference_normal}
 
@@ -97,6 +99,7 @@ def tile_call(predictor: Predictor, tile: Flat, backend: str = "aoti") -> TileCa
 def _closed(traced: fx.GraphModule, constants: Sequence[Tensor]) -> fx.GraphModule:
     """The traced call with its constants as buffers of one flat module; exporters lose buffers of submodules."""
     buffers: dict[str, Tensor] = {}
+    steps: dict[str, fx.GraphModule] = {}  # of scans
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
 
@@ -113,7 +116,12 @@ def _closed(traced: fx.GraphModule, constants: Sequence[Tensor]) -> fx.GraphModu
             copied[node] = constant(constants[position]) if inputs < 0 else graph.placeholder(name)
             position += 1
         elif node.op == "get_attr":
-            copied[node] = constant(getattr(traced, node.target))
+            value = getattr(traced, node.target)
+            if isinstance(value, fx.GraphModule):
+                steps[node.target] = value
+                copied[node] = graph.get_attr(node.target)
+            else:
+                copied[node] = constant(value)
         elif node.op == "output":
             graph.output(tuple(copied[n] for n in tree_leaves(node.args)))
         else:
@@ -125,6 +133,8 @@ def _closed(traced: fx.GraphModule, constants: Sequence[Tensor]) -> fx.GraphModu
     holder = nn.Module()
     for name, t in buffers.items():
         holder.register_buffer(name, t.detach())
+    for name, step in steps.items():
+        holder.add_module(name, step)
     return fx.GraphModule(holder, graph)
 
 
@@ -195,5 +205,5 @@ def _check_plain(graph: fx.GraphModule) -> None:
             continue
         if draws_from_generator(node):
             raise ValueError(f"{node.target} draws from torch's generator, so a package could not repeat its draws")
-        if str(node.target).startswith("vbdl.") and node.target is not recurrent_layer:
+        if str(node.target).startswith("vbdl.") and node.target is not recurrent_layer.recurrent_layer:
             raise ValueError(f"{node.target} is an operator of vbdl, which a package cannot hold")

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
+from vbdl.nn.recurrent_dual import DualLayer, in_graph
 from vbdl.nn.scan import STEPS, Packing
 
 KINDS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # torch's function -> the number of gates
@@ -103,8 +104,13 @@ def _prefers_library(layer: _Layer) -> bool:
         return True
     if sizes is not None:
         return len(sizes) * rows > _WASTE * layer.x.shape[-2] and rows * hidden > _LARGE
+    return _has_onednn(layer)
+
+
+def _has_onednn(layer: _Layer) -> bool:
+    """Whether oneDNN has this layer, on a CPU."""
     per_direction = len(layer.weights) // (2 if layer.bidirectional else 1)
-    projected = per_direction > (4 if layer.biases else 2)  # which oneDNN has not
+    projected = per_direction > (4 if layer.biases else 2)
     return (
         layer.kind == "lstm"
         and not projected
@@ -272,8 +278,17 @@ torch.library.register_autograd("vbdl::recurrent_layer", _backward, setup_contex
 
 
 def lowered(*arguments) -> tuple[Tensor, ...]:
-    """The operator by torch's own layers, for graphs that must not hold it."""
-    return _of_single_layers(_Layer(*arguments), _library)
+    """The operator for graphs that must not hold it: by torch's own layer where that is one node, else by its scan."""
+    layer = _Layer(*arguments)
+    if layer.x.device.type == "cpu" and layer.x.numel() and _has_onednn(layer):
+        return _of_single_layers(layer, _library)
+    lifted = [(t if s else t.unsqueeze(0), None) for t, s in zip(layer.tensors, layer.stacked, strict=True)]
+    n = 1 + len(layer.states)
+    options = layer.batch_sizes, layer.kind, layer.biases, layer.bidirectional
+    outputs = DualLayer(lifted[0], lifted[1:n], lifted[n:], *options).values(in_graph)
+    if layer.samples is None:
+        outputs = tuple(t[0] for t in outputs)
+    return outputs if len(outputs) == 3 else (*outputs, _none(layer))
 
 
 def lowered_to_single_layers(*arguments) -> tuple[Tensor, ...]:

@@ -8,8 +8,7 @@ once for all draws, and each step's product with the tangents is one batched pro
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from vbdl.nn.recurrent_dual import DualLayer, Loop, in_graph, in_python
 from vbdl.nn.recurrent_layer import gradients_of, library_of_vbdl, recurrent_layer, with_gradients
-from vbdl.nn.scan import Packing
-
-Dual = tuple[Tensor, Tensor | None]  # a value and its tangent, None for zero; (samples or 1, ...) each
 
 
 def pushed(
@@ -65,20 +62,25 @@ stacked: whether x, each state and each weight, then whether each of their tange
 
 
 def plainly(
-    x, batch_sizes, states, weights, tangents, places, kind, biases, bidirectional, stacked
+    x, batch_sizes, states, weights, tangents, places, kind, biases, bidirectional, stacked, *, loop: Loop = in_python
 ) -> tuple[Tensor, ...]:
-    """The operator by torch's plain operators, also for graphs that must not hold it."""
+    """The operator by torch's plain operators."""
     values = [x, *states, *weights]
     pairs = list(zip([*values, *tangents], stacked, strict=True))
     samples = next((t.shape[0] for t, s in pairs if s), None)
     lifted = [t if s else t.unsqueeze(0) for t, s in pairs]
     moving = dict(zip(places, lifted[len(values) :], strict=True))
     duals = [(lifted[i], moving.get(i)) for i in range(len(values))]
-    layer = _Layer(duals[0], duals[1 : 1 + len(states)], duals[1 + len(states) :], batch_sizes, kind, biases)
-    moved = layer.tangents(bidirectional, samples or 1)
+    parts = duals[0], duals[1 : 1 + len(states)], duals[1 + len(states) :]
+    moved = DualLayer(*parts, batch_sizes, kind, biases, bidirectional).tangents(samples or 1, loop)
     if len(states) == 1:
         moved = (*moved, x.new_empty((samples or 1, 0)))
     return moved if samples is not None else tuple(t[0] for t in moved)
+
+
+def lowered(*arguments) -> tuple[Tensor, ...]:
+    """The operator by torch's scan, for graphs that must not hold it."""
+    return plainly(*arguments, loop=in_graph)
 
 
 @torch.no_grad()
@@ -174,143 +176,3 @@ def _flops(
 
 
 register_flop_formula(torch.ops.vbdl.recurrent_tangent)(_flops)  # type: ignore[misc]
-
-
-# -- the scan, of values and tangents
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _product(a: Tensor, w: Tensor) -> Tensor:
-    """a @ w, (samples or 1, rows, columns); weights that all samples share multiply the rows of all at once."""
-    return a @ (w[0] if len(w) == 1 else w)
-
-
-def _multiplied(a: Dual, w: Dual) -> Dual:
-    """The product of (.., rows, k) and (.., k, columns)."""
-    moved = _plus(None if a[1] is None else _product(a[1], w[0]), None if w[1] is None else _product(a[0], w[1]))
-    return _product(a[0], w[0]), moved
-
-
-def _added(a: Dual, b: Dual) -> Dual:
-    value, tangent = a[0] + b[0], _plus(a[1], b[1])
-    return value, None if tangent is None else tangent.expand(-1, *value.shape[1:])  # one bias is for all rows
-
-
-def _times(a: Dual, b: Dual) -> Dual:
-    moved = _plus(None if a[1] is None else a[1] * b[0], None if b[1] is None else a[0] * b[1])
-    return a[0] * b[0], moved
-
-
-def _changed(a: Dual, value: Tensor, slope: Tensor) -> Dual:
-    return value, None if a[1] is None else a[1] * slope
-
-
-def _sigmoid(a: Dual) -> Dual:
-    value = a[0].sigmoid()
-    return _changed(a, value, value * (1 - value))
-
-
-def _tanh(a: Dual) -> Dual:
-    value = a[0].tanh()
-    return _changed(a, value, 1 - value * value)
-
-
-def _relu(a: Dual) -> Dual:
-    return _changed(a, a[0].relu(), (a[0] > 0).to(a[0].dtype))
-
-
-def _of(a: Dual, change: Callable[[Tensor], Tensor]) -> Dual:
-    """Apply a linear change to value and tangent."""
-    return change(a[0]), None if a[1] is None else change(a[1])
-
-
-def _split(a: Dual, parts: int) -> list[Dual]:
-    values, tangents = a[0].chunk(parts, -1), [None] * parts if a[1] is None else a[1].chunk(parts, -1)
-    return list(zip(values, tangents, strict=True))
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The arguments of the operator, each with its tangent."""
-
-    x: Dual
-    states: list[Dual]
-    weights: list[Dual]
-    batch_sizes: Tensor | None
-    kind: str
-    biases: bool
-
-    def tangents(self, bidirectional: bool, samples: int) -> tuple[Tensor, ...]:
-        """Compute the tangents of outputs and final states, (samples, ...) each."""
-        directions = 2 if bidirectional else 1
-        size = len(self.weights) // directions
-        packing = None if self.batch_sizes is None else Packing(self.batch_sizes)
-        one = self.x if packing is None else _of(self.x, packing.pad)
-        reverse = (lambda t: t.flip(1)) if packing is None else packing.reverse
-        outputs, finals = [], []
-        for direction in range(directions):
-            x = one if direction == 0 else _of(one, reverse)
-            states = [_of(s, lambda t, d=direction: t[:, d]) for s in self.states]
-            steps = self._steps(x, self.weights[direction * size : (direction + 1) * size], states)
-            whole = [torch.stack([self._full(s, samples) for s in each]) for each in zip(*steps, strict=True)]
-            finals.append([each[-1] if packing is None else packing.last(each) for each in whole])
-            out = whole[0].transpose(0, 1)
-            outputs.append(out if direction == 0 else reverse(out))
-        joined = torch.cat(outputs, -1)
-        if packing is not None:
-            joined = packing.pack(joined)
-        return joined, *(torch.stack(each, 1) for each in zip(*finals, strict=True))
-
-    @staticmethod
-    def _full(state: Dual, samples: int) -> Tensor:
-        value, tangent = state
-        tangent = torch.zeros_like(value) if tangent is None else tangent
-        return tangent.expand(samples, *tangent.shape[1:])
-
-    def _steps(self, x: Dual, weights: list[Dual], states: list[Dual]) -> list[list[Dual]]:
-        """Compute h, of an LSTM also c, after each step of one direction."""
-        transposed = lambda w: _of(w, lambda t: t.mT)
-        w_input, w_hidden = transposed(weights[0]), transposed(weights[1])
-        row = lambda b: _of(b, lambda t: t.unsqueeze(1))
-        b_input, b_hidden = (row(weights[2]), row(weights[3])) if self.biases else (None, None)
-        rest = weights[4:] if self.biases else weights[2:]
-        projection = transposed(rest[0]) if rest else None
-        n_steps, n_rows = x[0].shape[1:3]
-        gates = _multiplied(_of(x, lambda t: t.flatten(1, 2)), w_input)
-        gates = gates if b_input is None else _added(gates, b_input)
-        gates = _of(gates, lambda t: t.unflatten(1, (n_steps, n_rows)))
-        step, each = _STEPS[self.kind], []
-        for i in range(n_steps):
-            hidden = _multiplied(states[0], w_hidden)
-            hidden = hidden if b_hidden is None else _added(hidden, b_hidden)
-            states = step(_of(gates, lambda t, i=i: t[:, i]), hidden, states)
-            if projection is not None:
-                states = [_multiplied(states[0], projection), *states[1:]]
-            each.append(states)
-        return each
-
-
-def _gru(gates: Dual, hidden: Dual, states: list[Dual]) -> list[Dual]:
-    """Compute h after a step: Cho et al. 2014, with the reset gate after the product, as torch."""
-    (x_reset, x_update, x_new), (h_reset, h_update, h_new) = _split(gates, 3), _split(hidden, 3)
-    reset, update = _sigmoid(_added(x_reset, h_reset)), _sigmoid(_added(x_update, h_update))
-    new = _tanh(_added(x_new, _times(reset, h_new)))
-    return [_added(new, _times(update, _added(states[0], _of(new, torch.neg))))]
-
-
-def _lstm(gates: Dual, hidden: Dual, states: list[Dual]) -> list[Dual]:
-    """Compute h, before a projection, and c after a step: Hochreiter and Schmidhuber 1997 with a forget gate."""
-    enter, forget, new, leave = _split(_added(gates, hidden), 4)
-    cell = _added(_times(_sigmoid(forget), states[1]), _times(_sigmoid(enter), _tanh(new)))
-    return [_times(_sigmoid(leave), _tanh(cell)), cell]
-
-
-_STEPS: dict[str, Callable[[Dual, Dual, list[Dual]], list[Dual]]] = {
-    "gru": _gru,
-    "lstm": _lstm,
-    "rnn_tanh": lambda gates, hidden, states: [_tanh(_added(gates, hidden))],  # Elman 1990
-    "rnn_relu": lambda gates, hidden, states: [_relu(_added(gates, hidden))],
-}
