@@ -47,12 +47,14 @@ def test_lowered_is_the_sum_it_stands_for(shape, stacked, bias):
 
 
 @pytest.mark.parametrize("stacked", [[True, True, True], [False, True, False], [True, False, False]])
-def test_more_axes_inside_a_row(stacked):
+@pytest.mark.parametrize("axes", [(), (5, 7)])
+def test_none_or_more_axes_before_the_inputs(stacked, axes):
+    """A network may pass one row's vector alone."""
     lead = lambda flag: (3,) if flag else ()
-    x = torch.randn(*lead(stacked[0]), 5, 7, 11, dtype=torch.float64)
+    x = torch.randn(*lead(stacked[0]), *axes, 11, dtype=torch.float64)
     w, b = torch.randn(*lead(stacked[1]), 13, 11, dtype=x.dtype), torch.randn(*lead(stacked[2]), 13, dtype=x.dtype)
-    expected = torch.einsum(f"{'s' * stacked[0]}abk,{'s' * stacked[1]}nk->sabn".replace("s", "s"), x, w)
-    expected = expected + (b[:, None, None] if stacked[2] else b)
+    expected = torch.einsum(f"{'s' * stacked[0]}...k,{'s' * stacked[1]}nk->s...n", x, w)
+    expected = expected + (b.view(3, *[1] * len(axes), 13) if stacked[2] else b)
     torch.testing.assert_close(lower(x, w, b, stacked), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -56,7 +56,8 @@ def _samples(x, weight, bias, stacked) -> int:
 def lower(x: Tensor, weight: Tensor, bias: Tensor | None, stacked: list[bool]) -> Tensor:
     """`stacked_linear` in plain operations: one product if the weights are shared, otherwise mostly a batched one."""
     xs, ws, bs = stacked
-    flat = x.flatten(1, -2) if xs and ws else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    lead = x.shape[:1] if xs and ws else ()
+    flat = x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), x.shape[-1])
     rows, out = flat.shape[-2], weight.shape[-2]
     if not ws:
         y = _product(flat, weight).reshape(*x.shape[:-1], out)
