@@ -47,6 +47,17 @@ class Twice(nn.Module):
         return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
 
 
+class EachRow(nn.Module):
+    """A layer that is called for one row after the other, and one for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.stack([torch.tanh(self.inner(row)) for row in x]))
+
+
 def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(CLASSES))
 
@@ -63,6 +74,7 @@ FLOATS = lambda *shape: lambda: torch.randn(ROWS, *shape)
 CASES = {
     "linear": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)), FLOATS(4)),
     "applied twice": (Twice, FLOATS(5)),
+    "each row": (EachRow, FLOATS(5)),
     "tokens": (lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Flatten(), nn.Linear(30, CLASSES)), FLOATS(5, 4)),
     "conv": (
         lambda: images(nn.Conv2d(2, 4, 3, stride=2, padding=1, dilation=2), trained_norm(), nn.ReLU()),

@@ -7,6 +7,7 @@ A = sum phi phi^T, G = sum H. The network must be in evaluation mode, in which r
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -106,14 +107,20 @@ class GaussNewton:
         probe = lambda: [self._record(take(x, torch.zeros(count, dtype=torch.int64)), None) for count in (2, 3)]
         two, three = probe()
         self.direct = two.others | three.others
-        if len(two.uses) == len(three.uses):  # a use without a batch axis, such as that of a table of positions
-            fixed = [a for a, b in zip(two.uses, three.uses, strict=True) if a.shape == b.shape]
-            self.direct |= {name for use in fixed for name in (use.weight, use.bias) if name is not None}
+        names = lambda use: {name for name in (use.weight, use.bias) if name is not None}
+        counts = [Counter(name for use in recorded.uses for name in names(use)) for recorded in (two, three)]
+        by_row = counts[0] - counts[1] | counts[1] - counts[0]  # called in a loop over the rows
+        self.direct |= set(by_row)
+        first, second = ([use for use in each.uses if not names(use) & self.direct] for each in (two, three))
+        for use, other in zip(first, second, strict=True):
+            if use.shape == other.shape:  # it has no batch axis, as that of a table of positions
+                self.direct |= names(use)
         for block in self.blocks:
             if isinstance(block, KroneckerBlock | BiasBlock) and (odd := self.direct & set(block.names)):
                 raise ValueError(
-                    f"parameter '{min(odd)}' is used by other operations than one linear layer or convolution, so its "
-                    f"curvature is no Kronecker product: choose structure='diagonal', or parameters= without it"
+                    f"parameter '{min(odd)}' is used by other operations than one linear layer or convolution of all "
+                    f"rows, so its curvature is no Kronecker product: choose structure='diagonal', or parameters= "
+                    f"without it"
                 )
         if self.direct:
             logger.info(
@@ -121,7 +128,7 @@ class GaussNewton:
                 ", ".join(sorted(self.direct)),
             )
             two, three = probe()
-        pairs = zip(two.uses, three.uses, strict=len(two.uses) == len(three.uses))
+        pairs = zip(two.uses, three.uses, strict=True)
         shapes = [(use.shape, other.shape) for use, other in pairs]
         self._axes = [next(i for i, (m, n) in enumerate(zip(*both, strict=True)) if m != n) for both in shapes]
 
