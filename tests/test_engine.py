@@ -404,13 +404,47 @@ def test_a_plain_module_is_refused_with_a_way_out():
         Predictor(network(), Categorical())
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
-def test_transforms_of_torch_are_refused(transform):
-    p = predictor()
+def forward_mode(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(2, *x.shape)),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "dual numbers": forward_mode,
+}
+CALLS = {
+    "predict": lambda p, x: p(x).total.sum(),
+    "samples": lambda p, x: p(x, samples=True).samples.sum(),
+    "density": lambda p, x: p.log_prob(x, torch.zeros(len(x), dtype=torch.int64)).sum(),
+    "step by step": lambda p, x: p(x, deadline=10.0).total.sum(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_are_refused(transform, call):
+    p, x = predictor(tiles=7), torch.randn(7, 3)
     with pytest.raises(NotImplementedError, match="requires_grad"):
-        transform(lambda x: p(x).total.sum())(
-            torch.randn(2, 7, 3) if transform is torch.func.vmap else torch.randn(7, 3)
-        )
+        TRANSFORMS[transform](lambda x: CALLS[call](p, x), x)
+
+
+def test_transforms_of_compiled_calls_are_refused():
+    """A compiled call would lose a tangent without a word; reverse mode gives what forward mode would."""
+    members = [network().eval() for _ in range(3)]
+    p, x = predictor(DeepEnsemble(members), n_samples=3, tiles=7, compile=True), torch.randn(7, 3)
+    p(x)
+    for transform in TRANSFORMS.values():
+        with pytest.raises(NotImplementedError, match="requires_grad"):
+            transform(lambda x: CALLS["predict"](p, x), x)
+    by_reverse = torch.autograd.functional.jvp(lambda x: p(x).probs, x, x)[1]
+    loop = lambda x: torch.stack([member(x).softmax(-1) for member in members]).mean(0)
+    torch.testing.assert_close(by_reverse, torch.func.jvp(loop, (x,), (x,))[1], **ROUNDING)
 
 
 def test_outputs_that_are_no_tensor_are_refused():

@@ -118,6 +118,11 @@ def holds_tangent(tensor: torch.Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func maps or differentiates a tensor, or it has a tangent of forward mode."""
+    return is_functorch_wrapped_tensor(tensor) or holds_tangent(tensor)
+
+
 def _replace_once(owner: type, replace: Callable[[], None]) -> None:
     """Replace torch's functions once by ones that look at `_this_thread`; outside the contexts they work as before.
 

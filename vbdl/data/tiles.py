@@ -4,8 +4,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
+from vbdl.calling.autograd import is_transformed
 from vbdl.calling.inputs import Flat, flatten
 from vbdl.data.rows import check_dtype
 
@@ -14,17 +14,18 @@ def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) 
     """Check the inputs, flatten them, and move their tensors to the device.
 
     floating: dtype of the parameters. Raises TypeError or ValueError unless the inputs are tensors or arrays of finite
-    rows, and NotImplementedError inside a transform of torch.func.
+    rows, and NotImplementedError for tensors of a transform of torch.func and for dual numbers.
     """
     flat = flatten(x)
     if not flat.tensors:
         raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; got none")
     if any(t.ndim < 1 for t in flat.tensors):
         raise ValueError("inputs must have a batch axis first, got a scalar")
-    if any(is_functorch_wrapped_tensor(t) for t in flat.tensors):
+    if any(map(is_transformed, flat.tensors)):
         raise NotImplementedError(
-            "a predictor cannot be called inside a transform of torch.func: call it on all rows at once, and for "
-            "gradients on inputs with requires_grad"
+            "a predictor cannot be called inside a transform of torch.func, nor on dual numbers of forward mode: call "
+            "it on all rows at once, and for gradients on inputs with requires_grad (torch.autograd.functional has "
+            "jvp, jacobian and hessian)"
         )
     if len({t.shape[0] for t in flat.tensors}) > 1:
         raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in flat.tensors]}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.apart import read_only
+from vbdl.calling.autograd import is_transformed
 from vbdl.calling.inputs import TENSOR, Flat, flatten
 from vbdl.calling.lending import lent_copy, only_reading
 from vbdl.calling.traversing import state_of
@@ -202,13 +203,13 @@ class Predictor:
         With a tolerance or a deadline, draws are made in steps, and `prediction.n_samples` is the number of draws
         behind each row, (batch,) if rows differ. A row's answer equals that of a predictor with as many samples, up
         to rounding. Inputs with requires_grad receive a gradient, computed by the same graph uncompiled, unless there
-        is a tolerance or a deadline.
+        is a tolerance or a deadline. Forward mode and the transforms of torch.func are refused.
         """
         # reading it applies torch.set_num_threads to this thread, so all threads give identical bits
         torch.get_num_threads()
         if tolerance is not None or deadline is not None:
             return self._until(x, samples, tolerance, deadline)
-        if type(x) is Tensor and not samples and not x.requires_grad:
+        if type(x) is Tensor and not samples and not x.requires_grad and not is_transformed(x):
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None and (fields := ready(x)) is not None:
                 return self.likelihood.prediction(fields, self._counted)
