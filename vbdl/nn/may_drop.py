@@ -3,7 +3,10 @@
 import functools
 import inspect
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch.nn.modules.module as torchs
 from torch import nn
 
 from vbdl.calling.traversing import modules_of
@@ -42,9 +45,19 @@ def runs_code_of_others(module: nn.Module) -> bool:
 
 
 def has_only_its_forward(module: nn.Module) -> bool:
-    """Whether a module has no hooks, and no forward beside that of its class."""
-    own = vars(module)
-    return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own)
+    """Whether a call of a module runs no hook, and no function in place of a method of its class."""
+    return not (_added(vars(torchs), "_global") or _added(vars(module), "") or _replaced(module))
+
+
+def _added(holder: Mapping[str, Any], prefix: str) -> list[Callable]:
+    """The hooks that run around the forward of one module, or around those of all."""
+    return [hook for kind in ("_forward_pre_hooks", "_forward_hooks") for hook in holder[prefix + kind].values()]
+
+
+def _replaced(module: nn.Module) -> list[Callable]:
+    """The functions that a module has in place of methods of its class, such as `forward` or `_conv_forward`."""
+    values = vars(module).items()
+    return [own for name, own in values if callable(own) and inspect.isroutine(getattr(type(module), name, None))]
 
 
 def is_part_of_torch(module: nn.Module) -> bool:
@@ -59,16 +72,19 @@ def _is_of_torch(kind: type) -> bool:
 
 def may_drop(module: nn.Module) -> bool:
     """Whether a forward might call dropout, judged by its layers and source code, without running it."""
+    functions = _added(vars(torchs), "_global")
+    homes = []
     for _, m in modules_of(module):
         if isinstance(m, DROPOUT_LAYERS) or getattr(m, "dropout", None):
             return True
-        hooks = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
-        homes = [type(m).__module__] if not is_part_of_torch(m) or "forward" in vars(m) else []
-        for home in [*homes, *(getattr(getattr(hook, "func", hook), "__module__", "") for hook in hooks)]:
-            try:
-                # the whole file, because a forward may call functions of its file
-                if "drop" in inspect.getsource(sys.modules[home]).lower():
-                    return True
-            except (OSError, TypeError, KeyError):
-                return True  # without source, only running the module can tell
+        functions += [*_added(vars(m), ""), *_replaced(m)]
+        homes += [] if is_part_of_torch(m) else [type(m).__module__]
+    homes += [getattr(getattr(function, "func", function), "__module__", "") for function in functions]
+    for home in dict.fromkeys(homes):
+        try:
+            # the whole file, because a forward may call functions of its file
+            if "drop" in inspect.getsource(sys.modules[home]).lower():
+                return True
+        except (OSError, TypeError, KeyError):
+            return True  # without source, only running the module can tell
     return False
