@@ -246,6 +246,33 @@ def test_what_nobody_holds_is_not_compiled(held):
     assert strategy(first) == "stacked"
 
 
+def test_what_nobody_holds_any_more_is_traced_at_most(monkeypatch):
+    """A script that makes a predictor after the other does not compile for those that are gone."""
+    compiled, traced, release = [], threading.Event(), threading.Event()
+
+    def compile_graph(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    def chosen(execution, choose=Execution._chosen):
+        way = choose(execution)
+        traced.set()
+        assert release.wait(60)
+        return way
+
+    monkeypatch.setattr("vbdl.engine.program.compile_graph", compile_graph)
+    monkeypatch.setattr(Execution, "_chosen", chosen)
+    predict = background()
+    predict(torch.randn(2, 3))
+    assert traced.wait(60)
+    job = next(iter(predict.executions.by_shape.values()))[0]._job
+    del predict
+    gc.collect()
+    release.set()
+    job.result(60)
+    assert not compiled
+
+
 def test_a_copy_compiles_for_itself(held):
     predict, x = background(), torch.randn(2, 3)
     probs = predict(x).probs

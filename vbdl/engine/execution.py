@@ -9,6 +9,7 @@ they read entries from one model, which is never called, and call or trace twins
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -91,6 +92,15 @@ class Execution:
         self._answered = False
         self._waits = False  # whether calls wait for the compiler, as in `Predictor.warm_up`
         self._later: dict[str, Future[None]] = {}  # calls that are compiled in the background once they were needed
+        self._holder: weakref.ref | None = None  # who alone calls this execution, once it is known
+
+    def belongs_to(self, holder: object) -> None:
+        """Leave out compiling in the background that is still to come once this object is gone."""
+        self._holder = weakref.ref(holder)
+
+    @property
+    def _is_wanted(self) -> bool:
+        return self._holder is None or self._holder() is not None
 
     @property
     def plan(self) -> Plan | PlainPlan:
@@ -287,6 +297,8 @@ class Execution:
         """The way that is to be used, ready to run."""
         way, reason = self._traced_before or self._chosen()
         self._planned.set()
+        if not self._is_wanted:  # tracing has taken a second, and Inductor takes longer
+            return self._way
         if isinstance(way.calls, Chunking):
             with torch.no_grad():
                 if reason is None:
@@ -351,6 +363,8 @@ class Execution:
 
     def _compile(self, calls: Calls, needed: Sequence[str]) -> None:
         """Run calls of each number of draws once, on the tile that the execution was made with."""
+        if not self._is_wanted:
+            return
         with torch.no_grad():
             inputs = calls.inputs(self._tile)
             for end in needed:

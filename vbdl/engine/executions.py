@@ -49,7 +49,11 @@ class Executions:
             )
         with self._lock:
             if key not in self.by_shape:
-                self.by_shape[key] = self.make(tile)
+                made = self.make(tile)
+                for execution in made:
+                    if isinstance(execution, Execution):
+                        execution.belongs_to(self)
+                self.by_shape[key] = made
         return self._in_time(self.by_shape[key])
 
     def _in_time(self, executions: Made) -> Made:
