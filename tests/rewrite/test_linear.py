@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import vbdl
 from vbdl.compiling.graph import trace
 from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, LINEAR, WholeLinears, _product, lower
 
@@ -142,3 +144,36 @@ def test_a_module_may_map_over_something_itself():
         each = lambda x, w: torch.func.vmap(lambda row: torch.nn.functional.linear(row, w, layer.bias))(x)
         found = torch.func.vmap(each)(x, weights)
     torch.testing.assert_close(found, torch.einsum("sabk,snk->sabn", x, weights) + layer.bias)
+
+
+class Windows(nn.Module):
+    """Reads the memory of a convolution's output, in the layout that it has outside of a trace."""
+
+    def __init__(self, change, strides):
+        super().__init__()
+        self.conv, self.drop, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Dropout(0.3), nn.Linear(64, 2)
+        self.change, self.strides = change, strides
+
+    def forward(self, x):
+        h = self.change(self.conv(x))
+        return self.out(self.drop(torch.as_strided(h, (len(h), 4, 4, 4), self.strides).flatten(1)))
+
+
+LAYOUTS = {
+    "as it comes": (lambda h: h, (256, 64, 16, 2)),
+    "contiguous": (lambda h: h.contiguous(), (256, 64, 16, 2)),
+    "transposed": (lambda h: h.transpose(1, 3), (256, 2, 16, 64)),
+    "channels last": (lambda h: h.to(memory_format=torch.channels_last), (256, 2, 64, 8)),
+    "sliced": (lambda h: h[:, 1:], (256, 32, 16, 2)),
+}
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_memory_that_a_network_reads_itself_has_the_layout_of_a_loop(name, compile):
+    """Under vmap a convolution puts the samples beside its channels."""
+    torch.manual_seed(0)
+    nets, x = [Windows(*LAYOUTS[name]).eval() for _ in range(3)], torch.randn(4, 3, 8, 8)
+    loop = torch.stack([net(x).softmax(-1) for net in nets]).mean(0)
+    predict = vbdl.Predictor(vbdl.DeepEnsemble(nets), vbdl.Categorical(), compile=compile)
+    torch.testing.assert_close(predict(x).probs, loop, rtol=0.0, atol=1e-6)

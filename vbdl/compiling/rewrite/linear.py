@@ -147,15 +147,28 @@ class WholeLinears(TorchFunctionMode):
 
     Also those inside `F.multi_head_attention_forward`, which torch hands to a mode as one call. There, vmap would copy
     the weights for every token, because the batch is not the first axis.
+
+    `as_strided` of a tensor that is not contiguous raises RuntimeError: its numbers lie elsewhere than outside of the
+    trace, because vmap puts samples beside channels in a convolution, and lowering changes layouts.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "").startswith("as_strided"):
+            _check_contiguous(*args, **(kwargs or {}))
         if func is F.linear:
             return _whole(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _check_contiguous(input: Tensor, *args: Any, **kwargs: Any) -> None:
+    step = 1
+    for size, stride in zip(reversed(input.shape), reversed(input.stride()), strict=True):
+        if size != 1 and stride != step:
+            raise RuntimeError("as_strided reads the memory of a tensor that is not contiguous")
+        step *= size
 
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
