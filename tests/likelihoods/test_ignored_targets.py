@@ -50,6 +50,16 @@ def test_a_network_is_trained_as_by_a_loop(compile):
     torch.testing.assert_close(samples[0], alone(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_density_of_a_prediction_leaves_them_out():
+    x, (_, y) = torch.randn(6, 5, 4), padded()
+    one = vbdl.Predictor(vbdl.DeepEnsemble([nn.Linear(4, 3)]), LIKELIHOOD, compile=False)  # its rows are no mixtures
+    each = one(x).log_prob(y)
+    assert not each[:, 3:].any() and not each[0].any()
+    torch.testing.assert_close(each.sum(1), one.log_prob(x, y))
+    with pytest.raises(ValueError, match="run from -7 to"):
+        one(x).log_prob(y.masked_fill(y == -100, -7))
+
+
 def test_calibration_wants_all_targets_and_an_artifact_keeps_the_number(tmp_path):
     x, (_, y) = torch.randn(6, 5, 4), padded()
     predict = vbdl.Predictor(vbdl.DeepEnsemble([nn.Linear(4, 3), nn.Linear(4, 3)]), LIKELIHOOD, compile=False)

@@ -31,6 +31,7 @@ class CategoricalPrediction(Prediction):
     """
 
     probs: Tensor  # (batch, ..., classes)
+    ignore_index: int | None = None  # the number of targets that do not count, as of the likelihood
 
     @property
     def mean(self) -> Tensor:
@@ -48,10 +49,16 @@ class CategoricalPrediction(Prediction):
         return self.probs.amax(-1)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """The log of the mean probability of class y, (batch, ...), in nats. Raises ValueError for invalid targets."""
-        y = check_classes(torch.as_tensor(y, device=self.probs.device), self.probs.shape)
-        picked = self.probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        return picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
+        """The log of the mean probability of class y, (batch, ...), in nats; 0 for targets that do not count.
+
+        Raises ValueError for invalid targets.
+        """
+        y = check_classes(torch.as_tensor(y, device=self.probs.device), self.probs.shape, self.ignore_index)
+        ignored = None if self.ignore_index is None else y == self.ignore_index
+        index = y if ignored is None else y.masked_fill(ignored, 0)
+        picked = self.probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        each = picked.clamp_min(torch.finfo(picked.dtype).tiny).log()
+        return each if ignored is None else each.masked_fill(ignored, 0.0)
 
 
 def check_classes(y: Tensor, parameters_shape: Sequence[int], ignore_index: int | None = None) -> Tensor:
@@ -190,4 +197,4 @@ class Categorical(Likelihood):
     def prediction(
         self, fields: State, n_samples: int | Tensor, samples: Tensor | None = None
     ) -> CategoricalPrediction:
-        return CategoricalPrediction(**fields, n_samples=n_samples, samples=samples)
+        return CategoricalPrediction(**fields, n_samples=n_samples, samples=samples, ignore_index=self.ignore_index)
