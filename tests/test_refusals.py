@@ -207,3 +207,15 @@ def test_sparse_tensors_that_torch_cannot_copy_are_named(wrap):
             ValueError, match="'edges' is a sparse .*register it as a buffer of layout torch.sparse_coo"
         ):
             wrap(net)
+
+
+@pytest.mark.parametrize("make", [vbdl.MCDropout, lambda n: vbdl.DeepEnsemble([n, n]), lambda n: vbdl.MeanField(n, 9)])
+def test_weights_without_values_are_refused_with_what_to_do(make):
+    """A network made on the meta device, as large ones are before their weights are loaded."""
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="0.weight' is on the meta device.*load_state_dict"):
+        vbdl.Predictor(make(network), vbdl.Categorical())
+    rows = torch.randn(6, 3), torch.arange(6) % 2
+    with pytest.raises(ValueError, match="0.weight' is on the meta device.*load_state_dict"):
+        vbdl.fit(make(network), rows, vbdl.Categorical(), epochs=1, progress=False)

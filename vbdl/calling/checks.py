@@ -6,7 +6,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vbdl.calling.adapters import check_adapters
-from vbdl.calling.traversing import is_sparse, modules_of, parameters_of, state_in
+from vbdl.calling.lending import only_reading
+from vbdl.calling.traversing import is_sparse, modules_of, parameters_of, state_in, state_of
 
 
 def check_network(module: object, scripted: bool = False) -> None:
@@ -44,6 +45,18 @@ def check_network(module: object, scripted: bool = False) -> None:
             )
     if any(is_lazy(t) for t in state.values()):
         raise ValueError("the module has lazy layers that have no weights yet: call it on one batch first")
+
+
+def check_values(module: nn.Module) -> None:
+    """Raise ValueError if a parameter or buffer is on the meta device, where it has a shape and no values."""
+    with only_reading():
+        state = state_of(module)
+    for name, t in state.items():
+        if t.is_meta:
+            raise ValueError(
+                f"'{name.replace('/', '.')}' is on the meta device and has no values: load the weights into the "
+                f"network first, with load_state_dict(weights, assign=True)"
+            )
 
 
 def without_data_parallel(module: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vbdl.calling.apart import read_only
 from vbdl.calling.autograd import is_transformed
+from vbdl.calling.checks import check_values
 from vbdl.calling.inputs import TENSOR, Flat, flatten
 from vbdl.calling.lending import lent_copy, only_reading
 from vbdl.calling.traversing import state_of
@@ -135,6 +136,7 @@ class Predictor:
             )
         check_likelihood(likelihood)
         with only_reading():
+            check_values(posterior)
             check_ready(posterior)
             own = next(iter(state_of(posterior).values())).device
             self._floating = floating_dtype(posterior)

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from vbdl.calling.checks import check_values
 from vbdl.calling.likelihood_members import replicate
 from vbdl.data.rows import Data, check_rows, outside_range, whole
 from vbdl.data.stored import in_file
@@ -132,6 +133,7 @@ def fit(
     if isinstance(data, Likelihood):
         raise TypeError("fit takes the rows before the likelihood: fit(posterior, (x, y), likelihood)")
     check_likelihood(likelihood)
+    check_values(posterior)
     _check_gradients(posterior)
     try:
         for part in posterior.parts:
