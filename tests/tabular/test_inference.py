@@ -48,9 +48,39 @@ def test_dates_are_refused_with_what_to_do(column):
         one(pa.array(column))
 
 
+@pytest.mark.parametrize(
+    "column, said",
+    [
+        (np.arange(N), True),
+        (np.arange(N)[::-1] * 7.0, True),
+        (pa.array([str(i) for i in range(N)]), True),
+        (np.arange(N) // 2, False),
+        (np.arange(N) + 0.5, False),
+    ],
+)
+def test_a_column_that_numbers_the_rows_is_named(column, said):
+    notes: list[str] = []
+    table = pa.table({"row number": column, "keep": np.linspace(0, 1, N), "y": np.arange(N) % 2})
+    infer(table, "y", notes=notes)
+    assert any("is it an id? (--ignore 'row number' leaves it out)" in note for note in notes) == said
+
+
 def test_a_number_too_large_to_scale_by_is_named():
     with pytest.raises(ValueError, match="column 'x' has 1.79.*e\\+308 in it, too large to scale by"):
         one(np.where(np.arange(N) == 3, np.finfo(np.float64).max, np.arange(N)))
+
+
+def test_names_stand_in_hints_as_a_shell_takes_them():
+    for column, option in (
+        ([datetime.date(2020, 1, 1)] * N, "--date"),
+        ([["list"]] * N, "--ignore"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} 'of today'"):
+            infer(pa.table({"of today": pa.array(column), "keep": np.arange(N) % 7, "y": np.arange(N) % 2}), "y")
+    notes: list[str] = []
+    table = {"of today": [str(i % 9) for i in range(N)], "code": [f"0{i % 9}" for i in range(N)], "y": np.arange(N) % 2}
+    infer(pa.table(table), "y", notes=notes)
+    assert any("(--categorical 'of today': words)" in note for note in notes)
 
 
 def test_lists_are_refused():

@@ -1,5 +1,6 @@
 """Inference of the kind of one column, and of the statistics that its encoding needs, from the training rows."""
 
+import shlex
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_CATEGORIES = 64  # largest number of categories: the most frequent ones; all others are `other`
+_MANY = 50  # rows; in fewer, counts of things may all differ
 MIN_ROWS = 5  # smallest number of rows of a category with an indicator of its own
 
 
@@ -46,6 +48,7 @@ class ColumnCells:
         import pyarrow as pa
 
         self.name, self.rows, self.reading, self.decimal, self.notes = name, rows, reading, decimal, notes
+        self.option = shlex.quote(name)  # the name as a shell takes it
         self.whole = combined(column)
         self.training = self.whole.take(pa.array(rows))
         self.missing = reading.missing
@@ -78,11 +81,13 @@ class ColumnCells:
         try:
             recognized = recognize(counts, self.name, self.decimal, self.reading.thousands)
         except Ambiguous as error:
-            raise ValueError(f"{error}, or --categorical {self.name} or --ignore {self.name}") from error
+            raise ValueError(f"{error}, or --categorical {self.option} or --ignore {self.option}") from error
         if not isinstance(recognized, Recognized):
             return recognized
         if kind is None and code_like(list(counts)):
-            self.notes.append(f"column {self.name!r} has digits behind a zero: codes (--numeric {self.name}: numbers)")
+            self.notes.append(
+                f"column {self.name!r} has digits behind a zero: codes (--numeric {self.option}: numbers)"
+            )
             return None
         self.written, self.missing = recognized.written, (*self.missing, *recognized.missing)
         word, number = recognized.example
@@ -90,7 +95,9 @@ class ColumnCells:
         if recognized.missing:
             words = ", ".join(map(repr, recognized.missing))
             reading += f", {words} {'is' if len(recognized.missing) == 1 else 'are'} missing"
-        self.notes.append(f"column {self.name!r} is text read as numbers, {reading} (--categorical {self.name}: words)")
+        self.notes.append(
+            f"column {self.name!r} is text read as numbers, {reading} (--categorical {self.option}: words)"
+        )
         return recognized
 
     def _read_text(self, kind: str) -> None:
@@ -144,6 +151,11 @@ class ColumnCells:
             )
         if not spread > 0 and not missing.any():
             return f"it is {known[0]:g} in every training row"
+        if kind == "numeric" and len(known) >= _MANY and _is_numbering(known):
+            self.notes.append(
+                f"column {name!r} has another whole number in every training row: is it an id? "
+                f"(--ignore {self.option} leaves it out)"
+            )
         statistics: _Statistics = {
             "name": name,
             "missing": self.missing,
@@ -169,7 +181,7 @@ class ColumnCells:
         if mostly is not None:
             hint = f"; {mostly.share:.1%} of its cells are numbers ({_options(mostly)})"
         elif often == [] and _dated(list(seen)[:200]):
-            hint = f"; its cells are dates (--date {self.name}, or, in vbdl fit, --time {self.name})"
+            hint = f"; its cells are dates (--date {self.option}, or, in vbdl fit, --time {self.option})"
         if not often or (len(seen) > 20 and len(seen) > rows / 2):
             different = f"it has {len(seen)} different values in {rows} training rows"
             return f"{different}: an id or free text, not categories{hint}"
@@ -197,6 +209,11 @@ def _options(mostly: Mostly) -> str:
     return f"{shown} are not: --missing, --thousands and --decimal say what they are"
 
 
+def _is_numbering(values: np.ndarray) -> bool:
+    """Whether values are whole numbers, no two the same."""
+    return bool((values == np.floor(values)).all()) and len(np.unique(values)) == len(values)
+
+
 def _dated(words: list[str]) -> bool:
     """Whether these words can be read as dates."""
     try:
@@ -211,6 +228,7 @@ def _dated(words: list[str]) -> bool:
 def _kind(name: str, column: "pyarrow.Array") -> str:
     import pyarrow as pa
 
+    option = shlex.quote(name)
     kind = column.type
     if pa.types.is_boolean(kind):
         return "boolean"
@@ -223,6 +241,6 @@ def _kind(name: str, column: "pyarrow.Array") -> str:
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         raise ValueError(
             f"column {name!r} holds dates, and what a date means to the target is not known: leave it out (--ignore "
-            f"{name}), read it as days since 1970 (--date {name}), or, in vbdl fit, split by it (--time {name})"
+            f"{option}), read it as days since 1970 (--date {option}), or, in vbdl fit, split by it (--time {option})"
         )
-    raise ValueError(f"column {name!r} holds {kind}, which is no kind of input: leave it out (--ignore {name})")
+    raise ValueError(f"column {name!r} holds {kind}, which is no kind of input: leave it out (--ignore {option})")

@@ -1,5 +1,6 @@
 """`fit_table` trains, calibrates and evaluates a predictor of one column of a table."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def fit_table(
     for name, share in giveaways(schema.columns, *train, settings.seed).items():
         notes.append(
             f"column {name!r} alone says {target} almost perfectly ({share:.1%} of it, in held-out training rows): "
-            f"is it known when predictions are made? (--ignore {name} leaves it out)"
+            f"is it known when predictions are made? (--ignore {shlex.quote(name)} leaves it out)"
         )
 
     n_train = len(train[1])
