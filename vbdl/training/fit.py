@@ -90,7 +90,8 @@ def fit(
         compiled in the background if its graph and the number of steps say that this repays the time; the compiled
         code takes over at a step that follows from the graph alone, so that a training repeats bit for bit.
     checkpoint: a file to save to every `checkpoint_every` epochs, and to resume from if it exists: the result is that
-        of an uninterrupted run.
+        of an uninterrupted run. A training that is interrupted (Ctrl-C) leaves the posterior in evaluation mode, as
+        trained so far; members that train one after the other then differ by up to one epoch.
 
     Raises ValueError for bad data and, before the first step, for a network that a predictor would refuse, like one
     that cannot be traced or that mixes rows; FloatingPointError if the loss becomes NaN or infinite.
