@@ -74,7 +74,7 @@ def test_layers_before_the_first_dropout_run_once_for_all_draws():
     net = nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 70), nn.Dropout(0.05), nn.Linear(70, 50))
     regions = execution(MCDropout(net), 50, torch.randn(13, 3), n_samples=7).chunking(7).cut.regions
     assert matrix_products(regions[PREFIX]) == 2 and matrix_products(regions[BODY]) == 1
-    assert "words" in names(regions[DRAWN]) and "words" not in names(regions[BODY])
+    assert "keep" in names(regions[DRAWN]) and "keep" not in names(regions[BODY])
 
 
 def test_weights_are_drawn_once_a_draw_not_once_a_batch():

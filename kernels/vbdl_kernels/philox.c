@@ -12,7 +12,12 @@
 
 /* One copy of a function for each set of instructions; the one that fits the processor is chosen when it is loaded. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#if !defined(__clang__) && __GNUC__ >= 12
+#define WIDEST "arch=x86-64-v4" /* takes half the time that AVX-512's foundation alone does */
+#else
+#define WIDEST "avx512f"
+#endif
+#define FOR_EACH_PROCESSOR __attribute__((target_clones(WIDEST, "avx2", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
@@ -55,7 +60,7 @@ INLINE stream of_line(const int64_t *keys, int64_t line, int64_t rows, uint32_t 
 }
 
 /* The number that says which functions with which arguments are here; native.py asks for it. */
-int64_t vbdl_philox_version(void) { return 1; }
+int64_t vbdl_philox_version(void) { return 2; }
 
 /* Words of lines begin, begin + 1, ..., end - 1 of (draws x rows): out is (end - begin, columns).
    keys: (draws, 2), the seed and the number of each draw. last: layer << 4 | stream. */
@@ -75,6 +80,30 @@ void vbdl_philox_words(const int64_t *keys, uint32_t last, int64_t first_row, in
             } else {
                 counters(s, row, (uint32_t)(column / 4), left < GROUP ? (int)left : GROUP, words);
                 for (int i = 0; i < left; i++) out[i] = words[i];
+                out += left;
+            }
+        }
+    }
+}
+
+/* Of the same lines whether each word is at least the threshold, which is in [0, 2**32]: out is (end - begin, columns). */
+FOR_EACH_PROCESSOR
+void vbdl_philox_keep(const int64_t *keys, uint32_t last, int64_t first_row, int64_t rows, int64_t columns,
+                      int64_t begin, int64_t end, int64_t threshold, uint8_t *out) {
+    uint32_t words[4 * GROUP], least = (uint32_t)threshold;
+    uint8_t some = threshold <= 0xFFFFFFFF;
+    for (int64_t line = begin; line < end; line++) {
+        stream s = of_line(keys, line, rows, last);
+        uint32_t row = (uint32_t)(uint64_t)(first_row + line % rows);
+        for (int64_t column = 0; column < columns; column += 4 * GROUP) {
+            int64_t left = columns - column;
+            if (left >= 4 * GROUP) {
+                counters(s, row, (uint32_t)(column / 4), GROUP, words);
+                for (int i = 0; i < 4 * GROUP; i++) out[i] = (words[i] >= least) & some;
+                out += 4 * GROUP;
+            } else {
+                counters(s, row, (uint32_t)(column / 4), left < GROUP ? (int)left : GROUP, words);
+                for (int i = 0; i < left; i++) out[i] = (words[i] >= least) & some;
                 out += left;
             }
         }

@@ -78,11 +78,11 @@ def _counter_shape(columns: int) -> tuple[int, int]:
     return blocks, blocks * _GROUP
 
 
-def reference_words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Tensor:
+def reference_words(key: Tensor, layer: int, stream: int, rows: int, columns: int, first_row: int = 0) -> Tensor:
     """The specification of `words`, in plain torch on any device."""
     blocks, counters = _counter_shape(columns)
     seed, draw = key[..., 0, None, None], key[..., 1, None, None]
-    row = torch.arange(rows, device=key.device)[:, None]
+    row = (torch.arange(rows, device=key.device)[:, None] + first_row) & _MASK
     group = torch.arange(counters, device=key.device)[None, :]
     zero = row * 0 + group * 0 + (draw & _MASK) * 0  # the common shape, (..., rows, counters)
     last = zero + ((layer << 4) | stream)
@@ -92,6 +92,13 @@ def reference_words(key: Tensor, layer: int, stream: int, rows: int, columns: in
     )
     tile = torch.stack([word.unflatten(-1, (blocks, _GROUP)) for word in w], dim=-2)
     return tile.flatten(-3)[..., :columns]
+
+
+def reference_keep(
+    key: Tensor, layer: int, stream: int, rows: int, columns: int, threshold: int, first_row: int = 0
+) -> Tensor:
+    """The specification of the operator `vbdl::keep`, in plain torch on any device."""
+    return reference_words(key, layer, stream, rows, columns, first_row) >= threshold
 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,8 +250,38 @@ def _register(name: str, reference, cpu, dtype: torch.dtype) -> None:
         return packet(key.movedim(in_dims[0], 0), layer, stream, rows, columns), 0
 
 
+def _processor_keep(
+    key: Tensor, layer: int, stream: int, rows: int, columns: int, threshold: int, first_row: int
+) -> Tensor:
+    """Whether each word is at least a threshold, on the CPU."""
+    if compiled is None:
+        return _numpy_noise(key, layer, stream, rows, columns, normals=False, first_row=first_row) >= threshold
+    keys = key.reshape(-1, 2).contiguous().numpy()
+    out = torch.empty((*key.shape[:-1], rows, columns), dtype=torch.bool)  # in the memory that other tensors leave
+    compiled.keep(keys, (layer << 4) | stream, first_row, rows, columns, threshold, out.data_ptr())
+    return out
+
+
+def _register_keep() -> None:
+    """Register the opaque operator that draws masks on the CPU, without their words, which are eight times as large."""
+    operator = "vbdl::keep"
+    library.define(
+        "keep(Tensor key, int layer, int stream, int rows, int columns, int threshold, int first_row) -> Tensor"
+    )
+    library.impl("keep", _processor_keep, "CPU")
+
+    @torch.library.register_fake(operator, lib=library)
+    def shape(key, layer, stream, rows, columns, threshold, first_row):
+        return key.new_empty((*key.shape[:-1], rows, columns), dtype=torch.bool)
+
+    @torch.library.register_vmap(operator, lib=library)
+    def mapped(info, in_dims, key, *others):
+        return torch.ops.vbdl.keep(key.movedim(in_dims[0], 0), *others), 0
+
+
 _register("words", reference_words, _processor_words, torch.int64)
 _register("normal", reference_normal, _processor_normal, torch.float32)
+_register_keep()
 
 
 def _check(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> None:
@@ -287,16 +324,17 @@ def keep_mask(
     """Draw a dropout mask of rate p: True keeps a unit, with probability 1 - round(p * 2**32) / 2**32.
 
     key: (..., 2) int64, (seed, draw) last  ->  (..., rows, columns) bool
-    first: the number of the first row, for a part of a longer mask; computed on the CPU, and not to be traced.
+    first: the number of the first row, for a part of a longer mask; computed on the CPU.
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"the dropout rate is a probability from 0 to 1, got {p}")
+    _check(key, layer, stream, rows, columns)
+    threshold = round(p * 2**32)
+    if key.device.type == "cpu":
+        return torch.ops.vbdl.keep(key, layer, stream, rows, columns, threshold, first)
     if first:
-        _check(key, layer, stream, rows, columns)
-        drawn = _processor_words(key.cpu(), layer, stream, rows, columns, first_row=first).to(key.device)
-    else:
-        drawn = words(key, layer, stream, rows, columns)
-    return drawn >= round(p * 2**32)
+        return torch.ops.vbdl.keep(key.cpu(), layer, stream, rows, columns, threshold, first).to(key.device)
+    return torch.ops.vbdl.words(key, layer, stream, rows, columns) >= threshold
 
 
 def make_key(seed: int, draws: Tensor | range | list[int], device=None) -> Tensor:

@@ -38,11 +38,14 @@ def library(build, tmp_path_factory):
 @needs_compiler
 @pytest.mark.parametrize("rows", [0, 1, 3, 70])
 @pytest.mark.parametrize("columns", [0, 1, 31, 32, 33, 63, 64, 65, 96, 97, 127, 128, 129, 192, 200, 256, 1000])
-def test_compiled_words_and_normals_have_the_bits_of_numpy(rows, columns, library, monkeypatch):
+def test_compiled_words_masks_and_normals_have_the_bits_of_numpy(rows, columns, library, monkeypatch):
     monkeypatch.setattr(philox, "compiled", library)
     words = philox._processor_words(KEY, 11, philox.WEIGHT, rows, columns, first_row=2**32 - 2)
     normals = philox.normal(KEY, 11, philox.WEIGHT, rows, columns)
+    keeps = [philox.keep_mask(KEY, 11, rows, columns, p, first=2**32 - 2) for p in (0.0, 0.3, 1 - 2**-32, 1.0)]
     monkeypatch.setattr(philox, "compiled", None)
+    for p, keep in zip((0.0, 0.3, 1 - 2**-32, 1.0), keeps, strict=True):
+        assert torch.equal(keep, philox.keep_mask(KEY, 11, rows, columns, p, first=2**32 - 2))
     assert torch.equal(words, philox._processor_words(KEY, 11, philox.WEIGHT, rows, columns, first_row=2**32 - 2))
     assert torch.equal(normals, philox.normal(KEY, 11, philox.WEIGHT, rows, columns))
     assert words.shape == normals.shape == (2, 5, rows, columns)

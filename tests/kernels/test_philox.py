@@ -73,10 +73,14 @@ def test_more_rows_columns_or_draws_change_nothing():
     assert torch.equal(philox.normal(make_key(3, [5, 1]), 2, philox.WEIGHT, 13, 77), whole[[5, 1], :13, :77])
 
 
-@pytest.mark.parametrize("name", ["words", "normal"])
+@pytest.mark.parametrize("name", ["words", "normal", "keep_mask"])
 def test_mapped_and_compiled_are_eager(name):
     call = getattr(philox, name)
-    f = lambda key: call(key, 5, philox.WEIGHT, 3, 70)
+    f = (
+        (lambda key: call(key, 5, 3, 70, 0.3))
+        if name == "keep_mask"
+        else lambda key: call(key, 5, philox.WEIGHT, 3, 70)
+    )
     mapped = torch.vmap(f)
     keys = make_key(-1, [0, 8, 2**32 - 1])
     expected = f(keys)
@@ -103,6 +107,14 @@ def test_the_reference_survives_the_compiler():
 @pytest.mark.parametrize("name", ["words", "normal"])
 def test_operator_contract(name):
     torch.library.opcheck(getattr(torch.ops.vbdl, name).default, (make_key(1, range(3)), 4, 0, 5, 33))
+
+
+@pytest.mark.parametrize("first", [0, 3, 2**32 - 2])
+def test_a_mask_compares_the_words(first):
+    arguments, threshold = (make_key(1, range(3)), 4, philox.DROPOUT, 5, 33), round(0.3 * 2**32)
+    mask = philox.keep_mask(arguments[0], 4, 5, 33, 0.3, first=first)
+    assert torch.equal(mask, philox.reference_keep(*arguments, threshold, first))
+    torch.library.opcheck(torch.ops.vbdl.keep.default, (*arguments, threshold, first))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch.func import functional_call, jvp, vmap
 from vbdl_kernels import (
     bayesian_mlp,
     ensemble_mlp,
+    keep_mask,
     local_reparameterized_linear,
     make_key,
     masked_linear,
@@ -87,6 +88,7 @@ OPERATORS = {
     "low_rank_noise": (lambda d: low_rank_noise(d, KEY, 1), (W,)),
     "normal": (lambda s: s * normal(KEY, 1, 0, 4, 5), (W,)),
     "words": (lambda s: s * words(KEY, 1, 0, 4, 5), (W,)),
+    "keep": (lambda s: s * keep_mask(KEY, 1, 4, 5, 0.3), (W,)),
     "sample_weights": (lambda m, s: sample_weights(m, s, KEY, 1), (W, STD)),
     "sample_weights_gradient": (lambda g: _SampleWeightsGradient.apply(g, KEY, 1, 0)[0], (draw(2, 4, 5),)),
     "sampled_linear": (lambda x, m, s, b: sampled_linear(x, m, s, KEY, 1, b), (X, W, STD, B)),

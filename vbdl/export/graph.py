@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from vbdl_kernels import make_key
-from vbdl_kernels.philox import reference_normal, reference_words
+from vbdl_kernels.philox import reference_keep, reference_normal, reference_words
 
 from vbdl.calling.inputs import Flat
 from vbdl.compiling.graph import draws_from_generator, trace
@@ -34,7 +34,11 @@ _RECURRENT = {
         ("onnx", recurrent_layer.lowered_to_single_layers),
     )
 }
-_NOISE = {torch.ops.vbdl.words.default: reference_words, torch.ops.vbdl.normal.default: reference_normal}
+_NOISE = {
+    torch.ops.vbdl.words.default: reference_words,
+    torch.ops.vbdl.normal.default: reference_normal,
+    torch.ops.vbdl.keep.default: reference_keep,
+}
 
 
 @dataclass(frozen=True)

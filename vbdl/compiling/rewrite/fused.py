@@ -138,10 +138,13 @@ def _mask_of(node: Any) -> tuple[fx.Node, int, float] | None:
     inner, scale = node.args
     while getattr(inner, "target", None) in (_aten._to_copy.default, _aten.view.default):
         inner = inner.args[0]
-    if getattr(inner, "target", None) is not _aten.ge.Scalar:
+    if getattr(inner, "target", None) is _ops.keep.default:  # on a CPU
+        words, threshold = inner, inner.args[5]
+    elif getattr(inner, "target", None) is _aten.ge.Scalar and inner.args[0].target is _ops.words.default:
+        words, threshold = inner.args
+    else:
         return None
-    words, threshold = inner.args
-    if words.target is not _ops.words.default or tuple(words.args[2:4]) != (DROPOUT, 1):
+    if tuple(words.args[2:4]) != (DROPOUT, 1):
         return None
     p = threshold / 2**32
     return (words.args[0], words.args[1], p) if p < 1 and abs(scale * (1 - p) - 1) < 1e-6 else None

@@ -24,6 +24,7 @@ from vbdl.engine.moments.value import RULES, is_random
 
 _SOURCES: dict[str, Callable[..., object]] = {
     "words": sources.words,
+    "keep": sources.keep,
     "normal": sources.normal,
     "kronecker_noise": sources.kronecker_noise,
     "dense_noise": sources.dense_noise,
@@ -65,6 +66,8 @@ def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
     target: Any = node.target
     operation = operator_of(node)
     if operation is not None and operation.namespace == "vbdl" and name_of(node) in _SOURCES:
+        if name_of(node) == "keep":
+            _used_once(node)
         return _SOURCES[name_of(node)](*args, **kwargs)
     if draws_from_generator(node):
         raise ValueError(

@@ -14,6 +14,11 @@ def words(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Unif
     return Uniform((rows, columns), key.device)
 
 
+def keep(key: Tensor, layer: int, stream: int, rows: int, columns: int, threshold: int, first_row: int) -> Moments:
+    """The moments of vbdl::keep, a dropout mask, (rows, columns)."""
+    return at_least(words(key, layer, stream, rows, columns), threshold)
+
+
 def normal(key: Tensor, layer: int, stream: int, rows: int, columns: int) -> Moments:
     """The moments of vbdl::normal: means 0 and variances 1, (rows, columns)."""
     return Moments(torch.zeros(rows, columns, device=key.device), torch.ones(rows, columns, device=key.device))
