@@ -1,6 +1,7 @@
 """Repeated blocks of a graph are found by what they compute, compiled once, and give the same numbers."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import vbdl
 from vbdl.calling.graphs import without_fused_attention
-from vbdl.compiling import compiler, repeated
+from vbdl.compiling import cache, compiler, repeated
 from vbdl.compiling.compiler import compile_graph
 from vbdl.compiling.graph import trace
 from vbdl.compiling.repeated import Joined, parts
@@ -52,6 +53,33 @@ def _traced(network, x):
 
     with torch.no_grad(), without_fused_attention():
         return trace(function, *values, x, aligned=False), [*values, x]
+
+
+def test_parts_that_are_stored_are_not_run_to_load_them(compiled, monkeypatch):
+    graph, inputs = _traced(_Layers(6), torch.randn(2, 5, 8))
+    expected = compile_graph(graph, inputs)(*inputs)[0]
+    before, run = len(compiled), []
+    load = compiler.stored.load
+
+    def loaded(key):
+        call = load(key)
+        return None if call is None else lambda arguments: run.append(key) or call(arguments)
+
+    monkeypatch.setattr(compiler.stored, "load", loaded)
+    call = compile_graph(graph, inputs)
+    assert isinstance(call, Joined) and len(compiled) == before and not run
+    assert torch.equal(call(*inputs)[0], expected) and len(run) > len(set(run))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "[[]]", "broken"])
+def test_what_is_wrongly_known_of_parts_changes_nothing(text, compiled):
+    graph, inputs = _traced(_Layers(6), torch.randn(2, 5, 8))
+    expected = compile_graph(graph, inputs)(*inputs)[0]
+    (file,) = Path(str(cache.folder())).glob("vbdl/**/*.parts")
+    known = file.read_text()
+    file.write_text(known.replace("5", "7") if text == "broken" else text)
+    assert torch.equal(compile_graph(graph, inputs)(*inputs)[0], expected)
+    assert file.read_text() == known
 
 
 def test_equal_layers_are_compiled_once(compiled):

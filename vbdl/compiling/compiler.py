@@ -38,30 +38,61 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Tensor], whole: bool = Fal
     """
     key = stored.key_of(graph, inputs) if on_cpu(inputs) else None
     if key is not None and not whole and not _writing(graph) and (found := parts(graph)):
-        return _compiled_parts(graph, found, inputs)
+        return _stored_parts(graph, found, key) or _compiled_parts(graph, found, inputs, key)
     return _compiled(graph, inputs, key)
 
 
-def _compiled_parts(graph: fx.GraphModule, found: Sequence[Part], inputs: list[Tensor]) -> Joined:
-    """Compile the parts of a graph, each on what those before it return for these inputs; equal parts once."""
+def _stored_parts(graph: fx.GraphModule, found: Sequence[Part], key: str) -> Joined | None:
+    """Load the parts of a graph, without running any, if another process has stored all of them; otherwise None."""
+    kinds = stored.load_kinds(key)
+    if len(kinds) != len(found):
+        return None
+    loaded: dict[str, stored.Direct | None] = {}
+    calls = []
+    for part, of_part in zip(found, kinds, strict=True):
+        name = stored.key_of_kinds(part.region.graph, lambda of_part=of_part: of_part)
+        if name is None:
+            return None
+        if name not in loaded:
+            loaded[name] = stored.load(name)
+        if (call := loaded[name]) is None:
+            return None
+        calls.append(_of_arguments(call, _held(part.region.graph)))
+    return _joined(graph, found, calls)
+
+
+def _joined(graph: fx.GraphModule, found: Sequence[Part], calls: Sequence[Callable[..., Sequence[Tensor]]]) -> Joined:
+    placeholders = [n.name for n in graph.graph.find_nodes(op="placeholder")]
+    own = {n.name: getattr(graph, str(n.target)) for n in graph.graph.find_nodes(op="get_attr")}
+    (end,) = graph.graph.find_nodes(op="output")
+    return Joined(found, calls, own, placeholders, [n.name for n in tree_leaves(end.args)])
+
+
+def _compiled_parts(graph: fx.GraphModule, found: Sequence[Part], inputs: list[Tensor], key: str) -> Joined:
+    """Compile the parts of a graph, each on what those before it return for these inputs; equal parts once.
+
+    key: the name under which is stored what the parts were called with, if they are stored too.
+    """
     placeholders = [n.name for n in graph.graph.find_nodes(op="placeholder")]
     own = {n.name: getattr(graph, str(n.target)) for n in graph.graph.find_nodes(op="get_attr")}
     values = {**dict(zip(placeholders, inputs, strict=True)), **own}
     compiled: dict[str, Callable[..., Sequence[Tensor]]] = {}
-    calls = []
+    calls, kinds = [], []
     with torch.no_grad():
         for part in found:
             examples = part.laid_out([values[name] for name in part.region.inputs])
-            key = stored.key_of(part.region.graph, examples)
-            call = None if key is None else compiled.get(key)
-            if call is None:  # without a key nothing tells whether parts are equal
-                call = _compiled(part.region.graph, examples, key)
-                if key is not None:
-                    compiled[key] = call
+            name = stored.key_of(part.region.graph, examples)
+            call = None if name is None else compiled.get(name)
+            if call is None:  # without a name nothing tells whether parts are equal
+                call = _compiled(part.region.graph, examples, name)
+                if name is not None:
+                    compiled[name] = call
             calls.append(call)
+            kinds.append(None if name is None else stored.kinds_of(examples))
             values.update(zip(part.region.outputs, calls[-1](*examples), strict=True))
-    (end,) = graph.graph.find_nodes(op="output")
-    return Joined(found, calls, own, placeholders, [n.name for n in tree_leaves(end.args)])
+    if None not in kinds:
+        stored.store_kinds(key, kinds)
+    return _joined(graph, found, calls)
 
 
 # Whether Inductor keeps Triton's code with a graph's, of which a CPU has none. Its list of it is one for all threads: a

@@ -17,6 +17,7 @@ import dis
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import operator
 import os
@@ -53,7 +54,17 @@ class _CannotStore(Exception):
 
 def key_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
     """The name under which the compiled call of a graph at these inputs is stored; None if it cannot be."""
-    return named(lambda: (*map(_described, inputs), *_lines(graph)))
+    return key_of_kinds(graph, lambda: map(_described, inputs))
+
+
+def key_of_kinds(graph: fx.GraphModule, kinds: Callable[[], Iterable[str]]) -> str | None:
+    """The name as of `key_of`, from descriptions of the inputs as `kinds_of` gives them."""
+    return named(lambda: (*kinds(), *_lines(graph)))
+
+
+def kinds_of(inputs: Sequence[Tensor]) -> list[str]:
+    """Descriptions of types, shapes and layouts of inputs of a stored call."""
+    return [_described(t) for t in inputs]
 
 
 def named(lines: Callable[[], Iterable[str]]) -> str | None:
@@ -209,6 +220,31 @@ def store(key: str, call: Direct, is_right: Callable[[Direct], bool]) -> None:
         logger.debug("a compiled call is not stored: %s", error)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_kinds(key: str) -> list[list[str]]:
+    """What the parts of this graph were called with, as of `kinds_of`, in order; [] if it is not known."""
+    try:
+        kinds = json.loads(file(f"{key}.parts").read_text())
+        return [[str(kind) for kind in of_part] for of_part in kinds]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def store_kinds(key: str, kinds: Sequence[Sequence[str]]) -> None:
+    """Store what the parts of a graph were called with."""
+    try:
+        write(file(f"{key}.parts"), json.dumps(kinds))
+    except OSError as error:  # then the next process runs the parts to find out
+        logger.debug("what the parts of a graph are called with is not stored: %s", error)
+
+
+def write(place: Path, text: str) -> None:
+    """Write a file at once, so that no other process reads a part of it."""
+    temporary = place.with_name(f"{place.name}.{os.getpid()}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text)
+    os.replace(temporary, place)
 
 
 def file(key: str) -> Path:

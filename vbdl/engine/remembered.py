@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import marshal
-import os
 import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -103,11 +102,7 @@ def load(name: str) -> Memory | None:
 def store(name: str, memory: Memory) -> None:
     """Keep what is known under this name."""
     try:
-        file = _file(name)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(memory)))
-        os.replace(temporary, file)
+        stored.write(_file(name), json.dumps(asdict(memory)))
     except OSError as error:  # then the next process finds it out again
         logger.debug("what was found out cannot be kept: %s", error)
 
