@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from vbdl.compiling import graph
 from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, cut, trace
+from vbdl.engine import plan
 from vbdl.engine.predictor import Predictor
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.posteriors.ensemble import DeepEnsemble
@@ -75,6 +77,41 @@ def test_layers_before_the_first_dropout_run_once_for_all_draws():
     regions = execution(MCDropout(net), 50, torch.randn(13, 3), n_samples=7).chunking(7).cut.regions
     assert matrix_products(regions[PREFIX]) == 2 and matrix_products(regions[BODY]) == 1
     assert "keep" in names(regions[DRAWN]) and "keep" not in names(regions[BODY])
+
+
+class Places(nn.Module):
+    """Drops units at each of nine places, each through operations of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(6, 40), nn.Dropout(0.3), nn.Linear(40, 5)
+
+    def forward(self, x):
+        h = self.first(x.unsqueeze(1).expand(-1, 9, -1)).relu()
+        return self.last(torch.cat([self.drop(h).mean(1), self.drop(h[..., ::2].softmax(-1)).mean(1)], -1)[:, :40])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_are_kept_in_bytes(dtype, monkeypatch):
+    q, x = MCDropout(Places().to(dtype)), torch.randn(13, 6, dtype=dtype)
+    regions = execution(q, 5, x, n_samples=7).chunking(7).cut.regions
+    kept = [n.meta["val"].dtype for n in regions[DRAWN].nodes if n.name in regions[DRAWN].outputs]
+    assert torch.bool in kept and dtype not in kept
+    found = Predictor(q, Gaussian(5), 7, compile=False)(x).mean
+    monkeypatch.setattr(graph, "_larger_copies", lambda region: [])
+    assert torch.equal(found, Predictor(q, Gaussian(5), 7, compile=False)(x).mean)
+
+
+def test_many_masks_are_made_again_where_that_takes_little_time(monkeypatch):
+    q, x = MCDropout(Places()), torch.randn(13, 6)
+    expected = Predictor(q, Gaussian(5), 7, compile=False, tiles=(64,))(x).mean
+    monkeypatch.setattr(plan, "_KEPT", 0)
+    for share, keeps in ((0, True), (1e9, False)):
+        monkeypatch.setattr(plan, "_SHARE", share)
+        assert execution(q, 5, x, n_samples=7).plan.keep_draws is keeps
+        predict = Predictor(q, Gaussian(5), 7, compile=False, tiles=(64,))
+        for _ in range(2):
+            torch.testing.assert_close(predict(x).mean, expected)
 
 
 def test_weights_are_drawn_once_a_draw_not_once_a_batch():

@@ -295,6 +295,8 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
     kinds: the region of each placeholder, in order: ONCE, DRAWN or PREFIX.
     """
     region = dependence(traced, kinds)
+    for node in _larger_copies(region):
+        region[node] = BODY
     placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
     end = next(n for n in traced.graph.nodes if n.op == "output")
     returned = [n for n in tree_leaves(end.args) if isinstance(n, fx.Node)]
@@ -312,6 +314,21 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
                 outputs.append(node)
         regions.append(extract(traced, inside, inputs, outputs))
     return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
+
+
+def _larger_copies(region: Mapping[fx.Node, int]) -> Iterator[fx.Node]:
+    """Yield what the body can compute from a smaller value of `drawn`: a mask in bytes is kept, not the same in floats.
+
+    The body reads a value of each element by itself anyway, in loops that are compiled into one.
+    """
+    for node, which in region.items():
+        if which != DRAWN or not _is_of_each(node) or any(region.get(user) != BODY for user in node.users):
+            continue
+        chain = [node]
+        while _is_of_each(source := chain[-1].all_input_nodes[0]) and set(source.users) == {chain[-1]}:
+            chain.append(source)
+        if region[source] == DRAWN and source.op != "placeholder" and 2 * _all_bytes(source) <= _all_bytes(node):
+            yield from chain
 
 
 def extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Region:
@@ -397,6 +414,20 @@ def own_bytes(node: fx.Node) -> int:
     if not isinstance(value, Tensor):
         return 0
     return 0 if _is_view(node) else value.numel() * value.element_size()
+
+
+def _all_bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return value.numel() * value.element_size()
+
+
+def _is_of_each(node: fx.Node) -> bool:
+    """Whether a node is a view, another type or a multiple by a number of one value, element by element."""
+    return len(node.all_input_nodes) == 1 and (
+        (_is_view(node) and name_of(node) not in ("slice", "select", "expand"))
+        or name_of(node) == "_to_copy"
+        or (name_of(node) in ("mul", "div") and not isinstance(node.args[1], fx.Node))
+    )
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region, flops_of
+from vbdl.compiling.graph import BODY, DRAWN, ONCE, PREFIX, Cut, Region, flops_of, name_of, own_bytes
 
 # Activations of a chunk, in bytes. On a CPU, chunks beyond a few MiB save no more overhead and fit into no cache
 # (`docs/speed.md`); an accelerator needs many rows at once and few kernel launches.
 _CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 8 * 2**20, 256 * 2**20
 _PRODUCT_BYTES = 2 * 2**20  # for a network without convolutions on a CPU that needs several calls: they cost it little
+_KEPT = 16 * 2**20  # bytes; more draws are kept only if making them again would take a share of a call's time
+_SHARE = 1 / 20
+_NS = {"keep": 1.0, "words": 2.0, "normal": 8.0}  # nanoseconds of a core for a number; others take about one
+_FLOPS = 2e10  # floating-point operations of a core in a second
 _FEW = 8  # times the bytes of the convolutions' weights in the activations of a draw, where the weights cost little
 
 
@@ -82,7 +86,9 @@ def choose(
             f"memory budget of {_bytes(memory_budget)}: use smaller tiles or a larger memory_budget"
         )
     reasons_so_far = list(reasons)
-    keep = n_samples * draw_bytes <= half
+    fits = n_samples * draw_bytes <= half
+    quick = n_samples * draw_bytes > _KEPT and not entry_bytes and _are_quick(cut)
+    keep = fits and not quick
     if chunk_size is not None:
         chunk = min(chunk_size, n_samples)
         reasons_so_far.append(f"chunk_size={chunk_size} was asked for")
@@ -90,7 +96,8 @@ def choose(
         chunk = 1
     else:
         within = _chunk_bytes(cut.regions[BODY], activation_bytes, n_samples)
-        most = max(1, min(n_samples, min(half, max(within, activation_bytes)) // activation_bytes))
+        alone = activation_bytes + (draw_bytes if quick else 0)
+        most = max(1, min(n_samples, min(half, max(within, alone)) // alone))
         if not keep:  # the draws of a chunk are in memory while its call runs
             most = max(1, min(most, half // draw_bytes))
         chunk = -(-n_samples // -(-n_samples // most))  # the same number of calls, of sizes as equal as possible
@@ -99,9 +106,11 @@ def choose(
             chunk = equal if 2 * equal > most else chunk
         if chunk < n_samples:
             reasons_so_far.append(f"chunks keep the activations of a call within {_bytes(min(half, within))}")
-    if not keep:
-        total = _bytes(n_samples * draw_bytes)
+    total = _bytes(n_samples * draw_bytes)
+    if not fits:
         reasons_so_far.append(f"{total} of draws are more than half of memory_budget, so none is kept")
+    elif quick:
+        reasons_so_far.append(f"making draws again takes a small share of a call, so {total} of them are not kept")
     if not cut.regions[PREFIX].empty and cut.regions[PREFIX].flops():
         reasons_so_far.append("layers before the first random one run once for all draws")
     return Plan(
@@ -118,6 +127,17 @@ def choose(
         body_flops=cut.regions[BODY].flops() // traced_draws,
         reasons=tuple(reasons_so_far),
     )
+
+
+def _are_quick(cut: Cut) -> bool:
+    """Whether making draws takes a small share of the time of a call, on a CPU."""
+    nodes = cut.regions[DRAWN].nodes
+    values = [(n, v) for n in nodes if isinstance(v := n.meta.get("val"), torch.Tensor) and own_bytes(n)]
+    if any(v.device.type != "cpu" for _, v in values):
+        return False
+    draws = sum(1e-9 * _NS.get(name_of(n), 1.0) * v.numel() for n, v in values)
+    draws += cut.regions[DRAWN].flops() / _FLOPS
+    return draws <= _SHARE * cut.regions[BODY].flops() / _FLOPS
 
 
 def _chunk_bytes(body: Region, alone: int, n_samples: int) -> int:
