@@ -14,6 +14,7 @@ from torch import nn
 
 import vbdl
 from vbdl.engine import background as engine
+from vbdl.engine import plain
 from vbdl.engine.execution import Execution
 from vbdl.engine.predictor import Predictor
 from vbdl.engine.traced import Traced
@@ -160,6 +161,34 @@ def test_warm_up_waits_and_seals(held):
     predict(x, tolerance=0.01)
     with pytest.raises(RuntimeError, match="not warmed up"):
         predict(torch.randn(4, 2))
+
+
+def test_warm_up_runs_nothing_that_the_background_ran(held, monkeypatch):
+    held.set()
+    x, runs = torch.randn(4, 3), []
+    predict = background(tiles=(4,), n_samples=6, chunk_size=2)
+    predict(x)
+    predict.wait()
+    original = Execution.fields
+    monkeypatch.setattr(Execution, "fields", lambda *args: runs.append(args) or original(*args))
+    predict.warm_up((4,), example=x)
+    assert strategy(predict) == "stacked" and not runs
+    predict(x)
+    assert runs
+
+
+@pytest.mark.parametrize("masks", [0, 2**24])
+def test_the_network_as_it_is_keeps_few_masks_and_none_once_a_graph_answers(masks, held, monkeypatch):
+    monkeypatch.setattr(plain, "_MASKS", masks)
+    predict, x = background(tiles=(1,), n_samples=6), torch.randn(1, 3)
+    first = predict(x).probs
+    (execution,) = next(iter(predict.executions.by_shape.values()))
+    assert bool(execution._plain._kept) is (masks > 0)
+    torch.testing.assert_close(predict(x).probs, first, **ROUNDING)
+    held.set()
+    predict.wait()
+    assert not execution._plain._kept
+    torch.testing.assert_close(predict(x).probs, first, **ROUNDING)
 
 
 def test_a_row_that_is_predicted_meanwhile_is_the_same(held):

@@ -302,12 +302,23 @@ class Execution:
         if isinstance(way.calls, Chunking):
             with torch.no_grad():
                 if reason is None:
-                    self._once(way, self._tile)
+                    self._let_go()  # first, because the graph keeps the same draws
+                    if isinstance(way.plan, Plan) and way.plan.keep_draws:
+                        self._once(way, self._tile)
+                    else:
+                        self._compile(way.calls, ("fields" if len(way.calls) == 1 else "sums",))
                 else:
                     way = self._faster(way, self._as_it_is(), self._tile, reason)
             if isinstance(way.calls, Chunking):
+                self._let_go()
                 self.compiled = {"sums"}
         return way
+
+    def _let_go(self) -> None:
+        """Let the network as it is, for which a graph takes over, hold no draws, and give their memory back."""
+        if self._plain is not None:
+            self._plain.let_go()
+            freed.give_back()
 
     def explain(self) -> str:
         """Describe how the draws are executed, and why; waits for the tracing, but not for the compiler."""
@@ -383,8 +394,14 @@ class Execution:
 
     @property
     def is_warm(self) -> bool:
-        """Whether calls run the network as it is, now and later, and it has run: another call would change nothing."""
-        return self._answered and self.stays_as_it_is
+        """Whether a prediction would make and compile nothing.
+
+        That is so of a network that runs as it is, now and later, and has run, and of a graph for some of the draws,
+        which the background has run: there are no other calls of it for predictions.
+        """
+        if self._answered and self.stays_as_it_is:
+            return True
+        return self._settings.compile == "background" and not self._behind and len(self._way.calls) > 1
 
     # -- running
 

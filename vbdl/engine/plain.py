@@ -32,6 +32,7 @@ from vbdl.nn.members import StackedPosterior
 from vbdl.nn.recurrent import WholeLayers, runs_whole_layers
 from vbdl.types import State
 
+_MASKS = 16 * 2**20  # bytes of masks that are kept: drawing more again takes a small share of a large network's time
 _ROWS = 4096  # the most rows in one call of repeated rows
 _CACHED = 2**21  # bytes of the largest value of one call, which the cache of a core holds
 _LAST = torch.channels_last
@@ -147,6 +148,7 @@ class Plain:
             self._network.together = None
         self._kept: dict[tuple[int, ...], dict] = {}
         self._budget: float = settings.memory_budget // 2
+        self._masks = 0  # bytes of masks that are kept
         if before is not None and before.kept and self._budget > 0:
             self._keep(tuple(range(len(before.outputs))), before.kept)
         self._lock = threading.RLock()
@@ -341,9 +343,19 @@ class Plain:
             return outputs if differentiable else outputs.detach()
 
     def _keep(self, numbers: tuple[int, ...], kept: dict[Hashable, Tensor]) -> None:
-        """Keep what the network drew for these draws."""
-        self._budget -= sum(t.nbytes for t in kept.values())
+        """Keep what the network drew for these draws, unless it is many masks."""
+        size = sum(t.nbytes for t in kept.values())
+        if all(t.dtype == torch.bool for t in kept.values()):
+            self._masks += size
+            if self._masks > _MASKS:
+                return
+        self._budget -= size
         self._kept[numbers] = kept
+
+    def let_go(self) -> None:
+        """Keep nothing any more of what the network drew, because a graph takes over."""
+        self._budget = 0
+        self._kept = {}
 
     def _restore(self) -> None:
         """Undo what a forward pass wrote into shared buffers, so that the next draw finds what this one found."""
