@@ -96,7 +96,7 @@ def test_masks_are_kept_in_bytes(dtype, monkeypatch):
     q, x = MCDropout(Places().to(dtype)), torch.randn(13, 6, dtype=dtype)
     regions = execution(q, 5, x, n_samples=7).chunking(7).cut.regions
     kept = [n.meta["val"].dtype for n in regions[DRAWN].nodes if n.name in regions[DRAWN].outputs]
-    assert torch.bool in kept and dtype not in kept
+    assert torch.uint8 in kept and dtype not in kept
     found = Predictor(q, Gaussian(5), 7, compile=False)(x).mean
     monkeypatch.setattr(graph, "_larger_copies", lambda region: [])
     assert torch.equal(found, Predictor(q, Gaussian(5), 7, compile=False)(x).mean)

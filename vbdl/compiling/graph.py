@@ -10,6 +10,7 @@ The regions follow from the data flow alone, whatever the method and the layers 
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -294,9 +295,8 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
 
     kinds: the region of each placeholder, in order: ONCE, DRAWN or PREFIX.
     """
-    region = dependence(traced, kinds)
-    for node in _larger_copies(region):
-        region[node] = BODY
+    later = [node for chain in _larger_copies(dependence(traced, kinds)) for node in _of_bytes(traced, chain)]
+    region = {**dependence(traced, kinds), **dict.fromkeys(later, BODY)}
     placeholders = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
     end = next(n for n in traced.graph.nodes if n.op == "output")
     returned = [n for n in tree_leaves(end.args) if isinstance(n, fx.Node)]
@@ -316,11 +316,13 @@ def cut(traced: fx.GraphModule, kinds: Sequence[int]) -> Cut:
     return Cut(tuple(regions), placeholders, [n.name for n in returned], {n.name: n for n in region})
 
 
-def _larger_copies(region: Mapping[fx.Node, int]) -> Iterator[fx.Node]:
-    """Yield what the body can compute from a smaller value of `drawn`: a mask in bytes is kept, not the same in floats.
+def _larger_copies(region: Mapping[fx.Node, int]) -> list[list[fx.Node]]:
+    """What the body can compute from a smaller value of `drawn`: a mask in bytes is kept, not the same in floats.
 
-    The body reads a value of each element by itself anyway, in loops that are compiled into one.
+    The body reads a value of each element by itself anyway, in loops that are compiled into one. Returns chains of
+    nodes, each the only user of the one after it.
     """
+    chains = []
     for node, which in region.items():
         if which != DRAWN or not _is_of_each(node) or any(region.get(user) != BODY for user in node.users):
             continue
@@ -328,7 +330,26 @@ def _larger_copies(region: Mapping[fx.Node, int]) -> Iterator[fx.Node]:
         while _is_of_each(source := chain[-1].all_input_nodes[0]) and set(source.users) == {chain[-1]}:
             chain.append(source)
         if region[source] == DRAWN and source.op != "placeholder" and 2 * _all_bytes(source) <= _all_bytes(node):
-            yield from chain
+            chains.append(chain)
+    return chains
+
+
+def _of_bytes(traced: fx.GraphModule, chain: list[fx.Node]) -> list[fx.Node]:
+    """Let a chain of `_larger_copies` begin with bytes in the place of truth values, which compiled loops read slowly.
+
+    Returns the chain.
+    """
+    source = chain[-1].all_input_nodes[0]
+    views = list(itertools.takewhile(_is_view, reversed(chain)))
+    converted = chain[-1 - len(views)] if len(views) < len(chain) else source
+    if source.meta["val"].dtype == torch.bool != converted.meta["val"].dtype and name_of(converted) == "_to_copy":
+        with traced.graph.inserting_after(source):
+            numbers = traced.graph.call_function(torch.ops.aten.view.dtype, (source, torch.uint8))
+        numbers.meta = {**source.meta, "val": source.meta["val"].view(torch.uint8)}
+        chain[-1].replace_input_with(source, numbers)
+        for node in views:
+            node.meta = {**node.meta, "val": node.meta["val"].view(torch.uint8)}
+    return chain
 
 
 def extract(traced: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> Region:
