@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbdl.calling.attributes import Attributes
 from vbdl.calling.inputs import Flat
 from vbdl.calling.traversing import parameters_of
 from vbdl.compiling.rewrite import MANY_ROWS
@@ -60,11 +61,13 @@ class FirstRun:
         reads = only_reads(twin) and not callable(model.posterior.output)
         self._reads = reads and not _trains(twin)
         parameters = () if reads else parameters_of(twin).keys()
+        attributes = None if reads else Attributes(twin)
         sizes = {n: t.nbytes for n, t in entries.items()}
         del entries  # whose memory is laid out anew if nobody else holds it
         outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
         is_draw = not self.local_layers and (bool(self._kept) or not isinstance(twin.network, KeyedNetwork))
-        self.run: Run | None = Run(twin, tile, outputs, sizes, self._kept, is_draw and len(outputs) == 1)
+        changed = attributes if attributes is not None and attributes.restore() else None
+        self.run: Run | None = Run(twin, tile, outputs, sizes, self._kept, changed, is_draw and len(outputs) == 1)
         self._kept = {}  # held by the run alone
         self.tile = tile.map(Tensor.clone)  # the caller may put other rows into its memory
         self.shape, self.dtype = outputs.shape[1:], outputs.dtype

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.attributes import Attributes
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
 from vbdl.calling.outputs import are_same
@@ -76,6 +77,7 @@ class Run:
     outputs: Tensor  # (draws, rows, ...)
     sizes: Mapping[str, int]  # the bytes of each entry of a draw
     kept: dict[Hashable, Tensor]  # what a network with a key keeps of these draws, as `KeyedNetwork.kept`
+    attributes: Attributes | None  # the twin's before it ran, if a forward changes them
     is_draw: bool  # whether the outputs are those of draw 0; layers may draw other ones, or keep what they drew
 
     def is_on(self, tile: Flat) -> bool:
@@ -132,6 +134,7 @@ class Plain:
         buffers = buffers_of(self._twin)
         self._written = {n for n in buffers if n in first and n != "network.key"}
         self._written |= {n for n in written if n in first}
+        self._attributes = Attributes(self._twin) if before is None else before.attributes
         self._buffers = {n: b for n, b in buffers.items() if n not in first}
         for name in set(written) - set(first):
             tensors, leaf = slots[name][0]
@@ -336,6 +339,8 @@ class Plain:
             finally:
                 for slots, leaf, empty in self._empty:  # a draw's weights must not be kept
                     slots[leaf] = empty
+                if self._attributes is not None:
+                    self._attributes.restore()
             if kept and numbers not in self._kept:
                 self._keep(numbers, kept)
             if versions != [b._version for b in self._buffers.values()]:
