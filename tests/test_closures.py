@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -218,3 +219,60 @@ def test_python_copies_functions_as_they_are(form):
     for p in net.parameters():
         p.data.zero_()
     assert not torch.allclose(made(x), expected)
+
+
+class Holds(nn.Module):
+    """A network that reads a weight that it holds beside its modules, in one of these ways."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.a, self.inside, self.b = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        weight = self.inside.weight
+        self.listed, self.table = [weight] if how == "listed" else [], {"weight": weight} if how == "table" else {}
+        self.of = functools.partial(F.linear, weight=weight, bias=self.inside.bias) if how == "of" else None
+        self.f = (lambda h: h @ weight) if how == "f" else None
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.how in ("of", "f"):
+            return self.b((self.of or self.f)(h))
+        return self.b(h @ (self.listed[0] if self.listed else self.table["weight"]))
+
+
+@pytest.mark.parametrize("how", ["listed", "table", "of", "f"])
+def test_weights_that_are_held_beside_modules_are_refused_where_they_are_drawn(how):
+    with pytest.raises(ValueError, match=f"the attribute '{how}' holds the parameter 'inside.weight' itself"):
+        vbdl.MeanField(Holds(how), n_data=10)
+    with pytest.raises(ValueError, match=f"the attribute '{how}' holds the parameter 'inside.weight' itself"):
+        vbdl.Laplace(Holds(how), parameters="all", structure="diagonal")
+    vbdl.MCDropout(nn.Sequential(nn.Dropout(0.1), Holds(how)))  # replaces no weight
+    vbdl.Laplace(Holds(how))  # of the last layer
+
+
+@pytest.mark.parametrize("how", ["listed", "table", "of"])
+def test_members_that_hold_weights_beside_modules_are_refused(how):
+    predict = vbdl.Predictor(vbdl.DeepEnsemble([Holds(how), Holds(how)]), vbdl.Gaussian(2), compile=False)
+    with pytest.raises(ValueError, match=f"the attribute '{how}' holds the parameter 'inside.weight' itself"):
+        predict(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=f"the attribute '{how}' holds the parameter 'inside.weight' itself"):
+        q = vbdl.DeepEnsemble(Holds(how), 2)
+        vbdl.fit(q, (torch.randn(8, 6), torch.randn(8, 2)), vbdl.Gaussian(2), epochs=1, progress=False)
+
+
+def test_weak_references_are_to_the_modules_of_the_copy():
+    class Refers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+            self.reference = weakref.ref(self.a)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.reference()(x))
+
+    members, x = [Refers().eval() for _ in range(3)], torch.randn(4, 6)
+    with torch.no_grad():
+        expected = torch.stack([net(x) for net in members]).mean(0)
+    found = vbdl.Predictor(vbdl.DeepEnsemble(members), vbdl.Gaussian(2), compile=False)(x).mean
+    torch.testing.assert_close(found, expected)
+    assert copied(members[0]).reference() is not members[0].a

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vbdl.calling.copies import is_cache
-from vbdl.calling.traversing import modules_of
+from vbdl.calling.traversing import is_cache, modules_of
 
 _TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
 

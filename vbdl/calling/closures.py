@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vbdl.calling.traversing import is_cache, modules_of, state_in
+
 _SILENT = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
 
 
@@ -49,6 +51,50 @@ def tensors_held(module: nn.Module) -> list[Tensor]:
     """The tensors that functions of a module hold themselves, not as attributes of a module."""
     functions = [f for value in vars(module).values() for f in functions_in(value)]
     return [part for f in functions for _, part in _read_by(f) if isinstance(part, Tensor)]
+
+
+def held_parameters(network: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the places where a network holds parameters of its own beside those of its modules, and their names.
+
+    Such as a list of weights, or `functools.partial(F.linear, weight=self.layer.weight)`. What stands in a module for a
+    parameter during a call, such as the weight of a draw, does not stand there.
+    """
+    modules = modules_of(network)
+    names = {id(p): name for name, p in state_in(modules).items() if isinstance(p, nn.Parameter)}
+    for path, m in modules:
+        for key, value in vars(m).items():
+            if key in _TABLES or is_cache(m, key) or not isinstance(value, _HOLDERS):
+                continue
+            for t in _tensors_in(value, set()):
+                if id(t) in names:
+                    yield f"{path}.{key}" if path else key, names[id(t)]
+
+
+_TABLES = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
+_HOLDERS = (list, tuple, set, dict, functools.partial, FunctionType, MethodType)
+
+
+def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tables, partial functions and what functions hold."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, _HOLDERS) and id(value) not in seen:
+        seen.add(id(value))
+        for part in (part for _, part in _read_by(value)) if isinstance(value, FunctionType) else _parts(value):
+            yield from _tensors_in(part, seen)
+
+
+def check_held(network: nn.Module, replaced: Collection[str] | None = None) -> None:
+    """Raise ValueError if a network holds parameters beside those of its modules; replaced: of these names, if given.
+
+    For methods that put other tensors in the place of parameters.
+    """
+    for place, name in held_parameters(network):
+        if replaced is None or name in replaced:
+            raise ValueError(
+                f"the attribute '{place}' holds the parameter '{name}' itself, so it would not get the weight that a "
+                f"draw or a member has in its place: let it hold the module, and read the weight when it is called"
+            )
 
 
 def _parts(value: object) -> Iterable[object]:

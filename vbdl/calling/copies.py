@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.duplicating import duplicate
 from vbdl.calling.stacking import is_of_a_trace
-from vbdl.calling.traversing import Modules, modules_of, state_in
+from vbdl.calling.traversing import Modules, is_cache, modules_of, state_in
 from vbdl.types import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -77,11 +77,6 @@ def _detached(t: Tensor) -> Tensor | None:
 
 
 _TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
-
-
-def is_cache(module: nn.Module, name: str) -> bool:
-    """Whether torch keeps the parameters of a recurrent layer in this attribute, which it renews when they change."""
-    return name in ("_flat_weights", "_flat_weight_refs") and isinstance(module, nn.RNNBase)
 
 
 def kept_by(module: nn.Module) -> list[tuple]:

@@ -6,6 +6,7 @@ the network takes for a row.
 
 import copy
 import copyreg
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from types import BuiltinFunctionType, NoneType
@@ -89,6 +90,8 @@ class _Duplicate:
                 attributes[name] = memo[id(value)] = value.copy()
             elif of is tuple and any(isinstance(v, nn.Module) for v in value):
                 attributes[name] = memo[id(value)] = tuple(map(self._of_value, value))
+            elif of is weakref.ref:
+                attributes[name] = self._of_reference(value)
             elif name != _COMPILED:
                 attributes[name] = self._deep(value)
         attributes.pop(_COMPILED, None)
@@ -104,6 +107,13 @@ class _Duplicate:
         if of is nn.Parameter:
             return value.__deepcopy__(self._memo)
         return _of_tensor(value, self._memo) if of is Tensor else self._deep(value)
+
+    def _of_reference(self, reference: weakref.ref) -> weakref.ref:
+        """A weak reference to the copy of a module, if the network has it; others stay as they are."""
+        target: Any = reference()
+        if not isinstance(target, nn.Module) or not any(target is m for m in _all_modules(self._module)):
+            return reference
+        return weakref.ref(self._of_module(target))
 
     def _deep(self, value: Any) -> Any:
         """The copy of a value that `copy.deepcopy` makes, but for functions in it that read modules."""

@@ -87,6 +87,11 @@ def device_of(module: nn.Module) -> torch.device:
     return next(t.device for table in tables for t in table.values() if t is not None)
 
 
+def is_cache(module: nn.Module, name: str) -> bool:
+    """Whether torch keeps the parameters of a recurrent layer in this attribute, which it renews when they change."""
+    return name in ("_flat_weights", "_flat_weight_refs") and isinstance(module, nn.RNNBase)
+
+
 def is_sparse(t: Tensor) -> bool:
     """Whether a tensor holds only its numbers other than 0, and their places; nested tensors have other layouts."""
     return t.layout in _SPARSE

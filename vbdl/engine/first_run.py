@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vbdl.calling.attributes import Attributes
+from vbdl.calling.closures import check_held
 from vbdl.calling.inputs import Flat
 from vbdl.calling.traversing import parameters_of
 from vbdl.compiling.rewrite import MANY_ROWS
@@ -57,6 +58,7 @@ class FirstRun:
             self._others = others if tile.rows == 1 and not callable(model.posterior.output) else None
         twin = model.twin()
         self.own = list(entries)
+        check_held(twin.network, {name.removeprefix("network.") for name in entries})
         # a function that chooses the output is the user's
         reads = only_reads(twin) and not callable(model.posterior.output)
         self._reads = reads and not _trains(twin)

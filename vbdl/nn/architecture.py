@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.copies import is_cache, is_computed
-from vbdl.calling.traversing import is_sparse, modules_of, state_of
+from vbdl.calling.copies import is_computed
+from vbdl.calling.traversing import is_cache, is_sparse, modules_of, state_of
 from vbdl.types import State
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}

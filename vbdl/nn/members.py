@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.apart import Apart, Source
-from vbdl.calling.closures import tensors_held
+from vbdl.calling.closures import check_held, tensors_held
 from vbdl.calling.each import losses_of_each
 from vbdl.calling.inputs import tensors
 from vbdl.calling.lending import only_reading
@@ -230,6 +230,7 @@ class StackedPosterior(Posterior):
 
         Sets `one_by_one` to the reason to train them one by one, or to "" if there is none.
         """
+        check_held(self.module, self._parameter_names)
         if any(isinstance(t, nn.Parameter) for _, m in modules_of(self.module) for t in tensors_held(m)):
             raise ValueError(
                 "a function that the network holds keeps a parameter itself, so it would not use the one that each "

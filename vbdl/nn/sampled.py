@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
+from vbdl.calling.closures import check_held
 from vbdl.calling.stacking import call, without_dots
 from vbdl.nn.drawn import drawn, noise, once
 from vbdl.nn.embedding import padding_rows
@@ -88,6 +89,7 @@ class SampledNetwork(FactoredNetwork):
         self.n_data = n_data
         self.first_layer = 0  # the layer number in the counters of the first chosen parameter
         parameters = dict(inner.named_parameters())
+        check_held(inner, chosen)
         self.chosen = tuple(chosen)
         self.padding = {name: row for name, row in padding_rows(inner).items() if name in chosen}
         self.log_std = LogStd({n: parameters[n].detach() for n in self.chosen}, initial_std)

@@ -424,7 +424,8 @@ def _stacks_as(network: nn.Module) -> list[str]:
 
     A function that holds a parameter itself, and not its module, goes on using it, whatever stands in the module.
     """
-    held = [f"{name} holds a parameter of {id(t)}" for name, m in modules_of(network) for t in tensors_held(m)]
+    parameters = [(name, t) for name, m in modules_of(network) for t in tensors_held(m) if isinstance(t, nn.Parameter)]
+    held = [f"{name} holds a parameter of {id(t)}" for name, t in parameters]
     frozen = [f"{n} is frozen" for n, p in parameters_of(network).items() if not p.requires_grad]
     return architecture(network) + frozen + held
 

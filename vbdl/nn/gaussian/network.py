@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vbdl.calling.closures import check_held
 from vbdl.calling.graphs import without_fused_attention
 from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of
@@ -191,6 +192,7 @@ class GaussianNetwork(FactoredNetwork):
         _check(inner, factors)
         self.factors = cast(Sequence[Factor], nn.ModuleList(factors))
         self.chosen = tuple(name for factor in factors for name in factor.names)
+        check_held(inner, self.chosen)
         self.linearized = linearized
         device = next(inner.parameters()).device
         self.register_buffer("key", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
