@@ -13,6 +13,7 @@ from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.nn.may_drop import may_drop
 from vbdl.posteriors.mc_dropout import MCDropout
 from vbdl.posteriors.mean_field import MeanField
+from vbdl.posteriors.stochastic import Stochastic
 
 P = 0.3
 ROUNDING = {"rtol": 0.0, "atol": 1e-5}  # float32 sums of a few dozen terms of order 1
@@ -502,6 +503,38 @@ def test_rows_that_cannot_share_masks_run_one_after_the_other(name):
     assert float(((ours.mean(0) - theirs.mean(0)).abs() / error.clamp_min(1e-6)).max()) < 5
     ratio = ours.std(0) / theirs.std(0).clamp_min(1e-6)
     assert float((ratio - 1).abs()[theirs.std(0) > 1e-3].max()) < 0.25  # some standard errors of a std of 1000 draws
+
+
+def over_edges(x):  # the entries of a row are no block of the masked axis
+    return F.dropout(x.transpose(0, 1).flatten(0, 1), 0.0).unflatten(0, (7, -1)).transpose(0, 1)
+
+
+def for_some_rows(x):
+    return F.dropout(x, 0.0) if bool(x[-1].sum() > 0) else x
+
+
+def of_other_lengths(x):
+    return x.masked_scatter(x.abs() > 0.5, F.dropout(x[x.abs() > 0.5], 0.0))
+
+
+@pytest.mark.parametrize("idle", [over_edges, for_some_rows, of_other_lengths])
+@pytest.mark.parametrize("method", [MCDropout, Stochastic])
+def test_a_call_that_drops_nothing_is_no_reason_to_run_rows_apart(method, idle):
+    x = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
+    x[0], x[-1] = x[0].abs() + 1, -x[-1].abs()  # the first row takes another way than the last one
+
+    def answer(idle):
+        predict = Predictor(
+            method(Calls(lambda m, x: F.dropout(idle(x), P, True).sum((1, 2)).unsqueeze(1))),
+            Gaussian(1),
+            n_samples=5,
+            compile=False,
+        )
+        return predict(x, samples=True).samples, predict.explain()
+
+    found, how = answer(idle)
+    assert "one after the other" not in how or "cannot be traced" in how
+    torch.testing.assert_close(found, answer(lambda x: F.dropout(x, 0.0))[0], **ROUNDING)
 
 
 @pytest.mark.parametrize("first", [[0], [1], [0, 1, 2, 3, 4, 5]])

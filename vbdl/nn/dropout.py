@@ -23,7 +23,7 @@ from vbdl.calling.stacking import call
 from vbdl.calling.traversing import buffers_of, modules_of
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
-from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, batch_axis, described
+from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, dropping, with_batch_axes
 from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout, returned_same
@@ -232,7 +232,7 @@ class DropoutNetwork(KeyedNetwork):
             one, outputs = self._located(_repeated(inputs, 1))
             if _functions(one.calls) != _functions(two.calls) or self._leaves_out_dropout(two.calls):
                 return False
-            sites = _with_batch_axes(one.calls, two.calls, (1, 2))
+            sites = with_batch_axes(one.calls, two.calls, (1, 2))
         except Exception:  # of the user's network too, which may not take a single row
             return False
         if any(site.multiple > 1 for site in sites):
@@ -253,7 +253,7 @@ class DropoutNetwork(KeyedNetwork):
             self.row_by_row = self._depends_on_rows(inputs)
         if not self.row_by_row:
             try:
-                self.sites = _with_batch_axes(of_two.calls, of_three.calls, (2, 3))
+                self.sites = with_batch_axes(of_two.calls, of_three.calls, (2, 3))
             except ValueError:  # not every call has the batch as one axis
                 self.row_by_row = True
             else:
@@ -281,7 +281,8 @@ class DropoutNetwork(KeyedNetwork):
 
     def _keeps_rows_equal(self, inputs: Inputs) -> bool:
         """Whether equal rows have equal outputs, so that a folded axis holds each row's entries in one block."""
-        masks = Masks(self.key, self.inner, 0.5, self.sites)
+        masks = Masks(self.key, self.inner, self.rate, self.sites)
+        masks.rate_of_all = 0.5  # so that masks differ clearly
         outputs = with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 3), masks))
         tensors = [t for t in leaves(outputs).values() if isinstance(t, Tensor)]
         return all(torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4) for t in tensors)
@@ -293,8 +294,8 @@ def _repeated(inputs: Inputs, rows: int) -> Inputs:
 
 
 def _functions(calls: Sequence[Site]) -> list[tuple[str, str]]:
-    """The dropout functions of these calls, each with the module that called it."""
-    return [(site.path, site.kind) for site in calls]
+    """The dropout functions of the calls that drop something, each with the module that called it."""
+    return [(site.path, site.kind) for site in dropping(calls)]
 
 
 def _begins_with(two: Mapping[tuple, object], one: Mapping[tuple, object]) -> bool:
@@ -319,19 +320,3 @@ def _growth(few: Sequence[int], more: Sequence[int]) -> int:
     if len(few) != len(more):
         return 0
     return max((b - a for a, b in zip(few, more, strict=True)), default=0)
-
-
-def _with_batch_axes(few: Sequence[Site], more: Sequence[Site], rows: tuple[int, int]) -> tuple[Site, ...]:
-    """The dropout calls on two batches as sites with their batch axes. Raises ValueError if they do not fit.
-
-    rows: the sizes of the batches.
-    """
-    if [s.kind for s in few] != [s.kind for s in more]:
-        raise ValueError("the module calls other dropouts for another batch size")
-    return tuple(_place_batch(a, b, rows) for a, b in zip(few, more, strict=True))
-
-
-def _place_batch(few: Site, more: Site, rows: tuple[int, int]) -> Site:
-    """The dropout call with its batch axis."""
-    axis, multiple = batch_axis(few.shape, more.shape, f"{few.kind} in {described(few.path)} masks", rows)
-    return Site(few.path, few.kind, few.p, few.shape if rows[0] == 2 else more.shape, axis, multiple)

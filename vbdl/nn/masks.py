@@ -6,7 +6,7 @@ calls the same dropouts, as in a mixture of experts, the counters are numbered b
 
 import math
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Masks:
     key: (2,) int64, (seed, draw); or (draws, 2) for inputs that repeat the batch once for each draw.
     rate: overrides dropout rates, all of them or by module name.
     sites: the dropout calls in their order, from `DropoutNetwork.locate`; if None, axis 0 is taken for the batch in all
-        of them.
+        of them. Only those that drop something have to be called again, in the same order.
     per_row: one mask per row, as in training.
     by_module: number the calls by the module that makes them, for forwards in which rows call different ones.
     alone: the batch is one row, so that a mask has the shape of what it masks.
@@ -78,8 +78,11 @@ class Masks:
         steps: tuple[int, int] | None = None,
     ):
         self._kept, self._by_module, self._alone, self._rows, self.steps = kept, by_module, alone, rows, steps
-        self.key, self.rate, self.sites, self.per_row, self.silent = key, rate, sites, per_row, silent
+        self.key, self.rate, self.per_row, self.silent = key, rate, per_row, silent
+        # the known calls that are still to come, each with its number: a call that drops nothing may be left out
+        self._to_come = None if sites is None else ((i, site) for i, site in enumerate(sites) if site.p > 0)
         self._root = root
+        self.rate_of_all: float | None = None  # of every call that drops something, in place of its own
         self.places: dict[int, tuple[str, int]] | None = None  # name and number of each module of `root`, by its id
         self.calls: list[Site] = []
         self.sizes: list[int] = []  # bytes of what each function of torch returned, if silent
@@ -102,8 +105,10 @@ class Masks:
         """The dropout rate in a module: an override for all, for this module or one around it, or else p."""
         if isinstance(self.rate, Mapping):
             names = [n for n in self.rate if path == n or path.startswith(f"{n}.") or n == ""]
-            return float(self.rate[max(names, key=len)]) if names else float(p)
-        return float(p) if self.rate is None else float(self.rate)
+            p = self.rate[max(names, key=len)] if names else p
+        elif self.rate is not None:
+            p = self.rate
+        return float(p) if self.rate_of_all is None or p == 0.0 else self.rate_of_all
 
     def keep(
         self, kind: str, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None = 0
@@ -118,17 +123,20 @@ class Masks:
         if not self.per_row or self._by_module or isinstance(self.rate, Mapping):
             path = self.place()  # which takes longer than the operations of a small layer
         p, multiple = self.p(p, path), 1
+        known = None if self._to_come is None or p == 0.0 else next(self._to_come, (index, None))
+        if known is not None:
+            index, site = known
+            if site is None or (site.kind, site.path) != (kind, path):
+                raise UnknownCall(
+                    f"{kind} in {described(path)} was not called when the module first ran: a forward whose "
+                    f"dropout calls depend on the data cannot be drawn reproducibly; call the same ones each time"
+                )
         if self._alone:
             axis = None
         elif axis == -1:
             axis = 0
-            if self.sites is not None:
-                if index >= len(self.sites) or (self.sites[index].kind, self.sites[index].path) != (kind, path):
-                    raise UnknownCall(
-                        f"{kind} in {described(path)} was not called when the module first ran: a forward whose "
-                        f"dropout calls depend on the data cannot be drawn reproducibly; call the same ones each time"
-                    )
-                axis, multiple = self.sites[index].axis, self.sites[index].multiple
+            if known is not None and known[1] is not None:
+                axis, multiple = known[1].axis, known[1].multiple
                 if axis is not None and self._rows is not None and shape[axis] != self._rows * multiple:
                     raise OtherLength(f"{kind} in {described(path)} masks {shape}, which is not {multiple} a row")
         self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple))
@@ -285,6 +293,31 @@ def batch_axis(
             f"which row of the batch: use tensors with the batch as one axis"
         )
     return axis, multiple
+
+
+def with_batch_axes(few: Sequence[Site], more: Sequence[Site], rows: tuple[int, int]) -> tuple[Site, ...]:
+    """The dropout calls on the first of two batches, with the batch axes of those that drop something.
+
+    rows: the sizes of the batches. Raises ValueError if the calls on the other batch do not fit.
+    """
+    others = iter(dropping(more))
+    if [site.kind for site in dropping(few)] != [site.kind for site in dropping(more)]:
+        raise ValueError("the module calls other dropouts for another batch size")
+    return tuple(
+        site if site.p == 0.0 else _with_batch_axis(site, next(others), rows)  # masks nothing, so rows share it
+        for site in few
+    )
+
+
+def dropping(calls: Sequence[Site]) -> list[Site]:
+    """The dropout calls that drop something."""
+    return [site for site in calls if site.p > 0]
+
+
+def _with_batch_axis(few: Site, more: Site, rows: tuple[int, int]) -> Site:
+    """The dropout call with its batch axis."""
+    axis, multiple = batch_axis(few.shape, more.shape, f"{few.kind} in {described(few.path)} masks", rows)
+    return Site(few.path, few.kind, few.p, few.shape if rows[0] == 2 else more.shape, axis, multiple)
 
 
 def described(path: str) -> str:

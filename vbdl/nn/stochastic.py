@@ -27,7 +27,7 @@ from vbdl.nn.local_noise import (
     local_layers,
     only_normal,
 )
-from vbdl.nn.masks import Site, batch_axis, described
+from vbdl.nn.masks import Site, batch_axis, described, dropping, with_batch_axes
 from vbdl.nn.noise import Noise, RandomCall
 from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
 from vbdl.types import Inputs, State
@@ -139,7 +139,9 @@ class StochasticNetwork(KeyedNetwork):
 
     @property
     def takes_many_keys(self) -> bool:
-        return bool(self.local) and not self.sites and self._of_local == set(range(len(self.calls or ())))
+        if not self.local or dropping(self.sites or ()):
+            return False
+        return self._of_local == set(range(len(self.calls or ())))
 
     @torch.no_grad()
     def local_layers(
@@ -253,14 +255,11 @@ class StochasticNetwork(KeyedNetwork):
                 "the module makes other random calls for another batch size, so draws cannot be reproduced: make the "
                 "same ones for every batch size"
             )
-        calls, sites = [], []
+        calls, sites = [], with_batch_axes(two.masks.calls, three.masks.calls, (2, 3))
         for a, b in zip(two.calls, three.calls, strict=True):
             axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} draws")
             calls.append(RandomCall(a.path, a.kind, a.shape, *axis))
-        for a, b in zip(two.masks.calls, three.masks.calls, strict=True):
-            axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} masks")
-            sites.append(Site(a.path, a.kind, a.p, a.shape, *axis))
-        self.calls, self.sites, self.written = tuple(calls), tuple(sites), written
+        self.calls, self.sites, self.written = tuple(calls), sites, written
         shared = {number for number, call in enumerate(calls) if call.axis is None}
         self._found = (self.key.clone(), {k: t for k, t in kept.items() if len(k) == 3 and k[1] in shared})
         for name in written:  # a buffer for noise may be memory that nobody initialized, which cannot be saved
@@ -319,7 +318,7 @@ class StochasticNetwork(KeyedNetwork):
 
 def _kinds(noise: Noise) -> list[list[str]]:
     """The functions that a forward called with this noise: its random calls and its dropout."""
-    return [[call.kind for call in noise.calls], [site.kind for site in noise.masks.calls]]
+    return [[call.kind for call in noise.calls], [site.kind for site in dropping(noise.masks.calls)]]
 
 
 def draws_noise(module: nn.Module, example: Inputs) -> bool:
