@@ -253,7 +253,7 @@ class DenseBlock(Block):
                 of_rows = row_gradients(name, shape, uses, gradients, direct, some)
                 if (row := self.padding.get(name)) is not None:
                     of_rows = torch.stack([without_row(one, row) for one in of_rows])
-                each.append(of_rows.flatten(1).to(self.like.device).expand(count, -1))
+                each.append(of_rows.reshape(len(of_rows), -1).to(self.like.device).expand(count, -1))
             jacobian = torch.cat([t.to(each[0].dtype) for t in each], dim=1)
             self.matrix += jacobian.mT @ jacobian
 
