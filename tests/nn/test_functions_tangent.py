@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import jvp, vmap
+from torch.func import jacrev, jvp, vmap
 from vbdl_kernels.philox import make_key
 
 import vbdl
@@ -138,3 +138,39 @@ def test_normalizations_are_torchs_own(name, given, moving):
         torch.testing.assert_close(found[i], expected[i], rtol=1e-4, atol=1e-5)
         if mapped is not None:
             torch.testing.assert_close((mapped[0][i], mapped[1][i]), expected[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape, dim", [((5, 4), 0), ((5, 4), 1), ((5, 4), -1), ((3, 2, 4, 4), 0), ((3, 2, 4, 4), 1)])
+@pytest.mark.parametrize("moving", ["v", "g", "vg"])
+def test_weight_normalization_has_the_tangent_of_its_jacobian(shape, dim, moving):
+    values = {"v": torch.randn(shape)}
+    values["g"] = 1 + torch.rand_like(torch.norm_except_dim(values["v"], 2, dim))
+    tangents = {n: torch.randn(3, *values[n].shape) for n in moving}
+    outputs = lambda moved: torch._weight_norm({**values, **moved}["v"], {**values, **moved}["g"], dim)
+    jacobians = jacrev(outputs, chunk_size=1)({n: values[n] for n in moving})
+    expected = sum(
+        torch.einsum("...i,si->s...", jacobians[n].reshape(*shape, -1), t.reshape(3, -1)) for n, t in tangents.items()
+    )
+    with TraceableTangents():
+        at_mean, found = vmap(lambda t: jvp(outputs, ({n: values[n] for n in moving},), (t,)))(tangents)
+    torch.testing.assert_close(at_mean[0], outputs({}))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_with_weight_normalization_are_linearized():
+    net, x = vectors(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)))
+    q = vbdl.Laplace(net, parameters="all", structure="full", prior_precision=10.0)
+    vbdl.fit(q, (x, torch.randint(0, 3, (len(x),))), vbdl.Categorical(), epochs=0, progress=False)
+    predict = vbdl.Predictor(q, vbdl.Categorical(), n_samples=3, compile=False, tiles=(len(x),), joint=True)
+    found = predict(x, samples=True).samples
+    assert "strategy       stacked" in predict.explain()
+    state = {n: p.detach() for n, p in net.named_parameters()}
+    f = lambda w: torch.func.functional_call(net, w, (x,))
+    jacobians = jacrev(f, chunk_size=1)(state)
+    for number, outputs in enumerate(found):
+        drawn = predict.posterior.module
+        drawn.key.copy_(make_key(0, [number])[0])
+        moved = drawn.deviations()
+        assert moved.keys() == state.keys()
+        tangent = sum(torch.einsum("ijk,k->ij", jacobians[n].flatten(2), t.flatten()) for n, t in moved.items())
+        torch.testing.assert_close(outputs, f(state) + tangent, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ class TraceableTangents(TorchFunctionMode):
 
     A normalization with a frozen scale or shift is scaled and shifted by operations of its own: torch's rule makes
     tangents of zeros for them, which a trace takes for tensors of another device. The tangents of Mish and of gated
-    linear units have no batching rule.
+    linear units have no batching rule. Weight normalization has no tangent.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -28,7 +28,15 @@ class TraceableTangents(TorchFunctionMode):
             return _normalized(func, args, kwargs)
         if func in _ACTIVATIONS and holds_tangent(args[0] if args else kwargs["input"]):
             return _ACTIVATIONS[func](*args, **kwargs)
+        if func is torch._weight_norm and any(map(holds_tangent, (*args, *kwargs.values()))):
+            return _weight_norm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g * v / |v|, with a norm for each place along `dim`, or one for all if it is -1."""
+    others = [axis for axis in range(v.ndim) if axis != dim]
+    return v * (g / v.square().sum(others, keepdim=True).sqrt())
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:
