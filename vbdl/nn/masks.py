@@ -7,7 +7,7 @@ calls the same dropouts, as in a mixture of experts, the counters are numbered b
 import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Site:
     shape: tuple[int, ...]  # shape of the masked tensor
     axis: int | None = 0  # the batch axis of that shape, or None if it has none
     multiple: int = 1  # entries of that axis per row of the batch
+    at: int = field(default=0, compare=False)  # stands for the lines of code that make the call
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Site":
         return self
@@ -38,8 +39,17 @@ _CALLS_OF_A_MODULE = 64  # more are numbered with the calls of the next module
 _FIRST_BY_MODULE = 1 << 16  # number in the counters of the first call, above those of calls in their order
 
 
-class UnknownCall(RuntimeError):
-    """A dropout call that was not made when the module first ran."""
+class UnknownCall(ValueError):
+    """A random call or a dropout call that was not made when the module first ran, or one that is missing."""
+
+    def __init__(self, call: str, missing: bool = False):
+        """call: subject of the sentence, the call's function and its module."""
+        also = " and is not for these rows" if missing else ""
+        was = "was" if missing else "was not"
+        super().__init__(
+            f"{call} {was} called when the module first ran{also}: random calls that depend on the rows cannot be "
+            f"drawn reproducibly. Make the same ones for all rows"
+        )
 
 
 class OtherLength(UnknownCall):
@@ -82,6 +92,8 @@ class Masks:
         # the known calls that are still to come, each with its number: a call that drops nothing may be left out
         self._to_come = None if sites is None else ((i, site) for i, site in enumerate(sites) if site.p > 0)
         self._root = root
+        self.strict = False  # whether a known call is made by the same code, and not only by the same module
+        self.at = 0  # stands for the lines of code that made the latest call, up to the method of its module
         self.rate_of_all: float | None = None  # of every call that drops something, in place of its own
         self.places: dict[int, tuple[str, int]] | None = None  # name and number of each module of `root`, by its id
         self.calls: list[Site] = []
@@ -93,9 +105,11 @@ class Masks:
         """The name of the innermost module of `root` whose method is running."""
         if self.places is None:
             self.places = {id(m): (name, number) for number, (name, m) in enumerate(modules_of(self._root))}
-        frame = sys._getframe(1)
+        frame, self.at = sys._getframe(1), 0
         while frame is not None:
             owner = frame.f_locals.get("self")
+            if not frame.f_globals.get("__name__", "").startswith("vbdl."):
+                self.at = hash((self.at, id(frame.f_code), frame.f_lasti))
             if isinstance(owner, nn.Module) and id(owner) in self.places:
                 return self.places[id(owner)][0]
             frame = frame.f_back
@@ -126,11 +140,8 @@ class Masks:
         known = None if self._to_come is None or p == 0.0 else next(self._to_come, (index, None))
         if known is not None:
             index, site = known
-            if site is None or (site.kind, site.path) != (kind, path):
-                raise UnknownCall(
-                    f"{kind} in {described(path)} was not called when the module first ran: a forward whose "
-                    f"dropout calls depend on the data cannot be drawn reproducibly; call the same ones each time"
-                )
+            if site is None or (site.kind, site.path) != (kind, path) or (self.strict and site.at != self.at):
+                raise UnknownCall(f"{kind} in {described(path)}")
         if self._alone:
             axis = None
         elif axis == -1:
@@ -138,8 +149,8 @@ class Masks:
             if known is not None and known[1] is not None:
                 axis, multiple = known[1].axis, known[1].multiple
                 if axis is not None and self._rows is not None and shape[axis] != self._rows * multiple:
-                    raise OtherLength(f"{kind} in {described(path)} masks {shape}, which is not {multiple} a row")
-        self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple))
+                    raise OtherLength(f"{kind} in {described(path)}")
+        self.calls.append(Site(path, kind, p, tuple(shape), axis, multiple, self.at))
         if p == 0.0 or self.silent:
             return None
         first = self._first_row(shape, axis, multiple, path)
@@ -317,7 +328,7 @@ def dropping(calls: Sequence[Site]) -> list[Site]:
 def _with_batch_axis(few: Site, more: Site, rows: tuple[int, int]) -> Site:
     """The dropout call with its batch axis."""
     axis, multiple = batch_axis(few.shape, more.shape, f"{few.kind} in {described(few.path)} masks", rows)
-    return Site(few.path, few.kind, few.p, few.shape if rows[0] == 2 else more.shape, axis, multiple)
+    return Site(few.path, few.kind, few.p, few.shape if rows[0] == 2 else more.shape, axis, multiple, few.at)
 
 
 def described(path: str) -> str:

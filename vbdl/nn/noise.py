@@ -7,7 +7,7 @@ all rows share or, with `per_row`, one draw for each row. In training each eleme
 import contextlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from vbdl_kernels import normal, words
 from vbdl_kernels.philox import BIAS, UNIFORM, WEIGHT
 
-from vbdl.nn.masks import Masks, Site, described
+from vbdl.nn.masks import Masks, Site, UnknownCall, described
 from vbdl.nn.part_of_batch import drawn_in_training
 
 # bits of a uniform number, as many as the dtype's fraction holds exactly
@@ -33,6 +33,26 @@ class RandomCall:
     shape: tuple[int, ...]  # shape of the noise
     axis: int | None = None  # the batch axis of that shape, or None if it has none
     multiple: int = 1  # entries of that axis per row of the batch
+    at: int = field(default=0, compare=False)  # stands for the lines of code that make the call
+
+    def is_again(self, path: str, at: int, shape: tuple[int, ...]) -> bool:
+        """Whether a call by this code with noise of this shape has the same batch axis, in another batch perhaps."""
+        like = list(self.shape)
+        if self.axis is not None and len(shape) == len(like):
+            like[self.axis] = shape[self.axis]
+        return (path, at, shape) == (self.path, self.at, tuple(like))
+
+
+@dataclass(frozen=True)
+class Known:
+    """The random calls and the dropout calls of a forward in their order, with their batch axes.
+
+    strict: whether another forward makes them by the same code, so that each has the same batch axis.
+    """
+
+    calls: tuple[RandomCall, ...]
+    sites: tuple[Site, ...]
+    strict: bool = True
 
 
 class Noise:
@@ -40,8 +60,7 @@ class Noise:
 
     key: (2,) int64, (seed, draw).
     root: the network, for the names of its modules.
-    known: the random calls in their order with their batch axes; None: not known yet, so all noise has its full shape.
-    sites: the dropout calls, as in `Masks`.
+    known: the calls that the forward makes; None: not known yet, so all noise has its full shape.
     per_row: one draw for each row in noise that has a batch axis.
     training: one draw for each element of all noise and dropout, and normalization as in training.
     first: number of the first random call in the counters.
@@ -53,8 +72,7 @@ class Noise:
         self,
         key: Tensor,
         root: nn.Module,
-        known: Sequence[RandomCall] | None = None,
-        sites: tuple[Site, ...] | None = None,
+        known: Known | None = None,
         *,
         per_row: bool = False,
         training: bool = False,
@@ -62,7 +80,8 @@ class Noise:
         kept: dict[Hashable, Tensor] | None = None,
         constants: Mapping[int, float] | None = None,
     ):
-        self.masks = Masks(key, root, sites=sites, per_row=training, kept=kept)
+        self.masks = Masks(key, root, sites=None if known is None else known.sites, per_row=training, kept=kept)
+        self.masks.strict = known is not None and known.strict
         self._kept, self._constants = kept, constants or {}
         self.normals: dict[int, Tensor] | None = None  # the normal numbers by the call's number, if they are collected
         self.key, self.known, self._each_row, self._first = key, known, per_row, first
@@ -85,6 +104,12 @@ class Noise:
             f"{name} is called in {described(self.masks.place())} and cannot be drawn from counters, so a draw would "
             f"not be reproducible: {instead}"
         )
+
+    def check_all_made(self) -> None:
+        """Raise UnknownCall if the forward made fewer random calls than are known."""
+        if self.known is not None and len(self.calls) < len(self.known.calls):
+            missing = self.known.calls[len(self.calls)]
+            raise UnknownCall(f"{missing.kind} in {described(missing.path)}", missing=True)
 
     # -- noise
 
@@ -164,13 +189,15 @@ class Noise:
         shape, axis, multiple, number = tuple(shape), None, 1, len(self.calls)
         path = self.masks.place()
         if self.known is not None and not self.masks.per_row:
-            if number >= len(self.known) or self.known[number].kind != kind:
-                raise RuntimeError(
-                    f"{kind} in {described(path)} was not called when the module first ran: a forward whose "
-                    f"random calls depend on the data cannot be drawn reproducibly; call the same ones each time"
-                )
-            axis, multiple = self.known[number].axis, self.known[number].multiple
-        self.calls.append(RandomCall(path, kind, shape, axis, multiple))
+            call = self.known.calls[number] if number < len(self.known.calls) else None
+            if (
+                call is None
+                or call.kind != kind
+                or (self.known.strict and not call.is_again(path, self.masks.at, shape))
+            ):
+                raise UnknownCall(f"{kind} in {described(path)}")
+            axis, multiple = call.axis, call.multiple
+        self.calls.append(RandomCall(path, kind, shape, axis, multiple, self.masks.at))
         if isinstance(draw, Tensor):
             return draw
         key, number = self.key.to(device), self._first + number

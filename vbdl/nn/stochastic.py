@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from vbdl.calling.copies import copied
 from vbdl.calling.inputs import another_row, map_inputs, tensors
 from vbdl.calling.outputs import all_same, leaves
-from vbdl.calling.stacking import call
+from vbdl.calling.stacking import call, is_of_a_trace
 from vbdl.calling.traversing import buffers_of, parameters_of
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_noise import (
@@ -27,11 +27,13 @@ from vbdl.nn.local_noise import (
     local_layers,
     only_normal,
 )
-from vbdl.nn.masks import Site, batch_axis, described, dropping, with_batch_axes
-from vbdl.nn.noise import Noise, RandomCall
+from vbdl.nn.masks import Site, UnknownCall, batch_axis, described, dropping, with_batch_axes
+from vbdl.nn.noise import Known, Noise, RandomCall
 from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
 from vbdl.types import Inputs, State
 
+_T = TypeVar("_T")
+_ROUNDING = 1e-6  # relative to the largest output: two runs of the same operations
 _APART = 1e-3  # relative to the largest output: above rounding errors, below the effect of other noise
 _FIRST_OF_KL = 1 << 20  # number in the counters of the first random call of the KL
 
@@ -47,10 +49,21 @@ class StochasticNetwork(KeyedNetwork):
     """
 
     draws_weights = True
-    keeps_on_purpose = (*KeyedNetwork.keeps_on_purpose, "recorded")
+    keeps_on_purpose = (*KeyedNetwork.keeps_on_purpose, "recorded", "_example", "_of_draws")
     kl_weight: Tensor
     # not part of the architecture: running the network finds them again
-    found_by_running = ("calls", "sites", "written", "local", "recorded", "reads_values", "_found", "_others")
+    found_by_running = (
+        "calls",
+        "sites",
+        "written",
+        "local",
+        "recorded",
+        "reads_values",
+        "_found",
+        "_others",
+        "_example",
+        "_of_draws",
+    )
 
     def __init__(
         self,
@@ -66,6 +79,8 @@ class StochasticNetwork(KeyedNetwork):
         self.calls: tuple[RandomCall, ...] | None = None
         self.sites: tuple[Site, ...] | None = None
         self.local: tuple[LocalLayer, ...] = ()  # the layers that draw their outputs in this network as it is
+        self._example: Inputs | None = None  # the row that `locate` ran on
+        self._of_draws: dict[tuple[int, ...], Known] = {}  # by key, the calls of draws that make others than the first
         self._found: tuple[Tensor, dict[Hashable, Tensor]] | None = None  # a key, and its noise
         self._others: Pass | None = None  # the forward of the draw in `_found` on the first row between two others
         self.recorded: list[Pass] | None = None  # what each forward does is added to this list, if there is one
@@ -99,21 +114,49 @@ class StochasticNetwork(KeyedNetwork):
         if self.recorded is not None:
             self.recorded.append(self._pass(self.key, inputs))
             return self.recorded[-1].outputs
-        drawn_outputs = OwnOutputs(self.key, self.local) if self.local else None
-        with self.noise(self.key, dict.fromkeys(self._of_local, 0.0), linears=drawn_outputs) as noise:
+        return self._with_calls(self.key, lambda known: self._drawn(inputs, known))
+
+    def _drawn(self, inputs: Inputs, known: Known | None) -> Any:
+        """Run the network under the draw in `key`, in which it makes these calls."""
+        local = self.local if known is None or known.calls is self.calls else ()  # found in the calls of the first draw
+        numbers = {number for layer in local for number in layer.noises}
+        drawn_outputs = OwnOutputs(self.key, local) if local else None
+        with self.noise(self.key, dict.fromkeys(numbers, 0.0), linears=drawn_outputs, known=known) as noise:
             outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
-        self._check_calls(noise)
+        noise.check_all_made()
         return outputs
 
-    def _check_calls(self, noise: Noise) -> None:
-        """Raise RuntimeError if a forward made fewer random calls than the first one."""
-        if self.calls is not None and len(noise.calls) < len(self.calls):
-            missing = self.calls[len(noise.calls)]
-            raise RuntimeError(
-                f"{missing.kind} in {described(missing.path)} was called when the module first ran, and is not for "
-                f"these rows: a forward whose random calls depend on the data cannot be drawn reproducibly; call the "
-                f"same ones each time"
-            )
+    # -- calls that depend on the draw, as where noise decides whether a layer runs
+
+    @property
+    def _known(self) -> Known | None:
+        """The calls of the draw that `locate` ran; None before it."""
+        return None if self.calls is None or self.sites is None else Known(self.calls, self.sites)
+
+    def _with_calls(self, key: Tensor, run: Callable[[Known | None], _T]) -> _T:
+        """Run a draw with the calls that it makes: those of the first draw or, if they do not fit, its own.
+
+        run: runs the network with these calls known. Raises UnknownCall if the calls depend on the rows too.
+        """
+        known = self._known
+        if known is None or key.ndim > 1 or is_of_a_trace(key):
+            return run(known and Known(known.calls, known.sites, strict=False))
+        name = tuple(key.tolist()) if self._of_draws else ()
+        try:
+            return run(self._of_draws.get(name, known))
+        except UnknownCall:
+            if self.kept is not None:
+                self.kept.clear()  # noise that was made for other calls
+            self._of_draws[tuple(key.tolist())] = own = self.calls_of(key)
+            return run(own)
+
+    @torch.no_grad()
+    def calls_of(self, key: Tensor) -> Known:
+        """The calls that a draw makes for the row that `locate` ran on."""
+        assert self._example is not None
+        here = map_inputs(lambda t: t.to(key.device), self._example)
+        two, three = (self._run(_repeated(here, rows), {}, key=key)[1] for rows in (2, 3))
+        return _placed(two, three, strict=False)
 
     @contextlib.contextmanager
     def noise(
@@ -122,13 +165,14 @@ class StochasticNetwork(KeyedNetwork):
         constants: Mapping[int, float] | None = None,
         kept: dict[Hashable, Tensor] | None = None,
         linears: TorchFunctionMode | None = None,
+        known: Known | None = None,
     ) -> Iterator[Noise]:
         """A context in which random functions give the noise of the draw in `key`, (2,) int64.
 
-        constants, kept: as of `Noise`. linears: as of `CounterNoise`.
+        constants, kept, known: as of `Noise`. linears: as of `CounterNoise`.
         """
         kept = self.kept if kept is None else kept
-        noise = Noise(key, self.inner, self.calls, self.sites, per_row=self.per_row, kept=kept, constants=constants)
+        noise = Noise(key, self.inner, known, per_row=self.per_row, kept=kept, constants=constants)
         with without_checks_of_values(), CounterNoise(noise, linears):
             yield noise
 
@@ -151,13 +195,21 @@ class StochasticNetwork(KeyedNetwork):
 
         drawn: the forward of the draw in `key` on the inputs, of so many rows. others: on other rows.
         """
-        if self.calls is None or self.per_row:
+        if self.calls is None or self.per_row or self._of_draws:
             return None
-        weights = [number for number, c in enumerate(self.calls) if c.axis is None and len(c.shape)]
+        try:
+            return self._local_layers(self.calls, key, inputs, rows, drawn, others)
+        except UnknownCall:  # noise decides which calls are made
+            return None
+
+    def _local_layers(
+        self, calls: tuple[RandomCall, ...], key: Tensor, inputs: Inputs, rows: int, drawn: Pass, others: Pass
+    ) -> tuple[LocalLayer, ...] | None:
+        weights = [number for number, c in enumerate(calls) if c.axis is None and len(c.shape)]
         at_zero, at_large = (self._pass(key, inputs, dict.fromkeys(weights, value)) for value in (0.0, LARGE))
         layers = local_layers(drawn, at_zero, at_large, others, rows)
         if layers:
-            if not only_normal(self.calls):
+            if not only_normal(calls):
                 return None
             for value in CHECKED:
                 if not are_as_found(layers, at_zero, self._pass(key, inputs, dict.fromkeys(weights, value)), value):
@@ -177,12 +229,16 @@ class StochasticNetwork(KeyedNetwork):
         given: Mapping[int, Linear] | None = None,
     ) -> Pass:
         """Run the network under the draw in `key`, with what it did; given: weights of linear layers to use."""
-        linears = Linears(given)
-        with self.noise(key, constants, linears=linears) as noise:
-            noise.normals = {}
-            outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
-        self._check_calls(noise)
-        return Pass(linears.calls, outputs, noise.calls, noise.normals)
+
+        def run(known: Known | None) -> Pass:
+            linears = Linears(given)
+            with self.noise(key, constants, linears=linears, known=known) as noise:
+                noise.normals = {}
+                outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
+            noise.check_all_made()
+            return Pass(linears.calls, outputs, noise.calls, noise.normals)
+
+        return self._with_calls(key, run)
 
     def _buffers_of_draw(self) -> State:
         """Copies of the buffers that the forward writes into, which `vmap` maps like the key."""
@@ -209,6 +265,7 @@ class StochasticNetwork(KeyedNetwork):
     def adopt(self, other: KeyedNetwork) -> None:
         assert isinstance(other, StochasticNetwork)
         self.calls, self.sites, self.written = other.calls, other.sites, other.written
+        self._example, self._of_draws = other._example, {}
 
     def found(self, key: Tensor) -> tuple[dict[Hashable, Tensor], Pass | None]:
         """Return what `locate` found in the draw of this key, and forget it; ({}, None) if it drew another.
@@ -225,11 +282,12 @@ class StochasticNetwork(KeyedNetwork):
     def locate(self, inputs: Inputs) -> tuple[RandomCall, ...]:
         """The random calls of a forward and the batch axis of each, found by running two batch sizes.
 
-        Raises ValueError, RuntimeError or NotImplementedError for noise that cannot be drawn reproducibly.
+        Raises ValueError or NotImplementedError for noise that cannot be drawn reproducibly.
         """
         self.calls = self.sites = None
         self.written = ()
-        of = lambda rows: map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
+        self._example, self._of_draws = map_inputs(lambda t: t[:1].clone(), inputs), {}
+        of = lambda rows: _repeated(inputs, rows)
         kept: dict[Any, Tensor] = {}
         outputs, two, buffers = self._run(of(2), kept)
         written = tuple(n for n, b in buffers_of(self.inner).items() if not _equal(buffers[n], b))
@@ -240,7 +298,7 @@ class StochasticNetwork(KeyedNetwork):
             same = all_same(leaves(outputs), _rows(of_three, 0, 2), _APART)
         if not same and not all_same(outputs, self._run(of(2), kept, writes=False)[0], _APART):
             again, _, _ = self._run(of(2), kept)
-            if all_same(outputs, again, _APART):
+            if all_same(outputs, again, _ROUNDING):
                 raise ValueError(
                     "the module draws into a part or a view of a tensor in place, like x[0].normal_(), which its draws "
                     "cannot do together: draw a new tensor, e.g. torch.randn(...), and assemble it with torch.cat or "
@@ -250,16 +308,8 @@ class StochasticNetwork(KeyedNetwork):
                 "the module's output differs under the same draw: it draws from another generator than torch's, like "
                 "Python's random or NumPy's, or keeps a state between calls; draw with torch, and keep no state"
             )
-        if _kinds(two) != _kinds(three):
-            raise RuntimeError(
-                "the module makes other random calls for another batch size, so draws cannot be reproduced: make the "
-                "same ones for every batch size"
-            )
-        calls, sites = [], with_batch_axes(two.masks.calls, three.masks.calls, (2, 3))
-        for a, b in zip(two.calls, three.calls, strict=True):
-            axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} draws")
-            calls.append(RandomCall(a.path, a.kind, a.shape, *axis))
-        self.calls, self.sites, self.written = tuple(calls), sites, written
+        known, self.written = _placed(two, three), written
+        calls, sites = self.calls, self.sites = known.calls, known.sites
         shared = {number for number, call in enumerate(calls) if call.axis is None}
         self._found = (self.key.clone(), {k: t for k, t in kept.items() if len(k) == 3 and k[1] in shared})
         for name in written:  # a buffer for noise may be memory that nobody initialized, which cannot be saved
@@ -300,13 +350,15 @@ class StochasticNetwork(KeyedNetwork):
         kept: dict[Hashable, Tensor],
         writes: bool = True,
         linears: TorchFunctionMode | None = None,
+        key: Tensor | None = None,
     ) -> tuple[Any, Noise, State]:
         """Run the network; return its outputs, the noise it ran under, and the buffers that it may have changed.
 
         writes: draw into tensors in place; if False only into buffers, as under `vmap`. linears: as of `CounterNoise`.
+        key: that of the draw, if it is not the network's.
         """
         buffers = {n: b.clone() for n, b in buffers_of(self.inner).items()}
-        with self.noise(self.key, kept=kept, linears=linears) as noise:
+        with self.noise(self.key if key is None else key, kept=kept, linears=linears) as noise:
             address = lambda t: t.untyped_storage().data_ptr()
             noise.watched = {address(p): f"parameter '{n}'" for n, p in parameters_of(self.inner).items()}
             noise.watched |= {address(t): "an input" for t in tensors(inputs)}
@@ -314,6 +366,28 @@ class StochasticNetwork(KeyedNetwork):
                 noise.writable = {address(b) for b in buffers.values()}
             outputs = noise.masks.now(call(self.inner, buffers, inputs))
         return outputs, noise, buffers
+
+
+def _repeated(inputs: Inputs, rows: int) -> Inputs:
+    """A batch of so many copies of the first row."""
+    return map_inputs(lambda t: t[:1].expand(rows, *t.shape[1:]).contiguous(), inputs)
+
+
+def _placed(two: Noise, three: Noise, strict: bool = True) -> Known:
+    """The calls of a draw, found by running it on two and on three rows; strict: as of `Known`.
+
+    Raises ValueError if the calls depend on the number of rows, or have no batch axis.
+    """
+    if _kinds(two) != _kinds(three):
+        raise ValueError(
+            "the module makes other random calls for another batch size, so draws cannot be reproduced: make the "
+            "same ones for every batch size"
+        )
+    calls = []
+    for a, b in zip(two.calls, three.calls, strict=True):
+        axis = batch_axis(a.shape, b.shape, f"{a.kind} in {described(a.path)} draws")
+        calls.append(RandomCall(a.path, a.kind, a.shape, *axis, a.at))
+    return Known(tuple(calls), with_batch_axes(two.masks.calls, three.masks.calls, (2, 3)), strict)
 
 
 def _kinds(noise: Noise) -> list[list[str]]:

@@ -152,7 +152,7 @@ class Stochastic(KeyedPosterior):
         was_training = self.module.training
         self.module.eval()
         try:
-            with self.module.noise(key):
+            with self.module.noise(key, known=self.module.calls_of(key)):
                 yield self.module.inner
         finally:
             self.module.train(was_training)
