@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vbdl.calling.attributes import Attributes
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import Flat, arguments
+from vbdl.calling.mappable import Mappable
 from vbdl.calling.outputs import are_same
 from vbdl.calling.stacking import call_stacked, select, slots_of
 from vbdl.calling.traversing import buffers_of
@@ -315,7 +316,7 @@ class Plain:
     def under_vmap(self, numbers: range, tile: Flat) -> Tensor:
         """Compute what `each` does in one call under `vmap`, each recurrent layer one operator; without gradients."""
         entries = self.entries(numbers)
-        with self._lock, torch.no_grad(), WholeLayers():
+        with self._lock, torch.no_grad(), WholeLayers(), Mappable():
             if self._network is not None:
                 self._network.kept = None  # it would keep values of the trace
             return call_stacked(self._twin, entries, self.model.shared(entries), tile.map(Tensor.detach).nested)

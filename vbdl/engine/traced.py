@@ -11,8 +11,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from vbdl.calling.autograd import only_forwards
 from vbdl.calling.copies import forget
 from vbdl.calling.each import call_each
+from vbdl.calling.graphs import in_words
 from vbdl.calling.inputs import Flat, rebuilt
 from vbdl.calling.lending import only_reading
+from vbdl.calling.mappable import Mappable
 from vbdl.calling.stacking import call_stacked
 from vbdl.calling.traversing import is_sparse
 from vbdl.compiling.graph import BODY, CONSTANTS, DRAWN, ONCE, PREFIX, Cut, cut, part_of, trace
@@ -99,7 +101,7 @@ class Traced:
                 graph = self.graph(entries)
         except Exception as error:  # vmap raises errors of many types
             self.strategy, entries = "loop", self.entries(torch.arange(1))
-            reasons = (f"the draws cannot be mapped together: {_first_line(error)}",)
+            reasons = (f"the draws run one after the other: {in_words(error)}",)
             try:
                 graph = self.graph(entries)
             except Exception as reason:  # the module has just run, so the tracing fails
@@ -119,6 +121,15 @@ class Traced:
                 f"{_first_line(reason)}"
             ) from reason
         return cut, next(iter(entries.values())).shape[0], reasons
+
+    def _as_operations(self) -> contextlib.ExitStack:
+        """A context in which linear layers are single operations, recurrent ones too, and others can be mapped."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(WholeLinears())
+        if not self.settings.keeps_bits:
+            stack.enter_context(WholeLayers())
+        stack.enter_context(Mappable())
+        return stack
 
     def _few(self) -> int:
         """The number of draws to trace first: all of them, which is mostly the plan, unless they take time to draw."""
@@ -149,8 +160,7 @@ class Traced:
             return (execute(self.called, drawn_state, shared_state, rebuilt(self.tile.structure, inputs)),)
 
         try:
-            layers = contextlib.nullcontext() if self.settings.keeps_bits else WholeLayers()
-            with WholeLinears(), layers, only_forwards() as names:
+            with self._as_operations(), only_forwards() as names:
                 graph = trace(parameters, *self._arguments(entries), aligned=False, decompositions=CONSTANTS)
         finally:
             forget(self.called)  # values of the trace that the forward kept in attributes
