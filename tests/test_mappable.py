@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vbdl
 from vbdl.calling.mappable import Mappable
@@ -200,3 +201,46 @@ def test_draws_together_are_those_of_the_network_as_it_is(name, method, compile,
         samples[verdict] = predict(x, samples=True).samples
         assert ("stacked" in predict.explain()) == (verdict == ways.GRAPH), predict.explain()
     torch.testing.assert_close(samples[ways.GRAPH], samples[ways.PLAIN], **ROUNDING)
+
+
+# -- what cannot be mapped
+
+
+class Renormed(nn.Module):
+    """Calls a function that vmap has no rule for."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.3), nn.Linear(5, 3))
+
+    def forward(self, x):
+        return torch.renorm(self.net(x), 2, 0, 1.0)
+
+
+@pytest.mark.parametrize("clearly, kept", [(0.0, "repeated rows"), (1e9, "loop")])
+@pytest.mark.parametrize("compile", [False, pytest.param("background", marks=pytest.mark.thorough)])
+def test_a_loop_over_draws_stays_where_it_is_faster_than_repeated_rows(compile, clearly, kept, monkeypatch):
+    monkeypatch.setattr("vbdl.engine.execution._CLEARLY", clearly)
+    predict = Predictor(vbdl.MCDropout(Renormed().eval()), vbdl.Categorical(), 9, compile=compile)
+    first = predict(VECTORS, samples=True).samples
+    predict.warm_up(len(VECTORS), example=VECTORS, samples=True)
+    torch.testing.assert_close(predict(VECTORS, samples=True).samples, first, **ROUNDING)
+    assert f"strategy       {kept}" in predict.explain()
+    assert "the draws run one after the other, so both were timed" in predict.explain()
+
+
+def test_of_many_draws_that_run_one_after_the_other_few_run_to_find_it_out(monkeypatch):
+    """torch warns once it has run them all."""
+    monkeypatch.setattr("vbdl.engine.execution._CLEARLY", 0.0)
+    counted, renorm = [], torch.ops.aten.renorm.default
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.extend([func] * (func is renorm))
+            return func(*args, **(kwargs or {}))
+
+    predict = Predictor(vbdl.MCDropout(Renormed().eval()), vbdl.Categorical(), 1000, compile=False, tiles=5)
+    with Counts():
+        predict(VECTORS)
+    assert "strategy       repeated rows" in predict.explain()
+    assert len(counted) < 500

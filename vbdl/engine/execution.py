@@ -40,6 +40,7 @@ from vbdl.types import State
 _ONE_DRAW = "the posterior is one network, which knows no epistemic uncertainty: epistemic is 0, aleatoric is total"
 _CLEARLY = 0.97  # the graph has to take less than this of the time: it needs the members' weights stacked
 _FEWEST, _ROUNDS, _ENOUGH = 3, 9, 200.0  # both ways are timed in turn: at least and at most so often, or milliseconds
+_PART = 32  # draws that are timed for all where they run one after the other
 
 
 @dataclass(frozen=True)
@@ -241,21 +242,30 @@ class Execution:
         """The faster of the two ways on a tile, with the times as a reason."""
         ways = (graph, self._staying(plain))  # holding parts of what is stacked takes no memory
         for way in ways:
-            self._once(way, tile)  # compiles, and makes the values that are kept
+            self._timed(way, tile)  # compiles, and makes the values that are kept
         rounds: list[tuple[float, ...]] = []
         while len(rounds) < _FEWEST or (len(rounds) < _ROUNDS and sum(map(sum, rounds)) < _ENOUGH):
-            rounds.append(tuple(self._once(way, tile) for way in ways))
+            rounds.append(tuple(self._timed(way, tile) for way in ways))
         times = [min(each) for each in zip(*rounds, strict=True)]
         words = f"{reason}, so both were timed: {times[0]:.3g} ms as a graph, {times[1]:.3g} ms as it is"
         best = ways[times[1] * _CLEARLY < times[0]]
         self._remember(Memory(self.graph_plan.chunk, best is not graph, words))
+        if best is graph and self._settings.compile is not False:
+            self._fields(graph.calls, tile)  # compiles what was not timed
         return _Way(best.plan.because(words), best.calls)
 
-    def _once(self, way: _Way, tile: Flat) -> float:
-        """The milliseconds of one prediction in this way."""
+    def _timed(self, way: _Way, tile: Flat) -> float:
+        """The milliseconds of one prediction in this way; where draws run in turn, by those of the first draws."""
+        calls, count = way.calls, len(way.calls)
+        if way.plan.strategy in ("loop", "plain") and self.n_samples > _PART:
+            calls = calls.of(_PART) if isinstance(calls, PlainCalls) else calls
+            count = -(-_PART // calls.count(0))
         start = time.perf_counter()
-        self._fields(way.calls, tile)
-        return (time.perf_counter() - start) * 1e3
+        if count < len(calls):
+            self._sums(calls, tile, self.empty_sums(tile.rows), count)
+        else:
+            self._fields(calls, tile)
+        return (time.perf_counter() - start) * 1e3 * len(calls) / min(count, len(calls))
 
     # -- compiling in the background
 
@@ -304,7 +314,7 @@ class Execution:
                 if reason is None:
                     self._let_go()  # first, because the graph keeps the same draws
                     if isinstance(way.plan, Plan) and way.plan.keep_draws:
-                        self._once(way, self._tile)
+                        self._fields(way.calls, self._tile)
                     else:
                         self._compile(way.calls, ("fields" if len(way.calls) == 1 else "sums",))
                 else:
@@ -477,9 +487,10 @@ class Execution:
         self._begin()
         return sums
 
-    def _sums(self, calls: Calls, tile: Flat, carried: State) -> State:
+    def _sums(self, calls: Calls, tile: Flat, carried: State, count: int | None = None) -> State:
+        """Add draws to a tile's running sums; count: the number of the first calls, if not all."""
         inputs = calls.inputs(tile)
-        for index in range(len(calls)):
+        for index in range(len(calls) if count is None else count):
             carried = calls.run(index, "sums", inputs, carried)
         return carried
 

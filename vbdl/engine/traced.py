@@ -98,6 +98,8 @@ class Traced:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
+                if self._few() > _FEW:
+                    self._map_two(entries)
                 graph = self.graph(entries)
         except Exception as error:  # vmap raises errors of many types
             self.strategy, entries = "loop", self.entries(torch.arange(1))
@@ -121,6 +123,23 @@ class Traced:
                 f"{_first_line(reason)}"
             ) from reason
         return cut, next(iter(entries.values())).shape[0], reasons
+
+    def _map_two(self, entries: State) -> None:
+        """Map two draws without a trace, to raise torch's warning that it runs an operation draw after draw.
+
+        It warns once all draws have run, which in a trace takes seconds.
+        """
+        two = {name: t[:2] for name, t in entries.items()}
+        shared = {name: t.clone() for name, t in self.shared.items()}  # a forward may write to them
+        try:
+            with self._as_operations():
+                call_stacked(self.called, two, shared, self.tile.map(Tensor.clone).nested)
+        except Warning:
+            raise
+        except Exception:  # of any type: the trace raises it too, or does without what failed
+            return
+        finally:
+            forget(self.called)
 
     def _as_operations(self) -> contextlib.ExitStack:
         """A context in which linear layers are single operations, recurrent ones too, and others can be mapped."""

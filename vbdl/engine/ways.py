@@ -53,6 +53,8 @@ def after_tracing(cut: Cut, plan: Plan, drawn: Collection[str], settings: Predic
     """
     if settings.keeps_bits or not _on_cpu(cut) or draws_outputs(plan.reasons):
         return GRAPH, ""
+    if plan.strategy == "loop" and plan.n_samples > 1:
+        return MEASURE, "the draws run one after the other"
     compiles = settings.compile is not False
     nodes = cut.regions[BODY].nodes
     count = sum(1 for n in nodes if name_of(n)) or 1
