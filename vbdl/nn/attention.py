@@ -76,11 +76,10 @@ def multi_head_attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward` with one dropout mask per draw, (heads, length, source)."""
-    if query.ndim != 3:
-        raise ValueError(
-            f"attention in module '{masks.place()}' got an unbatched query {tuple(query.shape)}: add a batch axis"
-        )
+    """`F.multi_head_attention_forward` with one dropout mask per draw, (heads, length, source).
+
+    query, key and value may have no batch axis, as in torch: a network may attend to what does not depend on the rows.
+    """
     if static_k is not None or static_v is not None:
         raise NotImplementedError(
             f"attention in module '{masks.place()}' uses static_k or static_v, which vbdl does not support: pass key "
@@ -90,22 +89,26 @@ def multi_head_attention_forward(
         raise ValueError(
             f"attention in module '{masks.place()}' got is_causal=True without attn_mask: pass the causal mask too"
         )
+    alone = query.ndim == 2
+    if alone:
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     length, batch, width = query.shape
     source = key.shape[0] + (bias_k is not None) + add_zero_attn
     keep = None
     if training:
-        keep = masks.keep(
-            "multi_head_attention_forward", (batch, num_heads, length, source), dropout_p, query.device, axis=0
-        )
+        shape = (num_heads, length, source) if alone else (batch, num_heads, length, source)
+        keep = masks.keep("multi_head_attention_forward", shape, dropout_p, query.device, axis=-1)
     masked = attn_mask is not None or key_padding_mask is not None
     plain = not isinstance(out_proj_weight, Drawn) and not any(map(is_of_a_trace, (query, out_proj_weight)))
     if masks.per_row and keep is None and not masked and plain:
-        return func(  # torch's fused kernel, where every member trains by itself and no kernel draws the weights
+        out, weights = func(  # torch's fused kernel, where every member trains alone and no kernel draws the weights
             query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v,
             add_zero_attn, 0.0, out_proj_weight, out_proj_bias, False, None, need_weights, None,
             use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight,
             average_attn_weights=average_attn_weights,
         )  # fmt: skip
+        return _without_batch(out, weights) if alone else (out, weights)
     if use_separate_proj_weight:
         assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
         weights_in = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -133,9 +136,13 @@ def multi_head_attention_forward(
         attention = masks.scale(attention, keep)
     out = (attention @ v).permute(2, 0, 1, 3).reshape(length, batch, width)
     out = F.linear(out, out_proj_weight, out_proj_bias)
-    if not need_weights:
-        return out, None
-    return out, attention.mean(dim=1) if average_attn_weights else attention
+    weights = None if not need_weights else attention.mean(dim=1) if average_attn_weights else attention
+    return _without_batch(out, weights) if alone else (out, weights)
+
+
+def _without_batch(out: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The output (length, 1, embedding) and the weights (1, ...) of attention without their batch axis of length 1."""
+    return out.squeeze(1), None if weights is None else weights.squeeze(0)
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -81,12 +81,15 @@ def _written(masks: Masks, func: Callable[..., Tensor], input: Tensor, dropped: 
 
 
 def _keep_channels(masks: Masks, kind: str, input: Tensor, p: float) -> Tensor | None:
-    """The mask of whole channels, broadcastable to the input, (batch, channels, ...), or None if nothing is dropped."""
+    """The mask of whole channels, broadcastable to the input, (batch, channels, ...), or None if nothing is dropped.
+
+    Volumes may have no batch axis, as in torch: (channels, depth, height, width).
+    """
     if input.ndim < 3:
         raise ValueError(
             f"{kind} in {described(masks.place())} got {tuple(input.shape)}: it needs (batch, channels, ...), with "
             f"at least one axis after the channels"
         )
-    units = input.flatten(2)[..., :1].squeeze(-1)  # (batch, channels)
-    keep = masks.keep(kind, tuple(units.shape), p, input.device, axis=0)
-    return None if keep is None else keep.reshape(*keep.shape, *([1] * (input.ndim - 2)))
+    units = input.shape[: 1 if kind == "dropout3d" and input.ndim == 4 else 2]  # ([batch,] channels)
+    keep = masks.keep(kind, tuple(units), p, input.device, axis=-1)
+    return None if keep is None else keep.reshape(*keep.shape, *[1] * (input.ndim - len(units)))

@@ -91,7 +91,7 @@ def recurrent(masks: Masks, func: Callable[..., Outputs], input: Tensor, *args) 
     def between(x: Tensor) -> Tensor:
         if call.batch_sizes is not None:
             return masks.drop_steps(x, call.batch_sizes, call.dropout, func.__name__)
-        return masks.drop(x, call.dropout, func.__name__, axis=0 if call.batch_first else 1)
+        return masks.drop(x, call.dropout, func.__name__)
 
     return call.by_layers(Recurrent.call, between)
 
