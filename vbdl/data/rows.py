@@ -182,6 +182,8 @@ def cannot_take(x: Inputs, error: Exception, module: nn.Module | None = None) ->
         hint = f"; {_GRAPH}"
     elif not isinstance(error, IndexError) and not all(t.is_floating_point() for t in leaves):
         hint = "; convert integers that are not indices with x.to(torch.float32)"
+    elif all(t.ndim == 1 for t in leaves):
+        hint = "; each row is one number: if the inputs are one row, give them a batch axis, x[None]"
     elif module is not None and len(leaves) == 1:
         hint = _of_channels(tuple(leaves[0].shape[1:]), module)
     return ValueError(f"the module cannot take rows of {shapes}: {error}{hint}")

@@ -13,12 +13,15 @@ from vbdl.data.rows import check_dtype
 def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) -> Flat:
     """Check the inputs, flatten them, and move their tensors to the device.
 
-    floating: dtype of the parameters. Raises TypeError or ValueError unless the inputs are tensors or arrays of finite
-    rows, and NotImplementedError for tensors of a transform of torch.func and for dual numbers.
+    floating: dtype of the parameters. Raises TypeError or ValueError unless the inputs are dense tensors or arrays of
+    finite rows, and NotImplementedError for tensors of a transform of torch.func and for dual numbers.
     """
     flat = flatten(x)
     if not flat.tensors:
         raise TypeError("inputs must be tensors or arrays: one, a tuple of them, or a dict by argument name; got none")
+    for t in flat.tensors:
+        if t.layout != torch.strided or t.is_nested or t.device.type == "meta" or t.is_quantized:
+            raise ValueError(f"inputs must be dense tensors with numbers, got {_kind(t)}")
     if any(t.ndim < 1 for t in flat.tensors):
         raise ValueError("inputs must have a batch axis first, got a scalar")
     if any(map(is_transformed, flat.tensors)):
@@ -40,6 +43,17 @@ def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) 
                 f"{len(bad)} of {len(ok)} rows are not finite, the first is row {bad[0]}: remove or impute them"
             )
     return flat if flat.tensors[0].device == device else flat.map(lambda t: t.to(device))
+
+
+def _kind(t: Tensor) -> str:
+    """A tensor that is no input in words, with what to do."""
+    if t.is_nested:
+        return "a nested tensor: pad it with t.to_padded_tensor(0.0), and give the network a mask of what is padding"
+    if t.device.type == "meta":
+        return "a tensor on the meta device, which has none"
+    if t.is_quantized:
+        return "a quantized tensor: convert it with t.dequantize()"
+    return f"a tensor of layout {t.layout}: convert it with t.to_dense()"
 
 
 def aligned(t: Tensor) -> Tensor:

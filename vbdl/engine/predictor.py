@@ -211,7 +211,7 @@ class Predictor:
         torch.get_num_threads()
         if tolerance is not None or deadline is not None:
             return self._until(x, samples, tolerance, deadline)
-        if type(x) is Tensor and not samples and not x.requires_grad and not is_transformed(x):
+        if type(x) is Tensor and not samples and not x.requires_grad and not x.is_nested and not is_transformed(x):
             ready = self._ready.get((x.shape, x.dtype, x.device))
             if ready is not None and (fields := ready(x)) is not None:
                 return self.likelihood.prediction(fields, self._counted)

@@ -114,6 +114,11 @@ class Traced:
                 ) from reason
         if any(isinstance(value, Tensor) and is_sparse(value) for value in _values(graph)):
             raise CannotTrace("the module runs, but cannot be compiled: it computes with sparse tensors")
+        held = (getattr(graph, str(node.target), None) for node in graph.graph.find_nodes(op="get_attr"))
+        if any(isinstance(value, torch.ScriptObject) for value in held):
+            raise CannotTrace(
+                "the module runs, but cannot be compiled: it holds objects of C++, as quantized layers do"
+            )
         try:
             cut = self._cut(graph, entries)
             cut.regions[BODY].peak_bytes()

@@ -272,6 +272,11 @@ class _Reader:
                 yield from ((f"[{number}]", inner) for number, inner in enumerate(value))
         elif isinstance(value, set | frozenset):
             self.described[path] = _digest(repr(sorted(map(repr, value))).encode())
+        elif isinstance(value, torch.ScriptObject):  # such as the packed weights of a quantized layer
+            try:
+                yield "", value.__getstate__()
+            except (RuntimeError, AttributeError):  # it cannot be saved: no two are known to be equal
+                self.described[path] = f"{type(value).__qualname__} {id(value)}"
         elif isinstance(value, functools.partial):
             yield from (("", value.func), (".args", value.args), (".keywords", value.keywords))
         elif isinstance(value, types.MethodType):
@@ -337,8 +342,10 @@ def _code(code: types.CodeType) -> bytes:
 
 def _tensor(t: Tensor) -> str:
     text = f"Tensor {tuple(t.shape)} {t.dtype}"
-    if t.device.type == "meta" or t.is_quantized:
+    if t.device.type == "meta":
         return text
+    if t.is_quantized:
+        return f"quantized {text} {_tensor(t.dequantize())}"
     if is_sparse(t):
         t = t.detach().to_sparse_coo().coalesce()
         return f"sparse {text} {_tensor(t.indices())} {_tensor(t.values())}"

@@ -356,7 +356,10 @@ def _members(
         check_network(network, scripted=True)
         _base(network)
         if not state_of(network):
-            raise ValueError("the network has no parameter or buffer, so members cannot differ: give another one")
+            raise ValueError(
+                "the network has no parameter or buffer, by which members differ (quantized layers pack theirs): give "
+                "the networks before they are quantized, or one that has some"
+            )
     if isinstance(networks, nn.Module):
         if n_members is None or n_members < 1:
             raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
