@@ -1,6 +1,8 @@
 """Networks that keep what they compute from their weights: each draw computes its own."""
 
+import collections
 import functools
+import types
 
 import pytest
 import torch
@@ -51,6 +53,37 @@ class InATable(Keeps):
         return self.table["weight"]
 
 
+class InAnOrderedTable(InATable):
+    def __init__(self):
+        super().__init__()
+        self.table = collections.OrderedDict()
+
+
+class Deep(Keeps):
+    """In a table of an object in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed = [types.SimpleNamespace(table=collections.defaultdict(dict))]
+
+    def weight(self):
+        table = self.listed[0].table["weights"]
+        if "weight" not in table:
+            table["weight"] = self.normalized()
+        return table["weight"]
+
+
+class InAQueue(Keeps):
+    def __init__(self):
+        super().__init__()
+        self.queue = collections.deque(maxlen=3)
+
+    def weight(self):
+        if not self.queue:
+            self.queue.append(self.normalized())
+        return self.queue[0]
+
+
 class InAList(Keeps):
     def weight(self):
         if not self.listed:
@@ -73,7 +106,9 @@ class InACache(Keeps):
         return self.normalized()
 
 
-KINDS = [Keeps, InAnAttribute, InANewAttribute, InATable, InAList, AsAProperty, InACache]
+KINDS = [
+    Keeps, InAnAttribute, InANewAttribute, InATable, InAnOrderedTable, InAList, InAQueue, Deep, AsAProperty, InACache,
+]  # fmt: skip
 
 
 def build(kind: type[Keeps], seed: int = 0) -> Keeps:

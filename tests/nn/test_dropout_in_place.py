@@ -74,6 +74,20 @@ def flattened(net: Net, y: Tensor) -> Tensor:
     return net.b(y)
 
 
+def gated(net: Net, y: Tensor) -> Tensor:
+    value, gate = y.chunk(2, -1)
+    value = net.dropout(value)
+    return net.b(torch.cat([value * gate.sigmoid(), gate], -1))
+
+
+def in_two_parts(net: Net, y: Tensor) -> Tensor:
+    return net.b(torch.cat([net.dropout(y[:, :3]), net.dropout(y[:, 3:])], -1))
+
+
+def shaped(net: Net, y: Tensor) -> Tensor:
+    return net.b(net.dropout(y.view(-1, 2, 4).flatten(1)).view(y.shape))
+
+
 def returned(net: Net, y: Tensor) -> Tensor:
     y = net.b(y)
     net.dropout(y)
@@ -86,7 +100,7 @@ def used(net: Net, y: Tensor) -> Tensor:
 
 FORMS = [
     ignored, ignored_function, ignored_operator, ignored_twice, ignored_alpha, skipped, in_a_list, channels, flattened,
-    returned, used,
+    returned, used, gated, in_two_parts, shaped,
 ]  # fmt: skip
 
 

@@ -95,6 +95,17 @@ def test_drawn_weights_decide_for_each_draw(form, method):
     check(draws(predict, x), torch.stack(passes))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["mean-field", "stochastic"])
+def test_networks_that_read_no_numbers_draw_outputs(method, rows):
+    net = Net(lambda h: h.relu(), drop=0.0, noise=0.3 if method == "stochastic" else 0.0).eval()
+    q = vbdl.Stochastic(net) if method == "stochastic" else vbdl.MeanField(net, n_data=10)
+    predict = vbdl.Predictor(q, vbdl.Gaussian(3), n_samples=8, compile="background")
+    predict(torch.randn(rows, 6))
+    assert "repeated" in predict.explain()
+    assert "stacked" in predict.wait().explain()
+
+
 def test_masks_of_the_inputs_may_be_read():
     class Masked(nn.Module):
         def __init__(self):

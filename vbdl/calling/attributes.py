@@ -4,9 +4,12 @@ Draws run in one network, one after the other. What one draw computed from its w
 by the next one, which in a loop over networks has a network of its own.
 """
 
+import collections
+from collections.abc import Iterable
+from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vbdl.calling.traversing import is_cache, modules_of
 
@@ -22,7 +25,7 @@ class Attributes:
 
     def __init__(self, network: nn.Module):
         modules = [m for _, m in modules_of(network) if not hasattr(type(m), "keeps_on_purpose")]
-        self._before = [(m, own := _own(m), _inside(own)) for m in modules]
+        self._before = [(m, own := _own(m), _inside(own.values())) for m in modules]
         kinds = {kind for m in modules for kind in type(m).__mro__}
         functions = [value for kind in kinds for value in vars(kind).values() if hasattr(value, "cache_clear")]
         self._functions: list[Any] = [function for function in functions if callable(function.cache_clear)]
@@ -39,8 +42,8 @@ class Attributes:
                 if name not in now or now[name] is not value:
                     attributes[name] = value
                     changed = True
-            for name, value in inside.items():
-                changed |= _filled(before[name], value)
+            for holder, held in inside:
+                changed |= _filled(holder, held)
         for function in self._functions:
             function.cache_clear()
         return changed
@@ -51,16 +54,37 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {n: v for n, v in vars(module).items() if n not in _TABLES and not is_cache(module, n)}
 
 
-def _inside(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the lists, dicts and sets among attributes."""
-    return {name: value.copy() for name, value in attributes.items() if type(value) in (list, dict, set)}
+_HOLDERS = (dict, list, set, collections.deque)
+_MOST = 10_000  # objects that are looked at
 
 
-def _filled(now: Any, before: Any) -> bool:
-    """Let a list, dict or set hold the same objects as another one, and return whether it did not."""
-    of = lambda value: [*value, *value.values()] if isinstance(value, dict) else list(value)
-    if len(now) == len(before) and all(a is b for a, b in zip(of(now), of(before), strict=True)):
+def _inside(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The lists, tables and sets among values, in each other and in objects' attributes, and what each holds."""
+    found: list[tuple[Any, Any]] = []
+    waiting, seen = list(values), set()
+    while waiting and len(seen) < _MOST:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, nn.Module | Tensor | type | ModuleType | FunctionType):
+            continue
+        seen.add(id(value))
+        holder = value if isinstance(value, _HOLDERS) else getattr(value, "__dict__", None)
+        if isinstance(holder, _HOLDERS):
+            held = dict(holder) if isinstance(holder, dict) else list(holder)
+            found.append((holder, held))
+            waiting += held.values() if isinstance(held, dict) else held
+        elif isinstance(value, tuple):
+            waiting += value
+    return found
+
+
+def _filled(holder: Any, held: Any) -> bool:
+    """Let a list, table or set hold the same objects as before, and return whether it did not."""
+    if isinstance(held, dict):
+        same = list(holder) == list(held) and all(a is b for a, b in zip(holder.values(), held.values(), strict=True))
+    else:
+        same = len(holder) == len(held) and all(a is b for a, b in zip(holder, held, strict=True))
+    if same:
         return False
-    now.clear()
-    now.extend(before) if isinstance(now, list) else now.update(before)
+    holder.clear()
+    holder.update(held) if isinstance(holder, dict | set) else holder.extend(held)
     return True

@@ -10,6 +10,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.traversing import is_cache, modules_of, state_in
 
@@ -53,11 +54,12 @@ def tensors_held(module: nn.Module) -> list[Tensor]:
     return [part for f in functions for _, part in _read_by(f) if isinstance(part, Tensor)]
 
 
-def held_parameters(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the places where a network holds parameters of its own beside those of its modules, and their names.
+def held_parameters(network: nn.Module) -> Iterator[tuple[str, str, Tensor, bool]]:
+    """Yield the places where a network holds parameters of its own beside those of its modules.
 
-    Such as a list of weights, or `functools.partial(F.linear, weight=self.layer.weight)`. What stands in a module for a
-    parameter during a call, such as the weight of a draw, does not stand there.
+    Each with the parameter's name, the parameter, and whether a function holds it. Such a place is a list of weights
+    or `functools.partial(F.linear, weight=self.layer.weight)`. What stands in a module for a parameter during a call,
+    such as the weight of a draw, does not stand there.
     """
     modules = modules_of(network)
     names = {id(p): name for name, p in state_in(modules).items() if isinstance(p, nn.Parameter)}
@@ -67,11 +69,12 @@ def held_parameters(network: nn.Module) -> Iterator[tuple[str, str]]:
                 continue
             for t in _tensors_in(value, set()):
                 if id(t) in names:
-                    yield f"{path}.{key}" if path else key, names[id(t)]
+                    yield f"{path}.{key}" if path else key, names[id(t)], t, isinstance(value, _CALLED)
 
 
 _TABLES = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
-_HOLDERS = (list, tuple, set, dict, functools.partial, FunctionType, MethodType)
+_CALLED = (functools.partial, FunctionType, MethodType)
+_HOLDERS = (list, tuple, set, dict, *_CALLED)
 
 
 def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
@@ -84,17 +87,41 @@ def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors_in(part, seen)
 
 
-def check_held(network: nn.Module, replaced: Collection[str] | None = None) -> None:
-    """Raise ValueError if a network holds parameters beside those of its modules; replaced: of these names, if given.
+def check_held(network: nn.Module, replaced: Collection[str]) -> None:
+    """Raise ValueError if a function that a network holds holds one of these parameters itself.
 
-    For methods that put other tensors in the place of parameters.
+    For methods that put other tensors in the place of parameters. replaced: the names of these parameters.
     """
-    for place, name in held_parameters(network):
-        if replaced is None or name in replaced:
-            raise ValueError(
-                f"the attribute '{place}' holds the parameter '{name}' itself, so it would not get the weight that a "
-                f"draw or a member has in its place: let it hold the module, and read the weight when it is called"
-            )
+    for place, name, _, calls in held_parameters(network):
+        if calls and name in replaced:
+            raise _held(place, name)
+
+
+class HeldParameters(TorchFunctionMode):
+    """A torch function mode that refuses a forward which reads a parameter that the network holds in a list or table.
+
+    Not all that is held is read: lists of parameters may be those of an optimizer's groups. Raises ValueError.
+    """
+
+    def __init__(self, network: nn.Module, replaced: Collection[str]):
+        super().__init__()
+        found = held_parameters(network)
+        self.held = {id(t): (t, place, name) for place, name, t, _ in found if name in replaced}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):  # its shape may be read
+            for t in _tensors_in((args, kwargs or {}), set()):
+                if id(t) in self.held:
+                    raise _held(*self.held[id(t)][1:])
+        return output
+
+
+def _held(place: str, name: str) -> ValueError:
+    return ValueError(
+        f"the attribute '{place}' holds the parameter '{name}' itself, so it would not get the weight that a draw or a "
+        f"member has in its place: let it hold the module, and read the weight when it is called"
+    )
 
 
 def _parts(value: object) -> Iterable[object]:
@@ -186,7 +213,15 @@ class Rebuilt:
 
     def fill(self, copied: Any) -> None:
         """Put copies of what the functions read into the new ones; copied: returns the copy of a value."""
-        of = lambda value: copied(value) if reads(value, self._owned) else value
+
+        def of(value: Any) -> Any:
+            if not reads(value, self._owned):
+                return value
+            try:
+                return copied(value)
+            except TypeError:  # an object that cannot be copied, such as one that holds a lock
+                return value
+
         for function, new in self._made:
             for cell, made in zip(function.__closure__ or (), new.__closure__ or (), strict=True):
                 if cell is not made:

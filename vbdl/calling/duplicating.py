@@ -131,7 +131,8 @@ def _owned_by(module: nn.Module, memo: dict[int, Any]) -> set[int]:
     owned = set()
     for m in _all_modules(module):
         owned.add(id(m))
-        parameters = [p for p in dict.values(vars(m)["_parameters"]) if p is not None]
+        held = vars(m)["_parameters"]  # lent ones are not asked for here; those of scripted modules are in no dict
+        parameters = [p for p in (dict.values(held) if isinstance(held, dict) else held.values()) if p is not None]
         owned |= {id(p) for p in parameters if (p if memo.get(id(p)) is None else memo[id(p)]).device.type != "meta"}
     return owned
 

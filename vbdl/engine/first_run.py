@@ -1,13 +1,14 @@
 """The run of draw 0 before the first answer, which checks the network, and finds the layers that draw outputs."""
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbdl.calling.attributes import Attributes
-from vbdl.calling.closures import check_held
+from vbdl.calling.closures import HeldParameters, check_held
 from vbdl.calling.inputs import Flat
 from vbdl.calling.traversing import parameters_of
 from vbdl.compiling.rewrite import MANY_ROWS
@@ -24,7 +25,6 @@ from vbdl.nn.local_noise import Pass
 from vbdl.nn.local_outputs import local_layers
 from vbdl.nn.may_drop import DROPOUT_LAYERS
 from vbdl.nn.stochastic import StochasticNetwork
-from vbdl.nn.value_reads import ValueReads
 from vbdl.types import State
 
 
@@ -58,7 +58,11 @@ class FirstRun:
             self._others = others if tile.rows == 1 and not callable(model.posterior.output) else None
         twin = model.twin()
         self.own = list(entries)
-        check_held(twin.network, {name.removeprefix("network.") for name in entries})
+        replaced = {name.removeprefix("network.") for name in entries}
+        if isinstance(twin.network, FactoredNetwork):
+            replaced |= {f"inner.{name}" for name in twin.network.chosen}
+        check_held(twin.network, replaced)
+        held = HeldParameters(twin.network, replaced)
         # a function that chooses the output is the user's
         reads = only_reads(twin) and not callable(model.posterior.output)
         self._reads = reads and not _trains(twin)
@@ -66,7 +70,11 @@ class FirstRun:
         attributes = None if reads else Attributes(twin)
         sizes = {n: t.nbytes for n, t in entries.items()}
         del entries  # whose memory is laid out anew if nobody else holds it
-        outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
+        with held if held.held else contextlib.nullcontext():
+            outputs, self.written = without_writing(lambda s: self._tried(twin, s, noise), state, parameters)
+        own: nn.Module = model.network
+        if isinstance(own, KeyedNetwork) and isinstance(twin.network, KeyedNetwork):
+            own.reads_values = twin.network.reads_values
         is_draw = not self.local_layers and (bool(self._kept) or not isinstance(twin.network, KeyedNetwork))
         changed = attributes if attributes is not None and attributes.restore() else None
         self.run: Run | None = Run(twin, tile, outputs, sizes, self._kept, changed, is_draw and len(outputs) == 1)
@@ -142,7 +150,7 @@ class FirstRun:
             return try_out(model, state, tile)
         if isinstance(network, StochasticNetwork):
             network.kept, network.recorded = dict(noise), []  # the noise of the draw is made once for all rows
-            outputs = self._watched(network, lambda: try_out(model, state, tile, apart=self._others is None))
+            outputs = try_out(model, state, tile, apart=self._others is None)
             first = network.recorded[0]
             second = network.recorded[1] if self._others is None else self._others
             layers = None
@@ -155,19 +163,10 @@ class FirstRun:
         if not isinstance(network, FactoredNetwork) or not network.may_draw_outputs:
             return try_out(model, state, tile)
         network.recorded = []
-        outputs = self._watched(network, lambda: try_out(model, state, tile))
+        outputs = try_out(model, state, tile)
         first, second = network.recorded[:2]
         network.recorded = None
         local = None if network.reads_values else local_layers(first, second, tile.rows)
         if local is not None:
             self.local_layers, self.local = local, len(local)
-        return outputs
-
-    def _watched(self, network: KeyedNetwork, run: Callable[[], Tensor]) -> Tensor:
-        """Run a network, and note whether it reads numbers that it computes."""
-        with ValueReads() as reads:
-            outputs = run()
-        for one in (network, self._model.network):
-            assert isinstance(one, KeyedNetwork)
-            one.reads_values = reads.followed.read
         return outputs

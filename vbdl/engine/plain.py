@@ -319,7 +319,11 @@ class Plain:
         with self._lock, torch.no_grad(), WholeLayers(), Mappable():
             if self._network is not None:
                 self._network.kept = None  # it would keep values of the trace
-            return call_stacked(self._twin, entries, self.model.shared(entries), tile.map(Tensor.detach).nested)
+            try:
+                return call_stacked(self._twin, entries, self.model.shared(entries), tile.map(Tensor.detach).nested)
+            finally:
+                if self._attributes is not None:
+                    self._attributes.restore()
 
     def _run(self, numbers: tuple[int, ...], entries: State, tile: Flat) -> Tensor:
         differentiable = wants_gradient(tile)
@@ -350,6 +354,8 @@ class Plain:
 
     def _keep(self, numbers: tuple[int, ...], kept: dict[Hashable, Tensor]) -> None:
         """Keep what the network drew for these draws, unless it is many masks."""
+        if self._budget <= 0:  # a graph has taken over meanwhile
+            return
         size = sum(t.nbytes for t in kept.values())
         if all(t.dtype == torch.bool for t in kept.values()):
             self._masks += size

@@ -17,7 +17,7 @@ from vbdl_kernels.philox import reference_keep, reference_normal, reference_word
 from vbdl.calling.inputs import Flat
 from vbdl.compiling.graph import draws_from_generator, trace
 from vbdl.compiling.rewrite import rewrite
-from vbdl.compiling.rewrite.linear import DECOMPOSITIONS
+from vbdl.compiling.rewrite.linear import DECOMPOSITIONS, free_layout
 from vbdl.engine.execution import Execution
 from vbdl.engine.executions import Executions
 from vbdl.engine.predictor import Predictor
@@ -172,6 +172,7 @@ class _Part:
             largest_tile=predictor.settings.largest_tile,
             measure=lambda node, of: of(torch.ones(node.meta["val"].shape)),
         )
+        free_layout(graph)  # as in the predictor's own graph
         self._graph = graph
         self.constants = [t for n, t in state.items() if n not in self._keys] + shared
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from vbdl.calling.autograd import holds_tangent
+from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
 
 # the place of the scale among the arguments of a normalization, before that of the shift
 _PLACES = {F.batch_norm: 3, F.instance_norm: 3, F.group_norm: 2, F.layer_norm: 2}
@@ -40,7 +41,13 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    return input * torch.tanh(F.softplus(input))
+    """`F.mish`, whose tangent is one product, as the propagation of moments needs it."""
+    if not innermost_is_forward_mode():  # the network's own transform
+        return input * torch.tanh(F.softplus(input))
+    x, tangent = forward_ad.unpack_dual(input)
+    assert tangent is not None  # it was asked for
+    inside = torch.tanh(F.softplus(x))
+    return forward_ad.make_dual(x * inside, tangent * (inside + x * (1 - inside * inside) * torch.sigmoid(x)))
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:

@@ -49,6 +49,8 @@ _REPLACEMENTS: dict[str, Callable[..., object]] = {
     "rnn_relu": recurrent,
 }
 
+# attributes, such as the shape, and methods that read none of a tensor's numbers, if they return no tensor
+_OF_NO_NUMBERS = frozenset("__get__ size dim numel stride storage_offset is_contiguous element_size __len__".split())
 _WATCHED = _RANDOM | _REPLACEMENTS.keys()
 
 
@@ -64,7 +66,7 @@ class CounterDropout(TorchFunctionMode):
 
     def returned(self, outputs: Any) -> Any:
         """What the network returned, in which a tensor may have been dropped in place."""
-        return self._masks.now(outputs)
+        return self._masks.returned(outputs)
 
     def __torch_function__(
         self,
@@ -76,7 +78,17 @@ class CounterDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._masks.written:
-            args, kwargs = self._masks.now(tuple(args)), self._masks.now(dict(kwargs))
+            if name in _OF_NO_NUMBERS and not isinstance(output := func(*args, **kwargs), Tensor):
+                return output
+            given = args, kwargs
+            try:
+                args, kwargs = self._masks.now(tuple(args)), self._masks.now(dict(kwargs))
+            except ValueError:  # of a tensor that has parts which were dropped, of which this may take another part
+                output = func(*given[0], **given[1])
+                parts = output if isinstance(output, tuple | list) else [output]
+                if name.endswith("_") and name != "__getitem__" or not all(_is_view(t) for t in parts):
+                    raise
+                return output
         if not self._masks.silent and name not in _WATCHED:
             return func(*args, **kwargs)
         if self._masks.followed is not None:
@@ -91,6 +103,10 @@ class CounterDropout(TorchFunctionMode):
         if (replacement := _REPLACEMENTS.get(name)) is not None:
             return replacement(self._masks, func, *args, **kwargs)
         return _without_masks(self._masks, func, *args, **kwargs)
+
+
+def _is_view(value: object) -> bool:
+    return isinstance(value, Tensor) and value._is_view()
 
 
 def _without_masks(masks: Masks, func: Callable[..., object], *args: object, **kwargs: object) -> object:

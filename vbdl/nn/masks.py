@@ -10,8 +10,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from vbdl_kernels import keep_mask
 
 from vbdl.calling.traversing import modules_of
@@ -261,6 +263,10 @@ class Masks:
             return value if type(value) is not dict else {name: self.now(part) for name, part in value.items()}
         return type(value)(map(self.now, value)) if type(value) in (list, tuple) else value
 
+    def returned(self, outputs: Any) -> Any:
+        """What a network returned, however deep, as it is now."""
+        return tree_map(self.now, outputs) if self.written else outputs
+
     def drop_steps(self, data: Tensor, batch_sizes: Tensor, p: float, kind: str) -> Tensor:
         """Units dropped in a packed sequence, with the masks of the padded one, (steps, features) for a draw.
 
@@ -281,8 +287,27 @@ class Masks:
 
 
 def _share_memory(t: Tensor, other: Tensor) -> bool:
-    """Whether one of two tensors is a view of the other, or both are views of one."""
-    return (t._base if t._is_view() else t) is (other._base if other._is_view() else other)
+    """Whether two tensors, of which one may be a view of the other or both of one, have a number in common."""
+    if (t._base if t._is_view() else t) is not (other._base if other._is_view() else other):
+        return False
+    (first, last), (start, end) = _interval(t), _interval(other)
+    if last < start or end < first:
+        return False
+    return t.is_contiguous() or bool(np.isin(_places(t), _places(other)).any())
+
+
+def _interval(t: Tensor) -> tuple[int, int]:
+    """The first and the last place of a tensor's numbers in its memory."""
+    first = int(t.storage_offset())
+    return first, first + sum((int(size) - 1) * int(by) for size, by in zip(t.shape, t.stride(), strict=True))
+
+
+def _places(t: Tensor) -> np.ndarray:
+    """The places of a tensor's numbers in its memory, in NumPy, because a trace may run."""
+    places = np.array([t.storage_offset()])
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        places = np.add.outer(places, np.arange(size) * stride).reshape(-1)
+    return places
 
 
 def batch_axis(

@@ -18,6 +18,7 @@ from vbdl_kernels.philox import BIAS, UNIFORM, WEIGHT
 
 from vbdl.nn.masks import Masks, Site, UnknownCall, described
 from vbdl.nn.part_of_batch import drawn_in_training
+from vbdl.nn.value_reads import Followed
 
 # bits of a uniform number, as many as the dtype's fraction holds exactly
 _BITS = {torch.float64: 32, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -80,6 +81,7 @@ class Noise:
         kept: dict[Hashable, Tensor] | None = None,
         constants: Mapping[int, float] | None = None,
     ):
+        self.followed: Followed | None = None  # what follows from floating-point tensors, if it is to be found
         self.masks = Masks(key, root, sites=None if known is None else known.sites, per_row=training, kept=kept)
         self.masks.strict = known is not None and known.strict
         self._kept, self._constants = kept, constants or {}

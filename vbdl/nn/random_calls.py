@@ -41,7 +41,13 @@ class CounterNoise(CounterDropout):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        output = self._called(func, types, args, kwargs or {})
+        if self._noise.followed is not None:
+            self._noise.followed.see(func, args, kwargs, output)
+        return output
+
+    def _called(self, func: Callable[..., Any], types: Sequence[type], args: Any, kwargs: Any) -> Any:
+        """What the function returns under the noise."""
         args, kwargs = self._noise.as_drawn((args, kwargs))
         name = getattr(func, "__name__", "")
         if func is F.linear and self._linears is not None:

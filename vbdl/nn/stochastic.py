@@ -30,6 +30,7 @@ from vbdl.nn.local_noise import (
 from vbdl.nn.masks import Site, UnknownCall, batch_axis, described, dropping, with_batch_axes
 from vbdl.nn.noise import Known, Noise, RandomCall
 from vbdl.nn.random_calls import CounterNoise, without_checks_of_values
+from vbdl.nn.value_reads import Followed
 from vbdl.types import Inputs, State
 
 _T = TypeVar("_T")
@@ -122,7 +123,7 @@ class StochasticNetwork(KeyedNetwork):
         numbers = {number for layer in local for number in layer.noises}
         drawn_outputs = OwnOutputs(self.key, local) if local else None
         with self.noise(self.key, dict.fromkeys(numbers, 0.0), linears=drawn_outputs, known=known) as noise:
-            outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
+            outputs = noise.masks.returned(call(self.inner, self._buffers_of_draw(), inputs))
         noise.check_all_made()
         return outputs
 
@@ -233,9 +234,10 @@ class StochasticNetwork(KeyedNetwork):
         def run(known: Known | None) -> Pass:
             linears = Linears(given)
             with self.noise(key, constants, linears=linears, known=known) as noise:
-                noise.normals = {}
-                outputs = noise.masks.now(call(self.inner, self._buffers_of_draw(), inputs))
+                noise.normals, noise.followed = {}, Followed()
+                outputs = noise.masks.returned(call(self.inner, self._buffers_of_draw(), inputs))
             noise.check_all_made()
+            self.reads_values |= noise.followed is not None and noise.followed.read
             return Pass(linears.calls, outputs, noise.calls, noise.normals)
 
         return self._with_calls(key, run)
@@ -364,7 +366,7 @@ class StochasticNetwork(KeyedNetwork):
             noise.watched |= {address(t): "an input" for t in tensors(inputs)}
             if not writes:
                 noise.writable = {address(b) for b in buffers.values()}
-            outputs = noise.masks.now(call(self.inner, buffers, inputs))
+            outputs = noise.masks.returned(call(self.inner, buffers, inputs))
         return outputs, noise, buffers
 
 

@@ -36,12 +36,19 @@ class Followed:
         if name.endswith("_") and args:  # it writes into its first argument, as `x.mul_` and `x[0] = ...`
             self.begin(args[0])
 
+    def see(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Follow what this function computed from floating-point tensors.
+
+        Masks and ids, which are part of the inputs, are the same in all draws.
+        """
+        name = getattr(func, "__name__", "")
+        if name not in _SILENT:
+            self.begin([t for t in _tensors((args, kwargs)) if t.is_floating_point()])
+            self.go_on(name, args, kwargs, output)
+
 
 class ValueReads(TorchFunctionMode):
-    """A torch function mode that finds whether numbers are read of what follows from floating-point tensors.
-
-    Masks and ids, which are part of the inputs, are the same in all draws.
-    """
+    """A torch function mode that finds whether numbers are read of what follows from floating-point tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,10 +56,7 @@ class ValueReads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name not in _SILENT and any(t.is_floating_point() for t in _tensors((args, kwargs))):
-            self.followed.begin([t for t in _tensors((args, kwargs)) if t.is_floating_point()])
-        self.followed.go_on(name, args, kwargs, output)
+        self.followed.see(func, args, kwargs, output)
         return output
 
 

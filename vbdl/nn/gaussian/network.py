@@ -22,6 +22,7 @@ from vbdl.nn.gaussian.factor import Factor
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.local_outputs import DrawnOutputs, Moments
 from vbdl.nn.recurrent import WholeLayers
+from vbdl.nn.value_reads import ValueReads
 from vbdl.types import Inputs, State
 
 # torch counts the levels of forward mode once for all threads: one that ends in a thread takes away another's
@@ -104,8 +105,9 @@ class FactoredNetwork(KeyedNetwork):
         if self.recorded is None:
             return call(self.inner, self.weights(), inputs)
         weights = self.weights()
-        with DrawnUses(weights) as uses:
+        with ValueReads() as reads, DrawnUses(weights) as uses:
             outputs = call(self.inner, weights, inputs)
+        self.reads_values |= reads.followed.read
         self.recorded.append(uses)
         return outputs
 
