@@ -236,7 +236,8 @@ class Execution:
         if self._undecided is None:
             return
         reason, self._undecided = self._undecided, None
-        self._way = self._faster(self._way, self._as_it_is(), tile, reason)
+        with torch.no_grad():  # a graph may have no gradient
+            self._way = self._faster(self._way, self._as_it_is(), tile.map(Tensor.detach), reason)
 
     def _faster(self, graph: _Way, plain: _Way, tile: Flat, reason: str) -> _Way:
         """The faster of the two ways on a tile, with the times as a reason."""

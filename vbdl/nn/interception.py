@@ -80,15 +80,18 @@ class CounterDropout(TorchFunctionMode):
         if self._masks.written:
             if name in _OF_NO_NUMBERS and not isinstance(output := func(*args, **kwargs), Tensor):
                 return output
-            given = args, kwargs
+            now, refused = (args, kwargs), None
             try:
-                args, kwargs = self._masks.now(tuple(args)), self._masks.now(dict(kwargs))
-            except ValueError:  # of a tensor that has parts which were dropped, of which this may take another part
-                output = func(*given[0], **given[1])
+                now = self._masks.now(tuple(args)), self._masks.now(dict(kwargs))
+            except ValueError as error:  # parts of the tensor were dropped, of which this may take another part
+                refused = error
+            if refused is not None:
+                output = func(*args, **kwargs)
                 parts = output if isinstance(output, tuple | list) else [output]
-                if name.endswith("_") and name != "__getitem__" or not all(_is_view(t) for t in parts):
-                    raise
+                if (name.endswith("_") and name != "__getitem__") or not all(_is_view(t) for t in parts):
+                    raise refused
                 return output
+            args, kwargs = now
         if not self._masks.silent and name not in _WATCHED:
             return func(*args, **kwargs)
         if self._masks.followed is not None:

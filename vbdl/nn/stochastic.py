@@ -237,7 +237,8 @@ class StochasticNetwork(KeyedNetwork):
                 noise.normals, noise.followed = {}, Followed()
                 outputs = noise.masks.returned(call(self.inner, self._buffers_of_draw(), inputs))
             noise.check_all_made()
-            self.reads_values |= noise.followed is not None and noise.followed.read
+            if noise.followed is not None and noise.followed.read:
+                self.reads_values = True
             return Pass(linears.calls, outputs, noise.calls, noise.normals)
 
         return self._with_calls(key, run)

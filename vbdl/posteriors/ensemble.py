@@ -357,7 +357,7 @@ def _members(
         _base(network)
         if not state_of(network):
             raise ValueError(
-                "the network has no parameter or buffer, by which members differ (quantized layers pack theirs): give "
+                "the network has no parameter or buffer, so members cannot differ (quantized layers pack theirs): give "
                 "the networks before they are quantized, or one that has some"
             )
     if isinstance(networks, nn.Module):

@@ -107,7 +107,8 @@ class FactoredNetwork(KeyedNetwork):
         weights = self.weights()
         with ValueReads() as reads, DrawnUses(weights) as uses:
             outputs = call(self.inner, weights, inputs)
-        self.reads_values |= reads.followed.read
+        if reads.followed.read:
+            self.reads_values = True
         self.recorded.append(uses)
         return outputs
 
