@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vbdl.calling.traversing import is_cache, modules_of
-
-_TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
+from vbdl.calling.traversing import TABLES, is_cache, modules_of
 
 
 class Attributes:
@@ -51,7 +49,7 @@ class Attributes:
 
 def _own(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are no tables of torch's."""
-    return {n: v for n, v in vars(module).items() if n not in _TABLES and not is_cache(module, n)}
+    return {n: v for n, v in vars(module).items() if n not in TABLES and not is_cache(module, n)}
 
 
 _HOLDERS = (dict, list, set, collections.deque)

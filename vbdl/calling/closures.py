@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vbdl.calling.traversing import is_cache, modules_of, state_in
+from vbdl.calling.traversing import TABLES, is_cache, modules_of, state_in
 
 _SILENT = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
 
@@ -44,14 +44,14 @@ def reads(value: object, owned: Collection[int], seen: set[int] | None = None) -
     if isinstance(value, _SILENT) or id(value) in seen:
         return False
     seen.add(id(value))
-    parts = (part for _, part in _read_by(value)) if isinstance(value, FunctionType) else _parts(value)
+    parts = _read_by(value) if isinstance(value, FunctionType) else _parts(value)
     return any(reads(part, owned, seen) for part in parts)
 
 
 def tensors_held(module: nn.Module) -> list[Tensor]:
     """The tensors that functions of a module hold themselves, not as attributes of a module."""
     functions = [f for value in vars(module).values() for f in functions_in(value)]
-    return [part for f in functions for _, part in _read_by(f) if isinstance(part, Tensor)]
+    return [part for f in functions for part in _read_by(f) if isinstance(part, Tensor)]
 
 
 def held_parameters(network: nn.Module) -> Iterator[tuple[str, str, Tensor, bool]]:
@@ -65,14 +65,14 @@ def held_parameters(network: nn.Module) -> Iterator[tuple[str, str, Tensor, bool
     names = {id(p): name for name, p in state_in(modules).items() if isinstance(p, nn.Parameter)}
     for path, m in modules:
         for key, value in vars(m).items():
-            if key in _TABLES or is_cache(m, key) or not isinstance(value, _HOLDERS):
+            if key in _WITHOUT_HOOKS or is_cache(m, key) or not isinstance(value, _HOLDERS):
                 continue
             for t in _tensors_in(value, set()):
                 if id(t) in names:
                     yield f"{path}.{key}" if path else key, names[id(t)], t, isinstance(value, _CALLED)
 
 
-_TABLES = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
+_WITHOUT_HOOKS = (TABLES | {"training"}) - {"_forward_hooks", "_forward_pre_hooks"}
 _CALLED = (functools.partial, FunctionType, MethodType)
 _HOLDERS = (list, tuple, set, dict, *_CALLED)
 
@@ -83,30 +83,34 @@ def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, _HOLDERS) and id(value) not in seen:
         seen.add(id(value))
-        for part in (part for _, part in _read_by(value)) if isinstance(value, FunctionType) else _parts(value):
+        for part in _read_by(value) if isinstance(value, FunctionType) else _parts(value):
             yield from _tensors_in(part, seen)
 
 
 def check_held(network: nn.Module, replaced: Collection[str]) -> None:
-    """Raise ValueError if a function that a network holds holds one of these parameters itself.
+    """Raise ValueError if a function of a network holds one of these parameters itself.
 
     For methods that put other tensors in the place of parameters. replaced: the names of these parameters.
     """
-    for place, name, _, calls in held_parameters(network):
-        if calls and name in replaced:
-            raise _held(place, name)
+    HeldParameters(network, replaced)
 
 
 class HeldParameters(TorchFunctionMode):
     """A torch function mode that refuses a forward which reads a parameter that the network holds in a list or table.
 
-    Not all that is held is read: lists of parameters may be those of an optimizer's groups. Raises ValueError.
+    Not all that is held is read: lists of parameters may be those of an optimizer's groups. Raises ValueError, also at
+    once for a parameter that a function holds, as `check_held` does.
     """
 
     def __init__(self, network: nn.Module, replaced: Collection[str]):
         super().__init__()
-        found = held_parameters(network)
-        self.held = {id(t): (t, place, name) for place, name, t, _ in found if name in replaced}
+        self.held: dict[int, tuple[Tensor, str, str]] = {}
+        for place, name, t, calls in held_parameters(network):
+            if name not in replaced:
+                continue
+            if calls:
+                raise _held(place, name)
+            self.held[id(t)] = t, place, name
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -137,17 +141,15 @@ def _parts(value: object) -> Iterable[object]:
     return tuple(vars(value).values()) if hasattr(value, "__dict__") else ()
 
 
-def _read_by(function: FunctionType) -> Iterator[tuple[str, object]]:
-    """Yield what a function reads beside its arguments, with where: its closure, its defaults, and global modules."""
+def _read_by(function: FunctionType) -> Iterator[object]:
+    """Yield what a function reads beside its arguments: its closure, its defaults, and global modules."""
     for cell in function.__closure__ or ():
         if (content := _content(cell)) is not _EMPTY:
-            yield "closure", content
-    for default in function.__defaults__ or ():
-        yield "defaults", default
-    for default in (function.__kwdefaults__ or {}).values():
-        yield "defaults", default
+            yield content
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
     for name in _global_modules(function):
-        yield "globals", function.__globals__[name]
+        yield function.__globals__[name]
 
 
 _EMPTY = object()
@@ -193,16 +195,15 @@ class Rebuilt:
         """Make a function anew, with empty cells in place of those that hold something to copy."""
         cells = tuple(self._cell(cell) for cell in function.__closure__ or ())
         names = [n for n in _global_modules(function) if id(function.__globals__[n]) in self._owned]
-        values = (
-            dict(function.__globals__) if names else function.__globals__
-        )  # a copy, in which the names are replaced
+        # `fill` replaces the names in a copy
+        values = dict(function.__globals__) if names else function.__globals__
         new = FunctionType(function.__code__, values, function.__name__, function.__defaults__, cells)
         new.__kwdefaults__, new.__qualname__ = function.__kwdefaults__, function.__qualname__
         new.__doc__, new.__module__ = function.__doc__, function.__module__
         vars(new).update(vars(function))
         self._memo[id(function)] = new
         self._made.append((function, new))
-        for _, part in _read_by(function):
+        for part in _read_by(function):
             self.add(part)
 
     def _cell(self, cell: CellType) -> CellType:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vbdl.calling.duplicating import duplicate
 from vbdl.calling.stacking import is_of_a_trace
-from vbdl.calling.traversing import Modules, is_cache, modules_of, state_in
+from vbdl.calling.traversing import TABLES, Modules, is_cache, modules_of, state_in
 from vbdl.types import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -76,9 +76,6 @@ def _detached(t: Tensor) -> Tensor | None:
     return None if is_of_a_trace(t) else t.detach()
 
 
-_TABLES = frozenset(vars(nn.Module())) - {"training"}  # of every module: its tensors, its modules and its hooks
-
-
 def kept_by(module: nn.Module) -> list[tuple]:
     """What the modules keep in attributes, apart from parameters and buffers: tensors and their versions, and numbers.
 
@@ -92,7 +89,7 @@ def kept_by(module: nn.Module) -> list[tuple]:
             if of in _NUMBERS:
                 kept.append((i, name, value))
                 continue
-            if of in _SILENT or name in _TABLES or (of in _TABLE_TYPES and not value):
+            if of in _SILENT or name in TABLES or (of in _TABLE_TYPES and not value):
                 continue
             if name in on_purpose or is_cache(m, name) or isinstance(value, str | set):
                 continue

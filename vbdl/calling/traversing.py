@@ -87,6 +87,10 @@ def device_of(module: nn.Module) -> torch.device:
     return next(t.device for table in tables for t in table.values() if t is not None)
 
 
+# the attributes of every module but `training`: its tensors, its modules and its hooks
+TABLES = frozenset(vars(nn.Module())) - {"training"}
+
+
 def is_cache(module: nn.Module, name: str) -> bool:
     """Whether torch keeps the parameters of a recurrent layer in this attribute, which it renews when they change."""
     return name in ("_flat_weights", "_flat_weight_refs") and isinstance(module, nn.RNNBase)

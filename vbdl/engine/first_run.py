@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.attributes import Attributes
-from vbdl.calling.closures import HeldParameters, check_held
+from vbdl.calling.closures import HeldParameters
 from vbdl.calling.inputs import Flat
 from vbdl.calling.traversing import parameters_of
 from vbdl.compiling.rewrite import MANY_ROWS
@@ -61,7 +61,6 @@ class FirstRun:
         replaced = {name.removeprefix("network.") for name in entries}
         if isinstance(twin.network, FactoredNetwork):
             replaced |= {f"inner.{name}" for name in twin.network.chosen}
-        check_held(twin.network, replaced)
         held = HeldParameters(twin.network, replaced)
         # a function that chooses the output is the user's
         reads = only_reads(twin) and not callable(model.posterior.output)

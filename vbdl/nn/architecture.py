@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.copies import is_computed
-from vbdl.calling.traversing import is_cache, is_sparse, modules_of, state_of
+from vbdl.calling.traversing import TABLES, is_cache, is_sparse, modules_of, state_of
 from vbdl.types import State
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
+_OF_EVERY_MODULE = TABLES | {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SCALARS = (bool, int, float, complex, str, bytes, type, range, slice, enum.Enum, torch.dtype, torch.device, np.generic)
 _SCALARS += (decimal.Decimal, fractions.Fraction, datetime.date, datetime.time, datetime.timedelta)
