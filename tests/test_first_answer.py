@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -258,6 +259,32 @@ def test_draws_share_a_call_only_as_long_as_their_values_fit_into_a_cache(later,
     with torch.no_grad():
         one_by_one = Predictor(q, Categorical(), SAMPLES, chunk_size=1, compile=False)(x)
     torch.testing.assert_close(p.probs, one_by_one.probs, rtol=0.0, atol=1e-6)
+
+
+class Deep(nn.Sequential):
+    """Ten blocks, of which each needs the values of the one before it alone."""
+
+    def __init__(self):
+        block = lambda: (nn.Linear(11, 11), nn.ReLU(), nn.Dropout(0.2))
+        super().__init__(*(m for _ in range(10) for m in block()), nn.Linear(11, 3))
+
+
+@pytest.mark.parametrize("posterior", [name for name in POSTERIORS if name not in TRACED])
+def test_values_of_earlier_layers_are_held_by_nobody(posterior, later, monkeypatch):
+    held: list[int] = []
+    values: list[weakref.ref] = []
+
+    def see(self, x):
+        output = nn.functional.relu(x)
+        values.append(weakref.ref(output))
+        held.append(sum(value() is not None for value in values))
+        return output
+
+    q = POSTERIORS[posterior](Deep)
+    monkeypatch.setattr(nn.ReLU, "forward", see)
+    Predictor(q, Categorical(), min(q.n_draws or SAMPLES, SAMPLES), compile="background")(torch.randn(1, 11))
+    assert len(held) >= 10
+    assert max(held) <= 3  # that of this layer, of the one before, and one that a pass has just returned
 
 
 def _seeing(forward, seen):

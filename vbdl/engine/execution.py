@@ -292,6 +292,7 @@ class Execution:
 
         Raises ValueError or NotImplementedError for a module that must not be predicted with.
         """
+        freed.give_back()  # what the first answer has freed: this thread cannot reuse another's
         try:
             self._first.check_apart()
             self._way = self._prepared()

@@ -5,6 +5,7 @@ What they do may differ between draws, so that draws cannot be put into one batc
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -21,11 +22,13 @@ class Followed:
 
     def __init__(self) -> None:
         self.read = False
-        self._tensors: dict[int, Tensor] = {}  # by id, and held, so that no id is used twice
+        # by id, and not held, which would keep every value of a forward in memory; an id is gone with its tensor
+        self._tensors: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     def begin(self, output: Any) -> None:
         """Follow the tensors of this output."""
-        self._tensors |= {id(t): t for t in _tensors(output)}
+        for t in _tensors(output):
+            self._tensors[id(t)] = t
 
     def go_on(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         """Follow what a function of this name computed from followed tensors; name: as of the function."""
