@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from vbdl.calling.checks import check_network
 from vbdl.calling.copies import copied
-from vbdl.calling.inputs import map_inputs, tensors
-from vbdl.data.rows import check_rows, take, whole
+from vbdl.calling.inputs import flatten, map_inputs, tensors
+from vbdl.data.rows import check_finite, check_sizes, take, whole
 from vbdl.data.splitting import split
 from vbdl.engine.predictor import Predictor
+from vbdl.engine.taken import takes
 from vbdl.likelihoods.categorical import Categorical
 from vbdl.likelihoods.gaussian import Gaussian
 from vbdl.methods import METHODS, Method
 from vbdl.metrics.estimate import Interval, compare, mean_estimate
 from vbdl.nn.may_drop import may_drop
 from vbdl.nn.stochastic import draws_noise
+from vbdl.posteriors.deterministic import Deterministic
 from vbdl.training.fit import fit
 from vbdl.types import Inputs, Keywords, Likelihood, Posterior
 
@@ -130,13 +132,14 @@ def recommend(
         raise ValueError("a network that is not trained must be trained: give trained=True or train=True")
     check_network(module)
     x, y = whole(data)
-    check_rows(x, y)
+    check_sizes(x, y)
     n = len(y)
     if n < 20:
         raise ValueError(f"a comparison needs rows to hold out: give at least 20, got {n}")
     if likelihood is None:
         outputs = 1 if y.ndim == 1 else y.shape[1]
         likelihood = Gaussian(outputs) if y.is_floating_point() else Categorical()
+    check_finite(x, takes=lambda rows: takes(Deterministic(module), likelihood, flatten(rows)))
     rows = split(n, SHARES, seed=seed) if rows is None else _check_parts(rows, n)
     parts = {name: (take(x, r), y[r]) for name, r in rows.items()}
     n_train = len(parts["train"][1])

@@ -1,7 +1,7 @@
 """Training data: the accepted types, the checks of rows, and the order in which each member sees the rows."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,15 +115,6 @@ def blocks(x: Inputs, n: int) -> Iterator[range]:
         yield range(start, min(n, start + rows))
 
 
-def check_rows(x: Inputs, y: Tensor) -> None:
-    """Raise ValueError if inputs and targets differ in their number of rows or have none, or inputs are not finite.
-
-    Raises TypeError if there is no tensor in the inputs, or anything that cannot be passed on.
-    """
-    check_sizes(x, y)
-    check_finite(x)
-
-
 def check_sizes(x: Inputs, y: Tensor) -> None:
     """Raise ValueError if inputs and targets differ in their number of rows or have none."""
     inputs = tensors(x)
@@ -136,18 +127,21 @@ def check_sizes(x: Inputs, y: Tensor) -> None:
         raise ValueError("there are no rows to train on")
 
 
-def check_finite(x: Inputs, first: int = 0) -> None:
-    """Raise ValueError if inputs are not finite. first: the number of the first row."""
+def check_finite(x: Inputs, first: int = 0, takes: Callable[[Inputs], bool] = lambda rows: False) -> None:
+    """Raise ValueError if inputs are not finite.
+
+    first: the number of the first row. takes: whether the network makes finite numbers of rows that are not finite.
+    """
     for t in [t for t in tensors(x) if t.is_floating_point()]:
         bad: list[Tensor] = []
         for rows in blocks(t, len(t)):
             finite = t[rows.start : rows.stop].isfinite()
             if not bool(finite.all()):
-                bad.append((~finite.flatten(1).all(1)).nonzero().flatten() + rows.start + first)
-        if bad:
-            numbers = torch.cat(bad)
+                bad.append((~finite.flatten(1).all(1)).nonzero().flatten() + rows.start)
+        if bad and not takes(take(x, numbers := torch.cat(bad))):
             raise ValueError(
-                f"{len(numbers)} input rows are not finite, the first is row {int(numbers[0])}: remove or impute them"
+                f"{len(numbers)} input rows are not finite, the first is row {int(numbers[0]) + first}: remove or "
+                f"impute them"
             )
 
 
@@ -322,12 +316,15 @@ class MemberRows:
 
 
 class Batches:
-    """Batches of a DataLoader, (inputs, targets), the same for all members."""
+    """Batches of a DataLoader, (inputs, targets), the same for all members.
+
+    check: raises ValueError for inputs that are not finite.
+    """
 
     own = False
 
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
+    def __init__(self, loader: DataLoader, check: Callable[[Inputs], None] = check_finite):
+        self.loader, self._check = loader, check
 
     def __len__(self) -> int:
         try:
@@ -347,7 +344,8 @@ class Batches:
         empty = True
         for batch in self.loader:
             x, y = _pair(batch, "a DataLoader must yield")
-            check_rows(x, y)
+            check_sizes(x, y)
+            self._check(x)
             yield x, y
             empty = False
         if empty:

@@ -1,6 +1,7 @@
 """Inputs of a predictor: their checks, and cutting them into tiles of a fixed number of rows."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,11 +11,14 @@ from vbdl.calling.inputs import Flat, flatten
 from vbdl.data.rows import check_dtype
 
 
-def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) -> Flat:
+def check_inputs(
+    x: object, device: torch.device, floating: torch.dtype | None, takes: Callable[[Flat], bool] = lambda rows: False
+) -> Flat:
     """Check the inputs, flatten them, and move their tensors to the device.
 
-    floating: dtype of the parameters. Raises TypeError or ValueError unless the inputs are dense tensors or arrays of
-    finite rows, and NotImplementedError for tensors of a transform of torch.func and for dual numbers.
+    floating: dtype of the parameters. takes: whether the network takes rows of another dtype or that are not finite.
+    Raises TypeError or ValueError unless the inputs are dense tensors or arrays of rows that are finite or taken, and
+    NotImplementedError for tensors of a transform of torch.func and for dual numbers.
     """
     flat = flatten(x)
     if not flat.tensors:
@@ -32,17 +36,29 @@ def check_inputs(x: object, device: torch.device, floating: torch.dtype | None) 
         )
     if len({t.shape[0] for t in flat.tensors}) > 1:
         raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in flat.tensors]}")
-    check_dtype(flat.tensors, floating)
+    moved = flat if flat.tensors[0].device == device else flat.map(lambda t: t.to(device))
+    try:
+        check_dtype(flat.tensors, floating)
+    except ValueError:
+        if flat.rows == 0 or not takes(moved.map(lambda t: t[:1])):
+            raise
+    if len(bad := not_finite(flat)) and not takes(moved.map(lambda t: t[bad.to(device)])):
+        raise ValueError(
+            f"{len(bad)} of {flat.rows} rows are not finite, the first is row {int(bad[0])}, and the network makes no "
+            f"finite numbers of them: remove or impute them"
+        )
+    return moved
+
+
+def not_finite(flat: Flat) -> Tensor:
+    """The numbers of the rows that are not finite, (n,) int64."""
+    finite = None
     for t in flat.tensors:
-        if not t.is_floating_point():
-            continue
         # finite rows cost one reduction; a sum may overflow, so check each element if it is not finite
-        if not math.isfinite(float(t.detach().sum())) and not bool((ok := t.isfinite().flatten(1).all(1)).all()):
-            bad = (~ok).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{len(bad)} of {len(ok)} rows are not finite, the first is row {bad[0]}: remove or impute them"
-            )
-    return flat if flat.tensors[0].device == device else flat.map(lambda t: t.to(device))
+        if t.is_floating_point() and not math.isfinite(float(t.detach().sum())):
+            own = t.detach().isfinite().flatten(1).all(1) if t.ndim > 1 else t.detach().isfinite()
+            finite = own if finite is None else finite & own
+    return torch.empty(0, dtype=torch.int64) if finite is None else (~finite).nonzero().flatten().cpu()
 
 
 def _kind(t: Tensor) -> str:

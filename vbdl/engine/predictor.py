@@ -25,16 +25,17 @@ from vbdl.calling.inputs import TENSOR, Flat, flatten
 from vbdl.calling.lending import lent_copy, only_reading
 from vbdl.calling.traversing import state_of
 from vbdl.data.rows import floating_dtype, outside_range
-from vbdl.data.tiles import check_inputs, pad
+from vbdl.data.tiles import check_inputs, not_finite, pad
 from vbdl.engine import background, stepwise
 from vbdl.engine.adaptive import Rule, as_rule
 from vbdl.engine.execution import Execution
-from vbdl.engine.executions import Executions, Key
+from vbdl.engine.executions import Executions, Key, outside_autocast
 from vbdl.engine.precision import PrecisionError, against_float32
 from vbdl.engine.predictive_module import PredictiveModule
 from vbdl.engine.program import Ready
 from vbdl.engine.settings import PredictorSettings
 from vbdl.engine.streaming import StreamState
+from vbdl.engine.taken import takes
 from vbdl.engine.tiling import Tiling
 from vbdl.types import Inputs, Likelihood, Posterior, Prediction, State, check_likelihood, check_ready, is_posterior
 
@@ -172,6 +173,7 @@ class Predictor:
         self._ready: dict[
             tuple[torch.Size, torch.dtype, torch.device], Ready
         ] = {}  # (shape, dtype, device) of a full tile -> its compiled call
+        self._taken: set[object] = set()  # structures, shapes and dtypes of rows of other dtypes that the network takes
         self.clock = time.perf_counter  # seconds; deadlines are measured with it
         self.precision: PrecisionError | None = None  # the error of autocast, once measured
         self.known_inputs: Key | None = None  # the inputs of the predictor that this one was made from
@@ -400,7 +402,18 @@ class Predictor:
 
     def check(self, x: Inputs) -> Flat:
         """Flatten the inputs and move them to the device. Raises TypeError or ValueError if they cannot be inputs."""
-        return check_inputs(x, self.device, self._floating)
+        return check_inputs(x, self.device, self._floating, self._takes)
+
+    def _takes(self, rows: Flat) -> bool:
+        """Whether the network computes finite numbers from rows that are not finite, or of another dtype."""
+        kind = (rows.structure, tuple((t.shape[1:], t.dtype) for t in rows.tensors))
+        if kind in self._taken and not len(not_finite(rows)):
+            return True
+        with outside_autocast(self.device):
+            taken = takes(self.posterior, self.likelihood, rows, self.settings.autocast)
+        if taken:
+            self._taken.add(kind)
+        return taken
 
     def tiles_of(self, flat: Flat) -> Iterator[Flat]:
         """Cut the inputs into tiles and pad the last one; a batch of no rows gives one tile of padding."""

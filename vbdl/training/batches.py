@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vbdl.data.fingerprint import fingerprints
-from vbdl.data.rows import Batches, Data, MemberRows, bootstrap, check_finite, check_sizes, holdout, whole
+from vbdl.data.rows import Batches, Data, MemberRows, bootstrap, check_sizes, holdout, whole
 from vbdl.data.stored import StoredMemberRows, StoredRows, in_file
 from vbdl.progress import Progress
 from vbdl.training.options import TrainingOptions
@@ -20,6 +20,8 @@ class Check(Protocol):
     """Moves rows to the device and raises an error for rows that cannot be trained on, like `RowChecks`."""
 
     def __call__(self, x: Inputs, y: Tensor, converts: bool = False) -> tuple[Inputs, Tensor]: ...
+
+    def check_finite(self, x: Inputs, first: int = 0) -> None: ...
 
     def too_large(self, x: Inputs) -> bool: ...
 
@@ -50,7 +52,7 @@ class TrainingData:
                     "bootstrap, member_rows and a share for validation select rows, which a DataLoader does not allow: "
                     "give fit the tensors or the Dataset"
                 )
-            self._batches: MemberRows | Batches = Batches(data)
+            self._batches: MemberRows | Batches = Batches(data, self._check.check_finite)
         else:
             self._batches = self._rows(data, options, n_members, members, stacked)
         self.own_rows = self._batches.own
@@ -62,7 +64,7 @@ class TrainingData:
         check_sizes(x, y)
         if from_file or self._check.too_large(x):
             return StoredRows(x, y, check=partial(self._check, converts=True))
-        check_finite(x)
+        self._check.check_finite(x)
         return StoredRows(*self._check(x, y))
 
     def _look_through(self, stored: StoredRows) -> Tensor:
@@ -71,7 +73,7 @@ class TrainingData:
             return fingerprints(stored.x)
         hashes = torch.empty(len(stored), dtype=torch.int64)
         for rows, x, _ in stored.blocks():
-            check_finite(x, rows.start)
+            self._check.check_finite(x, rows.start)
             hashes[rows.start : rows.stop] = fingerprints(x)
         return hashes
 

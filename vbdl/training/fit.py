@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from vbdl.calling.checks import check_values
 from vbdl.calling.likelihood_members import replicate
-from vbdl.data.rows import Data, check_rows, outside_range, whole
+from vbdl.data.rows import Data, check_sizes, outside_range, whole
 from vbdl.data.stored import in_file
 from vbdl.training.options import TrainingOptions, is_of_each_member
 from vbdl.training.row_checks import check_predictable
@@ -185,7 +185,7 @@ def _fit_parts(posterior: Posterior, data: Data, likelihood: Likelihood, options
             )
     if not isinstance(data, DataLoader) and not in_file(data):
         data = whole(data)
-        check_rows(*data)
+        check_sizes(*data)
         check_predictable(posterior, likelihood, data[0])  # check all architectures before the first is trained
     total, likelihoods, start = History(), [], 0
     for part in posterior.parts:

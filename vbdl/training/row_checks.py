@@ -5,8 +5,9 @@ from torch import Tensor
 
 from vbdl.calling.inputs import flatten, map_inputs, tensors
 from vbdl.calling.stacking import call, select
-from vbdl.data.rows import cannot_take, check_dtype, floating_dtype, take, unknown_argument
+from vbdl.data.rows import cannot_take, check_dtype, check_finite, floating_dtype, take, unknown_argument
 from vbdl.engine.predictor import Predictor
+from vbdl.engine.taken import takes
 from vbdl.model import Model
 from vbdl.types import Inputs, Likelihood, Posterior, before_training
 
@@ -55,9 +56,13 @@ class RowChecks:
         if converts:
             x, y = self._converted(x), y.to(self._dtype(y) if y.is_floating_point() else torch.int64)
         flat = flatten(x)
-        check_dtype(flat.tensors, self._floating)
         row = (flat.structure, tuple((t.shape[1:], t.dtype) for t in flat.tensors))
         if row not in self._output_shapes:
+            try:
+                check_dtype(flat.tensors, self._floating)
+            except ValueError:
+                if not self._takes(take(x, torch.arange(1))):
+                    raise
             if not self._output_shapes:
                 try:
                     check_predictable(self.model.posterior, self.model.likelihood, x)
@@ -67,6 +72,15 @@ class RowChecks:
                     raise unknown from error
             self._output_shapes[row] = self._output_shape(take(x, torch.arange(1)))
         return x, self.model.likelihood.check_targets(y, (len(y), *self._output_shapes[row]))
+
+    def check_finite(self, x: Inputs, first: int = 0) -> None:
+        """Raise ValueError for rows of which the network makes no finite numbers; first: the number of the first."""
+        check_finite(x, first, lambda rows: self._takes(self._converted(map_inputs(self._moved, rows))))
+
+    def _takes(self, x: Inputs) -> bool:
+        """Whether the network makes finite numbers of these rows, as the posterior is before training."""
+        with before_training(), torch.inference_mode(False):
+            return takes(self.model.posterior, self.model.likelihood, flatten(x))
 
     def too_large(self, x: Inputs) -> bool:
         """Whether the inputs take more than half of the memory that is free on a GPU, so that they stay outside it."""
