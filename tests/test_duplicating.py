@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vbdl
+from vbdl.calling.copies import copied
 from vbdl.calling.duplicating import duplicate
 from vbdl.engine.execution import Execution
 
@@ -191,3 +192,22 @@ class Counts:
 
     def __deepcopy__(self, memo):
         return self
+
+
+def _doubled(module, inputs, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("place", ["attribute", "list", "table"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "state_dict"])
+def test_handles_of_hooks_remove_those_of_the_copy(kind, place):
+    net = nn.Sequential(nn.Linear(4, 3))
+    table = "_state_dict_hooks" if kind == "state_dict" else f"_{kind.removeprefix('full_')}_hooks"
+    register = "_register_state_dict_hook" if kind == "state_dict" else f"register_{kind}_hook"
+    handle = getattr(net[0], register)(_doubled)
+    net.handle = handle if place == "attribute" else [handle] if place == "list" else {"first": handle}
+    other = copied(copied(copied(net)))
+    held = other.handle
+    (held if place == "attribute" else held[0] if place == "list" else held["first"]).remove()
+    assert len(getattr(net[0], table)) == 1
+    assert len(getattr(other[0], table)) == 0

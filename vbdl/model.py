@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.copies import holding
+from vbdl.calling.graphs import FunctionMode
 from vbdl.calling.inputs import tensors
 from vbdl.calling.layer_inputs import LayerInputs
 from vbdl.calling.lending import only_reading
@@ -192,7 +192,7 @@ _PRODUCTS = {
 _NORMALIZATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm}
 
 
-class MappedAutocast(TorchFunctionMode):
+class MappedAutocast(FunctionMode):
     """A context that applies autocast to layers and normalization under `vmap`, whose rules bypass autocast.
 
     Otherwise a layer would stay in float32, and the float32 scale of a normalization would turn everything after

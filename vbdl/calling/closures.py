@@ -10,8 +10,8 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.calling.traversing import TABLES, is_cache, modules_of, state_in
 
 _SILENT = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
@@ -95,7 +95,7 @@ def check_held(network: nn.Module, replaced: Collection[str]) -> None:
     HeldParameters(network, replaced)
 
 
-class HeldParameters(TorchFunctionMode):
+class HeldParameters(FunctionMode):
     """A torch function mode that refuses a forward which reads a parameter that the network holds in a list or table.
 
     Not all that is held is read: lists of parameters may be those of an optimizer's groups. Raises ValueError, also at
@@ -174,6 +174,12 @@ def _names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
+def as_written(function: FunctionType) -> FunctionType:
+    """What torch.compile compiled, as a function, or else this function: compiled code belongs to the given network."""
+    written = vars(function).get("_torchdynamo_orig_callable")
+    return function if written is None else (lambda *args, **kwargs: written(*args, **kwargs))
+
+
 class Rebuilt:
     """The functions of a network that read its modules or parameters, made anew for a copy of the network.
 
@@ -193,6 +199,8 @@ class Rebuilt:
 
     def _make(self, function: FunctionType) -> None:
         """Make a function anew, with empty cells in place of those that hold something to copy."""
+        given, function = function, as_written(function)
+        self._memo.setdefault(id(self._memo), []).append(function)  # so that its cells keep their ids
         cells = tuple(self._cell(cell) for cell in function.__closure__ or ())
         names = [n for n in _global_modules(function) if id(function.__globals__[n]) in self._owned]
         # `fill` replaces the names in a copy
@@ -201,7 +209,7 @@ class Rebuilt:
         new.__kwdefaults__, new.__qualname__ = function.__kwdefaults__, function.__qualname__
         new.__doc__, new.__module__ = function.__doc__, function.__module__
         vars(new).update(vars(function))
-        self._memo[id(function)] = new
+        self._memo[id(given)] = new
         self._made.append((function, new))
         for part in _read_by(function):
             self.add(part)

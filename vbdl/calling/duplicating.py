@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from vbdl.calling.closures import Rebuilt, functions_in
 from vbdl.calling.traversing import modules_of
@@ -117,13 +118,32 @@ class _Duplicate:
 
     def _deep(self, value: Any) -> Any:
         """The copy of a value that `copy.deepcopy` makes, but for functions in it that read modules."""
-        inside = (v for m in value.modules() for v in vars(m).values()) if isinstance(value, nn.Module) else (value,)
+        inside = (
+            (v for m in _all_modules(value) for v in vars(m).values()) if isinstance(value, nn.Module) else (value,)
+        )
         for part in inside:
             if functions_in(part):
                 if self._functions is None:
                     self._functions = Rebuilt(_owned_by(self._module, self._memo), self._memo)
                 self._functions.add(part)
+            if _holds_handle(part):
+                self._remember_hooks()
         return copy.deepcopy(value, self._memo)
+
+    def _remember_hooks(self) -> None:
+        """Let copies of handles, by which hooks are removed, find the copies of the tables of hooks."""
+        for m in _all_modules(self._module):
+            new = vars(self._of_module(m))
+            self._memo |= {id(vars(m)[name]): new[name] for name in _OF_HOOKS & vars(m).keys() & new.keys()}
+
+
+def _holds_handle(value: object) -> bool:
+    """Whether a value is, or has in a list or table, the handle of a hook."""
+    if isinstance(value, dict):
+        return any(map(_holds_handle, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(_holds_handle, value))
+    return isinstance(value, RemovableHandle)
 
 
 def _owned_by(module: nn.Module, memo: dict[int, Any]) -> set[int]:
@@ -172,7 +192,7 @@ def _copies_by_attributes(kind: type) -> bool:
         and kind.__reduce_ex__ is object.__reduce_ex__
         and kind.__reduce__ is object.__reduce__
         and getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
-        and kind.__setstate__ in _SET_STATE
+        and (kind.__setstate__ in _SET_STATE or kind.__setstate__ is nn.Module.__setstate__)  # Dynamo replaces torch's
         and kind not in copyreg.dispatch_table
         and not any(vars(base).get("__slots__") for base in kind.__mro__)
     )

@@ -3,11 +3,14 @@ one cannot be followed."""
 
 import contextlib
 import re
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 _lock = threading.Lock()
 _entered = 0  # number of these contexts that are open, on all threads
@@ -28,12 +31,68 @@ def recorded() -> Iterator[None]:
             _outside, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
         _entered += 1
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         with _lock:
             _entered -= 1
             if not _entered:
                 torch.compiler._is_compiling_flag = _outside
+
+
+_eager = 0  # number of `eagerly` that are open, on all threads
+_stance: Any = None  # sets torch.compile's stance back
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """A context in which functions that torch.compile returned run as they were written.
+
+    A network may call such a function. torch's compiler would follow what watches or replaces torch's functions, and
+    neither `vmap` nor a trace follows its code. As in torch, the setting holds for the whole process while any thread
+    is inside: compiled functions of other threads run as they were written too, with the same results up to rounding.
+    """
+    entered = _begin_eager()
+    try:
+        yield
+    finally:
+        _end_eager(entered)
+
+
+def _begin_eager() -> bool:
+    global _eager, _stance
+    if "torch._dynamo.eval_frame" not in sys.modules:  # nobody has compiled a function
+        return False
+    with _lock:
+        if not _eager:
+            with contextlib.suppress(RuntimeError):  # a compiled function called vbdl
+                _stance = torch.compiler.set_stance("force_eager")
+        _eager += 1
+    return True
+
+
+def _end_eager(entered: bool) -> None:
+    global _eager, _stance
+    if not entered:
+        return
+    with _lock:
+        _eager -= 1
+        if not _eager and _stance is not None:
+            _stance.__exit__(None, None, None)
+            _stance = None
+
+
+class FunctionMode(TorchFunctionMode):
+    """A context that watches or replaces torch's functions while a network runs, `eagerly`."""
+
+    def __enter__(self) -> Any:
+        self._entered = (*getattr(self, "_entered", ()), _begin_eager())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        *self._entered, entered = self._entered
+        _end_eager(entered)
 
 
 _fused = contextlib.ExitStack()  # turns the fused kernels back on

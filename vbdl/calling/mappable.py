@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
-from torch.overrides import TorchFunctionMode
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.types import Arguments, Keywords
 
 
-class Mappable(TorchFunctionMode):
+class Mappable(FunctionMode):
     """A torch function mode in which functions without a rule for `vmap` run as operations that have one."""
 
     def __torch_function__(

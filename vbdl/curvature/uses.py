@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import call
 from vbdl.types import Arguments, Inputs, Keywords, Output, State
@@ -79,7 +79,7 @@ def record(
     return Recorded(picked, recorder.uses, recorder.others)
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(FunctionMode):
     """A context that records the uses of parameters.
 
     names: the name of each chosen parameter by its id.

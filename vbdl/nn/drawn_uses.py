@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.drawn import READS
 from vbdl.types import Arguments, Keywords
 
@@ -31,7 +31,7 @@ class LayerCall:
     axes: int
 
 
-class DrawnUses(TorchFunctionMode):
+class DrawnUses(FunctionMode):
     """A context that records what a forward does with drawn parameters.
 
     weights: the drawn parameters by name. layers: the calls of layers with each weight, by its name. others: the names

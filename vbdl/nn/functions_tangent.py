@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
+from vbdl.calling.graphs import FunctionMode
 
 # the place of the scale among the arguments of a normalization, before that of the shift
 _PLACES = {F.batch_norm: 3, F.instance_norm: 3, F.group_norm: 2, F.layer_norm: 2}
 _NAMES = ("weight", "bias")
 
 
-class TraceableTangents(TorchFunctionMode):
+class TraceableTangents(FunctionMode):
     """A torch function mode in which functions with a tangent are computed by others, whose tangents can be traced.
 
     A normalization with a frozen scale or shift is scaled and shifted by operations of its own: torch's rule makes

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
 from vbdl.nn.dropout_functions import alpha_dropout, channel_dropout, dropout
 from vbdl.nn.embedding import embedding
@@ -54,7 +54,7 @@ _OF_NO_NUMBERS = frozenset("__get__ size dim numel stride storage_offset is_cont
 _WATCHED = _RANDOM | _REPLACEMENTS.keys()
 
 
-class CounterDropout(TorchFunctionMode):
+class CounterDropout(FunctionMode):
     """A context in which every dropout uses these masks.
 
     With masks of the kind `per_row`, for training, normalization and other random operations stay unchanged.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.local_outputs import DrawnOutputs, Moments
 from vbdl.nn.noise import RandomCall
 from vbdl.types import Arguments, Keywords
@@ -53,7 +53,7 @@ class LocalLayer:
         return {self.number, *(() if self.of_bias is None else self.of_bias[:1])}
 
 
-class Linears(TorchFunctionMode):
+class Linears(FunctionMode):
     """A context that records the calls of `F.linear`. given: the weight and bias to use in place of those of a call."""
 
     def __init__(self, given: Mapping[int, Linear] | None = None):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from vbdl_kernels import normal
 from vbdl_kernels.philox import ACTIVATION
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.drawn_uses import DrawnUses, Function, layer_arguments
 from vbdl.types import Arguments, Keywords
 
@@ -63,7 +63,7 @@ class Moments:
     bias_variance: Tensor | None
 
 
-class DrawnOutputs(TorchFunctionMode):
+class DrawnOutputs(FunctionMode):
     """A context in which these layers draw their outputs.
 
     key: (2,) int64, or (draws, 2) for rows that repeat the batch once for each draw.

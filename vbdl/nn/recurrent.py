@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
-from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.autograd import holds_tangent, is_differentiated, is_pushed_once
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.masks import Masks
 from vbdl.nn.recurrent_layer import KINDS, recurrent_layer
 from vbdl.nn.recurrent_tangent import pushed
@@ -96,7 +96,7 @@ def recurrent(masks: Masks, func: Callable[..., Outputs], input: Tensor, *args) 
     return call.by_layers(Recurrent.call, between)
 
 
-class WholeLayers(TorchFunctionMode):
+class WholeLayers(FunctionMode):
     """A torch function mode in which each layer of an LSTM, GRU or RNN is one `recurrent_layer`, which vmap maps.
 
     In a forward-mode product, `recurrent_tangent` is beside it; inside another transform of torch.func it is torch's
@@ -158,7 +158,7 @@ def _by_steps(call: Recurrent, run: Callable[..., Outputs]) -> Outputs:
     return (out.transpose(0, 1) if call.batch_first else out, *finals[: len(call.states)])
 
 
-class CarriedStates(TorchFunctionMode):
+class CarriedStates(FunctionMode):
     """A torch function mode in which recurrent layers go on from the states that they ended with in the last forward.
 
     states: the final states of each call of a recurrent layer, in the order of the calls; empty before the first

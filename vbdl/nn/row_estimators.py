@@ -21,10 +21,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from vbdl_kernels import normal, words
 from vbdl_kernels.philox import ACTIVATION, SIGN
 
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.drawn import noise
 from vbdl.nn.drawn_uses import LAYERS, DrawnUses, Function, LayerCall, layer_arguments
 from vbdl.types import Arguments, Keywords
@@ -102,7 +102,7 @@ class DrawnLayer:
     axis: int
 
 
-class RowNoise(TorchFunctionMode):
+class RowNoise(FunctionMode):
     """A context in which layers draw for every row, from a key.
 
     layers: by the id of the mean weight, which is the weight that the layer's function gets.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
 
 from vbdl.calling.checks import check_chosen
+from vbdl.calling.graphs import FunctionMode
 from vbdl.calling.stacking import without_dots
 from vbdl.calling.traversing import state_of
 from vbdl.nn.drawn import READS
@@ -226,7 +226,7 @@ class _Weight:
 _PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
-class _Scaling(TorchFunctionMode):
+class _Scaling(FunctionMode):
     """A context in which functions get these weights with their factors."""
 
     def __init__(self, weights: Mapping[int, _Weight]):

@@ -8,7 +8,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from vbdl.calling.graphs import FunctionMode
 
 _READING = frozenset(
     "__bool__ __int__ __float__ __index__ __complex__ __contains__ __array__ item tolist numpy is_nonzero equal "
@@ -50,7 +51,7 @@ class Followed:
             self.go_on(name, args, kwargs, output)
 
 
-class ValueReads(TorchFunctionMode):
+class ValueReads(FunctionMode):
     """A torch function mode that finds whether numbers are read of what follows from floating-point tensors."""
 
     def __init__(self) -> None:

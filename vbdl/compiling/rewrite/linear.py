@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from vbdl.calling.autograd import holds_tangent, innermost_is_forward_mode
+from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.gaussian.operators import LOWERED
 
 
@@ -142,7 +142,7 @@ def spread(bias: Tensor, axes: int) -> Tensor:
     return bias.view(bias.shape[0], *[1] * axes, bias.shape[-1])
 
 
-class WholeLinears(TorchFunctionMode):
+class WholeLinears(FunctionMode):
     """A torch function mode in which every call of `F.linear` is traced as one `stacked_linear`.
 
     Also those inside `F.multi_head_attention_forward`, which torch hands to a mode as one call. There, vmap would copy
