@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def _doubled(module, inputs, output):
 @pytest.mark.parametrize("place", ["attribute", "list", "table"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "state_dict"])
 def test_handles_of_hooks_remove_those_of_the_copy(kind, place):
-    net = nn.Sequential(nn.Linear(4, 3))
+    net: Any = nn.Sequential(nn.Linear(4, 3))
     table = "_state_dict_hooks" if kind == "state_dict" else f"_{kind.removeprefix('full_')}_hooks"
     register = "_register_state_dict_hook" if kind == "state_dict" else f"register_{kind}_hook"
     handle = getattr(net[0], register)(_doubled)

@@ -5,7 +5,7 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,30 +97,41 @@ class FunctionMode(TorchFunctionMode):
 
 _fused = contextlib.ExitStack()  # turns the fused kernels back on
 _without_fused = 0  # number of `without_fused_attention` that are open, on all threads
+_this_thread = threading.local()  # `plain`: how many of them this thread has opened
 
 
 @contextlib.contextmanager
 def without_fused_attention() -> Iterator[None]:
     """A context in which attention and transformer layers run as plain operations.
 
-    torch's fused kernels for them have no batching rule for `vmap` and no forward-mode derivative. As in torch, the
-    setting holds for the whole process while any thread is inside.
+    torch's fused kernels for them have no batching rule for `vmap` and no forward-mode derivative. For attention the
+    setting holds for the whole process while any thread is inside, as in torch. For the fused path of transformer
+    layers it holds for this thread alone: inside of it another thread may have nested tensors, which no other path has.
     """
     global _without_fused, _fused
     with _lock:
         if not _without_fused:
             _fused = contextlib.ExitStack()
             _fused.enter_context(sdpa_kernel(SDPBackend.MATH))
-            _fused.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
+            _fused.callback(
+                setattr, torch.backends.mha, "get_fastpath_enabled", torch.backends.mha.get_fastpath_enabled
+            )
+            torch.backends.mha.get_fastpath_enabled = _of_this_thread(torch.backends.mha.get_fastpath_enabled)
         _without_fused += 1
+    _this_thread.plain = getattr(_this_thread, "plain", 0) + 1
     try:
         yield
     finally:
+        _this_thread.plain -= 1
         with _lock:
             _without_fused -= 1
             if not _without_fused:
                 _fused.close()
+
+
+def _of_this_thread(is_enabled: Callable[[], bool]) -> Callable[[], bool]:
+    """The question whether the fused path of transformer layers is enabled, answered for the thread that asks."""
+    return lambda: is_enabled() and not getattr(_this_thread, "plain", 0)
 
 
 def in_words(error: Exception) -> str:
