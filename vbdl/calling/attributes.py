@@ -5,12 +5,14 @@ by the next one, which in a loop over networks has a network of its own.
 """
 
 import collections
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from vbdl.calling.copies import numbers_kept_by
 from vbdl.calling.traversing import TABLES, is_cache, modules_of
 
 
@@ -45,6 +47,29 @@ class Attributes:
         for function in self._functions:
             function.cache_clear()
         return changed
+
+
+class OfMembers:
+    """The attributes of one network that stands for several members, such as the number of steps that each has done.
+
+    Only numbers count: a tensor that every forward leaves behind, such as an attention map, is of nobody.
+    """
+
+    def __init__(self, network: nn.Module, count: int):
+        self._network, self._each = network, [Attributes(network)] * count
+        self._unchanged = 0  # members in whose first turn no number changed
+
+    @contextlib.contextmanager
+    def turn(self, member: int) -> Iterator[None]:
+        """A context in which the network has the attributes of this member, and leaves them to its next turn."""
+        if self._unchanged == len(self._each):
+            yield
+            return
+        self._each[member].restore()
+        before = numbers_kept_by(self._network)
+        yield
+        self._unchanged += numbers_kept_by(self._network) == before
+        self._each[member] = Attributes(self._network)
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

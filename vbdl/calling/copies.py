@@ -104,6 +104,11 @@ def kept_by(module: nn.Module) -> list[tuple]:
     return kept
 
 
+def numbers_kept_by(module: nn.Module) -> list[tuple]:
+    """The numbers that the modules keep in attributes, such as a count of calls."""
+    return [kept for kept in kept_by(module) if len(kept) == 3]
+
+
 def holding(module: M, state: State, kept: Sequence[Tensor] = ()) -> M:
     """A deep copy of a module with these tensors in place of those of the same names; tied tensors stay tied.
 

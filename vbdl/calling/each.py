@@ -1,5 +1,6 @@
 """Calls of one module with many states, one after the other, and the gradients of each before the next runs."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from vbdl.calling.inputs import arguments, flatten, rebuilt
 from vbdl.calling.stacking import call_in, is_of_a_trace, select, slots_of
 from vbdl.types import Inputs, State
 
+Turn = Callable[[int], contextlib.AbstractContextManager[None]]
+
 
 def call_each(
     module: nn.Module,
@@ -18,10 +21,19 @@ def call_each(
     shared: State,
     inputs: Inputs,
     inputs_stacked: bool = False,
+    turn: Turn = contextlib.nullcontext,
 ) -> Tensor:
-    """`call_stacked` without vmap, one sample after the other, for modules that vmap cannot map."""
+    """`call_stacked` without vmap, one sample after the other, for modules that vmap cannot map.
+
+    turn: the number of a sample -> a context in which it runs.
+    """
     run = _one_of(module, [*stacked, *shared], shared, inputs, inputs_stacked)
-    return torch.stack([run(index, select(stacked, index)) for index in range(_count(stacked))])
+
+    def one(index: int) -> Any:
+        with turn(index):
+            return run(index, select(stacked, index))
+
+    return torch.stack([one(index) for index in range(_count(stacked))])
 
 
 def losses_of_each(
@@ -30,6 +42,7 @@ def losses_of_each(
     shared: State,
     inputs: Inputs,
     inputs_stacked: bool = False,
+    turn: Turn = contextlib.nullcontext,
 ) -> Tensor:
     """`call_each` for a module that returns a loss, (), each differentiated before the next member runs: (members,).
 
@@ -39,7 +52,7 @@ def losses_of_each(
     entries = {**shared, **stacked}
     trained = [name for name, t in entries.items() if t.requires_grad]
     if not (trained and torch.is_grad_enabled()) or any(map(is_of_a_trace, entries.values())):
-        return call_each(module, stacked, shared, inputs, inputs_stacked)
+        return call_each(module, stacked, shared, inputs, inputs_stacked, turn)
     run = _one_of(module, list(entries), shared, inputs, inputs_stacked)
     parts = {name: t.detach().unbind(0) for name, t in stacked.items() if t.requires_grad}
     others = {name: t for name, t in stacked.items() if not t.requires_grad}
@@ -47,7 +60,8 @@ def losses_of_each(
     def one(index: int) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Compute a member's loss, and its gradients in the trained entries."""
         own = {n: (parts[n][index] if n in parts else entries[n].detach()).requires_grad_() for n in trained}
-        loss = run(index, {**select(others, index), **own})
+        with turn(index):
+            loss = run(index, {**select(others, index), **own})
         return loss.detach(), torch.autograd.grad(loss, list(own.values()), allow_unused=True)
 
     of_each = [name in parts for name in trained]

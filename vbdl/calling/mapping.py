@@ -1,6 +1,7 @@
 """Whether calls of one module with many states may be mapped together: both ways must compute the same."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from vbdl.calling.attributes import Attributes, OfMembers
 from vbdl.calling.each import call_each
 from vbdl.calling.graphs import in_words
 from vbdl.calling.stacking import call_stacked
@@ -31,14 +33,15 @@ def why_not_mapped(
 ) -> str | None:
     """The reason why `call_stacked` must not replace `call_each`, or None if both agree in values and gradients.
 
-    Both run on these inputs: vmap has no rule for some operations, and incomplete rules for others. The arguments and
-    torch's generator stay unchanged. For a module that draws random numbers the two are not compared: returns None.
+    Both run on these inputs: vmap has no rule for some operations, and incomplete rules for others. The arguments, the
+    module's attributes and torch's generator stay unchanged. For a module that draws random numbers the two are not
+    compared: returns None.
 
     watch: a context in which the module is called mapped together.
     """
     if not can_map(module):
         return "recurrent layers and power iterations have no batching rule"
-    training = torch.is_grad_enabled()
+    training, attributes = torch.is_grad_enabled(), Attributes(module)
 
     def run(execute: Callable[..., Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         copies = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in stacked.items()}
@@ -48,10 +51,13 @@ def why_not_mapped(
         with torch.set_grad_enabled(bool(trained)), warnings.catch_warnings():
             warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
             # a new dict, because the tensors to differentiate must not be replaced in `copies`
-            with watch if watch is not None and execute is call_stacked else contextlib.nullcontext():
-                outputs = execute(
-                    module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra
-                )
+            try:
+                with watch if watch is not None and execute is call_stacked else contextlib.nullcontext():
+                    outputs = execute(
+                        module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra
+                    )
+            finally:
+                attributes.restore()
             gradients = ()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs.sum(), trained, allow_unused=True, materialize_grads=True)
@@ -67,7 +73,8 @@ def why_not_mapped(
             return in_words(error)
         if not torch.equal(before, torch.get_rng_state()):
             return None
-        values, gradients = run(call_each)
+        of_members = OfMembers(module, next(iter(stacked.values())).shape[0])
+        values, gradients = run(functools.partial(call_each, turn=of_members.turn))
         # a gradient that is zero but for rounding, like that of a bias before batch normalization, is exact enough
         rounding = _ROUNDING * max(map(_largest, gradients), default=0.0)
         least = [0.0] * len(values) + [rounding] * len(gradients)

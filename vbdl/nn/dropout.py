@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from vbdl.calling.attributes import Attributes
 from vbdl.calling.autograd import with_gradients_if_needed
 from vbdl.calling.inputs import another_row, arguments, flatten, map_inputs
 from vbdl.calling.outputs import all_same, leaves
@@ -24,7 +25,7 @@ from vbdl.calling.traversing import buffers_of, modules_of
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.keyed import KeyedNetwork
 from vbdl.nn.masks import Masks, OtherLength, Site, UnknownCall, dropping, with_batch_axes
-from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch
+from vbdl.nn.may_drop import DROPOUT_LAYERS, is_part_of_torch, runs_code_of_others
 from vbdl.nn.normalization import NORMALIZATION_LAYERS
 from vbdl.nn.training_reads import EVERY, Place, Reads, places_of_dropout, returned_same
 from vbdl.types import Inputs
@@ -187,12 +188,16 @@ class DropoutNetwork(KeyedNetwork):
             return torch.cat([t[:1], another_row(t[:1]) if t.is_floating_point() else t[:1]]).contiguous()
 
         inputs, runs = map_inputs(two_rows, inputs), []
+        # each run begins alike, also of a network that counts its steps in training
+        attributes = Attributes(self.inner) if runs_code_of_others(self.inner) else None
 
         def run(reads: Reads) -> tuple[object, list[Tensor], int]:
             buffers = {n: b.clone() for n, b in buffers_of(self.inner).items()}
             silent = Masks(self.key, self.inner, self.rate, silent=True)
             with torch.random.fork_rng(devices=[]), reads.of(self.inner), CounterDropout(silent):
                 outputs = call(self.inner, buffers, inputs)
+            if attributes is not None:
+                attributes.restore()
             runs.append((silent, outputs))
             return outputs, list(buffers.values()), sum(site.p > 0 for site in silent.calls)
 

@@ -1,5 +1,6 @@
 """Posteriors of several networks of one architecture: what differs between them is stacked, the rest is held once."""
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vbdl.calling.apart import Apart, Source
+from vbdl.calling.attributes import OfMembers
 from vbdl.calling.closures import check_held, tensors_held
 from vbdl.calling.each import losses_of_each
 from vbdl.calling.inputs import tensors
@@ -43,6 +45,7 @@ class StackedPosterior(Posterior):
     seed: int
     steps: Tensor
     one_by_one: str | None = None  # None: unknown
+    _turns: OfMembers | None = None  # the attributes of the network in the turn of each member, in training
     _large = False  # whether one member's values are so large that traced steps run one member after the other
     _large_uncompiled = False  # the same of values and parameters, for steps that run as Python code
     n_samples: int = 1  # draws of a member per training step, averaged
@@ -192,8 +195,17 @@ class StackedPosterior(Posterior):
         self.steps.add_(1)
         unmapped = not can_map(objective) if self.one_by_one is None else bool(self.one_by_one)
         if unmapped or self._leaves_the_cache((x, y), own_rows):
-            return losses_of_each(objective, state, shared, (x, y), inputs_stacked=own_rows)
+            turn = contextlib.nullcontext if self._turns is None else self._turns.turn
+            return losses_of_each(objective, state, shared, (x, y), inputs_stacked=own_rows, turn=turn)
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
+
+    def begin_turns(self) -> None:
+        """Let the network have its attributes as they are now in the first turn of each member."""
+        self._turns = OfMembers(self.module, self.n_members)
+
+    def end_turns(self) -> None:
+        """Let go of the attributes of members, at the end of a training."""
+        self._turns = None
 
     def runs_in_turn(self, inputs: Inputs, traced: bool) -> bool:
         """Whether members of these batches, (members, ...) each, run one after the other; `before_training` tells.
@@ -248,6 +260,7 @@ class StackedPosterior(Posterior):
                 raise
             raise kept_error from error
         self.one_by_one = reason or ""
+        self.begin_turns()
         largest = _BYTES_OF_A_VALUE * self.n_members
         self._large = not reason and sizes.typical > largest
         sizes.add([t for t in state.values() if t.requires_grad])

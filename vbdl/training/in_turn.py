@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from vbdl.calling.attributes import Attributes
+from vbdl.calling.copies import numbers_kept_by
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.stacking import call, caller
 from vbdl.calling.traversing import state_of
@@ -122,7 +124,8 @@ def trains_in_turn(
 
 def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor, by_member: Collection[str]) -> bool:
     """Whether the losses are those of the training objective, depend on all parameters, write to no buffer that members
-    share, and draw nothing from torch's generators: numbers would depend on the order of the members.
+    share and to no number in an attribute, and draw nothing from torch's generators: numbers would depend on the order
+    of the members.
 
     Computes the losses of a batch on copies of the tensors, for all members and for the first.
     """
@@ -135,6 +138,7 @@ def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor, by_member: Collec
     cuda = [y.device] if y.device.type == "cuda" else []
     generators = lambda: [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
     shared_buffers = {n: t._version for n, t in state.items() if not t.requires_grad and n not in by_member}
+    attributes, numbers = Attributes(posterior.module), numbers_kept_by(posterior.module)
     with torch.random.fork_rng(devices=cuda):
         before = generators()
         each = call(losses, state, (x, y))
@@ -142,8 +146,11 @@ def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor, by_member: Collec
         used = torch.autograd.grad(each.sum(), [t for t in state.values() if t.requires_grad], allow_unused=True)
         alone = losses.computed(lambda: call(objective, first, one))
         drawn = not all(map(torch.equal, before, generators()))
+    counts = numbers != numbers_kept_by(posterior.module)
+    attributes.restore()
+    posterior.begin_turns()
     return (
-        not (drawn or mixed)
+        not (drawn or mixed or counts)
         and all(g is not None for g in used)
         and torch.allclose(each[0], alone, rtol=_APART, atol=_APART)
     )

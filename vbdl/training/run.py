@@ -17,6 +17,7 @@ from vbdl.calling.likelihood_members import replicate
 from vbdl.calling.traversing import state_of
 from vbdl.data.rows import Data
 from vbdl.model import Model
+from vbdl.nn.members import StackedPosterior
 from vbdl.progress import Progress
 from vbdl.training.adamw import FusedAdamW
 from vbdl.training.batches import TrainingData
@@ -231,6 +232,8 @@ class TrainingRun:
         if self.kl_weight is not None and self.options.kl_warmup:
             self.trainee.kl_weight = self.kl_weight
         self.step.end()
+        if isinstance(self.trainee, StackedPosterior):
+            self.trainee.end_turns()
         self.trainee.eval()
         self.posterior.eval()
         forget(self.posterior.module)

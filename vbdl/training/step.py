@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vbdl.calling.attributes import Attributes
+from vbdl.calling.copies import numbers_kept_by
 from vbdl.calling.graphs import in_words, recorded
 from vbdl.calling.inputs import TENSOR, flatten, rebuild
 from vbdl.calling.stacking import call
@@ -210,13 +212,22 @@ class Step:
 
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
         """The graph of the step, or None, after logging a warning, if the network cannot be traced."""
+        networks = [part.module for part in self.losses.posterior.parts]
+        before = [(Attributes(network), numbers_kept_by(network)) for network in networks]
         try:
-            return self._trace(whole, flat)
+            graph, reason = self._trace(whole, flat), ""
         except Exception as error:  # torch raises many types of errors for a graph that depends on values
-            logger.warning(
-                "the training step cannot be compiled and runs uncompiled, which is slower: %s", in_words(error)
-            )
-            return None
+            graph, reason = None, in_words(error)
+        for network, (attributes, numbers) in zip(networks, before, strict=True):
+            if numbers_kept_by(network) != numbers:
+                graph = None  # in which the numbers would stay what they were
+                reason = (
+                    reason or "the network changes a number in an attribute at every step, such as a count of steps"
+                )
+            attributes.restore()
+        if graph is None:
+            logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", reason)
+        return graph
 
     def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
         if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
