@@ -375,6 +375,12 @@ def test_spectral_norm_evaluates(wrap):
         lambda m, x: x + torch.zeros_like(x).normal_(),
         lambda m, x: F.gumbel_softmax(x),
         lambda m, x: torch.native_dropout(x, 0.5, True)[0],
+        # what torch hands to a mode as one call draws too
+        lambda m, x: x + nn.init.uniform_(torch.empty(1, x.shape[-1])),
+        lambda m, x: x + nn.init.kaiming_uniform_(torch.empty(1, x.shape[-1])),
+        lambda m, x: x + torch.svd_lowrank(nn.Parameter(torch.eye(9)), 1)[1],
+        lambda m, x: x + torch.pca_lowrank(nn.Parameter(torch.eye(9)), 1)[1],
+        lambda m, x: x + torch.lobpcg(nn.Parameter(torch.eye(9)), 1)[0],
     ],
 )
 def test_other_randomness_raises_and_names_the_place(random):

@@ -4,6 +4,7 @@ Errors of moments are in standard errors of the reference: 5 of them for hundred
 """
 
 import importlib.util
+import inspect
 import itertools
 import math
 import random
@@ -307,6 +308,46 @@ def test_random_functions_have_their_distribution(function):
     if variance is not None:
         fourth = float(((first - first.mean()) ** 4).mean() - first.var() ** 2)
         assert abs(float(first.var()) - variance) < 5 * math.sqrt(max(fourth, 0.0) / len(first)) + 1e-6
+
+
+# every function that draws in torch.nn.init, and those in Python whose call torch hands to a mode as a whole
+INITIALIZATIONS = [
+    name
+    for name, function in vars(nn.init).items()
+    if name.endswith("_") and not name.startswith("_") and "generator" in inspect.signature(function).parameters
+]
+APPROXIMATIONS = {
+    "svd_lowrank": lambda a: torch.svd_lowrank(a, 2, niter=0),
+    "pca_lowrank": lambda a: torch.pca_lowrank(a, 2, niter=0),
+    "lobpcg": lambda a: torch.lobpcg(a, 1, niter=1),
+}
+AS_ONE_CALL = {
+    **{n: lambda m, n=n: getattr(nn.init, n)(torch.empty(6, 6), *[0.5] * (n == "sparse_")) for n in INITIALIZATIONS},
+    **{n: lambda m, f=f: f(m.symmetric)[1] for n, f in APPROXIMATIONS.items()},
+}
+
+
+@pytest.mark.parametrize("function", AS_ONE_CALL)
+def test_functions_of_torch_that_draw_inside_are_drawn(function):
+    module = nn.Module()
+    module.symmetric = nn.Parameter(torch.diag(torch.arange(1.0, 7.0)))
+
+    def draw(count: int) -> Tensor:
+        return torch.stack([AS_ONE_CALL[function](module).detach().flatten() for _ in range(count)])
+
+    generator = torch.get_rng_state()
+    with CounterNoise(noise := Noise(torch.tensor([0, 0]), nn.Identity())):
+        drawn = draw(200)
+    with CounterNoise(Noise(torch.tensor([0, 0]), nn.Identity())):
+        again = draw(200)
+    assert torch.equal(torch.get_rng_state(), generator), f"{function} drew from torch's generator"
+    assert torch.equal(drawn, again) and noise.calls and drawn.std() > 0
+    torch.manual_seed(1)
+    own = draw(200)
+    for power in (1, 2):
+        a, b = drawn.double() ** power, own.double() ** power
+        error = ((a.var(0) + b.var(0)) / len(a)).sqrt()
+        assert bool(((a.mean(0) - b.mean(0)).abs() <= 5 * error + 1e-6).all()), f"moment {power} of {function}"
 
 
 def test_permutations_and_draws_without_replacement_are_whole():
@@ -635,6 +676,10 @@ def _part(module, x):
         ),
         (refused(_python), "another generator than torch's"),
         (refused(_the_same_at_times()), "another generator than torch's"),
+        (
+            refused(lambda m, x: x + nn.init.kaiming_uniform_(torch.empty(1, FEATURES), generator=torch.Generator())),
+            r"kaiming_uniform_\(generator=\) is called",
+        ),
         (refused(_own_generator), r"randn\(generator=\) is called .* make it a buffer"),
         (refused(_part), "part or a view of a tensor in place"),
     ],

@@ -7,7 +7,8 @@ other random operation raises an error that names the module, so that nothing ra
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vbdl.calling.graphs import FunctionMode
 from vbdl.nn.attention import multi_head_attention_forward, scaled_dot_product_attention
@@ -19,7 +20,7 @@ from vbdl.nn.recurrent import recurrent
 
 _RANDOM = frozenset(
     """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ normal normal_ uniform_
-    exponential_ cauchy_ geometric_ log_normal_ random_ multinomial poisson binomial gumbel_softmax
+    exponential_ cauchy_ geometric_ log_normal_ random_ kaiming_uniform_ multinomial poisson binomial gumbel_softmax
     fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d
     fractional_max_pool3d_with_indices native_dropout _fused_dropout""".split()
 )
@@ -51,7 +52,9 @@ _REPLACEMENTS: dict[str, Callable[..., object]] = {
 
 # attributes, such as the shape, and methods that read none of a tensor's numbers, if they return no tensor
 _OF_NO_NUMBERS = frozenset("__get__ size dim numel stride storage_offset is_contiguous element_size __len__".split())
-_WATCHED = _RANDOM | _REPLACEMENTS.keys()
+# functions in Python that draw, and that a mode gets as one call for a parameter, although not for another tensor
+_OF_PARAMETERS = frozenset("svd_lowrank pca_lowrank lobpcg".split())
+_WATCHED = _RANDOM | _REPLACEMENTS.keys() | _OF_PARAMETERS
 
 
 class CounterDropout(FunctionMode):
@@ -94,6 +97,10 @@ class CounterDropout(FunctionMode):
             args, kwargs = now
         if not self._masks.silent and name not in _WATCHED:
             return func(*args, **kwargs)
+        if name in _OF_PARAMETERS:
+            args, kwargs = tree_map_only(nn.Parameter, lambda p: p.as_subclass(Tensor), (args, kwargs))
+            with self:  # inside of a mode's function it is off
+                return func(*args, **kwargs)
         if self._masks.followed is not None:
             before = len(self._masks.calls)
             output = _REPLACEMENTS.get(name, _without_masks)(self._masks, func, *args, **kwargs)

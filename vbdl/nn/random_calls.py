@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from vbdl.nn.interception import CounterDropout
 from vbdl.nn.noise import Noise
-from vbdl.nn.random_functions import REPLACEMENTS
+from vbdl.nn.random_functions import OF_INIT, REPLACEMENTS
 
 _REFUSED = frozenset(
     """poisson binomial _standard_gamma _sample_dirichlet fractional_max_pool2d fractional_max_pool2d_with_indices
@@ -52,9 +52,9 @@ class CounterNoise(CounterDropout):
         name = getattr(func, "__name__", "")
         if func is F.linear and self._linears is not None:
             return self._linears.__torch_function__(func, types, args, kwargs)
-        if (replacement := REPLACEMENTS.get(name)) is not None:
-            if kwargs.get("out") is not None or getattr(func, "__module__", "") == "torch.nn.init":
-                self._noise.refuse(f"{func.__module__}.{name}" if kwargs.get("out") is None else f"{name}(out=)")
+        if (replacement := OF_INIT.get(func) or REPLACEMENTS.get(name)) is not None:
+            if kwargs.get("out") is not None:
+                self._noise.refuse(f"{name}(out=)")
             if kwargs.pop("generator", None) is not None:
                 instead = "leave generator= out or, for a constant, make it a buffer in __init__"
                 self._noise.refuse(f"{name}(generator=)", instead)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbdl.nn.noise import Noise
 
@@ -171,6 +171,32 @@ def rrelu(
     return torch.where(input >= 0, input, input * slope)
 
 
+# functions of torch.nn.init that a mode gets as one call; the others call methods of tensors
+
+
+def _filled_normal(noise: Noise, tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return normal_(noise, tensor, mean, std)
+
+
+def _filled_uniform(noise: Noise, tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
+    return uniform_(noise, tensor, a, b)
+
+
+def _filled_kaiming_uniform(
+    noise: Noise, tensor: Tensor, a: float = 0, mode: Any = "fan_in", nonlinearity: Any = "leaky_relu"
+) -> Tensor:
+    if 0 in tensor.shape:
+        return tensor
+    fan = nn.init._calculate_correct_fan(tensor, mode)
+    bound = math.sqrt(3 / fan) * nn.init.calculate_gain(nonlinearity, a)
+    return uniform_(noise, tensor, -bound, bound)
+
+
+OF_INIT: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {
+    nn.init.normal_: _filled_normal,
+    nn.init.uniform_: _filled_uniform,
+    nn.init.kaiming_uniform_: _filled_kaiming_uniform,
+}
 REPLACEMENTS: Mapping[str, Callable[..., Tensor]] = {
     "rand": _new(_rand),
     "rand_like": _like(_rand, "rand_like"),
