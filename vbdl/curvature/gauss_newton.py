@@ -66,9 +66,10 @@ class GaussNewton:
     seed: int = 0
     fit: Fit = field(default_factory=Fit)
     state: State = field(init=False)
-    # parameters that some operation without a rule uses: their gradients are taken row by row
+    # parameters that the outputs depend on by an operation without a rule: their gradients are taken row by row
     direct: set[str] = field(default_factory=set)
     _axes: list[int] | None = None  # the axis of the batch in the inputs of each use
+    _each_row: bool = False  # whether rows are passed one by one
 
     def __post_init__(self) -> None:
         self.state = {name: t.detach() for name, t in state_of(self.network).items()}
@@ -82,20 +83,20 @@ class GaussNewton:
         """Add a batch of rows; y: the targets as the likelihood's `check_targets` returns them."""
         if self._axes is None:
             self._find_axes(x)
-        if not self.direct:
+        if not self._each_row:
             self._add(x, y)
             return
         for row in range(len(y)):
             one = torch.tensor([row])
             self._add(take(x, one), y[one])
 
-    def _record(self, x: Inputs, axes: Sequence[int] | None) -> Recorded:
+    def _record(self, x: Inputs, axes: Sequence[int] | None, find_elsewhere: bool = False) -> Recorded:
         state = dict(self.state)
         for name in self.direct:
             state[name] = self.state[name].clone().requires_grad_()
         captured = [name for name in self.chosen if name not in self.direct]
         rows = flatten(x).rows
-        recorded = record(self.network, state, captured, x, rows, self.output, axes)
+        recorded = record(self.network, state, captured, x, rows, self.output, axes, find_elsewhere)
         recorded.leaves = {name: state[name] for name in self.direct}
         return recorded
 
@@ -104,9 +105,9 @@ class GaussNewton:
 
         Two runs with other numbers of rows, which differ in the length of that axis.
         """
-        probe = lambda: [self._record(take(x, torch.zeros(count, dtype=torch.int64)), None) for count in (2, 3)]
-        two, three = probe()
-        self.direct = two.others | three.others
+        some = lambda count: take(x, torch.zeros(count, dtype=torch.int64))
+        two, three = (self._record(some(count), None, find_elsewhere=True) for count in (2, 3))
+        self.direct = two.elsewhere | three.elsewhere
         names = lambda use: {name for name in (use.weight, use.bias) if name is not None}
         counts = [Counter(name for use in recorded.uses for name in names(use)) for recorded in (two, three)]
         by_row = counts[0] - counts[1] | counts[1] - counts[0]  # called in a loop over the rows
@@ -127,10 +128,33 @@ class GaussNewton:
                 "the curvature of %s has no rule for a batch and is computed row by row, which is slower",
                 ", ".join(sorted(self.direct)),
             )
-            two, three = probe()
+            two, three = (self._record(some(count), None) for count in (2, 3))
         pairs = zip(two.uses, three.uses, strict=True)
         shapes = [(use.shape, other.shape) for use, other in pairs]
         self._axes = [next(i for i, (m, n) in enumerate(zip(*both, strict=True)) if m != n) for both in shapes]
+        self._each_row = bool(self.direct) or self._mixes(x)
+
+    def _mixes(self, x: Inputs) -> bool:
+        """Whether the output of a row depends on what a use computes at the place of another row.
+
+        That is so of layers whose batch axis is part of a longer axis in another order, or that compute weights for all
+        rows from tensors that were repeated for each.
+        """
+        recorded = self._record(take(x, torch.arange(3) % flatten(x).rows), self._axes)
+        ends, outputs = [use.output for use in recorded.uses], recorded.outputs
+        for row in range(len(outputs) if ends and outputs.requires_grad else 0):
+            cotangent = torch.zeros_like(outputs)
+            cotangent[row] = torch.arange(1, outputs[row].numel() + 1).cos().view(outputs[row].shape)
+            gradients = torch.autograd.grad(outputs, ends, cotangent, retain_graph=True, allow_unused=True)
+            for use, gradient in zip(recorded.uses, gradients, strict=True):
+                if gradient is None:
+                    continue
+                others = use.gradients_at(gradient).detach().clone()
+                others[row] = 0
+                if bool((others.abs() > 0).any()):
+                    logger.info("rows are passed one by one, which is slower: a layer's inputs are not ordered by rows")
+                    return True
+        return False
 
     def _add(self, x: Inputs, y: Tensor) -> None:
         recorded = self._record(x, self._axes)

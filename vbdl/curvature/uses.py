@@ -52,7 +52,7 @@ class Recorded:
 
     outputs: Tensor
     uses: list[Use]
-    others: set[str] = field(default_factory=set)  # chosen parameters that an operation without a rule used
+    elsewhere: set[str] = field(default_factory=set)  # see `parameters_elsewhere`; found if asked for
     leaves: State = field(default_factory=dict)  # parameters by name that autograd differentiates as they are
 
 
@@ -64,19 +64,45 @@ def record(
     rows: int,
     output: Output,
     axes: Sequence[int] | None = None,
+    find_elsewhere: bool = False,
 ) -> Recorded:
     """Run the network with these parameters and buffers, and record the uses of the chosen parameters.
 
     state: all parameters and buffers, detached. rows: of the batch. output: which of the network's outputs to take.
     axes: the axis of the batch in the input of each use, in order; the first unless given.
+    find_elsewhere: find which chosen parameters the outputs depend on other than by the uses. The uses are then not
+        connected by autograd.
     """
-    recorder = Recorder({id(state[name]): name for name in chosen}, rows, axes)
+    if find_elsewhere:
+        state = {**state, **{name: state[name].detach().requires_grad_() for name in chosen}}
+    names = {id(state[name]): name for name in chosen}
+    recorder = Recorder(names, rows, axes, cut=find_elsewhere)
     with torch.enable_grad(), recorder:
         outputs = call(network, dict(state), inputs)
     picked = pick(outputs, output)
     if picked.dtype in (torch.bfloat16, torch.float16):
         picked = picked.float()
-    return Recorded(picked, recorder.uses, recorder.others)
+    elsewhere = parameters_elsewhere(names, [picked, *recorder.others]) if find_elsewhere else set()
+    return Recorded(picked, recorder.uses, elsewhere)
+
+
+def parameters_elsewhere(names: Mapping[int, str], tensors: Sequence[Tensor]) -> set[str]:
+    """The names of the parameters that autograd computed these tensors from.
+
+    With the outputs of all uses cut off, these are the parameters of operations without a rule, such as a product, and
+    those that are another argument of a use than its weight or bias, such as the input of a layer.
+    """
+    found = {names[id(t)] for t in tensors if id(t) in names}
+    nodes, seen = [t.grad_fn for t in tensors], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = names.get(id(getattr(node, "variable", None)))  # of a node where autograd adds to a leaf
+        found |= set() if name is None else {name}
+        nodes += [before for before, _ in node.next_functions]
+    return found
 
 
 class Recorder(FunctionMode):
@@ -92,7 +118,7 @@ class Recorder(FunctionMode):
         super().__init__()
         self._names, self.rows, self._axes, self._cut = names, rows, axes, cut
         self.uses: list[Use] = []
-        self.others: set[str] = set()
+        self.others: list[Tensor] = []  # the arguments of uses that are not their weight or bias
 
     def __torch_function__(
         self, func: Callable[..., object], types: Sequence[type], args: Arguments = (), kwargs: Keywords | None = None
@@ -101,11 +127,21 @@ class Recorder(FunctionMode):
         name = getattr(func, "__name__", "")
         if (rule := _RULES.get(name)) is not None and (use := rule(self, func, *args, **kwargs)) is not None:
             self.uses.append(use)
+            if self._cut:
+                self.others += self._without_own(use, [t for t in tree_leaves([args, kwargs]) if isinstance(t, Tensor)])
             return use.passed_on
-        result = func(*args, **kwargs)
-        if name != "__get__" and any(isinstance(t, Tensor) for t in tree_leaves(result)):
-            self.others |= {self._names[id(t)] for t in tree_leaves([args, kwargs]) if id(t) in self._names}
-        return result
+        return func(*args, **kwargs)
+
+    def _without_own(self, use: Use, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The arguments of a use without its weight and bias; one that is also its input occurs once more."""
+        own = [name for name in (use.weight, use.bias) if name is not None]
+        rest = []
+        for t in reversed(tensors):  # the input comes first
+            if (name := self.name(t)) in own:
+                own.remove(name)
+            else:
+                rest.append(t)
+        return rest
 
     def name(self, parameter: Tensor | None) -> str | None:
         """The name of a chosen parameter, or None for any other tensor."""
@@ -129,7 +165,7 @@ def _linear(
     recorder: Recorder, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Use | None:
     names = recorder.name(weight), recorder.name(bias)
-    if names == (None, None):
+    if names == (None, None) or weight.ndim != 2:
         return None
     output, at, axis = recorder.started(func(input, weight, bias)), input.detach(), recorder.batch_axis()
     return Use(
@@ -216,7 +252,8 @@ def _normalization(channels_last: bool, at: Callable[..., "_Plain"]) -> Callable
 
         def last(values: Tensor) -> Tensor:
             if not channels_last:
-                return values.flatten(2).mT if values.ndim > 2 else values.unsqueeze(1)
+                at_positions = values.flatten(2).mT if values.ndim > 2 else values
+                return at_positions.reshape(recorder.rows, -1, values.shape[1])  # a row may have several images
             return recorder.by_row(values.flatten(-features), axis)
 
         assert isinstance(input, Tensor)
