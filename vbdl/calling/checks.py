@@ -1,7 +1,9 @@
 """Checks of the networks that users give: whether a network can be called with replaced weights."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -69,6 +71,17 @@ def without_data_parallel(module: nn.Module) -> nn.Module:
 def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
     """The names of the parameters that have gradient hooks, which a copy of the module would lose."""
     return tuple(n for n, p in parameters_of(module).items() if p._backward_hooks)
+
+
+def check_drawn(parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a parameter is complex, because the methods that draw weights draw real numbers."""
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise ValueError(
+                f"parameter '{name}' is complex, and this method draws real weights only: keep it fixed with "
+                f"requires_grad_(False), replace it by a real parameter of shape (..., 2) that the forward passes to "
+                f"torch.view_as_complex, or use vbdl.DeepEnsemble or vbdl.MCDropout"
+            )
 
 
 def check_chosen(argument: str, chosen: object) -> None:

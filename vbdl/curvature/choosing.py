@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
-from vbdl.calling.checks import check_chosen
+from vbdl.calling.checks import check_chosen, check_drawn
 from vbdl.calling.outputs import pick
 from vbdl.calling.stacking import call, places_of
 from vbdl.calling.traversing import state_of
@@ -39,7 +39,10 @@ def chosen_names(module: nn.Module, parameters: str | Sequence[str | type[nn.Mod
         return list(choose(module, None, 1.0))
     if parameters == "last":
         layer = last_layer(module)
-        return [n for n, p in module.named_parameters() if n.rpartition(".")[0] == layer and p.requires_grad]
+        named = module.named_parameters()
+        chosen = {n: p for n, p in named if n.rpartition(".")[0] == layer and p.requires_grad}
+        check_drawn(chosen)
+        return list(chosen)
     check_chosen("parameters", parameters)
     return list(choose(module, tuple(parameters), 1.0))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
+from vbdl.calling.checks import check_drawn
 from vbdl.calling.stacking import call
 from vbdl.nn.batch_statistics import measure_statistics, statistics_names
 from vbdl.nn.embedding import padding_rows
@@ -35,10 +36,11 @@ class CollectedNetwork(GaussianNetwork):
     scale: Tensor
 
     def __init__(self, inner: nn.Module, rank: int, n_draws: int):
-        parameters = {n: p for n, p in inner.named_parameters() if p.requires_grad and p.is_floating_point()}
+        parameters = {n: p for n, p in inner.named_parameters() if p.requires_grad}
         if not parameters:
             unfreeze = f"unfreeze some{how_to_unfreeze(inner)}"
             raise ValueError(f"the network has no trainable parameter, so nothing can be collected: {unfreeze}")
+        check_drawn(parameters)
         kinds: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}  # a factor has one dtype and device
         for name, p in parameters.items():
             kinds.setdefault((p.dtype, p.device), {})[name] = p

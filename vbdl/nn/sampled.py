@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
+from vbdl.calling.checks import check_drawn
 from vbdl.calling.closures import check_held
 from vbdl.calling.stacking import call, without_dots
 from vbdl.nn.drawn import drawn, noise, once
@@ -165,16 +166,16 @@ def choose(
     """The prior of each parameter to sample, by name.
 
     parameters: modules by name or type, or names of parameters; a module includes everything inside it. A name may be
-        a pattern with *, ? and [...], like "*.lora_A.*". By default all floating-point parameters that require a
-        gradient.
+        a pattern with *, ? and [...], like "*.lora_A.*". By default all that require a gradient.
     prior: one for all, or by name of a module or parameter, or by pattern.
-    Raises ValueError for an entry that matches no trainable parameter.
+    Raises ValueError for an entry that matches no trainable parameter, and for a complex parameter.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
-    names = [n for n, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    names = list(trainable)
     if not names:
         raise ValueError(
-            f"the module has no trainable floating-point parameter to put a posterior on: call requires_grad_(True) on "
+            f"the module has no trainable parameter to put a posterior on: call requires_grad_(True) on "
             f"some{how_to_unfreeze(module)}"
         )
     if parameters is not None:
@@ -183,6 +184,7 @@ def choose(
             if not any(_fits(n, owners[n], one) for n in names):
                 raise ValueError(f"no trainable parameter belongs to {one!r}; there are {names}")
         names = wanted
+    check_drawn({n: trainable[n] for n in names})
     if isinstance(prior, Mapping):
         for one in prior:
             if not any(_fits(n, owners[n], one) for n in names):
