@@ -483,10 +483,23 @@ def rows_of_experts():
     return x
 
 
+def copies_first(count):
+    """The batch repeated, with a mask for each copy, and a sum over the copies, for which the order of masks is one."""
+    return lambda m, x: F.dropout(x.repeat(count, 1), P, m.training).view(count, -1, 6).sin().mean(0)
+
+
 ROW_BY_ROW = {
+    **{f"{n} copies": (lambda n=n: Calls(copies_first(n)), lambda: torch.randn(6, 6)) for n in (2, 3, 4, 5)},
     "experts": (Experts, rows_of_experts),
     "folded": (lambda: Calls(time_first), lambda: torch.randn(5, 7, 6)),
 }
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_copies_of_the_batch_are_predicted_in_any_batch(rows):
+    net, x = nn.Sequential(Calls(copies_first(4)), nn.Linear(6, 5)), torch.randn(7, 6)
+    predict = predictor(net)
+    torch.testing.assert_close(predict(x[:rows]).mean, predictor(net)(x).mean[:rows], **ROUNDING)
 
 
 @pytest.mark.parametrize("name", ROW_BY_ROW)

@@ -262,7 +262,7 @@ class DropoutNetwork(KeyedNetwork):
             except ValueError:  # not every call has the batch as one axis
                 self.row_by_row = True
             else:
-                self.row_by_row = any(s.multiple > 1 for s in self.sites) and not self._keeps_rows_equal(inputs)
+                self.row_by_row = any(s.multiple > 1 for s in self.sites) and not self._keeps_rows_apart(inputs)
 
     def _located(self, inputs: Inputs) -> tuple[Masks, Any]:
         """The masks of a forward that drops nothing, with its dropout calls, and its outputs."""
@@ -284,13 +284,17 @@ class DropoutNetwork(KeyedNetwork):
         each = [_functions(self._located(row)[0].calls) for row in rows]
         return any(calls != each[0] for calls in each)
 
-    def _keeps_rows_equal(self, inputs: Inputs) -> bool:
-        """Whether equal rows have equal outputs, so that a folded axis holds each row's entries in one block."""
-        masks = Masks(self.key, self.inner, self.rate, self.sites)
-        masks.rate_of_all = 0.5  # so that masks differ clearly
-        outputs = with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 3), masks))
-        tensors = [t for t in leaves(outputs).values() if isinstance(t, Tensor)]
-        return all(torch.allclose(t, t[:1].expand_as(t), rtol=1e-3, atol=1e-4) for t in tensors)
+    def _keeps_rows_apart(self, inputs: Inputs) -> bool:
+        """Whether masks of another row do not change a row, so that a folded axis holds its entries in one block."""
+        # masks that are equal for all rows would not show it: a network that sums over the entries of a row may give
+        # each row every part of the mask, for some numbers of rows and not for others
+        each = []
+        for rows_kept in ((True, True), (True, False)):
+            masks = Masks(self.key, self.inner, self.rate, self.sites)
+            masks.rows_kept = rows_kept
+            outputs = with_gradients_if_needed(functools.partial(self._run, _repeated(inputs, 2), masks))
+            each.append([t[:1] for t in leaves(outputs).values() if isinstance(t, Tensor) and t.ndim])
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*each, strict=True))
 
 
 def _repeated(inputs: Inputs, rows: int) -> Inputs:

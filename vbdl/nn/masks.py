@@ -96,7 +96,8 @@ class Masks:
         self._root = root
         self.strict = False  # whether a known call is made by the same code, and not only by the same module
         self.at = 0  # stands for the lines of code that made the latest call, up to the method of its module
-        self.rate_of_all: float | None = None  # of every call that drops something, in place of its own
+        # which rows keep all entries of an axis that folds the batch, in place of drawn masks; the others keep none
+        self.rows_kept: Sequence[bool] | None = None
         self.places: dict[int, tuple[str, int]] | None = None  # name and number of each module of `root`, by its id
         self.calls: list[Site] = []
         self.sizes: list[int] = []  # bytes of what each function of torch returned, if silent
@@ -124,7 +125,7 @@ class Masks:
             p = self.rate[max(names, key=len)] if names else p
         elif self.rate is not None:
             p = self.rate
-        return float(p) if self.rate_of_all is None or p == 0.0 else self.rate_of_all
+        return float(p)
 
     def keep(
         self, kind: str, shape: tuple[int, ...], p: float, device: torch.device, axis: int | None = 0
@@ -225,6 +226,9 @@ class Masks:
             return keep.flatten(axis, axis + 2)  # the axis runs over (draws, batch, multiple)
         keep = keep_mask(key, index, rows, columns, p, first=first).view(sizes)
         if axis is not None and multiple > 1:  # the axis runs over (batch, multiple)
+            if self.rows_kept is not None:
+                entries = torch.tensor(self.rows_kept, device=device).repeat_interleave(multiple)
+                return entries.view([-1 if place == axis else 1 for place in range(len(shape))]).expand(shape)
             repeats = [1] * len(sizes)
             repeats[axis] = shape[axis] // multiple
             keep = keep.repeat(repeats)
