@@ -1,6 +1,7 @@
 """A duplicate of a module is what `copy.deepcopy` makes, in a fraction of its time."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -212,3 +213,59 @@ def test_handles_of_hooks_remove_those_of_the_copy(kind, place):
     (held if place == "attribute" else held[0] if place == "list" else held["first"]).remove()
     assert len(getattr(net[0], table)) == 1
     assert len(getattr(other[0], table)) == 0
+
+
+# -- functions of TorchScript, which cannot be copied
+
+_SCRIPTED = "ignore:.*torch.jit"
+PLACES_OF_FUNCTIONS: dict[str, Callable[[Any], tuple[Any, Callable[[Any], Any]]]] = {
+    "attribute": lambda f: (f, lambda held: held),
+    "list": lambda f: ([f], lambda held: held[0]),
+    "table": lambda f: ({"of": (f,)}, lambda held: held["of"][0]),
+    "partial": lambda f: (functools.partial(f), lambda held: held),
+}
+METHODS: dict[str, Callable[[nn.Module], Any]] = {
+    "dropout": lambda net: vbdl.MCDropout(net, p=0.0001),
+    "mean-field": lambda net: vbdl.MeanField(net, 10, initial_std=1e-6),
+    "ensemble": lambda net: vbdl.DeepEnsemble([net, net]),
+}
+
+
+class CallsHeld(nn.Module):
+    def __init__(self, function: Any, place: str):
+        super().__init__()
+        self.held, get = PLACES_OF_FUNCTIONS[place](function)
+        vars(self)["_get"] = get
+        self.weight = nn.Parameter(torch.randn(6, 8))
+        self.drop, self.out = nn.Dropout(0.5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self._get(self.held)(x, self.weight)))
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight).tanh()
+
+
+@pytest.mark.filterwarnings(_SCRIPTED)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place, compile", [*((place, False) for place in PLACES_OF_FUNCTIONS), ("attribute", True)])
+def test_a_network_may_hold_a_function_of_torchscript(place, compile, method):
+    net, x = CallsHeld(torch.jit.script(_product), place).eval(), torch.randn(5, 6)
+    predict = vbdl.Predictor(
+        METHODS[method](net), vbdl.Gaussian(3), None if method == "ensemble" else 4, compile=compile
+    )
+    torch.testing.assert_close(predict(x).mean, net(x).double(), rtol=0, atol=1e-3, check_dtype=False)
+
+
+@pytest.mark.filterwarnings(_SCRIPTED)
+def test_a_function_of_torchscript_that_draws_is_refused_in_words():
+    @torch.jit.script
+    def draws(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.dropout(x @ weight, 0.3, True)
+
+    for wrap in METHODS.values():
+        with pytest.raises((NotImplementedError, ValueError), match="draws from torch's generator"):
+            vbdl.Predictor(wrap(CallsHeld(draws, "attribute").eval()), vbdl.Gaussian(3), compile=False)(
+                torch.randn(5, 6)
+            )

@@ -36,6 +36,17 @@ def _walk(value: object, found: list[FunctionType], seen: set[int]) -> None:
         _walk(part, found, seen)
 
 
+def held_in(value: object, kinds: tuple[type, ...], seen: set[int] | None = None) -> Iterator[Any]:
+    """Yield the objects of these classes that a value is or holds, outside of the modules and functions in it."""
+    seen = set() if seen is None else seen
+    if isinstance(value, kinds):
+        yield value
+    elif not isinstance(value, (*_SILENT, nn.Module, FunctionType)) and id(value) not in seen:
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from held_in(part, kinds, seen)
+
+
 def reads(value: object, owned: Collection[int], seen: set[int] | None = None) -> bool:
     """Whether one of the modules and tensors with these ids is in a value or is read by a function in it."""
     if isinstance(value, nn.Module | Tensor):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from vbdl.calling.closures import Rebuilt, functions_in
+from vbdl.calling.closures import Rebuilt, functions_in, held_in
 from vbdl.calling.traversing import modules_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -126,8 +126,11 @@ class _Duplicate:
                 if self._functions is None:
                     self._functions = Rebuilt(_owned_by(self._module, self._memo), self._memo)
                 self._functions.add(part)
-            if _holds_handle(part):
-                self._remember_hooks()
+            for held in held_in(part, (RemovableHandle, torch.jit.ScriptFunction)):
+                if isinstance(held, RemovableHandle):
+                    self._remember_hooks()
+                else:  # torch cannot copy it, and it holds no tensors that are trained
+                    self._memo[id(held)] = held
         return copy.deepcopy(value, self._memo)
 
     def _remember_hooks(self) -> None:
@@ -135,15 +138,6 @@ class _Duplicate:
         for m in _all_modules(self._module):
             new = vars(self._of_module(m))
             self._memo |= {id(vars(m)[name]): new[name] for name in _OF_HOOKS & vars(m).keys() & new.keys()}
-
-
-def _holds_handle(value: object) -> bool:
-    """Whether a value is, or has in a list or table, the handle of a hook."""
-    if isinstance(value, dict):
-        return any(map(_holds_handle, value.values()))
-    if isinstance(value, list | tuple | set):
-        return any(map(_holds_handle, value))
-    return isinstance(value, RemovableHandle)
 
 
 def _owned_by(module: nn.Module, memo: dict[int, Any]) -> set[int]:
