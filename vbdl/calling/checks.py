@@ -27,7 +27,13 @@ def check_network(module: object, scripted: bool = False) -> None:
             raise ValueError(
                 f"{where} was returned by torch.compile: pass the module that you compiled, vbdl compiles it itself"
             )
-        if isinstance(m, torch.jit.ScriptModule) and (not scripted or "_parameters" not in vars(m)):  # or traced
+        traced = isinstance(m, torch.jit.ScriptModule) and "_parameters" not in vars(m)
+        if traced and scripted:
+            raise ValueError(
+                f"{where} is a TorchScript module that torch.jit.trace returned, whose weights vbdl cannot replace: "
+                f"pass the Python module, or torch.jit.script(module)"
+            )
+        if isinstance(m, torch.jit.ScriptModule) and not scripted:
             raise ValueError(
                 f"{where} is a TorchScript module, whose layers this method cannot replace: pass the Python module"
             )
