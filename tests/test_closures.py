@@ -289,3 +289,12 @@ def test_weak_references_are_to_the_modules_of_the_copy():
     found = vbdl.Predictor(vbdl.DeepEnsemble(members), vbdl.Gaussian(2), compile=False)(x).mean
     torch.testing.assert_close(found, expected)
     assert copied(members[0]).reference() is not members[0].a
+
+
+def test_a_compiled_function_keeps_its_own_attributes_in_a_copy():
+    net = nn.Linear(3, 2)
+    inside = torch.compile(lambda x: net.weight.sum() * x, backend="eager")
+    inside.scale = 2.0
+    net.inside = inside  # type: ignore[assignment]
+    other = copied(net)
+    assert other.inside.scale == 2.0 and other.inside is not inside

@@ -2,10 +2,12 @@
 
 import copy
 import copyreg
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_tracing
 
 import vbdl
 from vbdl.calling.copies import copied
@@ -90,7 +92,7 @@ def test_draws_are_those_of_the_network_as_it_was_written(kind, method):
     plain = copy.deepcopy(net) if kind is not Method else kind().eval()
     if kind is Method:
         plain.load_state_dict(net.state_dict())
-        plain.inside = plain.encoded
+        setattr(plain, "inside", plain.encoded)  # noqa: B010
     probs = []
     for network in (net, plain):
         torch.manual_seed(1)
@@ -130,6 +132,36 @@ def test_functions_of_the_user_are_compiled_afterwards_as_before():
     vbdl.Predictor(vbdl.MCDropout(compiled_for(Function())), vbdl.Categorical(), 8)(rows())
     compiled(torch.randn(3, dtype=torch.float64))
     assert before == 1 and len(calls) == 2
+
+
+class Waits(nn.Module):
+    """The forward waits, while it is traced, for what another thread does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        self.inside.set()
+        self.go_on.wait(60)
+        return x + 1
+
+
+def test_compiled_functions_of_the_user_run_while_another_thread_traces():
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+    nets = [Waits(), Waits()]
+    threads = [threading.Thread(target=torch.fx.symbolic_trace, args=(net,)) for net in nets]
+    for thread in threads:  # the second waits for the first
+        thread.start()
+    nets[0].inside.wait(60)
+    for n in (3, 4):
+        compiled(torch.randn(n))
+    for net in nets:
+        net.go_on.set()
+    for thread in threads:
+        thread.join()
+    assert not is_fx_tracing()
+    compiled(torch.randn(5))
 
 
 def test_copies_stay_fast_once_dynamo_is_imported():

@@ -185,6 +185,13 @@ def _names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
+def _attributes(function: FunctionType) -> dict[str, Any]:
+    """The attributes of a function but for those by which Dynamo knows what it compiled."""
+    compiled = "_torchdynamo_orig_callable" in vars(function)
+    of_dynamo = ("_torchdynamo", "_is_torch_compile", "__wrapped__")
+    return {n: v for n, v in vars(function).items() if not (compiled and n.startswith(of_dynamo))}
+
+
 def as_written(function: FunctionType) -> FunctionType:
     """What torch.compile compiled, as a function, or else this function: compiled code belongs to the given network."""
     written = vars(function).get("_torchdynamo_orig_callable")
@@ -219,7 +226,7 @@ class Rebuilt:
         new = FunctionType(function.__code__, values, function.__name__, function.__defaults__, cells)
         new.__kwdefaults__, new.__qualname__ = function.__kwdefaults__, function.__qualname__
         new.__doc__, new.__module__ = function.__doc__, function.__module__
-        vars(new).update(vars(function))
+        vars(new).update(_attributes(given))
         self._memo[id(given)] = new
         self._made.append((function, new))
         for part in _read_by(function):

@@ -5,10 +5,12 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import _guards
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -31,8 +33,7 @@ def recorded() -> Iterator[None]:
             _outside, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
         _entered += 1
     try:
-        with eagerly():
-            yield
+        yield
     finally:
         with _lock:
             _entered -= 1
@@ -40,64 +41,63 @@ def recorded() -> Iterator[None]:
                 torch.compiler._is_compiling_flag = _outside
 
 
-_eager = 0  # number of `eagerly` that are open, on all threads
-_stance: Any = None  # sets torch.compile's stance back
+# what torch's compiler takes for the inside of a kernel, where it runs functions as they were written
+_KERNEL: Any = SimpleNamespace(fake_mode=SimpleNamespace(in_kernel_invocation=True))
+_TRACES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+_UNCHANGED: Any = object()
 
 
-@contextlib.contextmanager
-def eagerly() -> Iterator[None]:
-    """A context in which functions that torch.compile returned run as they were written.
-
-    A network may call such a function. torch's compiler would follow what watches or replaces torch's functions, and
-    neither `vmap` nor a trace follows its code. As in torch, the setting holds for the whole process while any thread
-    is inside: compiled functions of other threads run as they were written too, with the same results up to rounding.
-    """
-    entered = _begin_eager()
-    try:
-        yield
-    finally:
-        _end_eager(entered)
-
-
-def _begin_eager() -> bool:
-    global _eager, _stance
-    if "torch._dynamo.eval_frame" not in sys.modules:  # nobody has compiled a function
-        return False
-    with _lock:
-        if not _eager:
-            with contextlib.suppress(RuntimeError):  # a compiled function called vbdl
-                _stance = torch.compiler.set_stance("force_eager")
-        _eager += 1
-    return True
-
-
-def _end_eager(entered: bool) -> None:
-    global _eager, _stance
-    if not entered:
-        return
-    with _lock:
-        _eager -= 1
-        if not _eager and _stance is not None:
-            _stance.__exit__(None, None, None)
-            _stance = None
+def _set_context(context: Any) -> Any:
+    """Set what torch's compiler looks at in this thread, and return what was there."""
+    before = getattr(_guards._TLS, "tracing_context", None)
+    _guards._TLS.tracing_context = context
+    return before
 
 
 class FunctionMode(TorchFunctionMode):
-    """A context that watches or replaces torch's functions while a network runs, `eagerly`."""
+    """A context that watches or replaces torch's functions while a network runs.
+
+    Functions that torch.compile returned, which a network may call, run as they were written inside of it: the compiler
+    would follow this mode's code too. That holds for this thread.
+    """
 
     def __enter__(self) -> Any:
-        self._entered = (*getattr(self, "_entered", ()), _begin_eager())
+        compiles = "torch._dynamo.eval_frame" in sys.modules  # somebody has compiled a function
+        eager = compiles and all(torch._C._get_dispatch_mode(key) is None for key in _TRACES)
+        self._before = (*getattr(self, "_before", ()), _set_context(_KERNEL) if eager else _UNCHANGED)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        *self._entered, entered = self._entered
-        _end_eager(entered)
+        *self._before, before = self._before
+        if before is not _UNCHANGED:
+            _set_context(before)
+
+
+@contextlib.contextmanager
+def in_no_kernel() -> Iterator[None]:
+    """A context for a trace inside of a `FunctionMode`: torch's tracer reads what the mode has set."""
+    before = _set_context(None) if getattr(_guards._TLS, "tracing_context", None) is _KERNEL else _UNCHANGED
+    try:
+        yield
+    finally:
+        if before is not _UNCHANGED:
+            _set_context(before)
 
 
 _fused = contextlib.ExitStack()  # turns the fused kernels back on
 _without_fused = 0  # number of `without_fused_attention` that are open, on all threads
 _this_thread = threading.local()  # `plain`: how many of them this thread has opened
+
+
+class _OfThisThread:
+    """The setting whether the fused path of transformer layers is enabled, false in threads that trace."""
+
+    def __init__(self, enabled: Any):
+        self.enabled = enabled
+
+    def __bool__(self) -> bool:
+        return bool(self.enabled) and not getattr(_this_thread, "plain", 0)
 
 
 @contextlib.contextmanager
@@ -113,10 +113,7 @@ def without_fused_attention() -> Iterator[None]:
         if not _without_fused:
             _fused = contextlib.ExitStack()
             _fused.enter_context(sdpa_kernel(SDPBackend.MATH))
-            _fused.callback(
-                setattr, torch.backends.mha, "get_fastpath_enabled", torch.backends.mha.get_fastpath_enabled
-            )
-            torch.backends.mha.get_fastpath_enabled = _of_this_thread(torch.backends.mha.get_fastpath_enabled)
+            torch.backends.mha.set_fastpath_enabled(_OfThisThread(torch.backends.mha.get_fastpath_enabled()))  # type: ignore[arg-type]
         _without_fused += 1
     _this_thread.plain = getattr(_this_thread, "plain", 0) + 1
     try:
@@ -127,11 +124,8 @@ def without_fused_attention() -> Iterator[None]:
             _without_fused -= 1
             if not _without_fused:
                 _fused.close()
-
-
-def _of_this_thread(is_enabled: Callable[[], bool]) -> Callable[[], bool]:
-    """The question whether the fused path of transformer layers is enabled, answered for the thread that asks."""
-    return lambda: is_enabled() and not getattr(_this_thread, "plain", 0)
+                if isinstance(now := torch.backends.mha.get_fastpath_enabled(), _OfThisThread):  # not the user's
+                    torch.backends.mha.set_fastpath_enabled(now.enabled)
 
 
 def in_words(error: Exception) -> str:

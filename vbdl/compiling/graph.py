@@ -26,12 +26,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from vbdl.calling.graphs import recorded
+from vbdl.calling.graphs import in_no_kernel, recorded
 
 ONCE, DRAWN, PREFIX, BODY = range(4)  # bit 0: depends on the draw; bit 1: on the input
 
 _one_trace = threading.RLock()
 _patches = torchs._new_patcher
+
+
+class _OfThisThread:
+    """The flag of torch.fx that a trace runs, which is true in this thread alone, until the trace ends."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return self._thread == threading.get_ident()
+
+    def end(self) -> None:
+        self._thread = None
 
 
 @contextlib.contextmanager
@@ -40,10 +53,10 @@ def _patches_of_one_thread() -> Iterator[torchs._Patcher]:
 
     torch keeps these replacements in a global variable. If Inductor traces in the background while a prediction is
     traced, one of the two fails with "CURRENT_PATCHER is None", or the replaced methods stay. Modules that another
-    thread calls meanwhile keep their own methods.
+    thread calls meanwhile keep their own methods, and functions that it has compiled run.
     """
-    with _one_trace, _patches() as patcher:
-        thread, patch = threading.get_ident(), patcher.patch_method
+    with _patches() as patcher:
+        thread, patch, flag = threading.get_ident(), patcher.patch_method, _OfThisThread()
 
         def patch_in_this_thread(cls: type, name: str, new_fn: Callable, deduplicate: bool = True) -> None:
             before = getattr(cls, name)
@@ -55,10 +68,25 @@ def _patches_of_one_thread() -> Iterator[torchs._Patcher]:
             patch(cls, name, method, deduplicate)
 
         patcher.patch_method = patch_in_this_thread
-        yield patcher
+        torchs._is_fx_tracing_flag = flag  # type: ignore[assignment]
+        try:
+            yield patcher
+        finally:
+            flag.end()
+
+
+_trace = torchs.Tracer.trace
+
+
+@functools.wraps(_trace)
+def _trace_alone(*args: Any, **kwargs: Any) -> fx.Graph:
+    """torch.fx's trace, in one thread at a time: it sets a global flag, and sets it back to what it was."""
+    with _one_trace:
+        return _trace(*args, **kwargs)
 
 
 torchs._new_patcher = _patches_of_one_thread
+torchs.Tracer.trace = _trace_alone  # type: ignore[method-assign]
 
 
 def trace(
@@ -76,7 +104,7 @@ def trace(
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )
-    with recorded():
+    with recorded(), in_no_kernel():
         return tracer(*args)
 
 
