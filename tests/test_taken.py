@@ -146,6 +146,45 @@ def test_each_row_is_asked_for():
         predict(x)
 
 
+class ReplacesInOneColumn(Replaces):
+    """NaN is replaced in the first column alone."""
+
+    def forward(self, x):
+        return self.dense(torch.cat([x[:, :1].nan_to_num(), x[:, 1:]], dim=1))
+
+
+@pytest.mark.parametrize("call", ["predict", "log_prob", "with a deadline"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_kind_of_row_that_was_taken_before_may_be_refused(method, call):
+    predict = vbdl.Predictor(METHODS[method](ReplacesInOneColumn()), vbdl.Categorical(), 2, compile=False)
+    calls = {
+        "predict": predict,
+        "log_prob": lambda x: predict.log_prob(x, torch.zeros(5, dtype=torch.int64)),
+        "with a deadline": lambda x: predict(x, deadline=10.0),
+    }
+    x = torch.randn(5, 16)
+    x[1, 0] = NAN
+    calls[call](x)
+    x[3, 1] = NAN
+    with pytest.raises(ValueError, match="2 of 5 rows are not finite, the first is row 1"):
+        calls[call](x)
+    x[3, 1] = 0.0
+    calls[call](x)
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("layer", [nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Softsign])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_saturates_does_not_take_infinity(method, layer, value):
+    make = lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), layer(), nn.Linear(8, 3))
+    x = torch.randn(5, 6)
+    x[2, 1] = value
+    with pytest.raises(ValueError, match="1 of 5 rows are not finite, the first is row 2"):
+        vbdl.Predictor(METHODS[method](make()), vbdl.Categorical(), 2)(x)
+    with pytest.raises(ValueError, match="1 input rows are not finite, the first is row 2"):
+        vbdl.fit(METHODS[method](make()), (x, torch.zeros(5, dtype=torch.int64)), vbdl.Categorical(), epochs=1)
+
+
 def test_batches_of_a_loader_that_the_network_takes_are_trained_on():
     rows = torch.utils.data.TensorDataset(missing(), torch.ones(5, dtype=torch.int64))
     loader = torch.utils.data.DataLoader(rows, batch_size=2)

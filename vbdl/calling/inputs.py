@@ -43,10 +43,14 @@ Structure = Container | _TensorPlace | None | bool | str
 
 @dataclass(frozen=True)
 class Flat:
-    """The inputs of a call as a flat tuple of tensors and the structure that they came in."""
+    """The inputs of a call as a flat tuple of tensors and the structure that they came in.
+
+    not_finite: the numbers of the rows that are not finite, (n,) int64, if there are any and the network takes them.
+    """
 
     tensors: tuple[Tensor, ...]
     structure: Structure
+    not_finite: Tensor | None = None
 
     @property
     def rows(self) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,12 +43,19 @@ def check_inputs(
     except ValueError:
         if flat.rows == 0 or not takes(moved.map(lambda t: t[:1])):
             raise
-    if len(bad := not_finite(flat)) and not takes(moved.map(lambda t: t[bad.to(device)])):
-        raise ValueError(
-            f"{len(bad)} of {flat.rows} rows are not finite, the first is row {int(bad[0])}, and the network makes no "
-            f"finite numbers of them: remove or impute them"
-        )
-    return moved
+    if not len(bad := not_finite(flat)):
+        return moved
+    if not takes(moved.map(lambda t: t[bad.to(device)])):
+        raise of_not_finite(bad, flat.rows)
+    return replace(moved, not_finite=bad)
+
+
+def of_not_finite(bad: Tensor, rows: int) -> ValueError:
+    """The error for rows that are not finite, of which the network makes no finite numbers; bad: their numbers."""
+    return ValueError(
+        f"{len(bad)} of {rows} rows are not finite, the first is row {int(bad[0])}, and the network makes no finite "
+        f"numbers of them: remove or impute them"
+    )
 
 
 def not_finite(flat: Flat) -> Tensor:
@@ -56,9 +64,15 @@ def not_finite(flat: Flat) -> Tensor:
     for t in flat.tensors:
         # finite rows cost one reduction; a sum may overflow, so check each element if it is not finite
         if t.is_floating_point() and not math.isfinite(float(t.detach().sum())):
-            own = t.detach().isfinite().flatten(1).all(1) if t.ndim > 1 else t.detach().isfinite()
+            own = (t.detach().isfinite().flatten(1).all(1) if t.ndim > 1 else t.detach().isfinite()).cpu()
             finite = own if finite is None else finite & own
-    return torch.empty(0, dtype=torch.int64) if finite is None else (~finite).nonzero().flatten().cpu()
+    return torch.empty(0, dtype=torch.int64) if finite is None else (~finite).nonzero().flatten()
+
+
+def kinds_not_finite(flat: Flat) -> tuple[tuple[bool, ...], ...]:
+    """Whether each tensor has NaN, infinity and minus infinity among its numbers."""
+    having = lambda t: (bool(t.isnan().any()), bool(t.isposinf().any()), bool(t.isneginf().any()))
+    return tuple(having(t) if t.is_floating_point() else () for t in flat.tensors)
 
 
 def _kind(t: Tensor) -> str:

@@ -25,7 +25,7 @@ from vbdl.calling.inputs import TENSOR, Flat, flatten
 from vbdl.calling.lending import lent_copy, only_reading
 from vbdl.calling.traversing import state_of
 from vbdl.data.rows import floating_dtype, outside_range
-from vbdl.data.tiles import check_inputs, not_finite, pad
+from vbdl.data.tiles import check_inputs, kinds_not_finite, of_not_finite, pad
 from vbdl.engine import background, stepwise
 from vbdl.engine.adaptive import Rule, as_rule
 from vbdl.engine.execution import Execution
@@ -173,7 +173,7 @@ class Predictor:
         self._ready: dict[
             tuple[torch.Size, torch.dtype, torch.device], Ready
         ] = {}  # (shape, dtype, device) of a full tile -> its compiled call
-        self._taken: set[object] = set()  # structures, shapes and dtypes of rows of other dtypes that the network takes
+        self._taken: set[object] = set()  # kinds of rows that are not finite or of other dtypes, and are taken
         self.clock = time.perf_counter  # seconds; deadlines are measured with it
         self.precision: PrecisionError | None = None  # the error of autocast, once measured
         self.known_inputs: Key | None = None  # the inputs of the predictor that this one was made from
@@ -224,6 +224,7 @@ class Predictor:
             fields = parts[0][0] if rows == sizes[0] else {n: t[:rows] for n, t in parts[0][0].items()}
         else:
             fields = {n: torch.cat([p[0][n] for p in parts])[:rows] for n in parts[0][0]}
+        check_answer(flat, *fields.values())
         if flat.structure == TENSOR and rows >= sizes[0]:
             self._remember(flat.tensors[0], sizes[0])
         if not self.sealed and self.settings.compile == "background" and self._tiling.comes_often(flat, sizes):
@@ -263,7 +264,9 @@ class Predictor:
             each = torch.stack([-self.likelihood.nll(p, y[start : start + n]) for p in parameters])
             parts.append(torch.logsumexp(each, dim=0) - math.log(self.n_samples))
             start += n
-        return torch.cat(parts)
+        log_prob = torch.cat(parts)
+        check_answer(flat, log_prob)
+        return log_prob
 
     def warm_up(
         self,
@@ -393,7 +396,9 @@ class Predictor:
         if deadline is not None and not (isinstance(deadline, Real) and deadline > 0):
             raise ValueError(f"deadline must be a positive number of seconds, got {deadline!r}")
         rule = None if tolerance is None else as_rule(tolerance)
-        fields, counts = stepwise.predict(self.executions, self.check(x), rule, deadline, self.clock)
+        flat = self.check(x)
+        fields, counts = stepwise.predict(self.executions, flat, rule, deadline, self.clock)
+        check_answer(flat, *fields.values())
         same = len(counts) == 0 or bool((counts == counts[0]).all())
         n_samples = (int(counts[0]) if len(counts) else 0) if same else counts.to(self.device)
         return self.likelihood.prediction(fields, n_samples)
@@ -405,15 +410,15 @@ class Predictor:
         return check_inputs(x, self.device, self._floating, self._takes)
 
     def _takes(self, rows: Flat) -> bool:
-        """Whether the network computes finite numbers from rows that are not finite, or of another dtype."""
-        kind = (rows.structure, tuple((t.shape[1:], t.dtype) for t in rows.tensors))
-        if kind in self._taken and not len(not_finite(rows)):
-            return True
-        with outside_autocast(self.device):
-            taken = takes(self.posterior, self.likelihood, rows, self.settings.autocast)
-        if taken:
+        """Whether the network takes rows that are not finite, or of another dtype; it is asked once for each kind."""
+        dtypes = tuple((t.shape[1:], t.dtype) for t in rows.tensors)
+        kind = (rows.structure, dtypes, kinds_not_finite(rows))
+        if kind not in self._taken:
+            with outside_autocast(self.device):
+                if not takes(self.posterior, self.likelihood, rows, self.settings.autocast):
+                    return False
             self._taken.add(kind)
-        return taken
+        return True
 
     def tiles_of(self, flat: Flat) -> Iterator[Flat]:
         """Cut the inputs into tiles and pad the last one; a batch of no rows gives one tile of padding."""
@@ -469,6 +474,15 @@ class Predictor:
         executions = self.executions.of(tile)
         with self.executions.compiling(executions, "parameters"):
             return torch.cat([e.parameters(tile) for e in executions], dim=0)
+
+
+def check_answer(flat: Flat, *answers: Tensor) -> None:
+    """Raise ValueError if what was computed from rows that are not finite has NaN; answers: (rows, ...) each."""
+    if (bad := flat.not_finite) is None:
+        return
+    for t in answers:
+        if t.is_floating_point() and bool(t.detach()[bad.to(t.device)].isnan().any()):
+            raise of_not_finite(bad, flat.rows)
 
 
 def _unpickled(kind: type, state: bytes) -> object:
