@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vbdl
+from vbdl.calling.attributes import OfMembers
 
 STEPS = 24
 
@@ -75,6 +76,34 @@ def test_every_member_counts_every_step_once(kind, method, recurrent, compile, c
         torch.testing.assert_close(a, b, rtol=0.0, atol=2e-4)
 
 
+class Looks(nn.Sequential):
+    """The forward keeps the sizes of its batch, which are the same at every step."""
+
+    def forward(self, x):
+        self.rows, self.sizes = x.shape[0], tuple(x.shape)
+        return super().forward(x)
+
+
+def test_a_number_that_follows_from_the_batch_keeps_no_step_from_being_compiled(caplog):
+    q = vbdl.Deterministic(Looks(nn.Linear(6, 3)))
+    vbdl.fit(
+        q, (torch.randn(64, 6), torch.randint(3, (64,))), vbdl.Categorical(), epochs=2, batch_size=32, compile=True
+    )
+    assert "cannot be compiled" not in caplog.text
+
+
 def test_it_is_said_why_the_step_is_not_compiled(caplog):
     trained("deterministic", "number", False, True)
     assert "the network changes a number in an attribute at every step" in caplog.text
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_count_may_begin_late_and_in_one_member_alone(first):
+    net = Counts()
+    turns, seen = OfMembers(net, 2), ([], [])
+    for step in range(4):
+        for member in (0, 1):
+            with turns.turn(member):
+                net.steps += step >= 2 * (member == first)
+                seen[member].append(net.steps)
+    assert seen[first] == [0, 0, 1, 2] and seen[1 - first] == [1, 2, 3, 4]

@@ -57,19 +57,18 @@ class OfMembers:
 
     def __init__(self, network: nn.Module, count: int):
         self._network, self._each = network, [Attributes(network)] * count
-        self._unchanged = 0  # members in whose first turn no number changed
+        self._change = False  # whether a number has changed in any turn
 
     @contextlib.contextmanager
     def turn(self, member: int) -> Iterator[None]:
         """A context in which the network has the attributes of this member, and leaves them to its next turn."""
-        if self._unchanged == len(self._each):
-            yield
-            return
-        self._each[member].restore()
+        if self._change:
+            self._each[member].restore()
         before = numbers_kept_by(self._network)
         yield
-        self._unchanged += numbers_kept_by(self._network) == before
-        self._each[member] = Attributes(self._network)
+        self._change |= numbers_kept_by(self._network) != before
+        if self._change:
+            self._each[member] = Attributes(self._network)
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vbdl.data.rows import kept_tensor
 from vbdl.data.tiles import aligned
 from vbdl.model import Model
 from vbdl.nn.frozen import hold_frozen
+from vbdl.nn.may_drop import runs_code_of_others
 from vbdl.nn.objective import Objective, training_keys
 from vbdl.types import Inputs, Likelihood, Posterior, State
 
@@ -201,7 +202,7 @@ class StackedPosterior(Posterior):
 
     def begin_turns(self) -> None:
         """Let the network have its attributes as they are now in the first turn of each member."""
-        self._turns = OfMembers(self.module, self.n_members)
+        self._turns = OfMembers(self.module, self.n_members) if runs_code_of_others(self.module) else None
 
     def end_turns(self) -> None:
         """Let go of the attributes of members, at the end of a training."""

@@ -68,6 +68,10 @@ class Losses(nn.Module):
         return losses
 
 
+class _Counts(Exception):
+    """The network changes a number in an attribute at every step."""
+
+
 class Step:
     """A callable that computes the losses of a batch and puts their gradients in the parameters' `grad`.
 
@@ -213,21 +217,23 @@ class Step:
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
         """The graph of the step, or None, after logging a warning, if the network cannot be traced."""
         networks = [part.module for part in self.losses.posterior.parts]
-        before = [(Attributes(network), numbers_kept_by(network)) for network in networks]
+        before = [Attributes(network) for network in networks]
+        numbers = [numbers_kept_by(network) for network in networks]
         try:
-            graph, reason = self._trace(whole, flat), ""
+            graph = self._trace(whole, flat)
+            if numbers != (after := [numbers_kept_by(network) for network in networks]):  # or the first forward sets it
+                graph = self._trace(whole, flat)
+                if after != [numbers_kept_by(network) for network in networks]:
+                    raise _Counts  # in the graph the numbers would stay what they were
+            return graph
         except Exception as error:  # torch raises many types of errors for a graph that depends on values
-            graph, reason = None, in_words(error)
-        for network, (attributes, numbers) in zip(networks, before, strict=True):
-            if numbers_kept_by(network) != numbers:
-                graph = None  # in which the numbers would stay what they were
-                reason = (
-                    reason or "the network changes a number in an attribute at every step, such as a count of steps"
-                )
-            attributes.restore()
-        if graph is None:
+            counts = "the network changes a number in an attribute at every step, such as a count of steps"
+            reason = counts if isinstance(error, _Counts) else in_words(error)
             logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", reason)
-        return graph
+            return None
+        finally:
+            for attributes in before:
+                attributes.restore()
 
     def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
         if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
