@@ -481,7 +481,6 @@ WRAPS = {"dropout": MCDropout, "mean-field": lambda m: MeanField(m, 7), "ensembl
     "network, error, message",
     [
         (lambda x: x, TypeError, "a network must be an nn.Module, got function"),
-        (lambda: torch.compile(mlp()), ValueError, "the module was returned by torch.compile"),
         (lambda: nn.Sequential(torch.compile(mlp())), ValueError, "module '0' was returned by torch.compile"),
         (old_weight_norm, ValueError, "module '0' has torch.nn.utils.weight_norm.*use torch.nn.utils.parametrizations"),
         (lambda: nn.Sequential(nn.LazyLinear(5), nn.Dropout(0.3)), ValueError, "call it on one batch first"),

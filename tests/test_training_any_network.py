@@ -287,17 +287,28 @@ def test_stochastic_depth_is_on_in_training_and_off_in_prediction(method, kind, 
 
 
 @pytest.mark.parametrize(
-    "method", [vbdl.MCDropout, lambda n: vbdl.MeanField(n, ROWS), lambda n: vbdl.DeepEnsemble([n])]
+    "method",
+    [
+        vbdl.MCDropout,
+        lambda n: vbdl.MeanField(n, ROWS),
+        lambda n: vbdl.DeepEnsemble([n]),
+        lambda n: vbdl.Stochastic(n, noisy=[nn.Dropout]),
+    ],
+    ids=["dropout", "mean-field", "ensemble", "stochastic"],
 )
-def test_a_network_in_data_parallel_is_that_network(method, data):
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda n: torch.compile(n, backend="eager")], ids=["rows", "compiled"]
+)
+def test_a_wrapped_network_is_the_network_inside(wrap, method, data):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, CLASSES))
     results = []
-    for one in (network, nn.DataParallel(network)):
+    for one in (network, wrap(network), nn.DataParallel(wrap(network))):
         q = method(one)
         likelihood, _ = fit(q, data)
         results.append(vbdl.Predictor(q, likelihood, 1, compile=False)(data[0]).probs)
-    assert torch.equal(*results)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert vbdl.inspect(wrap(network)).type == "Sequential"
 
 
 def test_a_scripted_network_is_trained():

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbdl import former
 from vbdl.calling.adapters import described_adapters
-from vbdl.calling.checks import check_network
+from vbdl.calling.checks import check_network, unwrapped
 from vbdl.calling.copies import copied
 from vbdl.calling.inputs import arguments, flatten, tensors
 from vbdl.calling.outputs import pick
@@ -93,6 +93,7 @@ def inspect(module: nn.Module, example: Inputs | None = None, *, output: Output 
     >>> print(str(vbdl.inspect(net, torch.randn(8, 4))).splitlines()[0])
     Sequential: 58 parameters (58 trainable), 0 in buffers, 96 operations per row
     """
+    module = unwrapped(module)
     check_network(module)
     report = ModuleReport(
         type=type(module).__name__,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vbdl.calling.checks import check_network
+from vbdl.calling.checks import check_network, unwrapped
 from vbdl.calling.copies import copied
 from vbdl.calling.inputs import flatten, map_inputs, tensors
 from vbdl.data.rows import check_finite, check_sizes, take, whole
@@ -130,6 +130,7 @@ def recommend(
     train = not trained if train is None else train
     if not trained and not train:
         raise ValueError("a network that is not trained must be trained: give trained=True or train=True")
+    module = unwrapped(module)
     check_network(module)
     x, y = whole(data)
     check_sizes(x, y)

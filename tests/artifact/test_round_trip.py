@@ -133,6 +133,7 @@ class Spectral(nn.Module):
         return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=8))
 
 
+@pytest.mark.filterwarnings("ignore:complex parameters are trained and not drawn")
 @pytest.mark.parametrize(
     "make", [lambda: vbdl.DeepEnsemble([Spectral(), Spectral()]), lambda: vbdl.MeanField(Spectral(), 9)]
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import vbdl
-from vbdl.calling.checks import without_data_parallel
+from vbdl.calling.checks import unwrapped
 from vbdl.calling.stacking import call, select
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -81,7 +81,7 @@ def data(case: Case) -> tuple[Any, Tensor, Any]:
     """Inputs, targets and the likelihood of a case."""
     torch.manual_seed(2)
     x = case.inputs(ROWS)
-    outputs = case.read(call(without_data_parallel(case.make()).eval(), {}, x)).detach()
+    outputs = case.read(call(unwrapped(case.make()).eval(), {}, x)).detach()
     if case.likelihood == "numbers":
         return x, torch.randn_like(outputs), vbdl.Gaussian(outputs.shape[-1])
     return x, torch.randint(0, outputs.shape[-1], outputs.shape[:-1]), vbdl.Categorical()
@@ -92,7 +92,7 @@ def plain_loop(case: Case, q: Any, x: Any) -> Tensor:
     outputs = []
     if isinstance(q, vbdl.DeepEnsemble):
         for m in range(q.n_members):
-            network = without_data_parallel(case.make()).eval()
+            network = unwrapped(case.make()).eval()
             network.load_state_dict(q.member(m), strict=False)
             outputs.append(case.read(call(network, {}, x)))
     else:

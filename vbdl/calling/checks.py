@@ -1,6 +1,8 @@
 """Checks of the networks that users give: whether a network can be called with replaced weights."""
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +69,18 @@ def check_values(module: nn.Module) -> None:
             )
 
 
-def without_data_parallel(module: nn.Module) -> nn.Module:
-    """The network inside nn.DataParallel or DistributedDataParallel, which only split rows over devices."""
-    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        module = module.module
+def unwrapped(module: Any) -> Any:
+    """The network that torch.compile, nn.DataParallel or DistributedDataParallel wraps; anything else as it is.
+
+    It is compiled anew, together with its draws, and rows are not split over devices.
+    """
+    while isinstance(module, nn.Module):
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = module._modules["_orig_mod"]
+        else:
+            break
     return module
 
 
@@ -88,6 +98,21 @@ def check_drawn(parameters: Mapping[str, Tensor]) -> None:
                 f"requires_grad_(False), replace it by a real parameter of shape (..., 2) that the forward passes to "
                 f"torch.view_as_complex, or use vbdl.DeepEnsemble or vbdl.MCDropout"
             )
+
+
+def drawn_of_all(parameters: Mapping[str, Tensor]) -> list[str]:
+    """The names of the parameters that a method draws if the user chose none: the real ones. Warns of complex ones."""
+    complexes = [name for name, p in parameters.items() if p.is_complex()]
+    if len(complexes) == len(parameters):
+        check_drawn(parameters)
+    if complexes:
+        warnings.warn(
+            f"complex parameters are trained and not drawn, so the predictions leave out what is unknown about them: "
+            f"{', '.join(complexes)}. To draw them, hold real and imaginary parts in a real parameter of shape "
+            f"(..., 2), and let the forward pass it to torch.view_as_complex",
+            stacklevel=3,
+        )
+    return [name for name in parameters if name not in complexes]
 
 
 def check_chosen(argument: str, chosen: object) -> None:

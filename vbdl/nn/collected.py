@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
-from vbdl.calling.checks import check_drawn
+from vbdl.calling.checks import drawn_of_all
 from vbdl.calling.stacking import call
 from vbdl.nn.batch_statistics import measure_statistics, statistics_names
 from vbdl.nn.embedding import padding_rows
@@ -40,7 +40,7 @@ class CollectedNetwork(GaussianNetwork):
         if not parameters:
             unfreeze = f"unfreeze some{how_to_unfreeze(inner)}"
             raise ValueError(f"the network has no trainable parameter, so nothing can be collected: {unfreeze}")
-        check_drawn(parameters)
+        parameters = {name: parameters[name] for name in drawn_of_all(parameters)}
         kinds: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}  # a factor has one dtype and device
         for name, p in parameters.items():
             kinds.setdefault((p.dtype, p.device), {})[name] = p

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.checks import check_network, parameter_hooks, without_data_parallel
+from vbdl.calling.checks import check_network, parameter_hooks, unwrapped
 from vbdl.calling.inputs import map_inputs
 from vbdl.calling.outputs import check_output, named_part, pick
 from vbdl.calling.stacking import call, call_with_buffer
@@ -160,11 +160,11 @@ def _later(key: Tensor, k: int) -> Tensor:
 def take_network(posterior: Posterior, module: nn.Module, output: Output) -> nn.Module:
     """Check a user's network, and the choice of its output, for a posterior that is being made of it.
 
-    Sets the posterior's `output` and `lost_hooks`. Returns the network itself, without DataParallel around it.
+    Sets the posterior's `output` and `lost_hooks`. Returns the network itself, without what wraps it.
     """
-    check_network(module)
+    network = unwrapped(module)
+    check_network(network)
     check_output(output)
-    network = without_data_parallel(module)
     posterior.lost_hooks, posterior.output = parameter_hooks(network), output
     return network
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vbdl.calling.adapters import how_to_unfreeze
-from vbdl.calling.checks import check_drawn
+from vbdl.calling.checks import check_drawn, drawn_of_all
 from vbdl.calling.closures import check_held
 from vbdl.calling.stacking import call, without_dots
 from vbdl.nn.drawn import drawn, noise, once
@@ -168,7 +168,7 @@ def choose(
     parameters: modules by name or type, or names of parameters; a module includes everything inside it. A name may be
         a pattern with *, ? and [...], like "*.lora_A.*". By default all that require a gradient.
     prior: one for all, or by name of a module or parameter, or by pattern.
-    Raises ValueError for an entry that matches no trainable parameter, and for a complex parameter.
+    Raises ValueError for an entry that matches no trainable parameter, and for one that is complex.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_parameters()}
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -184,7 +184,9 @@ def choose(
             if not any(_fits(n, owners[n], one) for n in names):
                 raise ValueError(f"no trainable parameter belongs to {one!r}; there are {names}")
         names = wanted
-    check_drawn({n: trainable[n] for n in names})
+        check_drawn({n: trainable[n] for n in names})
+    else:
+        names = drawn_of_all(trainable)
     if isinstance(prior, Mapping):
         for one in prior:
             if not any(_fits(n, owners[n], one) for n in names):

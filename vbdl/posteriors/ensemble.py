@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vbdl.calling.apart import hold_apart
-from vbdl.calling.checks import check_network, without_data_parallel
+from vbdl.calling.checks import check_network, unwrapped
 from vbdl.calling.closures import tensors_held
 from vbdl.calling.copies import blueprint, holding
 from vbdl.calling.inputs import map_inputs
@@ -347,7 +347,7 @@ def _members(
     """
     several = isinstance(networks, Iterable) and not isinstance(networks, nn.Module)
     # what is neither is refused by check_network
-    given: list[Any] = list(networks) if several else [networks]  # type: ignore[arg-type]
+    given: list[Any] = [unwrapped(each) for each in (networks if several else [networks])]  # type: ignore[union-attr]
     alike: list[bool] = []
     for index, network in enumerate(given):
         alike.append(index > 0 and isinstance(network, nn.Module) and _are_alike(given[index - 1], network))
@@ -363,19 +363,18 @@ def _members(
     if isinstance(networks, nn.Module):
         if n_members is None or n_members < 1:
             raise ValueError(f"DeepEnsemble(module, n_members) needs n_members of at least 1, got {n_members}")
-        network = without_data_parallel(networks)
-        members = [fresh(network, seed + m, initialize) for m in range(n_members)]
+        members = [fresh(given[0], seed + m, initialize) for m in range(n_members)]
         return members, [m > 0 and _are_alike(members[m - 1], members[m]) for m in range(n_members)]
     if not given:
         raise ValueError("an ensemble needs at least one member, got an empty list")
     if n_members not in (None, len(given)):
         raise ValueError(f"n_members is {n_members} but {len(given)} networks were given: leave it out")
-    return [without_data_parallel(network) for network in given], alike
+    return given, alike
 
 
 def _are_alike(member: nn.Module, other: nn.Module) -> bool:
     """Whether two members clearly have one architecture and the same frozen parameters."""
-    return are_alike(_module_of(without_data_parallel(member)), _module_of(without_data_parallel(other)))
+    return are_alike(_module_of(member), _module_of(other))
 
 
 def _equal(modules: list[Any], are_posteriors: bool, chosen: Sequence[str] | None) -> list[str]:

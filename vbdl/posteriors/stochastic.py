@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.checks import check_chosen, check_network, parameter_hooks
+from vbdl.calling.checks import check_chosen, check_network, parameter_hooks, unwrapped
 from vbdl.calling.copies import copied
 from vbdl.calling.outputs import check_output
 from vbdl.nn.objective import KeyedPosterior
@@ -74,6 +74,7 @@ class Stochastic(KeyedPosterior):
     ):
         super().__init__()
         check_output(output)
+        module = unwrapped(module)
         check_network(module)
         check_chosen("noisy", noisy)
         if n_data is not None and n_data < 1:
