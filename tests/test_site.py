@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -187,9 +188,23 @@ def test_the_milliseconds_of_the_loop_page_are_measured():
     assert len(lines) == len(keys)
     for network, method in keys:
         loop = cells[network, method, "loop"]
-        others = [cells[network, method, c] for c in ("loop", "batch", "vmap")]
+        others = [cells.get((network, method, c)) for c in ("loop", "loop-compiled", "batch", "vmap")]
         numbers = [f"{v:.2g}" for v in (loop, min(v for v in others if v), cells[network, method, "vbdl"])]
         assert any([f"{float(c):.2g}" for c in line[1:]] == numbers for line in lines), (network, method, numbers)
+
+
+def test_the_tables_of_real_networks_are_those_of_the_results():
+    """docs/speed.md shows what `python benchmarks/networks.py --table` prints."""
+    benchmark = ROOT / "benchmarks" / "networks.py"
+    printed = subprocess.run([sys.executable, str(benchmark), "--table"], capture_output=True, text=True, check=True)
+    section = (DOCS / "speed.md").read_text().split("\n## Networks as users have them\n")[1].split("\n## ")[0]
+    lines = [
+        line
+        for line in printed.stdout.splitlines()
+        if line.startswith(("| ", "* At ", "* First ", "* Memory ", "* Ready "))
+    ]
+    assert len(lines) > 50
+    assert [line for line in lines if line not in section.splitlines()] == []
 
 
 def test_the_speedups_of_the_comparison_are_measured():
