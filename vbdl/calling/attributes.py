@@ -48,6 +48,14 @@ class Attributes:
             function.cache_clear()
         return changed
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """A context after which the attributes are taken back, also if the network raises an error."""
+        try:
+            yield
+        finally:
+            self.restore()
+
 
 class OfMembers:
     """The attributes of one network that stands for several members, such as the number of steps that each has done.

@@ -51,13 +51,11 @@ def why_not_mapped(
         with torch.set_grad_enabled(bool(trained)), warnings.catch_warnings():
             warnings.filterwarnings("error", ".*batching rule.*")  # otherwise torch warns, and loops inside vmap
             # a new dict, because the tensors to differentiate must not be replaced in `copies`
-            try:
-                with watch if watch is not None and execute is call_stacked else contextlib.nullcontext():
-                    outputs = execute(
-                        module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra
-                    )
-            finally:
-                attributes.restore()
+            seen = watch if watch is not None and execute is call_stacked else contextlib.nullcontext()
+            with attributes.kept(), seen:
+                outputs = execute(
+                    module, dict(copies), dict(shared_copies), inputs, inputs_stacked=inputs_stacked, **extra
+                )
             gradients = ()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs.sum(), trained, allow_unused=True, materialize_grads=True)

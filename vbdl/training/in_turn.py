@@ -138,16 +138,15 @@ def _is_of_members_alone(losses: Losses, x: Inputs, y: Tensor, by_member: Collec
     cuda = [y.device] if y.device.type == "cuda" else []
     generators = lambda: [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
     shared_buffers = {n: t._version for n, t in state.items() if not t.requires_grad and n not in by_member}
-    attributes, numbers = Attributes(posterior.module), numbers_kept_by(posterior.module)
-    with torch.random.fork_rng(devices=cuda):
+    numbers = numbers_kept_by(posterior.module)
+    with Attributes(posterior.module).kept(), torch.random.fork_rng(devices=cuda):
         before = generators()
         each = call(losses, state, (x, y))
         mixed = any(state[n]._version != v for n, v in shared_buffers.items() if n != "posterior.steps")
         used = torch.autograd.grad(each.sum(), [t for t in state.values() if t.requires_grad], allow_unused=True)
         alone = losses.computed(lambda: call(objective, first, one))
         drawn = not all(map(torch.equal, before, generators()))
-    counts = numbers != numbers_kept_by(posterior.module)
-    attributes.restore()
+        counts = numbers != numbers_kept_by(posterior.module)
     posterior.begin_turns()
     return (
         not (drawn or mixed or counts)

@@ -1,5 +1,6 @@
 """One training step: the forward and backward pass and the updates of buffers, traced and compiled per batch shape."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -217,8 +218,10 @@ class Step:
     def _traced(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule | None:
         """The graph of the step, or None, after logging a warning, if the network cannot be traced."""
         networks = [part.module for part in self.losses.posterior.parts]
-        before = [Attributes(network) for network in networks]
         numbers = [numbers_kept_by(network) for network in networks]
+        kept = contextlib.ExitStack()
+        for network in networks:
+            kept.enter_context(Attributes(network).kept())
         try:
             graph = self._trace(whole, flat)
             if numbers != (after := [numbers_kept_by(network) for network in networks]):  # or the first forward sets it
@@ -232,8 +235,7 @@ class Step:
             logger.warning("the training step cannot be compiled and runs uncompiled, which is slower: %s", reason)
             return None
         finally:
-            for attributes in before:
-                attributes.restore()
+            kept.close()
 
     def _trace(self, whole: Callable[..., tuple[Tensor, ...]], flat: list[Tensor]) -> fx.GraphModule:
         if any(p.device.type in drawn.DEVICES for p in self.trained.values()):
