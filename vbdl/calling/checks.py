@@ -70,7 +70,7 @@ def check_values(module: nn.Module) -> None:
 
 
 def unwrapped(module: Any) -> Any:
-    """The network that torch.compile, nn.DataParallel or DistributedDataParallel wraps; anything else as it is.
+    """Return the network that torch.compile, nn.DataParallel or DistributedDataParallel wraps; anything else as it is.
 
     It is compiled anew, together with its draws, and rows are not split over devices.
     """
@@ -90,7 +90,7 @@ def parameter_hooks(module: nn.Module) -> tuple[str, ...]:
 
 
 def check_drawn(parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a parameter is complex, because the methods that draw weights draw real numbers."""
+    """Refuse complex parameters, because the methods that draw weights draw real numbers."""
     for name, p in parameters.items():
         if p.is_complex():
             raise ValueError(
@@ -101,7 +101,7 @@ def check_drawn(parameters: Mapping[str, Tensor]) -> None:
 
 
 def drawn_of_all(parameters: Mapping[str, Tensor]) -> list[str]:
-    """The names of the parameters that a method draws if the user chose none: the real ones. Warns of complex ones."""
+    """Choose the parameters that a method draws by default, the real ones, and warn of complex ones; returns names."""
     complexes = [name for name, p in parameters.items() if p.is_complex()]
     if len(complexes) == len(parameters):
         check_drawn(parameters)

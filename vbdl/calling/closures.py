@@ -19,29 +19,22 @@ _SILENT = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, 
 
 def functions_in(value: object) -> list[FunctionType]:
     """The functions in a value that may read other objects than their arguments, in the order of a deep copy."""
-    found: list[FunctionType] = []
-    _walk(value, found, set())
-    return found
-
-
-def _walk(value: object, found: list[FunctionType], seen: set[int]) -> None:
-    if isinstance(value, (*_SILENT, nn.Module)) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, FunctionType):
-        if value.__closure__ or value.__defaults__ or value.__kwdefaults__ or _global_modules(value):
-            found.append(value)
-        return
-    for part in _parts(value):
-        _walk(part, found, seen)
+    return [
+        function
+        for function in held_in(value, (FunctionType,))
+        if function.__closure__ or function.__defaults__ or function.__kwdefaults__ or _global_modules(function)
+    ]
 
 
 def held_in(value: object, kinds: tuple[type, ...], seen: set[int] | None = None) -> Iterator[Any]:
     """Yield the objects of these classes that a value is or holds, outside of the modules and functions in it."""
     seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
     if isinstance(value, kinds):
+        seen.add(id(value))
         yield value
-    elif not isinstance(value, (*_SILENT, nn.Module, FunctionType)) and id(value) not in seen:
+    elif not isinstance(value, (*_SILENT, nn.Module, FunctionType)):
         seen.add(id(value))
         for part in _parts(value):
             yield from held_in(part, kinds, seen)
@@ -99,7 +92,7 @@ def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
 
 
 def check_held(network: nn.Module, replaced: Collection[str]) -> None:
-    """Raise ValueError if a function of a network holds one of these parameters itself.
+    """Refuse a network in which a function, and not a module alone, holds one of these parameters.
 
     For methods that put other tensors in the place of parameters. replaced: the names of these parameters.
     """
@@ -186,14 +179,14 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 def _attributes(function: FunctionType) -> dict[str, Any]:
-    """The attributes of a function but for those by which Dynamo knows what it compiled."""
+    """Return the attributes of a function, without those that Dynamo gave it."""
     compiled = "_torchdynamo_orig_callable" in vars(function)
     of_dynamo = ("_torchdynamo", "_is_torch_compile", "__wrapped__")
     return {n: v for n, v in vars(function).items() if not (compiled and n.startswith(of_dynamo))}
 
 
 def as_written(function: FunctionType) -> FunctionType:
-    """What torch.compile compiled, as a function, or else this function: compiled code belongs to the given network."""
+    """Return the function that torch.compile compiled, or else this one: compiled code belongs to the given network."""
     written = vars(function).get("_torchdynamo_orig_callable")
     return function if written is None else (lambda *args, **kwargs: written(*args, **kwargs))
 

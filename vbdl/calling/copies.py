@@ -105,7 +105,7 @@ def kept_by(module: nn.Module) -> list[tuple]:
 
 
 def numbers_kept_by(module: nn.Module) -> list[tuple]:
-    """The numbers that the modules keep in attributes, such as a count of calls."""
+    """Return the numbers that the modules keep in attributes, such as a count of calls."""
     return [kept for kept in kept_by(module) if len(kept) == 3]
 
 

@@ -9,7 +9,7 @@ import copyreg
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from types import BuiltinFunctionType, NoneType
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +47,7 @@ class _Duplicate:
     def __init__(self, module: Any, memo: dict[int, Any]):
         self._module, self._memo = module, memo
         self._by_attributes: dict[type, bool] = {}  # whether a copy of its attributes is a copy of an object, by class
+        self._remembers_hooks = False  # whether the copies of the tables of hooks are in the memo
         self._functions: Rebuilt | None = None  # made once there is a function that may read modules
 
     def made(self) -> Any:
@@ -122,19 +123,22 @@ class _Duplicate:
             (v for m in _all_modules(value) for v in vars(m).values()) if isinstance(value, nn.Module) else (value,)
         )
         for part in inside:
-            if functions_in(part):
-                if self._functions is None:
-                    self._functions = Rebuilt(_owned_by(self._module, self._memo), self._memo)
-                self._functions.add(part)
-            for held in held_in(part, (RemovableHandle, torch.jit.ScriptFunction)):
+            for held in held_in(part, (FunctionType, RemovableHandle, torch.jit.ScriptFunction)):
                 if isinstance(held, RemovableHandle):
                     self._remember_hooks()
-                else:  # torch cannot copy it, and it holds no tensors that are trained
+                elif isinstance(held, torch.jit.ScriptFunction):  # torch cannot copy it, and nothing in it is trained
                     self._memo[id(held)] = held
+                elif functions_in(held):
+                    if self._functions is None:
+                        self._functions = Rebuilt(_owned_by(self._module, self._memo), self._memo)
+                    self._functions.add(held)
         return copy.deepcopy(value, self._memo)
 
     def _remember_hooks(self) -> None:
-        """Let copies of handles, by which hooks are removed, find the copies of the tables of hooks."""
+        """Make copies of handles remove the hooks of the copied modules; once is enough for all handles."""
+        if self._remembers_hooks:
+            return
+        self._remembers_hooks = True
         for m in _all_modules(self._module):
             new = vars(self._of_module(m))
             self._memo |= {id(vars(m)[name]): new[name] for name in _OF_HOOKS & vars(m).keys() & new.keys()}

@@ -55,7 +55,7 @@ def _set_context(context: Any) -> Any:
 
 
 class FunctionMode(TorchFunctionMode):
-    """A context that watches or replaces torch's functions while a network runs.
+    """The base of torch function modes, which watch or replace torch's functions while a network runs.
 
     Functions that torch.compile returned, which a network may call, run as they were written inside of it: the compiler
     would follow this mode's code too. That holds for this thread.
@@ -76,7 +76,7 @@ class FunctionMode(TorchFunctionMode):
 
 @contextlib.contextmanager
 def in_no_kernel() -> Iterator[None]:
-    """A context for a trace inside of a `FunctionMode`: torch's tracer reads what the mode has set."""
+    """Hide from torch's tracer what a `FunctionMode` around the trace has set for torch's compiler."""
     before = _set_context(None) if getattr(_guards._TLS, "tracing_context", None) is _KERNEL else _UNCHANGED
     try:
         yield

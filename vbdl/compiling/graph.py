@@ -35,7 +35,7 @@ _patches = torchs._new_patcher
 
 
 class _OfThisThread:
-    """The flag of torch.fx that a trace runs, which is true in this thread alone, until the trace ends."""
+    """A flag that is true in the thread that made it, until its end: torch.fx reads it to know whether a trace runs."""
 
     def __init__(self) -> None:
         self._thread: int | None = threading.get_ident()
@@ -80,7 +80,7 @@ _trace = torchs.Tracer.trace
 
 @functools.wraps(_trace)
 def _trace_alone(*args: Any, **kwargs: Any) -> fx.Graph:
-    """torch.fx's trace, in one thread at a time: it sets a global flag, and sets it back to what it was."""
+    """Trace by torch.fx, one thread at a time: a trace sets a flag of the process, and sets it back to what it was."""
     with _one_trace:
         return _trace(*args, **kwargs)
 

@@ -87,7 +87,7 @@ def record(
 
 
 def parameters_elsewhere(names: Mapping[int, str], tensors: Sequence[Tensor]) -> set[str]:
-    """The names of the parameters that autograd computed these tensors from.
+    """Find the parameters that these tensors depend on, in autograd's graph; returns their names.
 
     With the outputs of all uses cut off, these are the parameters of operations without a rule, such as a product, and
     those that are another argument of a use than its weight or bias, such as the input of a layer.

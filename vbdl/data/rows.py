@@ -150,14 +150,19 @@ def floating_dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
-def check_dtype(tensors: Iterable[Tensor], floating: torch.dtype | None) -> None:
-    """Raise ValueError if a floating-point input has another dtype than `floating`, that of the module's parameters."""
-    for t in tensors:
-        if floating is not None and t.is_floating_point() and t.dtype != floating:
-            raise ValueError(
-                f"inputs are {t.dtype} and the module's parameters {floating}: convert with x.to({floating}), an array "
-                f"with x.astype({str(floating).removeprefix('torch.')!r})"
-            )
+def check_dtype(
+    tensors: Iterable[Tensor], floating: torch.dtype | None, takes: Callable[[], bool] = lambda: False
+) -> None:
+    """Raise ValueError if a floating-point input has another dtype than `floating`, that of the module's parameters.
+
+    takes: whether the network converts inputs of another dtype itself; asked only if there are any.
+    """
+    others = [t.dtype for t in tensors if floating is not None and t.is_floating_point() and t.dtype != floating]
+    if others and not takes():
+        raise ValueError(
+            f"inputs are {others[0]} and the module's parameters {floating}: convert with x.to({floating}), an array "
+            f"with x.astype({str(floating).removeprefix('torch.')!r})"
+        )
 
 
 _GRAPH = "if the rows are the nodes of a graph, make the graph one row, (1, nodes, features), as docs/networks.md does"

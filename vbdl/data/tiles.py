@@ -38,11 +38,7 @@ def check_inputs(
     if len({t.shape[0] for t in flat.tensors}) > 1:
         raise ValueError(f"inputs disagree on the number of rows: {[tuple(t.shape) for t in flat.tensors]}")
     moved = flat if flat.tensors[0].device == device else flat.map(lambda t: t.to(device))
-    try:
-        check_dtype(flat.tensors, floating)
-    except ValueError:
-        if flat.rows == 0 or not takes(moved.map(lambda t: t[:1])):
-            raise
+    check_dtype(flat.tensors, floating, lambda: flat.rows > 0 and takes(moved.map(lambda t: t[:1])))
     if not len(bad := not_finite(flat)):
         return moved
     if not takes(moved.map(lambda t: t[bad.to(device)])):
@@ -51,7 +47,7 @@ def check_inputs(
 
 
 def of_not_finite(bad: Tensor, rows: int) -> ValueError:
-    """The error for rows that are not finite, of which the network makes no finite numbers; bad: their numbers."""
+    """Make the error for rows that are not finite, of which the network makes no finite numbers; bad: their numbers."""
     return ValueError(
         f"{len(bad)} of {rows} rows are not finite, the first is row {int(bad[0])}, and the network makes no finite "
         f"numbers of them: remove or impute them"
@@ -59,7 +55,7 @@ def of_not_finite(bad: Tensor, rows: int) -> ValueError:
 
 
 def not_finite(flat: Flat) -> Tensor:
-    """The numbers of the rows that are not finite, (n,) int64."""
+    """Find the rows that are not finite; returns their numbers, (n,) int64."""
     finite = None
     for t in flat.tensors:
         # finite rows cost one reduction; a sum may overflow, so check each element if it is not finite
@@ -70,7 +66,7 @@ def not_finite(flat: Flat) -> Tensor:
 
 
 def kinds_not_finite(flat: Flat) -> tuple[tuple[bool, ...], ...]:
-    """Whether each tensor has NaN, infinity and minus infinity among its numbers."""
+    """Return for each tensor whether it has NaN, infinity and minus infinity among its numbers."""
     having = lambda t: (bool(t.isnan().any()), bool(t.isposinf().any()), bool(t.isneginf().any()))
     return tuple(having(t) if t.is_floating_point() else () for t in flat.tensors)
 

@@ -1,4 +1,4 @@
-"""Rows that most networks cannot compute with, and some can: not finite ones, and numbers of another dtype.
+"""Some networks take rows that others cannot compute with: rows that are not finite, or of another dtype.
 
 A float mask has -inf where attention may not look, a network may replace NaN itself, and one may begin with
 `x.float()`. Whether a network takes such rows is found by running a draw on them.
@@ -18,7 +18,7 @@ from vbdl.types import Likelihood, Posterior, State
 
 
 def takes(posterior: Posterior, likelihood: Likelihood, rows: Flat, autocast: torch.dtype | None = None) -> bool:
-    """Whether draw 0 of every architecture of a posterior is finite on all of these rows, and so are its gradients.
+    """Return whether draw 0 of every network computes finite outputs and gradients from all of these rows.
 
     A layer that saturates makes a finite number of an infinite one, and a gradient that is none: it does not take it.
     """
@@ -41,7 +41,7 @@ def _takes(posterior: Posterior, likelihood: Likelihood, rows: Flat, autocast: t
 
 
 def _has_gradients(model: Model, state: State, rows: Flat) -> bool:
-    """Whether the gradients of a draw's entries are finite, or there are none."""
+    """Return whether the gradients of a draw's entries are finite, or there are none."""
     state = {n: t.detach().clone() for n, t in state.items()}
     entries: list[Tensor] = [t.requires_grad_() for t in state.values() if t.is_floating_point()]
     try:

@@ -189,15 +189,13 @@ class DropoutNetwork(KeyedNetwork):
 
         inputs, runs = map_inputs(two_rows, inputs), []
         # each run begins alike, also of a network that counts its steps in training
-        attributes = Attributes(self.inner) if runs_code_of_others(self.inner) else None
+        alike = Attributes(self.inner).kept if runs_code_of_others(self.inner) else contextlib.nullcontext
 
         def run(reads: Reads) -> tuple[object, list[Tensor], int]:
             buffers = {n: b.clone() for n, b in buffers_of(self.inner).items()}
             silent = Masks(self.key, self.inner, self.rate, silent=True)
-            with torch.random.fork_rng(devices=[]), reads.of(self.inner), CounterDropout(silent):
+            with alike(), torch.random.fork_rng(devices=[]), reads.of(self.inner), CounterDropout(silent):
                 outputs = call(self.inner, buffers, inputs)
-            if attributes is not None:
-                attributes.restore()
             runs.append((silent, outputs))
             return outputs, list(buffers.values()), sum(site.p > 0 for site in silent.calls)
 
@@ -285,7 +283,7 @@ class DropoutNetwork(KeyedNetwork):
         return any(calls != each[0] for calls in each)
 
     def _keeps_rows_apart(self, inputs: Inputs) -> bool:
-        """Whether masks of another row do not change a row, so that a folded axis holds its entries in one block."""
+        """Return whether a row stays the same under other masks of another row: its entries are then in one block."""
         # masks that are equal for all rows would not show it: a network that sums over the entries of a row may give
         # each row every part of the mask, for some numbers of rows and not for others
         each = []

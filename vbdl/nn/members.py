@@ -201,11 +201,11 @@ class StackedPosterior(Posterior):
         return call_stacked(objective, state, shared, (x, y), randomness="different", inputs_stacked=own_rows)
 
     def begin_turns(self) -> None:
-        """Let the network have its attributes as they are now in the first turn of each member."""
+        """Give each member the network's attributes as they are now, for its first turn."""
         self._turns = OfMembers(self.module, self.n_members) if runs_code_of_others(self.module) else None
 
     def end_turns(self) -> None:
-        """Let go of the attributes of members, at the end of a training."""
+        """Forget the attributes of the members, at the end of a training."""
         self._turns = None
 
     def runs_in_turn(self, inputs: Inputs, traced: bool) -> bool:

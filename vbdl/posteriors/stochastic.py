@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from vbdl_kernels import make_key
 
-from vbdl.calling.checks import check_chosen, check_network, parameter_hooks, unwrapped
+from vbdl.calling.checks import check_chosen
 from vbdl.calling.copies import copied
-from vbdl.calling.outputs import check_output
-from vbdl.nn.objective import KeyedPosterior
+from vbdl.nn.objective import KeyedPosterior, take_network
 from vbdl.nn.stochastic import StochasticNetwork
 from vbdl.types import Inputs, Output
 
@@ -73,9 +72,7 @@ class Stochastic(KeyedPosterior):
         output: Output = None,
     ):
         super().__init__()
-        check_output(output)
-        module = unwrapped(module)
-        check_network(module)
+        module = take_network(self, module, output)
         check_chosen("noisy", noisy)
         if n_data is not None and n_data < 1:
             raise ValueError(f"n_data must be the number of training rows, at least 1, got {n_data}")
@@ -88,9 +85,8 @@ class Stochastic(KeyedPosterior):
             )
         if n_samples < 1:
             raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-        self.lost_hooks = parameter_hooks(module)
         self.module = StochasticNetwork(copied(module), kl, n_data, _names(module, noisy), per_row)
-        self.n_samples, self.seed, self.output = n_samples, seed, output
+        self.n_samples, self.seed = n_samples, seed
         device = next((p.device for p in module.parameters()), None)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 

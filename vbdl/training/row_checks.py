@@ -58,11 +58,7 @@ class RowChecks:
         flat = flatten(x)
         row = (flat.structure, tuple((t.shape[1:], t.dtype) for t in flat.tensors))
         if row not in self._output_shapes:
-            try:
-                check_dtype(flat.tensors, self._floating)
-            except ValueError:
-                if not self._takes(take(x, torch.arange(1))):
-                    raise
+            check_dtype(flat.tensors, self._floating, lambda: self._takes(take(x, torch.arange(1))))
             if not self._output_shapes:
                 try:
                     check_predictable(self.model.posterior, self.model.likelihood, x)
@@ -78,7 +74,7 @@ class RowChecks:
         check_finite(x, first, lambda rows: self._takes(self._converted(map_inputs(self._moved, rows))))
 
     def _takes(self, x: Inputs) -> bool:
-        """Whether the network makes finite numbers of these rows, as the posterior is before training."""
+        """Return whether the network, before it is trained, computes finite numbers from these rows."""
         with before_training(), torch.inference_mode(False):
             return takes(self.model.posterior, self.model.likelihood, flatten(x))
 
